@@ -1,0 +1,111 @@
+// The vocabulary shared by the kernels and their callers: plain data, no framework, no allocation.
+//
+//   out = softmax(scale * q k^T + bias, masked) v          lse = log(sum(exp(scale * q k^T + bias)))
+//
+// Kernels are stateless: the caller lends the threads (`Threads`) and the workspace, and has validated the
+// parameters (bindings/validate.h). Everything here may be shared between threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace attn_ops {
+
+enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16, kBool };
+
+static constexpr size_t size_of(DType t) {
+  return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : t == DType::kBool ? 1 : 2;
+}
+
+// Softmax statistics (lse) and accumulation: float32, or float64 when the inputs are float64.
+static constexpr DType accumulator_of(DType t) { return t == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+
+// A 4-d array by pointer and element strides; stride 0 broadcasts. Index order is fixed by the role, not by
+// memory: tensors are [batch, seqlen, heads, dim] (so BHSD memory is only other strides), score-shaped views
+// (masks, bias) are [batch, num_heads, seqlen_q, seqlen_k].
+struct StridedView {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t stride[4] = {0, 0, 0, 0};
+};
+
+// Which keys a query row may see: one interval per row, computed by key_range() in mask.h.
+struct Mask {
+  int64_t window_left = -1;   // keys seen before the row's own position; -1 = all
+  int64_t window_right = -1;  // keys seen after it; -1 = all; causal is 0
+  bool bottom_right = false;  // the last query is aligned with the last key (false: the first with the first)
+};
+
+constexpr int kMaxMasks = 4;
+
+struct AttentionParams {
+  DType dtype = DType::kFloat32;  // of q, k, v, out, bias and all gradients
+  int64_t batch = 0, seqlen_q = 0, seqlen_k = 0;
+  int64_t num_heads = 0, num_kv_heads = 0;  // query head h reads kv head h / (num_heads / num_kv_heads)
+  int64_t head_dim = 0, value_dim = 0;
+  double scale = 1.0;
+
+  StridedView q, k, v;            // [batch, seqlen, heads, dim]
+  StridedView out;                // [batch, seqlen_q, num_heads, value_dim]; an input of backward
+  void* lse = nullptr;            // contiguous [batch, num_heads, seqlen_q], accumulator_of(dtype)
+
+  Mask mask;
+  const int32_t* query_lengths = nullptr;  // [batch] or null: rows at and past it see nothing
+  const int32_t* key_lengths = nullptr;    // [batch] or null: keys at and past it are never read
+  StridedView masks[kMaxMasks];            // bool, true = may see; ANDed
+  int32_t num_masks = 0;
+  StridedView bias;                        // data null = none; -inf hides a key like a mask
+
+  double dropout_rate = 0.0;
+  uint64_t dropout_seed = 0, dropout_offset = 0;
+
+};
+
+// Query heads per key/value head. (Static: code compiled per ISA must not be shared through the linker.)
+static inline int64_t group_size(const AttentionParams& p) {
+  return p.num_kv_heads ? p.num_heads / p.num_kv_heads : 1;
+}
+
+struct BackwardParams {
+  AttentionParams forward;      // with out and lse as forward left them
+  StridedView d_out;            // [batch, seqlen_q, num_heads, value_dim]
+  const void* d_lse = nullptr;  // contiguous like lse, or null for zero
+  StridedView dq, dk, dv;
+  // Gradient of the bias, contiguous, of the shape the bias has before broadcasting: an extent is 1 or full.
+  // Null when not wanted.
+  void* d_bias = nullptr;
+  int64_t d_bias_shape[4] = {1, 1, 1, 1};
+};
+
+// Threads lent by the caller: `run` calls body(arg, slot) for slots 0..n-1 with 1 <= n <= count, each on its own
+// thread (the calling one takes part), and returns when all are done.
+struct Threads {
+  int count = 1;
+  void* self = nullptr;
+  void (*run)(void* self, int slots, void (*body)(void* arg, int slot), void* arg) = nullptr;
+};
+
+// Memory lent by the caller, 64-byte aligned: `bytes` as told by *_workspace_bytes for the same params and count.
+struct Workspace {
+  void* data = nullptr;
+  size_t bytes = 0;
+};
+
+namespace cpu {
+
+// Instruction sets compiled in and usable on this machine, best first. Returns how many were written to `names`.
+int isas(const char** names, int capacity);
+
+// `isa` null picks the best one, or the one named by the environment variable ATTN_OPS_ISA. An unknown or unusable
+// name makes these return false / 0 and do nothing: bindings check the name with isa_usable() first.
+bool isa_usable(const char* isa);
+const char* default_isa();
+
+size_t forward_workspace_bytes(const AttentionParams&, int num_threads, const char* isa = nullptr);
+bool forward(const AttentionParams&, Threads, Workspace, const char* isa = nullptr);
+
+size_t backward_workspace_bytes(const BackwardParams&, int num_threads, const char* isa = nullptr);
+bool backward(const BackwardParams&, Threads, Workspace, const char* isa = nullptr);
+
+}  // namespace cpu
+}  // namespace attn_ops

@@ -1,0 +1,326 @@
+// Backward: dq, dk, dv from d_out, with the probabilities recomputed block by block, transposed like forward.
+//
+//   p  = 2^(s - log2(e) lse)              s recomputed exactly as forward computed it
+//   dp[j][i] = sum_d v[j][d] d_out[d][i]
+//   ds = p (dp - delta)                   delta[i] = sum_d d_out out - d_lse
+//   dv[j] += sum_i p[j][i] d_out[i]       dk[j] += scale sum_i ds[j][i] q[i]       dq[i] = scale sum_j ds[j][i] k[j]
+// With dropout factors f (0 or 1 / (1 - rate)): p f in dv, dp f in ds.
+//
+// A task owns a chunk of rows: its dq is final, its dk, dv are partial sums over its rows that reduce() adds up in
+// chunk order. So there are no atomics, and the bits do not depend on who ran what.
+#pragma once
+
+#include "kernels.h"
+#include "row_tile.h"
+
+namespace attn_ops {
+namespace cpu {
+namespace {
+
+template <class T>
+struct BackwardTile : RowTile<T> {
+  T *q, *d_out, *dq;             // transposed: [head_dim or value_dim][lanes]; q holds scale log2(e) q
+  T *q_rows, *d_out_rows;        // row major, padded to whole vectors: [lanes][padded dim]
+  T lse2[RowTile<T>::max_lanes];  // log2(e) lse, +inf for rows that see nothing: their p is 0
+  T delta[RowTile<T>::max_lanes];
+  bool q_finite, d_out_finite;
+};
+
+// Tiles side by side in one block of p and ds, so that the sums over rows in dv, dk are long enough (>= 48) to pay
+// for reading and writing dv, dk.
+template <class T>
+constexpr int joint_tiles() {
+  constexpr int wanted = (48 + RowTile<T>::max_lanes - 1) / RowTile<T>::max_lanes;
+  return wanted < kBackwardTiles ? wanted : kBackwardTiles;
+}
+
+template <class T>
+struct BackwardScratch {
+  static constexpr int64_t max_joint = joint_tiles<T>() * RowTile<T>::max_lanes;
+  BackwardTile<T>* tiles;
+  T *keys, *values, *p, *ds, *added, *factors;
+
+  static int64_t bytes(const AttentionParams& params) {
+    const int64_t lanes = RowTile<T>::max_lanes, d = params.head_dim, dv = params.value_dim;
+    return Arena::bytes<BackwardTile<T>>(kBackwardTiles) + Arena::bytes<T>(kBackwardTiles * lanes * d) * 2 +
+           Arena::bytes<T>(kBackwardTiles * lanes * dv) +
+           Arena::bytes<T>(kBackwardTiles * lanes * round_to_width<T>(d)) +
+           Arena::bytes<T>(kBackwardTiles * lanes * round_to_width<T>(dv)) + Arena::bytes<T>(kBlockKeys * d) +
+           Arena::bytes<T>(kBlockKeys * dv) + 2 * Arena::bytes<T>(kBlockKeys * max_joint) +
+           2 * Arena::bytes<T>(kBlockKeys * lanes);
+  }
+
+  // Consecutive tiles lie behind one another, without gaps, so that joint tiles are one matrix.
+  BackwardScratch(const AttentionParams& params, Arena& arena) {
+    const int64_t lanes = RowTile<T>::max_lanes, d = params.head_dim, dv = params.value_dim;
+    tiles = arena.take<BackwardTile<T>>(kBackwardTiles);
+    tiles[0].q = arena.take<T>(kBackwardTiles * lanes * d);
+    tiles[0].dq = arena.take<T>(kBackwardTiles * lanes * d);
+    tiles[0].d_out = arena.take<T>(kBackwardTiles * lanes * dv);
+    tiles[0].q_rows = arena.take<T>(kBackwardTiles * lanes * round_to_width<T>(d));
+    tiles[0].d_out_rows = arena.take<T>(kBackwardTiles * lanes * round_to_width<T>(dv));
+    keys = arena.take<T>(kBlockKeys * d);
+    values = arena.take<T>(kBlockKeys * dv);
+    p = arena.take<T>(kBlockKeys * max_joint);
+    ds = arena.take<T>(kBlockKeys * max_joint);
+    added = arena.take<T>(kBlockKeys * lanes);
+    factors = arena.take<T>(kBlockKeys * lanes);
+  }
+};
+
+// Reads the rows of `tile` (its geometry is set up) into the scratch and computes delta.
+template <class T>
+void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>& tile) {
+  using S = Simd<T>;
+  const AttentionParams& p = params.forward;
+  const int64_t size = static_cast<int64_t>(size_of(p.dtype));
+  const int64_t padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
+  char *q[RowTile<T>::max_lanes], *out[RowTile<T>::max_lanes], *d_out[RowTile<T>::max_lanes];
+  tile.tensor_rows(r, p.q, q);
+  tile.tensor_rows(r, p.out, out);
+  tile.tensor_rows(r, params.d_out, d_out);
+
+  const Vec<T> factor = S::set1(static_cast<T>(p.scale * kLog2E));
+  load_transposed<T>(p.dtype, q, tile.rows, tile.lanes, p.q.stride[3] * size, p.head_dim, tile.q,
+                     [=](T* at, Vec<T> x) { S::store(at, x * factor); });
+  load_transposed<T>(p.dtype, d_out, tile.rows, tile.lanes, params.d_out.stride[3] * size, p.value_dim, tile.d_out,
+                     [](T* at, Vec<T> x) { S::store(at, x); });
+  memset(tile.dq, 0, sizeof(T) * tile.lanes * p.head_dim);
+  memset(tile.q_rows, 0, sizeof(T) * tile.lanes * padded_d);
+  memset(tile.d_out_rows, 0, sizeof(T) * tile.lanes * padded_dv);
+
+  const T* const lse = static_cast<const T*>(p.lse);
+  const T* const d_lse = static_cast<const T*>(params.d_lse);
+  for (int i = 0; i < tile.lanes; ++i) {
+    tile.lse2[i] = kInfinity<T>;
+    tile.delta[i] = 0;
+    if (i >= tile.rows) continue;
+    T* const d_out_row = tile.d_out_rows + i * padded_dv;
+    load_row<T>(p.dtype, q[i], p.q.stride[3] * size, p.head_dim, true, tile.q_rows + i * padded_d);
+    load_row<T>(p.dtype, d_out[i], params.d_out.stride[3] * size, p.value_dim, true, d_out_row);
+    const int64_t at = r.statistic(tile.position[i], tile.head[i]);
+    if (lse[at] == -kInfinity<T>) continue;
+    tile.lse2[i] = lse[at] * static_cast<T>(kLog2E);
+    Vec<T> sum = S::zero();
+    with_storage(T{}, p.dtype, [&](auto storage) {
+      for (int64_t d = 0; d < p.value_dim; d += S::width)
+        sum = S::fma(S::load(d_out_row + d),
+                     load_some<T>(storage, out[i] + d * p.out.stride[3] * size, p.out.stride[3] * size,
+                                  p.value_dim - d),
+                     sum);
+    });
+    for (int v = 0; v < S::width; ++v) tile.delta[i] += sum[v];
+    if (d_lse) tile.delta[i] -= d_lse[at];
+  }
+  tile.q_finite = all_finite(tile.q_rows, padded_d, tile.lanes, padded_d);
+  tile.d_out_finite = all_finite(tile.d_out_rows, padded_dv, tile.lanes, padded_dv);
+}
+
+// p (with dropout) and ds of one tile against keys k0 .. k1, into [key][ld]. Returns whether anything is hidden.
+template <class T, int NV>
+__attribute__((noinline)) bool score_gradients(const HeadRows& r, const BackwardTile<T>& tile,
+                                               const KeyBlock<T>& keys, const KeyBlock<T>& values, int64_t k0,
+                                               int64_t k1, const BackwardScratch<T>& scratch, T* prob, T* ds,
+                                               int64_t ld) {
+  using S = Simd<T>;
+  constexpr int W = S::width, lanes = NV * W;
+  const AttentionParams& p = r.p;
+  const int64_t n = k1 - k0;
+  const bool has_added = p.bias.data || p.num_masks;
+  const auto zeros = [&] {
+    for (int64_t j = 0; j < n; ++j)
+      for (int v = 0; v < NV; ++v) {
+        S::store(prob + j * ld + v * W, S::zero());
+        S::store(ds + j * ld + v * W, S::zero());
+      }
+    return true;
+  };
+  if (k0 >= tile.end || k1 <= tile.begin) return zeros();
+  if (has_added && !added_scores<T>(r, tile, k0, n, scratch.added)) return zeros();
+
+  gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), tile.q, lanes, p.head_dim,
+                           [=](int64_t j, int v, Vec<T> x) { S::store(prob + j * ld + v * W, x); });
+  const bool masked = has_added || !tile.all_see(k0, k1);
+  if (masked)
+    mask_scores<T, NV>(tile, k0, n, has_added ? scratch.added : nullptr, prob, ld, [](int, Vec<T>) {});
+  gemm<T, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, p.value_dim,
+                           [=](int64_t j, int v, Vec<T> x) { S::store(ds + j * ld + v * W, x); });
+  const bool dropout = p.dropout_rate > 0;
+  if (dropout) dropout_factors<T>(Dropout(p, r.batch), tile.position, tile.head, lanes, k0, n, scratch.factors);
+
+  Vec<T> lse2[NV], delta[NV];
+  for (int v = 0; v < NV; ++v) {
+    lse2[v] = S::load(tile.lse2 + v * W);
+    delta[v] = S::load(tile.delta + v * W);
+  }
+  const auto elementwise = [&](auto may_hide, auto may_drop) {
+    for (int64_t j = 0; j < n; ++j)
+      for (int v = 0; v < NV; ++v) {
+        T *const p_at = prob + j * ld + v * W, *const ds_at = ds + j * ld + v * W;
+        const Vec<T> s = S::load(p_at);
+        // lse is rounded, so s - lse can exceed 0 for huge scores; a probability cannot exceed 1.
+        Vec<T> e = exp2<T>(S::min(S::zero(), s - lse2[v]));
+        Vec<T> dp = S::load(ds_at), kept = e;
+        if (decltype(may_drop)::value) {
+          const Vec<T> f = S::load(scratch.factors + j * lanes + v * W);
+          dp *= f;
+          kept = e * f;
+        }
+        Vec<T> g = e * (dp - delta[v]);
+        if (decltype(may_hide)::value) {
+          const typename S::I hidden = s == S::set1(-kInfinity<T>);
+          g = S::select(hidden, S::zero(), g);
+          kept = S::select(hidden, S::zero(), kept);
+        }
+        S::store(p_at, kept);
+        S::store(ds_at, g);
+      }
+  };
+  if (masked && dropout) elementwise(Flag<true>{}, Flag<true>{});
+  else if (masked) elementwise(Flag<true>{}, Flag<false>{});
+  else if (dropout) elementwise(Flag<false>{}, Flag<true>{});
+  else elementwise(Flag<false>{}, Flag<false>{});
+  return masked;
+}
+
+// Joint tiles [t0, t1) of the scratch against keys k0 .. k1. dk, dv point to the task's key 0.
+template <class T>
+void backward_block(const HeadRows& r, BackwardTile<T>* t0, BackwardTile<T>* t1, KeyBlock<T>& keys,
+                    KeyBlock<T>& values, int64_t k0, int64_t k1, const BackwardScratch<T>& scratch, T* dk, T* dv) {
+  using S = Simd<T>;
+  const AttentionParams& p = r.p;
+  const int64_t n = k1 - k0, padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
+  int64_t ld = 0;
+  bool masked = false, q_finite = true, d_out_finite = true;
+  for (BackwardTile<T>* t = t0; t < t1; ++t) ld += t->lanes;
+
+  int64_t lane = 0;
+  for (BackwardTile<T>* t = t0; t < t1; lane += t->lanes, ++t) {
+    with_vectors(t->nv, [&](auto nv) {
+      constexpr int NV = decltype(nv)::value, W = S::width;
+      const bool hides = score_gradients<T, NV>(r, *t, keys, values, k0, k1, scratch, scratch.p + lane,
+                                                scratch.ds + lane, ld);
+      T* const dq = t->dq;
+      const auto add = [=](int64_t d, int v, Vec<T> x) {
+        T* const at = dq + d * (NV * W) + v * W;
+        S::store(at, S::load(at) + x);
+      };
+      if (hides && !keys.finite())
+        gemm_hiding<T, NV, Major::kDepth, ZeroHides::kB>(p.head_dim, keys.at(k0), keys.ld(), scratch.ds + lane, ld, n,
+                                                         add);
+      else
+        gemm<T, NV, Major::kDepth>(p.head_dim, keys.at(k0), keys.ld(), scratch.ds + lane, ld, n, add);
+      masked = masked || hides;
+    });
+    q_finite = q_finite && t->q_finite;
+    d_out_finite = d_out_finite && t->d_out_finite;
+  }
+  gemm_accumulate<T, Major::kRow>(n, padded_dv, scratch.p, ld, t0->d_out_rows, padded_dv, ld, masked && !d_out_finite,
+                                  dv + k0 * padded_dv, padded_dv);
+  gemm_accumulate<T, Major::kRow>(n, padded_d, scratch.ds, ld, t0->q_rows, padded_d, ld, masked && !q_finite,
+                                  dk + k0 * padded_d, padded_d);
+}
+
+template <class T>
+void backward(const BackwardParams& params, const BackwardTask& task, void* memory) {
+  using S = Simd<T>;
+  const AttentionParams& p = params.forward;
+  const HeadRows r(p, task.batch, task.kv_head);
+  const Tiling<T> tiling(r.count);
+  Arena arena(memory);
+  BackwardScratch<T> scratch(p, arena);
+  const int64_t padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
+  T *const dk = static_cast<T*>(task.dk), *const dv = static_cast<T*>(task.dv);
+  const int64_t last_row = task.tile_end == tiling.tiles ? r.count : tiling.first_row(task.tile_end);
+  const KeyRange seen = r.keys_seen(tiling.first_row(task.tile_begin), last_row);
+  if (seen.begin < seen.end) {
+    memset(dk + seen.begin * padded_d, 0, sizeof(T) * (seen.end - seen.begin) * padded_d);
+    memset(dv + seen.begin * padded_dv, 0, sizeof(T) * (seen.end - seen.begin) * padded_dv);
+  }
+
+  KeyBlock<T> keys(r, p.k, p.head_dim, true, scratch.keys);
+  KeyBlock<T> values(r, p.v, p.value_dim, true, scratch.values);
+  for (int64_t first = task.tile_begin; first < task.tile_end; first += kBackwardTiles) {
+    const int64_t count = task.tile_end - first < kBackwardTiles ? task.tile_end - first : kBackwardTiles;
+    BackwardTile<T>* const tiles = scratch.tiles;
+    int64_t begin = r.length_k, end = 0;
+    for (int64_t t = 0; t < count; ++t) {
+      if (t > 0) {
+        const BackwardTile<T>& before = tiles[t - 1];
+        tiles[t].q = before.q + before.lanes * p.head_dim;
+        tiles[t].dq = before.dq + before.lanes * p.head_dim;
+        tiles[t].d_out = before.d_out + before.lanes * p.value_dim;
+        tiles[t].q_rows = before.q_rows + before.lanes * padded_d;
+        tiles[t].d_out_rows = before.d_out_rows + before.lanes * padded_dv;
+      }
+      tiles[t].setup(r, tiling, first + t);
+      start_tile<T>(params, r, tiles[t]);
+      if (tiles[t].begin >= tiles[t].end) continue;
+      if (tiles[t].begin < begin) begin = tiles[t].begin;
+      if (tiles[t].end > end) end = tiles[t].end;
+    }
+
+    for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
+      const int64_t block_begin = block < begin ? begin : block;
+      const int64_t block_end = block + kBlockKeys < end ? block + kBlockKeys : end;
+      // Key 4 n starts a group of random numbers; keys before `begin` are hidden from all rows.
+      const int64_t load_begin = p.dropout_rate > 0 ? block_begin / 4 * 4 : block_begin;
+      keys.load(load_begin, block_end);
+      values.load(load_begin, block_end);
+      for (int64_t t = 0; t < count; t += joint_tiles<T>()) {
+        const int64_t t1 = t + joint_tiles<T>() < count ? t + joint_tiles<T>() : count;
+        int64_t k0 = block_end, k1 = load_begin;  // what these tiles see of the block
+        for (int64_t i = t; i < t1; ++i) {
+          if (tiles[i].begin >= tiles[i].end) continue;
+          if (tiles[i].begin < k0) k0 = tiles[i].begin < load_begin ? load_begin : tiles[i].begin;
+          if (tiles[i].end > k1) k1 = tiles[i].end > block_end ? block_end : tiles[i].end;
+        }
+        if (p.dropout_rate > 0) k0 = k0 / 4 * 4;
+        if (k0 >= k1) continue;
+        backward_block<T>(r, tiles + t, tiles + t1, keys, values, k0, k1, scratch, dk, dv);
+      }
+    }
+
+    const Vec<T> scale = S::set1(static_cast<T>(p.scale));
+    for (int64_t t = 0; t < count; ++t) {
+      char* row[RowTile<T>::max_lanes];
+      tiles[t].tensor_rows(r, params.dq, row);
+      store_transposed<T>(params.dq.dtype, row, tiles[t].rows, tiles[t].lanes,
+                          params.dq.stride[3] * static_cast<int64_t>(size_of(params.dq.dtype)), p.head_dim,
+                          tiles[t].dq, [=](const T* at, int) { return S::load(at) * scale; });
+    }
+  }
+}
+
+// dk, dv = the sum of the chunks that saw the key, in chunk order; 0 where none did.
+template <class T>
+void reduce(const BackwardParams& params, const ReduceTask& task, void* memory) {
+  using S = Simd<T>;
+  const AttentionParams& p = params.forward;
+  const HeadRows r(p, task.batch, task.kv_head);
+  const Tiling<T> tiling(r.count);
+  T* const sum = static_cast<T*>(memory);
+  const auto write = [&](const StridedView& view, const void* partials, int64_t dim, T factor) {
+    const int64_t padded = round_to_width<T>(dim);
+    for (int64_t key = task.key_begin; key < task.key_end; ++key) {
+      memset(sum, 0, sizeof(T) * padded);
+      for (int64_t c = 0; c < task.chunks; ++c) {
+        const int64_t last_tile = task.chunk_tiles[c + 1];
+        const KeyRange seen = r.keys_seen(tiling.first_row(task.chunk_tiles[c]),
+                                          last_tile == tiling.tiles ? r.count : tiling.first_row(last_tile));
+        if (key < seen.begin || key >= seen.end) continue;
+        const T* const part =
+            reinterpret_cast<const T*>(static_cast<const char*>(partials) + c * task.chunk_bytes) + key * padded;
+        for (int64_t d = 0; d < padded; d += S::width) S::store(sum + d, S::load(sum + d) + S::load(part + d));
+      }
+      char* const dst = const_cast<char*>(r.key_row(view, key));
+      store_row<T>(view.dtype, dst, view.stride[3] * static_cast<int64_t>(size_of(view.dtype)), dim, sum, factor);
+    }
+  };
+  write(params.dk, task.dk, p.head_dim, static_cast<T>(p.scale));
+  write(params.dv, task.dv, p.value_dim, T{1});
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace attn_ops

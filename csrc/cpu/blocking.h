@@ -1,0 +1,32 @@
+// Every tuning constant of the CPU kernels, with where it was tuned. None of them changes a result: a tile of rows
+// meets the same key blocks in the same order whatever else is grouped with it.
+#pragma once
+
+#include <cstdint>
+
+namespace attn_ops {
+namespace cpu {
+
+// Keys per block: the score tile [kBlockKeys][lanes] stays in L1. It does decide where the running maximum is
+// rescaled, so it is the same on every ISA and for every thread count.
+static constexpr int64_t kBlockKeys = 64;
+
+// Row tiles that share a packed key/value block in one forward task (Zen 5, 1 MiB L2, 2026-11-22).
+static constexpr int64_t kForwardTiles = 4;
+
+// Row tiles of a backward task that share a packed key/value block.
+static constexpr int64_t kBackwardTiles = 4;
+
+// Forward key splits (few rows, many keys: decode). By shape alone, so that results do not depend on threads.
+static constexpr int64_t kSplitKeys = 512;   // at least this many keys in a split
+static constexpr int64_t kSplitTasks = 32;   // split until there are this many tasks
+
+// Backward row chunks: each has its own dk, dv, summed in order at the end. By shape alone, again.
+static constexpr int64_t kChunkRows = 512;
+static constexpr int64_t kChunkTasks = 32;
+
+// Memory for those partial dk, dv: heads are processed in waves that fit (at least one head).
+static constexpr int64_t kWaveBytes = int64_t{64} << 20;
+
+}  // namespace cpu
+}  // namespace attn_ops

@@ -1,0 +1,251 @@
+// Chooses the instruction set, cuts a call into tasks and runs them on the caller's threads.
+//
+// What is cut by shape alone (key splits, row chunks) may change the last bit of a result; what depends on the
+// number of threads (tiles per task, heads per wave) only groups work. So any thread count gives the same bits.
+#include <cstdlib>
+#include <cstring>
+
+#include <atomic>
+
+#include "blocking.h"
+#include "kernels.h"
+
+namespace attn_ops {
+namespace cpu {
+namespace {
+
+// ---------------------------------------------------------------------------------------------- instruction sets
+
+const Kernels* const kBuilt[] = {  // best first
+#ifdef ATTN_OPS_HAVE_AVX512
+    &kernels_avx512,
+#endif
+#ifdef ATTN_OPS_HAVE_AVX2
+    &kernels_avx2,
+#endif
+    &kernels_generic,
+};
+
+bool runs_here(const Kernels* k) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!strcmp(k->name, "avx512"))
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("fma");
+  if (!strcmp(k->name, "avx2"))
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+  return !strcmp(k->name, "generic");
+}
+
+const Kernels* find(const char* isa) {
+  for (const Kernels* k : kBuilt)
+    if ((!isa || !strcmp(k->name, isa)) && runs_here(k)) return k;
+  return nullptr;
+}
+
+const Kernels* choose(const char* isa) { return find(isa ? isa : default_isa()); }
+
+const TypedKernels& typed(const Kernels& k, DType t) { return t == DType::kFloat64 ? k.float64 : k.float32; }
+
+// ---------------------------------------------------------------------------------------------- running tasks
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t aligned(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
+
+// task(i, slot) for i = 0 .. count - 1, handed out one by one: rows near the end of a causal matrix cost more.
+template <class Task>
+void run_tasks(const Threads& threads, int64_t count, const Task& task) {
+  struct Shared {
+    const Task& task;
+    const int64_t count;
+    std::atomic<int64_t> next{0};
+  } shared{task, count};
+  const auto body = [](void* arg, int slot) {
+    Shared& s = *static_cast<Shared*>(arg);
+    for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.count;) s.task(i, slot);
+  };
+  const int slots = static_cast<int>(min(threads.run ? threads.count : 1, count));
+  if (slots > 1) threads.run(threads.self, slots, body, &shared);
+  else if (count > 0) body(&shared, 0);
+}
+
+// ---------------------------------------------------------------------------------------------- forward
+
+struct ForwardPlan {
+  int64_t heads;           // batch * num_kv_heads
+  int64_t tiles;           // row tiles of each
+  int64_t tiles_per_task, blocks, splits, split_keys;
+  int64_t scratch_bytes, partial_bytes;  // of one thread; of one split of one head
+
+  ForwardPlan(const AttentionParams& p, const TypedKernels& k, int threads) {
+    const int64_t rows = p.seqlen_q * group_size(p);
+    heads = p.batch * p.num_kv_heads;
+    tiles = k.tiles(rows);
+
+    // Few rows and many keys (decode): split the keys until there is enough to do.
+    const int64_t whole_tasks = heads * ceil_div(tiles, kForwardTiles);
+    splits = 1;
+    if (whole_tasks > 0 && whole_tasks < kSplitTasks)
+      splits = max(1, min(ceil_div(kSplitTasks, whole_tasks), p.seqlen_k / kSplitKeys));
+    split_keys = ceil_div(ceil_div(p.seqlen_k, splits), kBlockKeys) * kBlockKeys;
+    partial_bytes = splits > 1 ? aligned(rows * (p.value_dim + 2) * size_of(accumulator_of(p.dtype))) : 0;
+
+    tiles_per_task = kForwardTiles;
+    while (tiles_per_task > 1 && heads * ceil_div(tiles, tiles_per_task) * splits < 4 * threads) tiles_per_task /= 2;
+    blocks = ceil_div(tiles, tiles_per_task);
+    scratch_bytes = aligned(k.forward_scratch(p, tiles_per_task));
+  }
+
+  int64_t bytes(int threads) const {
+    return threads * scratch_bytes + (splits > 1 ? heads * splits * partial_bytes : 0);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------- backward
+
+struct BackwardPlan {
+  int64_t heads, tiles, chunks, wave;  // wave: heads in flight
+  int64_t dk_bytes, chunk_bytes;       // of one chunk: dk alone, dk and dv
+  int64_t scratch_bytes;
+
+  BackwardPlan(const BackwardParams& params, const TypedKernels& k, int threads) {
+    const AttentionParams& p = params.forward;
+    const int64_t rows = p.seqlen_q * group_size(p), size = size_of(accumulator_of(p.dtype));
+    heads = p.batch * p.num_kv_heads;
+    tiles = k.tiles(rows);
+    chunks = heads > 0 ? max(1, min(min(ceil_div(kChunkTasks, heads), rows / kChunkRows), tiles)) : 1;
+    dk_bytes = aligned(p.seqlen_k * k.padded(p.head_dim) * size);
+    chunk_bytes = dk_bytes + aligned(p.seqlen_k * k.padded(p.value_dim) * size);
+    // At least one head, and two tasks per thread, even where that needs more than kWaveBytes.
+    wave = max(ceil_div(2 * threads, chunks), kWaveBytes / max(1, chunks * chunk_bytes));
+    wave = max(1, min(wave, heads));
+    scratch_bytes = k.backward_scratch(params);
+    scratch_bytes = max(scratch_bytes, size * max(k.padded(p.head_dim), k.padded(p.value_dim)));  // reduce
+    if (params.d_bias) scratch_bytes = max(scratch_bytes, k.bias_gradient_scratch(params));
+    scratch_bytes = aligned(scratch_bytes);
+  }
+
+  int64_t first_tile(int64_t chunk) const { return chunk * tiles / chunks; }
+  int64_t bytes(int threads) const { return threads * scratch_bytes + wave * chunks * chunk_bytes; }
+};
+
+void bias_gradient(const BackwardParams& params, const TypedKernels& k, const Threads& threads, char* scratch,
+                   int64_t scratch_bytes) {
+  const int64_t* const shape = params.d_bias_shape;
+  const int64_t tiles = k.tiles(params.forward.seqlen_q);  // of one query head
+  const int64_t per_head = shape[2] == 1 ? min(1, tiles) : tiles;
+  if (shape[0] * shape[1] * shape[2] * shape[3] == 0) return;
+  if (tiles == 0) {  // no row ever used the bias
+    memset(params.d_bias, 0, shape[0] * shape[1] * shape[2] * shape[3] * size_of(params.forward.dtype));
+    return;
+  }
+  run_tasks(threads, shape[0] * shape[1] * per_head, [&](int64_t i, int slot) {
+    const int64_t head = i / per_head, tile = i % per_head;
+    const BiasGradientTask task{head / shape[1], head % shape[1], tile, shape[2] == 1 ? tiles : tile + 1};
+    k.bias_gradient(params, task, scratch + slot * scratch_bytes);
+  });
+}
+
+}  // namespace
+
+int isas(const char** names, int capacity) {
+  int n = 0;
+  for (const Kernels* k : kBuilt)
+    if (runs_here(k) && n < capacity) names[n++] = k->name;
+  return n;
+}
+
+bool isa_usable(const char* isa) { return find(isa) != nullptr; }
+
+const char* default_isa() {
+  static const char* const chosen = [] {
+    const char* const wanted = getenv("ATTN_OPS_ISA");
+    const Kernels* const k = wanted && *wanted ? find(wanted) : nullptr;
+    return (k ? k : find(nullptr))->name;
+  }();
+  return chosen;
+}
+
+size_t forward_workspace_bytes(const AttentionParams& p, int num_threads, const char* isa) {
+  const Kernels* const k = choose(isa);
+  return k ? ForwardPlan(p, typed(*k, p.dtype), num_threads).bytes(num_threads) : 0;
+}
+
+bool forward(const AttentionParams& p, Threads threads, Workspace workspace, const char* isa) {
+  const Kernels* const chosen = choose(isa);
+  if (!chosen) return false;
+  const TypedKernels& k = typed(*chosen, p.dtype);
+  const ForwardPlan plan(p, k, threads.count);
+  if (workspace.bytes < static_cast<size_t>(plan.bytes(threads.count))) return false;
+  char* const scratch = static_cast<char*>(workspace.data);
+  char* const partials = scratch + threads.count * plan.scratch_bytes;
+
+  run_tasks(threads, plan.heads * plan.blocks * plan.splits, [&](int64_t i, int slot) {
+    const int64_t split = i % plan.splits, head = i / plan.splits / plan.blocks;
+    // Last rows first: under a causal mask they take longest, and the short ones fill the gaps at the end.
+    const int64_t block = plan.blocks - 1 - i / plan.splits % plan.blocks;
+    ForwardTask task{};
+    task.batch = head / p.num_kv_heads;
+    task.kv_head = head % p.num_kv_heads;
+    task.tile_begin = block * plan.tiles_per_task;
+    task.tile_end = min(task.tile_begin + plan.tiles_per_task, plan.tiles);
+    task.key_begin = split * plan.split_keys;
+    task.key_end = min(task.key_begin + plan.split_keys, p.seqlen_k);
+    if (plan.splits > 1) task.partial = partials + (head * plan.splits + split) * plan.partial_bytes;
+    k.forward(p, task, scratch + slot * plan.scratch_bytes);
+  });
+  if (plan.splits > 1)
+    run_tasks(threads, plan.heads, [&](int64_t head, int) {
+      k.combine(p, CombineTask{head / p.num_kv_heads, head % p.num_kv_heads, plan.splits, plan.partial_bytes,
+                               partials + head * plan.splits * plan.partial_bytes});
+    });
+  return true;
+}
+
+size_t backward_workspace_bytes(const BackwardParams& params, int num_threads, const char* isa) {
+  const Kernels* const k = choose(isa);
+  return k ? BackwardPlan(params, typed(*k, params.forward.dtype), num_threads).bytes(num_threads) : 0;
+}
+
+bool backward(const BackwardParams& params, Threads threads, Workspace workspace, const char* isa) {
+  const AttentionParams& p = params.forward;
+  const Kernels* const chosen = choose(isa);
+  if (!chosen) return false;
+  const TypedKernels& k = typed(*chosen, p.dtype);
+  const BackwardPlan plan(params, k, threads.count);
+  if (workspace.bytes < static_cast<size_t>(plan.bytes(threads.count))) return false;
+  char* const scratch = static_cast<char*>(workspace.data);
+  char* const partials = scratch + threads.count * plan.scratch_bytes;
+
+  int64_t chunk_tiles[kChunkTasks + 1];
+  for (int64_t c = 0; c <= plan.chunks; ++c) chunk_tiles[c] = plan.first_tile(c);
+  const int64_t reduce_keys = 4 * kBlockKeys, reduce_blocks = ceil_div(p.seqlen_k, reduce_keys);
+
+  for (int64_t first = 0; first < plan.heads; first += plan.wave) {
+    const int64_t heads = min(plan.wave, plan.heads - first);
+    run_tasks(threads, heads * plan.chunks, [&](int64_t i, int slot) {
+      const int64_t head = first + i % heads, chunk = plan.chunks - 1 - i / heads;  // longest first, as in forward
+      char* const dk = partials + ((head - first) * plan.chunks + chunk) * plan.chunk_bytes;
+      k.backward(params, BackwardTask{head / p.num_kv_heads, head % p.num_kv_heads, chunk_tiles[chunk],
+                                      chunk_tiles[chunk + 1], dk, dk + plan.dk_bytes},
+                 scratch + slot * plan.scratch_bytes);
+    });
+    run_tasks(threads, heads * reduce_blocks, [&](int64_t i, int slot) {
+      const int64_t head = first + i / reduce_blocks, begin = i % reduce_blocks * reduce_keys;
+      char* const dk = partials + (head - first) * plan.chunks * plan.chunk_bytes;
+      k.reduce(params, ReduceTask{head / p.num_kv_heads, head % p.num_kv_heads, begin,
+                                  min(begin + reduce_keys, p.seqlen_k), plan.chunks, chunk_tiles, dk,
+                                  dk + plan.dk_bytes, plan.chunk_bytes},
+               scratch + slot * plan.scratch_bytes);
+    });
+  }
+  if (params.d_bias) bias_gradient(params, k, threads, scratch, plan.scratch_bytes);
+  return true;
+}
+
+}  // namespace cpu
+}  // namespace attn_ops

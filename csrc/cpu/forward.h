@@ -1,0 +1,239 @@
+// Forward: out = softmax(scale q k^T + bias, masked) v, one pass over the keys, transposed.
+//
+// For a tile of rows (one per vector lane) and a block of keys:
+//   s[j][i]  = sum_d k[j][d] q'[d][i]            q' = scale log2(e) q, packed once per tile
+//   m'       = max(m, max_j s)                    c = 2^(m - m')
+//   p[j][i]  = 2^(s - m')                         l = c l + sum_j p
+//   o[d][i]  = c o + sum_j v[j][d] p[j][i]
+// and at the end out = o / l, lse = ln 2 (m + log2 l). Maxima, sums and corrections are plain vectors: nothing is
+// ever reduced across lanes.
+#pragma once
+
+#include "kernels.h"
+#include "row_tile.h"
+
+namespace attn_ops {
+namespace cpu {
+namespace {
+
+template <class T>
+struct ForwardTile : RowTile<T> {
+  T *q, *out;                                        // [head_dim][lanes], [value_dim][lanes]
+  T m[RowTile<T>::max_lanes], l[RowTile<T>::max_lanes];
+};
+
+template <class T>
+struct ForwardScratch {
+  ForwardTile<T>* tiles;
+  T *keys, *values, *scores, *added, *factors;
+
+  static int64_t bytes(const AttentionParams& p, int64_t tiles) {
+    return Arena::bytes<ForwardTile<T>>(tiles) + tiles * (Arena::bytes<T>(RowTile<T>::max_lanes * p.head_dim) +
+                                                          Arena::bytes<T>(RowTile<T>::max_lanes * p.value_dim)) +
+           Arena::bytes<T>(kBlockKeys * p.head_dim) + Arena::bytes<T>(kBlockKeys * p.value_dim) +
+           3 * Arena::bytes<T>(kBlockKeys * RowTile<T>::max_lanes);
+  }
+
+  ForwardScratch(const AttentionParams& p, int64_t count, void* memory) {
+    Arena arena(memory);
+    tiles = arena.take<ForwardTile<T>>(count);
+    for (int64_t t = 0; t < count; ++t) {
+      tiles[t].q = arena.take<T>(RowTile<T>::max_lanes * p.head_dim);
+      tiles[t].out = arena.take<T>(RowTile<T>::max_lanes * p.value_dim);
+    }
+    keys = arena.take<T>(kBlockKeys * p.head_dim);
+    values = arena.take<T>(kBlockKeys * p.value_dim);
+    scores = arena.take<T>(kBlockKeys * RowTile<T>::max_lanes);
+    added = arena.take<T>(kBlockKeys * RowTile<T>::max_lanes);
+    factors = arena.take<T>(kBlockKeys * RowTile<T>::max_lanes);
+  }
+};
+
+template <class T>
+void start_tile(const HeadRows& r, ForwardTile<T>& tile) {
+  using S = Simd<T>;
+  const AttentionParams& p = r.p;
+  char* row[RowTile<T>::max_lanes];
+  tile.tensor_rows(r, p.q, row);
+  const Vec<T> factor = S::set1(static_cast<T>(p.scale * kLog2E));
+  load_transposed<T>(p.q.dtype, row, tile.rows, tile.lanes, p.q.stride[3] * static_cast<int64_t>(size_of(p.q.dtype)),
+                     p.head_dim, tile.q, [=](T* at, Vec<T> x) { S::store(at, x * factor); });
+  memset(tile.out, 0, sizeof(T) * tile.lanes * p.value_dim);
+  for (int i = 0; i < tile.lanes; i += S::width) {
+    S::store(tile.m + i, S::set1(-kInfinity<T>));
+    S::store(tile.l + i, S::zero());
+  }
+}
+
+// One tile meets the keys k0 .. k1 of a block.
+template <class T, int NV>
+__attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& tile, const KeyBlock<T>& keys,
+                                             KeyBlock<T>& values, int64_t k0, int64_t k1,
+                                             const ForwardScratch<T>& scratch) {
+  using S = Simd<T>;
+  constexpr int W = S::width, lanes = NV * W;
+  const AttentionParams& p = r.p;
+  const int64_t n = k1 - k0;
+  T* const s = scratch.scores;
+  const bool has_added = p.bias.data || p.num_masks;
+  if (has_added && !added_scores<T>(r, tile, k0, n, scratch.added)) return;
+
+  Vec<T> m_old[NV], m[NV];
+  for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
+  const bool masked = has_added || !tile.all_see(k0, k1);
+  if (masked) {
+    gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), tile.q, lanes, p.head_dim,
+                             [=](int64_t j, int v, Vec<T> x) { S::store(s + j * lanes + v * W, x); });
+    mask_scores<T, NV>(tile, k0, n, has_added ? scratch.added : nullptr, s, lanes,
+                       [&](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
+  } else {
+    gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), tile.q, lanes, p.head_dim,
+                             [=, &m](int64_t j, int v, Vec<T> x) {
+                               S::store(s + j * lanes + v * W, x);
+                               m[v] = S::max(m[v], x);
+                             });
+  }
+
+  // A row that has seen nothing yet has m = -inf; -inf - (-inf) would be NaN, so it is compared with 0 instead.
+  Vec<T> base[NV], correction[NV], sum[NV];
+  for (int v = 0; v < NV; ++v) {
+    base[v] = S::select(m[v] == S::set1(-kInfinity<T>), S::zero(), m[v]);
+    correction[v] = exp2<T>(m_old[v] - base[v]);
+    sum[v] = S::load(tile.l + v * W) * correction[v];
+  }
+#pragma GCC unroll 2
+  for (int64_t j = 0; j < n; ++j)
+    for (int v = 0; v < NV; ++v) {
+      const Vec<T> e = exp2<T>(S::load(s + j * lanes + v * W) - base[v]);
+      sum[v] += e;
+      S::store(s + j * lanes + v * W, e);
+    }
+  for (int v = 0; v < NV; ++v) {
+    S::store(tile.m + v * W, m[v]);
+    S::store(tile.l + v * W, sum[v]);
+  }
+  if (p.dropout_rate > 0) {  // after the sum: dropout acts on the normalised probabilities
+    dropout_factors<T>(Dropout(p, r.batch), tile.position, tile.head, lanes, k0, n, scratch.factors);
+    for (int64_t i = 0; i < n * lanes; i += W) S::store(s + i, S::load(s + i) * S::load(scratch.factors + i));
+  }
+
+  T* const out = tile.out;
+  const auto accumulate = [=](int64_t d, int v, Vec<T> x) {
+    T* const at = out + d * lanes + v * W;
+    S::store(at, S::fma(S::load(at), correction[v], x));
+  };
+  if (masked && !values.finite())
+    gemm_hiding<T, NV, Major::kDepth, ZeroHides::kB>(p.value_dim, values.at(k0), values.ld(), s, lanes, n, accumulate);
+  else
+    gemm<T, NV, Major::kDepth>(p.value_dim, values.at(k0), values.ld(), s, lanes, n, accumulate);
+}
+
+// out = o / l, lse = ln 2 (m + log2 l); a row without a key has l = 0 and gets 0 and -inf.
+template <class T>
+void finish_tile(const HeadRows& r, const ForwardTile<T>& tile) {
+  using S = Simd<T>;
+  const AttentionParams& p = r.p;
+  T inverse[RowTile<T>::max_lanes];
+  for (int i = 0; i < tile.lanes; i += S::width) {
+    const Vec<T> l = S::load(tile.l + i);
+    S::store(inverse + i, S::select(l == S::zero(), S::zero(), S::set1(1) / l));
+  }
+  char* row[RowTile<T>::max_lanes];
+  tile.tensor_rows(r, p.out, row);
+  store_transposed<T>(p.out.dtype, row, tile.rows, tile.lanes,
+                      p.out.stride[3] * static_cast<int64_t>(size_of(p.out.dtype)), p.value_dim, tile.out,
+                      [&](const T* at, int lane) { return S::load(at) * S::load(inverse + lane); });
+  T* const lse = static_cast<T*>(p.lse);
+  for (int i = 0; i < tile.rows; ++i)
+    lse[r.statistic(tile.position[i], tile.head[i])] =
+        tile.l[i] == 0 ? -kInfinity<T> : static_cast<T>((tile.m[i] + std::log2(static_cast<double>(tile.l[i]))) * kLn2);
+}
+
+// A key split leaves m, l and the unnormalised o of its rows: [row][value_dim + 2].
+template <class T>
+void finish_partial(const HeadRows& r, const ForwardTile<T>& tile, T* partial) {
+  using S = Simd<T>;
+  const int64_t size = r.p.value_dim + 2;
+  char* row[RowTile<T>::max_lanes];
+  for (int i = 0; i < tile.rows; ++i) {
+    T* const at = partial + (tile.first + i) * size;
+    at[0] = tile.m[i];
+    at[1] = tile.l[i];
+    row[i] = reinterpret_cast<char*>(at + 2);
+  }
+  store_transposed<T>(sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32, row, tile.rows, tile.lanes, sizeof(T),
+                      r.p.value_dim, tile.out, [](const T* at, int) { return S::load(at); });
+}
+
+template <class T>
+void forward(const AttentionParams& p, const ForwardTask& task, void* memory) {
+  const int64_t tiles = task.tile_end - task.tile_begin;
+  const HeadRows r(p, task.batch, task.kv_head);
+  const Tiling<T> tiling(r.count);
+  ForwardScratch<T> scratch(p, tiles, memory);
+  int64_t begin = r.length_k, end = 0;
+  for (int64_t t = 0; t < tiles; ++t) {
+    ForwardTile<T>& tile = scratch.tiles[t];
+    tile.setup(r, tiling, task.tile_begin + t);
+    start_tile<T>(r, tile);
+    if (tile.begin >= tile.end) continue;
+    if (tile.begin < begin) begin = tile.begin;
+    if (tile.end > end) end = tile.end;
+  }
+  if (begin < task.key_begin) begin = task.key_begin;
+  if (end > task.key_end) end = task.key_end;
+
+  KeyBlock<T> keys(r, p.k, p.head_dim, tiles > 1, scratch.keys);
+  KeyBlock<T> values(r, p.v, p.value_dim, tiles > 1, scratch.values);
+  for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
+    // Key 4 n starts a group of random numbers, so blocks are trimmed to multiples of 4.
+    const int64_t block_begin = block < begin ? begin / 4 * 4 : block;
+    const int64_t block_end = block + kBlockKeys < end ? block + kBlockKeys : end;
+    keys.load(block_begin, block_end);
+    values.load(block_begin, block_end);
+    for (int64_t t = 0; t < tiles; ++t) {
+      ForwardTile<T>& tile = scratch.tiles[t];
+      const int64_t k0 = tile.begin > block_begin ? tile.begin / 4 * 4 : block_begin;
+      const int64_t k1 = tile.end < block_end ? tile.end : block_end;
+      if (k0 >= k1 || tile.begin >= tile.end) continue;
+      with_vectors(tile.nv, [&](auto nv) {
+        forward_block<T, decltype(nv)::value>(r, tile, keys, values, k0, k1, scratch);
+      });
+    }
+  }
+  for (int64_t t = 0; t < tiles; ++t) {
+    if (task.partial) finish_partial<T>(r, scratch.tiles[t], static_cast<T*>(task.partial));
+    else finish_tile<T>(r, scratch.tiles[t]);
+  }
+}
+
+// Merges the splits of one row:  m = max m_s,  w_s = 2^(m_s - m),  l = sum w_s l_s,  out = sum w_s o_s / l.
+template <class T>
+void combine(const AttentionParams& p, const CombineTask& task) {
+  const HeadRows r(p, task.batch, task.kv_head);
+  const int64_t size = p.value_dim + 2, split_size = task.split_bytes / static_cast<int64_t>(sizeof(T));
+  const int64_t stride = p.out.stride[3] * static_cast<int64_t>(size_of(p.out.dtype));
+  for (int64_t row = 0; row < r.count; ++row) {
+    T* const first = static_cast<T*>(task.partials) + row * size;
+    T m = -kInfinity<T>, l = 0;
+    for (int64_t s = 0; s < task.splits; ++s) {
+      const T m_s = first[s * split_size];
+      if (m_s > m || m_s != m_s) m = m_s;
+    }
+    const T base = m == -kInfinity<T> ? T{0} : m;
+    for (int64_t s = 0; s < task.splits; ++s) {
+      T* const part = first + s * split_size;
+      const T weight = exp2<T>(Simd<T>::set1(part[0] - base))[0];
+      l += weight * part[1];
+      for (int64_t d = 0; d < p.value_dim; ++d)  // into the first split's row
+        first[2 + d] = s == 0 ? weight * part[2 + d] : first[2 + d] + weight * part[2 + d];
+    }
+    store_row<T>(p.out.dtype, r.tensor_row(p.out, r.position(row), r.head(row)), stride, p.value_dim, first + 2, l == 0 ? T{0} : T{1} / l);
+    static_cast<T*>(p.lse)[r.statistic(r.position(row), r.head(row))] =
+        l == 0 ? -kInfinity<T> : static_cast<T>((m + std::log2(static_cast<double>(l))) * kLn2);
+  }
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace attn_ops

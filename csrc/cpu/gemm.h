@@ -1,0 +1,120 @@
+// The one matrix product every step of attention is made of, on a tile that lives in registers:
+//
+//   c[r][j] = epilogue( sum_{k < depth} a(r, k) * b[k][j] )        r < rows,  j < NV * width
+//
+// a is read one scalar at a time and broadcast, so it is used where it lies, whichever way it is stored; b is read
+// in whole vectors. The tile is R x NV accumulators; R is as large as the register file allows.
+#pragma once
+
+#include "simd.h"
+
+namespace attn_ops {
+namespace cpu {
+namespace {
+
+// Widest tile, in vectors.
+constexpr int kMaxVectors = 3;
+
+// Accumulators R * NV, plus NV vectors of b and one broadcast, must fit in the registers; fewer than 8 accumulators
+// could not hide the latency of FMA (4 cycles, 2 per cycle).
+constexpr int tile_rows(int nv) { return kVectorRegisters == 32 ? (nv == 3 ? 8 : nv == 2 ? 12 : 16)
+                                                                : (nv == 3 ? 4 : nv == 2 ? 6 : 8); }
+
+// Calls f(Vectors<nv>{}) for the run-time number of vectors: the tile must be a constant.
+template <int N>
+struct Vectors {
+  static constexpr int value = N;
+};
+
+template <class F>
+ATTN_INLINE void with_vectors(int nv, const F& f) {
+  if (nv == 3) f(Vectors<3>{});
+  else if (nv == 2) f(Vectors<2>{});
+  else f(Vectors<1>{});
+}
+
+// How `a` is stored: a(r, k) = a[r * lda + k] or a[r + k * lda].
+enum class Major { kRow, kDepth };
+
+template <class T, int R, int NV, Major M, class Epilogue>
+ATTN_INLINE void gemm_tile(const T* __restrict__ a, int64_t lda, const T* __restrict__ b, int64_t ldb, int64_t depth,
+                           const Epilogue& epilogue, int64_t row) {
+  using S = Simd<T>;
+  Vec<T> acc[R][NV];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) acc[r][v] = S::zero();
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<T> bk[NV];
+    for (int v = 0; v < NV; ++v) bk[v] = S::load(b + k * ldb + v * S::width);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> x = S::set1(M == Major::kRow ? a[r * lda + k] : a[r + k * lda]);
+      for (int v = 0; v < NV; ++v) acc[r][v] = S::fma(x, bk[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) epilogue(row + r, v, acc[r][v]);
+}
+
+// All rows: full tiles, then halves and single rows. epilogue(r, v, sum) stores vector v of row r.
+template <class T, int NV, Major M, class Epilogue>
+ATTN_INLINE void gemm(int64_t rows, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth,
+                      const Epilogue& epilogue) {
+  constexpr int R = tile_rows(NV);
+  const int64_t step = M == Major::kRow ? lda : 1;
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) gemm_tile<T, R, NV, M>(a + r * step, lda, b, ldb, depth, epilogue, r);
+  for (; r + R / 2 <= rows; r += R / 2) gemm_tile<T, R / 2, NV, M>(a + r * step, lda, b, ldb, depth, epilogue, r);
+  for (; r < rows; ++r) gemm_tile<T, 1, NV, M>(a + r * step, lda, b, ldb, depth, epilogue, r);
+}
+
+// The same product for blocks that are partly masked and whose other factor holds Inf or NaN: a masked probability
+// is exactly 0 and must hide what it is multiplied with, but 0 * NaN is NaN. Terms whose probability is 0 are
+// therefore left out. Rare, so plain.
+enum class ZeroHides { kA, kB };
+
+template <class T, int NV, Major M, ZeroHides Z, class Epilogue>
+__attribute__((noinline)) void gemm_hiding(int64_t rows, const T* a, int64_t lda, const T* b, int64_t ldb,
+                                           int64_t depth, const Epilogue& epilogue) {
+  using S = Simd<T>;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int v = 0; v < NV; ++v) {
+      Vec<T> acc = S::zero();
+      for (int64_t k = 0; k < depth; ++k) {
+        const Vec<T> x = S::set1(M == Major::kRow ? a[r * lda + k] : a[r + k * lda]);
+        const Vec<T> y = S::load(b + k * ldb + v * S::width);
+        const Vec<T> probability = Z == ZeroHides::kA ? x : y;
+        acc = S::select(probability == S::zero(), acc, S::fma(x, y, acc));
+      }
+      epilogue(r, v, acc);
+    }
+}
+
+// c[rows][columns] += a b for `columns` a multiple of the vector width: panels of up to kMaxVectors vectors, evenly.
+template <class T, Major M>
+ATTN_INLINE void gemm_accumulate(int64_t rows, int64_t columns, const T* a, int64_t lda, const T* b, int64_t ldb,
+                                 int64_t depth, bool hide_zero_a, T* c, int64_t ldc) {
+  using S = Simd<T>;
+  int64_t left = columns / S::width;
+  while (left > 0) {
+    const int nv = left >= 5 || left == 3 ? 3 : left >= 2 ? 2 : 1;  // 4 = 2 + 2
+    const auto panel = [&](auto vectors) {
+      constexpr int NV = decltype(vectors)::value;
+      const auto add = [=](int64_t r, int v, Vec<T> sum) {
+        T* const at = c + r * ldc + v * S::width;
+        S::store(at, S::load(at) + sum);
+      };
+      if (hide_zero_a) gemm_hiding<T, NV, M, ZeroHides::kA>(rows, a, lda, b, ldb, depth, add);
+      else gemm<T, NV, M>(rows, a, lda, b, ldb, depth, add);
+    };
+    with_vectors(nv, panel);
+    b += nv * S::width;
+    c += nv * S::width;
+    left -= nv;
+  }
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace attn_ops

@@ -1,0 +1,42 @@
+// Compiled once per instruction set, with ATTN_OPS_ISA naming it and the compiler flags to match.
+#include "kernels.h"
+
+#define ATTN_OPS_JOIN_(a, b) a##b
+#define ATTN_OPS_JOIN(a, b) ATTN_OPS_JOIN_(a, b)
+#define ATTN_OPS_STRING_(a) #a
+#define ATTN_OPS_STRING(a) ATTN_OPS_STRING_(a)
+#define ATTN_OPS_SIMD_HEADER(isa) ATTN_OPS_STRING(ATTN_OPS_JOIN(simd_, isa).h)
+#include ATTN_OPS_SIMD_HEADER(ATTN_OPS_ISA)
+
+#include "backward.h"
+#include "bias_gradient.h"
+#include "forward.h"
+
+namespace attn_ops {
+namespace cpu {
+namespace {
+
+template <class T>
+constexpr TypedKernels typed_kernels() {
+  return {
+      Simd<T>::width,
+      [](int64_t rows) { return Tiling<T>(rows).tiles; },
+      [](int64_t dim) { return round_to_width<T>(dim); },
+      ForwardScratch<T>::bytes,
+      forward<T>,
+      combine<T>,
+      [](const BackwardParams& p) { return BackwardScratch<T>::bytes(p.forward); },
+      backward<T>,
+      reduce<T>,
+      bias_gradient_scratch_bytes<T>,
+      bias_gradient<T>,
+  };
+}
+
+}  // namespace
+
+extern const Kernels ATTN_OPS_JOIN(kernels_, ATTN_OPS_ISA) = {ATTN_OPS_STRING(ATTN_OPS_ISA), typed_kernels<float>(),
+                                                             typed_kernels<double>()};
+
+}  // namespace cpu
+}  // namespace attn_ops

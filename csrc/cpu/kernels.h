@@ -1,0 +1,64 @@
+// What one instruction set provides. dispatch.cc cuts the work into these tasks; kernels.cc, compiled once per ISA,
+// fills the table. Tasks of one call may run on any thread in any order and give the same bits.
+#pragma once
+
+#include "../attention.h"
+
+namespace attn_ops {
+namespace cpu {
+
+// Row tiles [tile_begin, tile_end) of one (batch, kv head) against keys [key_begin, key_end).
+struct ForwardTask {
+  int64_t batch, kv_head, tile_begin, tile_end, key_begin, key_end;
+  void* partial;  // null: write out and lse. Else this split's [row][value_dim + 2] of the accumulator type
+};
+
+// The splits of one (batch, kv head) into out and lse. The partials are overwritten.
+struct CombineTask {
+  int64_t batch, kv_head, splits, split_bytes;
+  void* partials;  // [split][row][value_dim + 2]
+};
+
+// Row tiles [tile_begin, tile_end) of one (batch, kv head): writes their dq, and their share of dk, dv.
+struct BackwardTask {
+  int64_t batch, kv_head, tile_begin, tile_end;
+  void *dk, *dv;  // [seqlen_k][head_dim or value_dim, padded to whole vectors], written where a row sees a key
+};
+
+// dk, dv of one (batch, kv head), keys [key_begin, key_end): the sum over `chunks` backward tasks, in order.
+struct ReduceTask {
+  int64_t batch, kv_head, key_begin, key_end, chunks;
+  const int64_t* chunk_tiles;  // [chunks + 1] tile boundaries
+  const void *dk, *dv;         // chunk c starts at c * chunk_bytes
+  int64_t chunk_bytes;
+};
+
+// Rows [row_begin, row_end) of the bias gradient [b][h][row][key] (indices of the unbroadcast bias).
+struct BiasGradientTask {
+  int64_t bias_batch, bias_head, tile_begin, tile_end;
+};
+
+// The kernels of one ISA for one accumulator type.
+struct TypedKernels {
+  int width;                                     // rows per vector
+  int64_t (*tiles)(int64_t rows);                // row tiles of a (batch, kv head)
+  int64_t (*padded)(int64_t dim);                // dim rounded up to whole vectors
+  int64_t (*forward_scratch)(const AttentionParams&, int64_t tiles);
+  void (*forward)(const AttentionParams&, const ForwardTask&, void* scratch);
+  void (*combine)(const AttentionParams&, const CombineTask&);
+  int64_t (*backward_scratch)(const BackwardParams&);
+  void (*backward)(const BackwardParams&, const BackwardTask&, void* scratch);
+  void (*reduce)(const BackwardParams&, const ReduceTask&, void* scratch);
+  int64_t (*bias_gradient_scratch)(const BackwardParams&);
+  void (*bias_gradient)(const BackwardParams&, const BiasGradientTask&, void* scratch);
+};
+
+struct Kernels {
+  const char* name;
+  TypedKernels float32, float64;
+};
+
+extern const Kernels kernels_generic, kernels_avx2, kernels_avx512;
+
+}  // namespace cpu
+}  // namespace attn_ops

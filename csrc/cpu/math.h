@@ -1,0 +1,61 @@
+// 2^x on vectors. The kernels work in base 2: the factor log2(e) is folded into the scale once per query.
+#pragma once
+
+#include <cmath>
+
+#include "simd.h"
+
+namespace attn_ops {
+namespace cpu {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+template <class T>
+constexpr T kInfinity = static_cast<T>(__builtin_inf());
+
+// x = n + r with n integer, |r| <= 1/2:   2^x = 2^n 2^r,   2^r by a minimax polynomial (own Remez run).
+// Adding 1.5 * 2^mantissa_bits + bias rounds x to n and leaves n + bias in the low bits; shifted into the exponent
+// field that is 2^n, and n = -bias gives 0. So everything below 2^-126.5 (2^-1022.5) is flushed to exactly 0:
+// masked scores (-inf) need no special case. The polynomial is 1 at r = 0, so 2^0 is exactly 1.
+template <class T>
+struct Exp2;
+
+template <>
+struct Exp2<float> {
+  static constexpr float lowest = -127.0f, rounder = 12582912.0f + 127.0f;
+  static constexpr int mantissa_bits = 23;
+  // relative error 1.9e-9 before rounding
+  static constexpr float coefficients[] = {1.5345812158740182e-4f, 1.3399931209474140e-3f, 9.6184889565227916e-3f,
+                                           5.5503287769976638e-2f, 2.4022646890639572e-1f, 6.9314720573725268e-1f,
+                                           1.0f};
+};
+
+template <>
+struct Exp2<double> {
+  static constexpr double lowest = -1023.0, rounder = 6755399441055744.0 + 1023.0;
+  static constexpr int mantissa_bits = 52;
+  // relative error 3.1e-18 before rounding
+  static constexpr double coefficients[] = {
+      4.4352809446103361611e-10, 7.0741056262456593708e-9, 1.0178198033328527662e-7, 1.3215433089594629037e-6,
+      1.52527334899608046e-5,    1.5403530462514613026e-4, 1.3333558146789950323e-3, 9.6181291075883350833e-3,
+      5.5504108664819921483e-2,  2.4022650695910156205e-1, 6.9314718055994533046e-1, 1.0};
+};
+
+// NaN stays NaN: max() keeps its second operand, and the factor 2^n multiplies (an integer add would not).
+template <class T>
+ATTN_INLINE Vec<T> exp2(Vec<T> x) {
+  using S = Simd<T>;
+  using E = Exp2<T>;
+  x = S::max(S::set1(E::lowest), x);
+  const Vec<T> shifted = x + S::set1(E::rounder);
+  const Vec<T> r = x - (shifted - S::set1(E::rounder));
+  const Vec<T> two_n = (Vec<T>)((typename S::I)shifted << E::mantissa_bits);
+  Vec<T> p = S::set1(E::coefficients[0]);
+  for (size_t i = 1; i < sizeof(E::coefficients) / sizeof(T); ++i) p = S::fma(p, r, S::set1(E::coefficients[i]));
+  return p * two_n;
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace attn_ops

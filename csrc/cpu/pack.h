@@ -1,0 +1,117 @@
+// Moves rows between memory (any dtype, any stride) and the two layouts of the kernels:
+//   transposed [column][row lanes]   one query row per vector lane (q, out, bias and masks of a tile)
+//   row major  [row][column]         contiguous copies of key/value blocks and of query rows
+#pragma once
+
+#include "storage.h"
+
+namespace attn_ops {
+namespace cpu {
+namespace {
+
+// A bump allocator over the scratch memory of one thread.
+class Arena {
+ public:
+  explicit Arena(void* memory) : at_(static_cast<char*>(memory)) {}
+
+  template <class E>
+  E* take(int64_t count) {
+    char* const p = at_;
+    at_ += bytes<E>(count);
+    return reinterpret_cast<E*>(p);
+  }
+
+  template <class E>
+  static int64_t bytes(int64_t count) {
+    return (count * static_cast<int64_t>(sizeof(E)) + 63) / 64 * 64;
+  }
+
+ private:
+  char* at_;
+};
+
+template <class T>
+ATTN_INLINE int64_t round_to_width(int64_t n) {
+  return (n + Simd<T>::width - 1) / Simd<T>::width * Simd<T>::width;
+}
+
+// put(dst + c * lanes + r, vector over rows r of element c), for `lanes` rows of which those past `rows` are zero.
+// `rows[r]` points to element 0 of row r; elements are `stride` bytes apart.
+template <class T, class Put>
+ATTN_INLINE void load_transposed(DType dtype, const char* const* row, int rows, int lanes, int64_t stride,
+                                 int64_t columns, T* dst, const Put& put) {
+  using S = Simd<T>;
+  constexpr int W = S::width;
+  with_readable(T{}, dtype, [&](auto storage) {
+    for (int r0 = 0; r0 < lanes; r0 += W)
+      for (int64_t c0 = 0; c0 < columns; c0 += W) {
+        const int64_t n = columns - c0 < W ? columns - c0 : W;
+        Vec<T> block[W];
+        for (int i = 0; i < W; ++i)
+          block[i] = r0 + i < rows ? load_some<T>(storage, row[r0 + i] + c0 * stride, stride, n) : S::zero();
+        S::transpose(block);
+        for (int64_t j = 0; j < n; ++j) put(dst + (c0 + j) * lanes + r0, block[j]);
+      }
+  });
+}
+
+// row[r][c] = get(src + c * lanes + r, r0) for the first `rows` lanes; get returns a vector over rows.
+template <class T, class Get>
+ATTN_INLINE void store_transposed(DType dtype, char* const* row, int rows, int lanes, int64_t stride, int64_t columns,
+                                  const T* src, const Get& get) {
+  constexpr int W = Simd<T>::width;
+  with_storage(T{}, dtype, [&](auto storage) {
+    for (int r0 = 0; r0 < lanes; r0 += W)
+      for (int64_t c0 = 0; c0 < columns; c0 += W) {
+        const int64_t n = columns - c0 < W ? columns - c0 : W;
+        Vec<T> block[W];
+        for (int64_t j = 0; j < W; ++j) block[j] = j < n ? get(src + (c0 + j) * lanes + r0, r0) : Simd<T>::zero();
+        Simd<T>::transpose(block);
+        for (int i = 0; i < W && r0 + i < rows; ++i)
+          store_some<T>(storage, row[r0 + i] + c0 * stride, stride, n, block[i]);
+      }
+  });
+}
+
+// dst[c] = src[c] for c < columns, then zeros to the end of the last vector when `padded`.
+template <class T>
+ATTN_INLINE void load_row(DType dtype, const char* src, int64_t stride, int64_t columns, bool padded, T* dst) {
+  constexpr int W = Simd<T>::width;
+  with_readable(T{}, dtype, [&](auto storage) {
+    for (int64_t c = 0; c < columns; c += W) {
+      const int64_t n = columns - c < W ? columns - c : W;
+      const Vec<T> x = load_some<T>(storage, src + c * stride, stride, n);
+      if (n == W || padded) Simd<T>::store(dst + c, x);
+      else memcpy(dst + c, &x, n * sizeof(T));
+    }
+  });
+}
+
+// dst[c] = src[c] * factor
+template <class T>
+ATTN_INLINE void store_row(DType dtype, char* dst, int64_t stride, int64_t columns, const T* src, T factor) {
+  constexpr int W = Simd<T>::width;
+  with_storage(T{}, dtype, [&](auto storage) {
+    for (int64_t c = 0; c < columns; c += W) {
+      const int64_t n = columns - c < W ? columns - c : W;
+      const Vec<T> x = load_some<T>(Same<T>{}, reinterpret_cast<const char*>(src + c), sizeof(T), n);
+      store_some<T>(storage, dst + c * stride, stride, n, x * Simd<T>::set1(factor));
+    }
+  });
+}
+
+// Neither Inf nor NaN anywhere in [rows][columns]: 0 * x is 0 for finite x only.
+template <class T>
+bool all_finite(const T* a, int64_t lda, int64_t rows, int64_t columns) {
+  using S = Simd<T>;
+  Vec<T> sum = S::zero();
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; c += S::width)
+      sum += S::zero() *
+             load_some<T>(Same<T>{}, reinterpret_cast<const char*>(a + r * lda + c), sizeof(T), columns - c);
+  return !S::any(sum != S::zero());
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace attn_ops

@@ -1,0 +1,236 @@
+// A tile of query rows: which rows, which keys they see, what is added to their scores.
+//
+// All query heads that share a key/value head are one list of rows, position-major: row r is position r / group of
+// head kv_head * group + r % group. So grouped queries share every key they load, a decode step with 4 heads per
+// kv head fills 4 lanes, and the ends of the key ranges still never move back along the list.
+#pragma once
+
+#include "../mask.h"
+#include "blocking.h"
+#include "gemm.h"
+#include "pack.h"
+#include "philox.h"
+
+namespace attn_ops {
+namespace cpu {
+namespace {
+
+// The rows of one (batch, kv head), or of one of its query heads alone.
+struct HeadRows {
+  const AttentionParams& p;
+  int64_t batch, kv_head, first_head, group, count, length_q, length_k;
+
+  HeadRows(const AttentionParams& params, int64_t b, int64_t kv) : HeadRows(params, b, kv, kv * group_size(params),
+                                                                            group_size(params)) {}
+  HeadRows(const AttentionParams& params, int64_t b, int64_t kv, int64_t first, int64_t heads)
+      : p(params), batch(b), kv_head(kv), first_head(first), group(heads), count(params.seqlen_q * heads),
+        length_q(params.query_lengths ? params.query_lengths[b] : params.seqlen_q),
+        length_k(params.key_lengths ? params.key_lengths[b] : params.seqlen_k) {}
+
+  int64_t position(int64_t row) const { return row / group; }
+  int64_t head(int64_t row) const { return first_head + row % group; }
+  int64_t statistic(int64_t position, int64_t head) const {  // index into lse
+    return (batch * p.num_heads + head) * p.seqlen_q + position;
+  }
+  char* tensor_row(const StridedView& v, int64_t position, int64_t head) const {
+    return static_cast<char*>(v.data) + (batch * v.stride[0] + position * v.stride[1] + head * v.stride[2]) *
+                                            static_cast<int64_t>(size_of(v.dtype));
+  }
+  const char* score_row(const StridedView& v, int64_t position, int64_t head) const {
+    return static_cast<const char*>(v.data) + (batch * v.stride[0] + head * v.stride[1] + position * v.stride[2]) *
+                                                  static_cast<int64_t>(size_of(v.dtype));
+  }
+  // First element of key or value j.
+  const char* key_row(const StridedView& v, int64_t j) const {
+    return static_cast<const char*>(v.data) +
+           (batch * v.stride[0] + j * v.stride[1] + kv_head * v.stride[2]) * static_cast<int64_t>(size_of(v.dtype));
+  }
+  // Keys that any of the rows [begin, end) sees.
+  KeyRange keys_seen(int64_t begin, int64_t end) const {
+    const int64_t valid_end = length_q * group < end ? length_q * group : end;
+    if (begin >= valid_end) return {0, 0};
+    return {key_range(p.mask, position(begin), length_q, length_k).begin,
+            key_range(p.mask, position(valid_end - 1), length_q, length_k).end};
+  }
+};
+
+// How many tiles of 1 to kMaxVectors vectors the rows are cut into, as evenly as possible: a lone narrow tile at the
+// end would leave most of the register file idle.
+template <class T>
+struct Tiling {
+  int64_t vectors, tiles;
+  explicit Tiling(int64_t rows)
+      : vectors((rows + Simd<T>::width - 1) / Simd<T>::width), tiles((vectors + kMaxVectors - 1) / kMaxVectors) {}
+  int64_t first_vector(int64_t tile) const {
+    if (tiles == 0) return 0;
+    const int64_t each = vectors / tiles, extra = vectors % tiles;
+    return tile * each + (tile < extra ? tile : extra);
+  }
+  int64_t first_row(int64_t tile) const { return first_vector(tile) * Simd<T>::width; }
+};
+
+template <class T>
+struct RowTile {
+  static constexpr int max_lanes = kMaxVectors * Simd<T>::width;
+
+  int nv, lanes, rows;          // vectors, nv * width, and the lanes in use
+  int64_t first;                // row of lane 0
+  int64_t begin, end;           // keys that some row sees
+  int64_t all_begin, all_end;   // keys that every row sees, as far as intervals say
+  int64_t lo[max_lanes], hi[max_lanes];          // interval per lane, empty for lanes not in use
+  uint32_t position[max_lanes], head[max_lanes];  // of the lane's row (those not in use repeat the last)
+
+  void setup(const HeadRows& r, const Tiling<T>& tiling, int64_t tile) {
+    nv = static_cast<int>(tiling.first_vector(tile + 1) - tiling.first_vector(tile));
+    lanes = nv * Simd<T>::width;
+    first = tiling.first_row(tile);
+    rows = static_cast<int>(r.count - first < lanes ? r.count - first : lanes);
+    const KeyRange seen = r.keys_seen(first, first + rows);
+    begin = seen.begin;
+    end = seen.end;
+    all_begin = 0;
+    all_end = r.length_k;
+    int64_t at = r.position(first), in_group = first - at * r.group;  // stepped along: a division a lane would show
+    for (int i = 0; i < lanes; ++i) {
+      position[i] = static_cast<uint32_t>(at);
+      head[i] = static_cast<uint32_t>(r.first_head + in_group);
+      const KeyRange range = key_range(r.p.mask, at, r.length_q, r.length_k);
+      lo[i] = range.begin;
+      hi[i] = i < rows ? range.end : range.begin;
+      if (i < rows) {
+        if (range.begin > all_begin) all_begin = range.begin;
+        if (range.end < all_end) all_end = range.end;
+        if (range.begin >= range.end) all_end = 0;
+      }
+      if (i + 1 < rows && ++in_group == r.group) {
+        in_group = 0;
+        ++at;
+      }
+    }
+  }
+
+  bool all_see(int64_t k0, int64_t k1) const { return all_begin <= k0 && k1 <= all_end; }
+
+  // row[i] = the start of lane i's row in a view.
+  void tensor_rows(const HeadRows& r, const StridedView& v, char** row) const {
+    for (int i = 0; i < rows; ++i) row[i] = r.tensor_row(v, position[i], head[i]);
+  }
+};
+
+// added[j][lane] = bias * log2(e), or -inf where a boolean mask or the bias hides the key; keys k0 .. k0 + keys.
+// Returns whether any key is left to see (the intervals aside).
+template <class T>
+__attribute__((noinline)) bool added_scores(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys,
+                                            T* added) {
+  using S = Simd<T>;
+  const int lanes = tile.lanes;
+  for (int64_t i = 0; i < keys * lanes; i += S::width) S::store(added + i, S::zero());
+
+  const auto add_view = [&](const StridedView& view, const auto& put) {
+    const int64_t stride = view.stride[3] * static_cast<int64_t>(size_of(view.dtype));
+    const char* row[RowTile<T>::max_lanes];
+    bool same = true;  // a view broadcast over rows: one load serves all lanes
+    for (int i = 0; i < tile.rows; ++i) {
+      row[i] = r.score_row(view, tile.position[i], tile.head[i]) + k0 * stride;
+      same = same && row[i] == row[0];
+    }
+    if (!same) return load_transposed<T>(view.dtype, row, tile.rows, lanes, stride, keys, added, put);
+    T column[kBlockKeys];
+    load_row<T>(view.dtype, row[0], stride, keys, false, column);
+    for (int64_t j = 0; j < keys; ++j)
+      for (int i = 0; i < lanes; i += S::width) put(added + j * lanes + i, S::set1(column[j]));
+  };
+  if (r.p.bias.data)
+    add_view(r.p.bias, [](T* at, Vec<T> b) { S::store(at, b * S::set1(static_cast<T>(kLog2E))); });
+  for (int m = 0; m < r.p.num_masks; ++m)
+    add_view(r.p.masks[m], [](T* at, Vec<T> hidden) {  // 0 or -inf: chosen, as +inf + -inf would be NaN
+      S::store(at, S::select(hidden < S::zero(), hidden, S::load(at)));
+    });
+
+  typename S::I visible{};
+  for (int64_t i = 0; i < keys * lanes; i += S::width)
+    visible |= ~(S::load(added + i) == S::set1(-kInfinity<T>));
+  return S::any(visible);
+}
+
+// scores[j * ld + lane] += added, or -inf where lane does not see key k0 + j; see(v, score) is told the result.
+template <class T, int NV, class See>
+ATTN_INLINE void mask_scores(const RowTile<T>& tile, int64_t k0, int64_t keys, const T* added, T* scores, int64_t ld,
+                             const See& see) {
+  using S = Simd<T>;
+  // Interval ends relative to the block, small enough to be exact in T.
+  T lo[NV * S::width], hi[NV * S::width];
+  const auto relative = [&](int64_t key) { return static_cast<T>(key < k0 ? 0 : key > k0 + keys ? keys : key - k0); };
+  for (int i = 0; i < NV * S::width; ++i) {
+    lo[i] = relative(tile.lo[i]);
+    hi[i] = relative(tile.hi[i]);
+  }
+  const Vec<T> hidden = S::set1(-kInfinity<T>);
+  for (int64_t j = 0; j < keys; ++j) {
+    const Vec<T> key = S::set1(static_cast<T>(j));
+    for (int v = 0; v < NV; ++v) {
+      T* const at = scores + j * ld + v * S::width;
+      typename S::I visible = (key >= S::load(lo + v * S::width)) & (key < S::load(hi + v * S::width));
+      Vec<T> s = S::load(at);
+      if (added) {
+        const Vec<T> a = S::load(added + j * tile.lanes + v * S::width);
+        visible &= ~(a == hidden);
+        s += a;
+      }
+      s = S::select(visible, s, hidden);
+      S::store(at, s);
+      see(v, s);
+    }
+  }
+}
+
+// A block of keys or values as rows of T: in place when the memory already is that, else copied. Copies are worth
+// their time when several tiles share them (BSHD rows lie num_heads * dim apart, often a multiple of 4 KiB, where a
+// block would fight for a few cache sets).
+template <class T>
+class KeyBlock {
+ public:
+  KeyBlock(const HeadRows& r, const StridedView& v, int64_t dim, bool shared, T* copy)
+      : rows_(r), view_(v), dim_(dim), copy_(copy),
+        in_place_(v.dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32) && v.stride[3] == 1 &&
+                  (!shared || v.stride[1] == dim)) {}
+
+  void load(int64_t k0, int64_t k1) {
+    begin_ = k0;
+    end_ = k1;
+    finite_ = Finite::kUnknown;
+    if (in_place_) {
+      data_ = reinterpret_cast<const T*>(rows_.key_row(view_, k0));
+      ld_ = view_.stride[1];
+      return;
+    }
+    const int64_t stride = view_.stride[3] * static_cast<int64_t>(size_of(view_.dtype));
+    for (int64_t j = k0; j < k1; ++j)
+      load_row<T>(view_.dtype, rows_.key_row(view_, j), stride, dim_, false, copy_ + (j - k0) * dim_);
+    data_ = copy_;
+    ld_ = dim_;
+  }
+
+  const T* at(int64_t key) const { return data_ + (key - begin_) * ld_; }
+  int64_t ld() const { return ld_; }
+
+  bool finite() {
+    if (finite_ == Finite::kUnknown)
+      finite_ = all_finite(data_, ld_, end_ - begin_, dim_) ? Finite::kYes : Finite::kNo;
+    return finite_ == Finite::kYes;
+  }
+
+ private:
+  enum class Finite { kUnknown, kYes, kNo };
+  const HeadRows& rows_;
+  const StridedView& view_;
+  int64_t dim_, begin_ = 0, end_ = 0, ld_ = 0;
+  T* copy_;
+  bool in_place_;
+  const T* data_ = nullptr;
+  Finite finite_ = Finite::kUnknown;
+};
+
+}  // namespace
+}  // namespace cpu
+}  // namespace attn_ops

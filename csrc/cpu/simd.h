@@ -1,0 +1,67 @@
+// Vectors of float and double for the instruction set this file is compiled for.
+//
+// GCC's vector extension gives + - * / and comparisons for every width; a simd_<isa>.h adds the width and the few
+// operations the extension cannot say well. Everything sits in an unnamed namespace: kernels.cc is compiled once
+// per ISA, and a function shared by two copies through the linker would run AVX-512 code on an SSE machine.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define ATTN_INLINE inline __attribute__((always_inline))
+
+namespace attn_ops {
+namespace cpu {
+namespace {
+
+template <class T>
+struct Simd;  // Simd<float>, Simd<double>: specialised by simd_<isa>.h
+
+template <class T>
+using Vec = typename Simd<T>::V;
+
+// A compile-time switch passed as a value: decltype(flag)::value.
+template <bool B>
+struct Flag {
+  static constexpr bool value = B;
+};
+
+// What holds for every instruction set. Loads and stores need no alignment: TensorFlow slices have none.
+template <class T, class Int, int kBytes>
+struct SimdBase {
+  typedef T V __attribute__((vector_size(kBytes)));
+  typedef Int I __attribute__((vector_size(kBytes)));
+  typedef T Unaligned __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
+  static constexpr int width = kBytes / sizeof(T);
+
+  static ATTN_INLINE V zero() { return V{}; }
+  static ATTN_INLINE V set1(T x) { return x - V{}; }  // "- 0" keeps the sign of -0.0, "+ 0" would not
+  static ATTN_INLINE V load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
+  static ATTN_INLINE void store(T* p, V x) { *reinterpret_cast<Unaligned*>(p) = x; }
+  static ATTN_INLINE V select(I mask, V yes, V no) { return mask ? yes : no; }
+  static ATTN_INLINE V fma(V a, V b, V c) { return a * b + c; }  // contracted to one instruction where there is one
+
+  // Both return b when either is NaN, so a NaN passed as b survives and one passed as a is dropped.
+  static ATTN_INLINE V max(V a, V b) { return a > b ? a : b; }
+  static ATTN_INLINE V min(V a, V b) { return a < b ? a : b; }
+
+  // r[i][j] <-> r[j][i]
+  static ATTN_INLINE void transpose(V* r) {
+    for (int i = 0; i < width; ++i)
+      for (int j = 0; j < i; ++j) {
+        const T t = r[i][j];
+        r[i][j] = r[j][i];
+        r[j][i] = t;
+      }
+  }
+
+  static ATTN_INLINE bool any(I mask) {
+    Int bits = 0;
+    for (int i = 0; i < width; ++i) bits |= mask[i];
+    return bits != 0;
+  }
+};
+
+}  // namespace
+}  // namespace cpu
+}  // namespace attn_ops

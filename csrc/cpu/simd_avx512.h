@@ -1,0 +1,86 @@
+// AVX-512 (F, BW, VL, DQ): 64-byte vectors, 32 registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include "simd.h"
+
+namespace attn_ops {
+namespace cpu {
+namespace {
+
+constexpr int kVectorRegisters = 32;
+
+template <>
+struct Simd<float> : SimdBase<float, int32_t, 64> {
+  static ATTN_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }
+  static ATTN_INLINE V min(V a, V b) { return _mm512_min_ps(a, b); }
+  static ATTN_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static ATTN_INLINE V set1(float x) { return _mm512_set1_ps(x); }
+  static ATTN_INLINE bool any(I mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
+
+  // Products of the even (low) 32-bit halves.
+  typedef uint64_t Longs __attribute__((vector_size(64)));
+  static ATTN_INLINE Longs multiply_even(Longs a, uint32_t m) {
+    return (Longs)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
+  }
+
+  static ATTN_INLINE V load_half(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static ATTN_INLINE void store_half(uint16_t* p, V x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  // 4x4 blocks inside each 128-bit lane, then the lanes themselves as a 4x4 matrix.
+  static ATTN_INLINE void transpose(V* r) {
+    V t[16], s[16];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      s[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+      s[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+      s[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      s[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const V a = _mm512_shuffle_f32x4(s[i], s[i + 4], 0x44), b = _mm512_shuffle_f32x4(s[i], s[i + 4], 0xee);
+      const V c = _mm512_shuffle_f32x4(s[i + 8], s[i + 12], 0x44), d = _mm512_shuffle_f32x4(s[i + 8], s[i + 12], 0xee);
+      r[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+      r[i + 4] = _mm512_shuffle_f32x4(a, c, 0xdd);
+      r[i + 8] = _mm512_shuffle_f32x4(b, d, 0x88);
+      r[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+  }
+};
+
+template <>
+struct Simd<double> : SimdBase<double, int64_t, 64> {
+  static ATTN_INLINE V max(V a, V b) { return _mm512_max_pd(a, b); }
+  static ATTN_INLINE V min(V a, V b) { return _mm512_min_pd(a, b); }
+  static ATTN_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
+  static ATTN_INLINE V set1(double x) { return _mm512_set1_pd(x); }
+  static ATTN_INLINE bool any(I mask) { return _mm512_movepi64_mask((__m512i)mask) != 0; }
+
+  static ATTN_INLINE void transpose(V* r) {
+    V t[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm512_unpacklo_pd(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_pd(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {  // 128-bit lanes of rows i, i+2, i+4, i+6 as a 4x4 matrix
+      const V a = _mm512_shuffle_f64x2(t[i], t[i + 2], 0x44), b = _mm512_shuffle_f64x2(t[i], t[i + 2], 0xee);
+      const V c = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0x44), d = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0xee);
+      r[i] = _mm512_shuffle_f64x2(a, c, 0x88);
+      r[i + 2] = _mm512_shuffle_f64x2(a, c, 0xdd);
+      r[i + 4] = _mm512_shuffle_f64x2(b, d, 0x88);
+      r[i + 6] = _mm512_shuffle_f64x2(b, d, 0xdd);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace cpu
+}  // namespace attn_ops

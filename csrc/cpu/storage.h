@@ -1,0 +1,105 @@
+// How an element type lies in memory, and how it becomes a vector of the compute type T (float or double) and back.
+//
+//   half, bfloat16 -> float    float -> float    double -> double    bool -> T: true = 0, false = -inf (a mask is a
+//   bias of these two values)
+#pragma once
+
+#include "../attention.h"
+#include "math.h"
+#include "simd.h"
+
+namespace attn_ops {
+namespace cpu {
+namespace {
+
+template <class T>
+struct Same {
+  static constexpr int size = sizeof(T);
+  static ATTN_INLINE Vec<T> load(const char* p) { return Simd<T>::load(reinterpret_cast<const T*>(p)); }
+  static ATTN_INLINE void store(char* p, Vec<T> x) { Simd<T>::store(reinterpret_cast<T*>(p), x); }
+};
+
+struct Half {
+  static constexpr int size = 2;
+  static ATTN_INLINE Vec<float> load(const char* p) {
+    return Simd<float>::load_half(reinterpret_cast<const uint16_t*>(p));
+  }
+  static ATTN_INLINE void store(char* p, Vec<float> x) {
+    Simd<float>::store_half(reinterpret_cast<uint16_t*>(p), x);
+  }
+};
+
+struct BFloat16 {
+  static constexpr int size = 2;
+  typedef uint32_t Words __attribute__((vector_size(sizeof(Vec<float>))));
+  typedef uint16_t Halves __attribute__((vector_size(sizeof(Vec<float>) / 2)));
+
+  static ATTN_INLINE Vec<float> load(const char* p) {
+    Halves h;
+    memcpy(&h, p, sizeof h);
+    return (Vec<float>)(__builtin_convertvector(h, Words) << 16);
+  }
+  // To nearest even; NaN stays NaN (rounding could carry its mantissa away).
+  static ATTN_INLINE void store(char* p, Vec<float> x) {
+    const Words bits = (Words)x;
+    const Words rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    const Words quiet = bits >> 16 | 0x40u;
+    const Halves h = __builtin_convertvector(x == x ? rounded : quiet, Halves);
+    memcpy(p, &h, sizeof h);
+  }
+};
+
+template <class T>
+struct Bool {
+  static constexpr int size = 1;
+  static ATTN_INLINE Vec<T> load(const char* p) {
+    typedef uint8_t Bytes __attribute__((vector_size(Simd<T>::width)));
+    Bytes b;
+    memcpy(&b, p, sizeof b);
+    const typename Simd<T>::I visible = __builtin_convertvector(b, typename Simd<T>::I) != 0;
+    return Simd<T>::select(visible, Simd<T>::zero(), Simd<T>::set1(-kInfinity<T>));
+  }
+};
+
+// Calls f with the storage of dtype t, one that T (told by the tag) can come from and go to.
+template <class F>
+ATTN_INLINE void with_storage(float, DType t, const F& f) {
+  if (t == DType::kFloat32) f(Same<float>{});
+  else if (t == DType::kFloat16) f(Half{});
+  else f(BFloat16{});
+}
+
+template <class F>
+ATTN_INLINE void with_storage(double, DType, const F& f) {
+  f(Same<double>{});
+}
+
+// The same for reading only, where it may be a mask.
+template <class T, class F>
+ATTN_INLINE void with_readable(T tag, DType t, const F& f) {
+  if (t == DType::kBool) f(Bool<T>{});
+  else with_storage(tag, t, f);
+}
+
+// The first n elements of a vector, `stride` bytes apart; the rest is whatever zero bytes mean.
+template <class T, class Storage>
+ATTN_INLINE Vec<T> load_some(Storage, const char* p, int64_t stride, int64_t n) {
+  constexpr int width = Simd<T>::width;
+  if (n >= width && stride == Storage::size) return Storage::load(p);
+  char gathered[width * Storage::size] = {};
+  for (int64_t i = 0; i < n && i < width; ++i) memcpy(gathered + i * Storage::size, p + i * stride, Storage::size);
+  return Storage::load(gathered);
+}
+
+template <class T, class Storage>
+ATTN_INLINE void store_some(Storage, char* p, int64_t stride, int64_t n, Vec<T> x) {
+  constexpr int width = Simd<T>::width;
+  if (n >= width && stride == Storage::size) return Storage::store(p, x);
+  char scattered[width * Storage::size];
+  Storage::store(scattered, x);
+  for (int64_t i = 0; i < n && i < width; ++i) memcpy(p + i * stride, scattered + i * Storage::size, Storage::size);
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace attn_ops
