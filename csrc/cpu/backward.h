@@ -116,9 +116,12 @@ void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>
   tile.d_out_finite = all_finite(tile.d_out_rows, padded_dv, tile.lanes, padded_dv);
 }
 
-// p (with dropout) and ds of one tile against keys k0 .. k1, into [key][ld]. Returns whether anything is hidden.
+// How much of a block a tile sees.
+enum class Seen { kNothing, kSome, kAll };
+
+// p (with dropout) and ds of one tile against keys k0 .. k1, into [key][ld]; zeros where nothing is seen.
 template <class T, int NV>
-__attribute__((noinline)) bool score_gradients(const HeadRows& r, const BackwardTile<T>& tile,
+__attribute__((noinline)) Seen score_gradients(const HeadRows& r, const BackwardTile<T>& tile,
                                                const KeyBlock<T>& keys, const KeyBlock<T>& values, int64_t k0,
                                                int64_t k1, const BackwardScratch<T>& scratch, T* prob, T* ds,
                                                int64_t ld) {
@@ -126,21 +129,22 @@ __attribute__((noinline)) bool score_gradients(const HeadRows& r, const Backward
   constexpr int W = S::width, lanes = NV * W;
   const AttentionParams& p = r.p;
   const int64_t n = k1 - k0;
-  const bool has_added = p.bias.data || p.num_masks;
   const auto zeros = [&] {
     for (int64_t j = 0; j < n; ++j)
       for (int v = 0; v < NV; ++v) {
         S::store(prob + j * ld + v * W, S::zero());
         S::store(ds + j * ld + v * W, S::zero());
       }
-    return true;
+    return Seen::kNothing;
   };
   if (k0 >= tile.end || k1 <= tile.begin) return zeros();
-  if (has_added && !added_scores<T>(r, tile, k0, n, scratch.added)) return zeros();
+  const Added what =
+      p.bias.data || p.num_masks ? added_scores<T>(r, tile, k0, n, scratch.added) : Added::kNothing;
+  if (what == Added::kAllHidden) return zeros();
 
   gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), tile.q, lanes, p.head_dim,
                            [=](int64_t j, int v, Vec<T> x) { S::store(prob + j * ld + v * W, x); });
-  const bool masked = has_added || !tile.all_see(k0, k1);
+  const bool has_added = what == Added::kScores, masked = has_added || !tile.all_see(k0, k1);
   if (masked)
     mask_scores<T, NV>(tile, k0, n, has_added ? scratch.added : nullptr, prob, ld, [](int, Vec<T>) {});
   gemm<T, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, p.value_dim,
@@ -180,7 +184,7 @@ __attribute__((noinline)) bool score_gradients(const HeadRows& r, const Backward
   else if (masked) elementwise(Flag<true>{}, Flag<false>{});
   else if (dropout) elementwise(Flag<false>{}, Flag<true>{});
   else elementwise(Flag<false>{}, Flag<false>{});
-  return masked;
+  return masked ? Seen::kSome : Seen::kAll;
 }
 
 // Joint tiles [t0, t1) of the scratch against keys k0 .. k1. dk, dv point to the task's key 0.
@@ -191,30 +195,33 @@ void backward_block(const HeadRows& r, BackwardTile<T>* t0, BackwardTile<T>* t1,
   const AttentionParams& p = r.p;
   const int64_t n = k1 - k0, padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
   int64_t ld = 0;
-  bool masked = false, q_finite = true, d_out_finite = true;
+  bool seen = false, masked = false, q_finite = true, d_out_finite = true;
   for (BackwardTile<T>* t = t0; t < t1; ++t) ld += t->lanes;
 
   int64_t lane = 0;
   for (BackwardTile<T>* t = t0; t < t1; lane += t->lanes, ++t) {
     with_vectors(t->nv, [&](auto nv) {
       constexpr int NV = decltype(nv)::value, W = S::width;
-      const bool hides = score_gradients<T, NV>(r, *t, keys, values, k0, k1, scratch, scratch.p + lane,
-                                                scratch.ds + lane, ld);
+      const Seen what = score_gradients<T, NV>(r, *t, keys, values, k0, k1, scratch, scratch.p + lane,
+                                               scratch.ds + lane, ld);
+      masked = masked || what != Seen::kAll;
+      if (what == Seen::kNothing) return;
+      seen = true;
       T* const dq = t->dq;
       const auto add = [=](int64_t d, int v, Vec<T> x) {
         T* const at = dq + d * (NV * W) + v * W;
         S::store(at, S::load(at) + x);
       };
-      if (hides && !keys.finite())
+      if (what == Seen::kSome && !keys.finite())
         gemm_hiding<T, NV, Major::kDepth, ZeroHides::kB>(p.head_dim, keys.at(k0), keys.ld(), scratch.ds + lane, ld, n,
                                                          add);
       else
         gemm<T, NV, Major::kDepth>(p.head_dim, keys.at(k0), keys.ld(), scratch.ds + lane, ld, n, add);
-      masked = masked || hides;
     });
     q_finite = q_finite && t->q_finite;
     d_out_finite = d_out_finite && t->d_out_finite;
   }
+  if (!seen) return;
   gemm_accumulate<T, Major::kRow>(n, padded_dv, scratch.p, ld, t0->d_out_rows, padded_dv, ld, masked && !d_out_finite,
                                   dv + k0 * padded_dv, padded_dv);
   gemm_accumulate<T, Major::kRow>(n, padded_d, scratch.ds, ld, t0->q_rows, padded_d, ld, masked && !q_finite,

@@ -47,6 +47,12 @@ ATTN_INLINE void load_transposed(DType dtype, const char* const* row, int rows, 
       for (int64_t c0 = 0; c0 < columns; c0 += W) {
         const int64_t n = columns - c0 < W ? columns - c0 : W;
         Vec<T> block[W];
+        if (r0 + W <= rows && n == W && stride == storage.size) {  // whole: the block never leaves the registers
+          for (int i = 0; i < W; ++i) block[i] = storage.load(row[r0 + i] + c0 * stride);
+          S::transpose(block);
+          for (int j = 0; j < W; ++j) put(dst + (c0 + j) * lanes + r0, block[j]);
+          continue;
+        }
         for (int i = 0; i < W; ++i)
           block[i] = r0 + i < rows ? load_some<T>(storage, row[r0 + i] + c0 * stride, stride, n) : S::zero();
         S::transpose(block);
@@ -59,14 +65,21 @@ ATTN_INLINE void load_transposed(DType dtype, const char* const* row, int rows, 
 template <class T, class Get>
 ATTN_INLINE void store_transposed(DType dtype, char* const* row, int rows, int lanes, int64_t stride, int64_t columns,
                                   const T* src, const Get& get) {
-  constexpr int W = Simd<T>::width;
+  using S = Simd<T>;
+  constexpr int W = S::width;
   with_storage(T{}, dtype, [&](auto storage) {
     for (int r0 = 0; r0 < lanes; r0 += W)
       for (int64_t c0 = 0; c0 < columns; c0 += W) {
         const int64_t n = columns - c0 < W ? columns - c0 : W;
         Vec<T> block[W];
-        for (int64_t j = 0; j < W; ++j) block[j] = j < n ? get(src + (c0 + j) * lanes + r0, r0) : Simd<T>::zero();
-        Simd<T>::transpose(block);
+        if (r0 + W <= rows && n == W && stride == storage.size) {
+          for (int j = 0; j < W; ++j) block[j] = get(src + (c0 + j) * lanes + r0, r0);
+          S::transpose(block);
+          for (int i = 0; i < W; ++i) storage.store(row[r0 + i] + c0 * stride, block[i]);
+          continue;
+        }
+        for (int64_t j = 0; j < W; ++j) block[j] = j < n ? get(src + (c0 + j) * lanes + r0, r0) : S::zero();
+        S::transpose(block);
         for (int i = 0; i < W && r0 + i < rows; ++i)
           store_some<T>(storage, row[r0 + i] + c0 * stride, stride, n, block[i]);
       }

@@ -117,43 +117,78 @@ struct RowTile {
   }
 };
 
+// What bias and boolean masks do to a block of scores.
+enum class Added {
+  kNothing,   // every value added is 0
+  kScores,
+  kAllHidden  // no row sees any key of the block, whatever the intervals say
+};
+
 // added[j][lane] = bias * log2(e), or -inf where a boolean mask or the bias hides the key; keys k0 .. k0 + keys.
-// Returns whether any key is left to see (the intervals aside).
 template <class T>
-__attribute__((noinline)) bool added_scores(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys,
-                                            T* added) {
+__attribute__((noinline)) Added added_scores(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys,
+                                             T* added) {
   using S = Simd<T>;
   const int lanes = tile.lanes;
-  for (int64_t i = 0; i < keys * lanes; i += S::width) S::store(added + i, S::zero());
+  const AttentionParams& p = r.p;
+  const Vec<T> log2e = S::set1(static_cast<T>(kLog2E));
+  const auto with_bias = [=](Vec<T> sum, Vec<T> bias) { return S::fma(bias, log2e, sum); };
+  // A mask reads as 0 or -inf. -inf is put, not added: a bias of +inf would make NaN of it.
+  const auto with_mask = [](Vec<T> sum, Vec<T> hidden) { return S::select(hidden < S::zero(), hidden, sum); };
 
-  const auto add_view = [&](const StridedView& view, const auto& put) {
-    const int64_t stride = view.stride[3] * static_cast<int64_t>(size_of(view.dtype));
-    const char* row[RowTile<T>::max_lanes];
-    bool same = true;  // a view broadcast over rows: one load serves all lanes
-    for (int i = 0; i < tile.rows; ++i) {
-      row[i] = r.score_row(view, tile.position[i], tile.head[i]) + k0 * stride;
-      same = same && row[i] == row[0];
-    }
-    if (!same) return load_transposed<T>(view.dtype, row, tile.rows, lanes, stride, keys, added, put);
-    T column[kBlockKeys];
-    load_row<T>(view.dtype, row[0], stride, keys, false, column);
-    for (int64_t j = 0; j < keys; ++j)
-      for (int i = 0; i < lanes; i += S::width) put(added + j * lanes + i, S::set1(column[j]));
+  // Views that are the same for all rows of the tile (key padding) collapse into one column, which often settles it.
+  T column[kBlockKeys] = {};
+  const auto same_for_all_rows = [&](const StridedView& v) {
+    return tile.rows == 1 || (v.stride[2] == 0 && (r.group == 1 || v.stride[1] == 0));
   };
-  if (r.p.bias.data)
-    add_view(r.p.bias, [](T* at, Vec<T> b) { S::store(at, b * S::set1(static_cast<T>(kLog2E))); });
-  for (int m = 0; m < r.p.num_masks; ++m)
-    add_view(r.p.masks[m], [](T* at, Vec<T> hidden) {  // 0 or -inf: chosen, as +inf + -inf would be NaN
-      S::store(at, S::select(hidden < S::zero(), hidden, S::load(at)));
-    });
+  const auto first_row = [&](const StridedView& v, int64_t stride) {
+    return r.score_row(v, tile.position[0], tile.head[0]) + k0 * stride;
+  };
+  int by_row = 0;
+  const auto into_column = [&](const StridedView& v, const auto& combine) {
+    if (!same_for_all_rows(v)) return void(++by_row);
+    const int64_t stride = v.stride[3] * static_cast<int64_t>(size_of(v.dtype));
+    T values[kBlockKeys];
+    load_row<T>(v.dtype, first_row(v, stride), stride, keys, false, values);
+    for (int64_t j = 0; j < keys; ++j) column[j] = combine(S::set1(column[j]), S::set1(values[j]))[0];
+  };
+  if (p.bias.data) into_column(p.bias, with_bias);
+  for (int m = 0; m < p.num_masks; ++m) into_column(p.masks[m], with_mask);
+  bool nothing = true, visible = false;
+  for (int64_t j = 0; j < keys; ++j) {
+    nothing = nothing && column[j] == 0;
+    visible = visible || column[j] != -kInfinity<T>;
+  }
+  if (!visible) return Added::kAllHidden;
+  if (nothing && by_row == 0) return Added::kNothing;
+  for (int64_t j = 0; j < keys; ++j)
+    for (int i = 0; i < lanes; i += S::width) S::store(added + j * lanes + i, S::set1(column[j]));
+  if (by_row == 0) return Added::kScores;
 
-  typename S::I visible{};
-  for (int64_t i = 0; i < keys * lanes; i += S::width)
-    visible |= ~(S::load(added + i) == S::set1(-kInfinity<T>));
-  return S::any(visible);
+  typename S::I seen{};
+  const auto into_rows = [&](const StridedView& v, const auto& combine) {
+    if (same_for_all_rows(v)) return;
+    const bool last = --by_row == 0;
+    const int64_t stride = v.stride[3] * static_cast<int64_t>(size_of(v.dtype));
+    const char* row[RowTile<T>::max_lanes];
+    for (int i = 0; i < tile.rows; ++i) row[i] = r.score_row(v, tile.position[i], tile.head[i]) + k0 * stride;
+    const auto put = [&](auto is_last) {
+      load_transposed<T>(v.dtype, row, tile.rows, lanes, stride, keys, added, [&](T* at, Vec<T> x) {
+        const Vec<T> sum = combine(S::load(at), x);
+        S::store(at, sum);
+        if (decltype(is_last)::value) seen |= ~(sum == S::set1(-kInfinity<T>));
+      });
+    };
+    if (last) put(Flag<true>{});
+    else put(Flag<false>{});
+  };
+  if (p.bias.data) into_rows(p.bias, with_bias);
+  for (int m = 0; m < p.num_masks; ++m) into_rows(p.masks[m], with_mask);
+  return S::any(seen) ? Added::kScores : Added::kAllHidden;
 }
 
-// scores[j * ld + lane] += added, or -inf where lane does not see key k0 + j; see(v, score) is told the result.
+// scores[j * ld + lane] += added (null for none), or -inf where lane does not see key k0 + j; see(v, score) is told
+// the result.
 template <class T, int NV, class See>
 ATTN_INLINE void mask_scores(const RowTile<T>& tile, int64_t k0, int64_t keys, const T* added, T* scores, int64_t ld,
                              const See& see) {
@@ -166,22 +201,26 @@ ATTN_INLINE void mask_scores(const RowTile<T>& tile, int64_t k0, int64_t keys, c
     hi[i] = relative(tile.hi[i]);
   }
   const Vec<T> hidden = S::set1(-kInfinity<T>);
-  for (int64_t j = 0; j < keys; ++j) {
-    const Vec<T> key = S::set1(static_cast<T>(j));
-    for (int v = 0; v < NV; ++v) {
-      T* const at = scores + j * ld + v * S::width;
-      typename S::I visible = (key >= S::load(lo + v * S::width)) & (key < S::load(hi + v * S::width));
-      Vec<T> s = S::load(at);
-      if (added) {
-        const Vec<T> a = S::load(added + j * tile.lanes + v * S::width);
-        visible &= ~(a == hidden);
-        s += a;
+  const auto loop = [&](auto by_interval, auto by_added) {
+    for (int64_t j = 0; j < keys; ++j) {
+      const Vec<T> key = S::set1(static_cast<T>(j));
+      for (int v = 0; v < NV; ++v) {
+        T* const at = scores + j * ld + v * S::width;
+        Vec<T> s = S::load(at);
+        if (decltype(by_added)::value) {
+          const Vec<T> a = S::load(added + j * tile.lanes + v * S::width);
+          s = S::select(a == hidden, hidden, s + a);
+        }
+        if (decltype(by_interval)::value)
+          s = S::select((key >= S::load(lo + v * S::width)) & (key < S::load(hi + v * S::width)), s, hidden);
+        S::store(at, s);
+        see(v, s);
       }
-      s = S::select(visible, s, hidden);
-      S::store(at, s);
-      see(v, s);
     }
-  }
+  };
+  if (!added) loop(Flag<true>{}, Flag<false>{});
+  else if (tile.all_see(k0, k0 + keys)) loop(Flag<false>{}, Flag<true>{});
+  else loop(Flag<true>{}, Flag<true>{});
 }
 
 // A block of keys or values as rows of T: in place when the memory already is that, else copied. Copies are worth
@@ -212,6 +251,16 @@ class KeyBlock {
   }
 
   const T* at(int64_t key) const { return data_ + (key - begin_) * ld_; }
+
+  // Asks for a row that will be loaded later. Rows are rarely neighbours in memory (BSHD), so the hardware does not
+  // see them coming.
+  ATTN_INLINE void prefetch(int64_t key) const {
+    if (key >= rows_.length_k) return;
+    const char* const row = rows_.key_row(view_, key);
+    const int64_t bytes = dim_ * view_.stride[3] * static_cast<int64_t>(size_of(view_.dtype));
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+  }
+  bool in_place() const { return in_place_; }
   int64_t ld() const { return ld_; }
 
   bool finite() {
