@@ -38,15 +38,15 @@ template <class T>
 struct BackwardScratch {
   static constexpr int64_t max_joint = joint_tiles<T>() * RowTile<T>::max_lanes;
   BackwardTile<T>* tiles;
-  T *keys, *values, *p, *ds, *added, *factors;
+  T *p, *ds, *added, *factors;
 
   static int64_t bytes(const AttentionParams& params) {
     const int64_t lanes = RowTile<T>::max_lanes, d = params.head_dim, dv = params.value_dim;
     return Arena::bytes<BackwardTile<T>>(kBackwardTiles) + Arena::bytes<T>(kBackwardTiles * lanes * d) * 2 +
            Arena::bytes<T>(kBackwardTiles * lanes * dv) +
            Arena::bytes<T>(kBackwardTiles * lanes * round_to_width<T>(d)) +
-           Arena::bytes<T>(kBackwardTiles * lanes * round_to_width<T>(dv)) + Arena::bytes<T>(kBlockKeys * d) +
-           Arena::bytes<T>(kBlockKeys * dv) + 2 * Arena::bytes<T>(kBlockKeys * max_joint) +
+           Arena::bytes<T>(kBackwardTiles * lanes * round_to_width<T>(dv)) + KeyBlock<T>::bytes(params, d) +
+           KeyBlock<T>::bytes(params, dv) + 2 * Arena::bytes<T>(kBlockKeys * max_joint) +
            2 * Arena::bytes<T>(kBlockKeys * lanes);
   }
 
@@ -59,8 +59,6 @@ struct BackwardScratch {
     tiles[0].d_out = arena.take<T>(kBackwardTiles * lanes * dv);
     tiles[0].q_rows = arena.take<T>(kBackwardTiles * lanes * round_to_width<T>(d));
     tiles[0].d_out_rows = arena.take<T>(kBackwardTiles * lanes * round_to_width<T>(dv));
-    keys = arena.take<T>(kBlockKeys * d);
-    values = arena.take<T>(kBlockKeys * dv);
     p = arena.take<T>(kBlockKeys * max_joint);
     ds = arena.take<T>(kBlockKeys * max_joint);
     added = arena.take<T>(kBlockKeys * lanes);
@@ -245,8 +243,7 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
     memset(dv + seen.begin * padded_dv, 0, sizeof(T) * (seen.end - seen.begin) * padded_dv);
   }
 
-  KeyBlock<T> keys(r, p.k, p.head_dim, true, scratch.keys);
-  KeyBlock<T> values(r, p.v, p.value_dim, true, scratch.values);
+  KeyBlock<T> keys(r, p.k, p.head_dim, true, &arena), values(r, p.v, p.value_dim, true, &arena);
   for (int64_t first = task.tile_begin; first < task.tile_end; first += kBackwardTiles) {
     const int64_t count = task.tile_end - first < kBackwardTiles ? task.tile_end - first : kBackwardTiles;
     BackwardTile<T>* const tiles = scratch.tiles;

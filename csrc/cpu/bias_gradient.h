@@ -20,13 +20,13 @@ int64_t bias_gradient_scratch_bytes(const BackwardParams& params) {
 // sum[key or 0][lane] += ds of one tile.
 template <class T>
 void add_score_gradients(const BackwardParams& params, const HeadRows& r, BackwardTile<T>& tile,
-                         const BackwardScratch<T>& scratch, T* sum) {
+                         const BackwardScratch<T>& scratch, Arena arena, T* sum) {
   using S = Simd<T>;
   const AttentionParams& p = params.forward;
   constexpr int64_t ld = RowTile<T>::max_lanes;
   const int64_t key_ld = params.d_bias_shape[3] == 1 ? 0 : ld;
   start_tile<T>(params, r, tile);
-  KeyBlock<T> keys(r, p.k, p.head_dim, false, scratch.keys), values(r, p.v, p.value_dim, false, scratch.values);
+  KeyBlock<T> keys(r, p.k, p.head_dim, false, &arena), values(r, p.v, p.value_dim, false, &arena);
   for (int64_t k0 = tile.begin / 4 * 4; k0 < tile.end; k0 += kBlockKeys) {
     const int64_t k1 = k0 + kBlockKeys < tile.end ? k0 + kBlockKeys : tile.end;
     keys.load(k0, k1);
@@ -66,7 +66,7 @@ void bias_gradient(const BackwardParams& params, const BiasGradientTask& task, v
         const HeadRows r(p, b, h / group_size(p), h, 1);
         const Tiling<T> tiling(r.count);
         tile.setup(r, tiling, t);
-        if (tile.begin < tile.end) add_score_gradients<T>(params, r, tile, scratch, sum);
+        if (tile.begin < tile.end) add_score_gradients<T>(params, r, tile, scratch, arena, sum);
       }
     if (all_rows) continue;
     char* row[lanes];

@@ -11,11 +11,14 @@ namespace cpu {
 // rescaled, so it is the same on every ISA and for every thread count.
 static constexpr int64_t kBlockKeys = 64;
 
-// Row tiles that share a packed key/value block in one forward task (Zen 5, 1 MiB L2, 2026-11-22).
+// Row tiles that meet a key/value block together, while it is in L1.
 static constexpr int64_t kForwardTiles = 4;
-
-// Row tiles of a backward task that share a packed key/value block.
+// The same in backward.
 static constexpr int64_t kBackwardTiles = 4;
+
+// Keys and values that are copied (other dtype, or rows far apart) are kept for the whole task up to this size: one
+// copy then serves all its rows. Above it every group of tiles copies its own.
+static constexpr int64_t kKeptKeysBytes = int64_t{8} << 20;
 
 // Forward key splits (few rows, many keys: decode). By shape alone, so that results do not depend on threads.
 static constexpr int64_t kSplitKeys = 512;   // at least this many keys in a split

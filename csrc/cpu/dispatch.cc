@@ -78,7 +78,7 @@ void run_tasks(const Threads& threads, int64_t count, const Task& task) {
 struct ForwardPlan {
   int64_t heads;           // batch * num_kv_heads
   int64_t tiles;           // row tiles of each
-  int64_t tiles_per_task, blocks, splits, split_keys;
+  int64_t blocks, splits, split_keys;  // tasks of each head: row blocks times key splits
   int64_t scratch_bytes, partial_bytes;  // of one thread; of one split of one head
 
   ForwardPlan(const AttentionParams& p, const TypedKernels& k, int threads) {
@@ -94,12 +94,13 @@ struct ForwardPlan {
     split_keys = ceil_div(ceil_div(p.seqlen_k, splits), kBlockKeys) * kBlockKeys;
     partial_bytes = splits > 1 ? aligned(rows * (p.value_dim + 2) * size_of(accumulator_of(p.dtype))) : 0;
 
-    tiles_per_task = kForwardTiles;
-    while (tiles_per_task > 1 && heads * ceil_div(tiles, tiles_per_task) * splits < 4 * threads) tiles_per_task /= 2;
-    blocks = ceil_div(tiles, tiles_per_task);
-    scratch_bytes = aligned(k.forward_scratch(p, tiles_per_task));
+    // Long tasks copy keys less often; four for each thread are enough to keep all busy to the end.
+    const int64_t wanted = ceil_div(4 * threads, max(1, heads * splits));
+    blocks = min(tiles, wanted);
+    scratch_bytes = aligned(k.forward_scratch(p));
   }
 
+  int64_t first_tile(int64_t block) const { return block * tiles / blocks; }
   int64_t bytes(int threads) const {
     return threads * scratch_bytes + (splits > 1 ? heads * splits * partial_bytes : 0);
   }
@@ -191,8 +192,8 @@ bool forward(const AttentionParams& p, Threads threads, Workspace workspace, con
     ForwardTask task{};
     task.batch = head / p.num_kv_heads;
     task.kv_head = head % p.num_kv_heads;
-    task.tile_begin = block * plan.tiles_per_task;
-    task.tile_end = min(task.tile_begin + plan.tiles_per_task, plan.tiles);
+    task.tile_begin = plan.first_tile(block);
+    task.tile_end = plan.first_tile(block + 1);
     task.key_begin = split * plan.split_keys;
     task.key_end = min(task.key_begin + plan.split_keys, p.seqlen_k);
     if (plan.splits > 1) task.partial = partials + (head * plan.splits + split) * plan.partial_bytes;

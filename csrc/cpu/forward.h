@@ -24,28 +24,26 @@ struct ForwardTile : RowTile<T> {
 
 template <class T>
 struct ForwardScratch {
-  ForwardTile<T>* tiles;
-  T *keys, *values, *scores, *added, *factors;
+  ForwardTile<T> tiles[kForwardTiles];
+  T *scores, *added, *factors;
 
-  static int64_t bytes(const AttentionParams& p, int64_t tiles) {
-    return Arena::bytes<ForwardTile<T>>(tiles) + tiles * (Arena::bytes<T>(RowTile<T>::max_lanes * p.head_dim) +
-                                                          Arena::bytes<T>(RowTile<T>::max_lanes * p.value_dim)) +
-           Arena::bytes<T>(kBlockKeys * p.head_dim) + Arena::bytes<T>(kBlockKeys * p.value_dim) +
+  static int64_t bytes(const AttentionParams& p) {
+    return Arena::bytes<ForwardScratch>(1) + KeyBlock<T>::bytes(p, p.head_dim) + KeyBlock<T>::bytes(p, p.value_dim) +
+           kForwardTiles * (Arena::bytes<T>(RowTile<T>::max_lanes * p.head_dim) +
+                            Arena::bytes<T>(RowTile<T>::max_lanes * p.value_dim)) +
            3 * Arena::bytes<T>(kBlockKeys * RowTile<T>::max_lanes);
   }
 
-  ForwardScratch(const AttentionParams& p, int64_t count, void* memory) {
-    Arena arena(memory);
-    tiles = arena.take<ForwardTile<T>>(count);
-    for (int64_t t = 0; t < count; ++t) {
-      tiles[t].q = arena.take<T>(RowTile<T>::max_lanes * p.head_dim);
-      tiles[t].out = arena.take<T>(RowTile<T>::max_lanes * p.value_dim);
+  static ForwardScratch& in(const AttentionParams& p, Arena* arena) {
+    ForwardScratch& scratch = *arena->take<ForwardScratch>(1);
+    for (ForwardTile<T>& tile : scratch.tiles) {
+      tile.q = arena->take<T>(RowTile<T>::max_lanes * p.head_dim);
+      tile.out = arena->take<T>(RowTile<T>::max_lanes * p.value_dim);
     }
-    keys = arena.take<T>(kBlockKeys * p.head_dim);
-    values = arena.take<T>(kBlockKeys * p.value_dim);
-    scores = arena.take<T>(kBlockKeys * RowTile<T>::max_lanes);
-    added = arena.take<T>(kBlockKeys * RowTile<T>::max_lanes);
-    factors = arena.take<T>(kBlockKeys * RowTile<T>::max_lanes);
+    scratch.scores = arena->take<T>(kBlockKeys * RowTile<T>::max_lanes);
+    scratch.added = arena->take<T>(kBlockKeys * RowTile<T>::max_lanes);
+    scratch.factors = arena->take<T>(kBlockKeys * RowTile<T>::max_lanes);
+    return scratch;
   }
 };
 
@@ -65,7 +63,8 @@ void start_tile(const HeadRows& r, ForwardTile<T>& tile) {
   }
 }
 
-// One tile meets the keys k0 .. k1 of a block.
+// One tile meets the keys k0 .. k1 of a block. With `fetch` the first product asks for the block's values, the second for
+// the next block's keys: a lone tile reads each row once, and is done with it before the memory can answer.
 template <class T, int NV>
 __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& tile, const KeyBlock<T>& keys,
                                              KeyBlock<T>& values, int64_t k0, int64_t k1, bool fetch,
@@ -79,16 +78,13 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
       p.bias.data || p.num_masks ? added_scores<T>(r, tile, k0, n, scratch.added) : Added::kNothing;
   if (what == Added::kAllHidden) return;
 
-  // Where keys and values are read in place: the block's values during the first product, the next block's keys
-  // during the second. (Copies are better left to the hardware: measured 5 % slower with it on AVX-512.)
-  const bool fetch_values = fetch && values.in_place(), fetch_keys = fetch && keys.in_place();
   Vec<T> m_old[NV], m[NV];
   for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
   const bool has_added = what == Added::kScores, masked = has_added || !tile.all_see(k0, k1);
   if (masked) {
     gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), tile.q, lanes, p.head_dim,
                              [=, &values](int64_t j, int v, Vec<T> x) {
-                               if (v == 0 && fetch_values) values.prefetch(k0 + j);
+                               if (v == 0 && fetch) values.prefetch(k0 + j);
                                S::store(s + j * lanes + v * W, x);
                              });
     mask_scores<T, NV>(tile, k0, n, has_added ? scratch.added : nullptr, s, lanes,
@@ -96,7 +92,7 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
   } else {
     gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), tile.q, lanes, p.head_dim,
                              [=, &m, &values](int64_t j, int v, Vec<T> x) {
-                               if (v == 0 && fetch_values) values.prefetch(k0 + j);
+                               if (v == 0 && fetch) values.prefetch(k0 + j);
                                S::store(s + j * lanes + v * W, x);
                                m[v] = S::max(m[v], x);
                              });
@@ -127,7 +123,7 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
 
   T* const out = tile.out;
   const auto accumulate = [=, &keys](int64_t d, int v, Vec<T> x) {
-    if (v == 0 && fetch_keys && d < n) keys.prefetch(k1 + d);
+    if (v == 0 && fetch && d < n) keys.prefetch(k1 + d);
     T* const at = out + d * lanes + v * W;
     S::store(at, S::fma(S::load(at), correction[v], x));
   };
@@ -174,16 +170,14 @@ void finish_partial(const HeadRows& r, const ForwardTile<T>& tile, T* partial) {
                       r.p.value_dim, tile.out, [](const T* at, int) { return S::load(at); });
 }
 
+// `count` tiles from `first` on meet all their keys, block by block.
 template <class T>
-void forward(const AttentionParams& p, const ForwardTask& task, void* memory) {
-  const int64_t tiles = task.tile_end - task.tile_begin;
-  const HeadRows r(p, task.batch, task.kv_head);
-  const Tiling<T> tiling(r.count);
-  ForwardScratch<T> scratch(p, tiles, memory);
+void forward_tiles(const HeadRows& r, const Tiling<T>& tiling, const ForwardTask& task, int64_t first, int64_t count,
+                   KeyBlock<T>& keys, KeyBlock<T>& values, ForwardScratch<T>& scratch) {
   int64_t begin = r.length_k, end = 0;
-  for (int64_t t = 0; t < tiles; ++t) {
+  for (int64_t t = 0; t < count; ++t) {
     ForwardTile<T>& tile = scratch.tiles[t];
-    tile.setup(r, tiling, task.tile_begin + t);
+    tile.setup(r, tiling, first + t);
     start_tile<T>(r, tile);
     if (tile.begin >= tile.end) continue;
     if (tile.begin < begin) begin = tile.begin;
@@ -192,29 +186,40 @@ void forward(const AttentionParams& p, const ForwardTask& task, void* memory) {
   if (begin < task.key_begin) begin = task.key_begin;
   if (end > task.key_end) end = task.key_end;
 
-  KeyBlock<T> keys(r, p.k, p.head_dim, tiles > 1, scratch.keys);
-  KeyBlock<T> values(r, p.v, p.value_dim, tiles > 1, scratch.values);
+  const bool fetch = task.tile_end - task.tile_begin == 1;
   for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
     // Key 4 n starts a group of random numbers, so blocks are trimmed to multiples of 4.
     const int64_t block_begin = block < begin ? begin / 4 * 4 : block;
     const int64_t block_end = block + kBlockKeys < end ? block + kBlockKeys : end;
     keys.load(block_begin, block_end);
     values.load(block_begin, block_end);
-    bool fetched = false;  // the first tile asks for the next block
-    for (int64_t t = 0; t < tiles; ++t) {
+    for (int64_t t = 0; t < count; ++t) {
       ForwardTile<T>& tile = scratch.tiles[t];
       const int64_t k0 = tile.begin > block_begin ? tile.begin / 4 * 4 : block_begin;
       const int64_t k1 = tile.end < block_end ? tile.end : block_end;
       if (k0 >= k1 || tile.begin >= tile.end) continue;
       with_vectors(tile.nv, [&](auto nv) {
-        forward_block<T, decltype(nv)::value>(r, tile, keys, values, k0, k1, !fetched, scratch);
-        fetched = true;
+        forward_block<T, decltype(nv)::value>(r, tile, keys, values, k0, k1, fetch, scratch);
       });
     }
   }
-  for (int64_t t = 0; t < tiles; ++t) {
+  for (int64_t t = 0; t < count; ++t) {
     if (task.partial) finish_partial<T>(r, scratch.tiles[t], static_cast<T*>(task.partial));
     else finish_tile<T>(r, scratch.tiles[t]);
+  }
+}
+
+template <class T>
+void forward(const AttentionParams& p, const ForwardTask& task, void* memory) {
+  const HeadRows r(p, task.batch, task.kv_head);
+  const Tiling<T> tiling(r.count);
+  Arena arena(memory);
+  ForwardScratch<T>& scratch = ForwardScratch<T>::in(p, &arena);
+  const bool shared = task.tile_end - task.tile_begin > 1;
+  KeyBlock<T> keys(r, p.k, p.head_dim, shared, &arena), values(r, p.v, p.value_dim, shared, &arena);
+  for (int64_t first = task.tile_begin; first < task.tile_end; first += kForwardTiles) {
+    const int64_t left = task.tile_end - first;
+    forward_tiles<T>(r, tiling, task, first, left < kForwardTiles ? left : kForwardTiles, keys, values, scratch);
   }
 }
 

@@ -43,7 +43,7 @@ struct TypedKernels {
   int width;                                     // rows per vector
   int64_t (*tiles)(int64_t rows);                // row tiles of a (batch, kv head)
   int64_t (*padded)(int64_t dim);                // dim rounded up to whole vectors
-  int64_t (*forward_scratch)(const AttentionParams&, int64_t tiles);
+  int64_t (*forward_scratch)(const AttentionParams&);
   void (*forward)(const AttentionParams&, const ForwardTask&, void* scratch);
   void (*combine)(const AttentionParams&, const CombineTask&);
   int64_t (*backward_scratch)(const BackwardParams&);

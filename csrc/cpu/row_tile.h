@@ -223,17 +223,36 @@ ATTN_INLINE void mask_scores(const RowTile<T>& tile, int64_t k0, int64_t keys, c
   else loop(Flag<true>{}, Flag<true>{});
 }
 
-// A block of keys or values as rows of T: in place when the memory already is that, else copied. Copies are worth
-// their time when several tiles share them (BSHD rows lie num_heads * dim apart, often a multiple of 4 KiB, where a
-// block would fight for a few cache sets).
+// Whether the copies of all keys and values of a head are kept for a task; see kKeptKeysBytes.
+template <class T>
+bool keeps_keys(const AttentionParams& p) {
+  return p.seqlen_k * (p.head_dim + p.value_dim) * static_cast<int64_t>(sizeof(T)) <= kKeptKeysBytes;
+}
+
+// The keys or the values of one head as rows of T, a block at a time: in place when the memory already is that, else
+// copied. Copies pay when several tiles share them, even of the same type: BSHD rows lie num_heads * dim apart, often
+// a multiple of 4 KiB, where the rows of a block would fight for a few cache sets.
 template <class T>
 class KeyBlock {
  public:
-  KeyBlock(const HeadRows& r, const StridedView& v, int64_t dim, bool shared, T* copy)
-      : rows_(r), view_(v), dim_(dim), copy_(copy),
-        in_place_(v.dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32) && v.stride[3] == 1 &&
-                  (!shared || v.stride[1] == dim)) {}
+  // Scratch for `dim` columns: rows, and for kept copies one flag per block.
+  static int64_t bytes(const AttentionParams& p, int64_t dim) {
+    const int64_t blocks = keeps_keys<T>(p) ? p.seqlen_k / kBlockKeys + 1 : 1;
+    return Arena::bytes<T>(blocks * kBlockKeys * dim) + Arena::bytes<char>(blocks);
+  }
 
+  KeyBlock(const HeadRows& r, const StridedView& v, int64_t dim, bool shared, Arena* arena)
+      : rows_(r), view_(v), dim_(dim), stride_(v.stride[3] * static_cast<int64_t>(size_of(v.dtype))),
+        in_place_(v.dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32) && v.stride[3] == 1 &&
+                  (!shared || v.stride[1] == dim)),
+        kept_(shared && keeps_keys<T>(r.p)) {
+    const int64_t blocks = keeps_keys<T>(r.p) ? r.p.seqlen_k / kBlockKeys + 1 : 1;
+    copy_ = arena->take<T>(blocks * kBlockKeys * dim);
+    copied_ = arena->take<char>(blocks);
+    memset(copied_, 0, blocks);
+  }
+
+  // Keys k0 .. k1, at most kBlockKeys. Shared blocks lie between multiples of kBlockKeys.
   void load(int64_t k0, int64_t k1) {
     begin_ = k0;
     end_ = k1;
@@ -241,27 +260,32 @@ class KeyBlock {
     if (in_place_) {
       data_ = reinterpret_cast<const T*>(rows_.key_row(view_, k0));
       ld_ = view_.stride[1];
-      return;
+    } else if (kept_) {
+      const int64_t block = k0 / kBlockKeys, first = block * kBlockKeys;
+      if (!copied_[block]) {
+        const int64_t end = first + kBlockKeys < rows_.length_k ? first + kBlockKeys : rows_.length_k;
+        copy(first, end, copy_ + first * dim_);
+        copied_[block] = 1;
+      }
+      data_ = copy_ + k0 * dim_;
+      ld_ = dim_;
+    } else {
+      copy(k0, k1, copy_);
+      data_ = copy_;
+      ld_ = dim_;
     }
-    const int64_t stride = view_.stride[3] * static_cast<int64_t>(size_of(view_.dtype));
-    for (int64_t j = k0; j < k1; ++j)
-      load_row<T>(view_.dtype, rows_.key_row(view_, j), stride, dim_, false, copy_ + (j - k0) * dim_);
-    data_ = copy_;
-    ld_ = dim_;
   }
 
   const T* at(int64_t key) const { return data_ + (key - begin_) * ld_; }
+  int64_t ld() const { return ld_; }
 
-  // Asks for a row that will be loaded later. Rows are rarely neighbours in memory (BSHD), so the hardware does not
-  // see them coming.
+  // Asks for a row that will be loaded later. Rows are rarely neighbours in memory, so the hardware does not see them
+  // coming.
   ATTN_INLINE void prefetch(int64_t key) const {
     if (key >= rows_.length_k) return;
     const char* const row = rows_.key_row(view_, key);
-    const int64_t bytes = dim_ * view_.stride[3] * static_cast<int64_t>(size_of(view_.dtype));
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+    for (int64_t i = 0; i < dim_ * stride_; i += 64) __builtin_prefetch(row + i);
   }
-  bool in_place() const { return in_place_; }
-  int64_t ld() const { return ld_; }
 
   bool finite() {
     if (finite_ == Finite::kUnknown)
@@ -271,11 +295,18 @@ class KeyBlock {
 
  private:
   enum class Finite { kUnknown, kYes, kNo };
+
+  void copy(int64_t k0, int64_t k1, T* to) const {
+    for (int64_t j = k0; j < k1; ++j, to += dim_)
+      load_row<T>(view_.dtype, rows_.key_row(view_, j), stride_, dim_, false, to);
+  }
+
   const HeadRows& rows_;
   const StridedView& view_;
-  int64_t dim_, begin_ = 0, end_ = 0, ld_ = 0;
+  int64_t dim_, stride_, begin_ = 0, end_ = 0, ld_ = 0;
+  bool in_place_, kept_;
   T* copy_;
-  bool in_place_;
+  char* copied_;
   const T* data_ = nullptr;
   Finite finite_ = Finite::kUnknown;
 };
