@@ -1,0 +1,77 @@
+"""Finds and loads the two compiled libraries, and says why where one is not to be had.
+
+``libattn_ops.so`` holds the TensorFlow operators and needs TensorFlow loaded first; ``_core`` has the same kernels for
+NumPy arrays and needs nothing. Either is loaded at its first use, once per process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+
+_LIBRARY = Path(__file__).with_name("libattn_ops.so")
+_OLDEST_TENSORFLOW = (2, 16)
+
+
+def library() -> ModuleType | None:
+    """The module with ``attn_ops_forward`` and ``attn_ops_backward``, or None: see `unavailable_reason`."""
+    return _library()[0]
+
+
+def unavailable_reason() -> str | None:
+    """Why `library` is None, and what to do about it; None when it is there."""
+    return _library()[1]
+
+
+def core() -> ModuleType | None:
+    """The module ``attn_ops._core``, or None: see `core_unavailable_reason`."""
+    return _core()[0]
+
+
+def core_unavailable_reason() -> str | None:
+    """Why `core` is None; None when it is there."""
+    return _core()[1]
+
+
+@functools.cache
+def _library() -> tuple[ModuleType | None, str | None]:
+    if os.environ.get("ATTN_OPS_DISABLE", "0") not in ("", "0"):
+        return None, "the environment variable ATTN_OPS_DISABLE switches the fused op off"
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        return None, f'TensorFlow cannot be imported ({error}): pip install "attn_ops[tf]" (or "attn_ops[tf-cpu]")'
+    if tuple(int(part) for part in tf.__version__.split(".")[:2]) < _OLDEST_TENSORFLOW:
+        return None, f"TensorFlow {tf.__version__} is older than 2.16, the oldest that the fused op supports"
+    # The real path, since a library loaded under two names would register its operators twice.
+    path = os.path.realpath(_LIBRARY)
+    if not os.path.exists(path):
+        return None, f"{_LIBRARY} does not exist: the package was not built; reinstall it (pip install .)"
+    others = _mapped_copies() - {path}
+    if others:
+        return None, (
+            f"another copy of the library is already loaded in this process, from {', '.join(sorted(others))}: "
+            f"{path} cannot be loaded beside it; import attn_ops from one place only"
+        )
+    try:
+        return tf.load_op_library(path), None
+    except (tf.errors.OpError, OSError) as error:
+        return None, f"{path} cannot be loaded with TensorFlow {tf.__version__}: {error}"
+
+
+def _mapped_copies() -> set[str]:
+    """The real paths of all files of the library's name that are mapped into this process."""
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+        paths = {line.split(maxsplit=5)[-1].strip() for line in maps if _LIBRARY.name in line}
+    return {os.path.realpath(path) for path in paths if os.path.basename(path) == _LIBRARY.name}
+
+
+@functools.cache
+def _core() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("attn_ops._core"), None
+    except ImportError as error:
+        return None, f"attn_ops._core cannot be imported ({error}); reinstall the package (pip install .)"

@@ -1,0 +1,122 @@
+// One call of the operator as a binding received it: arrays with the shapes they came with, options unchecked.
+// validate.h says what is wrong with a call; a valid one becomes the kernels' parameters here.
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+
+#include "../attention.h"
+
+namespace attn_ops {
+
+constexpr int64_t kUnknown = -1;  // an extent not known yet (shape functions)
+
+using Shape4 = std::array<int64_t, 4>;
+
+struct Array {
+  const char* name = "";
+  bool present = false;  // optional arrays may be absent; an empty one is present with no data
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;  // of the float and bool arrays; integer arrays have the one type their use needs
+  int rank = 0;
+  Shape4 shape{};   // the first four extents
+  Shape4 stride{};  // in elements
+};
+
+// Where the sequence and the heads are in the shape of q, k, v, out and their gradients.
+enum class Layout { kBSHD, kBHSD };
+
+struct Call {
+  Layout layout = Layout::kBSHD;
+  Array q, k, v, bias, masks[kMaxMasks], query_lengths, key_lengths;
+  int num_masks = 0;
+  Mask mask;
+  bool has_scale = false;  // false: 1 / sqrt(head_dim)
+  double scale = 1.0;
+  double dropout_rate = 0.0;
+  bool has_seed = false;
+  uint64_t dropout_seed = 0, dropout_offset = 0;
+
+  bool backward = false;  // the arrays below count only then
+  Array out, lse, d_out, d_lse;
+};
+
+struct Sizes {
+  int64_t batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, value_dim;
+
+  int64_t scores(int axis) const {
+    const int64_t extent[4] = {batch, num_heads, seqlen_q, seqlen_k};
+    return extent[axis];
+  }
+  Shape4 output(Layout layout) const {
+    return layout == Layout::kBSHD ? Shape4{batch, seqlen_q, num_heads, value_dim}
+                                   : Shape4{batch, num_heads, seqlen_q, value_dim};
+  }
+};
+
+inline int sequence_axis(Layout layout) { return layout == Layout::kBSHD ? 1 : 2; }
+inline int heads_axis(Layout layout) { return layout == Layout::kBSHD ? 2 : 1; }
+
+inline Sizes sizes_of(const Call& c) {
+  const int seq = sequence_axis(c.layout), heads = heads_axis(c.layout);
+  return {c.q.shape[0],     c.q.shape[seq], c.k.shape[seq], c.q.shape[heads],
+          c.k.shape[heads], c.q.shape[3],   c.v.shape[3]};
+}
+
+inline Shape4 contiguous_strides(const Shape4& shape) {
+  return {shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1};
+}
+
+// [batch, seqlen, heads, dim], whatever the layout. The stride of an axis of one element is free to choose: 1 tells
+// the kernels that rows are contiguous.
+inline StridedView tensor_view(const Array& a, Layout layout) {
+  const int64_t inner = a.shape[3] <= 1 ? 1 : a.stride[3];
+  return {a.data, a.dtype, {a.stride[0], a.stride[sequence_axis(layout)], a.stride[heads_axis(layout)], inner}};
+}
+
+// [batch, num_heads, seqlen_q, seqlen_k]; an axis of one element is repeated.
+inline StridedView score_view(const Array& a) {
+  StridedView view{a.data, a.dtype, {}};
+  for (int i = 0; i < 4; ++i) view.stride[i] = a.shape[i] == 1 ? 0 : a.stride[i];
+  return view;
+}
+
+// The parameters of a valid forward call. `out` and `lse` are left for the binding, which allocates them.
+inline AttentionParams to_params(const Call& c) {
+  const Sizes n = sizes_of(c);
+  AttentionParams p;
+  p.dtype = c.q.dtype;
+  p.batch = n.batch, p.seqlen_q = n.seqlen_q, p.seqlen_k = n.seqlen_k;
+  p.num_heads = n.num_heads, p.num_kv_heads = n.num_kv_heads;
+  p.head_dim = n.head_dim, p.value_dim = n.value_dim;
+  p.scale = c.has_scale ? c.scale : 1.0 / std::sqrt(static_cast<double>(n.head_dim));
+  p.q = tensor_view(c.q, c.layout);
+  p.k = tensor_view(c.k, c.layout);
+  p.v = tensor_view(c.v, c.layout);
+  p.mask = c.mask;
+  if (c.query_lengths.present) p.query_lengths = static_cast<const int32_t*>(c.query_lengths.data);
+  if (c.key_lengths.present) p.key_lengths = static_cast<const int32_t*>(c.key_lengths.data);
+  p.num_masks = c.num_masks;
+  for (int i = 0; i < c.num_masks; ++i) p.masks[i] = score_view(c.masks[i]);
+  if (c.bias.present) p.bias = score_view(c.bias);
+  p.dropout_rate = c.dropout_rate;
+  p.dropout_seed = c.dropout_seed, p.dropout_offset = c.dropout_offset;
+  return p;
+}
+
+// The parameters of a valid backward call. The gradients are left for the binding.
+inline BackwardParams to_backward_params(const Call& c) {
+  BackwardParams p;
+  p.forward = to_params(c);
+  p.forward.out = tensor_view(c.out, c.layout);
+  p.forward.lse = c.lse.data;
+  p.d_out = tensor_view(c.d_out, c.layout);
+  if (c.d_lse.present) p.d_lse = c.d_lse.data;
+  if (c.bias.present) {
+    for (int i = 0; i < 4; ++i) p.d_bias_shape[i] = c.bias.shape[i];
+  }
+  return p;
+}
+
+}  // namespace attn_ops

@@ -1,0 +1,233 @@
+// attn_ops._core: the kernels on NumPy arrays, without TensorFlow. For tests, for measuring, and for whoever has
+// arrays and no framework.
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "numpy_call.h"
+#include "worker_pool.h"
+
+namespace attn_ops::numpy {
+namespace {
+
+constexpr int64_t kMaxThreads = 1024;
+
+std::vector<std::string> isas() {
+  const char* names[16];
+  const int count = cpu::isas(names, 16);
+  return {names, names + count};
+}
+
+std::map<std::string, bool> cpu_features() {
+  std::map<std::string, bool> features;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  // A macro, for the compiler wants literals.
+#define ATTN_OPS_FEATURE(name) features[name] = __builtin_cpu_supports(name) != 0
+  ATTN_OPS_FEATURE("avx2");
+  ATTN_OPS_FEATURE("fma");
+  ATTN_OPS_FEATURE("f16c");
+  ATTN_OPS_FEATURE("avx512f");
+  ATTN_OPS_FEATURE("avx512bw");
+  ATTN_OPS_FEATURE("avx512vl");
+  ATTN_OPS_FEATURE("avx512dq");
+#undef ATTN_OPS_FEATURE
+#endif
+  return features;
+}
+
+void require(const char* function, const std::string& reason) {
+  if (!reason.empty()) fail<py::value_error>(function, reason);
+}
+
+// The arrays and options that forward and backward share, checked.
+Call read(const char* function, const py::object& q, const py::object& k, const py::object& v, Keywords* keywords,
+          Arrays* arrays) {
+  Call call;
+  const std::string layout = keywords->string("layout", "BSHD");
+  if (layout != "BSHD" && layout != "BHSD") {
+    fail<py::value_error>(function, "layout ('" + layout + "') must be 'BSHD' or 'BHSD'");
+  }
+  call.layout = layout == "BSHD" ? Layout::kBSHD : Layout::kBHSD;
+  call.q = arrays->array("q", q);
+  call.k = arrays->array("k", k);
+  call.v = arrays->array("v", v);
+  if (const py::object bias = keywords->take("bias"); !bias.is_none()) call.bias = arrays->array("bias", bias);
+  static constexpr const char* kMaskNames[kMaxMasks] = {"masks[0]", "masks[1]", "masks[2]", "masks[3]"};
+  for (const py::object& mask : keywords->sequence("masks")) {
+    if (call.num_masks == kMaxMasks) fail<py::value_error>(function, "masks must be at most 4 arrays");
+    call.masks[call.num_masks] = arrays->array(kMaskNames[call.num_masks], mask);
+    ++call.num_masks;
+  }
+  call.mask.window_left = keywords->integer("window_left", -1);
+  call.mask.window_right = keywords->integer("window_right", -1);
+  call.mask.bottom_right = keywords->boolean("bottom_right");
+  if (const py::object scale = keywords->take("scale"); !scale.is_none()) {
+    call.has_scale = true;
+    call.scale = keywords->real("scale", scale);
+  }
+  if (const py::object rate = keywords->take("dropout_rate"); !rate.is_none()) {
+    call.dropout_rate = keywords->real("dropout_rate", rate);
+  }
+  call.has_seed = true;
+  call.dropout_seed = keywords->word("dropout_seed");
+  call.dropout_offset = keywords->word("dropout_offset");
+  require(function, invalid_reason(call));  // before lengths are measured against its sizes
+
+  const Sizes n = sizes_of(call);
+  if (const py::object lengths = keywords->take("query_lengths"); !lengths.is_none()) {
+    call.query_lengths = arrays->lengths("query_lengths", lengths, "seqlen_q", n.seqlen_q);
+  }
+  if (const py::object lengths = keywords->take("key_lengths"); !lengths.is_none()) {
+    call.key_lengths = arrays->lengths("key_lengths", lengths, "seqlen_k", n.seqlen_k);
+  }
+  require(function, invalid_reason(call));
+  return call;
+}
+
+// Where and on how many threads a call runs.
+class Run {
+ public:
+  Run(const char* function, Keywords* keywords) : isa_(keywords->string("isa", cpu::default_isa())) {
+    if (!cpu::isa_usable(isa_.c_str())) {
+      std::string usable;
+      for (const std::string& name : isas()) usable += (usable.empty() ? "" : ", ") + name;
+      fail<py::value_error>(function, "isa ('" + isa_ + "') must be one of those usable here: " + usable);
+    }
+    const int64_t threads = keywords->integer("num_threads", 0);
+    if (threads < 0 || threads > kMaxThreads) {
+      fail<py::value_error>(function, "num_threads (" + text(threads) + ") must be from 0 (all CPUs) to " +
+                                          text(kMaxThreads));
+    }
+    count_ = threads > 0 ? static_cast<int>(threads) : available_cpus();
+  }
+
+  // Runs cpu::forward or cpu::backward without the GIL.
+  template <class Params, class WorkspaceBytes, class Kernel>
+  void operator()(const Params& params, WorkspaceBytes workspace_bytes, Kernel kernel) const {
+    const py::gil_scoped_release release;
+    constexpr size_t kAlignment = 64;
+    const size_t bytes = (workspace_bytes(params, count_, isa_.c_str()) + kAlignment - 1) / kAlignment * kAlignment;
+    const std::unique_ptr<void, void (*)(void*)> memory(bytes > 0 ? std::aligned_alloc(kAlignment, bytes) : nullptr,
+                                                        std::free);
+    if (bytes > 0 && memory == nullptr) throw std::bad_alloc();
+    Scheduler scheduler = WorkerPool::with(count_ - 1).scheduler();
+    if (!kernel(params, lend(&scheduler, count_), Workspace{memory.get(), bytes}, isa_.c_str())) {
+      throw std::runtime_error("attn_ops._core: the kernel refused its workspace");
+    }
+  }
+
+ private:
+  std::string isa_;
+  int count_;
+};
+
+py::array empty(const py::dtype& dtype, const int64_t* shape, int rank) {
+  return py::array(dtype, std::vector<py::ssize_t>(shape, shape + rank));
+}
+
+// A new array, and as what kernels see it.
+py::array empty_tensor(const py::dtype& dtype, const Shape4& shape, const Call& call, StridedView* view) {
+  py::array a = empty(dtype, shape.data(), 4);
+  Array description;
+  description.data = a.mutable_data();
+  description.dtype = call.q.dtype;
+  description.shape = shape;
+  description.stride = contiguous_strides(shape);
+  *view = tensor_view(description, call.layout);
+  return a;
+}
+
+py::tuple forward(const py::object& q, const py::object& k, const py::object& v, const py::kwargs& given) {
+  Keywords keywords("forward", given);
+  Arrays arrays("forward");
+  const Call call = read("forward", q, k, v, &keywords, &arrays);
+  const Run run("forward", &keywords);
+  keywords.finish();
+
+  const Sizes n = sizes_of(call);
+  AttentionParams params = to_params(call);
+  const py::array out = empty_tensor(arrays.result_dtype(), n.output(call.layout), call, &params.out);
+  const int64_t statistics[3] = {n.batch, n.num_heads, n.seqlen_q};
+  py::array lse = empty(
+      accumulator_of(params.dtype) == DType::kFloat64 ? py::dtype::of<double>() : py::dtype::of<float>(), statistics, 3);
+  params.lse = lse.mutable_data();
+  run(params, cpu::forward_workspace_bytes, cpu::forward);
+  return py::make_tuple(out, lse);
+}
+
+py::tuple backward(const py::object& q, const py::object& k, const py::object& v, const py::object& out,
+                   const py::object& lse, const py::object& d_out, const py::kwargs& given) {
+  Keywords keywords("backward", given);
+  Arrays arrays("backward");
+  Call call = read("backward", q, k, v, &keywords, &arrays);
+  call.backward = true;
+  call.out = arrays.array("out", out);
+  call.lse = arrays.contiguous("lse", lse);
+  call.d_out = arrays.array("d_out", d_out);
+  if (const py::object d_lse = keywords.take("d_lse"); !d_lse.is_none()) call.d_lse = arrays.contiguous("d_lse", d_lse);
+  require("backward", invalid_reason(call));
+  const Run run("backward", &keywords);
+  keywords.finish();
+
+  const py::dtype dtype = arrays.result_dtype();
+  BackwardParams params = to_backward_params(call);
+  const py::array dq = empty_tensor(dtype, call.q.shape, call, &params.dq);
+  const py::array dk = empty_tensor(dtype, call.k.shape, call, &params.dk);
+  const py::array dv = empty_tensor(dtype, call.v.shape, call, &params.dv);
+  py::object d_bias = py::none();
+  if (call.bias.present) {
+    py::array a = empty(dtype, call.bias.shape.data(), 4);
+    params.d_bias = a.mutable_data();
+    d_bias = a;
+  }
+  run(params, cpu::backward_workspace_bytes, cpu::backward);
+  return py::make_tuple(dq, dk, dv, d_bias);
+}
+
+constexpr const char* kForward = R"(
+forward(q, k, v, *, bias=None, masks=(), scale=None, window_left=-1, window_right=-1, bottom_right=False,
+        query_lengths=None, key_lengths=None, dropout_rate=0.0, dropout_seed=0, dropout_offset=0, layout='BSHD',
+        isa=None, num_threads=0) -> (out, lse)
+
+softmax(scale * q k^T + bias, masked) v and the log-sum-exp of the scores.
+
+q: [batch, seqlen_q, num_heads, head_dim]; k: [batch, seqlen_k, num_kv_heads, head_dim]; v: [batch, seqlen_k,
+num_kv_heads, value_dim]; with layout='BHSD' the two middle axes change places. All of one dtype: float32, float64,
+float16 or ml_dtypes' bfloat16. Any strides, read in place.
+bias (their dtype) and up to four bool masks (True: may be seen): [batch, num_heads, seqlen_q, seqlen_k], where any
+extent may be 1. window_left, window_right: keys seen before and after a query's own position, -1 for all; that
+position is the query's, or with bottom_right counted from the last key. query_lengths, key_lengths: [batch] integers.
+scale: None is 1/sqrt(head_dim). isa: one of isas(). num_threads: 0 is all CPUs of this process.
+
+out is like q with value_dim for head_dim; lse: [batch, num_heads, seqlen_q], float64 when q is, else float32. A query
+that sees no key gets 0 and -inf.
+
+Raises ValueError or TypeError which names the rule and the values.)";
+
+constexpr const char* kBackward = R"(
+backward(q, k, v, out, lse, d_out, *, d_lse=None, <keywords of forward>) -> (dq, dk, dv, d_bias)
+
+The gradients for d_out (like out) and d_lse (like lse; None is zero), given what forward returned for the same
+arguments. d_bias has the shape of bias, and is None without one.
+
+Raises ValueError or TypeError which names the rule and the values.)";
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The kernels of attn_ops on NumPy arrays.";
+  m.attr("__version__") = ATTN_OPS_VERSION;
+  m.def("isas", isas, "Instruction sets that are built in and usable on this machine, best first.");
+  m.def(
+      "default_isa", [] { return std::string(cpu::default_isa()); },
+      "The instruction set used where none is named: the best, or that of the environment variable ATTN_OPS_ISA.");
+  m.def("cpu_features", cpu_features, "Which of the features that kernels look for this machine has.");
+  m.def("forward", forward, py::arg("q"), py::arg("k"), py::arg("v"), kForward);
+  m.def("backward", backward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
+        py::arg("d_out"), kBackward);
+}
+
+}  // namespace attn_ops::numpy

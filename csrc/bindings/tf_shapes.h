@@ -1,0 +1,96 @@
+// The shape functions: as much of validate.h as the C API lets a shape function see. It reads shapes, not the
+// attributes, so neither the layout nor how many masks came is known here; the kernels check everything.
+#pragma once
+
+#include "tf_capi.h"
+#include "validate.h"
+
+namespace attn_ops::tf {
+
+class ShapeFunction {
+ public:
+  explicit ShapeFunction(TF_ShapeInferenceContext* context) : inference_(context) {}
+
+  void forward() {
+    inference_.set_all_outputs_unknown();
+    qkv();
+    rest(3, false);
+    set_out(0);
+    set_lse(1);
+  }
+
+  void backward() {
+    inference_.set_all_outputs_unknown();
+    qkv();
+    const Array out = read(3, "out", 4, kTensor), d_out = read(5, "d_out", 4, kTensor);
+    const Array lse = read(4, "lse", 3, "[batch, num_heads, seqlen_q]");
+    for (int axis = 0; axis < 4; ++axis) {
+      require(equal_reason("shape", out, axis, d_out, axis));
+    }
+    require(equal_reason("batch", q_, 0, out, 0));
+    require(equal_reason("batch", q_, 0, lse, 0));
+    rest(6, true);
+    for (int i = 0; i < 3; ++i) inference_.set_output(i, inference_.input(i));
+    // The gradient of the bias has its shape, or is empty when not wanted: an attribute, so unknown here.
+  }
+
+ private:
+  static constexpr const char* kTensor = "[batch, seqlen, heads, dim] or [batch, heads, seqlen, dim]";
+
+  static void require(const std::string& reason) {
+    if (!reason.empty()) throw Error(TF_INVALID_ARGUMENT, reason);
+  }
+
+  // The shape of an input, with unknown extents where it is not known.
+  Array read(int index, const char* name, int wanted_rank, const char* meaning) const {
+    Array a;
+    a.name = name;
+    a.shape.fill(kUnknown);
+    a.rank = wanted_rank;
+    const ShapeHandle shape = inference_.input(index);
+    const int64_t rank = inference_.rank(shape);
+    if (rank == -1) return a;
+    require(rank_reason(name, rank, wanted_rank, meaning));
+    for (int axis = 0; axis < wanted_rank; ++axis) a.shape[axis] = inference_.extent(shape, axis);
+    return a;
+  }
+
+  void qkv() {
+    q_ = read(0, "q", 4, kTensor);
+    const Array k = read(1, "k", 4, kTensor), v = read(2, "v", 4, kTensor);
+    require(tensors_reason(q_, k, v, "second extent", "third extent"));
+  }
+
+  // Bias and masks have rank 4, lengths and the seed rank 1, the gradient of lse rank 3.
+  void rest(int first, bool with_d_lse) const {
+    for (int i = first; i < inference_.num_inputs(); ++i) {
+      const int64_t rank = inference_.rank(inference_.input(i));
+      if (rank == -1 || rank == 1 || rank == 4 || (rank == 3 && with_d_lse)) continue;
+      throw Error(TF_INVALID_ARGUMENT, "input " + text(int64_t{i}) +
+                                           " must have rank 4 [batch, num_heads, seqlen_q, seqlen_k] (bias, masks) or "
+                                           "rank 1 (lengths, seed), got rank " +
+                                           text(rank));
+    }
+  }
+
+  // The shape of q with the last extent of v, in either layout.
+  void set_out(int output) const {
+    const ShapeHandle q = inference_.input(0), v = inference_.input(2);
+    if (inference_.rank(q) == -1) return;
+    const ShapeHandle value_dim = inference_.rank(v) == -1 ? inference_.unknown_axis() : inference_.slice(v, 3, 4);
+    inference_.set_output(output, inference_.concatenate(inference_.slice(q, 0, 3), value_dim));
+  }
+
+  // [batch, num_heads, seqlen_q]: which axes of q these are is up to the layout, unless they are equal.
+  void set_lse(int output) const {
+    const ShapeHandle q = inference_.input(0);
+    const ShapeHandle unknown = inference_.unknown_axis();
+    const ShapeHandle batch = inference_.rank(q) == -1 ? inference_.unknown_axis() : inference_.slice(q, 0, 1);
+    inference_.set_output(output, inference_.concatenate(inference_.concatenate(batch, unknown), unknown));
+  }
+
+  Inference inference_;
+  Array q_;
+};
+
+}  // namespace attn_ops::tf

@@ -1,0 +1,202 @@
+// What is wrong with a call, in words: every binding asks here, so every front end gives the same answer.
+// Each rule returns "" when it holds, else a text which names the rule and the values; the caller puts the name of
+// its operator in front.
+#pragma once
+
+#include <algorithm>
+#include <cstdio>
+#include <initializer_list>
+#include <limits>
+#include <string>
+
+#include "call.h"
+
+namespace attn_ops {
+
+inline std::string text(int64_t value) { return std::to_string(value); }
+inline std::string text(double value) {
+  char buffer[32];
+  std::snprintf(buffer, sizeof buffer, "%.17g", value);
+  return buffer;
+}
+inline std::string text(DType type) {
+  switch (type) {
+    case DType::kFloat32: return "float32";
+    case DType::kFloat64: return "float64";
+    case DType::kFloat16: return "float16";
+    case DType::kBFloat16: return "bfloat16";
+    case DType::kBool: return "bool";
+  }
+  return "unknown";
+}
+inline std::string text(const int64_t* extents, int rank) {
+  std::string s = "[";
+  for (int i = 0; i < std::min(rank, 4); ++i) {
+    s += (i ? "," : "") + (extents[i] == kUnknown ? std::string("?") : text(extents[i]));
+  }
+  return s + (rank > 4 ? ",...]" : "]");
+}
+inline std::string text(const Array& a) { return std::string(a.name) + " " + text(a.shape.data(), a.rank); }
+
+inline std::string rank_reason(const char* name, int64_t rank, int64_t wanted, const char* meaning) {
+  if (rank == wanted) return "";
+  return std::string(name) + " must have rank " + text(wanted) + " " + meaning + ", got rank " + text(rank);
+}
+
+// Two extents which must be equal; an unknown one is taken for equal.
+inline std::string equal_reason(const char* what, const Array& a, int axis_a, const Array& b, int axis_b) {
+  const int64_t x = a.shape[axis_a], y = b.shape[axis_b];
+  if (x == y || x == kUnknown || y == kUnknown) return "";
+  return std::string(b.name) + " must have the " + what + " of " + a.name + " (" + text(x) + "), got " + text(y) +
+         ": " + text(a) + ", " + text(b);
+}
+
+inline std::string dtype_reason(const Array& a, DType wanted, const char* rule) {
+  if (a.dtype == wanted) return "";
+  return std::string(a.name) + " must be " + text(wanted) + ", " + rule + ", got " + text(a.dtype);
+}
+
+template <class Int>
+inline std::string lengths_reason(const char* name, const Int* lengths, int64_t count, const char* limit_name,
+                                  int64_t limit) {
+  for (int64_t b = 0; b < count; ++b) {
+    if (lengths[b] < 0 || lengths[b] > limit) {
+      return std::string(name) + "[" + text(b) + "] (" + text(int64_t{lengths[b]}) + ") must be from 0 to " +
+             limit_name + " (" + text(limit) + ")";
+    }
+  }
+  return "";
+}
+
+// Extents must multiply to something addressable. Empty arrays are judged by their other extents: kernels and
+// frameworks multiply in any order, and a partial product may overflow where the whole is zero.
+inline std::string size_reason(const char* name, std::initializer_list<int64_t> extents, size_t element_size) {
+  int64_t bytes = static_cast<int64_t>(element_size);
+  for (int64_t extent : extents) {
+    if (__builtin_mul_overflow(bytes, std::max<int64_t>(extent, 1), &bytes)) {
+      return std::string("the size of ") + name + " " + text(extents.begin(), static_cast<int>(extents.size())) +
+             " overflows 64 bits";
+    }
+  }
+  return "";
+}
+
+inline std::string score_shaped_reason(const Array& a, const Sizes& n) {
+  std::string reason = rank_reason(a.name, a.rank, 4, "[batch, num_heads, seqlen_q, seqlen_k]");
+  for (int i = 0; i < 4 && reason.empty(); ++i) {
+    if (a.shape[i] == 1 || a.shape[i] == n.scores(i)) continue;
+    const int64_t scores[4] = {n.batch, n.num_heads, n.seqlen_q, n.seqlen_k};
+    reason = text(a) + " must broadcast to [batch, num_heads, seqlen_q, seqlen_k] " + text(scores, 4);
+  }
+  return reason;
+}
+
+inline std::string same_shape_reason(const Array& a, int rank, const int64_t* wanted, const char* meaning) {
+  if (a.rank == rank && std::equal(wanted, wanted + rank, a.shape.begin())) return "";
+  return std::string(a.name) + " must have the shape " + text(wanted, rank) + " of " + meaning + ", got " +
+         text(a.shape.data(), a.rank);
+}
+
+// The rules about the shapes of q, k and v that hold whatever the layout, which a shape function cannot read: it has
+// only one name for the two middle axes. Extents may be unknown.
+inline std::string tensors_reason(const Array& q, const Array& k, const Array& v, const char* axis1,
+                                  const char* axis2) {
+  std::string reason = equal_reason("batch", q, 0, k, 0);
+  if (reason.empty()) reason = equal_reason("batch", q, 0, v, 0);
+  if (reason.empty()) reason = equal_reason("head_dim", q, 3, k, 3);
+  if (reason.empty()) reason = equal_reason(axis1, k, 1, v, 1);
+  if (reason.empty()) reason = equal_reason(axis2, k, 2, v, 2);
+  if (reason.empty() && q.shape[3] == 0) reason = "head_dim must be at least 1, got 0: " + text(q);
+  return reason;
+}
+
+inline std::string heads_reason(const Sizes& n) {
+  if (n.num_kv_heads > 0 && n.num_heads % n.num_kv_heads == 0) return "";
+  return "num_heads (" + text(n.num_heads) + ") must be a multiple of num_kv_heads (" + text(n.num_kv_heads) + ")";
+}
+
+inline std::string options_reason(const Call& c) {
+  if (c.has_scale && !std::isfinite(c.scale)) return "scale (" + text(c.scale) + ") must be finite";
+  if (!(c.dropout_rate >= 0 && c.dropout_rate < 1)) {
+    return "dropout_rate (" + text(c.dropout_rate) + ") must be at least 0 and less than 1";
+  }
+  if (c.mask.window_left < -1 || c.mask.window_right < -1) {
+    return "window_left (" + text(c.mask.window_left) + ") and window_right (" + text(c.mask.window_right) +
+           ") must be -1 (unbounded) or more";
+  }
+  return "";
+}
+
+inline std::string lengths_array_reason(const Array& a, const Sizes& n, const char* limit_name, int64_t limit) {
+  if (!a.present) return "";
+  std::string reason = same_shape_reason(a, 1, &n.batch, "[batch]");
+  if (reason.empty()) {
+    reason = lengths_reason(a.name, static_cast<const int32_t*>(a.data), n.batch, limit_name, limit);
+  }
+  return reason;
+}
+
+inline std::string backward_reason(const Call& c, const Sizes& n) {
+  const Shape4 output = n.output(c.layout);
+  const int64_t statistics[3] = {n.batch, n.num_heads, n.seqlen_q};
+  std::string reason = same_shape_reason(c.out, 4, output.data(), "the forward output");
+  if (reason.empty()) reason = same_shape_reason(c.d_out, 4, output.data(), "the forward output");
+  if (reason.empty()) reason = same_shape_reason(c.lse, 3, statistics, "[batch, num_heads, seqlen_q]");
+  if (reason.empty() && c.d_lse.present) {
+    reason = same_shape_reason(c.d_lse, 3, statistics, "[batch, num_heads, seqlen_q]");
+  }
+  return reason;
+}
+
+inline std::string dtypes_reason(const Call& c) {
+  std::string reason;
+  for (const Array* a : {&c.k, &c.v, &c.bias, &c.out, &c.d_out}) {
+    if (a->present && reason.empty()) reason = dtype_reason(*a, c.q.dtype, "the dtype of q");
+  }
+  for (const Array* a : {&c.lse, &c.d_lse}) {
+    if (a->present && reason.empty()) {
+      reason = dtype_reason(*a, accumulator_of(c.q.dtype), "float64 when q is float64, else float32");
+    }
+  }
+  for (int i = 0; i < c.num_masks && reason.empty(); ++i) {
+    reason = dtype_reason(c.masks[i], DType::kBool, "true where a key may be seen (additive terms are the bias)");
+  }
+  return reason;
+}
+
+// The first rule that the call breaks, or "".
+inline std::string invalid_reason(const Call& c) {
+  const bool bshd = c.layout == Layout::kBSHD;
+  const char* meaning = bshd ? "[batch, seqlen, heads, dim]" : "[batch, heads, seqlen, dim]";
+  std::string reason = dtypes_reason(c);
+  for (const Array* a : {&c.q, &c.k, &c.v}) {
+    if (reason.empty()) reason = rank_reason(a->name, a->rank, 4, meaning);
+  }
+  if (reason.empty()) {
+    reason = tensors_reason(c.q, c.k, c.v, bshd ? "seqlen_k" : "num_kv_heads", bshd ? "num_kv_heads" : "seqlen_k");
+  }
+  if (!reason.empty()) return reason;
+
+  const Sizes n = sizes_of(c);
+  const size_t element = size_of(c.q.dtype), statistic = size_of(accumulator_of(c.q.dtype));
+  const auto check = [&reason](auto rule) {
+    if (reason.empty()) reason = rule();
+  };
+  check([&] { return heads_reason(n); });
+  check([&] { return size_reason("q", {n.batch, n.seqlen_q, n.num_heads, n.head_dim}, element); });
+  check([&] { return size_reason("k", {n.batch, n.seqlen_k, n.num_kv_heads, n.head_dim}, element); });
+  check([&] { return size_reason("v", {n.batch, n.seqlen_k, n.num_kv_heads, n.value_dim}, element); });
+  check([&] { return size_reason("out", {n.batch, n.seqlen_q, n.num_heads, n.value_dim}, element); });
+  check([&] { return size_reason("lse", {n.batch, n.num_heads, n.seqlen_q}, statistic); });
+  check([&] { return size_reason("scores", {n.batch, n.num_heads, n.seqlen_q, n.seqlen_k}, 1); });
+  if (c.bias.present) check([&] { return score_shaped_reason(c.bias, n); });
+  for (int i = 0; i < c.num_masks; ++i) check([&] { return score_shaped_reason(c.masks[i], n); });
+  check([&] { return lengths_array_reason(c.query_lengths, n, "seqlen_q", n.seqlen_q); });
+  check([&] { return lengths_array_reason(c.key_lengths, n, "seqlen_k", n.seqlen_k); });
+  check([&] { return options_reason(c); });
+  if (c.dropout_rate > 0 && !c.has_seed) check([] { return std::string("dropout_rate > 0 needs a seed"); });
+  if (c.backward) check([&] { return backward_reason(c, n); });
+  return reason;
+}
+
+}  // namespace attn_ops

@@ -1,0 +1,54 @@
+"""Builds the compiled part with CMake; everything else about the package is in pyproject.toml."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def cmake(*arguments):
+    try:
+        subprocess.run(["cmake", *arguments], check=True)
+    except FileNotFoundError:
+        raise SystemExit("attn_ops: building without isolation needs CMake and Ninja: pip install cmake ninja")
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"attn_ops: `cmake {shlex.join(arguments)}` failed ({error.returncode}); it says why above")
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake, which puts ``libattn_ops.so`` and ``_core`` into the package.
+
+    The environment variable ``CMAKE_ARGS`` adds arguments, as in ``-DATTN_OPS_TF_INCLUDE_DIR=...``, and
+    ``CMAKE_BUILD_PARALLEL_LEVEL`` limits how many compilers run at once.
+    """
+
+    def run(self):
+        in_place = self.inplace or self.editable_mode
+        package = ROOT / "attn_ops" if in_place else Path(self.build_lib).resolve() / "attn_ops"
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        # It remembers tools of an isolated build environment, which are gone by the next one. Objects are kept.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+
+        cmake(
+            f"-S{ROOT}",
+            f"-B{build}",
+            "-GNinja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        )
+        cmake("--build", str(build))
+        cmake("--install", str(build), "--prefix", str(package), "--strip")
+
+
+setup(
+    # Names the extension so that the wheel is known to be for one Python and one platform; CMake has the sources.
+    ext_modules=[Extension("attn_ops._core", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,82 @@
+"""What must work in every TensorFlow: the operator against the NumPy reference, eager, traced and under XLA; its
+gradients; errors; threads; a Keras layer that trains, saves and loads. Needs nothing but the installed package."""
+
+import os
+import tempfile
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import attn_ops
+import keras
+import numpy as np
+import tensorflow as tf
+from attn_ops import _native, reference
+
+rng = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return rng.normal(size=shape).astype("float32")
+
+
+q, k, v, bias, d_out = normal(2, 70, 4, 16), normal(2, 90, 2, 16), normal(2, 90, 2, 24), normal(1, 4, 70, 90), normal(2, 70, 4, 24)
+mask = rng.random((2, 1, 70, 90)) < 0.8
+options = dict(mask=mask, is_causal=True, key_value_seq_lengths=np.int32([90, 41]), dropout_rate=0.2, dropout_seed=7)
+
+
+def close(results, references):
+    for result, wanted in zip(results, references):
+        np.testing.assert_allclose(result, wanted, rtol=0, atol=2e-5 * max(1, np.abs(wanted[np.isfinite(wanted)]).max()))
+
+
+def run(implementation):
+    variables = [tf.convert_to_tensor(x) for x in (q, k, v, bias)]
+    with tf.GradientTape() as tape:
+        tape.watch(variables)
+        query, key, value, b = variables
+        out, lse = attn_ops.scaled_dot_product_attention(
+            query, key, value, bias=b, return_lse=True, implementation=implementation, **options
+        )
+    return out, lse, *tape.gradient(out, variables, output_gradients=d_out)
+
+
+def operator_matches_reference():
+    wanted = reference.attention(q, k, v, bias=bias, **options)
+    wanted += tuple(reference.attention_gradients(q, k, v, bias=bias, d_out=d_out, **options))
+    close(run("fused"), wanted)
+    close(tf.function(run)("fused"), wanted)
+    close(tf.function(run, jit_compile=True)(None), wanted)
+    close(run("composite"), wanted)
+
+
+def errors_name_the_rule():
+    for call in (_native.library().attn_ops_forward, tf.function(_native.library().attn_ops_forward)):
+        try:
+            call(q[:, :, :3], k, v, (), (), (), (), ())
+        except tf.errors.InvalidArgumentError as error:
+            assert "num_heads (3) must be a multiple of num_kv_heads (2)" in str(error), error
+        else:
+            raise AssertionError("no error")
+
+
+def layer_trains_saves_and_loads():
+    inputs = keras.Input((12, 16))
+    x = attn_ops.layers.MultiHeadAttention(num_heads=2, key_dim=8)(inputs, inputs, use_causal_mask=True)
+    model = keras.Model(inputs, keras.layers.Dense(1)(x))
+    model.compile("adam", "mse")
+    x, y = normal(64, 12, 16), normal(64, 12, 1)
+    losses = model.fit(x, y, epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0], losses
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "model.keras")
+        model.save(path)
+        np.testing.assert_allclose(keras.models.load_model(path).predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-5)
+
+
+print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}, NumPy {np.__version__}, {attn_ops.__file__}")
+assert _native.unavailable_reason() is None, _native.unavailable_reason()
+assert _native.core_unavailable_reason() is None, _native.core_unavailable_reason()
+close(_native.core().forward(q, k, v), reference.attention(q, k, v))
+for check in (operator_matches_reference, errors_name_the_rule, layer_trains_saves_and_loads):
+    check()
+    print("  passed:", check.__name__)
