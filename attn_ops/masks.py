@@ -1,0 +1,340 @@
+"""Mask objects: who sees whom, without a dense [seqlen_q, seqlen_k] array where none is needed.
+
+    from attn_ops import masks
+    mask = masks.causal() & masks.key_padding(tokens != 0) & masks.window(left=255)
+
+A `Mask` is, like in the kernels (csrc/mask.h), one interval of keys per query row (causal, window, lengths) plus any
+number of boolean arrays that are never combined into one (padding, segments, user masks). Arrays may be NumPy or
+TensorFlow; this module needs TensorFlow only when it is given TensorFlow tensors.
+"""
+
+import dataclasses
+import operator
+import sys
+from typing import Any, Optional
+
+import numpy as np
+
+ALIGNMENTS = ("top_left", "bottom_right")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mask:
+    """Who sees whom. Use the constructors of this module and `&`; the fields are what they set.
+
+    Attributes:
+      is_causal: a row sees no key after its own position: `window` with right end 0.
+      causal_alignment: "top_left": row i stands at key i (Keras, PyTorch). "bottom_right": the last row stands at the
+        last key, at i + length_k - length_q (flash-attention, decoding), with the effective lengths of the batch
+        entry when lengths are given.
+      window: None or (left, right): how many keys before and after its own position a row sees; None or -1 is all.
+      query_lengths: None or integers `[batch]`: rows at and past it see nothing.
+      key_lengths: None or integers `[batch]`: keys at and past it are not seen.
+      dense: tuple of parts with a `tensor()`: boolean masks, true = may see.
+    """
+
+    is_causal: bool = False
+    causal_alignment: str = "top_left"
+    window: Optional[tuple] = None
+    query_lengths: Any = None
+    key_lengths: Any = None
+    dense: tuple = ()
+
+    def __post_init__(self):
+        if self.causal_alignment not in ALIGNMENTS:
+            raise ValueError(f"Mask: causal_alignment must be one of {ALIGNMENTS}, got {self.causal_alignment!r}")
+        object.__setattr__(self, "is_causal", bool(self.is_causal))
+        object.__setattr__(self, "window", _normalized_window(self.window))
+        for name in ("query_lengths", "key_lengths"):
+            object.__setattr__(self, name, _normalized_lengths(name, getattr(self, name)))
+
+    @property
+    def window_left(self):
+        """Keys seen before the row's own position; -1 = all."""
+        return self.window[0] if self.window else -1
+
+    @property
+    def window_right(self):
+        """Keys seen after the row's own position; -1 = all; causal is 0."""
+        right = self.window[1] if self.window else -1
+        return 0 if self.is_causal else right
+
+    @property
+    def bottom_right(self):
+        """Whether rows are aligned with the last key."""
+        return self.causal_alignment == "bottom_right"
+
+    def __and__(self, other):
+        """A pair is visible if both masks let it be.
+
+        The result describes one attention call with all the parts: lengths given on either side are the effective
+        lengths that a bottom-right alignment refers to. Raises ValueError for two windows of different alignment,
+        which no single interval can express.
+        """
+        if not isinstance(other, Mask):
+            return NotImplemented
+        alignments = {m.causal_alignment for m in (self, other) if m.is_causal or m.window}
+        if len(alignments) > 1:
+            raise ValueError(
+                "Mask &: both sides have a causal or window part, with causal_alignment "
+                f"{self.causal_alignment!r} and {other.causal_alignment!r}; make one of them dense: "
+                "a & masks.boolean(b.materialize(seqlen_q, seqlen_k))"
+            )
+        window = None
+        if self.window or other.window:
+            pairs = zip(self.window or (-1, -1), other.window or (-1, -1))
+            window = tuple(min(ends) if min(ends) >= 0 else max(ends) for ends in pairs)
+        return Mask(
+            is_causal=self.is_causal or other.is_causal,
+            causal_alignment=alignments.pop() if alignments else "top_left",
+            window=window,
+            query_lengths=_minimum(self.query_lengths, other.query_lengths),
+            key_lengths=_minimum(self.key_lengths, other.key_lengths),
+            dense=self.dense + other.dense,
+        )
+
+    def tensors(self):
+        """The dense parts: bool arrays broadcastable to `[batch, num_heads, seqlen_q, seqlen_k]`, to be ANDed."""
+        return tuple(part.tensor() for part in self.dense)
+
+    def materialize(self, seqlen_q, seqlen_k, batch=None):
+        """The mask as one dense array, for tests and pictures: memory grows with seqlen_q * seqlen_k.
+
+        Args:
+          seqlen_q, seqlen_k: extents, integers or integer scalars.
+          batch: the first extent of the result, or None for 1 where no part depends on the batch entry.
+        Returns:
+          bool `[batch or 1, num_heads or 1, seqlen_q, seqlen_k]`, true = may see: a TensorFlow tensor if an argument
+          or a part is one, else a NumPy array.
+        Raises:
+          ValueError: a dense part does not broadcast, or a length (in NumPy) is outside [0, seqlen].
+        """
+        parts = self.tensors()
+        xp = _namespace(parts + (seqlen_q, seqlen_k, batch, self.query_lengths, self.key_lengths))
+        rows, columns = xp.arange(xp.int64(seqlen_q)), xp.arange(xp.int64(seqlen_k))
+        rows, columns = rows[None, None, :, None], columns[None, None, None, :]
+        lengths = []
+        for name, length, seqlen in (
+            ("query_lengths", self.query_lengths, seqlen_q),
+            ("key_lengths", self.key_lengths, seqlen_k),
+        ):
+            if length is not None:
+                xp.check_lengths(name, length, seqlen)
+                length = xp.int64(length)[:, None, None, None]
+            lengths.append(length)
+        visible = (rows >= 0) & (columns >= 0)
+        for term in interval(
+            rows, columns, seqlen_q, seqlen_k, *lengths, self.window_left, self.window_right, self.bottom_right
+        ):
+            visible = visible & term
+        for part in parts:
+            _check_fits(part, {2: seqlen_q, 3: seqlen_k})
+            visible = visible & xp.bool(part)
+        return visible if batch is None else xp.repeat_batch(visible, batch)
+
+
+def interval(
+    rows, columns, seqlen_q, seqlen_k, query_lengths, key_lengths, window_left, window_right, bottom_right
+):
+    """`key_range()` of csrc/mask.h for many rows and keys at once, as a list of conditions to be ANDed.
+
+    They are separate so that each keeps its own small shape; none is there for what restricts nothing.
+
+    Args:
+      rows, columns: int64 arrays that broadcast against each other: query rows and keys.
+      seqlen_q, seqlen_k: extents.
+      query_lengths, key_lengths: None, or int64 arrays that broadcast against rows and columns.
+      window_left, window_right: Python integers, -1 = unbounded.
+      bottom_right: whether the last row stands at the last key.
+    """
+    own = rows
+    if bottom_right:
+        length_q = seqlen_q if query_lengths is None else query_lengths
+        own = rows + ((seqlen_k if key_lengths is None else key_lengths) - length_q)
+    terms = []
+    if query_lengths is not None:
+        terms.append(rows < query_lengths)
+    if key_lengths is not None:
+        terms.append(columns < key_lengths)
+    # Windows can be as large as INT64_MAX: beyond 2**62 they hide nothing, and sums must not overflow.
+    if 0 <= window_left < 2**62:
+        terms.append(columns >= own - window_left)
+    if 0 <= window_right < 2**62:
+        terms.append(columns <= own + window_right)
+    return terms
+
+
+def causal(alignment="top_left"):
+    """A row sees no key after its own position. `alignment`: see `Mask.causal_alignment`."""
+    return Mask(is_causal=True, causal_alignment=alignment)
+
+
+def window(left=None, right=None, alignment="top_left"):
+    """A row sees `left` keys before and `right` keys after its own position; None or -1 is all.
+
+    Keras's `sliding_window=w` is `window(w - 1, w - 1)`. `alignment`: see `Mask.causal_alignment`.
+    """
+    return Mask(window=(left, right), causal_alignment=alignment)
+
+
+def padding(query_lengths=None, key_lengths=None):
+    """Integers `[batch]`: rows at and past `query_lengths` see nothing, keys at and past `key_lengths` are unseen."""
+    return Mask(query_lengths=query_lengths, key_lengths=key_lengths)
+
+
+def query_padding(mask):
+    """Bool `[batch, seqlen_q]`, true for real rows, as Keras's `Embedding(mask_zero=True)` makes it."""
+    return Mask(dense=(_Boolean(_checked("query_padding", mask, 2, "bool")[:, None, :, None]),))
+
+
+def key_padding(mask):
+    """Bool `[batch, seqlen_k]`, true for real keys, as Keras's `Embedding(mask_zero=True)` makes it."""
+    return Mask(dense=(_Boolean(_checked("key_padding", mask, 2, "bool")[:, None, None, :]),))
+
+
+def segments(q_ids, kv_ids):
+    """Integers `[batch, seqlen_q]` and `[batch, seqlen_k]`: rows see the keys of equal id (packed documents)."""
+    return Mask(dense=(_Segments(_checked("segments", q_ids, 2, "int"), _checked("segments", kv_ids, 2, "int")),))
+
+
+def boolean(mask):
+    """A bool mask, true = may see: `[seqlen_q, seqlen_k]`, `[batch, seqlen_q, seqlen_k]`, or `[batch, num_heads,
+    seqlen_q, seqlen_k]`; every extent may be 1.
+
+    Raises TypeError for other dtypes: floats are a `bias`, and integers are ambiguous.
+    """
+    mask = _checked("boolean", mask, (2, 3, 4), "bool")
+    rank = len(mask.shape)
+    return Mask(dense=(_Boolean(mask[None, None] if rank == 2 else mask[:, None] if rank == 3 else mask),))
+
+
+def combined(
+    mask=None, *, is_causal=False, causal_alignment="top_left", window=None, query_lengths=None, key_lengths=None
+):
+    """One `Mask` from the arguments of an attention call.
+
+    `mask` is None, a `Mask`, a boolean array (see `boolean`), or a list or tuple of those; all are ANDed.
+    """
+    result = Mask(is_causal, causal_alignment, window, query_lengths, key_lengths)
+    for part in mask if isinstance(mask, (list, tuple)) else () if mask is None else (mask,):
+        result = result & (part if isinstance(part, Mask) else boolean(part))
+    return result
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Boolean:
+    array: Any
+
+    def tensor(self):
+        return self.array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Segments:
+    q_ids: Any
+    kv_ids: Any
+
+    def tensor(self):
+        return self.q_ids[:, None, :, None] == self.kv_ids[:, None, None, :]
+
+
+def _normalized_window(window):
+    if window is None:
+        return None
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"Mask: window must be a pair (left, right) of integers or None, got {window!r}")
+    ends = []
+    for end in window:
+        try:
+            ends.append(-1 if end is None else operator.index(end))
+        except TypeError:
+            raise TypeError(f"Mask: window must be a pair (left, right) of integers or None, got {window!r}") from None
+    if min(ends) < -1:
+        raise ValueError(f"Mask: window ends must be at least 0, or -1 or None for unbounded, got {window!r}")
+    return None if ends == [-1, -1] else tuple(ends)
+
+
+def _checked(name, array, ranks, kind):
+    """`array` with the rank and dtype a constructor takes; Python lists become NumPy arrays."""
+    if type(array).__name__ == "RaggedTensor":
+        raise TypeError(f"{name}: ragged tensors are not supported, got {array!r}; pad it and pass lengths")
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        array = np.asarray(array)
+    dtype = getattr(array.dtype, "name", str(array.dtype))
+    if not (dtype == "bool" if kind == "bool" else "int" in dtype):
+        hint = "; an additive mask is a `bias`" if "float" in dtype else ""
+        raise TypeError(f"{name}: dtype must be {kind}, got {dtype}{hint}")
+    rank = array.shape.rank if hasattr(array.shape, "rank") else len(array.shape)
+    ranks = ranks if isinstance(ranks, tuple) else (ranks,)
+    if rank not in ranks:
+        raise ValueError(f"{name}: rank must be {' or '.join(map(str, ranks))}, got shape {array.shape}")
+    return array
+
+
+def _normalized_lengths(name, lengths):
+    return None if lengths is None else _checked(f"Mask: {name}", lengths, 1, "int")
+
+
+def _check_fits(part, seqlens):
+    """A boolean part of the wrong extent could broadcast a seqlen of 1; find it where shapes are known."""
+    for axis, seqlen in seqlens.items():
+        extent = part.shape[axis]
+        if extent is not None and isinstance(seqlen, int) and extent not in (1, seqlen):
+            raise ValueError(
+                f"Mask.materialize: a boolean part of shape {tuple(part.shape)} does not broadcast to "
+                f"[batch, num_heads, {seqlens[2]}, {seqlens[3]}]"
+            )
+
+
+def _minimum(a, b):
+    if a is None or b is None:
+        return b if a is None else a
+    xp = _namespace((a, b))
+    return xp.minimum(xp.int64(a), xp.int64(b))
+
+
+class _NumPy:
+    """The few array functions that NumPy and TensorFlow name differently."""
+
+    arange = staticmethod(np.arange)
+    minimum = staticmethod(np.minimum)
+
+    def int64(self, x):
+        return np.asarray(x).astype(np.int64)
+
+    def bool(self, x):
+        return np.asarray(x)
+
+    def repeat_batch(self, visible, batch):
+        return np.broadcast_to(visible, (batch,) + visible.shape[1:])
+
+    def check_lengths(self, name, lengths, seqlen):
+        lengths = np.asarray(lengths)
+        if lengths.size and (lengths.min() < 0 or lengths.max() > seqlen):
+            raise ValueError(f"Mask.materialize: {name} must be in [0, {seqlen}], got {lengths}")
+
+
+class _TensorFlow:
+    def __init__(self, tf):
+        self.tf = tf
+        self.arange = tf.range
+        self.minimum = tf.minimum
+
+    def int64(self, x):
+        return self.tf.cast(x, self.tf.int64)
+
+    def bool(self, x):
+        return self.tf.convert_to_tensor(x)
+
+    def repeat_batch(self, visible, batch):
+        return self.tf.broadcast_to(visible, self.tf.concat([[batch], self.tf.shape(visible)[1:]], 0))
+
+    def check_lengths(self, name, lengths, seqlen):
+        """Values of a graph tensor are not known here; the attention op checks them when it runs."""
+
+
+def _namespace(values):
+    tf = sys.modules.get("tensorflow")
+    if tf is not None and any(tf.is_tensor(value) for value in values):
+        return _TensorFlow(tf)
+    return _NumPy()

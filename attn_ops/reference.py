@@ -1,0 +1,209 @@
+"""The specification: attention in NumPy float64, forward and gradients, written as equations.
+
+    s_ij   = scale q_i . k_j + bias_ij            p_ij = exp(s_ij - lse_i)        lse_i = log sum_j exp(s_ij)
+    out_i  = sum_j z_ij p_ij v_j                  z_ij = keep_ij / (1 - dropout_rate)
+
+Sums run over the keys j that row i sees: those inside its interval (csrc/mask.h), allowed by every boolean mask, and
+whose bias is not -inf. With g_i = d_out_i and h_i = d_lse_i, the gradients are
+
+    delta_i = g_i . out_i                         ds_ij = p_ij (z_ij g_i . v_j - delta_i + h_i)
+    dq_i = scale sum_j ds_ij k_j                  dk_j = scale sum_i ds_ij q_i
+    dv_j = sum_i z_ij p_ij g_i                    dbias = ds, summed over the axes that bias broadcasts along
+
+(Dao, Fu, Ermon, Rudra and Re, "FlashAttention", 2022, appendix B; the term h_i is d lse_i / d s_ij = p_ij.)
+
+Edges, the same in every implementation:
+- A row that sees no key, or only scores of -inf, has out 0, lse -inf and gradients exactly 0.
+- A weight of exactly 0 selects its key out: NaN and infinity in keys, values and gradients that a row does not weigh
+  never reach it. A NaN or infinity that a row does weigh propagates.
+- Dropout leaves lse alone and is decided by `philox.keep`.
+
+Inputs of any float dtype are computed in float64; nothing here is fast or small in memory.
+"""
+
+import numpy as np
+
+from attn_ops import masks, philox
+
+
+def attention(query, key, value, **options):
+    """Scaled dot-product attention in float64.
+
+    Args:
+      query: `[batch, seqlen_q, num_heads, head_dim]`, any float dtype.
+      key: `[batch, seqlen_k, num_kv_heads, head_dim]`; num_heads must be a multiple of num_kv_heads, and query head h
+        reads key head `h // (num_heads // num_kv_heads)`.
+      value: `[batch, seqlen_k, num_kv_heads, value_dim]`.
+      bias: None or an array added to the scores, rank 4, broadcastable to `[batch, num_heads, seqlen_q, seqlen_k]`;
+        -inf hides a key.
+      mask: None, a bool array (true = may see; see `masks.boolean`), a `masks.Mask`, or a list of them, ANDed.
+      scale: multiplies q.k; None is 1/sqrt(head_dim).
+      is_causal, causal_alignment, window: see `masks.Mask`.
+      query_seq_lengths, key_value_seq_lengths: None or integers `[batch]`; see `masks.Mask`.
+      dropout_rate: probability of dropping a weight, in [0, 1); kept weights are scaled by 1 / (1 - rate).
+      dropout_seed: an integer or a pair (seed, offset); needed when dropout_rate > 0.
+      layout: "BSHD" as above, or "BHSD": `[batch, heads, seqlen, dim]` for query, key, value and out.
+    Returns:
+      (out, lse): float64 `[batch, seqlen_q, num_heads, value_dim]` (in `layout`) and `[batch, num_heads, seqlen_q]`.
+    Raises:
+      ValueError, TypeError: arguments that do not fit together.
+    """
+    c = _Call("reference.attention", query, key, value, **options)
+    return c.to_layout(c.out), c.lse
+
+
+def attention_weights(query, key, **options):
+    """The softmax before dropout: float64 `[batch, num_heads, seqlen_q, seqlen_k]`. Arguments as in `attention`."""
+    return _Call("reference.attention_weights", query, key, key, **options).p
+
+
+def attention_gradients(query, key, value, d_out, d_lse=None, **options):
+    """Gradients of `sum(d_out * out) + sum(d_lse * lse)`; entries of lse that are -inf are constants.
+
+    Args:
+      d_out: like out, in `layout`.
+      d_lse: None for zero, or `[batch, num_heads, seqlen_q]`.
+      The other arguments as in `attention`.
+    Returns:
+      (dq, dk, dv, dbias): float64, of the shapes of query, key, value and bias; dbias None without a bias.
+    """
+    c = _Call("reference.attention_gradients", query, key, value, **options)
+    d_out = c.from_layout(d_out)
+    if d_out.shape != c.out.shape:
+        raise ValueError(f"{c.name}: d_out must be shaped like out {c.out.shape}, got {d_out.shape}")
+    d_lse = np.zeros(c.lse.shape) if d_lse is None else _float64(d_lse)
+    if d_lse.shape != c.lse.shape:
+        raise ValueError(f"{c.name}: d_lse must be shaped like lse {c.lse.shape}, got {d_lse.shape}")
+
+    with np.errstate(invalid="ignore", over="ignore"):
+        weighed = c.p != 0
+        dp = c.z * (d_out @ _transposed(c.v))
+        delta = np.sum(d_out * c.out, axis=-1)
+        ds = np.where(weighed, c.p * (dp - (delta - d_lse)[..., None]), 0.0)
+        dq = c.scale * _weighted_sum(ds, c.k)
+        dk = c.scale * c.sum_groups(_weighted_sum(_transposed(ds), c.q))
+        dv = c.sum_groups(_weighted_sum(_transposed(c.z * c.p), d_out))
+    dbias = None
+    if c.bias is not None:
+        axes = tuple(axis for axis in range(4) if c.bias.shape[axis] == 1)
+        dbias = ds.sum(axis=axes, keepdims=True)
+    return c.to_layout(dq), c.to_layout(dk), c.to_layout(dv), dbias
+
+
+class _Call:
+    """One attention call: its inputs as float64 `[batch, num_heads, seqlen, dim]`, and what forward computes."""
+
+    def __init__(
+        self,
+        name,
+        query,
+        key,
+        value,
+        *,
+        bias=None,
+        mask=None,
+        scale=None,
+        is_causal=False,
+        causal_alignment="top_left",
+        window=None,
+        query_seq_lengths=None,
+        key_value_seq_lengths=None,
+        dropout_rate=0.0,
+        dropout_seed=None,
+        layout="BSHD",
+    ):
+        if layout not in ("BSHD", "BHSD"):
+            raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}")
+        self.name, self.layout = name, layout
+        self.q, k, v = (self.from_layout(x) for x in (query, key, value))
+        batch, num_heads, seqlen_q, head_dim = self.q.shape
+        num_kv_heads, seqlen_k = k.shape[1:3]
+        if k.shape != (batch, num_kv_heads, seqlen_k, head_dim) or v.shape[:3] != k.shape[:3]:
+            raise ValueError(
+                f"{name}: query, key and value must agree in batch, seqlen_k, num_kv_heads and head_dim, got shapes "
+                f"{np.shape(query)}, {np.shape(key)} and {np.shape(value)} (layout {layout})"
+            )
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"{name}: num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})")
+        self.num_kv_heads = num_kv_heads
+        self.k, self.v = (np.repeat(x, num_heads // num_kv_heads, axis=1) for x in (k, v))
+        self.scale = 1 / np.sqrt(head_dim) if scale is None else float(scale)
+        self.bias = None if bias is None else _float64(bias)
+
+        weights_shape = (batch, num_heads, seqlen_q, seqlen_k)
+        mask = masks.combined(
+            mask,
+            is_causal=is_causal,
+            causal_alignment=causal_alignment,
+            window=window,
+            query_lengths=query_seq_lengths,
+            key_lengths=key_value_seq_lengths,
+        )
+        visible = self._broadcast("mask", np.asarray(mask.materialize(seqlen_q, seqlen_k)), weights_shape)
+
+        # Scores of -inf, from wherever, hide: their exp is 0.
+        with np.errstate(invalid="ignore", over="ignore"):
+            s = self.scale * (self.q @ _transposed(self.k))
+            if self.bias is not None:
+                b = self._broadcast("bias", self.bias, weights_shape)
+                s, visible = s + b, visible & (b != -np.inf)
+            s = np.where(visible, s, -np.inf)
+            m = s.max(axis=-1, keepdims=True, initial=-np.inf)
+            m = np.where(m == -np.inf, 0.0, m)
+            e = np.exp(s - m)
+            total = e.sum(axis=-1, keepdims=True)
+            # Selected, since in a row of NaN even hidden weights would be NaN.
+            self.p = np.where(s == -np.inf, 0.0, e / np.where(total == 0, 1.0, total))
+            with np.errstate(divide="ignore"):
+                self.lse = (m + np.log(total))[..., 0]
+            self.z = self._dropout_factors(dropout_rate, dropout_seed, weights_shape)
+            self.out = _weighted_sum(self.z * self.p, self.v)
+
+    def from_layout(self, x):
+        x = _float64(x)
+        if x.ndim != 4:
+            raise ValueError(f"{self.name}: rank must be 4 (layout {self.layout}), got shape {x.shape}")
+        return self.to_layout(x)
+
+    def to_layout(self, x):
+        """Between `layout` and `[batch, heads, seqlen, dim]`, either way."""
+        return x.swapaxes(1, 2) if self.layout == "BSHD" else x
+
+    def sum_groups(self, x):
+        """Sums `[batch, num_heads, ...]` over the query heads of each key head."""
+        batch, num_heads = x.shape[:2]
+        return x.reshape(batch, self.num_kv_heads, num_heads // self.num_kv_heads, *x.shape[2:]).sum(axis=2)
+
+    def _broadcast(self, what, x, shape):
+        if x.ndim != 4 or any(extent not in (1, full) for extent, full in zip(x.shape, shape)):
+            raise ValueError(f"{self.name}: {what} of shape {x.shape} does not broadcast to {shape}")
+        return np.broadcast_to(x, shape)
+
+    def _dropout_factors(self, rate, seed, shape):
+        if rate == 0.0:
+            return 1.0
+        if seed is None:
+            raise ValueError(f"{self.name}: dropout_rate={rate} needs a dropout_seed")
+        seed, offset = (seed, 0) if np.ndim(seed) == 0 else seed
+        return philox.keep(seed, offset, *shape, rate) / (1.0 - rate)
+
+
+def _float64(x):
+    x = np.asarray(x)
+    if x.dtype.kind != "f" and x.dtype.name != "bfloat16":
+        raise TypeError(f"reference: float arrays expected, got dtype {x.dtype.name}")
+    return x.astype(np.float64)
+
+
+def _transposed(x):
+    return x.swapaxes(-1, -2)
+
+
+def _weighted_sum(weights, values):
+    """`weights @ values`, except that a weight of exactly 0 times NaN or infinity is 0."""
+    infected = ~np.isfinite(values).all(axis=-1)
+    total = weights @ np.where(infected[..., None], 0.0, values)
+    for b, h, j in np.argwhere(infected):
+        w = weights[b, h, :, j, None]
+        total[b, h] += np.where(w != 0, w * values[b, h, j], 0.0)
+    return total

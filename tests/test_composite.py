@@ -1,0 +1,444 @@
+"""What is the composite's own: chunks, bounded memory, derivatives of any order, accuracy in narrow dtypes.
+
+That it computes every feature is tested with the other implementations (test_attention.py).
+"""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from attn_ops import composite, masks, reference
+from plain_formula import plain_attention
+from reference_cases import CASES, Case
+
+MODES = ("eager", "graph", "unknown shapes", "xla", "xla, unknown shapes")
+
+
+def compiled(function, mode, *arguments):
+    if mode == "eager":
+        return function
+    unknown = [tf.TensorSpec([None] * x.shape.rank, x.dtype) for x in arguments] if "unknown" in mode else None
+    return tf.function(function, jit_compile=mode.startswith("xla"), input_signature=unknown)
+
+
+def make_call(query, key, value, bias=None, **options):
+    """What arguments.normalize makes of public options, here by hand."""
+    mask = masks.combined(
+        options.pop("mask", None),
+        is_causal=options.pop("is_causal", False),
+        causal_alignment=options.pop("causal_alignment", "top_left"),
+        window=options.pop("window", None),
+        query_lengths=options.pop("query_seq_lengths", None),
+        key_lengths=options.pop("key_value_seq_lengths", None),
+    )
+    lengths = [None if n is None else tf.cast(n, tf.int32) for n in (mask.query_lengths, mask.key_lengths)]
+    seed = options.pop("dropout_seed", None)
+    if seed is not None:
+        seed = tf.constant(seed if np.ndim(seed) else [seed, 0], tf.int64)
+    call = SimpleNamespace(
+        query=query,
+        key=key,
+        value=value,
+        bias=bias,
+        masks=tuple(map(tf.convert_to_tensor, mask.tensors())),
+        scale=options.pop("scale", None),
+        window_left=mask.window_left,
+        window_right=mask.window_right,
+        bottom_right=mask.bottom_right,
+        query_lengths=lengths[0],
+        key_lengths=lengths[1],
+        dropout_rate=options.pop("dropout_rate", 0.0),
+        seed=seed,
+        layout=options.pop("layout", "BSHD"),
+    )
+    assert not options, options
+    return call
+
+
+def split(case):
+    """The case's differentiable inputs as float64 tensors, in order, and its other options."""
+    options = dict(case.options)
+    arrays = [*case.inputs.values()] + ([options.pop("bias")] if "bias" in options else [])
+    return [tf.constant(x) for x in arrays], options
+
+
+def run(case, query_chunk, mode="eager"):
+    """out, lse and gradients as arrays, None for an absent bias."""
+    inputs, options = split(case)
+
+    def step(*inputs):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            results = composite.attention(make_call(*inputs, **options), query_chunk)
+        return *results, *tape.gradient(results, inputs, [tf.constant(case.d_out), tf.constant(case.d_lse)])
+
+    results = [x.numpy() for x in compiled(step, mode, *inputs)(*inputs)]
+    return results + [None] * (6 - len(results))
+
+
+def specification(case):
+    results = reference.attention(**case.inputs, **case.options)
+    return *results, *reference.attention_gradients(**case.inputs, **case.options, d_out=case.d_out, d_lse=case.d_lse)
+
+
+def assert_same(found, expected, atol=1e-13):
+    for name, x, y in zip(("out", "lse", "dq", "dk", "dv", "dbias"), found, expected):
+        assert (x is None) == (y is None), name
+        if x is not None:
+            np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=name)
+
+
+each_case = pytest.mark.parametrize("case", CASES, ids=repr)
+
+
+@each_case
+@pytest.mark.parametrize("query_chunk", [None, 1, 3, "auto"])
+def test_chunks_are_the_specification(case, query_chunk):
+    assert_same(run(case, query_chunk), specification(case))
+
+
+SOME = [case for case in CASES if case.name in ("everything", "bias", "causal, more queries")]
+
+
+@pytest.mark.parametrize("case", SOME, ids=repr)
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("query_chunk", [None, 3])
+def test_chunks_in_graphs(case, mode, query_chunk):
+    assert_same(run(case, query_chunk, mode), specification(case))
+
+
+@pytest.mark.parametrize("query_chunk", [2, 5, "auto"])
+@pytest.mark.parametrize("mode", MODES)
+def test_empty_extents_in_chunks(query_chunk, mode):
+    for sizes in ({"seqlen_q": 0}, {"seqlen_k": 0}, {"batch": 0})[: 1 if mode.startswith("xla") else 3]:
+        case = Case("empty", lambda c: {"is_causal": True, "bias": c.bias(2, 3)}, **sizes)
+        assert_same(run(case, query_chunk, mode), specification(case))
+
+
+def chunks_taken(monkeypatch, shape, mode):
+    """How many rows each block of a forward pass in float32 has."""
+    taken = []
+    forward_block = composite._Problem.forward_block
+
+    def spy(self, block, k, v):
+        taken.append(block.q.shape[2])
+        return forward_block(self, block, k, v)
+
+    monkeypatch.setattr(composite._Problem, "forward_block", spy)
+    x = tf.ones(shape)
+    step = compiled(lambda x: composite.attention(make_call(x, x, x))[0], mode, x)
+    np.testing.assert_allclose(step(x), np.ones(shape), atol=1e-6)
+    return taken
+
+
+def test_auto_takes_chunks_only_when_there_are_many_scores(monkeypatch):
+    monkeypatch.setattr(composite, "UNCHUNKED_SCORES", 2 * 3 * 10 * 10)
+    monkeypatch.setattr(composite, "CHUNK_SCORES", 2 * 3 * 11 * 4)
+    assert chunks_taken(monkeypatch, (2, 10, 3, 4), "eager") == [10]
+    assert chunks_taken(monkeypatch, (2, 11, 3, 4), "eager") == [4, 4, 3]
+
+
+def test_auto_in_graphs_of_unknown_shapes(monkeypatch):
+    """One trace serves small and large inputs."""
+    monkeypatch.setattr(composite, "UNCHUNKED_SCORES", 100)
+    monkeypatch.setattr(composite, "CHUNK_SCORES", 30)
+    step = tf.function(
+        lambda q, k: composite.attention(make_call(q, k, k, is_causal=True))[0],
+        input_signature=[tf.TensorSpec([None] * 4, tf.float64)] * 2,
+    )
+    rng = np.random.default_rng(0)
+    for seqlen_q, seqlen_k in ((3, 4), (10, 9), (50, 3), (2, 100)):
+        q, k = rng.standard_normal((1, seqlen_q, 2, 4)), rng.standard_normal((1, seqlen_k, 2, 4))
+        expected, _ = reference.attention(q, k, k, is_causal=True)
+        np.testing.assert_allclose(step(q, k), expected, atol=1e-13)
+
+
+@pytest.mark.parametrize("query_chunk", [0, -1, 2.0, "all"])
+def test_bad_chunk(query_chunk):
+    x = tf.ones((1, 2, 1, 2))
+    with pytest.raises(ValueError, match="query_chunk must be None, 'auto' or at least 1, got"):
+        composite.attention(make_call(x, x, x), query_chunk)
+
+
+PEAK = """
+import resource, sys
+import tensorflow as tf
+from test_composite import composite, make_call
+
+def step(x):
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = x
+        for _ in range(2):
+            y = composite.attention(make_call(y, y, y, is_causal=True))[0]
+    return tape.gradient(y, x)
+
+if sys.argv[1] == "graph":
+    step = tf.function(step, input_signature=[tf.TensorSpec([None] * 4)])
+
+def peak(seqlen):
+    step(tf.ones((1, seqlen, 8, 8))).numpy()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before = peak(64)
+print(peak(4096) - before)
+"""
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_memory_stays_below_one_score_matrix(mode):
+    """Two layers, forward and backward: stock attention keeps at least one such matrix for each."""
+    child = subprocess.run(
+        [sys.executable, "-c", PEAK, mode],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**__import__("os").environ, "PYTHONPATH": ":".join(sys.path)},
+    )
+    assert int(child.stdout) < 8 * 4096 * 4096 * 4
+
+
+def test_eager_tapes_keep_no_scores():
+    """What lives between forward and backward is linear in seqlen: nothing of the inside is recorded."""
+    x = tf.ones((1, 8, 2, 4))
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        composite.attention(make_call(x, x, x, is_causal=True), None)
+        kept = [t for t in __import__("gc").get_objects() if isinstance(t, tf.Tensor) and t.shape[-2:] == (8, 8)]
+    assert not [t.shape for t in kept if t.dtype == tf.float32]
+
+
+DERIVED = [
+    Case("causal", {"is_causal": True}, heads=(4, 2), dims=(3, 2)),
+    Case("masked", lambda c: {"mask": c.mask(0, 2, 3), "key_value_seq_lengths": [5, 2]}),
+    Case("bias", lambda c: {"bias": c.bias(1, 2, 3)}),
+    Case("dropout", {"dropout_rate": 0.4, "dropout_seed": 3}),
+]
+
+
+def loss_of(case, options):
+    def loss(*inputs):
+        out, lse = composite.attention(make_call(*inputs, **options), None)
+        lse = tf.where(tf.math.is_finite(lse), lse, 0)
+        return tf.reduce_sum(out * case.d_out) + tf.reduce_sum(lse * case.d_lse)
+
+    return loss
+
+
+def along(case, function, inputs, tangents, step=1e-6):
+    """Central difference of a function of arrays `inputs` along `tangents`."""
+    above = function([x + step * t for x, t in zip(inputs, tangents)])
+    below = function([x - step * t for x, t in zip(inputs, tangents)])
+    return [(a - b) / (2 * step) for a, b in zip(above, below)]
+
+
+def reference_gradients(case):
+    def gradients(arrays):
+        named = dict(zip(("query", "key", "value", "bias"), arrays))
+        options = {**case.options, **named}
+        return [g for g in reference.attention_gradients(**options, d_out=case.d_out, d_lse=case.d_lse) if g is not None]
+
+    return gradients
+
+
+@pytest.mark.parametrize("case", DERIVED, ids=repr)
+@pytest.mark.parametrize("mode", ["eager", "graph", "unknown shapes", "xla"])
+def test_second_order(case, mode):
+    """Gradients of a gradient along a direction, against differences of the specification's gradients."""
+    inputs, options = split(case)
+    tangents = [case.normal(*x.shape) for x in inputs]
+    loss = loss_of(case, options)
+
+    def second(*inputs):
+        with tf.GradientTape() as outer:
+            outer.watch(inputs)
+            with tf.GradientTape() as inner:
+                inner.watch(inputs)
+                value = loss(*inputs)
+            gradients = inner.gradient(value, inputs)
+            slope = tf.add_n([tf.reduce_sum(g * t) for g, t in zip(gradients, tangents)])
+        return outer.gradient(slope, inputs)
+
+    found = compiled(second, mode, *inputs)(*inputs)
+    expected = along(case, reference_gradients(case), [x.numpy() for x in inputs], tangents)
+    for x, y in zip(found, expected):
+        np.testing.assert_allclose(x, y, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", DERIVED, ids=repr)
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+def test_forward_mode(case, mode):
+    """jvp of the loss, and of its gradient (forward over reverse)."""
+    inputs, options = split(case)
+    tangents = [tf.constant(case.normal(*x.shape)) for x in inputs]
+    loss = loss_of(case, options)
+
+    def jvp(*inputs):
+        with tf.autodiff.ForwardAccumulator(inputs, tuple(tangents)) as accumulator:
+            with tf.GradientTape() as tape:
+                tape.watch(inputs)
+                value = loss(*inputs)
+            gradients = tape.gradient(value, inputs)
+        return accumulator.jvp(value), *accumulator.jvp(gradients)
+
+    value, *gradients = compiled(jvp, mode, *inputs)(*inputs)
+    slope = sum(np.sum(g * t) for g, t in zip(reference_gradients(case)([x.numpy() for x in inputs]), tangents))
+    np.testing.assert_allclose(value, slope, rtol=1e-11)
+    expected = along(case, reference_gradients(case), [x.numpy() for x in inputs], [t.numpy() for t in tangents])
+    for x, y in zip(gradients, expected):
+        np.testing.assert_allclose(x, y, rtol=1e-7, atol=1e-7)
+
+
+def test_recomputation_drops_the_same_weights():
+    (q, k, v), options = split(Case("dropout", {"dropout_rate": 0.5, "dropout_seed": (1, 2)}))
+    results = []
+
+    def attend(q, k, v):
+        return composite.attention(make_call(q, k, v, **options))[0]
+
+    for function in (attend, tf.recompute_grad(attend)):
+        with tf.GradientTape() as tape:
+            tape.watch([q, k, v])
+            out = function(q, k, v)
+        results.append([out, *tape.gradient(out, [q, k, v])])
+    for x, y in zip(*results):
+        np.testing.assert_array_equal(x, y)
+
+
+POISONED = ("key", "value", "query", "d_out")
+
+
+@pytest.mark.parametrize("name", POISONED)
+@pytest.mark.parametrize("query_chunk", [None, 2])
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=["", "grouped"])
+def test_nan_stays_where_the_specification_has_it(name, query_chunk, mode, heads):
+    """A single NaN under a causal mask, where every tile has both rows that see it and rows that do not."""
+    case = Case("causal", {"is_causal": True, "key_value_seq_lengths": [5, 4]}, seqlen_q=5, heads=heads)
+    (case.d_out if name == "d_out" else case.inputs[name])[0, 2, 1, 1] = np.nan
+    found, expected = run(case, query_chunk, mode), specification(case)
+    assert np.isnan(expected[3]).any() and not np.isnan(expected[3]).all(), "dk tells rows apart"
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_as_accurate_as_twice_the_plain_formula(dtype, spread, is_causal):
+    """The accuracy rule: error against float64 at most twice that of the plain formula in the same precision."""
+    dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    rng = np.random.default_rng(0)
+    shapes = [(2, 96, 4, 64), (2, 96, 2, 64), (2, 96, 2, 64), (2, 96, 4, 64)]
+    query, key, value, d_out = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
+    query = (query * dtype.type(spread)).astype(dtype)
+    visible = np.tril(np.ones((96, 96), bool)) if is_causal else None
+    plain = plain_attention(query, key, value, dtype, d_out, visible=visible)
+
+    inputs = [tf.constant(x) for x in (query, key, value)]
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        out, lse = composite.attention(make_call(*inputs, is_causal=is_causal))
+    ours = [out, *tape.gradient(out, inputs, tf.constant(d_out))]
+    assert [x.dtype.as_numpy_dtype for x in ours] == [dtype.type] * 4 and lse.dtype == tf.float32
+
+    exact = [reference.attention(query, key, value, is_causal=is_causal)[0]]
+    exact += reference.attention_gradients(query, key, value, d_out, is_causal=is_causal)[:3]
+    for name, x, y, z in zip(("out", "dq", "dk", "dv"), ours, plain, exact):
+        error, allowed = np.abs(x.numpy().astype(float) - z).max(), np.abs(y.astype(float) - z).max()
+        assert error <= 2 * allowed, f"{name}: {error:.3g}, plain formula {allowed:.3g}"
+
+
+def test_logits_that_overflow_float16():
+    query, key = tf.fill((1, 1, 1, 64), tf.constant(300.0, tf.float16)), tf.fill((1, 2, 1, 64), tf.constant(1, tf.float16))
+    key *= tf.constant([1.0, 0.5], tf.float16)[None, :, None, None] * 300
+    value = tf.reshape(tf.constant([1.0, 2.0], tf.float16), (1, 2, 1, 1))
+    out, lse = composite.attention(make_call(query, key, value))
+    assert out.numpy().item() == 1.0 and lse.numpy().item() == 720000.0
+
+
+def test_huge_logits_have_finite_gradients():
+    rng = np.random.default_rng(0)
+    inputs = [tf.constant(1e4 * rng.standard_normal((1, 8, 2, 16)), tf.float32) for _ in range(3)]
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        out, _ = composite.attention(make_call(*inputs, is_causal=True))
+    for x in (out, *tape.gradient(out, inputs)):
+        assert np.isfinite(x).all()
+    assert np.abs(out).max() <= np.abs(inputs[2]).max(), "weights must not exceed 1"
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.options.get("dropout_rate")], ids=repr)
+def test_attention_weights(case):
+    inputs, options = split(case)
+    query, key, value, *bias = inputs
+    call = make_call(query, key, value, *bias, **options)
+    _, lse = composite.attention(call)
+    found = composite.attention_weights(call, lse)
+    expected = reference.attention_weights(query, key, **case.options)
+    np.testing.assert_allclose(found, expected, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", DERIVED[:3], ids=repr)
+def test_gradient_of_attention_weights(case):
+    """Through scores and lse together, as a model that uses its scores would have it."""
+    inputs, options = split(case)
+    weigh = case.normal(*case.scores_shape)
+
+    def loss(arrays):
+        named = dict(zip(("query", "key", "value", "bias"), arrays))
+        del named["value"]
+        return [np.sum(weigh * reference.attention_weights(**{**case.options, **named}))]
+
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        call = make_call(*inputs, **options)
+        value = tf.reduce_sum(weigh * composite.attention_weights(call, composite.attention(call)[1]))
+    gradients = tape.gradient(value, inputs, unconnected_gradients="zero")
+    tangents = [case.normal(*x.shape) for x in inputs]
+    slope = along(case, loss, [x.numpy() for x in inputs], tangents)[0]
+    found = sum(np.sum(g * t) for g, t in zip(gradients, tangents))
+    np.testing.assert_allclose(found, slope, rtol=1e-7, atol=1e-8)
+
+
+def test_weights_have_the_dtype_of_the_query():
+    x = tf.ones((1, 3, 1, 4), tf.bfloat16)
+    call = make_call(x, x, x)
+    weights = composite.attention_weights(call, composite.attention(call)[1])
+    assert weights.dtype == tf.bfloat16
+    np.testing.assert_allclose(tf.cast(weights, tf.float32), np.full((1, 1, 3, 3), 1 / 3), rtol=2**-8)
+
+
+@pytest.mark.parametrize("lengths", [[6, 1], [-1, 1]])
+@pytest.mark.parametrize("which", ["query_seq_lengths", "key_value_seq_lengths"])
+def test_lengths_out_of_range_in_a_graph(lengths, which):
+    x = tf.ones((2, 5, 1, 2))
+    step = tf.function(lambda lengths: composite.attention(make_call(x, x, x, **{which: lengths}))[0])
+    assert step(tf.constant([5, 0])).shape == x.shape
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"attention: {which} must be between 0 and"):
+        step(tf.constant(lengths))
+
+
+def test_shapes_that_do_not_fit_in_a_graph():
+    """With unknown shapes only the running op can tell; it must not broadcast its way to a result."""
+    step = tf.function(
+        lambda q, k, mask: composite.attention(make_call(q, k, k, mask=mask))[0],
+        input_signature=[tf.TensorSpec([None] * 4)] * 2 + [tf.TensorSpec([None] * 4, tf.bool)],
+    )
+    q, k, mask = tf.ones((2, 3, 4, 5)), tf.ones((2, 6, 2, 5)), tf.ones((1, 1, 3, 6), tf.bool)
+    assert step(q, k, mask).shape == q.shape
+    for bad in (
+        (q[:1], k, mask),
+        (q, k[:1], mask),
+        (q[:, :, :3], k, mask),
+        (q[..., :4], k, mask),
+        (q[:, :1], k, mask),
+        (q, k, mask[..., :5]),
+        (q, k[:, :1], mask),
+    ):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            step(*bad)
