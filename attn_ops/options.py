@@ -1,0 +1,77 @@
+"""Checks of the options of an attention call that are Python values, not tensors."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+
+_LARGEST_WINDOW = 2**63 - 1  # the ops take int64
+
+
+def is_number(x) -> bool:
+    """Whether ``x`` is a Python or NumPy number that is no boolean."""
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
+
+
+def is_integer(x) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def scale(name, value):
+    """``value`` as a finite float, or None."""
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond every float
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: scale must be finite, got {value}")
+    return number
+
+
+def dropout_rate(name, rate):
+    if not is_number(rate):
+        raise TypeError(f"{name}: dropout_rate must be a Python number, got {type(rate).__name__}")
+    rate = float(rate)
+    if not 0.0 <= rate < 1.0:  # NaN fails too
+        raise ValueError(f"{name}: dropout_rate must be in [0, 1), got {rate}")
+    return rate
+
+
+def window(name, pair):
+    """(left, right) with -1 for unbounded, from None or a pair whose sides are None or integers from -1."""
+    if pair is None:
+        return -1, -1
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"{name}: window must be a pair (left, right), got {pair!r}")
+    return _window_side(name, pair, pair[0]), _window_side(name, pair, pair[1])
+
+
+def _window_side(name, pair, side):
+    if side is None:
+        return -1
+    try:
+        keys = operator.index(side)
+    except TypeError:
+        raise TypeError(f"{name}: window must hold integers or None, got {pair!r}") from None
+    if keys < -1 or isinstance(side, bool):
+        raise ValueError(f"{name}: window must hold integers from 0, or None or -1 for unbounded, got {pair!r}")
+    return min(keys, _LARGEST_WINDOW)
+
+
+def bottom_right(name, causal_alignment) -> bool:
+    if causal_alignment == "top_left":
+        return False
+    if causal_alignment == "bottom_right":
+        return True
+    raise ValueError(f"{name}: causal_alignment must be 'top_left' or 'bottom_right', got {causal_alignment!r}")
+
+
+def seed_words(name, seed):
+    """An integer seed as the two int64 words (seed, offset); its 64 bits count, signed or unsigned."""
+    seed = int(seed)
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{name}: dropout_seed must fit 64 bits, got {seed}")
+    return [seed - 2**64 if seed >= 2**63 else seed, 0]

@@ -1,0 +1,108 @@
+"""Which implementation a call gets, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import tensorflow as tf
+
+from . import fused
+from .arguments import AttentionCall, normalize
+
+IMPLEMENTATIONS = ("fused", "composite", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Support:
+    """Whether something can run; ``reasons`` tells why not, one sentence each. True in a condition when it can."""
+
+    ok: bool
+    reasons: tuple[str, ...] = ()
+
+    def __bool__(self):
+        return self.ok
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The ``implementation`` a call gets ("fused", "composite" or "reference") and the ``reasons`` against the fused one."""
+
+    implementation: str
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self):
+        lines = [f"implementation: {self.implementation}"]
+        if self.reasons:
+            lines += ["not fused, because:", *(f"  - {reason}" for reason in self.reasons)]
+        return "\n".join(lines)
+
+
+def check_name(name: str, implementation: str | None) -> None:
+    """ValueError unless ``implementation`` is None or the name of one."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{name}: implementation must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
+            f"got {implementation!r}"
+        )
+
+
+def reasons_against(implementation: str, call: AttentionCall) -> list[str]:
+    """Why ``implementation`` cannot run ``call`` here and now."""
+    if implementation == "fused":
+        return fused.unsupported_reasons(call)
+    if implementation == "reference" and fused.in_xla():
+        return ["the reference is NumPy, which XLA cannot compile"]
+    return []
+
+
+def choose(name: str, call: AttentionCall, implementation: str | None) -> str:
+    """The implementation that runs ``call``; the forced one, or ValueError with all the reasons why it cannot run."""
+    check_name(name, implementation)
+    if implementation is None:
+        return "composite" if fused.unsupported_reasons(call) else "fused"
+    reasons = reasons_against(implementation, call)
+    if reasons:
+        raise ValueError(f"{name}: implementation {implementation!r} cannot run: " + "; ".join(reasons))
+    return implementation
+
+
+@tf.autograph.experimental.do_not_convert
+def explain(query, key, value, *, implementation=None, **options) -> Explanation:
+    """What `scaled_dot_product_attention` would run for these arguments, and why. Nothing is computed.
+
+    Takes the arguments of `scaled_dot_product_attention` and raises the same errors; tensors may be `tf.TensorSpec`
+    (or `KerasTensor`) as well. The answer holds for the place of the call: inside a function traced with
+    ``jit_compile=True`` it differs from outside.
+    """
+    call = described("explain", query, key, value, options)
+    chosen = choose("explain", call, implementation)
+    return Explanation(chosen, tuple(fused.unsupported_reasons(call)))
+
+
+@tf.autograph.experimental.do_not_convert
+def can_use_fused(query, key, value, **options) -> Support:
+    """Whether the fused op can run these arguments of `scaled_dot_product_attention` here, with the reasons if not.
+
+    Bad arguments raise as they do there; `explain` tells which specifications are taken in place of tensors.
+    """
+    reasons = fused.unsupported_reasons(described("can_use_fused", query, key, value, options))
+    return Support(not reasons, tuple(reasons))
+
+
+def described(name, query, key, value, options):
+    """The normalised call. Where one of the tensors is only a specification, all of them become placeholders."""
+    arguments = {"query": query, "key": key, "value": value, **options}
+    if not any(_is_specification(x) for x in tf.nest.flatten(arguments)):
+        return normalize(name, **arguments)
+    with tf.Graph().as_default():
+        return normalize(name, **tf.nest.map_structure(_placeholder, arguments))
+
+
+def _is_specification(x):
+    return isinstance(x, tf.TensorSpec) or type(x).__name__ == "KerasTensor"
+
+
+def _placeholder(x):
+    if _is_specification(x) or isinstance(x, tf.Tensor):
+        return tf.compat.v1.placeholder(x.dtype, x.shape)
+    return x

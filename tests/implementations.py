@@ -1,0 +1,160 @@
+"""Every implementation of attention behind one call: NumPy arrays and public arguments in, results out.
+
+`all_implementations()` feeds the fixture `implementation` (conftest.py). What is not there (library not built, no
+TensorFlow) stays in the list and fails its tests, saying why, so that nothing goes untested unnoticed.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+from attn_ops import _native, masks, reference
+
+GRADIENTS = ("dq", "dk", "dv", "d_bias")
+
+
+@dataclasses.dataclass
+class Result:
+    """What one run gives, as arrays of the dtypes the implementation returned; d_bias None without a bias."""
+
+    out: np.ndarray
+    lse: np.ndarray
+    dq: np.ndarray
+    dk: np.ndarray
+    dv: np.ndarray
+    d_bias: np.ndarray | None = None
+
+    def items(self):
+        return [(name, array) for name, array in vars(self).items() if array is not None]
+
+
+class Implementation:
+    """One way to compute attention. Those with ``thinning`` above 1 are slow to run or to trace, and run less often."""
+
+    def __init__(self, name, run, missing=None, thinning=1):
+        self.name = name
+        self.dtypes = ("float32", "float64") if thinning == 1 else ("float32",)
+        self._run = run
+        self._missing = missing
+        self._thinning = thinning
+
+    def __repr__(self):
+        return self.name
+
+    def __call__(self, query, key, value, d_out, d_lse=None, **options) -> Result:
+        assert self._missing is None, f"{self.name}: {self._missing}"
+        return self._run(query, key, value, d_out, d_lse, options)
+
+    def thin(self, cases):
+        """All the cases, or a few spread over them."""
+        return list(cases)[:: self._thinning]
+
+
+def specification(query, key, value, d_out, d_lse=None, **options) -> Result:
+    """The NumPy reference, in float64."""
+    out, lse = reference.attention(query, key, value, **options)
+    gradients = reference.attention_gradients(query, key, value, d_out=d_out, d_lse=d_lse, **options)
+    return Result(out, lse, *gradients)
+
+
+def run_core(isa, query, key, value, d_out, d_lse, options, num_threads=0):
+    core = _native.core()
+    options = dict(options)
+    structure = masks.combined(
+        options.pop("mask", None),
+        is_causal=options.pop("is_causal", False),
+        causal_alignment=options.pop("causal_alignment", "top_left"),
+        window=options.pop("window", None),
+        query_lengths=options.pop("query_seq_lengths", None),
+        key_lengths=options.pop("key_value_seq_lengths", None),
+    )
+    seed = options.pop("dropout_seed", None)
+    if seed is not None:
+        options["dropout_seed"], options["dropout_offset"] = (seed, 0) if np.ndim(seed) == 0 else map(int, seed)
+    named = dict(
+        masks=[np.asarray(m) for m in structure.tensors()],
+        window_left=structure.window_left,
+        window_right=structure.window_right,
+        bottom_right=structure.bottom_right,
+        query_lengths=structure.query_lengths,
+        key_lengths=structure.key_lengths,
+        isa=isa,
+        num_threads=num_threads,
+        **options,
+    )
+    out, lse = core.forward(query, key, value, **named)
+    if d_lse is not None:
+        d_lse = d_lse.astype(lse.dtype)
+    return Result(out, lse, *core.backward(query, key, value, out, lse, d_out, d_lse=d_lse, **named))
+
+
+# Arguments that are arrays: they become inputs of the traced functions, so that one trace serves many values.
+_ARRAYS = ("bias", "mask", "query_seq_lengths", "key_value_seq_lengths", "dropout_seed")
+
+
+def _attend(implementation, static, tensors, d_out, d_lse):
+    import tensorflow as tf
+    from attn_ops import scaled_dot_product_attention
+
+    watched = [tensors[name] for name in ("query", "key", "value", "bias") if name in tensors]
+    with tf.GradientTape() as tape:
+        tape.watch(watched)
+        results = scaled_dot_product_attention(**tensors, **static, return_lse=True, implementation=implementation)
+    cotangents = [d_out, d_lse] if d_lse is not None else [d_out]
+    return *results, *tape.gradient(results[: len(cotangents)], watched, output_gradients=cotangents)
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(implementation, static, jit_compile):
+    """A `tf.function` for these static options, traced anew only for new dtypes, ranks or optional inputs."""
+    import tensorflow as tf
+
+    @tf.function(jit_compile=jit_compile)
+    def function(tensors, d_out, d_lse):
+        return _attend(implementation, dict(static), tensors, d_out, d_lse)
+
+    return function
+
+
+def _run_tensorflow(mode, implementation, query, key, value, d_out, d_lse, options):
+    import tensorflow as tf
+
+    tensors = {"query": query, "key": key, "value": value}
+    static = {}
+    for name, option in options.items():
+        is_array = name in _ARRAYS and all(isinstance(x, np.ndarray) for x in tf.nest.flatten(option))
+        (tensors if is_array else static)[name] = option
+    tensors = tf.nest.map_structure(tf.constant, tensors)
+    d_out = tf.constant(d_out)
+    if d_lse is not None:
+        d_lse = tf.constant(d_lse, tf.float64 if d_out.dtype == tf.float64 else tf.float32)
+    if mode == "eager":
+        results = _attend(implementation, static, tensors, d_out, d_lse)
+    else:
+        key = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in static.items()))
+        function = _traced(implementation, key, mode == "xla")
+        if mode == "graph":
+            # One trace for all sizes: every dimension is unknown, also those that broadcast.
+            unknown = tf.nest.map_structure(
+                lambda x: None if x is None else tf.TensorSpec([None] * x.shape.rank, x.dtype), (tensors, d_out, d_lse)
+            )
+            function = function.get_concrete_function(*unknown)
+            results = function(*[x for x in tf.nest.flatten((tensors, d_out, d_lse)) if x is not None])
+        else:
+            results = function(tensors, d_out, d_lse)
+    return Result(*[r.numpy() for r in results])
+
+
+def all_implementations():
+    core = _native.core()
+    if core is None:
+        yield Implementation("core", None, _native.core_unavailable_reason())
+    else:
+        for isa in core.isas():
+            yield Implementation(f"core-{isa}", functools.partial(run_core, isa))
+    for implementation, missing in (("composite", None), ("fused", _native.unavailable_reason())):
+        for mode, thinning in (("eager", 1), ("graph", 4), ("xla", 6)):
+            if (implementation, mode) != ("fused", "xla"):  # XLA takes the composite
+                run = functools.partial(_run_tensorflow, mode, implementation)
+                yield Implementation(f"{implementation}-{mode}", run, missing, thinning)
+    yield Implementation("reference-eager", functools.partial(_run_tensorflow, "eager", "reference"), thinning=4)

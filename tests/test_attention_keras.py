@@ -1,0 +1,190 @@
+"""scaled_dot_product_attention on KerasTensors and in Keras models."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import attn_ops
+from attn_ops import masks, reference, scaled_dot_product_attention
+from cases import make_inputs
+
+
+def symbols(query=(5, 4, 8), key=(7, 2, 8), value=(7, 2, 3), dtype="float32"):
+    return [keras.Input(shape, dtype=dtype) for shape in (query, key, value)]
+
+
+def test_shapes_and_dtypes():
+    query, key, value = symbols()
+    out = scaled_dot_product_attention(query, key, value)
+    assert isinstance(out, keras.KerasTensor)
+    assert (out.shape, out.dtype) == ((None, 5, 4, 3), "float32")
+    out, lse = scaled_dot_product_attention(*symbols(dtype="bfloat16"), return_lse=True)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == ((None, 5, 4, 3), "bfloat16", (None, 4, 5), "float32")
+    out, lse = scaled_dot_product_attention(*symbols(dtype="float64"), return_lse=True)
+    assert (out.dtype, lse.dtype) == ("float64", "float64")
+
+
+def test_shapes_of_other_layouts_and_ranks():
+    bhsd = symbols((4, None, 8), (2, 7, 8), (2, 7, 3))
+    out, lse = scaled_dot_product_attention(*bhsd, layout="BHSD", return_lse=True)
+    assert (out.shape, lse.shape) == ((None, 4, None, 3), (None, 4, None))
+    out, lse = scaled_dot_product_attention(*symbols((5, 8), (7, 8), (7, 3)), return_lse=True)
+    assert (out.shape, lse.shape) == ((None, 5, 3), (None, 5))
+
+
+def test_mixed_dtypes_promote():
+    query, key, value = symbols()
+    half = keras.Input((5, 4, 8), dtype="float16")
+    assert scaled_dot_product_attention(half, key, value).dtype == "float32"
+    brain = keras.Input((7, 2, 8), dtype="bfloat16")
+    assert scaled_dot_product_attention(half, brain, keras.Input((7, 2, 3), dtype="float16")).dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    "change, exception, message",
+    [
+        (dict(scale=float("nan")), ValueError, "scale must be finite"),
+        (dict(dropout_rate=1.5), ValueError, r"dropout_rate must be in \[0, 1\)"),
+        (dict(mask=np.ones([5, 7], np.float32)), TypeError, "mask must be boolean"),
+        (dict(query=keras.Input((5, 3, 8))), ValueError, r"num_heads \(3\) must be a multiple of num_kv_heads \(2\)"),
+        (dict(implementation="flash"), ValueError, "'flash'"),
+    ],
+)
+def test_bad_input(change, exception, message):
+    arguments = {**dict(zip(("query", "key", "value"), symbols())), **change}
+    with pytest.raises(exception, match=f"scaled_dot_product_attention: .*{message}"):
+        scaled_dot_product_attention(**arguments)
+
+
+def model_with_everything():
+    query, key, value = symbols()
+    bias = keras.Input((4, 5, 7))
+    padding = keras.Input((7,), dtype="bool")
+    lengths = keras.Input((), dtype="int32")
+    out, lse = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=[masks.causal("bottom_right") & masks.key_padding(padding), np.arange(7)[None, None, None] != 4],
+        scale=0.3,
+        window=(4, None),
+        causal_alignment="bottom_right",
+        query_seq_lengths=lengths,
+        dropout_rate=0.3,
+        dropout_seed=(1, 2),
+        return_lse=True,
+    )
+    return keras.Model([query, key, value, bias, padding, lengths], [out, lse])
+
+
+def everything():
+    """The inputs of that model, and what it should give."""
+    query, key, value = make_inputs("float32", 2, 5, 7, 4, 2, 8, 3)[:3]
+    rng = np.random.default_rng(0)
+    bias = rng.standard_normal((2, 4, 5, 7)).astype("float32")
+    padding = rng.random((2, 7)) < 0.8
+    lengths = np.array([5, 3], np.int32)
+    expected = reference.attention(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=[masks.key_padding(padding), np.arange(7)[None, None, None] != 4],
+        scale=0.3,
+        is_causal=True,
+        causal_alignment="bottom_right",
+        window=(4, None),
+        query_seq_lengths=lengths,
+        dropout_rate=0.3,
+        dropout_seed=(1, 2),
+    )
+    return [query, key, value, bias, padding, lengths], expected
+
+
+def assert_everything(model):
+    inputs, (out, lse) = everything()
+    found_out, found_lse = model(inputs)
+    np.testing.assert_allclose(found_out, out, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found_lse, lse, rtol=1e-5, atol=1e-6)
+
+
+def test_functional_model():
+    assert_everything(model_with_everything())
+
+
+def test_functional_model_saves_and_loads(tmp_path):
+    path = str(tmp_path / "model.keras")
+    model_with_everything().save(path)
+    assert_everything(keras.models.load_model(path))
+
+
+def test_a_scale_that_is_a_tensor():
+    query, key, value = symbols()
+    scale = keras.Input(batch_shape=())
+    model = keras.Model([query, key, value, scale], scaled_dot_product_attention(query, key, value, scale=scale))
+    arrays = make_inputs("float32", 2, 5, 7, 4, 2, 8, 3)[:3]
+    found = model([*arrays, np.float32(0.2)])
+    np.testing.assert_allclose(found, reference.attention(*arrays, scale=0.2)[0], rtol=1e-5, atol=1e-6)
+
+
+def trained(jit_compile):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6, 8))
+    query, key, value = (keras.layers.EinsumDense("btd,dnh->btnh", (6, 2, 4))(inputs) for _ in range(3))
+    x = scaled_dot_product_attention(query, key, value, is_causal=True)
+    model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(x)))
+    model.compile("adam", "mse", jit_compile=jit_compile)
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((50, 6, 8)).astype("float32"), rng.standard_normal((50, 1)).astype("float32")
+    return model.fit(x, y, batch_size=16, epochs=3, verbose=0, shuffle=False).history["loss"]
+
+
+def test_fit_with_and_without_xla_agree():
+    plain, compiled = trained(False), trained(True)
+    assert plain[-1] < plain[0]
+    np.testing.assert_allclose(compiled, plain, rtol=1e-4)
+
+
+def test_explain_takes_keras_tensors():
+    assert attn_ops.explain(*symbols(), is_causal=True).implementation == "fused"
+
+
+def test_layer_that_calls_the_function_builds_symbolically():
+    class Layer(keras.layers.Layer):
+        def call(self, x):
+            return scaled_dot_product_attention(x, x, x[..., :3])
+
+    out = Layer()(keras.Input((None, 16)))
+    assert out.shape == (None, None, 3)
+
+
+def test_same_as_the_keras_function():
+    query, key, value = make_inputs("float32", 2, 9, 9, 4, 4, 8)[:3]
+    mask = np.random.default_rng(0).random((2, 4, 9, 9)) < 0.8
+    mask |= np.eye(9, dtype=bool)  # Keras gives a mean where a row sees nothing
+    bias = np.random.default_rng(1).standard_normal((1, 4, 9, 9)).astype("float32")
+    for options in ({}, dict(is_causal=True), dict(mask=mask), dict(bias=bias), dict(scale=0.2, mask=mask, bias=bias)):
+        np.testing.assert_allclose(
+            scaled_dot_product_attention(query, key, value, **options),
+            keras.ops.dot_product_attention(query, key, value, **options),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+
+
+def test_one_key_value_head_which_keras_cannot():
+    query, key, value = make_inputs("float32", 2, 9, 9, 4, 1, 8)[:3]
+    out = scaled_dot_product_attention(query, key, value)
+    np.testing.assert_allclose(out, reference.attention(query, key, value)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_keras_random_seed_generator_feeds_the_dropout():
+    query, key, value = (tf.constant(x) for x in make_inputs("float32", 1, 20, 20, 2, 2, 4)[:3])
+    generator = keras.random.SeedGenerator(7)
+    drops = [
+        scaled_dot_product_attention(query, key, value, dropout_rate=0.5, dropout_seed=generator.next()).numpy()
+        for _ in range(2)
+    ]
+    assert (drops[0] != drops[1]).any()
