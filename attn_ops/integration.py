@@ -1,0 +1,219 @@
+"""Fused attention in models that already exist.
+
+:func:`patch` makes `keras.ops.dot_product_attention`, and with it the stock layers that call it, run through
+:func:`attn_ops.scaled_dot_product_attention`. :func:`convert` turns the stock attention layers of one model into
+those of :mod:`attn_ops.layers`, which fuse more (dropout, scores, windows, grouped heads), and :func:`revert` turns them
+back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import sys
+import threading
+
+import keras
+import tensorflow as tf
+
+from attn_ops import layers
+from attn_ops.functional import scaled_dot_product_attention
+
+_HOOK = "keras.src.backend.tensorflow.nn"
+_NAME = "dot_product_attention"
+# What the replacement understands. Newer arguments of Keras would be dropped silently: then it does not patch.
+_KNOWN = (
+    "query",
+    "key",
+    "value",
+    "bias",
+    "mask",
+    "scale",
+    "is_causal",
+    "flash_attention",
+    "attn_logits_soft_cap",
+)
+_lock = threading.Lock()
+
+_PAIRS = (
+    (keras.layers.MultiHeadAttention, layers.MultiHeadAttention),
+    (keras.layers.GroupQueryAttention, layers.GroupedQueryAttention),
+    (keras.layers.Attention, layers.Attention),
+)
+
+
+def patch():
+    """Replaces the function behind `keras.ops.dot_product_attention` (Keras's TensorFlow backend), in this process.
+
+    Stock `MultiHeadAttention` and `GroupQueryAttention` without dropout, KerasHub's `CachedMultiHeadAttention` and
+    direct calls reach it, in the functions that are traced or run eagerly while it is in place. A call runs fused where
+    the fused op can, otherwise in the composite; `flash_attention=True` runs fused or raises ValueError with the
+    reasons. Keras's own function still serves `flash_attention=False`, a soft cap, and everything that
+    :func:`attn_ops.scaled_dot_product_attention` does not take. Queries that see no key give 0 instead of the mean of
+    all values. Patching twice is patching once.
+
+    Raises:
+        RuntimeError: This Keras has no such function, calls it in another way, or does not use TensorFlow; the message
+            says what was found. :func:`convert` does not depend on it.
+    """
+    with _lock:
+        if not _is_patched():
+            module = _hook()
+            setattr(module, _NAME, _replacement(getattr(module, _NAME)))
+
+
+def unpatch():
+    """Undoes :func:`patch`; nothing where it is not in place.
+
+    Functions traced meanwhile keep what they were traced with. A function that somebody else put in place after
+    :func:`patch` stays.
+    """
+    with _lock:
+        if _is_patched():
+            module = sys.modules[_HOOK]
+            setattr(module, _NAME, getattr(module, _NAME).original)
+
+
+@contextlib.contextmanager
+def patched():
+    """:func:`patch` for the duration of a `with` block; leaves alone a patch that was in place before."""
+    before = _is_patched()
+    patch()
+    try:
+        yield
+    finally:
+        if not before:
+            unpatch()
+
+
+def convert(model):
+    """Turns every stock attention layer in `model` into its :mod:`attn_ops.layers` counterpart, in place.
+
+    Layers are found wherever Keras tracks them: in functional, sequential and subclassed models, in custom layers,
+    wrappers and nested models. They stay the same objects with the same weights, names and connections; so optimizers,
+    callbacks and shared layers keep working. Only exactly the stock classes are converted, not subclasses of them. The
+    model's traced functions are dropped, to be traced again.
+
+    A converted model saves layers of attn_ops, which need attn_ops to be loaded (weights files do not): :func:`revert`
+    it before saving for others.
+
+    Args:
+        model: A Keras layer or model, built or not.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: `model` is not a Keras layer.
+    """
+    return _change_classes("convert", model, dict(_PAIRS))
+
+
+def revert(model):
+    """Turns the layers of :mod:`attn_ops.layers` that have a stock counterpart in `model` into that, in place.
+
+    The reverse of :func:`convert`, also for models that were made with our layers. A layer with
+    `flash_attention=True`, which stock layers refuse on TensorFlow, becomes one with `None`.
+
+    Args:
+        model: A Keras layer or model.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: `model` is not a Keras layer.
+    """
+    return _change_classes("revert", model, {ours: stock for stock, ours in _PAIRS})
+
+
+def _hook():
+    """The module whose function :func:`patch` replaces, or RuntimeError."""
+    found = f"keras {keras.__version__} on {keras.config.backend()}"
+    try:
+        module = importlib.import_module(_HOOK)
+        parameters = tuple(inspect.signature(getattr(module, _NAME)).parameters)
+        used = importlib.import_module("keras.src.ops.nn").backend.nn
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise RuntimeError(f"attn_ops.patch: cannot replace {_HOOK}.{_NAME} ({found}): {error}") from error
+    if used is not module:
+        raise RuntimeError(f"attn_ops.patch: keras.ops does not use {_HOOK} ({found})")
+    if parameters != _KNOWN[: len(parameters)]:
+        raise RuntimeError(
+            f"attn_ops.patch: {_HOOK}.{_NAME} takes {parameters}, of which only {_KNOWN} are understood ({found})"
+        )
+    return module
+
+
+def _is_patched():
+    function = getattr(sys.modules.get(_HOOK), _NAME, None)
+    return getattr(function, "__module__", None) == __name__
+
+
+def _replacement(original):
+    def dot_product_attention(
+        query,
+        key,
+        value,
+        bias=None,
+        mask=None,
+        scale=None,
+        is_causal=False,
+        flash_attention=None,
+        attn_logits_soft_cap=None,
+    ):
+        query, key, value = (tf.convert_to_tensor(x) for x in (query, key, value))
+        soft_cap = {} if attn_logits_soft_cap is None else {"attn_logits_soft_cap": attn_logits_soft_cap}
+        if flash_attention is False or soft_cap or not _is_taken(query, key, value, bias, mask):
+            return original(query, key, value, bias, mask, scale, is_causal, flash_attention, **soft_cap)
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            bias=_rank_4(bias),
+            mask=_rank_4(mask),
+            scale=scale,
+            is_causal=is_causal,
+            implementation="fused" if flash_attention else None,
+        )
+
+    dot_product_attention.original = original
+    return dot_product_attention
+
+
+def _is_taken(query, key, value, bias, mask):
+    """Whether scaled_dot_product_attention means the same by these arguments; the rest is left to Keras, errors too."""
+    if any(x.shape.rank != 4 or not x.dtype.is_floating for x in (query, key, value)):
+        return False
+    if mask is not None and (tf.as_dtype(mask.dtype) != tf.bool or not 1 < len(mask.shape) <= 4):
+        return False
+    return bias is None or 1 < len(bias.shape) <= 4
+
+
+def _rank_4(x):
+    """A mask or bias of Keras's, which broadcasts from the right like arrays, with all four axes."""
+    if x is None:
+        return None
+    x = tf.convert_to_tensor(x)
+    return x[(None,) * (4 - len(x.shape))]
+
+
+def _change_classes(name, model, classes):
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"attn_ops.{name}: model must be a Keras layer or model, got {type(model).__name__}")
+    changed = False
+    all_layers = list(model._flatten_layers())
+    for layer in all_layers:
+        target = classes.get(type(layer))
+        if target is None:
+            continue
+        if getattr(layer, "flash_attention", None):
+            layer.flash_attention = layer._flash_attention = None
+        layer.__class__ = target
+        changed = True
+    if changed:
+        for layer in all_layers:
+            if isinstance(layer, keras.Model):
+                layer.train_function = layer.test_function = layer.predict_function = None
+    return model

@@ -1,0 +1,104 @@
+"""Drop-in `keras.layers.Attention`."""
+
+from __future__ import annotations
+
+import math
+
+import keras
+import tensorflow as tf
+
+from attn_ops import masks
+from attn_ops.layers.axes import dims
+from attn_ops.layers.common import FlashAttention, attend_one_head, boolean, combine, dropout_seed, hide_rows
+
+_Stock = keras.layers.Attention
+
+
+@keras.saving.register_keras_serializable(package="attn_ops")
+class Attention(FlashAttention, _Stock):
+    """`keras.layers.Attention` (Luong, unscaled) whose attention runs in
+    :func:`attn_ops.scaled_dot_product_attention`.
+
+    Takes the constructor and call arguments of the installed Keras's layer (a list `[query, value]` or
+    `[query, value, key]` of float `[batch, *dims, seqlen, features]`, a mask list) and has its weights, config and
+    outputs. The scores are not divided by sqrt(features); `use_scale=True` learns a scalar factor instead. What differs:
+
+    - `flash_attention` (by keyword), as in :class:`attn_ops.layers.MultiHeadAttention`.
+    - A query whose keys are all masked gives 0, where Keras gives the mean of all values.
+    - A value mask may accompany more than one axis before the sequence, and a `[batch, seqlen_q, seqlen_k]` one a causal
+      mask.
+    - `score_mode="concat"` and subclasses that override a step of the computation run Keras's code; with
+      `flash_attention=True` they raise ValueError.
+    """
+
+    def call(
+        self,
+        inputs,
+        mask=None,
+        training=False,
+        return_attention_scores=False,
+        use_causal_mask=False,
+    ):
+        self._validate_inputs(inputs=inputs, mask=mask)
+        query, value = inputs[0], inputs[1]
+        key = inputs[2] if len(inputs) > 2 else value
+        query_mask, value_mask = mask[:2] if mask else (None, None)
+        reason = self._stock_reason(query, key, value, value_mask)
+        if reason:
+            if self.implementation == "fused":
+                raise ValueError(f"{type(self).__name__}(flash_attention=True) cannot run fused: {reason}")
+            return super().call(
+                inputs,
+                mask=mask,
+                training=training,
+                return_attention_scores=return_attention_scores,
+                use_causal_mask=use_causal_mask,
+            )
+        out, scores = attend_one_head(
+            *(_one_batch_axis(x, 2) for x in (query, key, value)),
+            mask=combine([masks.causal() if use_causal_mask else None, _value_mask(value_mask, value)]),
+            scale=1.0 if self.scale is None else tf.convert_to_tensor(self.scale),
+            implementation=self.implementation,
+            dropout_rate=self.dropout,
+            dropout_seed=dropout_seed(self, self.dropout, training),
+            scores="dropped" if return_attention_scores else None,
+        )
+        leading = dims(query)[:-1]
+        out = tf.reshape(out, [*leading, dims(out)[-1]])
+        if query_mask is not None:
+            out = hide_rows(out, boolean(query_mask, "the query mask"))
+        if not return_attention_scores:
+            return out
+        return out, tf.reshape(scores, [*leading, dims(scores)[-1]])
+
+    def _stock_reason(self, query, key, value, value_mask):
+        """Why this call has to run Keras's own code, or None."""
+        if self.score_mode != "dot":
+            return f"score_mode is {self.score_mode!r}, only 'dot' is a dot product"
+        for step in ("_calculate_scores", "_apply_scores", "_calculate_score_mask"):
+            if getattr(type(self), step) is not getattr(_Stock, step):
+                return f"{type(self).__name__} overrides {step}()"
+        batch = query.shape[:-2]
+        for x in (key, value):
+            same = x.shape[:-2].is_compatible_with(batch)
+            if not same or any((a == 1) != (b == 1) for a, b in zip(x.shape[:-2], batch)):
+                return f"the axes before the sequence differ, {batch} and {x.shape[:-2]}, and would be broadcast"
+        if value_mask is not None and len(query.shape) > 3 and len(value_mask.shape) != len(value.shape) - 1:
+            return f"the value mask of shape {value_mask.shape} does not cover the axes {value.shape[:-1]}"
+        return None
+
+
+def _one_batch_axis(x, num_last):
+    """`x` with all axes but the last `num_last` merged into one."""
+    extents = dims(x)
+    return tf.reshape(x, [math.prod(extents[:-num_last]), *extents[-num_last:]])
+
+
+def _value_mask(mask, value):
+    """A mask of the values, `[*batch, seqlen_k]`, or of the scores, `[batch, seqlen_q, seqlen_k]`."""
+    if mask is None:
+        return None
+    mask = boolean(mask, "the value mask")
+    if len(mask.shape) == len(value.shape):
+        return masks.boolean(tf.expand_dims(mask, 1))
+    return masks.key_padding(_one_batch_axis(mask, 1))

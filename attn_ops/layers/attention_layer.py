@@ -1,0 +1,115 @@
+"""Attention without weights, in the argument order of tutorials: query, key, value."""
+
+from __future__ import annotations
+
+import keras
+
+from attn_ops import masks
+from attn_ops.layers.common import FlashAttention, attend_one_head, boolean, combine, dropout_seed, hide_rows
+
+
+class _QueryKeyValue(FlashAttention, keras.layers.Layer):
+    """What the two layers below share: everything but what they return."""
+
+    def __init__(self, scale=None, dropout=0.0, seed=None, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.scale = scale
+        self.dropout = dropout
+        self.seed = seed
+        if dropout > 0:
+            self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def _attend(self, inputs, mask, training, use_causal_mask, scores):
+        self._check(inputs, mask)
+        query, key, value = inputs
+        query_mask, *key_masks = mask or (None, None, None)
+        parts = [masks.causal() if use_causal_mask else None]
+        parts += [masks.key_padding(boolean(m, "a mask")) for m in key_masks if m is not None]
+        out, weights = attend_one_head(
+            query,
+            key,
+            value,
+            mask=combine(parts),
+            scale=1.0 if self.scale is None else self.scale,
+            implementation=self.implementation,
+            dropout_rate=self.dropout,
+            dropout_seed=dropout_seed(self, self.dropout, training),
+            scores=scores,
+        )
+        if query_mask is not None:
+            out = hide_rows(out, boolean(query_mask, "a mask"))
+        return out, weights
+
+    def _check(self, inputs, mask=None):
+        name = type(self).__name__
+        if not isinstance(inputs, (list, tuple)) or len(inputs) != 3:
+            raise ValueError(f"{name} must be called on [query, key, value], got {inputs!r}")
+        if mask is not None and (not isinstance(mask, (list, tuple)) or len(mask) != 3):
+            raise ValueError(f"{name} takes the masks [query_mask, key_mask, value_mask], got {mask!r}")
+
+    def compute_mask(self, inputs, mask=None):
+        return None if mask is None else mask[0]
+
+    def compute_output_shape(self, input_shape):
+        self._check(input_shape)
+        query, _, value = input_shape
+        return (*query[:-1], value[-1])
+
+    def get_config(self):
+        return {**super().get_config(), "scale": self.scale, "dropout": self.dropout, "seed": self.seed}
+
+
+@keras.saving.register_keras_serializable(package="attn_ops")
+class AttentionLayer(_QueryKeyValue):
+    """`softmax(scale · query keyᵀ) value`, of the inputs as they are: a layer without weights.
+
+    The order `[query, key, value]` is that of the tutorials; :class:`attn_ops.layers.Attention` takes Keras's
+    `[query, value, key]`.
+
+    Args:
+        scale: Factor of the scores; None means 1 (unscaled), as in the tutorials. `features ** -0.5` is that of
+            Vaswani et al. 2017 (arXiv:1706.03762).
+        dropout: Rate in [0, 1) of the attention weights dropped in training.
+        seed: Integer for reproducible dropout.
+        flash_attention: None fuses where possible, True raises ValueError where not, False runs the composite.
+
+    Call arguments:
+        inputs: `[query, key, value]` of float `[batch, seqlen_q, features]`, `[batch, seqlen_k, features]` and
+            `[batch, seqlen_k, value_features]`.
+        mask: `[query_mask, key_mask, value_mask]`, bool `[batch, seqlen]` or None each; filled from the inputs' Keras
+            masks. Hidden keys and values take no part, hidden queries give 0.
+        training: Whether dropout runs.
+        use_causal_mask: Whether query i sees only the keys up to i.
+
+    Returns:
+        The context `[batch, seqlen_q, value_features]`, with the mask of the query.
+
+    Raises:
+        ValueError: `inputs` or `mask` has not three elements, or the shapes do not agree.
+    """
+
+    def call(self, inputs, mask=None, training=False, use_causal_mask=False):
+        return self._attend(inputs, mask, training, use_causal_mask, scores=None)[0]
+
+
+@keras.saving.register_keras_serializable(package="attn_ops")
+class AttentionLayerWithWeights(_QueryKeyValue):
+    """:class:`AttentionLayer` that also returns the attention weights, for plots.
+
+    Arguments and call arguments are those of :class:`AttentionLayer`.
+
+    Returns:
+        The context `[batch, seqlen_q, value_features]` and the weights `[batch, seqlen_q, seqlen_k]`, those that
+        multiplied the values: after dropout, and each row sums to 1 without it (0 where no key is visible).
+    """
+
+    def call(self, inputs, mask=None, training=False, use_causal_mask=False):
+        return self._attend(inputs, mask, training, use_causal_mask, scores="dropped")
+
+    def compute_mask(self, inputs, mask=None):
+        return super().compute_mask(inputs, mask), None
+
+    def compute_output_shape(self, input_shape):
+        query, key, _ = input_shape
+        return super().compute_output_shape(input_shape), (*query[:-1], key[-2])

@@ -1,0 +1,150 @@
+"""Attention over any axes, seen as attention over one.
+
+``MultiHeadAttention(attention_axes=...)`` attends over some axes of ``[batch, *dims, features]`` and treats the others
+like the batch. Moving the *free* axes to the front and the *attended* ones behind them, then merging each group, gives
+the ``[batch, seqlen, num_heads, head_dim]`` of every attention function, at the price of a transpose only where the
+axes are not already in that order.
+"""
+
+from __future__ import annotations
+
+import math
+
+import tensorflow as tf
+
+
+def dims(x):
+    """The extents of `x`: ints where they are static, scalar tensors where not."""
+    dynamic = None
+    out = []
+    for axis, extent in enumerate(x.shape):
+        if extent is None:
+            dynamic = tf.shape(x) if dynamic is None else dynamic
+            extent = dynamic[axis]
+        out.append(extent)
+    return out
+
+
+class AttentionAxes:
+    """Splits the leading axes of `[batch, *dims, ...]` tensors into free and attended ones.
+
+    Args:
+        attended: The axes that attention runs over, in the order in which they appear in the scores. Negative ones
+            count from the features, which follow the leading axes in the input.
+        num_axes: How many leading axes there are, the batch included.
+    """
+
+    def __init__(self, attended, num_axes):
+        self.attended = tuple(axis if axis >= 0 else num_axes + 1 + axis for axis in attended)
+        self.free = tuple(axis for axis in range(num_axes) if axis not in self.attended)
+        self.num_axes = num_axes
+        self._order = self.free + self.attended
+        self.is_flat = self._order == (0, 1) and self.attended == (1,)
+
+    def flatten(self, x):
+        """`[batch, *dims, num_heads, depth]` to `[prod(free), prod(attended), num_heads, depth]`."""
+        if self.is_flat:
+            return x
+        n = self.num_axes
+        x = tf.transpose(x, [*self._order, n, n + 1])
+        extents = dims(x)
+        num_free = len(self.free)
+        return tf.reshape(x, [math.prod(extents[:num_free]), math.prod(extents[num_free:n]), *extents[n:]])
+
+    def unflatten(self, x, like):
+        """Undoes :meth:`flatten`; `like` has the leading extents that the result gets."""
+        if self.is_flat:
+            return x
+        extents = dims(like)
+        x = tf.reshape(x, [*(extents[axis] for axis in self._order), *dims(x)[2:]])
+        back = [self._order.index(axis) for axis in range(self.num_axes)]
+        return tf.transpose(x, [*back, self.num_axes, self.num_axes + 1])
+
+    def unflatten_scores(self, scores, query, key):
+        """`[prod(free), num_heads, seqlen_q, seqlen_k]` to `[*free, num_heads, *attended of query, *attended of key]`."""
+        if self.is_flat:
+            return scores
+        extents_q, extents_k = dims(query), dims(key)
+        return tf.reshape(
+            scores,
+            [
+                *(extents_q[axis] for axis in self.free),
+                dims(scores)[1],
+                *(extents_q[axis] for axis in self.attended),
+                *(extents_k[axis] for axis in self.attended),
+            ],
+        )
+
+    def flatten_padding(self, mask, like):
+        """A mask of the first axes of `like` (Keras's `[batch, seqlen]`, or more axes) to `[prod(free), prod(attended)]`.
+
+        Raises:
+            ValueError: `mask` has more axes than there are before the features.
+        """
+        if self.is_flat and len(mask.shape) == 2:
+            return mask
+        missing = self.num_axes - len(mask.shape)
+        if missing < 0:
+            raise ValueError(
+                f"attn_ops.layers: a padding mask of shape {tuple(mask.shape)} has more axes than the {self.num_axes} "
+                "before the features of its input"
+            )
+        mask = tf.reshape(mask, [*dims(mask), *[1] * missing])
+        mask = tf.transpose(mask, self._order)
+        extents = dims(like)
+        return _merge(mask, [[extents[axis] for axis in self.free], [extents[axis] for axis in self.attended]])
+
+    def flatten_mask(self, mask, query, key):
+        """A mask that Keras would broadcast to the scores to rank 4, broadcastable to
+        `[prod(free), num_heads, seqlen_q, seqlen_k]`.
+
+        The last axes of `mask` are those of the query and of the key; the axes before them are the first ones of the
+        scores (free axes, then heads), and the ones between are added. So `[batch, seqlen_q, seqlen_k]` is per batch
+        element, not per head.
+
+        Raises:
+            ValueError: `mask` has too few axes to cover query and key, or more than the scores have.
+        """
+        num_free, num_attended = len(self.free), len(self.attended)
+        leading = len(mask.shape) - 2 * num_attended
+        if not 0 <= leading <= num_free + 1:
+            raise ValueError(
+                f"attn_ops.layers: an attention_mask of shape {tuple(mask.shape)} has {len(mask.shape)} axes, and needs "
+                f"{2 * num_attended} (the query's and the key's) to {num_free + 1 + 2 * num_attended} (with "
+                f"{num_free} batch axes and the heads before them)"
+            )
+        extents = dims(mask)
+        missing = [1] * (num_free + 1 - leading)
+        mask = tf.reshape(mask, [*extents[:leading], *missing, *extents[leading:]])
+        if self.is_flat:
+            return mask
+        extents_q, extents_k = dims(query), dims(key)
+        return _merge(
+            mask,
+            [
+                [extents_q[axis] for axis in self.free],
+                [mask.shape[num_free]],
+                [extents_q[axis] for axis in self.attended],
+                [extents_k[axis] for axis in self.attended],
+            ],
+        )
+
+
+def _merge(mask, groups):
+    """Merges each group of consecutive axes of `mask` into one. `groups` are the extents that the axes broadcast to: a
+    group in which every axis is 1 stays 1, one in which only some are is broadcast, since merged axes cannot be."""
+    extents = dims(mask)
+    broadcast, merged = [], []
+    for group in groups:
+        mine = extents[len(broadcast) : len(broadcast) + len(group)]
+        if len(group) > 1 and any(not _is_one(extent) for extent in mine):
+            mine = group
+        broadcast += mine
+        merged.append(math.prod(mine))
+    if len(broadcast) > len(merged):
+        mask = tf.broadcast_to(mask, broadcast)
+    return tf.reshape(mask, merged)
+
+
+def _is_one(extent):
+    return isinstance(extent, int) and extent == 1

@@ -1,0 +1,118 @@
+"""What a peer is, how its answers are checked, and how its threads are set."""
+
+from __future__ import annotations
+
+import abc
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from workloads import FORWARD, FORWARD_BACKWARD, LAYER, make_inputs
+
+_threads = os.cpu_count()
+
+
+class Peer(abc.ABC):
+    """One implementation of attention."""
+
+    name: str
+    modules: tuple[str, ...]  # what must be importable
+
+    def installed(self) -> bool:
+        return all(importlib.util.find_spec(module) is not None for module in self.modules)
+
+    @abc.abstractmethod
+    def supports(self, workload, mode: str) -> bool:
+        """Whether it can do this work at all."""
+
+    @abc.abstractmethod
+    def prepare(self, workload, mode: str, inputs: dict[str, np.ndarray]) -> Callable[[], object]:
+        """The step to time. Inputs are converted to the peer's native layout here, outside the step."""
+
+    @abc.abstractmethod
+    def outputs(self, workload, mode: str, result) -> list[np.ndarray]:
+        """What a step returned, as NumPy: [out] or [out, dq, dk, dv], all [batch, seqlen, heads, head_dim].
+
+        For the layer modes: [layer output] or [layer output, gradients of the query, key and value kernels].
+        """
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def threads() -> int:
+    return _threads
+
+
+def set_threads(count: int) -> None:
+    """Call once, before any peer is used: the frameworks size their pools when first used."""
+    global _threads
+    _threads = count
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    if importlib.util.find_spec("tensorflow"):
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(count)
+        tf.config.threading.set_inter_op_parallelism_threads(count)
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def versions() -> dict[str, str]:
+    """Of what is installed; TensorFlow comes under several names of distributions."""
+    distributions = importlib.metadata.packages_distributions()
+    modules = ("attn_ops", "tensorflow", "keras", "torch", "onnxruntime")
+    return {name: importlib.metadata.version(distributions[name][0]) for name in modules if name in distributions}
+
+
+def check(peer: Peer, workload, mode: str, tolerance: float = 2e-5) -> float:
+    """The largest absolute error of a peer at a miniature of the workload, against the float64 reference.
+
+    Raises:
+        AssertionError: it is above `tolerance`: what is fast but wrong is not measured.
+    """
+    small = workload.miniature()
+    inputs = make_inputs(small, seed=1)
+    actual = peer.outputs(small, mode, peer.prepare(small, mode, inputs)())
+    expected = _reference(small, mode, inputs)
+    assert len(actual) == len(expected), f"{peer}: {len(actual)} outputs, expected {len(expected)}"
+    error = 0.0
+    for got, want in zip(actual, expected, strict=True):
+        assert got.shape == want.shape, f"{peer} on {small}, {mode}: shape {got.shape}, expected {want.shape}"
+        error = max(error, float(np.abs(got.astype(np.float64) - want).max() / max(1.0, np.abs(want).max())))
+    assert error <= tolerance, f"{peer} on {small}, {mode}: error {error:.2g} exceeds {tolerance:.2g}"
+    return error
+
+
+def _reference(workload, mode: str, inputs: dict[str, np.ndarray]) -> Sequence[np.ndarray]:
+    from attn_ops import reference
+
+    q, k, v, d_out = (inputs[name].astype(np.float64) for name in ("query", "key", "value", "d_out"))
+
+    def attend(q, k, v):
+        return reference.attention(q, k, v, is_causal=workload.is_causal)[0]
+
+    def differentiate(q, k, v, d_out):
+        return reference.attention_gradients(q, k, v, d_out=d_out, is_causal=workload.is_causal)[:3]
+
+    if mode == FORWARD:
+        return [attend(q, k, v)]
+    if mode == FORWARD_BACKWARD:
+        return [attend(q, k, v), *differentiate(q, k, v, d_out)]
+
+    from .keras_layers import layer_weights
+
+    x = q.reshape(*q.shape[:2], -1)
+    gradient = d_out.reshape(x.shape)
+    query, key, value, output = (weight.astype(np.float64) for weight in layer_weights(workload))
+    projected = [np.einsum("btf,fnd->btnd", x, kernel) for kernel in (query, key, value)]
+    out = np.einsum("btnd,ndf->btf", attend(*projected), output)
+    if mode == LAYER:
+        return [out]
+    d_projected = differentiate(*projected, np.einsum("btf,ndf->btnd", gradient, output))
+    return [out, *(np.einsum("btf,btnd->fnd", x, d) for d in d_projected)]

@@ -1,0 +1,152 @@
+"""Config, files and tools of Keras: our layers and the stock ones stand in for each other."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from layer_twins import HAS_GATE, HAS_WINDOW, STOCK, ours, random
+
+LAYERS = {
+    "MultiHeadAttention": dict(num_heads=2, key_dim=4, value_dim=3, **({"use_gate": True} if HAS_GATE else {})),
+    "GroupedQueryAttention": dict(head_dim=4, num_query_heads=4, num_key_value_heads=2),
+    "Attention": dict(use_scale=True),
+}
+X = random(2, 5, 6, dtype="float32")
+
+
+def call(name, layer, x, **kwargs):
+    return layer([x, x], **kwargs) if name == "Attention" else layer(x, x, **kwargs)
+
+
+class Block(keras.Model):
+    """The layer as an attribute of a custom model."""
+
+    def __init__(self, cls, name, config):
+        super().__init__()
+        self.kind = name
+        self.attention = cls(**config)
+        self.dense = keras.layers.Dense(3)
+
+    def call(self, x):
+        return self.dense(call(self.kind, self.attention, x))
+
+
+def functional(cls, name, **config):
+    inputs = keras.Input((5, 6))
+    return keras.Model(inputs, keras.layers.Dense(3)(call(name, cls(**{**LAYERS[name], **config}), inputs)))
+
+
+def randomize(model):
+    rng = np.random.default_rng(3)
+    model.set_weights([rng.normal(size=w.shape) for w in model.get_weights()])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("direction", ["from_stock", "to_stock"])
+@pytest.mark.parametrize("kind", ["functional", "custom"])
+def test_weights_files_load_both_ways(tmp_path, name, direction, kind):
+    def model(cls):
+        if kind == "functional":
+            return functional(cls, name)
+        block = Block(cls, name, LAYERS[name])
+        block(X)
+        return block
+
+    classes = STOCK[name], ours(name)
+    source, target = map(model, classes if direction == "from_stock" else classes[::-1])
+    randomize(source)
+    source.save_weights(tmp_path / "model.weights.h5")
+    target.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_allclose(target(X), source(X), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("flash", [None, False])
+def test_model_files(tmp_path, name, flash):
+    model = functional(ours(name), name, flash_attention=flash)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    [layer] = [layer for layer in loaded.layers if isinstance(layer, ours(name))]
+    assert type(layer) is ours(name) and layer.flash_attention is flash
+    np.testing.assert_array_equal(loaded(X), model(X))
+
+
+@pytest.mark.parametrize("dropouts", [(0.0, 0.5), (0.5, 0.0)])
+def test_weights_files_do_not_depend_on_dropout(tmp_path, dropouts):
+    """Dropout adds the state of its seed to the layer's variables."""
+    source, target = (functional(ours("MultiHeadAttention"), "MultiHeadAttention", dropout=d) for d in dropouts)
+    randomize(source)
+    source.save_weights(tmp_path / "model.weights.h5")
+    target.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_allclose(target(X), source(X), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_configs_are_those_of_keras(name):
+    """Before and after build (which changes attention_axes), and in both directions."""
+    config = dict(LAYERS[name], name="layer", dropout=0.1)
+    if HAS_WINDOW and name != "Attention":
+        config["sliding_window"] = 3
+    stock, mine = STOCK[name](**config), ours(name)(**config)
+    for build in (False, True):
+        if build:
+            call(name, stock, X), call(name, mine, X)
+        assert mine.get_config() == stock.get_config()
+    assert STOCK[name].from_config(mine.get_config()).get_config() == stock.get_config()
+    assert ours(name).from_config(stock.get_config()).get_config() == stock.get_config()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_variables_are_those_of_keras(name):
+    stock, mine = (cls(**LAYERS[name], dropout=0.1, name="layer") for cls in (STOCK[name], ours(name)))
+    call(name, stock, X), call(name, mine, X)
+    # Seed generators are numbered within the process.
+    described = [[(re.sub(r"_\d+/", "/", v.path), v.shape, v.dtype) for v in x.variables] for x in (stock, mine)]
+    assert described[1] == described[0]
+    assert [type(x) for x in mine._flatten_layers()][1:] == [type(x) for x in stock._flatten_layers()][1:]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_export(tmp_path, name):
+    """The saved model holds the op that ran and needs attn_ops imported; flash_attention=False needs nothing."""
+    for flash in (None, False):
+        model = functional(ours(name), name, flash_attention=flash)
+        model.export(tmp_path / str(flash), verbose=False)
+        loaded = tf.saved_model.load(str(tmp_path / str(flash)))
+        np.testing.assert_allclose(loaded.serve(X), model(X), atol=1e-5)
+        ops = (tmp_path / str(flash) / "saved_model.pb").read_bytes()
+        assert flash is None or b"AttnOps>" not in ops
+
+
+@pytest.mark.parametrize("name", ["MultiHeadAttention", "GroupedQueryAttention"])
+def test_quantize_int8(name):
+    model = functional(ours(name), name)
+    expected = model(X).numpy()
+    model.quantize("int8")
+    [layer] = [layer for layer in model.layers if isinstance(layer, ours(name))]
+    assert keras.backend.standardize_dtype(layer._query_dense._kernel.dtype) == "int8"
+    np.testing.assert_allclose(model(X), expected, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["MultiHeadAttention", "GroupedQueryAttention"])
+def test_lora(name):
+    layer = ours(name)(**LAYERS[name])
+    call(name, layer, X)
+    full = len(layer.trainable_weights)
+    layer._query_dense.enable_lora(2)
+    layer._value_dense.enable_lora(2)
+    assert len(layer.trainable_weights) == full - 2 + 4  # two kernels frozen, two pairs of factors added
+    with tf.GradientTape() as tape:
+        y = tf.reduce_sum(call(name, layer, X, use_causal_mask=True) ** 2)
+    gradients = tape.gradient(y, [v.value for v in layer.trainable_weights])
+    assert all(g is not None for g in gradients)
+
+
+def test_clone_model_keeps_our_class():
+    model = functional(ours("MultiHeadAttention"), "MultiHeadAttention", flash_attention=False)
+    clone = keras.models.clone_model(model)
+    [layer] = [layer for layer in clone.layers if isinstance(layer, ours("MultiHeadAttention"))]
+    assert layer.flash_attention is False

@@ -1,0 +1,178 @@
+"""plot_attention_weights: what is drawn, for every accepted shape, and what is refused."""
+
+import builtins
+
+import numpy as np
+import pytest
+
+from attn_ops.visualize import plot_attention_weights
+
+matplotlib = pytest.importorskip("matplotlib")
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    from matplotlib import pyplot
+
+    pyplot.close("all")
+
+
+def softmax_weights(*shape):
+    weights = np.random.default_rng(0).random(shape)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def drawn(figure):
+    """The matrices of all heat maps, in panel order (the colour bar has no image)."""
+    return [np.ma.filled(image.get_array(), np.nan) for ax in figure.axes for image in ax.get_images()]
+
+
+def tick_labels(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def test_matrix_is_one_panel():
+    weights = softmax_weights(5, 7)
+    figure = plot_attention_weights(weights)
+    (panel,) = drawn(figure)
+    np.testing.assert_array_equal(panel, weights)
+    assert figure.axes[0].get_xlabel() == "key" and figure.axes[0].get_ylabel() == "query"
+
+
+@pytest.mark.parametrize("example", [0, 2, -1])
+def test_rank_3_draws_one_example(example):
+    weights = softmax_weights(3, 5, 7)
+    (panel,) = drawn(plot_attention_weights(weights, example=example))
+    np.testing.assert_array_equal(panel, weights[example])
+
+
+@pytest.mark.parametrize("num_heads, grid", [(1, (1, 1)), (4, (1, 4)), (5, (2, 3)), (6, (2, 3)), (12, (3, 4))])
+def test_rank_4_draws_a_grid_of_heads(num_heads, grid):
+    weights = softmax_weights(2, num_heads, 3, 3)
+    figure = plot_attention_weights(weights, example=1)
+    panels = drawn(figure)
+    assert len(panels) == num_heads
+    for head, panel in enumerate(panels):
+        np.testing.assert_array_equal(panel, weights[1, head])
+        assert figure.axes[head].get_title() == f"head {head}"
+    assert figure.axes[0].get_gridspec().get_geometry() == grid
+
+
+def test_chosen_heads_in_the_given_order():
+    weights = softmax_weights(1, 4, 3, 3)
+    figure = plot_attention_weights(weights, heads=[3, 1])
+    for panel, head in zip(drawn(figure), (3, 1), strict=True):
+        np.testing.assert_array_equal(panel, weights[0, head])
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["head 3", "head 1"]
+
+
+def test_one_colour_scale_for_all_heads():
+    weights = np.stack([np.full((2, 2), 0.5), np.eye(2)])[None]
+    figure = plot_attention_weights(weights)
+    assert {ax.get_images()[0].get_clim() for ax in figure.axes[:2]} == {(0.0, 1.0)}
+
+
+def test_token_labels():
+    figure = plot_attention_weights(softmax_weights(2, 3), ["a", "b"], ["x", "y", 3])
+    assert tick_labels(figure.axes[0].yaxis) == ["a", "b"]
+    assert tick_labels(figure.axes[0].xaxis) == ["x", "y", "3"]
+
+
+def test_self_attention_labels_both_sides_with_the_query_tokens():
+    figure = plot_attention_weights(softmax_weights(2, 2), ["a", "b"])
+    assert tick_labels(figure.axes[0].xaxis) == ["a", "b"]
+
+
+def test_many_labels_are_thinned_but_stay_at_their_positions():
+    figure = plot_attention_weights(softmax_weights(300, 300), [f"t{i}" for i in range(300)])
+    axis = figure.axes[0].xaxis
+    assert len(axis.get_ticklocs()) <= 60
+    assert tick_labels(axis) == [f"t{int(at)}" for at in axis.get_ticklocs()]
+
+
+def test_annotations_hold_the_weights():
+    figure = plot_attention_weights([[0.25, 0.75]], annotate=True)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0.25", "0.75"]
+
+
+def test_nan_is_left_out_of_the_colour_scale():
+    figure = plot_attention_weights([[np.nan, 0.5], [0.25, 0.75]])
+    assert figure.axes[0].get_images()[0].get_clim() == (0.0, 0.75)
+    assert np.isnan(drawn(figure)[0][0, 0])
+
+
+def test_all_zero_weights_can_be_drawn(tmp_path):
+    plot_attention_weights(np.zeros((2, 2))).savefig(tmp_path / "zeros.png")
+    assert (tmp_path / "zeros.png").stat().st_size > 0
+
+
+def test_given_figure_is_drawn_into():
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    assert plot_attention_weights(softmax_weights(2, 2), figure=figure, title="weights") is figure
+    assert figure.get_suptitle() == "weights"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_tensorflow_tensors(dtype):
+    tf = pytest.importorskip("tensorflow")
+    (panel,) = drawn(plot_attention_weights(tf.cast([[0.25, 0.75]], dtype)))
+    np.testing.assert_array_equal(panel, [[0.25, 0.75]])
+
+
+def test_symbolic_tensors_are_refused():
+    keras = pytest.importorskip("keras")
+    with pytest.raises(TypeError, match="call the model on data"):
+        plot_attention_weights(keras.Input((4, 4)))
+
+
+def test_tensors_of_a_function_being_traced_are_refused():
+    tf = pytest.importorskip("tensorflow")
+
+    @tf.function
+    def trace(weights):
+        plot_attention_weights(weights)
+
+    with pytest.raises(TypeError, match="call the model on data"):
+        trace(tf.zeros((4, 4)))
+
+
+@pytest.mark.parametrize(
+    "weights, keywords, message",
+    [
+        (np.zeros(3), {}, r"got shape \(3,\)"),
+        (np.zeros((1, 1, 1, 2, 2)), {}, "got shape"),
+        (np.zeros((2, 0)), {}, r"must not be empty, got shape \(2, 0\)"),
+        (np.zeros((2, 3)), {"query_tokens": ["a"]}, "query_tokens has 1 labels for 2 positions"),
+        (np.zeros((2, 3)), {"key_tokens": ["a", "b"]}, "key_tokens has 2 labels for 3 positions"),
+        (np.zeros((2, 3, 3)), {"example": 2}, "example 2 is not in a batch of 2"),
+        (np.zeros((1, 2, 3, 3)), {"heads": [2]}, r"heads must be in 0..1 and at least one, got \[2\]"),
+        (np.zeros((1, 2, 3, 3)), {"heads": []}, "at least one"),
+        (np.zeros((2, 3, 3)), {"heads": [0]}, "heads needs weights of rank 4"),
+    ],
+)
+def test_bad_values(weights, keywords, message):
+    with pytest.raises(ValueError, match="plot_attention_weights: .*" + message):
+        plot_attention_weights(weights, **keywords)
+
+
+@pytest.mark.parametrize("weights", [np.zeros((2, 2), complex), [["a", "b"]]])
+def test_weights_that_are_not_real_numbers(weights):
+    with pytest.raises(TypeError, match="must be real numbers"):
+        plot_attention_weights(weights)
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
+    real_import = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(f"No module named {name!r}")
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ImportError, match=r"pip install attn_ops\[viz\]"):
+        plot_attention_weights(np.eye(2))
