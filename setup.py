@@ -16,9 +16,9 @@ def cmake(*arguments):
     try:
         subprocess.run(["cmake", *arguments], check=True)
     except FileNotFoundError:
-        raise SystemExit("attn_ops: building without isolation needs CMake and Ninja: pip install cmake ninja")
+        raise SystemExit("attn_ops: building without isolation needs CMake and Ninja: pip install cmake ninja") from None
     except subprocess.CalledProcessError as error:
-        raise SystemExit(f"attn_ops: `cmake {shlex.join(arguments)}` failed ({error.returncode}); it says why above")
+        raise SystemExit(f"attn_ops: `cmake {shlex.join(arguments)}` failed ({error.returncode}); it says why above") from None
 
 
 class CMakeBuild(build_ext):

@@ -21,6 +21,7 @@ import math
 import tensorflow as tf
 
 from attn_ops import masks, philox
+from attn_ops.runtime_checks import at_least_1, canonical_extents, checked, extents
 
 # Scores that query_chunk="auto" computes in one piece, and the scores of a chunk when there are more.
 UNCHUNKED_SCORES = 2**24
@@ -49,7 +50,7 @@ def attention(call, query_chunk="auto"):
     if query_chunk not in (None, "auto") and (not isinstance(query_chunk, int) or query_chunk < 1):
         raise ValueError(f"composite.attention: query_chunk must be None, 'auto' or at least 1, got {query_chunk!r}")
     with tf.name_scope("scaled_dot_product_attention"):
-        problem = _Problem(call)
+        problem = _Problem(checked(call))
         rows = _chunk_rows(problem, query_chunk)
         steps = problem if rows is None else _Chunks(problem, rows)
 
@@ -78,7 +79,7 @@ def attention_weights(call, lse):
     Dense: for plots and for models that return their scores. Differentiable with respect to query, key, bias and lse.
     """
     with tf.name_scope("attention_weights"):
-        problem = _Problem(call)
+        problem = _Problem(checked(call))
         s, _ = problem.scores(problem.block(problem.query(), *problem.bias()), problem.key())
         lse = tf.cast(lse, s.dtype)[..., None]
         # Selected before the subtraction too: the gradient of -inf - -inf would be NaN.
@@ -97,11 +98,11 @@ class _Problem:
     def __init__(self, call):
         self.call = call
         self.dtype = tf.float64 if call.query.dtype == tf.float64 else tf.float32
-        self.batch, self.num_heads, self.seqlen_q, self.head_dim = self._dims(call.query)
-        _, self.num_kv_heads, self.seqlen_k, _ = self._dims(call.value)
-        self.group_size = self.num_heads // _at_least_1(self.num_kv_heads)
-        self.query_lengths = _lengths("query_seq_lengths", call.query_lengths, self.seqlen_q)
-        self.key_lengths = _lengths("key_value_seq_lengths", call.key_lengths, self.seqlen_k)
+        self.batch, self.num_heads, self.seqlen_q, self.head_dim = canonical_extents(call.query, call.layout)
+        _, self.num_kv_heads, self.seqlen_k, self.value_dim = canonical_extents(call.value, call.layout)
+        self.group_size = self.num_heads // at_least_1(self.num_kv_heads)
+        self.query_lengths = _lengths(call.query_lengths)
+        self.key_lengths = _lengths(call.key_lengths)
 
     def query(self):
         """The scaled query."""
@@ -112,10 +113,10 @@ class _Problem:
         return self._canonical(self.call.query) * scale
 
     def key(self):
-        return self._canonical(self.call.key)
+        return self._keys(self.call.key, self.head_dim)
 
     def value(self):
-        return self._canonical(self.call.value)
+        return self._keys(self.call.value, self.value_dim)
 
     def bias(self):
         return () if self.call.bias is None else (self.call.bias,)
@@ -191,7 +192,8 @@ class _Problem:
             visible.append(tf.not_equal(bias, -math.inf))
         if visible:
             s = tf.where(functools.reduce(tf.logical_and, visible), s, tf.constant(-math.inf, self.dtype))
-        return s, bool(visible)
+        # Nor may a mask or bias broadcast the scores.
+        return tf.reshape(s, [self.batch, self.num_heads, extents(block.q)[2], self.seqlen_k]), bool(visible)
 
     def _keep(self, block):
         """Which weights dropout keeps, or None."""
@@ -210,20 +212,19 @@ class _Problem:
 
     def _grouped(self, x):
         """The query heads of a key head as more rows: `[batch, num_kv_heads, group_size * n, last]`."""
-        _, _, n, last = _dims(x)
+        _, _, n, last = extents(x)
         return tf.reshape(x, [self.batch, self.num_kv_heads, n * self.group_size, last])
 
     def _ungrouped(self, x, like):
         """The inverse of `_grouped`, with as many rows as `like`, `[batch, num_heads, n, ...]`, has."""
-        return tf.reshape(x, [self.batch, self.num_heads, _dims(like)[2], _dims(x)[-1]])
+        return tf.reshape(x, [self.batch, self.num_heads, extents(like)[2], extents(x)[-1]])
+
+    def _keys(self, x, dim):
+        # Matmul broadcasts; the reshape makes a batch or head too few an error instead.
+        return tf.reshape(self._canonical(x), [self.batch, self.num_kv_heads, self.seqlen_k, dim])
 
     def _canonical(self, x):
         return self.to_layout(tf.cast(x, self.dtype))
-
-    def _dims(self, x):
-        """batch, heads, seqlen, dim."""
-        batch, second, third, dim = _dims(x)
-        return (batch, third, second, dim) if self.call.layout == "BSHD" else (batch, second, third, dim)
 
 
 class _Chunks:
@@ -235,7 +236,7 @@ class _Chunks:
         # There is always one full chunk, of no rows if there are none; `rest` are those that do not fill another.
         static = isinstance(rows, int) and isinstance(seqlen_q, int)
         self.rows = min(rows, seqlen_q) if static else tf.minimum(rows, seqlen_q)
-        self.count = _at_least_1(seqlen_q // _at_least_1(self.rows))
+        self.count = at_least_1(seqlen_q // at_least_1(self.rows))
         self.rest = seqlen_q - self.count * self.rows
         self.masks = tuple(self._with_known_rows(mask) for mask in problem.call.masks)
 
@@ -288,7 +289,7 @@ class _Chunks:
         """`x` with the rows written out where it cannot be seen whether it broadcasts along them."""
         if x.shape[2] is not None:
             return x
-        batch, heads, _, seqlen_k = _dims(x)
+        batch, heads, _, seqlen_k = extents(x)
         return tf.broadcast_to(x, [batch, heads, self.problem.seqlen_q, seqlen_k])
 
 
@@ -303,22 +304,15 @@ def _chunk_rows(problem, query_chunk):
     if known:
         row = math.prod(dims)
         return None if row * problem.seqlen_q <= UNCHUNKED_SCORES else max(CHUNK_SCORES // row, 1)
-    row = _at_least_1(tf.reduce_prod([tf.cast(n, tf.int64) for n in dims]))
+    row = at_least_1(tf.reduce_prod([tf.cast(n, tf.int64) for n in dims]))
     seqlen_q = tf.cast(problem.seqlen_q, tf.int64)
     rows = tf.where(row * seqlen_q <= UNCHUNKED_SCORES, seqlen_q, tf.maximum(CHUNK_SCORES // row, 1))
     return tf.cast(rows, tf.int32)
 
 
-def _lengths(name, lengths, seqlen):
-    """Lengths as int64 `[batch, 1, 1, 1]`, checked when the graph runs; eager ones have been (arguments.py)."""
-    if lengths is None:
-        return None
-    if not tf.executing_eagerly():
-        rule = f"scaled_dot_product_attention: {name} must be between 0 and the length of the sequence, "
-        legal = tf.reduce_all((lengths >= 0) & (lengths <= seqlen))
-        with tf.control_dependencies([tf.debugging.Assert(legal, [rule, seqlen, "got", lengths])]):
-            lengths = tf.identity(lengths)
-    return tf.cast(lengths, tf.int64)[:, None, None, None]
+def _lengths(lengths):
+    """As int64 `[batch, 1, 1, 1]`."""
+    return None if lengths is None else tf.cast(lengths, tf.int64)[:, None, None, None]
 
 
 def _softmax_terms(s):
@@ -366,7 +360,7 @@ def _sum_to_shape_of(x, full):
 
 def _slice_rows(x, start, n):
     """Rows start .. start + n - 1 of `[a, b, rows, ...]`."""
-    shape = _dims(x)
+    shape = extents(x)
     return tf.slice(x, [0, 0, start] + [0] * (len(shape) - 3), shape[:2] + [n] + shape[3:])
 
 
@@ -377,20 +371,7 @@ def _slice_scores(x, start, n):
 
 def _join_rows(chunks):
     """`[count, a, b, rows, ...]` to `[a, b, count * rows, ...]`."""
-    shape = _dims(chunks)
+    shape = extents(chunks)
     rank = len(shape)
     chunks = tf.transpose(chunks, [1, 2, 0, *range(3, rank)])
     return tf.reshape(chunks, [shape[1], shape[2], shape[0] * shape[3], *shape[4:]])
-
-
-def _at_least_1(n):
-    return max(n, 1) if isinstance(n, int) else tf.maximum(n, 1)
-
-
-def _dims(x):
-    """The extents, as integers where known and int32 scalars elsewhere."""
-    dynamic = None
-    extents = x.shape.as_list()
-    if None in extents:
-        dynamic = tf.shape(x)
-    return [dynamic[axis] if n is None else n for axis, n in enumerate(extents)]

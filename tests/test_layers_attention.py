@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import attn_ops
-from layer_twins import FLASH, STOCK, assert_same, random, twins
+from layer_twins import FLASH, KERAS, STOCK, assert_same, random, twins
 
 Attention = attn_ops.layers.Attention
 
@@ -89,7 +89,8 @@ def test_more_axes_before_the_sequence(flash):
     shapes = (2, 3, 5, 6), (2, 3, 7, 4), (2, 3, 7, 6)
     stock, mine = twins("Attention", *shapes, flash_attention=flash)
     inputs = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
-    assert_same(stock, mine, inputs, lambda layer, x: layer(list(x), return_attention_scores=True))
+    if KERAS >= (3, 15):  # Keras takes only one batch axis before
+        assert_same(stock, mine, inputs, lambda layer, x: layer(list(x), return_attention_scores=True))
     # A mask of all of them: in Keras it would be broadcast to the wrong axes.
     mask = np.random.default_rng(1).random((2, 3, 7)) > 0.4
     mask[..., 0] = True

@@ -388,13 +388,13 @@ def test_empty_inputs(flash, shapes):
 
 def test_regularizers_go_to_the_projections(flash):
     config = dict(num_heads=2, key_dim=4, activity_regularizer="l2", kernel_regularizer="l1", flash_attention=flash)
-    stock, mine = twins("MultiHeadAttention", (2, 5, 6), (2, 5, 6), **config)
-    x = random(2, 5, 6)
+    stock, mine = twins("MultiHeadAttention", (2, 5, 6), (2, 5, 6), dtype="float32", **config)
+    x = random(2, 5, 6, dtype="float32")
     losses = []
     for layer in (stock, mine):
         layer(x, x)
         losses.append([float(loss) for loss in layer.losses])
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-9)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     assert len(losses[0]) > 4
 
 

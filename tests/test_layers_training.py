@@ -21,7 +21,7 @@ def model(classes, dropout=0.0, **kwargs):
     x = keras.layers.Embedding(20, 8, mask_zero=True)(tokens)
     x = mha(2, 4, dropout=dropout, **kwargs)(x, x, use_causal_mask=True)
     x = gqa(4, 4, 2, dropout=dropout, **kwargs)(x, x)
-    x = attention(use_scale=True, dropout=dropout, **kwargs)([x, x])
+    x = attention(use_scale=True, dropout=dropout, **kwargs)([x, x], use_causal_mask=True)
     return keras.Model(tokens, keras.layers.Dense(1)(keras.layers.GlobalAveragePooling1D()(x)))
 
 

@@ -72,8 +72,8 @@ def test_needed_libraries(path, wanted):
     with open(path, "rb") as file:
         tags = list(ELFFile(file).get_section_by_name(".dynamic").iter_tags())
     needed = {tag.needed for tag in tags if tag.entry.d_tag == "DT_NEEDED"}
-    system = {name for name in needed if re.match(r"(libc|libm|libstdc\+\+|libgcc_s|libpthread|ld-linux[-\w]*)\.so", name)}
-    assert needed - system == wanted
+    system = r"(libc|libm|libstdc\+\+|libgcc_s|libpthread|ld-linux[-\w]*)\.so"
+    assert {name for name in needed if not re.match(system, name)} == wanted
     assert not [tag for tag in tags if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")]
 
 
@@ -104,5 +104,6 @@ def test_a_build_without_tensorflows_headers_says_what_to_do(tmp_path):
     run = subprocess.run([*command, "-DATTN_OPS_TF_INCLUDE_DIR=/none"], capture_output=True, text=True, timeout=120)
     message = " ".join(run.stderr.split())
     assert run.returncode != 0
-    assert "attn_ops needs TensorFlow's C headers (tensorflow/c/kernels.h) to build, and looked for them in '/none'" in message
+    assert "attn_ops needs TensorFlow's C headers (tensorflow/c/kernels.h) to build" in message
+    assert "looked for them in '/none'" in message
     assert "Install tensorflow-cpu 2.20" in message and "-DATTN_OPS_TF_INCLUDE_DIR=<directory>" in message

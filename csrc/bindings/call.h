@@ -60,8 +60,7 @@ inline int heads_axis(Layout layout) { return layout == Layout::kBSHD ? 2 : 1; }
 
 inline Sizes sizes_of(const Call& c) {
   const int seq = sequence_axis(c.layout), heads = heads_axis(c.layout);
-  return {c.q.shape[0],     c.q.shape[seq], c.k.shape[seq], c.q.shape[heads],
-          c.k.shape[heads], c.q.shape[3],   c.v.shape[3]};
+  return {c.q.shape[0], c.q.shape[seq], c.k.shape[seq], c.q.shape[heads], c.k.shape[heads], c.q.shape[3], c.v.shape[3]};
 }
 
 inline Shape4 contiguous_strides(const Shape4& shape) {

@@ -152,13 +152,14 @@ class Arrays {
     for (DType known : {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16, DType::kBool}) {
       if (type == text(known)) return known;
     }
-    fail<py::type_error>(function_, std::string(name) + " must hold float32, float64, float16, bfloat16 or bool, got " +
-                                        type);
+    fail<py::type_error>(function_,
+                         std::string(name) + " must hold float32, float64, float16, bfloat16 or bool, got " + type);
   }
 
   py::array as_array(const char* name, const py::object& object) const {
     const py::array a = py::array::ensure(object);
-    if (!a) fail<py::type_error>(function_, std::string(name) + " must be an array, got " + to_string(py::type::of(object)));
+    if (!a)
+      fail<py::type_error>(function_, std::string(name) + " must be an array, got " + to_string(py::type::of(object)));
     return a;
   }
 

@@ -98,8 +98,8 @@ class Run {
     }
     const int64_t threads = keywords->integer("num_threads", 0);
     if (threads < 0 || threads > kMaxThreads) {
-      fail<py::value_error>(function, "num_threads (" + text(threads) + ") must be from 0 (all CPUs) to " +
-                                          text(kMaxThreads));
+      fail<py::value_error>(function,
+                            "num_threads (" + text(threads) + ") must be from 0 (all CPUs) to " + text(kMaxThreads));
     }
     count_ = threads > 0 ? static_cast<int>(threads) : available_cpus();
   }
@@ -151,8 +151,9 @@ py::tuple forward(const py::object& q, const py::object& k, const py::object& v,
   AttentionParams params = to_params(call);
   const py::array out = empty_tensor(arrays.result_dtype(), n.output(call.layout), call, &params.out);
   const int64_t statistics[3] = {n.batch, n.num_heads, n.seqlen_q};
-  py::array lse = empty(
-      accumulator_of(params.dtype) == DType::kFloat64 ? py::dtype::of<double>() : py::dtype::of<float>(), statistics, 3);
+  py::array lse =
+      empty(accumulator_of(params.dtype) == DType::kFloat64 ? py::dtype::of<double>() : py::dtype::of<float>(),
+            statistics, 3);
   params.lse = lse.mutable_data();
   run(params, cpu::forward_workspace_bytes, cpu::forward);
   return py::make_tuple(out, lse);

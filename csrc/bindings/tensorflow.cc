@@ -310,7 +310,7 @@ std::string other_copy() {
         if (slash == nullptr || std::strcmp(slash + 1, "libattn_ops.so") != 0) return 0;
         const uintptr_t offset = reinterpret_cast<uintptr_t>(search.here) - object->dlpi_addr;
         for (int i = 0; i < object->dlpi_phnum; ++i) {
-          const ElfW(Phdr)& part = object->dlpi_phdr[i];
+          const ElfW(Phdr) & part = object->dlpi_phdr[i];
           if (part.p_type == PT_LOAD && offset - part.p_vaddr < part.p_memsz) return 0;  // this copy
         }
         search.found = object->dlpi_name;

@@ -45,9 +45,7 @@ class Attributes {
  public:
   explicit Attributes(TF_OpKernelConstruction* construction) : construction_(construction) {}
 
-  TF_DataType type(const char* name) const {
-    return read<TF_DataType>(name, TF_OpKernelConstruction_GetAttrType);
-  }
+  TF_DataType type(const char* name) const { return read<TF_DataType>(name, TF_OpKernelConstruction_GetAttrType); }
   int64_t integer(const char* name) const { return read<int64_t>(name, TF_OpKernelConstruction_GetAttrInt64); }
   bool boolean(const char* name) const { return read<TF_Bool>(name, TF_OpKernelConstruction_GetAttrBool) != 0; }
   std::string string(const char* name) const {

@@ -81,7 +81,7 @@ class ShapeFunction {
     inference_.set_output(output, inference_.concatenate(inference_.slice(q, 0, 3), value_dim));
   }
 
-  // [batch, num_heads, seqlen_q]: which axes of q these are is up to the layout, unless they are equal.
+  // [batch, num_heads, seqlen_q]: which axes of q the last two are is up to the layout.
   void set_lse(int output) const {
     const ShapeHandle q = inference_.input(0);
     const ShapeHandle unknown = inference_.unknown_axis();

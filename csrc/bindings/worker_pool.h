@@ -43,9 +43,8 @@ class WorkerPool {
   }
 
   Scheduler scheduler() {
-    return {this, [](void* self, Scheduler::Task task, void* arg) {
-              static_cast<WorkerPool*>(self)->schedule(task, arg);
-            }};
+    return {this,
+            [](void* self, Scheduler::Task task, void* arg) { static_cast<WorkerPool*>(self)->schedule(task, arg); }};
   }
 
  private:

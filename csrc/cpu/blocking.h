@@ -1,5 +1,5 @@
-// Every tuning constant of the CPU kernels, with where it was tuned. None of them changes a result: a tile of rows
-// meets the same key blocks in the same order whatever else is grouped with it.
+// Every tuning constant of the CPU kernels, with where it was tuned. Those that may change the last bit of a result
+// (block size, splits, chunks) act by shape alone, never by the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,9 @@
 namespace attn_ops {
 namespace cpu {
 
-// Keys per block: the score tile [kBlockKeys][lanes] stays in L1. It does decide where the running maximum is
-// rescaled, so it is the same on every ISA and for every thread count.
-static constexpr int64_t kBlockKeys = 64;
+// Keys per block: the score tile [kBlockKeys][lanes] stays in L1 (12 KiB on AVX2, 24 KiB on AVX-512). 128 is 2 to 4 %
+// faster than 64 on every shape tried (Zen 5, 2026-11-22): half as many visits to the output tile.
+static constexpr int64_t kBlockKeys = 128;
 
 // Row tiles that meet a key/value block together, while it is in L1.
 static constexpr int64_t kForwardTiles = 4;

@@ -11,7 +11,8 @@ HERE = Path(__file__).resolve().parent
 
 
 def build_wheel(directory: Path) -> Path:
-    subprocess.run([sys.executable, "-m", "pip", "wheel", str(HERE.parents[1]), "--no-deps", "-w", directory], check=True)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps"]
+    subprocess.run([*pip, "-w", directory, HERE.parents[1]], check=True)
     (wheel,) = directory.glob("attn_ops-*.whl")
     return wheel
 
