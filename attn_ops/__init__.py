@@ -36,7 +36,7 @@ def _load(module: str, wanted: str):
         missing = (error.name or "").partition(".")[0]
         if missing in ("tensorflow", "keras"):
             raise ImportError(
-                f'attn_ops.{wanted} needs TensorFlow 2.16 or newer, and {missing} is not installed: '
+                f"attn_ops.{wanted} needs TensorFlow 2.16 or newer, and {missing} is not installed: "
                 'pip install "attn_ops[tf]"'
             ) from error
         raise

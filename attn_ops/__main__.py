@@ -12,8 +12,9 @@ import platform
 import sys
 
 ENVIRONMENT = {
-    "ATTN_OPS_DISABLE": "1: never use the fused op",
+    "ATTN_OPS_DISABLE": "anything but 0: never use the fused op",
     "ATTN_OPS_ISA": "name of the instruction set the CPU kernels use, instead of the best one",
+    "ATTN_OPS_DISABLE_TF_POOL": "if set: the op runs on threads of its own, not on TensorFlow's",
 }
 
 

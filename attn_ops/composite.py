@@ -44,8 +44,8 @@ def attention(call, query_chunk="auto"):
       out in the shape and dtype of query (with value_dim), and lse `[batch, num_heads, seqlen_q]` in float32, or
       float64 for float64. Both are differentiable with respect to query, key, value and bias.
     Raises:
-      tf.errors.InvalidArgumentError: where only the running graph can know: lengths out of range, shapes that do not
-        fit.
+      ValueError: for another query_chunk.
+      tf.errors.InvalidArgumentError: for what only a running graph can know (runtime_checks.py).
     """
     if query_chunk not in (None, "auto") and (not isinstance(query_chunk, int) or query_chunk < 1):
         raise ValueError(f"composite.attention: query_chunk must be None, 'auto' or at least 1, got {query_chunk!r}")
@@ -331,8 +331,8 @@ def _softmax_terms(s):
 def _weighted_sum(weights, values, masked, transpose_weights=False):
     """`weights @ values` for weights >= 0; if `masked`, a weight of exactly 0 selects its value out, NaN or not.
 
-    A row with a weight on a value that is not finite gets the sum of all such values of its batch entry and head,
-    which differs from the exact sum only in which of its elements are NaN.
+    A row that weighs a value with NaN or infinity in it gets, on top, all the NaN and infinity of its batch entry and
+    head: right for those that weigh none, while of the others more elements may be NaN than in the exact sum.
     """
     if not masked:
         return tf.matmul(weights, values, transpose_a=transpose_weights)

@@ -87,7 +87,8 @@ def scaled_dot_product_attention(
 
     Functions traced for XLA (``jit_compile=True``) get the composite. A plain `tf.function` that was traced before,
     outside XLA, and is then called by one traced for XLA holds the fused op, which XLA refuses: force
-    ``implementation="composite"`` in such functions. Fused saved models need `attn_ops` imported to load.
+    ``implementation="composite"`` in such functions. To load a saved model that holds the fused op, import
+    `attn_ops.functional` first.
     """
     if _any_keras_tensor(query, key, value, bias, mask, scale, query_seq_lengths, key_value_seq_lengths, dropout_seed):
         from . import symbolic

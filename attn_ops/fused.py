@@ -27,9 +27,7 @@ def unsupported_reasons(call: AttentionCall) -> list[str]:
     if in_xla():
         reasons.append("the call is traced for XLA (jit_compile=True), which cannot compile the fused op")
     if _on_gpu(call.query):
-        reasons.append(
-            "the fused op has no GPU kernel, and a GPU is in use; under tf.device('CPU') it runs on the CPU"
-        )
+        reasons.append("the fused op has no GPU kernel, and a GPU is in use; under tf.device('CPU') it runs on the CPU")
     return reasons
 
 
@@ -156,3 +154,7 @@ def _backward_gradient(op, *gradients):
     d_cotangents = d[len(inputs) :]
     rest = len(op.inputs) - 6 - num_d_lse - len(bias)
     return [*d[:3], None, None, *d_cotangents, *d_bias] + [None] * rest
+
+
+# Registers the ops, so that a saved model which holds them can be loaded from here on.
+_native.library()

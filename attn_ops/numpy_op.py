@@ -64,4 +64,3 @@ def attention(call: AttentionCall):
         return (out, lse), gradient
 
     return run(*named.values(), *call.masks)
-

@@ -99,7 +99,10 @@ def described(name, query, key, value, options):
 
 
 def _is_specification(x):
-    return isinstance(x, tf.TensorSpec) or type(x).__name__ == "KerasTensor"
+    """Whether ``x`` describes a dense tensor; other KerasTensors are left for `normalize` to refuse."""
+    if type(x).__name__ == "KerasTensor":
+        return not (x.sparse or getattr(x, "ragged", False))  # older Keras has no ragged ones
+    return isinstance(x, tf.TensorSpec)
 
 
 def _placeholder(x):

@@ -23,9 +23,7 @@ def as_tensor(name, what, x):
     try:
         return tf.convert_to_tensor(x)
     except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name}: {what} must be a dense tensor or an array, got {type(x).__name__}: {error}"
-        ) from None
+        raise TypeError(f"{name}: {what} must be a dense tensor or an array, got {type(x).__name__}: {error}") from None
 
 
 def score_shaped(name, what, x, dims):

@@ -52,9 +52,7 @@ def test_causal(implementation, dtype):
 
 
 def test_causal_rows_before_the_first_key(implementation, dtype):
-    result, _ = check(
-        implementation, dtype, seqlen_q=12, seqlen_k=5, is_causal=True, causal_alignment="bottom_right"
-    )
+    result, _ = check(implementation, dtype, seqlen_q=12, seqlen_k=5, is_causal=True, causal_alignment="bottom_right")
     assert (result.lse[:, :, :7] == -np.inf).all() and (result.out[:, :7] == 0).all()
     assert (result.dq[:, :7] == 0).all()
 
@@ -247,8 +245,11 @@ def test_what_is_not_finite_and_seen_propagates(implementation, dtype):
 def test_empty_dimensions(implementation, dtype):
     result, _ = check(implementation, dtype, seqlen_k=0)
     assert (result.out == 0).all() and (result.lse == -np.inf).all() and (result.dq == 0).all()
-    for sizes in implementation.thin([dict(seqlen_q=0), dict(batch=0), dict(seqlen_q=0, seqlen_k=0)]):
-        check(implementation, dtype, **sizes)
+    for sizes in implementation.thin([dict(batch=0), dict(seqlen_q=0), dict(seqlen_q=0, seqlen_k=0)]):
+        # A bias that all of the empty dimension would have shared: its gradient is an empty sum.
+        bias = np.ones((1, 1, sizes.get("seqlen_q", 13), 1), dtype)
+        result, _ = check(implementation, dtype, bias=bias, **sizes)
+        assert (result.d_bias == 0).all()
 
 
 def test_single_query_and_single_key(implementation, dtype):

@@ -233,3 +233,12 @@ def test_command_bench_outside_of_a_checkout(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(__main__, "__file__", str(tmp_path / "attn_ops" / "__main__.py"))
     assert __main__.main(["bench"]) == 2
     assert "from a checkout" in capsys.readouterr().err
+
+
+def test_command_bench_gives_its_arguments_to_pytest(monkeypatch):
+    from attn_ops.__main__ import main
+
+    seen = []
+    monkeypatch.setattr(pytest, "main", lambda arguments: seen.extend(arguments) or 0)
+    assert main(["bench", "-k", "decode", "--benchmark-json=x.json"]) == 0
+    assert seen[0].endswith("benchmarks") and seen[1:] == ["-k", "decode", "--benchmark-json=x.json"]

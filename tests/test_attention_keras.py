@@ -49,6 +49,7 @@ def test_mixed_dtypes_promote():
         (dict(mask=np.ones([5, 7], np.float32)), TypeError, "mask must be boolean"),
         (dict(query=keras.Input((5, 3, 8))), ValueError, r"num_heads \(3\) must be a multiple of num_kv_heads \(2\)"),
         (dict(implementation="flash"), ValueError, "'flash'"),
+        (dict(value=keras.Input((7, 2, 3), sparse=True)), TypeError, "value must be a dense tensor"),
     ],
 )
 def test_bad_input(change, exception, message):

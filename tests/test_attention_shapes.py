@@ -119,9 +119,7 @@ def test_windows_that_skip_whole_tiles(implementation):
         [(100, 300), (300, 100), (1, 700)], [(10, 0), (0, 10), (130, 5)], ["top_left", "bottom_right"]
     )
     for (seqlen_q, seqlen_k), window, alignment in implementation.thin(cases):
-        check(
-            implementation, seqlen_q=seqlen_q, seqlen_k=seqlen_k, window=window, causal_alignment=alignment, **SMALL
-        )
+        check(implementation, seqlen_q=seqlen_q, seqlen_k=seqlen_k, window=window, causal_alignment=alignment, **SMALL)
 
 
 def test_rows_of_a_tile_that_see_nothing_until_later(implementation):

@@ -62,6 +62,15 @@ def test_jit_takes_the_composite(function):
     np.testing.assert_allclose(out, expected(inputs, is_causal=True), rtol=1e-5, atol=1e-6)
 
 
+def test_function_traced_before_needs_the_composite_forced():
+    # XLA inlines a function that was traced outside without tracing it anew: what the docstring warns of.
+    inputs = tensors()
+    inner = tf.function(lambda *x: scaled_dot_product_attention(*x, implementation="composite"))
+    inner(*inputs)
+    out = tf.function(inner, jit_compile=True)(*inputs)
+    np.testing.assert_allclose(out, expected(inputs), rtol=1e-5, atol=1e-6)
+
+
 def test_gradient_taken_outside_of_the_compiled_function():
     inputs = tensors()
     with tf.GradientTape() as tape:

@@ -83,7 +83,11 @@ CASES = {
         ValueError,
         ["does not broadcast", "num_heads=4", "num_heads is 3"],
     ),
-    "key padding as a matrix": (dict(mask=tf.ones([2, 7], tf.bool)), ValueError, ["does not broadcast", "seqlen_q is 2"]),
+    "key padding as a matrix": (
+        dict(mask=tf.ones([2, 7], tf.bool)),
+        ValueError,
+        ["does not broadcast", "seqlen_q is 2"],
+    ),
     "mask of rank 1": (dict(mask=tf.ones([7], tf.bool)), ValueError, ["mask must have rank 4", "(7,)"]),
     "one of many masks": (
         dict(mask=[tf.ones([5, 7], tf.bool), tf.ones([5, 6], tf.bool)]),
@@ -113,7 +117,11 @@ CASES = {
     "window of three": (dict(window=(1, 2, 3)), TypeError, ["window must be a pair", "(1, 2, 3)"]),
     "window negative": (dict(window=(-2, 1)), ValueError, ["window", "(-2, 1)"]),
     "window of floats": (dict(window=(1.5, 1)), TypeError, ["window must hold integers", "(1.5, 1)"]),
-    "alignment": (dict(is_causal=True, causal_alignment="lower"), ValueError, ["'top_left' or 'bottom_right'", "'lower'"]),
+    "alignment": (
+        dict(is_causal=True, causal_alignment="lower"),
+        ValueError,
+        ["'top_left' or 'bottom_right'", "'lower'"],
+    ),
     "negative length": (dict(key_value_seq_lengths=[3, -1]), ValueError, ["between 0 and 7", "-1"]),
     "length too long": (dict(query_seq_lengths=[6, 1]), ValueError, ["query_seq_lengths", "between 0 and 5", "6"]),
     "length beyond int32": (
@@ -121,7 +129,11 @@ CASES = {
         ValueError,
         ["key_value_seq_lengths", "between 0 and 7", str(2**32 + 3)],
     ),
-    "float lengths": (dict(query_seq_lengths=[1.0, 2.0]), TypeError, ["query_seq_lengths must hold integers", "float32"]),
+    "float lengths": (
+        dict(query_seq_lengths=[1.0, 2.0]),
+        TypeError,
+        ["query_seq_lengths must hold integers", "float32"],
+    ),
     "lengths of another batch": (dict(query_seq_lengths=[1, 2, 3]), ValueError, ["[batch=2]", "(3,)"]),
     "scalar length": (dict(key_value_seq_lengths=3), ValueError, ["key_value_seq_lengths", "[batch=2]", "()"]),
     "lengths of a mask": (

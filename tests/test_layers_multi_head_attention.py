@@ -395,7 +395,7 @@ def test_regularizers_go_to_the_projections(flash):
         layer(x, x)
         losses.append([float(loss) for loss in layer.losses])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    assert len(losses[0]) > 4
+    assert len(losses[0]) >= 4
 
 
 def test_ragged_inputs_are_refused():

@@ -253,7 +253,7 @@ BAD = [
     (TypeError, "boolean: dtype must be bool, got int64", lambda: masks.boolean(np.ones((2, 2), np.int64))),
     (TypeError, "boolean: dtype must be bool, got float32; .* `bias`", lambda: masks.boolean(np.ones((2, 2), "f"))),
     (ValueError, r"boolean: rank must be 2 or 3 or 4, got shape \(3,\)", lambda: masks.boolean(np.ones(3, bool))),
-    (ValueError, r"key_padding: rank must be 2, got shape \(1, 2, 3\)", lambda: masks.key_padding(np.ones((1, 2, 3)) > 0)),
+    (ValueError, r"key_padding: rank must be 2, got shape \(1, 2, 3\)", lambda: masks.key_padding([[[True] * 3] * 2])),
     (TypeError, "query_padding: dtype must be bool, got int64", lambda: masks.query_padding(np.ones((2, 3), np.int64))),
     (TypeError, "segments: dtype must be int, got float64", lambda: masks.segments(np.ones((2, 3)), np.ones((2, 3)))),
     (ValueError, r"query_lengths: rank must be 1, got shape \(1, 1\)", lambda: masks.padding([[1]])),
