@@ -1,0 +1,233 @@
+"""Derivatives of every kind: first and second order, forward mode, tapes, recomputation, dropout, determinism."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.python.framework import config
+
+from attn_ops import reference, scaled_dot_product_attention
+from cases import make_inputs
+
+both = pytest.mark.parametrize("chosen", ["fused", "composite"])
+
+
+def tensors(dtype="float64", **sizes):
+    """query, key, value as tensors, small."""
+    sizes = {"batch": 1, "seqlen_q": 3, "seqlen_k": 4, "num_heads": 2, "num_kv_heads": 1, "head_dim": 3, **sizes}
+    return [tf.constant(x) for x in make_inputs(dtype, **sizes)[:3]]
+
+
+FEATURES = {
+    "plain": {},
+    "causal": dict(is_causal=True, causal_alignment="bottom_right"),
+    "an empty row": dict(mask=np.array([[[[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 0]]]], bool)),
+    "dropout": dict(dropout_rate=0.4, dropout_seed=3),
+    "lengths": dict(query_seq_lengths=[2], key_value_seq_lengths=[3], window=(1, 1)),
+    "hidden by bias": dict(bias=np.array([[[[0.3, -np.inf, 0.0, 1.0]]]])),
+}
+
+
+@both
+@pytest.mark.parametrize("feature", FEATURES)
+def test_numeric_gradient(chosen, feature):
+    def function(query, key, value):
+        out, lse = scaled_dot_product_attention(
+            query, key, value, return_lse=True, implementation=chosen, **FEATURES[feature]
+        )
+        return tf.reduce_sum(out**2), tf.reduce_sum(tf.where(tf.math.is_finite(lse), lse, 0.0) ** 2)
+
+    theoretical, numeric = tf.test.compute_gradient(lambda *x: tf.add_n(function(*x)), tensors(), delta=1e-5)
+    for t, n in zip(theoretical, numeric):
+        np.testing.assert_allclose(t, n, rtol=1e-7, atol=1e-8)
+
+
+@both
+def test_numeric_gradient_of_bias_and_scale(chosen):
+    query, key, value = tensors()
+
+    def function(bias, scale):
+        out = scaled_dot_product_attention(query, key, value, bias=bias, scale=scale, implementation=chosen)
+        return tf.reduce_sum(out**2)
+
+    bias = tf.constant(np.random.default_rng(0).standard_normal((1, 2, 1, 4)))
+    theoretical, numeric = tf.test.compute_gradient(function, [bias, tf.constant(0.7, tf.float64)], delta=1e-5)
+    for t, n in zip(theoretical, numeric):
+        np.testing.assert_allclose(t, n, rtol=1e-7, atol=1e-8)
+
+
+def along(inputs, directions, step):
+    return [x + step * d for x, d in zip(inputs, directions)]
+
+
+def assert_second_order(first_order, inputs):
+    """The gradient of the scalar ``first_order``, which holds a gradient, against its difference quotient."""
+    directions = [tf.constant(np.random.default_rng(i).standard_normal(x.shape)) for i, x in enumerate(inputs)]
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        result = first_order(*inputs)
+    gradients = tape.gradient(result, inputs)
+    slope = tf.add_n([tf.reduce_sum(g * d) for g, d in zip(gradients, directions)])
+    step = 1e-5
+    quotient = first_order(*along(inputs, directions, step)) - first_order(*along(inputs, directions, -step))
+    np.testing.assert_allclose(slope, quotient / (2 * step), rtol=1e-6)
+
+
+@both
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("traced", [False, True])
+def test_second_order(chosen, feature, traced):
+    weights = [tf.constant(x) for x in make_inputs("float64", 1, 3, 4, 2, 1, 3, seed=7)[:3]]
+
+    def slope(*inputs):
+        """The derivative of a scalar along `weights`, by the gradient."""
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            out, lse = scaled_dot_product_attention(
+                *inputs, return_lse=True, implementation=chosen, **FEATURES[feature]
+            )
+            loss = tf.reduce_sum(out**3) + tf.reduce_sum(tf.sin(tf.where(tf.math.is_finite(lse), lse, 0.0)))
+        return tf.add_n([tf.reduce_sum(g * w) for g, w in zip(tape.gradient(loss, inputs), weights)])
+
+    assert_second_order(tf.function(slope) if traced else slope, tensors())
+
+
+def test_second_order_with_bias():
+    query, key, value = tensors()
+
+    def penalty(query, bias):
+        with tf.GradientTape() as tape:
+            tape.watch([query, bias])
+            loss = tf.reduce_sum(scaled_dot_product_attention(query, key, value, bias=bias) ** 2)
+        return tf.add_n([tf.reduce_sum(g**2) for g in tape.gradient(loss, [query, bias])])
+
+    assert_second_order(penalty, [query, tf.constant(np.random.default_rng(0).standard_normal((1, 1, 3, 4)))])
+
+
+@both
+@pytest.mark.parametrize("feature", FEATURES)
+def test_forward_mode(chosen, feature):
+    inputs = tensors()
+    tangents = [tf.constant(x) for x in make_inputs("float64", 1, 3, 4, 2, 1, 3, seed=7)[:3]]
+
+    def function(step):
+        return scaled_dot_product_attention(*along(inputs, tangents, step), implementation=chosen, **FEATURES[feature])
+
+    with tf.autodiff.ForwardAccumulator(inputs, tangents) as accumulator:
+        out = scaled_dot_product_attention(*inputs, implementation=chosen, **FEATURES[feature])
+    jvp = accumulator.jvp(out)
+    numeric = (function(1e-5) - function(-1e-5)) / 2e-5
+    np.testing.assert_allclose(jvp, numeric, rtol=1e-7, atol=1e-8)
+
+
+@both
+def test_persistent_and_nested_tapes(chosen):
+    query, key, value = tensors()
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch([query, key, value])
+        with tf.GradientTape() as inner:
+            inner.watch(key)
+            out, lse = scaled_dot_product_attention(query, key, value, return_lse=True, implementation=chosen)
+        first = inner.gradient(out, key)
+    np.testing.assert_array_equal(tape.gradient(out, key), first)
+    np.testing.assert_array_equal(tape.gradient(out, key), tape.gradient(out, key))
+    np.testing.assert_array_equal(tape.gradient(lse, value), np.zeros_like(value))
+    assert tape.gradient(out, query) is not None
+
+
+@both
+@pytest.mark.parametrize("vectorised", [False, True])
+def test_jacobian(chosen, vectorised):
+    query, key, value = tensors()
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(value)
+        out = scaled_dot_product_attention(query, key, value, implementation=chosen)
+    jacobian = tape.jacobian(out, value, experimental_use_pfor=vectorised)
+    # The output is linear in the values: the Jacobian holds the weights.
+    weights = reference.attention_weights(query.numpy(), key.numpy())[0]
+    np.testing.assert_allclose(jacobian[0, :, :, 0, 0, :, 0, 0], weights.swapaxes(0, 1), rtol=1e-12)
+
+
+@both
+def test_only_the_watched_bias_gets_a_gradient(chosen):
+    query, key, value = tensors()
+    bias = tf.zeros([1, 2, 3, 4], tf.float64)
+    for watched in (query, bias):
+        with tf.GradientTape() as tape:
+            tape.watch(watched)
+            out = scaled_dot_product_attention(query, key, value, bias=bias, implementation=chosen)
+        gradient = tape.gradient(out, [query, bias])
+        assert [g is not None for g in gradient] == [watched is query, watched is bias]
+        assert gradient[watched is bias].shape == watched.shape
+
+
+@both
+def test_recompute_grad_drops_the_same(chosen):
+    inputs = tensors("float32", seqlen_q=20, seqlen_k=20)
+    seed = tf.constant([1, 2], tf.int64)
+
+    def block(*inputs):
+        return scaled_dot_product_attention(*inputs, dropout_rate=0.5, dropout_seed=seed, implementation=chosen)
+
+    def gradients(function):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            loss = tf.reduce_sum(function(*inputs) ** 2)
+        return tape.gradient(loss, inputs)
+
+    for plain, recomputed in zip(gradients(block), gradients(tf.recompute_grad(block))):
+        np.testing.assert_allclose(recomputed, plain, rtol=1e-6)
+
+
+@both
+def test_fresh_dropout_each_call_follows_the_global_seed(chosen):
+    inputs = tensors("float32", seqlen_q=20, seqlen_k=20)
+
+    def drop():
+        return scaled_dot_product_attention(*inputs, dropout_rate=0.5, implementation=chosen).numpy()
+
+    tf.random.set_seed(1)
+    first, second = drop(), drop()
+    tf.random.set_seed(1)
+    assert (first != second).any()
+    np.testing.assert_array_equal(first, drop())
+
+    traced = tf.function(lambda: scaled_dot_product_attention(*inputs, dropout_rate=0.5, implementation=chosen))
+    assert (traced().numpy() != traced().numpy()).any()
+
+
+@pytest.mark.parametrize("dtype", [tf.int32, tf.int64, tf.uint32, tf.uint64])
+def test_dropout_seed_of_any_integer_type(dtype):
+    inputs = tensors("float32", seqlen_q=20, seqlen_k=20)
+
+    def drop(seed):
+        return scaled_dot_product_attention(*inputs, dropout_rate=0.5, dropout_seed=seed).numpy()
+
+    np.testing.assert_array_equal(drop(tf.constant([7, 1], dtype)), drop((7, 1)))
+    assert (drop(tf.constant([7, 1], dtype)) != drop(tf.constant([7, 2], dtype))).any()
+
+
+def test_integer_seeds_beyond_int64_keep_their_bits():
+    inputs = tensors("float32", seqlen_q=20, seqlen_k=20)
+    drop = [
+        scaled_dot_product_attention(*inputs, dropout_rate=0.5, dropout_seed=seed).numpy()
+        for seed in (2**64 - 1, -1, 2**63 - 1)
+    ]
+    np.testing.assert_array_equal(drop[0], drop[1])
+    assert (drop[0] != drop[2]).any()
+
+
+def test_determinism_switch():
+    inputs = tensors("float32", seqlen_q=100, seqlen_k=90)
+
+    def gradients():
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            out = scaled_dot_product_attention(*inputs, is_causal=True)
+        return tape.gradient(out, inputs)
+
+    tf.config.experimental.enable_op_determinism()
+    try:
+        for a, b in zip(gradients(), gradients()):
+            np.testing.assert_array_equal(a, b)
+    finally:
+        config.disable_op_determinism()  # TensorFlow has no public way back
