@@ -143,12 +143,10 @@ POISONED = ("key", "value", "query", "d_out")
 
 
 @pytest.mark.parametrize("name", POISONED)
-@pytest.mark.parametrize("query_chunk", [None, 2])
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=["", "grouped"])
-def test_nan_stays_where_the_specification_has_it(name, query_chunk, mode, heads):
+@pytest.mark.parametrize("mode, query_chunk", [("eager", None), ("eager", 2), ("graph", None), ("xla", 2)])
+def test_nan_stays_where_the_specification_has_it(name, mode, query_chunk):
     """A single NaN under a causal mask, where every tile has both rows that see it and rows that do not."""
-    case = Case("causal", {"is_causal": True, "key_value_seq_lengths": [5, 4]}, seqlen_q=5, heads=heads)
+    case = Case("causal", {"is_causal": True, "key_value_seq_lengths": [5, 4]}, seqlen_q=5, heads=(4, 2))
     (case.d_out if name == "d_out" else case.inputs[name])[0, 2, 1, 1] = np.nan
     found, expected = run(case, query_chunk, mode), specification(case)
     assert np.isnan(expected[3]).any() and not np.isnan(expected[3]).all(), "dk tells rows apart"

@@ -35,8 +35,9 @@ def along(case, function, inputs, tangents, step=1e-6):
 def reference_gradients(case):
     def gradients(arrays):
         named = dict(zip(("query", "key", "value", "bias"), arrays))
-        options = {**case.options, **named}
-        return [g for g in reference.attention_gradients(**options, d_out=case.d_out, d_lse=case.d_lse) if g is not None]
+        cotangents = {"d_out": case.d_out, "d_lse": case.d_lse}
+        gradients = reference.attention_gradients(**{**case.options, **named}, **cotangents)
+        return [g for g in gradients if g is not None]
 
     return gradients
 

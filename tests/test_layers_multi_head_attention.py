@@ -108,7 +108,9 @@ def test_two_axes_are_query_and_key_not_padding(flash):
         mine(x, x, attention_mask=np.ones(5, bool))
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (1, 5, 7), (3, 5, 7), (3, 1, 7), (3, 1, 1, 7), (3, 1, 5, 7), (3, 2, 5, 7), (1, 1, 5, 1)])
+@pytest.mark.parametrize(
+    "shape", [(5, 7), (1, 5, 7), (3, 5, 7), (3, 1, 7), (3, 1, 1, 7), (3, 1, 5, 7), (3, 2, 5, 7), (1, 1, 5, 1)]
+)
 def test_attention_mask_broadcasts(flash, shape):
     shapes = (3, 5, 6), (3, 7, 6)
     stock, mine = twins("MultiHeadAttention", *shapes, num_heads=2, key_dim=4, flash_attention=flash)
@@ -209,7 +211,7 @@ def test_dropout_is_reproducible_and_unbiased(flash):
 
 def test_dropout_mask_is_that_of_the_layer_seed(flash):
     """The same seed drops the same weights in every implementation, with the gradients of the same mask."""
-    composite, other = built(False, dropout=0.4, seed=5, dtype="float64"), built(flash, dropout=0.4, seed=5, dtype="float64")
+    composite, other = (built(f, dropout=0.4, seed=5, dtype="float64") for f in (False, flash))
     other.set_weights(composite.get_weights())
     x = random(2, 5, 6)
     assert_same(composite, other, [x], lambda layer, x: layer(x[0], x[0], training=True, use_causal_mask=True))

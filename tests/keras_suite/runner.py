@@ -1,8 +1,8 @@
 """Loads the layer tests that ship inside the Keras wheel with our classes in place of the stock ones.
 
 The test modules reach the layers through their global `layers`; each module is executed afresh and gets a `layers` that
-answers with our classes. Nothing of Keras is copied or changed. Needs absl-py, which the test modules import, and a Keras whose wheel
-has them (3.15 does, 3.12 does not).
+answers with our classes. Nothing of Keras is copied or changed. Needs absl-py, which the test modules import, and a
+Keras whose wheel has them (3.15 does, 3.12 does not).
 """
 
 import importlib.util
@@ -43,8 +43,7 @@ def load_classes(module_name, fused):
             test; with True that has no effect.
 
     Returns:
-        A dict of class name to unittest.TestCase class, whose tests are marked: those listed in EXPECTED_DIFFERENCES must
-        fail.
+        A dict of class name to unittest.TestCase class, whose tests are marked: those in EXPECTED_DIFFERENCES must fail.
     """
     spec = importlib.util.find_spec(f"keras.src.layers.attention.{module_name}")
     module = importlib.util.module_from_spec(spec)
