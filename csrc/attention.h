@@ -58,7 +58,6 @@ struct AttentionParams {
 
   double dropout_rate = 0.0;
   uint64_t dropout_seed = 0, dropout_offset = 0;
-
 };
 
 // Query heads per key/value head. (Static: code compiled per ISA must not be shared through the linker.)
@@ -96,11 +95,12 @@ namespace cpu {
 // Instruction sets compiled in and usable on this machine, best first. Returns how many were written to `names`.
 int isas(const char** names, int capacity);
 
-// `isa` null picks the best one, or the one named by the environment variable ATTN_OPS_ISA. An unknown or unusable
-// name makes these return false / 0 and do nothing: bindings check the name with isa_usable() first.
 bool isa_usable(const char* isa);
+
+// The best one, or what the environment variable ATTN_OPS_ISA says, usable or not: that is for bindings to check.
 const char* default_isa();
 
+// `isa` null is the default one. With an unusable one, or too little workspace, these do nothing and return 0 / false.
 size_t forward_workspace_bytes(const AttentionParams&, int num_threads, const char* isa = nullptr);
 bool forward(const AttentionParams&, Threads, Workspace, const char* isa = nullptr);
 

@@ -234,6 +234,13 @@ def test_isas():
     assert run.stdout.strip() == "generic"
 
 
+def test_unusable_isa_in_the_environment_is_an_error():
+    environment = dict(os.environ, ATTN_OPS_ISA="mmx")
+    code = "import numpy as np; from attn_ops import _core; x = np.ones((1, 1, 1, 8)); _core.forward(x, x, x)"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "ValueError: attn_ops._core.forward: isa ('mmx') must be one of those usable here" in run.stderr
+
+
 def bad(rng, **changes):
     a = arrays(rng)
     options = {}

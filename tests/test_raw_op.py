@@ -408,3 +408,15 @@ def test_a_second_copy_of_the_library(rng, tmp_path, capfd, why_not):
     assert f"a copy of this library is already loaded from {first}" in capfd.readouterr().err
     a = arrays(rng)
     assert_close(run(a), expected(a), 1e-5)
+
+
+def test_unusable_isa_in_the_environment_is_an_error():
+    code = (
+        "import numpy as np, tensorflow as tf, attn_ops; x = np.ones((1, 1, 1, 8), 'float32')\n"
+        "try: attn_ops.scaled_dot_product_attention(x, x, x, implementation='fused')\n"
+        "except tf.errors.InvalidArgumentError as error: print(error.message)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=dict(os.environ, ATTN_OPS_ISA="mmx"), capture_output=True, text=True
+    )
+    assert "the environment variable ATTN_OPS_ISA ('mmx') must name an instruction set" in run.stdout

@@ -73,6 +73,10 @@ int64_t count(const Attributes& attributes, const char* name, int64_t most) {
 class Kernel {
  public:
   Kernel(const Attributes& attributes, bool backward) {
+    if (!cpu::isa_usable(cpu::default_isa())) {
+      invalid("the environment variable ATTN_OPS_ISA ('" + std::string(cpu::default_isa()) +
+              "') must name an instruction set that is usable here");
+    }
     call_.backward = backward;
     type_ = attributes.type("T");
     lse_type_ = attributes.type("Tlse");

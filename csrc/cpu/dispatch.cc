@@ -163,11 +163,13 @@ int isas(const char** names, int capacity) {
 bool isa_usable(const char* isa) { return find(isa) != nullptr; }
 
 const char* default_isa() {
-  static const char* const chosen = [] {
+  static char chosen[16];
+  static const bool once = [] {
     const char* const wanted = getenv("ATTN_OPS_ISA");
-    const Kernels* const k = wanted && *wanted ? find(wanted) : nullptr;
-    return (k ? k : find(nullptr))->name;
+    strncpy(chosen, wanted && *wanted ? wanted : find(nullptr)->name, sizeof chosen - 1);
+    return true;
   }();
+  (void)once;
   return chosen;
 }
 
