@@ -210,6 +210,8 @@ def _change_classes(name, model, classes):
             continue
         if getattr(layer, "flash_attention", None):
             layer.flash_attention = layer._flash_attention = None
+        # Keras stores no attribute that equals the class's own, and the stock classes have no such default.
+        vars(layer).setdefault("_flash_attention", None)
         layer.__class__ = target
         changed = True
     if changed:

@@ -304,6 +304,14 @@ def test_revert_makes_a_forced_layer_one_that_keras_can_run():
     assert attn_ops.convert(layer).flash_attention is None
 
 
+@pytest.mark.parametrize("name, arguments", [("MultiHeadAttention", (2, 4)), ("GroupQueryAttention", (4, 2, 1))])
+def test_revert_of_a_layer_that_was_made_as_ours(name, arguments):
+    layer = ours(name)(*arguments)
+    expected = layer(X, X)
+    attn_ops.revert(layer)
+    np.testing.assert_allclose(layer(X, X), expected, atol=1e-6)
+
+
 def test_subclasses_are_left_alone():
     class Mine(keras.layers.MultiHeadAttention):
         pass

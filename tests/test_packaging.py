@@ -3,6 +3,7 @@
 Object files are read where the build left them (build/, of pip or of CMake), libraries where they were installed.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -101,7 +102,11 @@ def test_one_version_everywhere():
 
 def test_a_build_without_tensorflows_headers_says_what_to_do(tmp_path):
     command = ["cmake", f"-S{ROOT}", f"-B{tmp_path}", "-GNinja", f"-DPython_EXECUTABLE={sys.executable}"]
-    run = subprocess.run([*command, "-DATTN_OPS_TF_INCLUDE_DIR=/none"], capture_output=True, text=True, timeout=120)
+    # cmake and ninja of the environment that runs the tests, which need not be the activated one
+    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    run = subprocess.run(
+        [*command, "-DATTN_OPS_TF_INCLUDE_DIR=/none"], env=environment, capture_output=True, text=True, timeout=120
+    )
     message = " ".join(run.stderr.split())
     assert run.returncode != 0
     assert "attn_ops needs TensorFlow's C headers (tensorflow/c/kernels.h) to build" in message
