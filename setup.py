@@ -31,7 +31,9 @@ class CMakeBuild(build_ext):
     def run(self):
         in_place = self.inplace or self.editable_mode
         package = ROOT / "attn_ops" if in_place else Path(self.build_lib).resolve() / "attn_ops"
-        build = Path(self.build_temp).resolve()
+        # setuptools throws an editable build's directory away, and with it the objects that tests look into.
+        temporary = ROOT / "build" / f"editable.{sys.implementation.cache_tag}" if self.editable_mode else self.build_temp
+        build = Path(temporary).resolve()
         build.mkdir(parents=True, exist_ok=True)
         # It remembers tools of an isolated build environment, which are gone by the next one. Objects are kept.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
