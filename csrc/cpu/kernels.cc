@@ -19,7 +19,6 @@ namespace {
 template <class T>
 constexpr TypedKernels typed_kernels() {
   return {
-      Simd<T>::width,
       [](int64_t rows) { return Tiling<T>(rows).tiles; },
       [](int64_t dim) { return round_to_width<T>(dim); },
       ForwardScratch<T>::bytes,

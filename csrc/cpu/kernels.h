@@ -40,7 +40,6 @@ struct BiasGradientTask {
 
 // The kernels of one ISA for one accumulator type.
 struct TypedKernels {
-  int width;                                     // rows per vector
   int64_t (*tiles)(int64_t rows);                // row tiles of a (batch, kv head)
   int64_t (*padded)(int64_t dim);                // dim rounded up to whole vectors
   int64_t (*forward_scratch)(const AttentionParams&);

@@ -237,8 +237,7 @@ class KeyBlock {
  public:
   // Scratch for `dim` columns: rows, and for kept copies one flag per block.
   static int64_t bytes(const AttentionParams& p, int64_t dim) {
-    const int64_t blocks = keeps_keys<T>(p) ? p.seqlen_k / kBlockKeys + 1 : 1;
-    return Arena::bytes<T>(blocks * kBlockKeys * dim) + Arena::bytes<char>(blocks);
+    return Arena::bytes<T>(copies(p) * kBlockKeys * dim) + Arena::bytes<char>(copies(p));
   }
 
   KeyBlock(const HeadRows& r, const StridedView& v, int64_t dim, bool shared, Arena* arena)
@@ -246,10 +245,9 @@ class KeyBlock {
         in_place_(v.dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32) && v.stride[3] == 1 &&
                   (!shared || v.stride[1] == dim)),
         kept_(shared && keeps_keys<T>(r.p)) {
-    const int64_t blocks = keeps_keys<T>(r.p) ? r.p.seqlen_k / kBlockKeys + 1 : 1;
-    copy_ = arena->take<T>(blocks * kBlockKeys * dim);
-    copied_ = arena->take<char>(blocks);
-    memset(copied_, 0, blocks);
+    copy_ = arena->take<T>(copies(r.p) * kBlockKeys * dim);
+    copied_ = arena->take<char>(copies(r.p));
+    memset(copied_, 0, copies(r.p));
   }
 
   // Keys k0 .. k1, at most kBlockKeys. Shared blocks lie between multiples of kBlockKeys.
@@ -295,6 +293,9 @@ class KeyBlock {
 
  private:
   enum class Finite { kUnknown, kYes, kNo };
+
+  // Blocks that there is room for.
+  static int64_t copies(const AttentionParams& p) { return keeps_keys<T>(p) ? p.seqlen_k / kBlockKeys + 1 : 1; }
 
   void copy(int64_t k0, int64_t k1, T* to) const {
     for (int64_t j = k0; j < k1; ++j, to += dim_)
