@@ -3,11 +3,17 @@
 // (libm, 2.29) and the library that holds the function (2.34).
 #pragma once
 
-#if defined(__x86_64__) && defined(__gnu_linux__)
-__asm__(".symver exp,exp@GLIBC_2.2.5");
-__asm__(".symver exp2,exp2@GLIBC_2.2.5");
-__asm__(".symver log,log@GLIBC_2.2.5");
-__asm__(".symver log2,log2@GLIBC_2.2.5");
-__asm__(".symver pow,pow@GLIBC_2.2.5");
-__asm__(".symver pthread_once,pthread_once@GLIBC_2.2.5");
+#if defined(__gnu_linux__) && (defined(__x86_64__) || defined(__aarch64__))
+#if defined(__x86_64__)
+#define ATTN_OPS_FIRST_GLIBC "GLIBC_2.2.5"  // the first that the processor had
+#else
+#define ATTN_OPS_FIRST_GLIBC "GLIBC_2.17"
+#endif
+__asm__(".symver exp,exp@" ATTN_OPS_FIRST_GLIBC);
+__asm__(".symver exp2,exp2@" ATTN_OPS_FIRST_GLIBC);
+__asm__(".symver log,log@" ATTN_OPS_FIRST_GLIBC);
+__asm__(".symver log2,log2@" ATTN_OPS_FIRST_GLIBC);
+__asm__(".symver pow,pow@" ATTN_OPS_FIRST_GLIBC);
+__asm__(".symver pthread_once,pthread_once@" ATTN_OPS_FIRST_GLIBC);
+#undef ATTN_OPS_FIRST_GLIBC
 #endif

@@ -23,6 +23,9 @@ const Kernels* const kBuilt[] = {  // best first
 #ifdef ATTN_OPS_HAVE_AVX2
     &kernels_avx2,
 #endif
+#ifdef ATTN_OPS_HAVE_NEON
+    &kernels_neon,
+#endif
     &kernels_generic,
 };
 
@@ -35,6 +38,8 @@ bool runs_here(const Kernels* k) {
            __builtin_cpu_supports("fma");
   if (!strcmp(k->name, "avx2"))
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#elif defined(__aarch64__)
+  if (!strcmp(k->name, "neon")) return true;  // part of the architecture
 #endif
   return !strcmp(k->name, "generic");
 }

@@ -57,7 +57,7 @@ struct Kernels {
   TypedKernels float32, float64;
 };
 
-extern const Kernels kernels_generic, kernels_avx2, kernels_avx512;
+extern const Kernels kernels_generic, kernels_avx2, kernels_avx512, kernels_neon;
 
 }  // namespace cpu
 }  // namespace attn_ops
