@@ -35,8 +35,14 @@ def symbols(path, section):
     return [entry for entry in entries if entry[0] and entry[1] != "STB_LOCAL"]
 
 
+def machine(path):
+    with open(path, "rb") as file:
+        return ELFFile(file)["e_machine"]
+
+
 def newest_object(isa):
     objects = ROOT.glob(f"build/**/attn_ops_{isa}.dir/csrc/cpu/kernels.cc.o")
+    objects = [path for path in objects if machine(path) == machine(CORE)]  # not what tests/aarch64 built
     return max(objects, key=lambda path: path.stat().st_mtime, default=None)
 
 
