@@ -81,28 +81,32 @@ void run_tasks(const Threads& threads, int64_t count, const Task& task) {
 // ---------------------------------------------------------------------------------------------- forward
 
 struct ForwardPlan {
+  bool few_rows;
   int64_t heads;           // batch * num_kv_heads
   int64_t tiles;           // row tiles of each
   int64_t blocks, splits, split_keys;  // tasks of each head: row blocks times key splits
+  int64_t head_groups;     // of each batch, for few rows
   int64_t scratch_bytes, partial_bytes;  // of one thread; of one split of one head
 
   ForwardPlan(const AttentionParams& p, const TypedKernels& k, int threads) {
     const int64_t rows = p.seqlen_q * group_size(p);
+    few_rows = k.few_rows(p);
     heads = p.batch * p.num_kv_heads;
     tiles = k.tiles(rows);
+    head_groups = ceil_div(p.num_kv_heads, kFewRowsHeads);
 
     // Few rows and many keys (decode): split the keys until there is enough to do.
-    const int64_t whole_tasks = heads * ceil_div(tiles, kForwardTiles);
+    const int64_t whole_tasks = few_rows ? p.batch * head_groups : heads * ceil_div(tiles, kForwardTiles);
     splits = 1;
     if (whole_tasks > 0 && whole_tasks < kSplitTasks)
-      splits = max(1, min(ceil_div(kSplitTasks, whole_tasks), p.seqlen_k / kSplitKeys));
+      splits = max(1, min(ceil_div(kSplitTasks, whole_tasks), p.seqlen_k / (few_rows ? kFewRowsSplitKeys : kSplitKeys)));
     split_keys = ceil_div(ceil_div(p.seqlen_k, splits), kBlockKeys) * kBlockKeys;
     partial_bytes = splits > 1 ? aligned(rows * (p.value_dim + 2) * size_of(accumulator_of(p.dtype))) : 0;
 
     // Long tasks copy keys less often; four for each thread are enough to keep all busy to the end.
     const int64_t wanted = ceil_div(4 * threads, max(1, heads * splits));
     blocks = min(tiles, wanted);
-    scratch_bytes = aligned(k.forward_scratch(p));
+    scratch_bytes = aligned(few_rows ? k.few_rows_scratch(p, min(kFewRowsHeads, p.num_kv_heads)) : k.forward_scratch(p));
   }
 
   int64_t first_tile(int64_t block) const { return block * tiles / blocks; }
@@ -110,6 +114,42 @@ struct ForwardPlan {
     return threads * scratch_bytes + (splits > 1 ? heads * splits * partial_bytes : 0);
   }
 };
+
+void few_rows(const AttentionParams& p, const TypedKernels& k, const ForwardPlan& plan, const Threads& threads,
+              char* scratch, char* partials) {
+  run_tasks(threads, p.batch * plan.head_groups * plan.splits, [&](int64_t i, int slot) {
+    const int64_t split = i % plan.splits, group = i / plan.splits % plan.head_groups;
+    FewRowsTask task{};
+    task.batch = i / plan.splits / plan.head_groups;
+    task.head_begin = group * p.num_kv_heads / plan.head_groups;
+    task.head_end = (group + 1) * p.num_kv_heads / plan.head_groups;
+    task.key_begin = split * plan.split_keys;
+    task.key_end = min(task.key_begin + plan.split_keys, p.seqlen_k);
+    task.head_bytes = plan.splits * plan.partial_bytes;
+    if (plan.splits > 1)
+      task.partials = partials + (task.batch * p.num_kv_heads + task.head_begin) * task.head_bytes +
+                      split * plan.partial_bytes;
+    k.forward_few_rows(p, task, scratch + slot * plan.scratch_bytes);
+  });
+}
+
+void row_tiles(const AttentionParams& p, const TypedKernels& k, const ForwardPlan& plan, const Threads& threads,
+               char* scratch, char* partials) {
+  run_tasks(threads, plan.heads * plan.blocks * plan.splits, [&](int64_t i, int slot) {
+    const int64_t split = i % plan.splits, head = i / plan.splits / plan.blocks;
+    // Last rows first: under a causal mask they take longest, and the short ones fill the gaps at the end.
+    const int64_t block = plan.blocks - 1 - i / plan.splits % plan.blocks;
+    ForwardTask task{};
+    task.batch = head / p.num_kv_heads;
+    task.kv_head = head % p.num_kv_heads;
+    task.tile_begin = plan.first_tile(block);
+    task.tile_end = plan.first_tile(block + 1);
+    task.key_begin = split * plan.split_keys;
+    task.key_end = min(task.key_begin + plan.split_keys, p.seqlen_k);
+    if (plan.splits > 1) task.partial = partials + (head * plan.splits + split) * plan.partial_bytes;
+    k.forward(p, task, scratch + slot * plan.scratch_bytes);
+  });
+}
 
 // ---------------------------------------------------------------------------------------------- backward
 
@@ -192,20 +232,7 @@ bool forward(const AttentionParams& p, Threads threads, Workspace workspace, con
   char* const scratch = static_cast<char*>(workspace.data);
   char* const partials = scratch + threads.count * plan.scratch_bytes;
 
-  run_tasks(threads, plan.heads * plan.blocks * plan.splits, [&](int64_t i, int slot) {
-    const int64_t split = i % plan.splits, head = i / plan.splits / plan.blocks;
-    // Last rows first: under a causal mask they take longest, and the short ones fill the gaps at the end.
-    const int64_t block = plan.blocks - 1 - i / plan.splits % plan.blocks;
-    ForwardTask task{};
-    task.batch = head / p.num_kv_heads;
-    task.kv_head = head % p.num_kv_heads;
-    task.tile_begin = plan.first_tile(block);
-    task.tile_end = plan.first_tile(block + 1);
-    task.key_begin = split * plan.split_keys;
-    task.key_end = min(task.key_begin + plan.split_keys, p.seqlen_k);
-    if (plan.splits > 1) task.partial = partials + (head * plan.splits + split) * plan.partial_bytes;
-    k.forward(p, task, scratch + slot * plan.scratch_bytes);
-  });
+  (plan.few_rows ? few_rows : row_tiles)(p, k, plan, threads, scratch, partials);
   if (plan.splits > 1)
     run_tasks(threads, plan.heads, [&](int64_t head, int) {
       k.combine(p, CombineTask{head / p.num_kv_heads, head % p.num_kv_heads, plan.splits, plan.partial_bytes,

@@ -63,11 +63,10 @@ void start_tile(const HeadRows& r, ForwardTile<T>& tile) {
   }
 }
 
-// One tile meets the keys k0 .. k1 of a block. With `fetch` the first product asks for the block's values, the second for
-// the next block's keys: a lone tile reads each row once, and is done with it before the memory can answer.
+// One tile meets the keys k0 .. k1 of a block.
 template <class T, int NV>
 __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& tile, const KeyBlock<T>& keys,
-                                             KeyBlock<T>& values, int64_t k0, int64_t k1, bool fetch,
+                                             KeyBlock<T>& values, int64_t k0, int64_t k1,
                                              const ForwardScratch<T>& scratch) {
   using S = Simd<T>;
   constexpr int W = S::width, lanes = NV * W;
@@ -83,16 +82,12 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
   const bool has_added = what == Added::kScores, masked = has_added || !tile.all_see(k0, k1);
   if (masked) {
     gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), tile.q, lanes, p.head_dim,
-                             [=, &values](int64_t j, int v, Vec<T> x) {
-                               if (v == 0 && fetch) values.prefetch(k0 + j);
-                               S::store(s + j * lanes + v * W, x);
-                             });
+                             [=](int64_t j, int v, Vec<T> x) { S::store(s + j * lanes + v * W, x); });
     mask_scores<T, NV>(tile, k0, n, has_added ? scratch.added : nullptr, s, lanes,
                        [&](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
   } else {
     gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), tile.q, lanes, p.head_dim,
-                             [=, &m, &values](int64_t j, int v, Vec<T> x) {
-                               if (v == 0 && fetch) values.prefetch(k0 + j);
+                             [=, &m](int64_t j, int v, Vec<T> x) {
                                S::store(s + j * lanes + v * W, x);
                                m[v] = S::max(m[v], x);
                              });
@@ -122,8 +117,7 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
   }
 
   T* const out = tile.out;
-  const auto accumulate = [=, &keys](int64_t d, int v, Vec<T> x) {
-    if (v == 0 && fetch && d < n) keys.prefetch(k1 + d);
+  const auto accumulate = [=](int64_t d, int v, Vec<T> x) {
     T* const at = out + d * lanes + v * W;
     S::store(at, S::fma(S::load(at), correction[v], x));
   };
@@ -133,7 +127,7 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
     gemm<T, NV, Major::kDepth>(p.value_dim, values.at(k0), values.ld(), s, lanes, n, accumulate);
 }
 
-// out = o / l, lse = ln 2 (m + log2 l); a row without a key has l = 0 and gets 0 and -inf.
+// finish_row() for all rows of a tile.
 template <class T>
 void finish_tile(const HeadRows& r, const ForwardTile<T>& tile) {
   using S = Simd<T>;
@@ -150,8 +144,7 @@ void finish_tile(const HeadRows& r, const ForwardTile<T>& tile) {
                       [&](const T* at, int lane) { return S::load(at) * S::load(inverse + lane); });
   T* const lse = static_cast<T*>(p.lse);
   for (int i = 0; i < tile.rows; ++i)
-    lse[r.statistic(tile.position[i], tile.head[i])] =
-        tile.l[i] == 0 ? -kInfinity<T> : static_cast<T>((tile.m[i] + std::log2(static_cast<double>(tile.l[i]))) * kLn2);
+    lse[r.statistic(tile.position[i], tile.head[i])] = log_sum_exp(tile.m[i], tile.l[i]);
 }
 
 // A key split leaves m, l and the unnormalised o of its rows: [row][value_dim + 2].
@@ -186,7 +179,6 @@ void forward_tiles(const HeadRows& r, const Tiling<T>& tiling, const ForwardTask
   if (begin < task.key_begin) begin = task.key_begin;
   if (end > task.key_end) end = task.key_end;
 
-  const bool fetch = task.tile_end - task.tile_begin == 1;
   for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
     // Key 4 n starts a group of random numbers, so blocks are trimmed to multiples of 4.
     const int64_t block_begin = block < begin ? begin / 4 * 4 : block;
@@ -199,7 +191,7 @@ void forward_tiles(const HeadRows& r, const Tiling<T>& tiling, const ForwardTask
       const int64_t k1 = tile.end < block_end ? tile.end : block_end;
       if (k0 >= k1 || tile.begin >= tile.end) continue;
       with_vectors(tile.nv, [&](auto nv) {
-        forward_block<T, decltype(nv)::value>(r, tile, keys, values, k0, k1, fetch, scratch);
+        forward_block<T, decltype(nv)::value>(r, tile, keys, values, k0, k1, scratch);
       });
     }
   }
@@ -212,8 +204,8 @@ void forward_tiles(const HeadRows& r, const Tiling<T>& tiling, const ForwardTask
 template <class T>
 void forward(const AttentionParams& p, const ForwardTask& task, void* memory) {
   const HeadRows r(p, task.batch, task.kv_head);
-  const Tiling<T> tiling(r.count);
   Arena arena(memory);
+  const Tiling<T> tiling(r.count);
   ForwardScratch<T>& scratch = ForwardScratch<T>::in(p, &arena);
   const bool shared = task.tile_end - task.tile_begin > 1;
   KeyBlock<T> keys(r, p.k, p.head_dim, shared, &arena), values(r, p.v, p.value_dim, shared, &arena);
@@ -228,7 +220,6 @@ template <class T>
 void combine(const AttentionParams& p, const CombineTask& task) {
   const HeadRows r(p, task.batch, task.kv_head);
   const int64_t size = p.value_dim + 2, split_size = task.split_bytes / static_cast<int64_t>(sizeof(T));
-  const int64_t stride = p.out.stride[3] * static_cast<int64_t>(size_of(p.out.dtype));
   for (int64_t row = 0; row < r.count; ++row) {
     T* const first = static_cast<T*>(task.partials) + row * size;
     T m = -kInfinity<T>, l = 0;
@@ -244,9 +235,7 @@ void combine(const AttentionParams& p, const CombineTask& task) {
       for (int64_t d = 0; d < p.value_dim; ++d)  // into the first split's row
         first[2 + d] = s == 0 ? weight * part[2 + d] : first[2 + d] + weight * part[2 + d];
     }
-    store_row<T>(p.out.dtype, r.tensor_row(p.out, r.position(row), r.head(row)), stride, p.value_dim, first + 2, l == 0 ? T{0} : T{1} / l);
-    static_cast<T*>(p.lse)[r.statistic(r.position(row), r.head(row))] =
-        l == 0 ? -kInfinity<T> : static_cast<T>((m + std::log2(static_cast<double>(l))) * kLn2);
+    finish_row<T>(r, r.position(row), r.head(row), m, l, first + 2);
   }
 }
 

@@ -10,6 +10,7 @@
 
 #include "backward.h"
 #include "bias_gradient.h"
+#include "few_rows.h"
 #include "forward.h"
 
 namespace attn_ops {
@@ -23,6 +24,9 @@ constexpr TypedKernels typed_kernels() {
       [](int64_t dim) { return round_to_width<T>(dim); },
       ForwardScratch<T>::bytes,
       forward<T>,
+      few_rows<T>,
+      FewRowsScratch<T>::bytes,
+      forward_few_rows<T>,
       combine<T>,
       [](const BackwardParams& p) { return BackwardScratch<T>::bytes(p.forward); },
       backward<T>,

@@ -13,6 +13,13 @@ struct ForwardTask {
   void* partial;  // null: write out and lse. Else this split's [row][value_dim + 2] of the accumulator type
 };
 
+// The few rows of the kv heads [head_begin, head_end) of one batch against keys [key_begin, key_end).
+struct FewRowsTask {
+  int64_t batch, head_begin, head_end, key_begin, key_end;
+  void* partials;  // as ForwardTask::partial, for head_begin; those of the next head follow after head_bytes
+  int64_t head_bytes;
+};
+
 // The splits of one (batch, kv head) into out and lse. The partials are overwritten.
 struct CombineTask {
   int64_t batch, kv_head, splits, split_bytes;
@@ -44,6 +51,9 @@ struct TypedKernels {
   int64_t (*padded)(int64_t dim);                // dim rounded up to whole vectors
   int64_t (*forward_scratch)(const AttentionParams&);
   void (*forward)(const AttentionParams&, const ForwardTask&, void* scratch);
+  bool (*few_rows)(const AttentionParams&);      // whether forward_few_rows is the kernel for this call
+  int64_t (*few_rows_scratch)(const AttentionParams&, int64_t heads);
+  void (*forward_few_rows)(const AttentionParams&, const FewRowsTask&, void* scratch);
   void (*combine)(const AttentionParams&, const CombineTask&);
   int64_t (*backward_scratch)(const BackwardParams&);
   void (*backward)(const BackwardParams&, const BackwardTask&, void* scratch);

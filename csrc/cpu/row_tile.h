@@ -54,6 +54,20 @@ struct HeadRows {
   }
 };
 
+// out = o / l, lse = ln 2 (m + log2 l) of one row; a row without a key has l = 0 and gets 0 and -inf.
+template <class T>
+T log_sum_exp(T m, T l) {
+  return l == 0 ? -kInfinity<T> : static_cast<T>((m + std::log2(static_cast<double>(l))) * kLn2);
+}
+
+template <class T>
+void finish_row(const HeadRows& r, int64_t position, int64_t head, T m, T l, const T* o) {
+  const AttentionParams& p = r.p;
+  store_row<T>(p.out.dtype, r.tensor_row(p.out, position, head),
+               p.out.stride[3] * static_cast<int64_t>(size_of(p.out.dtype)), p.value_dim, o, l == 0 ? T{0} : T{1} / l);
+  static_cast<T*>(p.lse)[r.statistic(position, head)] = log_sum_exp(m, l);
+}
+
 // How many tiles of 1 to kMaxVectors vectors the rows are cut into, as evenly as possible: a lone narrow tile at the
 // end would leave most of the register file idle.
 template <class T>
@@ -276,14 +290,6 @@ class KeyBlock {
 
   const T* at(int64_t key) const { return data_ + (key - begin_) * ld_; }
   int64_t ld() const { return ld_; }
-
-  // Asks for a row that will be loaded later. Rows are rarely neighbours in memory, so the hardware does not see them
-  // coming.
-  ATTN_INLINE void prefetch(int64_t key) const {
-    if (key >= rows_.length_k) return;
-    const char* const row = rows_.key_row(view_, key);
-    for (int64_t i = 0; i < dim_ * stride_; i += 64) __builtin_prefetch(row + i);
-  }
 
   bool finite() {
     if (finite_ == Finite::kUnknown)

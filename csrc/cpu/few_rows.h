@@ -1,0 +1,370 @@
+// Forward for few rows, a decode step above all: the head dimension in the lanes, keys and values read once, as they lie.
+//
+// A row tile (forward.h) would have most of its lanes empty. Here, for up to 4 rows i and a block of keys j,
+//   s[i][j] = sum_d q'[i][d] k[j][d]              vectors along d; `width` sums at a time are reduced by a transposition
+//   m' = max(m, max_j s),  p = 2^(s - m')          vectors along the keys
+//   o[i][d] = 2^(m - m') o + sum_j p[i][j] v[j][d]   vectors along d
+// Memory is the limit, so a task takes a block of keys for all its heads before the next block, and asks for the next block
+// in the order it lies in memory: DRAM and TLB see one long read, whatever the layout. Half precision is widened in
+// registers, so it takes half the time.
+#pragma once
+
+#include <new>
+
+#include "kernels.h"
+#include "row_tile.h"
+
+namespace attn_ops {
+namespace cpu {
+namespace {
+
+// Rows that share one pass over the keys, at most.
+template <class T>
+constexpr int kSharedRows = Simd<T>::width < 4 ? Simd<T>::width : 4;
+
+// Whether a call takes this way: a row tile would leave lanes empty or be too small, and keys and values are rows that
+// vectors can load.
+template <class T>
+bool few_rows(const AttentionParams& p) {
+  return p.seqlen_q * group_size(p) <= 2 * kSharedRows<T> && p.k.stride[3] == 1 && p.v.stride[3] == 1;
+}
+
+// Up to kSharedRows rows of one head and their running softmax. Rows not in use have q = 0.
+template <class T>
+struct FewRows {
+  const HeadRows* head_rows;
+  int64_t first;  // row of the head
+  int rows;
+  uint32_t position[kSharedRows<T>], head[kSharedRows<T>];
+  KeyRange seen[kSharedRows<T>];
+  T m[kSharedRows<T>], correction[kSharedRows<T>];
+  Vec<T> l[kSharedRows<T>];  // one sum per lane until the end
+  T *q, *out;                // [row][head_dim], [row][value_dim], padded to whole vectors
+
+  void start(const HeadRows& r, int64_t first_row) {
+    using S = Simd<T>;
+    const AttentionParams& p = r.p;
+    const Vec<T> factor = S::set1(static_cast<T>(p.scale * kLog2E));
+    const int64_t stride = p.q.stride[3] * static_cast<int64_t>(size_of(p.q.dtype));
+    const int64_t head_size = round_to_width<T>(p.head_dim), value_size = round_to_width<T>(p.value_dim);
+    head_rows = &r;
+    first = first_row;
+    rows = static_cast<int>(r.count - first < kSharedRows<T> ? r.count - first : kSharedRows<T>);
+    memset(q, 0, sizeof(T) * kSharedRows<T> * head_size);
+    memset(out, 0, sizeof(T) * kSharedRows<T> * value_size);
+    for (int i = 0; i < kSharedRows<T>; ++i) {
+      const int64_t row = first + (i < rows ? i : rows - 1);
+      position[i] = static_cast<uint32_t>(r.position(row));
+      head[i] = static_cast<uint32_t>(r.head(row));
+      seen[i] = key_range(p.mask, position[i], r.length_q, r.length_k);
+      m[i] = -kInfinity<T>;
+      l[i] = S::zero();
+      correction[i] = 0;
+      if (i >= rows) continue;
+      T* const to = q + i * head_size;
+      load_row<T>(p.q.dtype, r.tensor_row(p.q, position[i], head[i]), stride, p.head_dim, true, to);
+      for (int64_t d = 0; d < head_size; d += S::width) S::store(to + d, S::load(to + d) * factor);
+    }
+  }
+
+  T total(int i) const {
+    T sum = 0;
+    for (int lane = 0; lane < Simd<T>::width; ++lane) sum += l[i][lane];
+    return sum;
+  }
+};
+
+// Row groups of a head.
+template <class T>
+int64_t few_rows_groups(const AttentionParams& p) {
+  return (p.seqlen_q * group_size(p) + kSharedRows<T> - 1) / kSharedRows<T>;
+}
+
+template <class T>
+struct FewRowsScratch {
+  HeadRows* heads;
+  FewRows<T>* groups;           // [head][group]
+  T *scores, *added, *factors;  // [row][kFewRowsKeys], [row][kFewRowsKeys], [key][row]
+
+  static int64_t bytes(const AttentionParams& p, int64_t heads) {
+    const int64_t groups = heads * few_rows_groups<T>(p);
+    return Arena::bytes<FewRowsScratch>(1) + Arena::bytes<HeadRows>(heads) + Arena::bytes<FewRows<T>>(groups) +
+           groups * Arena::bytes<T>(kSharedRows<T> * round_to_width<T>(p.head_dim)) +
+           groups * Arena::bytes<T>(kSharedRows<T> * round_to_width<T>(p.value_dim)) +
+           3 * Arena::bytes<T>(kSharedRows<T> * kFewRowsKeys);
+  }
+
+  static FewRowsScratch& in(const AttentionParams& p, int64_t heads, Arena* arena) {
+    FewRowsScratch& scratch = *arena->take<FewRowsScratch>(1);
+    const int64_t groups = heads * few_rows_groups<T>(p);
+    scratch.heads = arena->take<HeadRows>(heads);
+    scratch.groups = arena->take<FewRows<T>>(groups);
+    for (int64_t g = 0; g < groups; ++g) {
+      scratch.groups[g].q = arena->take<T>(kSharedRows<T> * round_to_width<T>(p.head_dim));
+      scratch.groups[g].out = arena->take<T>(kSharedRows<T> * round_to_width<T>(p.value_dim));
+    }
+    scratch.scores = arena->take<T>(kSharedRows<T> * kFewRowsKeys);
+    scratch.added = arena->take<T>(kSharedRows<T> * kFewRowsKeys);
+    scratch.factors = arena->take<T>(kSharedRows<T> * kFewRowsKeys);
+    return scratch;
+  }
+};
+
+// Asks for the rows of keys (or values) of `heads` heads, one row at each call, in the order they lie in memory.
+class RowsAhead {
+ public:
+  RowsAhead() = default;
+  RowsAhead(const HeadRows& first_head, const StridedView& v, int64_t heads, int64_t dim, int64_t k0, int64_t keys)
+      : at_(first_head.key_row(v, k0)), left_(keys > 0 ? heads * keys : 0) {
+    const int64_t size = size_of(v.dtype), by_key = v.stride[1] * size, by_head = v.stride[2] * size;
+    const bool heads_inside = v.stride[2] < v.stride[1];
+    bytes_ = dim * size;
+    inside_ = inside_left_ = heads_inside ? heads : keys;
+    step_ = heads_inside ? by_head : by_key;
+    carry_ = (heads_inside ? by_key : by_head) - (inside_ - 1) * step_;
+  }
+
+  ATTN_INLINE void ask() {
+    if (left_ == 0) return;
+    --left_;
+    for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(at_ + i);
+    at_ += --inside_left_ ? step_ : carry_;
+    if (inside_left_ == 0) inside_left_ = inside_;
+  }
+
+ private:
+  const char* at_ = nullptr;
+  int64_t left_ = 0, bytes_ = 0, inside_ = 0, inside_left_ = 0, step_ = 0, carry_ = 0;
+};
+
+// scores[i][j] for R rows and keys k0 .. k0 + n. A tile is R rows by width / R keys: `width` sums of vectors, which a
+// transposition turns into one vector.
+template <class T, int R, class Storage>
+ATTN_INLINE void few_scores(Storage storage, const FewRows<T>& f, int64_t k0, int64_t n, RowsAhead& ahead, T* scores) {
+  using S = Simd<T>;
+  constexpr int W = S::width, K = W / R;
+  const AttentionParams& p = f.head_rows->p;
+  const int64_t whole = p.head_dim / W * W, q_size = round_to_width<T>(p.head_dim);
+  const int64_t stride = p.k.stride[1] * Storage::size;
+  const char* const keys = f.head_rows->key_row(p.k, k0);
+  for (int64_t j = 0; j < n; j += K) {
+    const char* key[K];
+    for (int t = 0; t < K; ++t) {
+      key[t] = keys + (j + t < n ? j + t : n - 1) * stride;
+      ahead.ask();
+    }
+    Vec<T> acc[W];  // [row][key]
+    for (int i = 0; i < W; ++i) acc[i] = S::zero();
+    const auto add = [&](int64_t d, const auto& load) {
+      Vec<T> q[R];
+      for (int i = 0; i < R; ++i) q[i] = S::load(f.q + i * q_size + d);
+#pragma GCC unroll 16
+      for (int t = 0; t < K; ++t) {
+        const Vec<T> k = load(key[t] + d * Storage::size);
+        for (int i = 0; i < R; ++i) acc[i * K + t] = S::fma(q[i], k, acc[i * K + t]);
+      }
+    };
+    for (int64_t d = 0; d < whole; d += W) add(d, [&](const char* at) { return storage.load(at); });
+    if (whole < p.head_dim)
+      add(whole, [&](const char* at) { return load_some<T>(storage, at, Storage::size, p.head_dim - whole); });
+    S::transpose(acc);
+    for (int half = W / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) acc[i] += acc[i + half];
+    T sum[W];
+    S::store(sum, acc[0]);
+    for (int i = 0; i < R; ++i) memcpy(scores + i * kFewRowsKeys + j, sum + i * K, K * sizeof(T));
+  }
+}
+
+// out[i] = correction[i] out[i] + sum_j p[i][j] v[k0 + j], a few keys at a time: rows that lie a multiple of 4 KiB apart
+// share cache sets, and a whole block of them would not stay in L1 from one panel of d to the next. With `hides`, a zero
+// probability leaves its value out: the key may be hidden from the row, and what it holds be Inf or NaN.
+template <class T, int R, bool hides, class Storage>
+ATTN_INLINE void few_values(Storage storage, const FewRows<T>& f, int64_t k0, int64_t n, RowsAhead& ahead,
+                            const T* probabilities) {
+  using S = Simd<T>;
+  constexpr int W = S::width, kKeys = 8, kPanel = kVectorRegisters == 32 ? 4 : 2;
+  const AttentionParams& p = f.head_rows->p;
+  const int64_t stride = p.v.stride[1] * Storage::size, out_size = round_to_width<T>(p.value_dim);
+  for (int64_t j0 = 0; j0 < n; j0 += kKeys) {
+    const int64_t keys = n - j0 < kKeys ? n - j0 : kKeys;
+    const char* const values = f.head_rows->key_row(p.v, k0 + j0);
+    for (int64_t j = 0; j < keys; ++j) ahead.ask();
+    const auto panel = [&](int64_t d, auto vectors, const auto& load) {
+      constexpr int NV = decltype(vectors)::value;
+      Vec<T> acc[R][NV];
+      for (int i = 0; i < R; ++i)
+        for (int v = 0; v < NV; ++v) {
+          acc[i][v] = S::load(f.out + i * out_size + d + v * W);
+          if (j0 == 0) acc[i][v] *= S::set1(f.correction[i]);
+        }
+      const char* at = values + d * Storage::size;
+      for (int64_t j = 0; j < keys; ++j, at += stride) {
+        Vec<T> x[NV];
+        for (int v = 0; v < NV; ++v) x[v] = load(at + v * W * Storage::size);
+#pragma GCC unroll 4
+        for (int i = 0; i < R; ++i) {
+          const T weight = probabilities[i * kFewRowsKeys + j0 + j];
+          if (hides && weight == 0) continue;
+          for (int v = 0; v < NV; ++v) acc[i][v] = S::fma(S::set1(weight), x[v], acc[i][v]);
+        }
+      }
+      for (int i = 0; i < R; ++i)
+        for (int v = 0; v < NV; ++v) S::store(f.out + i * out_size + d + v * W, acc[i][v]);
+    };
+    const auto whole = [&](const char* at) { return storage.load(at); };
+    int64_t d = 0;
+    for (; d + kPanel * W <= p.value_dim; d += kPanel * W) panel(d, Vectors<kPanel>{}, whole);
+    for (; d + W <= p.value_dim; d += W) panel(d, Vectors<1>{}, whole);
+    if (d < p.value_dim)
+      panel(d, Vectors<1>{}, [&](const char* at) { return load_some<T>(storage, at, Storage::size, p.value_dim - d); });
+  }
+}
+
+// added[i][j] = bias log2(e), or -inf where the key is hidden from the row, whatever hides it.
+template <class T>
+Added few_added(const FewRows<T>& f, int64_t k0, int64_t n, T* all_added) {
+  using S = Simd<T>;
+  const HeadRows& r = *f.head_rows;
+  const AttentionParams& p = r.p;
+  const Vec<T> log2e = S::set1(static_cast<T>(kLog2E));
+  bool nothing = true, visible = false;
+  for (int i = 0; i < f.rows; ++i) {
+    T* const added = all_added + i * kFewRowsKeys;
+    memset(added, 0, sizeof(T) * kFewRowsKeys);
+    const auto add = [&](const StridedView& v, const auto& combine) {
+      const int64_t stride = v.stride[3] * static_cast<int64_t>(size_of(v.dtype));
+      T values[kFewRowsKeys] = {};
+      load_row<T>(v.dtype, r.score_row(v, f.position[i], f.head[i]) + k0 * stride, stride, n, false, values);
+      for (int64_t j = 0; j < n; j += S::width) S::store(added + j, combine(S::load(added + j), S::load(values + j)));
+    };
+    if (p.bias.data) add(p.bias, [=](Vec<T> sum, Vec<T> bias) { return S::fma(bias, log2e, sum); });
+    for (int m = 0; m < p.num_masks; ++m)
+      add(p.masks[m], [](Vec<T> sum, Vec<T> hidden) { return S::select(hidden < S::zero(), hidden, sum); });
+    for (int64_t j = 0; j < n; ++j) {
+      if (k0 + j < f.seen[i].begin || k0 + j >= f.seen[i].end) added[j] = -kInfinity<T>;
+      nothing = nothing && added[j] == 0;
+      visible = visible || added[j] != -kInfinity<T>;
+    }
+  }
+  return !visible ? Added::kAllHidden : nothing ? Added::kNothing : Added::kScores;
+}
+
+// scores -> probabilities relative to the new maximum, before dropout; updates m, l, correction. `added` may be null.
+template <class T>
+ATTN_INLINE void few_softmax(FewRows<T>& f, const T* added, int64_t n, T* scores) {
+  using S = Simd<T>;
+  constexpr int W = S::width;
+  const Vec<T> hidden = S::set1(-kInfinity<T>);
+  for (int i = 0; i < f.rows; ++i) {
+    T* const s = scores + i * kFewRowsKeys;
+    for (int64_t j = n; j % W != 0; ++j) s[j] = -kInfinity<T>;
+    Vec<T> highest = S::set1(f.m[i]);
+    for (int64_t j = 0; j < n; j += W) {
+      Vec<T> x = S::load(s + j);
+      if (added) {
+        const Vec<T> a = S::load(added + i * kFewRowsKeys + j);
+        x = S::select(a == hidden, hidden, x + a);
+        S::store(s + j, x);
+      }
+      highest = S::max(highest, x);
+    }
+    T m = highest[0];
+    for (int lane = 1; lane < W; ++lane) m = highest[lane] > m || m != m ? highest[lane] : m;
+    // Nothing seen yet: -inf - (-inf) would be NaN, so it is compared with 0 instead.
+    const Vec<T> base = S::set1(m == -kInfinity<T> ? T{0} : m);
+    const Vec<T> correction = exp2<T>(S::set1(f.m[i]) - base);
+    Vec<T> sum = f.l[i] * correction;
+    for (int64_t j = 0; j < n; j += W) {
+      const Vec<T> e = exp2<T>(S::load(s + j) - base);
+      sum += e;
+      S::store(s + j, e);
+    }
+    f.m[i] = m;
+    f.l[i] = sum;
+    f.correction[i] = correction[0];
+  }
+}
+
+template <class T, int R, class Storage>
+__attribute__((noinline)) void few_rows_block(Storage storage, FewRows<T>& f, int64_t k0, int64_t n, RowsAhead& keys_ahead,
+                                              RowsAhead& values_ahead, const FewRowsScratch<T>& scratch) {
+  const AttentionParams& p = f.head_rows->p;
+  bool added = p.bias.data || p.num_masks;
+  for (int i = 0; i < f.rows; ++i) added = added || f.seen[i].begin > k0 || f.seen[i].end < k0 + n;
+  if (added) {
+    const Added what = few_added<T>(f, k0, n, scratch.added);
+    if (what == Added::kAllHidden) return;
+    added = what == Added::kScores;
+  }
+  T* const s = scratch.scores;
+  few_scores<T, R>(storage, f, k0, n, keys_ahead, s);
+  few_softmax<T>(f, added ? scratch.added : nullptr, n, s);
+  if (p.dropout_rate > 0) {  // after the sum: dropout acts on the normalised probabilities
+    dropout_factors<T>(Dropout(p, f.head_rows->batch), f.position, f.head, f.rows, k0, n, scratch.factors);
+    for (int i = 0; i < f.rows; ++i)
+      for (int64_t j = 0; j < n; ++j) s[i * kFewRowsKeys + j] *= scratch.factors[j * f.rows + i];
+  }
+  if (added) few_values<T, R, true>(storage, f, k0, n, values_ahead, s);
+  else few_values<T, R, false>(storage, f, k0, n, values_ahead, s);
+}
+
+// Writes out and lse, or m, l and the unnormalised o of a key split.
+template <class T>
+void finish_few_rows(const FewRows<T>& f, T* partial) {
+  const AttentionParams& p = f.head_rows->p;
+  for (int i = 0; i < f.rows; ++i) {
+    const T l = f.total(i);
+    const T* const out = f.out + i * round_to_width<T>(p.value_dim);
+    if (partial) {
+      T* const at = partial + (f.first + i) * (p.value_dim + 2);
+      at[0] = f.m[i];
+      at[1] = l;
+      memcpy(at + 2, out, sizeof(T) * p.value_dim);
+    } else {
+      finish_row<T>(*f.head_rows, f.position[i], f.head[i], f.m[i], l, out);
+    }
+  }
+}
+
+template <class T>
+void forward_few_rows(const AttentionParams& p, const FewRowsTask& task, void* memory) {
+  Arena arena(memory);
+  const int64_t heads = task.head_end - task.head_begin, per_head = few_rows_groups<T>(p);
+  FewRowsScratch<T>& scratch = FewRowsScratch<T>::in(p, heads, &arena);
+  for (int64_t h = 0; h < heads; ++h) {
+    new (&scratch.heads[h]) HeadRows(p, task.batch, task.head_begin + h);
+    for (int64_t g = 0; g < per_head; ++g)
+      scratch.groups[h * per_head + g].start(scratch.heads[h], g * kSharedRows<T>);
+  }
+  const HeadRows& first = scratch.heads[0];
+  KeyRange seen = first.keys_seen(0, first.count);
+  if (seen.begin < task.key_begin) seen.begin = task.key_begin;
+  if (seen.end > task.key_end) seen.end = task.key_end;
+
+  with_storage(T{}, p.dtype, [&](auto storage) {
+    int64_t n;
+    // From a multiple of 4 on: key 4 n starts a group of random numbers.
+    for (int64_t k0 = seen.begin / 4 * 4; k0 < seen.end; k0 += n) {
+      n = seen.end - k0 < kFewRowsKeys ? seen.end - k0 : kFewRowsKeys;
+      const int64_t next = k0 + n, next_keys = seen.end - next < kFewRowsKeys ? seen.end - next : kFewRowsKeys;
+      RowsAhead keys_ahead(first, p.k, heads, p.head_dim, next, next_keys);
+      RowsAhead values_ahead(first, p.v, heads, p.value_dim, next, next_keys);
+      for (int64_t g = 0; g < heads * per_head; ++g) {
+        FewRows<T>& f = scratch.groups[g];
+        if (f.rows == 1) few_rows_block<T, 1>(storage, f, k0, n, keys_ahead, values_ahead, scratch);
+        else if (f.rows == 2) few_rows_block<T, 2>(storage, f, k0, n, keys_ahead, values_ahead, scratch);
+        else few_rows_block<T, kSharedRows<T>>(storage, f, k0, n, keys_ahead, values_ahead, scratch);
+      }
+    }
+  });
+  for (int64_t g = 0; g < heads * per_head; ++g) {
+    char* const partial = static_cast<char*>(task.partials);
+    finish_few_rows<T>(scratch.groups[g],
+                       reinterpret_cast<T*>(partial ? partial + g / per_head * task.head_bytes : nullptr));
+  }
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace attn_ops
