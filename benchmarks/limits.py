@@ -35,16 +35,18 @@ def probe(name: str, threads: int) -> Callable[[], float]:
     return lambda: _core.probe(name, num_threads=threads, seconds=_SECONDS[name], **pages)
 
 
-def survey(threads: list[int], seconds: float) -> dict[str, dict[tuple[str, int], float]]:
-    """Every limit (a key of TITLES) for every instruction set and number of threads: the best of five."""
+def survey(threads: list[int], quick: bool) -> dict[str, dict[tuple[str, int], float]]:
+    """Every limit (a key of TITLES) for every instruction set and number of threads: the best of three."""
     from attn_ops import _core
 
     found = {}
     for title in TITLES:
         name, _, pages = title.partition(" ")
-        options = {"seconds": seconds, "huge_pages": pages == "huge pages"}
+        options = {"seconds": 0.002 if quick else 0.02, "huge_pages": pages == "huge pages"}
+        if quick:
+            options["bytes"] = 16 << 20  # which may be the cache's speed
         found[title] = {
-            (isa, count): max(_core.probe(name, isa=isa, num_threads=count, **options) for _ in range(5))
+            (isa, count): max(_core.probe(name, isa=isa, num_threads=count, **options) for _ in range(3))
             for isa in _core.isas()
             for count in threads
         }

@@ -18,16 +18,16 @@ class Row:
     peer: str
     shape: str  # (batch, heads/kv heads, seqlen_q x seqlen_k, head_dim)
     options: str  # causal, dtype, mask, window
-    version: str = ""  # of the peer's library
+    version: str = ""  # of the peer's libraries
     rounds: int = 0
     wall_median: float | None = None
     wall_min: float | None = None
     cpu_median: float | None = None
     cpu_min: float | None = None
-    gflops_per_second: float | None = None  # useful ones, at the median wall time
+    gflops_per_second: float | None = None  # useful ones, at the minimum wall time
     limit: str = ""  # what was probed: fma_float32, fma_float64 (flops per second) or read (bytes per second)
-    limit_per_second: float | None = None  # the median of the same rounds
-    percent_of_limit: float | None = None  # at the median wall time
+    limit_per_second: float | None = None  # the best of the same rounds
+    percent_of_limit: float | None = None  # at the minimum wall time
     error: float | None = None  # against the float64 reference, at a miniature
     memory_growth_bytes: int | None = None  # of the first step in a fresh process, outputs included
 

@@ -1,8 +1,8 @@
 """Measures groups of work in interleaved rounds, in a process of its own for each number of threads.
 
-The frameworks size their thread pools once, so a number of threads needs a process. What is to be compared stands in one
-group: all its steps take turns in every round, with probes of the machine's limits among them, so that what disturbs the
-machine disturbs all alike.
+The frameworks size their thread pools once, so a number of threads needs a process. What is to be compared stands in
+one group: all its steps take turns in every round, with probes of the machine's limits among them, so that what
+disturbs the machine disturbs all alike.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def run(
     groups: Sequence[Group],
     threads: int,
     effort: Effort,
-    progress: Callable[[Group, int, int], None],
+    progress: Callable[[int, int, int], None],
 ) -> tuple[list[Row], list[str]]:
     """Measures the groups in a new process.
 
@@ -73,7 +73,7 @@ def run(
         groups: what to measure.
         threads: of every peer.
         effort: how long.
-        progress: called with (group, rounds done, rounds) as they go.
+        progress: called with (index of the group, rounds done, rounds) as they go.
 
     Returns:
         The rows, and notes: peers that failed and why.
@@ -100,7 +100,7 @@ def run(
             for line in child.stdout:
                 event, *content = json.loads(line) if line.startswith("[") else ("other",)
                 if event == "progress":
-                    progress(groups[content[0]], *content[1:])
+                    progress(*content)
                 elif event == "row":
                     rows.append(Row(**content[0]))
                 elif event == "note":
@@ -174,7 +174,8 @@ def _measure(entries, effort, threads, versions, index, tell) -> tuple[list[Row]
     for name, sample in samples.items():
         entry, peer, error = about[name]
         workload, limit = entry.workload, limits.name_for(entry.workload)
-        wall = sample.median("wall")
+        # Best against best: a disturbed probe would make a speed look better than it is.
+        best = sample.minimum("wall")
         rows.append(
             Row(
                 workload=workload.name,
@@ -183,16 +184,16 @@ def _measure(entries, effort, threads, versions, index, tell) -> tuple[list[Row]
                 peer=peer.name,
                 shape=workload.shape,
                 options=workload.options,
-                version=versions.get(peer.modules[0], ""),
+                version=", ".join(f"{module} {versions[module]}" for module in peer.modules if module in versions),
                 rounds=rounds,
-                wall_median=wall,
-                wall_min=sample.minimum("wall"),
+                wall_median=sample.median("wall"),
+                wall_min=best,
                 cpu_median=sample.median("cpu"),
                 cpu_min=sample.minimum("cpu"),
-                gflops_per_second=workload.flops(entry.mode) / wall / 1e9,
+                gflops_per_second=workload.flops(entry.mode) / best / 1e9,
                 limit=limit,
                 limit_per_second=rates[limit],
-                percent_of_limit=100 * limits.work_for(workload, entry.mode) / wall / rates[limit],
+                percent_of_limit=100 * limits.work_for(workload, entry.mode) / best / rates[limit],
                 error=error,
             )
         )

@@ -83,9 +83,12 @@ def set_threads(count: int) -> None:
 
 def versions() -> dict[str, str]:
     """Of what is installed; TensorFlow comes under several names of distributions."""
+    import attn_ops
+
     distributions = importlib.metadata.packages_distributions()
-    modules = ("attn_ops", "tensorflow", "keras", "torch", "onnxruntime", "openvino", "jax")
-    return {name: importlib.metadata.version(distributions[name][0]) for name in modules if name in distributions}
+    modules = ("tensorflow", "keras", "torch", "onnxruntime", "openvino", "jax")
+    found = {name: importlib.metadata.version(distributions[name][0]) for name in modules if name in distributions}
+    return {"attn_ops": attn_ops.__version__, **found}
 
 
 @functools.cache

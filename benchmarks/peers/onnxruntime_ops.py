@@ -85,9 +85,7 @@ class Attention(Peer):
     def prepare(self, workload, mode, inputs):
         import onnx
 
-        feeds = {
-            name: np.ascontiguousarray(inputs[name].transpose(0, 2, 1, 3)) for name in ("query", "key", "value")
-        }
+        feeds = {name: np.ascontiguousarray(inputs[name].transpose(0, 2, 1, 3)) for name in ("query", "key", "value")}
         mask = inputs["bias"] if workload.mask == BIAS else dense_mask(workload, inputs)
         if mask is not None:
             rows_and_keys = (workload.seqlen_q, workload.seqlen_k)
@@ -118,9 +116,7 @@ class GroupQueryAttention(Peer):
         import onnxruntime
 
         new = workload.seqlen_q  # rows that are new; those before them are in the cache
-        cache = {
-            f"past_{name}": np.ascontiguousarray(inputs[name].transpose(0, 2, 1, 3)) for name in ("key", "value")
-        }
+        cache = {f"past_{name}": np.ascontiguousarray(inputs[name].transpose(0, 2, 1, 3)) for name in ("key", "value")}
         feeds = {"query": _packed(inputs["query"])}
         feeds |= {name: np.ascontiguousarray(_packed(inputs[name][:, -new:])) for name in ("key", "value")}
         feeds |= cache

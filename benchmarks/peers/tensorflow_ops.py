@@ -1,4 +1,4 @@
-"""attn_ops and Keras's attention op, each eager, in a graph, and (Keras) compiled with XLA, and plain TensorFlow with XLA."""
+"""attn_ops and Keras's attention op, each eager, in a graph, and (Keras) with XLA, and plain TensorFlow with XLA."""
 
 from __future__ import annotations
 

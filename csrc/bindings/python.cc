@@ -214,7 +214,7 @@ double probe(const py::object& what, const py::kwargs& given) {
   }
   const int64_t bytes = keywords.integer("bytes", 0);
   if (bytes != 0 && bytes < kReadChunk) {
-    fail<py::value_error>("probe", "bytes (" + text(bytes) + ") must be 0 (far more than the caches hold) or at least " +
+    fail<py::value_error>("probe", "bytes (" + text(bytes) + ") must be 0 (more than the caches hold) or at least " +
                                        text(kReadChunk));
   }
   const bool huge_pages = keywords.boolean("huge_pages");
@@ -261,8 +261,8 @@ probe(what, *, isa=None, num_threads=0, seconds=0.02, bytes=0, huge_pages=False)
 A limit of this machine, by the clock, of all threads together: what the kernels' speed is measured against.
 
 what: 'fma_float32', 'fma_float64' (floating-point operations per second of independent multiply-adds in registers),
-'exp2_float32', 'exp2_float64' (the kernels' 2^x per second, from the L1 cache), or 'read' (bytes per second from memory:
-the best of several ways, with one to four streams and prefetches). isa, num_threads: as in forward. seconds: how long,
+'exp2_float32', 'exp2_float64' (the kernels' 2^x per second, from the L1 cache), or 'read' (bytes per second from
+memory: the best of several ways, with one to four streams and prefetches). isa, num_threads: as in forward. seconds: how long,
 for each of the ways. For 'read', bytes is the size of the memory read round and round, 0 being four times the
 last-level cache and at least 256 MiB; huge_pages asks the system for huge pages, else it is asked for normal ones.
 
