@@ -215,6 +215,12 @@ def test_work_left(bench):
         assert math.isclose(windowed.work_left(), mask.mean())
 
 
+def test_quick_lengths_stay_apart(bench):
+    quick = [bench.workloads.WORKLOADS[name].quick() for name in bench.sections.LENGTHS]
+    assert [workload.seqlen_k for workload in quick] == [16, 64, 128, 256, 512]
+    assert bench.workloads.WORKLOADS["llama8b_decode_1k"].quick().is_decode
+
+
 def test_plain_lines_where_there_is_no_terminal(bench, capsys):
     with bench.progress.Progress(2) as progress:
         for title, done in (("one", 0), ("one", 0.5), ("two", 1)):
@@ -259,6 +265,17 @@ def test_a_directory_that_cannot_be_written(bench, capsys, tmp_path):
     (tmp_path / "file").touch()
     assert bench.command.main(["--report", str(tmp_path / "file")]) == 2
     assert "must be a directory that can be written" in capsys.readouterr().err
+
+
+def test_nothing_to_compare_with_is_no_success(bench, capsys, tmp_path):
+    arguments = bench.command._parser().parse_args(
+        ["--report", str(tmp_path), "--compare", "old.csv", "--fail-if-slower", "2", "--sections", "overhead"]
+    )
+    surveyed = {"FMA": {("generic", 1): 1e9}}
+    old, new = [a_row(bench, threads=2)], [a_row(bench)]
+    assert bench.command._tell(arguments, tmp_path, new, ["a note"], surveyed, old) == 2
+    assert "no row of attn_ops is in both this report and old.csv" in capsys.readouterr().err
+    assert "- a note" in (tmp_path / "report.md").read_text()
 
 
 def test_what_is_missing_is_named(bench, capsys, tmp_path, monkeypatch):

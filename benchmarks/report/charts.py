@@ -46,7 +46,7 @@ def _memory(path, rows):
         name = row.workload.removesuffix("-quick")
         if name in sections.MEMORY_LENGTHS and row.mode == FORWARD_BACKWARD and row.memory_growth_bytes:
             points.setdefault(row.peer, []).append((_length(row), row.memory_growth_bytes / 1e6))
-    return _lines(path, points, "memory growth, forward + backward (1,12 or 16,N,64)", "MB")
+    return _lines(path, points, "memory growth, forward + backward (1,12,N,64)", "MB")
 
 
 def _lines(path, points, title, unit):

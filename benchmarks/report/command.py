@@ -19,6 +19,7 @@ import tempfile
 import limits
 import rows
 import runner
+from attn_ops import _native
 from rows import Row
 from workloads import FORWARD_BACKWARD, WORKLOADS
 
@@ -38,8 +39,10 @@ def main(argv=None) -> int:
         names = " ".join(missing)
         print(f"bench --report needs {', '.join(missing)}: pip install {names}", file=sys.stderr)
         return _BAD_OPTIONS
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
+    if _native.core() is None:
+        print(f"bench --report: {_native.core_unavailable_reason()}", file=sys.stderr)
+        return _BAD_OPTIONS
     try:
         _check(arguments)
         old = rows.read(arguments.compare) if arguments.compare else []
@@ -197,6 +200,13 @@ def _tell(arguments, directory, measured, notes, surveyed, old) -> int:
             worse = comparison.slower(found, arguments.fail_if_slower)
             status = _SLOWER if worse else 0
             ours = sum(change.is_ours for change in found)
+            if not ours:
+                status = _BAD_OPTIONS
+                print(
+                    f"bench --report: no row of attn_ops is in both this report and {arguments.compare}: measured "
+                    "with the same --sections, --threads and --quick?",
+                    file=sys.stderr,
+                )
             told += [
                 f"{len(worse)} of {ours} rows of attn_ops take more than {arguments.fail_if_slower:g}x their time."
             ]

@@ -262,8 +262,8 @@ A limit of this machine, by the clock, of all threads together: what the kernels
 
 what: 'fma_float32', 'fma_float64' (floating-point operations per second of independent multiply-adds in registers),
 'exp2_float32', 'exp2_float64' (the kernels' 2^x per second, from the L1 cache), or 'read' (bytes per second from
-memory: the best of several ways, with one to four streams and prefetches). isa, num_threads: as in forward. seconds: how long,
-for each of the ways. For 'read', bytes is the size of the memory read round and round, 0 being four times the
+memory: the best of several ways, with one to four streams and prefetches). isa, num_threads: as in forward. seconds: how
+long, for each of the ways. For 'read', bytes is the size of the memory read round and round, 0 being four times the
 last-level cache and at least 256 MiB; huge_pages asks the system for huge pages, else it is asked for normal ones.
 
 Raises ValueError or TypeError which names the rule and the values.)";
