@@ -17,6 +17,8 @@ import sys
 import tempfile
 
 import limits
+import memory
+import peers
 import rows
 import runner
 from attn_ops import _native
@@ -51,12 +53,11 @@ def main(argv=None) -> int:
         print(f"bench --report: {error}", file=sys.stderr)
         return _BAD_OPTIONS
     try:
-        measured, notes = _measure(arguments)
+        measured, notes = _measure(arguments, directory / "results.csv")
         surveyed = limits.survey(arguments.threads, arguments.quick)
     except RuntimeError as error:
         print(f"bench --report: {error}", file=sys.stderr)
         return 1
-    rows.write(directory / "results.csv", measured)
     return _tell(arguments, directory, measured, notes, surveyed, old)
 
 
@@ -97,8 +98,6 @@ def _check(arguments) -> None:
         if not arguments.compare:
             raise ValueError("--fail-if-slower needs --compare OLD.csv")
     if arguments.peers:
-        import peers
-
         unknown = [name for name in arguments.peers if name not in peers.PEERS]
         if unknown:
             raise ValueError(f"--peers ({', '.join(unknown)}) must be among {', '.join(peers.PEERS)}")
@@ -120,8 +119,8 @@ def _writable(directory: pathlib.Path) -> pathlib.Path:
     return directory
 
 
-def _measure(arguments) -> tuple[list[Row], list[str]]:
-    """Everything that the sections ask for."""
+def _measure(arguments, results: pathlib.Path) -> tuple[list[Row], list[str]]:
+    """Everything that the sections ask for; written whenever a process is done, for a run may be interrupted."""
     effort = _QUICK if arguments.quick else runner.Effort(arguments.rounds, arguments.seconds)
     most = max(arguments.threads)
     plan = {
@@ -132,21 +131,25 @@ def _measure(arguments) -> tuple[list[Row], list[str]]:
         ]
         for threads in arguments.threads
     }
-    memory = sections.memory_runs(arguments.peers, arguments.quick) if "memory" in arguments.sections else []
+    fresh = sections.memory_runs(arguments.peers, arguments.quick) if "memory" in arguments.sections else []
     measured, notes, before = [], [], 0
-    with Progress(sum(map(len, plan.values())) + len(memory)) as progress:
+    with Progress(sum(map(len, plan.values())) + len(fresh)) as progress:
         for threads, groups in plan.items():
             if groups:
                 advance = functools.partial(_advance, progress, before, threads, groups)
                 found, said = runner.run(groups, threads, effort, advance)
-                measured += found
+                measured = rows.merge(measured + found)
                 notes += said
+                rows.write(results, measured)
             before += len(groups)
-        for name, peer in memory:
+        for name, peer in fresh:
             progress.advance(f"memory: {name}, {peer}", before)
-            _measure_memory(name, peer, most, arguments.quick, measured, notes)
+            found, said = _measure_memory(name, peer, most, arguments.quick)
+            measured = rows.merge(measured + found)
+            notes += said
+            rows.write(results, measured)
             before += 1
-    return rows.merge(measured), notes
+    return measured, notes
 
 
 def _advance(progress, before, threads, groups, index, done, total) -> None:
@@ -154,21 +157,18 @@ def _advance(progress, before, threads, groups, index, done, total) -> None:
     progress.advance(title, before + index + done / max(total, 1))
 
 
-def _measure_memory(name, peer_name, threads, quick, measured, notes) -> None:
-    import memory
-    import peers
-
+def _measure_memory(name, peer_name, threads, quick) -> tuple[list[Row], list[str]]:
+    """The row, or nothing where the peer is not installed, or why it failed."""
     workload = WORKLOADS[name].quick() if quick else WORKLOADS[name]
     if not peers.select(workload, FORWARD_BACKWARD, [peer_name]):
-        return  # not installed
+        return [], []
     try:
         growth = memory.measure(name, FORWARD_BACKWARD, peer_name, threads, quick)
     except RuntimeError as failure:
-        notes.append(f"memory: {str(failure)[:300]}")
-        return
+        return [], [f"memory: {str(failure)[:300]}"]
     row = Row(workload.name, FORWARD_BACKWARD, threads, peer_name, workload.shape, workload.options)
     row.memory_growth_bytes = growth
-    measured.append(row)
+    return [row], []
 
 
 def _tell(arguments, directory, measured, notes, surveyed, old) -> int:

@@ -35,8 +35,8 @@ SCALING = ("one_head_2048", "bert_base_512", "long_2048_causal")
 LENGTHS = ("length_128", "length_512", "length_1024", "long_2048", "length_4096")
 OVERHEAD = "one_token"
 MEMORY = "long_16384"
-MEMORY_LENGTHS = ("length_512", "length_1024", "long_2048", "length_4096")
-MEMORY_PEERS = (OURS, "torch_sdpa", "jax", "keras_graph", "keras_xla")
+MEMORY_LENGTHS = ("length_512", "long_2048", "length_4096")
+MEMORY_PEERS = (OURS, "torch_sdpa", "jax", "keras_graph")
 
 TITLES = {
     "forward": "forward",
