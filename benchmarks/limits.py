@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 # In rounds; a probe of memory reads in eight ways, each of which takes this long.
 _SECONDS = {"fma_float32": 0.02, "fma_float64": 0.02, "read": 0.01}
-TITLES = {
+TITLES = {  # what `survey` measures
     "fma_float32": "FMA float32, GFLOP/s",
     "fma_float64": "FMA float64, GFLOP/s",
     "exp2_float32": "2^x float32, Gelements/s",
@@ -40,12 +40,12 @@ def survey(threads: list[int], quick: bool) -> dict[str, dict[tuple[str, int], f
     from attn_ops import _core
 
     found = {}
-    for title in TITLES:
-        name, _, pages = title.partition(" ")
+    for key in TITLES:
+        name, _, pages = key.partition(" ")
         options = {"seconds": 0.002 if quick else 0.02, "huge_pages": pages == "huge pages"}
         if quick:
             options["bytes"] = 16 << 20  # which may be the cache's speed
-        found[title] = {
+        found[key] = {
             (isa, count): max(_core.probe(name, isa=isa, num_threads=count, **options) for _ in range(3))
             for isa in _core.isas()
             for count in threads

@@ -271,11 +271,12 @@ def test_nothing_to_compare_with_is_no_success(bench, capsys, tmp_path):
     arguments = bench.command._parser().parse_args(
         ["--report", str(tmp_path), "--compare", "old.csv", "--fail-if-slower", "2", "--sections", "overhead"]
     )
-    surveyed = {"FMA": {("generic", 1): 1e9}}
+    surveyed = {"fma_float32": {("generic", 1): 1e9}}
     old, new = [a_row(bench, threads=2)], [a_row(bench)]
     assert bench.command._tell(arguments, tmp_path, new, ["a note"], surveyed, old) == 2
     assert "no row of attn_ops is in both this report and old.csv" in capsys.readouterr().err
-    assert "- a note" in (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
+    assert "- a note" in report and "| FMA float32, GFLOP/s | 1.0 |" in report
 
 
 def test_what_is_missing_is_named(bench, capsys, tmp_path, monkeypatch):

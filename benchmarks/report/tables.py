@@ -9,6 +9,7 @@ import pathlib
 import platform
 from collections.abc import Sequence
 
+from limits import TITLES
 from rows import Row
 
 from .comparison import Change
@@ -66,7 +67,7 @@ def limits(found: dict[str, dict[tuple[str, int], float]]) -> str:
     """The machine's limits, for each instruction set and number of threads."""
     columns = list(next(iter(found.values())))
     head = ("limit", *(f"{isa}, {threads} thread{'s' if threads > 1 else ''}" for isa, threads in columns))
-    lines = [(title, *(f"{rates[column] / 1e9:.1f}" for column in columns)) for title, rates in found.items()]
+    lines = [(TITLES[name], *(f"{rates[column] / 1e9:.1f}" for column in columns)) for name, rates in found.items()]
     return _table(head, lines, "l" + "r" * len(columns))
 
 
