@@ -20,10 +20,13 @@ class Progress:
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.table import Column
 
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
-            columns += (TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), speed_estimate_period=300)
+            # The title last: it is what may be cut off where the terminal is narrow.
+            title = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+            columns = (BarColumn(20), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
+            columns += (TextColumn("left:"), TimeRemainingColumn(), title)
+            self._bar = Progress(*columns, console=Console(stderr=True), speed_estimate_period=300, expand=True)
             self._bar.start()
             self._task = self._bar.add_task("starting", total=self._total)
         return self
