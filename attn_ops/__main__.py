@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+import subprocess
 import sys
 
 ENVIRONMENT = {
@@ -104,6 +105,11 @@ def _bench(arguments) -> int:
             file=sys.stderr,
         )
         return 2
+    if arguments.report is not None:
+        # A process of its own: the modules of the suite have names that are only theirs to use.
+        path = os.pathsep.join(filter(None, (str(suite), str(suite.parent), os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, "-m", "report", "--report", arguments.report, *arguments.pytest_arguments]
+        return subprocess.call(command, env={**os.environ, "PYTHONPATH": path})
     if importlib.util.find_spec("pytest_benchmark") is None:
         print("the benchmarks need pytest-benchmark: pip install pytest-benchmark", file=sys.stderr)
         return 2
@@ -141,6 +147,13 @@ def _parser():
     command.add_argument("--implementation")
     command.set_defaults(run=_explain)
     command = commands.add_parser("bench", help="run the benchmark suite of a checkout; options go to pytest")
+    command.add_argument(
+        "--report",
+        metavar="DIR",
+        help="instead of pytest: compare all installed peers, print which speed targets are met, and write tables, CSV "
+        "and charts into DIR. Options of it: --sections, --peers, --threads, --rounds, --seconds, --quick, "
+        "--compare OLD.csv, --fail-if-slower FACTOR (see README.md)",
+    )
     command.set_defaults(run=_bench)
     return parser
 

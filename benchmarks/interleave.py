@@ -8,10 +8,10 @@ import statistics
 import time
 from collections.abc import Callable
 
-# Seconds of a peer's turn, at least one call each. Untimed calls first: worker threads of the peer before may still
-# be spinning, and the scheduler takes a while to spread threads that have slept over the processors again.
-_LEAD_IN = 0.05
-_TIMED = 0.05
+# Seconds of a peer's turn, first untimed, then timed, at least one call each. Untimed calls first: worker threads of
+# the peer before may still be spinning, and the scheduler takes a while to spread threads that have slept over the
+# processors again.
+TURN = 0.05
 
 
 @dataclasses.dataclass
@@ -33,24 +33,29 @@ def run(
     rounds: int,
     seconds: float,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    probes: dict[str, Callable[[], float]] | None = None,
+    turn: float = TURN,
     seed: int = 0,
-) -> tuple[dict[str, Samples], int]:
-    """Every round gives each step a turn, in a new random order.
+) -> tuple[dict[str, Samples], dict[str, float], int]:
+    """Every round gives each step a turn, in a new random order, and each probe a call.
 
     Args:
         steps: what to time, by name.
         rounds: how many rounds at most; at least 3 are run.
         seconds: no new round is begun after this time.
         progress: called with (rounds done, rounds) before each round and at the end.
+        probes: what measures the machine, by name; each returns a rate.
+        turn: seconds of each step's turn, first untimed, then timed.
 
     Returns:
-        The samples of each step, and the number of rounds run.
+        The samples of each step, the best rate of each probe, and the number of rounds run.
     """
     for step in steps.values():  # twice: the first compiles or allocates, the second finds all of it warm
         step()
         step()
     samples = {name: Samples() for name in steps}
-    order = list(steps)
+    rates = {name: [] for name in probes or {}}
+    order = [*steps, *rates]
     shuffle = random.Random(seed).shuffle
     deadline = time.monotonic() + seconds
     done = 0
@@ -58,16 +63,19 @@ def run(
         progress(done, rounds)
         shuffle(order)
         for name in order:
-            _turn(steps[name], samples[name])
+            if name in rates:
+                rates[name].append(probes[name]())
+            else:
+                _turn(steps[name], samples[name], turn)
         done += 1
     progress(done, done)
-    return samples, done
+    return samples, {name: max(values) for name, values in rates.items()}, done
 
 
-def _turn(step: Callable[[], object], samples: Samples) -> None:
+def _turn(step: Callable[[], object], samples: Samples, turn: float) -> None:
     begin = time.perf_counter()
     step()
-    while time.perf_counter() - begin < _LEAD_IN:
+    while time.perf_counter() - begin < turn:
         step()
     begin = time.perf_counter()
     while True:
@@ -77,5 +85,5 @@ def _turn(step: Callable[[], object], samples: Samples) -> None:
         samples.cpu.append(time.process_time() - cpu)
         samples.wall.append(end - wall)
         del result
-        if end - begin >= _TIMED:
+        if end - begin >= turn:
             return

@@ -16,6 +16,7 @@ import pathlib
 import subprocess
 import sys
 
+import runner
 from workloads import FORWARD, FORWARD_BACKWARD, MODES, WORKLOADS, make_inputs
 
 DEFAULT_PEERS = ("attn_ops", "attn_ops_composite", "keras_graph", "keras_xla", "torch_sdpa", "ort_mha")
@@ -30,7 +31,7 @@ def measure(workload: str, mode: str, peer: str, threads: int, quick: bool = Fal
     """
     command = [sys.executable, __file__, "--child", "--workload", workload, "--mode", mode, "--peers", peer]
     command += ["--threads", str(threads)] + ["--quick"] * quick
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"})
+    done = subprocess.run(command, capture_output=True, text=True, env=runner.environment(threads))
     for line in done.stdout.splitlines():
         if line.startswith(_RESULT):
             return int(line.removeprefix(_RESULT))

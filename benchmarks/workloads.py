@@ -12,12 +12,20 @@ LAYER = "layer"  # the Keras layer in inference: projections, attention, output 
 LAYER_TRAINING = "layer_training"  # forward, backward and an SGD update of its weights
 MODES = (FORWARD, FORWARD_BACKWARD, LAYER, LAYER_TRAINING)
 
+PADDING = "padding"  # of every sequence the first half of the keys is there
+SEGMENTS = "segments"  # four documents of equal length, packed
+BOOLEAN = "boolean"  # [1, 1, seqlen_q, seqlen_k], nine of ten keys visible
+BIAS = "bias"  # [1, num_heads, seqlen_q, seqlen_k], added to the scores
+MASKS = (PADDING, SEGMENTS, BOOLEAN, BIAS)
+_SEGMENTS = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Shapes of one self-attention call, float32.
+    """Shapes and options of one attention call.
 
-    query is [batch, seqlen_q, num_heads, head_dim], key and value [batch, seqlen_k, num_kv_heads, head_dim].
+    query is [batch, seqlen_q, num_heads, head_dim], key and value [batch, seqlen_k, num_kv_heads, head_dim]. `mask` is
+    one of MASKS or empty; `window` is (keys seen before, keys seen after) a query's own, or None.
     """
 
     name: str
@@ -28,6 +36,17 @@ class Workload:
     seqlen_k: int
     head_dim: int
     is_causal: bool = False
+    dtype: str = "float32"
+    mask: str = ""
+    window: tuple[int, int] | None = None
+
+    @property
+    def options(self) -> str:
+        """What is not plain float32 attention, in words."""
+        words = ["causal"] * self.is_causal + [self.dtype] * (self.dtype != "float32") + [self.mask] * bool(self.mask)
+        if self.window:
+            words.append(f"window {self.window[0]}+{self.window[1]}")
+        return " ".join(words)
 
     @property
     def is_decode(self) -> bool:
@@ -36,10 +55,10 @@ class Workload:
     def flops(self, mode: str) -> float:
         """Useful floating-point operations: 2 products forward, 5 more backward, 2 flops per multiply-add.
 
-        Causal counts half; recomputing scores in the backward pass is not counted. Layers add the projections
-        (backward twice the forward of each).
+        What cannot be seen is not counted, and causal is half; nor is recomputing scores in the backward pass. Layers
+        add the projections (backward twice the forward of each).
         """
-        pairs = self.batch * self.num_heads * self.seqlen_q * self.seqlen_k * (0.5 if self.is_causal else 1.0)
+        pairs = self.batch * self.num_heads * self.seqlen_q * self.seqlen_k * self.work_left()
         attention = 4.0 * pairs * self.head_dim
         training = mode in (FORWARD_BACKWARD, LAYER_TRAINING)
         total = attention * (3.5 if training else 1.0)
@@ -50,18 +69,29 @@ class Workload:
             total += projections * (3.0 if training else 1.0)
         return total
 
+    def work_left(self) -> float:
+        """The part of the score matrix that a kernel could not skip; masks that are only dense skip none."""
+        left = 0.5 if self.is_causal else 1.0
+        if self.window:
+            before, after = self.window
+            row = np.arange(self.seqlen_q)
+            seen = np.minimum(row + after, self.seqlen_k - 1) - np.maximum(row - before, 0) + 1
+            left = float(np.maximum(seen, 0).mean() / self.seqlen_k)
+        return left * {PADDING: 0.5, SEGMENTS: 1 / _SEGMENTS}.get(self.mask, 1.0)
+
     def key_value_bytes(self) -> int:
         """What a decode step must read at least: keys and values once."""
-        return 2 * self.batch * self.seqlen_k * self.num_kv_heads * self.head_dim * 4
+        return 2 * self.batch * self.seqlen_k * self.num_kv_heads * self.head_dim * numpy_dtype(self.dtype).itemsize
 
     def quick(self) -> Workload:
-        """A short version that runs in milliseconds, for trying the suite out."""
-        longest = 1024 if self.is_decode else 256
+        """A version an eighth as long, for trying the suite out."""
         return dataclasses.replace(
             self,
             name=f"{self.name}-quick",
-            seqlen_q=min(self.seqlen_q, longest),
-            seqlen_k=min(self.seqlen_k, longest),
+            batch=min(self.batch, 2),
+            seqlen_q=-(-self.seqlen_q // 8),
+            seqlen_k=-(-self.seqlen_k // 8),
+            window=self.window and tuple(-(-n // 8) for n in self.window),
         )
 
     def miniature(self) -> Workload:
@@ -69,21 +99,26 @@ class Workload:
         group = self.num_heads // self.num_kv_heads
         return dataclasses.replace(
             self,
-            name=f"{self.name}-miniature",
+            name="miniature",
             batch=2,
             num_heads=2 * group,
             num_kv_heads=2,
             seqlen_q=1 if self.is_decode else 37,
             seqlen_k=37,
             head_dim=16,
+            window=self.window and (5, self.window[1] and 3),
         )
 
-    def __str__(self) -> str:
+    @property
+    def shape(self) -> str:
         heads = str(self.num_heads)
         if self.num_kv_heads != self.num_heads:
             heads += f"/{self.num_kv_heads}"
         length = str(self.seqlen_k) if self.seqlen_q == self.seqlen_k else f"{self.seqlen_q}x{self.seqlen_k}"
-        return f"{self.name} ({self.batch},{heads},{length},{self.head_dim}){' causal' if self.is_causal else ''}"
+        return f"({self.batch},{heads},{length},{self.head_dim})"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.shape} {self.options}".rstrip()
 
 
 def _self_attention(name, batch, heads, length, head_dim, is_causal=False):
@@ -110,7 +145,39 @@ _ALL = (
     _decode("llama8b_decode_8k", 1, (32, 8), 8192, 128),
     _decode("llama8b_decode_4k_batch8", 8, (32, 8), 4096, 128),
 )
-WORKLOADS = {workload.name: workload for workload in _ALL}
+# What only the report measures.
+_LENGTHS = tuple(_self_attention(f"length_{n}", 1, 12, n, 64) for n in (128, 512, 1024, 4096))
+_BASES = {workload.name: workload for workload in _ALL + _LENGTHS}
+
+
+def _variant(base, suffix, **changes):
+    return dataclasses.replace(_BASES[base], name=f"{base}_{suffix}", **changes)
+
+
+_REPORT = (
+    *_LENGTHS,
+    _variant("small_128", "causal", is_causal=True),
+    _variant("bert_base_128", "causal", is_causal=True),
+    _variant("bert_base_512", "causal", is_causal=True),
+    *(_variant("bert_base_512", dtype, dtype=dtype) for dtype in ("float16", "bfloat16", "float64")),
+    # The same as their bases, under names of their own: they are measured in the rounds of what is compared with them.
+    _variant("bert_base_512", "float32"),
+    _variant("long_2048", "unmasked"),
+    _variant("length_1024", "unmasked"),
+    _variant("long_2048", PADDING, mask=PADDING),
+    _variant("long_2048", SEGMENTS, mask=SEGMENTS),
+    _variant("long_2048", "window", window=(256, 0)),
+    _variant("length_1024", BOOLEAN, mask=BOOLEAN),
+    _variant("length_1024", BIAS, mask=BIAS),
+    _self_attention("wide_heads_2048", 1, 8, 2048, 128),
+    _self_attention("wide_heads_2048_causal", 1, 8, 2048, 128, is_causal=True),
+    _self_attention("one_head_2048", 1, 1, 2048, 64),
+    _self_attention("long_16384", 1, 8, 16384, 64),
+    _self_attention("one_token", 1, 1, 1, 64),
+    _decode("llama8b_decode_32k", 1, (32, 8), 32768, 128),
+    _decode("llama8b_decode_1k_batch8", 8, (32, 8), 1024, 128),
+)
+WORKLOADS = {workload.name: workload for workload in _ALL + _REPORT}
 PREFILL = tuple(workload.name for workload in _ALL if not workload.is_decode)
 DECODE = tuple(workload.name for workload in _ALL if workload.is_decode)
 LAYERS = ("bert_base_128", "bert_base_512", "vit_b16_197", "gpt2_1024")
@@ -125,10 +192,53 @@ def default_names(mode: str) -> tuple[str, ...]:
     return LAYERS
 
 
+def numpy_dtype(name: str) -> np.dtype:
+    """Also bfloat16, which NumPy itself has not."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
+
+
 def make_inputs(workload: Workload, seed: int = 0) -> dict[str, np.ndarray]:
-    """Standard normal query, key, value and the gradient of the output, all [batch, seqlen, heads, head_dim]."""
+    """Standard normal query, key, value and the gradient of the output, all [batch, seqlen, heads, head_dim], and what
+    the workload's mask is made of: key_lengths, segment_ids, boolean_mask or bias."""
     generator = np.random.default_rng(seed)
     rows = (workload.batch, workload.seqlen_q, workload.num_heads, workload.head_dim)
     keys = (workload.batch, workload.seqlen_k, workload.num_kv_heads, workload.head_dim)
+    scores = (workload.seqlen_q, workload.seqlen_k)
+    dtype = numpy_dtype(workload.dtype)
     shapes = {"query": rows, "key": keys, "value": keys, "d_out": rows}
-    return {name: generator.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    if workload.mask == BIAS:
+        shapes["bias"] = (1, workload.num_heads, *scores)
+    inputs = {name: generator.standard_normal(shape, np.float32).astype(dtype) for name, shape in shapes.items()}
+    if workload.mask == PADDING:
+        inputs["key_lengths"] = np.full(workload.batch, (workload.seqlen_k + 1) // 2, np.int32)
+    elif workload.mask == SEGMENTS:
+        ids = (np.arange(workload.seqlen_k) * _SEGMENTS // workload.seqlen_k).astype(np.int32)
+        inputs["segment_ids"] = np.tile(ids, (workload.batch, 1))
+    elif workload.mask == BOOLEAN:
+        inputs["boolean_mask"] = generator.random((1, 1, *scores)) < 0.9
+        inputs["boolean_mask"][..., 0] = True  # stock implementations differ in what a row without keys gives
+    return inputs
+
+
+def dense_mask(workload: Workload, inputs: dict[str, np.ndarray]) -> np.ndarray | None:
+    """Mask and window (not causal) as a bool array for implementations that know no other form; None without either.
+
+    True = visible, broadcastable to [batch, heads, seqlen_q, seqlen_k].
+    """
+    masks = []
+    if "key_lengths" in inputs:
+        masks.append((np.arange(workload.seqlen_k) < inputs["key_lengths"][:, None])[:, None, None, :])
+    if "segment_ids" in inputs:
+        ids = inputs["segment_ids"]
+        masks.append((ids[:, :, None] == ids[:, None, :])[:, None])
+    if "boolean_mask" in inputs:
+        masks.append(inputs["boolean_mask"])
+    if workload.window:
+        before, after = workload.window
+        distance = np.arange(workload.seqlen_k) - np.arange(workload.seqlen_q)[:, None]
+        masks.append(((distance >= -before) & (distance <= after))[None, None])
+    return np.logical_and.reduce(masks) if len(masks) > 1 else masks[0] if masks else None

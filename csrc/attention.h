@@ -92,6 +92,18 @@ struct Workspace {
 
 namespace cpu {
 
+// The limits of the machine that benchmarks measure kernels against.
+enum class Probe : int32_t { kFmaFloat32, kFmaFloat64, kExp2Float32, kExp2Float64, kRead };
+
+constexpr int kReadVariants = 8;  // ways to read memory: how many streams, prefetched how far ahead
+
+struct ProbeSlice {
+  Probe what = Probe::kFmaFloat32;
+  int variant = 0;             // kRead: which way, below kReadVariants
+  const void* data = nullptr;  // kRead: what to read, in whole cache lines
+  int64_t bytes = 0;
+};
+
 // Instruction sets compiled in and usable on this machine, best first. Returns how many were written to `names`.
 int isas(const char** names, int capacity);
 
@@ -99,6 +111,11 @@ bool isa_usable(const char* isa);
 
 // The best one, or what the environment variable ATTN_OPS_ISA says, usable or not: that is for bindings to check.
 const char* default_isa();
+
+// Does one slice of some 10 to 100 us on the calling thread, and returns how much that was: floating-point operations,
+// exponentials, or bytes. `*sink` receives a value that depends on all of it, so that nothing can be optimised
+// away.
+double probe(const ProbeSlice&, double* sink, const char* isa = nullptr);
 
 // `isa` null is the default one. With an unusable one, or too little workspace, these do nothing and return 0 / false.
 size_t forward_workspace_bytes(const AttentionParams&, int num_threads, const char* isa = nullptr);

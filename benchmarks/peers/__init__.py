@@ -6,7 +6,15 @@ import importlib.util
 
 from workloads import FORWARD
 
-from . import keras_layers, onnxruntime_ops, tensorflow_ops, torch_sdpa
+from . import (
+    attn_ops_core,
+    jax_attention,
+    keras_layers,
+    onnxruntime_ops,
+    openvino_sdpa,
+    tensorflow_ops,
+    torch_sdpa,
+)
 from .base import Peer, check, set_threads, versions
 
 if importlib.util.find_spec("attn_ops") is None:  # its reference checks every peer
@@ -14,11 +22,16 @@ if importlib.util.find_spec("attn_ops") is None:  # its reference checks every p
 
 __all__ = ["PEERS", "Peer", "check", "select", "set_threads", "versions"]
 
-PEERS: dict[str, Peer] = {
-    peer.name: peer
-    for module in (tensorflow_ops, torch_sdpa, onnxruntime_ops, keras_layers)
-    for peer in module.peers()
-}
+_MODULES = (
+    tensorflow_ops,
+    attn_ops_core,
+    torch_sdpa,
+    onnxruntime_ops,
+    openvino_sdpa,
+    jax_attention,
+    keras_layers,
+)
+PEERS: dict[str, Peer] = {peer.name: peer for module in _MODULES for peer in module.peers()}
 
 
 def select(workload, mode: str, names=None) -> list[Peer]:
@@ -31,5 +44,5 @@ def select(workload, mode: str, names=None) -> list[Peer]:
     return [
         peer
         for peer in PEERS.values()
-        if (not names or peer.name in names) and peer.installed() and peer.supports(workload, mode)
+        if (peer.name in names if names else peer.by_default) and peer.installed() and peer.can(workload, mode)
     ]

@@ -60,9 +60,7 @@ class KerasLayer(Peer):
         layers = self._layers()
         if workload.num_heads == workload.num_kv_heads:
             return layers.MultiHeadAttention(workload.num_heads, workload.head_dim, use_bias=False)
-        return layers.GroupQueryAttention(
-            workload.head_dim, workload.num_heads, workload.num_kv_heads, use_bias=False
-        )
+        return layers.GroupQueryAttention(workload.head_dim, workload.num_heads, workload.num_kv_heads, use_bias=False)
 
     def outputs(self, workload, mode, result):
         return [result.numpy()] if mode == LAYER else [tensor.numpy() for tensor in result]

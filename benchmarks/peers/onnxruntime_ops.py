@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from workloads import FORWARD
+from workloads import BIAS, BOOLEAN, FORWARD, PADDING, SEGMENTS, dense_mask
 
 from .base import Peer, threads
 
@@ -13,12 +13,18 @@ def _session(node, inputs: dict[str, np.ndarray], outputs: list[str], contrib: b
     import onnx
     import onnxruntime
 
-    types = {"float32": onnx.TensorProto.FLOAT, "int32": onnx.TensorProto.INT32}
+    types = {
+        "float32": onnx.TensorProto.FLOAT,
+        "float16": onnx.TensorProto.FLOAT16,
+        "int32": onnx.TensorProto.INT32,
+        "bool": onnx.TensorProto.BOOL,
+    }
+    result = types[inputs["query"].dtype.name]
     graph = onnx.helper.make_graph(
         [node],
         "attention",
         [onnx.helper.make_tensor_value_info(name, types[x.dtype.name], x.shape) for name, x in inputs.items()],
-        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs],
+        [onnx.helper.make_tensor_value_info(name, result, None) for name in outputs],
     )
     opsets = [onnx.helper.make_opsetid("", 23)]
     if contrib:
@@ -69,6 +75,9 @@ class Attention(Peer):
 
     name = "ort_attention"
     modules = ("onnxruntime", "onnx")
+    dtypes = ("float32", "float16")
+    masks = (PADDING, SEGMENTS, BOOLEAN, BIAS)
+    windows = True
 
     def supports(self, workload, mode):
         return mode == FORWARD
@@ -76,9 +85,11 @@ class Attention(Peer):
     def prepare(self, workload, mode, inputs):
         import onnx
 
-        feeds = {
-            name: np.ascontiguousarray(inputs[name].transpose(0, 2, 1, 3)) for name in ("query", "key", "value")
-        }
+        feeds = {name: np.ascontiguousarray(inputs[name].transpose(0, 2, 1, 3)) for name in ("query", "key", "value")}
+        mask = inputs["bias"] if workload.mask == BIAS else dense_mask(workload, inputs)
+        if mask is not None:
+            rows_and_keys = (workload.seqlen_q, workload.seqlen_k)
+            feeds["mask"] = np.broadcast_to(mask, (*mask.shape[:2], *rows_and_keys)).copy()
         node = onnx.helper.make_node("Attention", list(feeds), ["out"], is_causal=int(workload.is_causal))
         session = _session(node, feeds, ["out"], contrib=False)
         return lambda: session.run(["out"], feeds)
@@ -105,9 +116,7 @@ class GroupQueryAttention(Peer):
         import onnxruntime
 
         new = workload.seqlen_q  # rows that are new; those before them are in the cache
-        cache = {
-            f"past_{name}": np.ascontiguousarray(inputs[name].transpose(0, 2, 1, 3)) for name in ("key", "value")
-        }
+        cache = {f"past_{name}": np.ascontiguousarray(inputs[name].transpose(0, 2, 1, 3)) for name in ("key", "value")}
         feeds = {"query": _packed(inputs["query"])}
         feeds |= {name: np.ascontiguousarray(_packed(inputs[name][:, -new:])) for name in ("key", "value")}
         feeds |= cache

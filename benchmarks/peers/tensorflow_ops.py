@@ -1,23 +1,28 @@
-"""attn_ops and Keras's attention op, each eager, in a graph, and (Keras) compiled with XLA."""
+"""attn_ops and Keras's attention op, each eager, in a graph, and (Keras) with XLA, and plain TensorFlow with XLA."""
 
 from __future__ import annotations
 
-from workloads import FORWARD, FORWARD_BACKWARD
+from workloads import FORWARD, FORWARD_BACKWARD, MASKS, dense_mask
 
 from .base import Peer
 
 
 class TensorFlowOp(Peer):
-    """`attend(q, k, v, is_causal)` on [batch, seqlen, heads, head_dim] tensors.
+    """`attend(workload, q, k, v, extras)` on [batch, seqlen, heads, head_dim] tensors; extras: what masks are made of.
 
     Graph and XLA steps are concrete functions, so that the price of Python argument matching (0.2 ms) is nobody's.
     """
 
-    def __init__(self, name, attend, how, modules):
+    dtypes = ("float32", "float64", "float16", "bfloat16")
+
+    def __init__(self, name, attend, how, modules, extras=None, masks=(), windows=False):
         self.name = name
         self.modules = modules
+        self.masks = masks
+        self.windows = windows
         self._attend = attend
         self._how = how
+        self._extras = extras or (lambda workload, inputs: {})
 
     def supports(self, workload, mode):
         return mode in (FORWARD, FORWARD_BACKWARD)
@@ -25,18 +30,23 @@ class TensorFlowOp(Peer):
     def prepare(self, workload, mode, inputs):
         import tensorflow as tf
 
-        arguments = [tf.constant(inputs[name]) for name in ("query", "key", "value")]
+        names = ("query", "key", "value") if mode == FORWARD else ("query", "key", "value", "d_out")
+        extras = {name: array for name, array in self._extras(workload, inputs).items() if array is not None}
+        arguments = [tf.constant(inputs[name]) for name in names] + [tf.constant(x) for x in extras.values()]
+
+        def attend(q, k, v, arrays):
+            return self._attend(workload, q, k, v, dict(zip(extras, arrays, strict=True)))
+
         if mode == FORWARD:
 
-            def step(q, k, v):
-                return self._attend(q, k, v, workload.is_causal)
+            def step(q, k, v, *arrays):
+                return attend(q, k, v, arrays)
         else:
-            arguments.append(tf.constant(inputs["d_out"]))
 
-            def step(q, k, v, d_out):
+            def step(q, k, v, d_out, *arrays):
                 with tf.GradientTape() as tape:
                     tape.watch((q, k, v))
-                    out = self._attend(q, k, v, workload.is_causal)
+                    out = attend(q, k, v, arrays)
                 return out, *tape.gradient(out, (q, k, v), output_gradients=d_out)
 
         if self._how != "eager":
@@ -49,24 +59,66 @@ class TensorFlowOp(Peer):
 
 
 def _attn_ops(implementation):
-    def attend(q, k, v, is_causal):
+    def attend(workload, q, k, v, extras):
         import attn_ops
 
-        return attn_ops.scaled_dot_product_attention(q, k, v, is_causal=is_causal, implementation=implementation)
+        mask = extras.get("boolean_mask")
+        if "segment_ids" in extras:
+            mask = attn_ops.masks.segments(extras["segment_ids"], extras["segment_ids"])
+        return attn_ops.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            bias=extras.get("bias"),
+            mask=mask,
+            is_causal=workload.is_causal,
+            window=workload.window,
+            key_value_seq_lengths=extras.get("key_lengths"),
+            implementation=implementation,
+        )
 
     return attend
 
 
-def _keras(q, k, v, is_causal):
+def _keras(workload, q, k, v, extras):
     import keras
 
-    return keras.ops.dot_product_attention(q, k, v, is_causal=is_causal)
+    return keras.ops.dot_product_attention(q, k, v, is_causal=workload.is_causal, **extras)
+
+
+def _plain(workload, q, k, v, extras):
+    """What one writes by hand: matmul, softmax, matmul."""
+    import tensorflow as tf
+
+    q, k, v = (tf.transpose(x, (0, 2, 1, 3)) for x in (q, k, v))
+    scores = tf.matmul(q, k, transpose_b=True) * tf.cast(workload.head_dim**-0.5, q.dtype)
+    if workload.is_causal:
+        visible = tf.linalg.band_part(tf.ones((workload.seqlen_q, workload.seqlen_k), tf.bool), -1, 0)
+        scores = tf.where(visible, scores, tf.cast(-1e30, q.dtype))
+    return tf.transpose(tf.matmul(tf.nn.softmax(scores), v), (0, 2, 1, 3))
+
+
+class PlainXla(TensorFlowOp):
+    def supports(self, workload, mode):
+        return super().supports(workload, mode) and workload.num_heads == workload.num_kv_heads
+
+    dtypes = ("float32", "float64")  # the scores would overflow in less
+
+
+def _structured(workload, inputs):
+    return {name: inputs.get(name) for name in ("bias", "boolean_mask", "segment_ids", "key_lengths")}
+
+
+def _dense(workload, inputs):
+    return {"bias": inputs.get("bias"), "mask": dense_mask(workload, inputs)}
 
 
 def peers():
-    ours = ("attn_ops", "tensorflow")
-    yield TensorFlowOp("attn_ops", _attn_ops("fused"), "graph", ours)
-    yield TensorFlowOp("attn_ops_eager", _attn_ops("fused"), "eager", ours)
-    yield TensorFlowOp("attn_ops_composite", _attn_ops("composite"), "graph", ours)
+    ours = {"modules": ("attn_ops", "tensorflow"), "extras": _structured, "masks": MASKS, "windows": True}
+    yield TensorFlowOp("attn_ops", _attn_ops("fused"), "graph", **ours)
+    yield TensorFlowOp("attn_ops_eager", _attn_ops("fused"), "eager", **ours)
+    yield TensorFlowOp("attn_ops_composite", _attn_ops("composite"), "graph", **ours)
+    stock = {"modules": ("keras", "tensorflow"), "extras": _dense, "masks": MASKS, "windows": True}
     for how in ("graph", "xla", "eager"):
-        yield TensorFlowOp(f"keras_{how}", _keras, how, ("keras", "tensorflow"))
+        yield TensorFlowOp(f"keras_{how}", _keras, how, **stock)
+    yield PlainXla("tf_xla", _plain, "xla", ("tensorflow",))

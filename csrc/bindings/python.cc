@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "numpy_call.h"
+#include "probe.h"
 #include "worker_pool.h"
 
 namespace attn_ops::numpy {
@@ -104,6 +105,9 @@ class Run {
     count_ = threads > 0 ? static_cast<int>(threads) : available_cpus();
   }
 
+  const std::string& isa() const { return isa_; }
+  int threads() const { return count_; }
+
   // Runs cpu::forward or cpu::backward without the GIL.
   template <class Params, class WorkspaceBytes, class Kernel>
   void operator()(const Params& params, WorkspaceBytes workspace_bytes, Kernel kernel) const {
@@ -188,6 +192,41 @@ py::tuple backward(const py::object& q, const py::object& k, const py::object& v
   return py::make_tuple(dq, dk, dv, d_bias);
 }
 
+double probe(const py::object& what, const py::kwargs& given) {
+  const std::map<std::string, cpu::Probe> kinds = {{"fma_float32", cpu::Probe::kFmaFloat32},
+                                                   {"fma_float64", cpu::Probe::kFmaFloat64},
+                                                   {"exp2_float32", cpu::Probe::kExp2Float32},
+                                                   {"exp2_float64", cpu::Probe::kExp2Float64},
+                                                   {"read", cpu::Probe::kRead}};
+  const auto kind = py::isinstance<py::str>(what) ? kinds.find(py::cast<std::string>(what)) : kinds.end();
+  if (kind == kinds.end()) {
+    std::string known;
+    for (const auto& [name, unused] : kinds) known += (known.empty() ? "" : ", ") + name;
+    fail<py::value_error>("probe", "what (" + to_string(py::repr(what)) + ") must be one of " + known);
+  }
+  Keywords keywords("probe", given);
+  const Run run("probe", &keywords);
+  double seconds = 0.02;
+  if (const py::object value = keywords.take("seconds"); !value.is_none()) seconds = keywords.real("seconds", value);
+  if (!(seconds > 0.0 && seconds <= kMaxProbeSeconds)) {
+    fail<py::value_error>("probe", "seconds (" + std::to_string(seconds) + ") must be above 0 and at most " +
+                                       std::to_string(kMaxProbeSeconds));
+  }
+  const int64_t bytes = keywords.integer("bytes", 0);
+  if (bytes != 0 && bytes < kReadChunk) {
+    fail<py::value_error>("probe", "bytes (" + text(bytes) + ") must be 0 (more than the caches hold) or at least " +
+                                       text(kReadChunk));
+  }
+  const bool huge_pages = keywords.boolean("huge_pages");
+  keywords.finish();
+
+  const py::gil_scoped_release release;
+  Scheduler scheduler = WorkerPool::with(run.threads() - 1).scheduler();
+  const MachineProbe machine(lend(&scheduler, run.threads()), run.isa(), seconds);
+  if (kind->second == cpu::Probe::kRead) return machine.read_rate(bytes, huge_pages);
+  return machine.compute_rate(kind->second);
+}
+
 constexpr const char* kForward = R"(
 forward(q, k, v, *, bias=None, masks=(), scale=None, window_left=-1, window_right=-1, bottom_right=False,
         query_lengths=None, key_lengths=None, dropout_rate=0.0, dropout_seed=0, dropout_offset=0, layout='BSHD',
@@ -216,6 +255,19 @@ arguments. d_bias has the shape of bias, and is None without one.
 
 Raises ValueError or TypeError which names the rule and the values.)";
 
+constexpr const char* kProbe = R"(
+probe(what, *, isa=None, num_threads=0, seconds=0.02, bytes=0, huge_pages=False) -> float
+
+A limit of this machine, by the clock, of all threads together: what the kernels' speed is measured against.
+
+what: 'fma_float32', 'fma_float64' (floating-point operations per second of independent multiply-adds in registers),
+'exp2_float32', 'exp2_float64' (the kernels' 2^x per second, from the L1 cache), or 'read' (bytes per second from
+memory: the best of several ways, with one to four streams and prefetches). isa, num_threads: as in forward. seconds: how
+long, for each of the ways. For 'read', bytes is the size of the memory read round and round, 0 being four times the
+last-level cache and at least 256 MiB; huge_pages asks the system for huge pages, else it is asked for normal ones.
+
+Raises ValueError or TypeError which names the rule and the values.)";
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -229,6 +281,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("forward", forward, py::arg("q"), py::arg("k"), py::arg("v"), kForward);
   m.def("backward", backward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
         py::arg("d_out"), kBackward);
+  m.def("probe", probe, py::arg("what"), kProbe);
 }
 
 }  // namespace attn_ops::numpy

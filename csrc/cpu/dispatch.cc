@@ -218,6 +218,11 @@ const char* default_isa() {
   return chosen;
 }
 
+double probe(const ProbeSlice& slice, double* sink, const char* isa) {
+  const Kernels* const k = choose(isa);
+  return k ? k->probe(slice, sink) : 0.0;
+}
+
 size_t forward_workspace_bytes(const AttentionParams& p, int num_threads, const char* isa) {
   const Kernels* const k = choose(isa);
   return k ? ForwardPlan(p, typed(*k, p.dtype), num_threads).bytes(num_threads) : 0;

@@ -65,6 +65,7 @@ struct TypedKernels {
 struct Kernels {
   const char* name;
   TypedKernels float32, float64;
+  double (*probe)(const ProbeSlice&, double* sink);  // see cpu::probe in attention.h
 };
 
 extern const Kernels kernels_generic, kernels_avx2, kernels_avx512, kernels_neon;

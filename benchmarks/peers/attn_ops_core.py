@@ -1,0 +1,45 @@
+"""Our kernels on NumPy arrays, without TensorFlow: on all threads, and on one of them, so that both can be compared in
+one process. The report alone asks for these."""
+
+from __future__ import annotations
+
+from workloads import FORWARD, FORWARD_BACKWARD
+
+from .base import Peer, threads
+
+
+class Core(Peer):
+    modules = ("attn_ops",)
+    dtypes = ("float32", "float64", "float16", "bfloat16")
+    by_default = False
+
+    def __init__(self, name, single_thread):
+        self.name = name
+        self._single_thread = single_thread
+
+    def supports(self, workload, mode):
+        return mode in (FORWARD, FORWARD_BACKWARD)
+
+    def prepare(self, workload, mode, inputs):
+        from attn_ops import _core
+
+        q, k, v, d_out = (inputs[name] for name in ("query", "key", "value", "d_out"))
+        options = {"num_threads": 1 if self._single_thread else threads()}
+        if workload.is_causal:
+            options["window_right"] = 0
+
+        def step():
+            out, lse = _core.forward(q, k, v, **options)
+            if mode == FORWARD:
+                return (out,)
+            return out, *_core.backward(q, k, v, out, lse, d_out, **options)[:3]
+
+        return step
+
+    def outputs(self, workload, mode, result):
+        return list(result)
+
+
+def peers():
+    yield Core("attn_ops_core", single_thread=False)
+    yield Core("attn_ops_core_1_thread", single_thread=True)
