@@ -12,6 +12,7 @@
 
 #include "kernels.h"
 #include "row_tile.h"
+#include "rows_ahead.h"
 
 namespace attn_ops {
 namespace cpu {
@@ -244,6 +245,15 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
   }
 
   KeyBlock<T> keys(r, p.k, p.head_dim, true, &arena), values(r, p.v, p.value_dim, true, &arena);
+  NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
+  next.reads_keys(p.k, p.head_dim);
+  next.reads_keys(p.v, p.value_dim);
+  next.reads_rows(p.q, p.head_dim);
+  next.reads_rows(p.out, p.value_dim);
+  next.reads_rows(params.d_out, p.value_dim);
+  next.reads_rows(params.dq, p.head_dim);
+  next.reads_keys(params.dk, p.head_dim);
+  next.reads_keys(params.dv, p.value_dim);
   for (int64_t first = task.tile_begin; first < task.tile_end; first += kBackwardTiles) {
     const int64_t count = task.tile_end - first < kBackwardTiles ? task.tile_end - first : kBackwardTiles;
     BackwardTile<T>* const tiles = scratch.tiles;
@@ -281,6 +291,7 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
         }
         if (p.dropout_rate > 0) k0 = k0 / 4 * 4;
         if (k0 >= k1) continue;
+        for (int64_t i = t; i < t1; ++i) next.ask();
         backward_block<T>(r, tiles + t, tiles + t1, keys, values, k0, k1, scratch, dk, dv);
       }
     }

@@ -146,6 +146,8 @@ void row_tiles(const AttentionParams& p, const TypedKernels& k, const ForwardPla
     task.tile_end = plan.first_tile(block + 1);
     task.key_begin = split * plan.split_keys;
     task.key_end = min(task.key_begin + plan.split_keys, p.seqlen_k);
+    const int64_t next = head + threads.count;
+    task.next_head = plan.splits * plan.blocks == 1 && next < plan.heads ? next : -1;
     if (plan.splits > 1) task.partial = partials + (head * plan.splits + split) * plan.partial_bytes;
     k.forward(p, task, scratch + slot * plan.scratch_bytes);
   });
@@ -176,7 +178,10 @@ struct BackwardPlan {
   }
 
   int64_t first_tile(int64_t chunk) const { return chunk * tiles / chunks; }
-  int64_t bytes(int threads) const { return threads * scratch_bytes + wave * chunks * chunk_bytes; }
+  // A head in one chunk is reduced by the task that made it.
+  int64_t bytes(int threads) const {
+    return threads * scratch_bytes + (chunks == 1 ? threads : wave * chunks) * chunk_bytes;
+  }
 };
 
 void bias_gradient(const BackwardParams& params, const TypedKernels& k, const Threads& threads, char* scratch,
@@ -263,25 +268,38 @@ bool backward(const BackwardParams& params, Threads threads, Workspace workspace
 
   int64_t chunk_tiles[kChunkTasks + 1];
   for (int64_t c = 0; c <= plan.chunks; ++c) chunk_tiles[c] = plan.first_tile(c);
-  const int64_t reduce_keys = 4 * kBlockKeys, reduce_blocks = ceil_div(p.seqlen_k, reduce_keys);
-
-  for (int64_t first = 0; first < plan.heads; first += plan.wave) {
-    const int64_t heads = min(plan.wave, plan.heads - first);
-    run_tasks(threads, heads * plan.chunks, [&](int64_t i, int slot) {
-      const int64_t head = first + i % heads, chunk = plan.chunks - 1 - i / heads;  // longest first, as in forward
-      char* const dk = partials + ((head - first) * plan.chunks + chunk) * plan.chunk_bytes;
-      k.backward(params, BackwardTask{head / p.num_kv_heads, head % p.num_kv_heads, chunk_tiles[chunk],
-                                      chunk_tiles[chunk + 1], dk, dk + plan.dk_bytes},
-                 scratch + slot * plan.scratch_bytes);
-    });
-    run_tasks(threads, heads * reduce_blocks, [&](int64_t i, int slot) {
-      const int64_t head = first + i / reduce_blocks, begin = i % reduce_blocks * reduce_keys;
-      char* const dk = partials + (head - first) * plan.chunks * plan.chunk_bytes;
-      k.reduce(params, ReduceTask{head / p.num_kv_heads, head % p.num_kv_heads, begin,
-                                  min(begin + reduce_keys, p.seqlen_k), plan.chunks, chunk_tiles, dk,
-                                  dk + plan.dk_bytes, plan.chunk_bytes},
+  const auto chunk_gradients = [&](int64_t head, int64_t chunk, int64_t next_head, char* dk, int slot) {
+    k.backward(params, BackwardTask{head / p.num_kv_heads, head % p.num_kv_heads, chunk_tiles[chunk],
+                                    chunk_tiles[chunk + 1], next_head, dk, dk + plan.dk_bytes},
                scratch + slot * plan.scratch_bytes);
+  };
+  const auto reduce_keys = [&](int64_t head, int64_t begin, int64_t end, const char* dk, int slot) {
+    k.reduce(params, ReduceTask{head / p.num_kv_heads, head % p.num_kv_heads, begin, end, plan.chunks, chunk_tiles, dk,
+                                dk + plan.dk_bytes, plan.chunk_bytes},
+             scratch + slot * plan.scratch_bytes);
+  };
+
+  if (plan.chunks == 1) {
+    run_tasks(threads, plan.heads, [&](int64_t head, int slot) {
+      char* const dk = partials + slot * plan.chunk_bytes;
+      const int64_t next = head + threads.count;
+      chunk_gradients(head, 0, next < plan.heads ? next : -1, dk, slot);
+      reduce_keys(head, 0, p.seqlen_k, dk, slot);
     });
+  } else {
+    const int64_t block = 4 * kBlockKeys, blocks = ceil_div(p.seqlen_k, block);
+    for (int64_t first = 0; first < plan.heads; first += plan.wave) {
+      const int64_t heads = min(plan.wave, plan.heads - first);
+      run_tasks(threads, heads * plan.chunks, [&](int64_t i, int slot) {
+        const int64_t head = i % heads, chunk = plan.chunks - 1 - i / heads;  // longest first, as in forward
+        chunk_gradients(first + head, chunk, -1, partials + (head * plan.chunks + chunk) * plan.chunk_bytes, slot);
+      });
+      run_tasks(threads, heads * blocks, [&](int64_t i, int slot) {
+        const int64_t head = i / blocks, begin = i % blocks * block;
+        reduce_keys(first + head, begin, min(begin + block, p.seqlen_k),
+                    partials + head * plan.chunks * plan.chunk_bytes, slot);
+      });
+    }
   }
   if (params.d_bias) bias_gradient(params, k, threads, scratch, plan.scratch_bytes);
   return true;

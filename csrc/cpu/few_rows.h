@@ -13,6 +13,7 @@
 
 #include "kernels.h"
 #include "row_tile.h"
+#include "rows_ahead.h"
 
 namespace attn_ops {
 namespace cpu {
@@ -108,33 +109,6 @@ struct FewRowsScratch {
     scratch.factors = arena->take<T>(kSharedRows<T> * kFewRowsKeys);
     return scratch;
   }
-};
-
-// Asks for the rows of keys (or values) of `heads` heads, one row at each call, in the order they lie in memory.
-class RowsAhead {
- public:
-  RowsAhead() = default;
-  RowsAhead(const HeadRows& first_head, const StridedView& v, int64_t heads, int64_t dim, int64_t k0, int64_t keys)
-      : at_(first_head.key_row(v, k0)), left_(keys > 0 ? heads * keys : 0) {
-    const int64_t size = size_of(v.dtype), by_key = v.stride[1] * size, by_head = v.stride[2] * size;
-    const bool heads_inside = v.stride[2] < v.stride[1];
-    bytes_ = dim * size;
-    inside_ = inside_left_ = heads_inside ? heads : keys;
-    step_ = heads_inside ? by_head : by_key;
-    carry_ = (heads_inside ? by_key : by_head) - (inside_ - 1) * step_;
-  }
-
-  ATTN_INLINE void ask() {
-    if (left_ == 0) return;
-    --left_;
-    for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(at_ + i);
-    at_ += --inside_left_ ? step_ : carry_;
-    if (inside_left_ == 0) inside_left_ = inside_;
-  }
-
- private:
-  const char* at_ = nullptr;
-  int64_t left_ = 0, bytes_ = 0, inside_ = 0, inside_left_ = 0, step_ = 0, carry_ = 0;
 };
 
 // scores[i][j] for R rows and keys k0 .. k0 + n. A tile is R rows by width / R keys: `width` sums of vectors, which a
@@ -348,8 +322,8 @@ void forward_few_rows(const AttentionParams& p, const FewRowsTask& task, void* m
     for (int64_t k0 = seen.begin / 4 * 4; k0 < seen.end; k0 += n) {
       n = seen.end - k0 < kFewRowsKeys ? seen.end - k0 : kFewRowsKeys;
       const int64_t next = k0 + n, next_keys = seen.end - next < kFewRowsKeys ? seen.end - next : kFewRowsKeys;
-      RowsAhead keys_ahead(first, p.k, heads, p.head_dim, next, next_keys);
-      RowsAhead values_ahead(first, p.v, heads, p.value_dim, next, next_keys);
+      RowsAhead keys_ahead(p.k, task.batch, next, next_keys, task.head_begin, heads, p.head_dim);
+      RowsAhead values_ahead(p.v, task.batch, next, next_keys, task.head_begin, heads, p.value_dim);
       for (int64_t g = 0; g < heads * per_head; ++g) {
         FewRows<T>& f = scratch.groups[g];
         if (f.rows == 1) few_rows_block<T, 1>(storage, f, k0, n, keys_ahead, values_ahead, scratch);

@@ -11,6 +11,7 @@
 
 #include "kernels.h"
 #include "row_tile.h"
+#include "rows_ahead.h"
 
 namespace attn_ops {
 namespace cpu {
@@ -166,7 +167,7 @@ void finish_partial(const HeadRows& r, const ForwardTile<T>& tile, T* partial) {
 // `count` tiles from `first` on meet all their keys, block by block.
 template <class T>
 void forward_tiles(const HeadRows& r, const Tiling<T>& tiling, const ForwardTask& task, int64_t first, int64_t count,
-                   KeyBlock<T>& keys, KeyBlock<T>& values, ForwardScratch<T>& scratch) {
+                   KeyBlock<T>& keys, KeyBlock<T>& values, NextTask& next, ForwardScratch<T>& scratch) {
   int64_t begin = r.length_k, end = 0;
   for (int64_t t = 0; t < count; ++t) {
     ForwardTile<T>& tile = scratch.tiles[t];
@@ -190,6 +191,7 @@ void forward_tiles(const HeadRows& r, const Tiling<T>& tiling, const ForwardTask
       const int64_t k0 = tile.begin > block_begin ? tile.begin / 4 * 4 : block_begin;
       const int64_t k1 = tile.end < block_end ? tile.end : block_end;
       if (k0 >= k1 || tile.begin >= tile.end) continue;
+      next.ask();
       with_vectors(tile.nv, [&](auto nv) {
         forward_block<T, decltype(nv)::value>(r, tile, keys, values, k0, k1, scratch);
       });
@@ -209,9 +211,14 @@ void forward(const AttentionParams& p, const ForwardTask& task, void* memory) {
   ForwardScratch<T>& scratch = ForwardScratch<T>::in(p, &arena);
   const bool shared = task.tile_end - task.tile_begin > 1;
   KeyBlock<T> keys(r, p.k, p.head_dim, shared, &arena), values(r, p.v, p.value_dim, shared, &arena);
+  NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
+  next.reads_keys(p.k, p.head_dim);
+  next.reads_keys(p.v, p.value_dim);
+  next.reads_rows(p.q, p.head_dim);
+  next.reads_rows(p.out, p.value_dim);
   for (int64_t first = task.tile_begin; first < task.tile_end; first += kForwardTiles) {
     const int64_t left = task.tile_end - first;
-    forward_tiles<T>(r, tiling, task, first, left < kForwardTiles ? left : kForwardTiles, keys, values, scratch);
+    forward_tiles<T>(r, tiling, task, first, left < kForwardTiles ? left : kForwardTiles, keys, values, next, scratch);
   }
 }
 

@@ -10,6 +10,7 @@ namespace cpu {
 // Row tiles [tile_begin, tile_end) of one (batch, kv head) against keys [key_begin, key_end).
 struct ForwardTask {
   int64_t batch, kv_head, tile_begin, tile_end, key_begin, key_end;
+  int64_t next_head;  // batch * num_kv_heads + kv_head of what this thread will probably do next, or -1
   void* partial;  // null: write out and lse. Else this split's [row][value_dim + 2] of the accumulator type
 };
 
@@ -28,7 +29,7 @@ struct CombineTask {
 
 // Row tiles [tile_begin, tile_end) of one (batch, kv head): writes their dq, and their share of dk, dv.
 struct BackwardTask {
-  int64_t batch, kv_head, tile_begin, tile_end;
+  int64_t batch, kv_head, tile_begin, tile_end, next_head;
   void *dk, *dv;  // [seqlen_k][head_dim or value_dim, padded to whole vectors], written where a row sees a key
 };
 

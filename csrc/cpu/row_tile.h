@@ -215,8 +215,8 @@ ATTN_INLINE void mask_scores(const RowTile<T>& tile, int64_t k0, int64_t keys, c
     hi[i] = relative(tile.hi[i]);
   }
   const Vec<T> hidden = S::set1(-kInfinity<T>);
-  const auto loop = [&](auto by_interval, auto by_added) {
-    for (int64_t j = 0; j < keys; ++j) {
+  const auto loop = [&](int64_t begin, int64_t end, auto by_interval, auto by_added) {
+    for (int64_t j = begin; j < end; ++j) {
       const Vec<T> key = S::set1(static_cast<T>(j));
       for (int v = 0; v < NV; ++v) {
         T* const at = scores + j * ld + v * S::width;
@@ -227,14 +227,21 @@ ATTN_INLINE void mask_scores(const RowTile<T>& tile, int64_t k0, int64_t keys, c
         }
         if (decltype(by_interval)::value)
           s = S::select((key >= S::load(lo + v * S::width)) & (key < S::load(hi + v * S::width)), s, hidden);
-        S::store(at, s);
+        if (decltype(by_interval)::value || decltype(by_added)::value) S::store(at, s);
         see(v, s);
       }
     }
   };
-  if (!added) loop(Flag<true>{}, Flag<false>{});
-  else if (tile.all_see(k0, k0 + keys)) loop(Flag<false>{}, Flag<true>{});
-  else loop(Flag<true>{}, Flag<true>{});
+  // Of the diagonal block of a causal mask, only the keys that some row does not see need the comparison.
+  const int64_t begin = tile.all_begin < k0 ? 0 : tile.all_begin - k0 > keys ? keys : tile.all_begin - k0;
+  const int64_t end = tile.all_end - k0 < begin ? begin : tile.all_end - k0 > keys ? keys : tile.all_end - k0;
+  const auto loops = [&](auto by_added) {
+    loop(0, begin, Flag<true>{}, by_added);
+    loop(begin, end, Flag<false>{}, by_added);
+    loop(end, keys, Flag<true>{}, by_added);
+  };
+  if (added) loops(Flag<true>{});
+  else loops(Flag<false>{});
 }
 
 // Whether the copies of all keys and values of a head are kept for a task; see kKeptKeysBytes.

@@ -1,0 +1,81 @@
+// Asking the memory early. Rows of a head are rarely neighbours in memory, so the hardware does not see them coming.
+#pragma once
+
+#include "../attention.h"
+#include "blocking.h"
+#include "simd.h"
+
+namespace attn_ops {
+namespace cpu {
+namespace {
+
+// A walk over the rows [begin, begin + count) of `heads` heads of one batch, in the order they lie in memory. Each ask()
+// prefetches one row; there is no harm in rows that do not exist.
+class RowsAhead {
+ public:
+  RowsAhead() = default;
+  RowsAhead(const StridedView& v, int64_t batch, int64_t begin, int64_t count, int64_t first_head, int64_t heads,
+            int64_t dim) {
+    const int64_t size = size_of(v.dtype), by_row = v.stride[1] * size, by_head = v.stride[2] * size;
+    const bool heads_inside = v.stride[2] < v.stride[1];
+    at_ = static_cast<const char*>(v.data) + batch * v.stride[0] * size + begin * by_row + first_head * by_head;
+    left_ = count > 0 ? heads * count : 0;
+    bytes_ = dim * v.stride[3] * size;
+    inside_ = inside_left_ = heads_inside ? heads : count;
+    step_ = heads_inside ? by_head : by_row;
+    carry_ = (heads_inside ? by_row : by_head) - (inside_ - 1) * step_;
+  }
+
+  ATTN_INLINE void ask() {
+    if (left_ == 0) return;
+    --left_;
+    for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(at_ + i);
+    at_ += --inside_left_ ? step_ : carry_;
+    if (inside_left_ == 0) inside_left_ = inside_;
+  }
+
+  int64_t left() const { return left_; }
+  int64_t bytes() const { return left_ * bytes_; }
+
+ private:
+  const char* at_ = nullptr;
+  int64_t left_ = 0, bytes_ = 0, inside_ = 0, inside_left_ = 0, step_ = 0, carry_ = 0;
+};
+
+// What a thread's next task will read or write, asked for a little at each of the `steps` of the current one. Short
+// sequences spend a fifth of their time waiting for memory otherwise. Only for tasks that are a head each.
+class NextTask {
+ public:
+  // `head` is batch * num_kv_heads + kv_head, or negative for none.
+  NextTask(const AttentionParams& p, int64_t head, int64_t steps) : p_(p), head_(head), steps_(steps) {}
+
+  void reads_keys(const StridedView& v, int64_t dim) { add(v, p_.seqlen_k, 1, dim); }
+  void reads_rows(const StridedView& v, int64_t dim) { add(v, p_.seqlen_q, group_size(p_), dim); }
+
+  ATTN_INLINE void ask() {
+    for (int i = 0; i < count_; ++i)
+      for (int64_t n = 0; n < per_step_[i]; ++n) rows_[i].ask();
+  }
+
+ private:
+  void add(const StridedView& v, int64_t count, int64_t heads_each, int64_t dim) {
+    if (head_ < 0) return;
+    const int64_t head = head_ % p_.num_kv_heads * heads_each;
+    const RowsAhead rows(v, head_ / p_.num_kv_heads, 0, count, head, heads_each, dim);
+    room_ -= rows.bytes();
+    if (room_ < 0) return;
+    rows_[count_] = rows;
+    per_step_[count_++] = rows.left() / steps_ + 1;
+  }
+
+  const AttentionParams& p_;
+  const int64_t head_, steps_;
+  int64_t room_ = kNextTaskBytes;
+  int count_ = 0;
+  RowsAhead rows_[8];
+  int64_t per_step_[8];
+};
+
+}  // namespace
+}  // namespace cpu
+}  // namespace attn_ops
