@@ -13,6 +13,7 @@
 #include "kernels.h"
 #include "row_tile.h"
 #include "rows_ahead.h"
+#include "visibility.h"
 
 namespace attn_ops {
 namespace cpu {
@@ -39,7 +40,8 @@ template <class T>
 struct BackwardScratch {
   static constexpr int64_t max_joint = joint_tiles<T>() * RowTile<T>::max_lanes;
   BackwardTile<T>* tiles;
-  T *p, *ds, *added, *factors;
+  T *p, *ds, *factors;
+  uint64_t* visible;
 
   static int64_t bytes(const AttentionParams& params) {
     const int64_t lanes = RowTile<T>::max_lanes, d = params.head_dim, dv = params.value_dim;
@@ -48,7 +50,7 @@ struct BackwardScratch {
            Arena::bytes<T>(kBackwardTiles * lanes * round_to_width<T>(d)) +
            Arena::bytes<T>(kBackwardTiles * lanes * round_to_width<T>(dv)) + KeyBlock<T>::bytes(params, d) +
            KeyBlock<T>::bytes(params, dv) + 2 * Arena::bytes<T>(kBlockKeys * max_joint) +
-           2 * Arena::bytes<T>(kBlockKeys * lanes);
+           Arena::bytes<T>(kBlockKeys * lanes) + Arena::bytes<uint64_t>(kBlockKeys);
   }
 
   // Consecutive tiles lie behind one another, without gaps, so that joint tiles are one matrix.
@@ -62,8 +64,8 @@ struct BackwardScratch {
     tiles[0].d_out_rows = arena.take<T>(kBackwardTiles * lanes * round_to_width<T>(dv));
     p = arena.take<T>(kBlockKeys * max_joint);
     ds = arena.take<T>(kBlockKeys * max_joint);
-    added = arena.take<T>(kBlockKeys * lanes);
     factors = arena.take<T>(kBlockKeys * lanes);
+    visible = arena.take<uint64_t>(kBlockKeys);
   }
 };
 
@@ -81,9 +83,9 @@ void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>
 
   const Vec<T> factor = S::set1(static_cast<T>(p.scale * kLog2E));
   load_transposed<T>(p.dtype, q, tile.rows, tile.lanes, p.q.stride[3] * size, p.head_dim, tile.q,
-                     [=](T* at, Vec<T> x) { S::store(at, x * factor); });
+                     tile.lanes, [=](T* at, Vec<T> x) { S::store(at, x * factor); });
   load_transposed<T>(p.dtype, d_out, tile.rows, tile.lanes, params.d_out.stride[3] * size, p.value_dim, tile.d_out,
-                     [](T* at, Vec<T> x) { S::store(at, x); });
+                     tile.lanes, [](T* at, Vec<T> x) { S::store(at, x); });
   memset(tile.dq, 0, sizeof(T) * tile.lanes * p.head_dim);
   memset(tile.q_rows, 0, sizeof(T) * tile.lanes * padded_d);
   memset(tile.d_out_rows, 0, sizeof(T) * tile.lanes * padded_dv);
@@ -115,9 +117,6 @@ void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>
   tile.d_out_finite = all_finite(tile.d_out_rows, padded_dv, tile.lanes, padded_dv);
 }
 
-// How much of a block a tile sees.
-enum class Seen { kNothing, kSome, kAll };
-
 // p (with dropout) and ds of one tile against keys k0 .. k1, into [key][ld]; zeros where nothing is seen.
 template <class T, int NV>
 __attribute__((noinline)) Seen score_gradients(const HeadRows& r, const BackwardTile<T>& tile,
@@ -137,15 +136,14 @@ __attribute__((noinline)) Seen score_gradients(const HeadRows& r, const Backward
     return Seen::kNothing;
   };
   if (k0 >= tile.end || k1 <= tile.begin) return zeros();
-  const Added what =
-      p.bias.data || p.num_masks ? added_scores<T>(r, tile, k0, n, scratch.added) : Added::kNothing;
-  if (what == Added::kAllHidden) return zeros();
+  const Seen seen = visible_keys<T>(r, tile, k0, n, scratch.visible);
+  if (seen == Seen::kNothing) return zeros();
 
   gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), tile.q, lanes, p.head_dim,
                            [=](int64_t j, int v, Vec<T> x) { S::store(prob + j * ld + v * W, x); });
-  const bool has_added = what == Added::kScores, masked = has_added || !tile.all_see(k0, k1);
-  if (masked)
-    mask_scores<T, NV>(tile, k0, n, has_added ? scratch.added : nullptr, prob, ld, [](int, Vec<T>) {});
+  const bool masked = p.bias.data || seen == Seen::kSome;
+  if (p.bias.data) add_bias<T>(r, tile, k0, n, prob, ld);
+  if (seen == Seen::kSome) hide_scores<T, NV>(tile, scratch.visible, n, prob, ld, [](int, Vec<T>) {});
   gemm<T, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, p.value_dim,
                            [=](int64_t j, int v, Vec<T> x) { S::store(ds + j * ld + v * W, x); });
   const bool dropout = p.dropout_rate > 0;

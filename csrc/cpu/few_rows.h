@@ -14,6 +14,7 @@
 #include "kernels.h"
 #include "row_tile.h"
 #include "rows_ahead.h"
+#include "visibility.h"
 
 namespace attn_ops {
 namespace cpu {
@@ -197,7 +198,7 @@ ATTN_INLINE void few_values(Storage storage, const FewRows<T>& f, int64_t k0, in
 
 // added[i][j] = bias log2(e), or -inf where the key is hidden from the row, whatever hides it.
 template <class T>
-Added few_added(const FewRows<T>& f, int64_t k0, int64_t n, T* all_added) {
+Seen few_added(const FewRows<T>& f, int64_t k0, int64_t n, T* all_added) {
   using S = Simd<T>;
   const HeadRows& r = *f.head_rows;
   const AttentionParams& p = r.p;
@@ -221,7 +222,7 @@ Added few_added(const FewRows<T>& f, int64_t k0, int64_t n, T* all_added) {
       visible = visible || added[j] != -kInfinity<T>;
     }
   }
-  return !visible ? Added::kAllHidden : nothing ? Added::kNothing : Added::kScores;
+  return !visible ? Seen::kNothing : nothing ? Seen::kAll : Seen::kSome;
 }
 
 // scores -> probabilities relative to the new maximum, before dropout; updates m, l, correction. `added` may be null.
@@ -267,9 +268,9 @@ __attribute__((noinline)) void few_rows_block(Storage storage, FewRows<T>& f, in
   bool added = p.bias.data || p.num_masks;
   for (int i = 0; i < f.rows; ++i) added = added || f.seen[i].begin > k0 || f.seen[i].end < k0 + n;
   if (added) {
-    const Added what = few_added<T>(f, k0, n, scratch.added);
-    if (what == Added::kAllHidden) return;
-    added = what == Added::kScores;
+    const Seen seen = few_added<T>(f, k0, n, scratch.added);
+    if (seen == Seen::kNothing) return;
+    added = seen == Seen::kSome;
   }
   T* const s = scratch.scores;
   few_scores<T, R>(storage, f, k0, n, keys_ahead, s);

@@ -12,6 +12,7 @@
 #include "kernels.h"
 #include "row_tile.h"
 #include "rows_ahead.h"
+#include "visibility.h"
 
 namespace attn_ops {
 namespace cpu {
@@ -26,13 +27,14 @@ struct ForwardTile : RowTile<T> {
 template <class T>
 struct ForwardScratch {
   ForwardTile<T> tiles[kForwardTiles];
-  T *scores, *added, *factors;
+  T *scores, *factors;
+  uint64_t* visible;
 
   static int64_t bytes(const AttentionParams& p) {
     return Arena::bytes<ForwardScratch>(1) + KeyBlock<T>::bytes(p, p.head_dim) + KeyBlock<T>::bytes(p, p.value_dim) +
            kForwardTiles * (Arena::bytes<T>(RowTile<T>::max_lanes * p.head_dim) +
                             Arena::bytes<T>(RowTile<T>::max_lanes * p.value_dim)) +
-           3 * Arena::bytes<T>(kBlockKeys * RowTile<T>::max_lanes);
+           2 * Arena::bytes<T>(kBlockKeys * RowTile<T>::max_lanes) + Arena::bytes<uint64_t>(kBlockKeys);
   }
 
   static ForwardScratch& in(const AttentionParams& p, Arena* arena) {
@@ -42,8 +44,8 @@ struct ForwardScratch {
       tile.out = arena->take<T>(RowTile<T>::max_lanes * p.value_dim);
     }
     scratch.scores = arena->take<T>(kBlockKeys * RowTile<T>::max_lanes);
-    scratch.added = arena->take<T>(kBlockKeys * RowTile<T>::max_lanes);
     scratch.factors = arena->take<T>(kBlockKeys * RowTile<T>::max_lanes);
+    scratch.visible = arena->take<uint64_t>(kBlockKeys);
     return scratch;
   }
 };
@@ -56,7 +58,7 @@ void start_tile(const HeadRows& r, ForwardTile<T>& tile) {
   tile.tensor_rows(r, p.q, row);
   const Vec<T> factor = S::set1(static_cast<T>(p.scale * kLog2E));
   load_transposed<T>(p.q.dtype, row, tile.rows, tile.lanes, p.q.stride[3] * static_cast<int64_t>(size_of(p.q.dtype)),
-                     p.head_dim, tile.q, [=](T* at, Vec<T> x) { S::store(at, x * factor); });
+                     p.head_dim, tile.q, tile.lanes, [=](T* at, Vec<T> x) { S::store(at, x * factor); });
   memset(tile.out, 0, sizeof(T) * tile.lanes * p.value_dim);
   for (int i = 0; i < tile.lanes; i += S::width) {
     S::store(tile.m + i, S::set1(-kInfinity<T>));
@@ -74,17 +76,17 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
   const AttentionParams& p = r.p;
   const int64_t n = k1 - k0;
   T* const s = scratch.scores;
-  const Added what =
-      p.bias.data || p.num_masks ? added_scores<T>(r, tile, k0, n, scratch.added) : Added::kNothing;
-  if (what == Added::kAllHidden) return;
+  const Seen seen = visible_keys<T>(r, tile, k0, n, scratch.visible);
+  if (seen == Seen::kNothing) return;
 
   Vec<T> m_old[NV], m[NV];
   for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
-  const bool has_added = what == Added::kScores, masked = has_added || !tile.all_see(k0, k1);
+  const bool masked = p.bias.data || seen == Seen::kSome;
   if (masked) {
     gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), tile.q, lanes, p.head_dim,
                              [=](int64_t j, int v, Vec<T> x) { S::store(s + j * lanes + v * W, x); });
-    mask_scores<T, NV>(tile, k0, n, has_added ? scratch.added : nullptr, s, lanes,
+    if (p.bias.data) add_bias<T>(r, tile, k0, n, s, lanes);
+    hide_scores<T, NV>(tile, seen == Seen::kSome ? scratch.visible : nullptr, n, s, lanes,
                        [&](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
   } else {
     gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), tile.q, lanes, p.head_dim,

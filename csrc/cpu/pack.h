@@ -1,5 +1,5 @@
 // Moves rows between memory (any dtype, any stride) and the two layouts of the kernels:
-//   transposed [column][row lanes]   one query row per vector lane (q, out, bias and masks of a tile)
+//   transposed [column][row lanes]   one query row per vector lane (q, out and bias of a tile)
 //   row major  [row][column]         contiguous copies of key/value blocks and of query rows
 #pragma once
 
@@ -35,14 +35,14 @@ ATTN_INLINE int64_t round_to_width(int64_t n) {
   return (n + Simd<T>::width - 1) / Simd<T>::width * Simd<T>::width;
 }
 
-// put(dst + c * lanes + r, vector over rows r of element c), for `lanes` rows of which those past `rows` are zero.
+// put(dst + c * ld + r, vector over rows r of element c), for `lanes` rows of which those past `rows` are zero.
 // `rows[r]` points to element 0 of row r; elements are `stride` bytes apart.
 template <class T, class Put>
 ATTN_INLINE void load_transposed(DType dtype, const char* const* row, int rows, int lanes, int64_t stride,
-                                 int64_t columns, T* dst, const Put& put) {
+                                 int64_t columns, T* dst, int64_t ld, const Put& put) {
   using S = Simd<T>;
   constexpr int W = S::width;
-  with_readable(T{}, dtype, [&](auto storage) {
+  with_storage(T{}, dtype, [&](auto storage) {
     for (int r0 = 0; r0 < lanes; r0 += W)
       for (int64_t c0 = 0; c0 < columns; c0 += W) {
         const int64_t n = columns - c0 < W ? columns - c0 : W;
@@ -50,13 +50,13 @@ ATTN_INLINE void load_transposed(DType dtype, const char* const* row, int rows, 
         if (r0 + W <= rows && n == W && stride == storage.size) {  // whole: the block never leaves the registers
           for (int i = 0; i < W; ++i) block[i] = storage.load(row[r0 + i] + c0 * stride);
           S::transpose(block);
-          for (int j = 0; j < W; ++j) put(dst + (c0 + j) * lanes + r0, block[j]);
+          for (int j = 0; j < W; ++j) put(dst + (c0 + j) * ld + r0, block[j]);
           continue;
         }
         for (int i = 0; i < W; ++i)
           block[i] = r0 + i < rows ? load_some<T>(storage, row[r0 + i] + c0 * stride, stride, n) : S::zero();
         S::transpose(block);
-        for (int64_t j = 0; j < n; ++j) put(dst + (c0 + j) * lanes + r0, block[j]);
+        for (int64_t j = 0; j < n; ++j) put(dst + (c0 + j) * ld + r0, block[j]);
       }
   });
 }

@@ -59,7 +59,7 @@ class NextTask {
 
  private:
   void add(const StridedView& v, int64_t count, int64_t heads_each, int64_t dim) {
-    if (head_ < 0) return;
+    if (head_ < 0 || steps_ == 0) return;
     const int64_t head = head_ % p_.num_kv_heads * heads_each;
     const RowsAhead rows(v, head_ / p_.num_kv_heads, 0, count, head, heads_each, dim);
     room_ -= rows.bytes();
