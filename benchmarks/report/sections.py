@@ -6,6 +6,7 @@ from runner import Entry, Group
 from workloads import BIAS, BOOLEAN, FORWARD, FORWARD_BACKWARD, PADDING, SEGMENTS, WORKLOADS
 
 OURS = "attn_ops"
+EAGER = "attn_ops_eager"  # for work of less than a millisecond: calling any graph costs 0.15 ms, more than the kernel
 RIVALS = ("torch_sdpa", "ort_mha", "ort_attention", "ort_gqa", "openvino_sdpa")  # those without Keras or XLA
 _FORWARD = (OURS, *RIVALS, "jax", "keras_graph", "keras_xla")
 _TRAINING = (OURS, "torch_sdpa", "tf_xla", "jax", "keras_graph", "keras_xla")
@@ -68,12 +69,12 @@ def groups(section: str, threads: int, most_threads: int, names: list[str] | Non
     if section == "forward":
         return [group((name, FORWARD, _FORWARD)) for name in FULL + CAUSAL_512 + CAUSAL_2048]
     if section == "short":
-        return [group((name, FORWARD, _FORWARD)) for name in SHORT + SHORT_CAUSAL]
+        return [group((name, FORWARD, (EAGER, *_FORWARD))) for name in SHORT + SHORT_CAUSAL]
     if section == "training":
         names_of_section = TRAINING + TRAINING_CAUSAL + TRAINING_SHORT
         return [group((name, FORWARD_BACKWARD, _TRAINING)) for name in names_of_section]
     if section == "decode":
-        rivals = (OURS, "ort_gqa", "ort_attention", "torch_sdpa")
+        rivals = (EAGER, OURS, "ort_gqa", "ort_attention", "torch_sdpa")
         with_keras = (*rivals, "jax", "keras_graph")
         return [group((name, FORWARD, with_keras if name in DECODE_WITH_KERAS else rivals)) for name in DECODE]
     if section == "half":
