@@ -118,6 +118,7 @@ template <class T, int R, class Storage>
 ATTN_INLINE void few_scores(Storage storage, const FewRows<T>& f, int64_t k0, int64_t n, RowsAhead& ahead, T* scores) {
   using S = Simd<T>;
   constexpr int W = S::width, K = W / R;
+  static_assert(kFewRowsKeys % K == 0, "a tile must not write past the block");
   const AttentionParams& p = f.head_rows->p;
   const int64_t whole = p.head_dim / W * W, q_size = round_to_width<T>(p.head_dim);
   const int64_t stride = p.k.stride[1] * Storage::size;
