@@ -83,12 +83,29 @@ void and_row_masks(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_
   }
 }
 
-// visible[0 .. keys) by intervals and boolean masks, written unless the answer is kAll at once. Lanes not in use do not
-// count.
+// Whether the bias is -inf everywhere. Mostly the first element tells that it is not.
+template <class T>
+bool bias_hides_all(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys) {
+  const StridedView& bias = r.p.bias;
+  const int64_t stride = bias.stride[3] * static_cast<int64_t>(size_of(bias.dtype));
+  const int rows = same_for_all_rows(r, tile, bias) ? 1 : tile.rows;
+  for (int i = 0; i < rows; ++i) {
+    T values[kBlockKeys];
+    load_row<T>(bias.dtype, r.score_row(bias, tile.position[i], tile.head[i]) + k0 * stride, stride, keys, false,
+                values);
+    for (int64_t j = 0; j < keys; ++j)
+      if (values[j] != -kInfinity<T>) return false;
+  }
+  return true;
+}
+
+// visible[0 .. keys) by intervals and boolean masks, to be used only where the answer is kSome; kNothing also where a bias of
+// -inf hides all. Lanes not in use do not count.
 template <class T>
 __attribute__((noinline)) Seen visible_keys(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys,
                                             uint64_t* visible) {
   const AttentionParams& p = r.p;
+  if (p.bias.data && bias_hides_all<T>(r, tile, k0, keys)) return Seen::kNothing;
   const bool by_interval = !tile.all_see(k0, k0 + keys);
   if (!by_interval && p.num_masks == 0) return Seen::kAll;
 
