@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import tensorflow as tf
 
-from attn_ops import composite, masks, reference
+from attn_ops import composite, reference
+from reference_cases import take_mask
 
 MODES = ("eager", "graph", "unknown shapes", "xla", "xla, unknown shapes")
 
@@ -19,14 +20,7 @@ def compiled(function, mode, *arguments):
 
 def make_call(query, key, value, bias=None, **options):
     """What arguments.normalize makes of public options, here by hand."""
-    mask = masks.combined(
-        options.pop("mask", None),
-        is_causal=options.pop("is_causal", False),
-        causal_alignment=options.pop("causal_alignment", "top_left"),
-        window=options.pop("window", None),
-        query_lengths=options.pop("query_seq_lengths", None),
-        key_lengths=options.pop("key_value_seq_lengths", None),
-    )
+    mask = take_mask(options)
     lengths = [None if n is None else tf.cast(n, tf.int32) for n in (mask.query_lengths, mask.key_lengths)]
     seed = options.pop("dropout_seed", None)
     if seed is not None:

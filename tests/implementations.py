@@ -8,7 +8,8 @@ import dataclasses
 import functools
 
 import numpy as np
-from attn_ops import _native, masks, reference
+from attn_ops import _native, reference
+from reference_cases import take_mask
 
 GRADIENTS = ("dq", "dk", "dv", "d_bias")
 
@@ -60,14 +61,7 @@ def specification(query, key, value, d_out, d_lse=None, **options) -> Result:
 def run_core(isa, query, key, value, d_out, d_lse, options, num_threads=0):
     core = _native.core()
     options = dict(options)
-    structure = masks.combined(
-        options.pop("mask", None),
-        is_causal=options.pop("is_causal", False),
-        causal_alignment=options.pop("causal_alignment", "top_left"),
-        window=options.pop("window", None),
-        query_lengths=options.pop("query_seq_lengths", None),
-        key_lengths=options.pop("key_value_seq_lengths", None),
-    )
+    structure = take_mask(options)
     seed = options.pop("dropout_seed", None)
     if seed is not None:
         options["dropout_seed"], options["dropout_offset"] = (seed, 0) if np.ndim(seed) == 0 else map(int, seed)

@@ -5,6 +5,18 @@ import numpy as np
 from attn_ops import masks
 
 
+def take_mask(options):
+    """Everything in `options` that says who sees whom, taken out of them, as one mask."""
+    return masks.combined(
+        options.pop("mask", None),
+        is_causal=options.pop("is_causal", False),
+        causal_alignment=options.pop("causal_alignment", "top_left"),
+        window=options.pop("window", None),
+        query_lengths=options.pop("query_seq_lengths", None),
+        key_lengths=options.pop("key_value_seq_lengths", None),
+    )
+
+
 class Case:
     """Random inputs of a shape, and the options of one feature."""
 
