@@ -1,12 +1,12 @@
-// Forward for few rows, a decode step above all: the head dimension in the lanes, keys and values read once, as they lie.
+// Forward for few rows, a decode step above all: the head dimension in the lanes, keys and values read as they lie.
 //
 // A row tile (forward.h) would have most of its lanes empty. Here, for up to 4 rows i and a block of keys j,
-//   s[i][j] = sum_d q'[i][d] k[j][d]              vectors along d; `width` sums at a time are reduced by a transposition
-//   m' = max(m, max_j s),  p = 2^(s - m')          vectors along the keys
+//   s[i][j] = sum_d q'[i][d] k[j][d]                 vectors along d, `width` sums at a time reduced by a transposition
+//   m' = max(m, max_j s),  p = 2^(s - m')            vectors along the keys
 //   o[i][d] = 2^(m - m') o + sum_j p[i][j] v[j][d]   vectors along d
-// Memory is the limit, so a task takes a block of keys for all its heads before the next block, and asks for the next block
-// in the order it lies in memory: DRAM and TLB see one long read, whatever the layout. Half precision is widened in
-// registers, so it takes half the time.
+// Memory is the limit, so a task takes a block of keys for all its heads before the next block, and asks for the next
+// block in the order it lies in memory: DRAM and TLB see one long read, whatever the layout. Half precision is widened in
+// registers, and half as many bytes are read.
 #pragma once
 
 #include <new>
@@ -152,8 +152,8 @@ ATTN_INLINE void few_scores(Storage storage, const FewRows<T>& f, int64_t k0, in
   }
 }
 
-// out[i] = correction[i] out[i] + sum_j p[i][j] v[k0 + j], a few keys at a time: rows that lie a multiple of 4 KiB apart
-// share cache sets, and a whole block of them would not stay in L1 from one panel of d to the next. With `hides`, a zero
+// out[i] = correction[i] out[i] + sum_j p[i][j] v[k0 + j], a few keys at a time: rows a multiple of 4 KiB apart share
+// cache sets, and a whole block of them would not stay in L1 from one panel of d to the next. With `hides`, a zero
 // probability leaves its value out: the key may be hidden from the row, and what it holds be Inf or NaN.
 template <class T, int R, bool hides, class Storage>
 ATTN_INLINE void few_values(Storage storage, const FewRows<T>& f, int64_t k0, int64_t n, RowsAhead& ahead,

@@ -1,8 +1,8 @@
 // What masks and bias do to the scores of a tile.
 //
-// Visibility is bits: bit i of visible[j] tells whether lane i sees key k0 + j. Intervals and boolean masks are read along
-// the keys, as they lie, 64 to a word, ANDed there, and only a block that is seen in part has its words transposed. A mask
-// of bytes turned into vectors row by row and transposed as numbers took 1.5 times the unmasked time (AVX-512).
+// Visibility is bits: bit i of visible[j] tells whether lane i sees key k0 + j. Boolean masks are read along the keys, as
+// they lie, 64 to a word, ANDed there, and only a block that is seen in part has its words transposed. A mask of bytes
+// turned into vectors row by row and transposed as numbers took 1.5 times the unmasked time (AVX-512).
 #pragma once
 
 #include "row_tile.h"
@@ -99,8 +99,8 @@ bool bias_hides_all(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64
   return true;
 }
 
-// visible[0 .. keys) by intervals and boolean masks, to be used only where the answer is kSome; kNothing also where a bias of
-// -inf hides all. Lanes not in use do not count.
+// visible[0 .. keys) by intervals and boolean masks, to be used only where the answer is kSome; kNothing also where a bias
+// of -inf hides all. Lanes not in use do not count.
 template <class T>
 __attribute__((noinline)) Seen visible_keys(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys,
                                             uint64_t* visible) {
@@ -139,7 +139,8 @@ __attribute__((noinline)) Seen visible_keys(const HeadRows& r, const RowTile<T>&
   return !(any & used) ? Seen::kNothing : (every & used) == used ? Seen::kAll : Seen::kSome;
 }
 
-// scores[j * ld + lane] = -inf where the lane does not see key j; `visible` null: all do. see(v, score) is told the result.
+// scores[j * ld + lane] = -inf where the lane does not see key j; `visible` null: all do. see(v, score) is told the
+// result.
 template <class T, int NV, class See>
 ATTN_INLINE void hide_scores(const RowTile<T>& tile, const uint64_t* visible, int64_t keys, T* scores, int64_t ld,
                              const See& see) {
@@ -187,7 +188,8 @@ __attribute__((noinline)) void add_bias(const HeadRows& r, const RowTile<T>& til
   const char* row[RowTile<T>::max_lanes];
   for (int i = 0; i < tile.rows; ++i) {
     row[i] = row_of(i);
-    for (int64_t b = 0; b < keys * stride; b += 64) __builtin_prefetch(row[i] + keys * stride + b);  // of the next block
+    const char* const next_block = row[i] + keys * stride;
+    for (int64_t b = 0; b < keys * stride; b += 64) __builtin_prefetch(next_block + b);
   }
   load_transposed<T>(bias.dtype, row, tile.rows, tile.lanes, stride, keys, scores, ld, add);
 }
