@@ -74,6 +74,16 @@ inline StridedView tensor_view(const Array& a, Layout layout) {
   return {a.data, a.dtype, {a.stride[0], a.stride[sequence_axis(layout)], a.stride[heads_axis(layout)], inner}};
 }
 
+// The same of a new contiguous array.
+inline StridedView output_view(void* data, DType dtype, const Shape4& shape, Layout layout) {
+  Array a;
+  a.data = data;
+  a.dtype = dtype;
+  a.shape = shape;
+  a.stride = contiguous_strides(shape);
+  return tensor_view(a, layout);
+}
+
 // [batch, num_heads, seqlen_q, seqlen_k]; an axis of one element is repeated.
 inline StridedView score_view(const Array& a) {
   StridedView view{a.data, a.dtype, {}};

@@ -1,14 +1,14 @@
 // attn_ops._core: the kernels on NumPy arrays, without TensorFlow. For tests, for measuring, and for whoever has
 // arrays and no framework.
-#include <cstdlib>
 #include <map>
-#include <memory>
 #include <string>
 #include <vector>
 
+#include "heap_workspace.h"
 #include "numpy_call.h"
 #include "probe.h"
 #include "worker_pool.h"
+#include "xla.h"
 
 namespace attn_ops::numpy {
 namespace {
@@ -112,13 +112,9 @@ class Run {
   template <class Params, class WorkspaceBytes, class Kernel>
   void operator()(const Params& params, WorkspaceBytes workspace_bytes, Kernel kernel) const {
     const py::gil_scoped_release release;
-    constexpr size_t kAlignment = 64;
-    const size_t bytes = (workspace_bytes(params, count_, isa_.c_str()) + kAlignment - 1) / kAlignment * kAlignment;
-    const std::unique_ptr<void, void (*)(void*)> memory(bytes > 0 ? std::aligned_alloc(kAlignment, bytes) : nullptr,
-                                                        std::free);
-    if (bytes > 0 && memory == nullptr) throw std::bad_alloc();
+    const HeapWorkspace workspace(workspace_bytes(params, count_, isa_.c_str()));
     Scheduler scheduler = WorkerPool::with(count_ - 1).scheduler();
-    if (!kernel(params, lend(&scheduler, count_), Workspace{memory.get(), bytes}, isa_.c_str())) {
+    if (!kernel(params, lend(&scheduler, count_), workspace.lend(), isa_.c_str())) {
       throw std::runtime_error("attn_ops._core: the kernel refused its workspace");
     }
   }
@@ -135,12 +131,7 @@ py::array empty(const py::dtype& dtype, const int64_t* shape, int rank) {
 // A new array, and as what kernels see it.
 py::array empty_tensor(const py::dtype& dtype, const Shape4& shape, const Call& call, StridedView* view) {
   py::array a = empty(dtype, shape.data(), 4);
-  Array description;
-  description.data = a.mutable_data();
-  description.dtype = call.q.dtype;
-  description.shape = shape;
-  description.stride = contiguous_strides(shape);
-  *view = tensor_view(description, call.layout);
+  *view = output_view(a.mutable_data(), call.q.dtype, shape, call.layout);
   return a;
 }
 
@@ -227,6 +218,14 @@ double probe(const py::object& what, const py::kwargs& given) {
   return machine.compute_rate(kind->second);
 }
 
+std::map<std::string, py::capsule> xla_handlers() {
+  std::map<std::string, py::capsule> handlers;
+  for (const xla::Handler& handler : xla::kHandlers) {
+    handlers[handler.name] = py::capsule(reinterpret_cast<void*>(handler.run));
+  }
+  return handlers;
+}
+
 constexpr const char* kForward = R"(
 forward(q, k, v, *, bias=None, masks=(), scale=None, window_left=-1, window_right=-1, bottom_right=False,
         query_lengths=None, key_lengths=None, dropout_rate=0.0, dropout_seed=0, dropout_offset=0, layout='BSHD',
@@ -281,6 +280,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("forward", forward, py::arg("q"), py::arg("k"), py::arg("v"), kForward);
   m.def("backward", backward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
         py::arg("d_out"), kBackward);
+  m.def("xla_handlers", xla_handlers,
+        "The custom calls for XLA by name, as capsules for jax.ffi.register_ffi_target (platform 'cpu').");
   m.def("probe", probe, py::arg("what"), kProbe);
 }
 

@@ -3,25 +3,21 @@
 #include "tensorflow/c/kernels.h"
 
 #include <link.h>
-#include <locale.h>
 
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 
 #include "eigen_pool.h"
+#include "op_call.h"
 #include "tf_capi.h"
 #include "tf_shapes.h"
-#include "validate.h"
 
 namespace attn_ops::tf {
 namespace {
 
 constexpr const char* kForward = "AttnOps>Forward";
 constexpr const char* kBackward = "AttnOps>Backward";
-
-[[noreturn]] void invalid(const std::string& message) { throw Error(TF_INVALID_ARGUMENT, message); }
 
 // Calls `body`; what it throws is reported to `fail` as a status that starts with the name of the operator.
 template <class Body, class Fail>
@@ -35,22 +31,13 @@ void guarded(const char* name, Body body, Fail fail) {
     body();
   } catch (const Error& e) {
     report(e.code, e.what());
+  } catch (const std::invalid_argument& e) {
+    report(TF_INVALID_ARGUMENT, e.what());
   } catch (const std::bad_alloc&) {
     report(TF_RESOURCE_EXHAUSTED, "out of memory");
   } catch (const std::exception& e) {
     report(TF_INTERNAL, e.what());
   }
-}
-
-// A float64 attribute travels as text: TensorFlow's float attributes have single precision.
-double number(const char* name, const std::string& value) {
-  static const locale_t c_locale = newlocale(LC_ALL_MASK, "C", nullptr);
-  char* end = nullptr;
-  const double result = strtod_l(value.c_str(), &end, c_locale);
-  if (value.empty() || end != value.c_str() + value.size()) {
-    invalid(std::string(name) + " ('" + value + "') must be a decimal number");
-  }
-  return result;
 }
 
 DType dtype_of(TF_DataType type) {
@@ -63,66 +50,19 @@ DType dtype_of(TF_DataType type) {
   }
 }
 
-int64_t count(const Attributes& attributes, const char* name, int64_t most) {
-  const int64_t value = attributes.integer(name);
-  if (value > most) invalid(std::string(name) + " (" + text(value) + ") must be at most " + text(most));
-  return value;
-}
-
 // One node of a graph: its attributes, checked once, and its executions.
 class Kernel {
  public:
-  Kernel(const Attributes& attributes, bool backward) {
-    if (!cpu::isa_usable(cpu::default_isa())) {
-      invalid("the environment variable ATTN_OPS_ISA ('" + std::string(cpu::default_isa()) +
-              "') must name an instruction set that is usable here");
-    }
-    call_.backward = backward;
-    type_ = attributes.type("T");
-    lse_type_ = attributes.type("Tlse");
+  Kernel(const Attributes& attributes, bool backward)
+      : node_(attributes, backward), type_(attributes.type("T")), lse_type_(attributes.type("Tlse")) {
     if (dtype_of(lse_type_) != accumulator_of(dtype_of(type_))) {
-      invalid("Tlse must be double when T is double, else float");
+      throw std::invalid_argument("Tlse must be double when T is double, else float");
     }
-    num_d_lse_ = backward ? count(attributes, "num_d_lse", 1) : 0;
-    num_bias_ = count(attributes, "num_bias", 1);
-    call_.num_masks = static_cast<int>(count(attributes, "num_masks", kMaxMasks));
-    num_query_lengths_ = count(attributes, "num_query_lengths", 1);
-    num_key_lengths_ = count(attributes, "num_key_lengths", 1);
-    num_seed_ = count(attributes, "num_seed", 1);
-    wants_d_bias_ = backward && num_bias_ > 0 && attributes.boolean("d_bias");
-    const std::string scale = attributes.string("scale");
-    call_.has_scale = !scale.empty();
-    if (call_.has_scale) call_.scale = number("scale", scale);
-    call_.dropout_rate = number("dropout_rate", attributes.string("dropout_rate"));
-    call_.mask.window_left = attributes.integer("window_left");
-    call_.mask.window_right = attributes.integer("window_right");
-    call_.mask.bottom_right = attributes.boolean("bottom_right");
-    call_.layout = attributes.string("layout") == "BHSD" ? Layout::kBHSD : Layout::kBSHD;
-    const std::string reason = options_reason(call_);
-    if (!reason.empty()) invalid(reason);
   }
 
   void compute(TF_OpKernelContext* context) const {
     Inputs inputs(context);
-    Call call = call_;
-    call.q = inputs.next("q");
-    call.k = inputs.next("k");
-    call.v = inputs.next("v");
-    if (call.backward) {
-      call.out = inputs.next("out");
-      call.lse = inputs.next("lse");
-      call.d_out = inputs.next("d_out");
-      if (num_d_lse_) call.d_lse = inputs.next("d_lse");
-    }
-    if (num_bias_) call.bias = inputs.next("bias");
-    static constexpr const char* kMaskNames[kMaxMasks] = {"masks[0]", "masks[1]", "masks[2]", "masks[3]"};
-    for (int i = 0; i < call.num_masks; ++i) call.masks[i] = inputs.next(kMaskNames[i]);
-    if (num_query_lengths_) call.query_lengths = inputs.next("query_lengths");
-    if (num_key_lengths_) call.key_lengths = inputs.next("key_lengths");
-    if (num_seed_) read_seed(inputs.next("seed"), &call);
-
-    const std::string reason = invalid_reason(call);
-    if (!reason.empty()) invalid(reason);
+    const Call call = node_.with_arrays([&inputs](const char* name, Element) { return inputs.next(name); });
     KernelThreads pool(context);
     call.backward ? run_backward(Execution(context), call, pool.threads())
                   : run_forward(Execution(context), call, pool.threads());
@@ -154,26 +94,6 @@ class Kernel {
     int count_ = 0;
   };
 
-  static void read_seed(const Array& seed, Call* call) {
-    const int64_t two = 2;
-    const std::string reason = same_shape_reason(seed, 1, &two, "(seed, offset)");
-    if (!reason.empty()) invalid(reason);
-    const int64_t* words = static_cast<const int64_t*>(seed.data);
-    call->has_seed = true;
-    call->dropout_seed = static_cast<uint64_t>(words[0]);
-    call->dropout_offset = static_cast<uint64_t>(words[1]);
-  }
-
-  // A contiguous output seen through the layout.
-  static StridedView view(const Tensor& tensor, DType dtype, const Shape4& shape, Layout layout) {
-    Array a;
-    a.data = TF_TensorData(tensor.get());
-    a.dtype = dtype;
-    a.shape = shape;
-    a.stride = contiguous_strides(shape);
-    return tensor_view(a, layout);
-  }
-
   void run_forward(const Execution& execution, const Call& call, Threads threads) const {
     const Sizes n = sizes_of(call);
     const Shape4 shape = n.output(call.layout);
@@ -181,7 +101,7 @@ class Kernel {
     const Tensor out = execution.output(0, type_, shape.data(), 4);
     const Tensor lse = execution.output(1, lse_type_, statistics, 3);
     AttentionParams params = to_params(call);
-    params.out = view(out, params.dtype, shape, call.layout);
+    params.out = output_view(TF_TensorData(out.get()), params.dtype, shape, call.layout);
     params.lse = TF_TensorData(lse.get());
     const Scratch scratch(execution, cpu::forward_workspace_bytes(params, threads.count));
     if (!cpu::forward(params, threads, scratch.workspace())) refused();
@@ -192,14 +112,14 @@ class Kernel {
     const Tensor dk = execution.output(1, type_, call.k.shape.data(), 4);
     const Tensor dv = execution.output(2, type_, call.v.shape.data(), 4);
     BackwardParams params = to_backward_params(call);
-    params.dq = view(dq, call.q.dtype, call.q.shape, call.layout);
-    params.dk = view(dk, call.k.dtype, call.k.shape, call.layout);
-    params.dv = view(dv, call.v.dtype, call.v.shape, call.layout);
+    params.dq = output_view(TF_TensorData(dq.get()), call.q.dtype, call.q.shape, call.layout);
+    params.dk = output_view(TF_TensorData(dk.get()), call.k.dtype, call.k.shape, call.layout);
+    params.dv = output_view(TF_TensorData(dv.get()), call.v.dtype, call.v.shape, call.layout);
     Tensor d_bias;
-    if (wants_d_bias_) {
+    if (node_.wants_d_bias()) {
       d_bias = execution.output(3, type_, call.bias.shape.data(), 4);
       params.d_bias = TF_TensorData(d_bias.get());
-    } else if (num_bias_) {
+    } else if (node_.has_bias()) {
       const int64_t none = 0;
       d_bias = execution.output(3, type_, &none, 1);
     }
@@ -226,10 +146,8 @@ class Kernel {
     Tensor tensor_;
   };
 
-  Call call_;  // the options; each execution adds the arrays
+  OpCall node_;
   TF_DataType type_, lse_type_;
-  int64_t num_d_lse_, num_bias_, num_query_lengths_, num_key_lengths_, num_seed_;
-  bool wants_d_bias_;
 };
 
 template <bool backward>

@@ -1,0 +1,115 @@
+// A node of AttnOps>Forward or AttnOps>Backward, whoever runs it: its attributes, read and checked once, and the order in
+// which its arrays come. TensorFlow's kernel and XLA's custom call have the same attributes and the same order.
+#pragma once
+
+#include <locale.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "validate.h"
+
+namespace attn_ops {
+
+// What the elements of an array are for. Floats and bools carry their own dtype, which validate.h checks.
+enum class Element { kValue, kLength, kSeed };  // kLength: int32; kSeed: 64 bits
+
+class OpCall {
+ public:
+  // `attributes` has integer(name), boolean(name) and string(name). Throws std::invalid_argument.
+  template <class Attributes>
+  OpCall(const Attributes& attributes, bool backward) {
+    if (!cpu::isa_usable(cpu::default_isa())) {
+      throw std::invalid_argument("the environment variable ATTN_OPS_ISA ('" + std::string(cpu::default_isa()) +
+                                  "') must name an instruction set that is usable here");
+    }
+    options_.backward = backward;
+    num_d_lse_ = backward ? count(attributes, "num_d_lse", 1) : 0;
+    num_bias_ = count(attributes, "num_bias", 1);
+    options_.num_masks = count(attributes, "num_masks", kMaxMasks);
+    num_query_lengths_ = count(attributes, "num_query_lengths", 1);
+    num_key_lengths_ = count(attributes, "num_key_lengths", 1);
+    num_seed_ = count(attributes, "num_seed", 1);
+    wants_d_bias_ = backward && num_bias_ > 0 && attributes.boolean("d_bias");
+    const std::string scale = attributes.string("scale");
+    options_.has_scale = !scale.empty();
+    if (options_.has_scale) options_.scale = number("scale", scale);
+    options_.dropout_rate = number("dropout_rate", attributes.string("dropout_rate"));
+    options_.mask.window_left = attributes.integer("window_left");
+    options_.mask.window_right = attributes.integer("window_right");
+    options_.mask.bottom_right = attributes.boolean("bottom_right");
+    const std::string layout = attributes.string("layout");
+    if (layout != "BSHD" && layout != "BHSD") {
+      throw std::invalid_argument("layout ('" + layout + "') must be 'BSHD' or 'BHSD'");
+    }
+    options_.layout = layout == "BHSD" ? Layout::kBHSD : Layout::kBSHD;
+    const std::string reason = options_reason(options_);
+    if (!reason.empty()) throw std::invalid_argument(reason);
+  }
+
+  bool has_bias() const { return num_bias_ > 0; }
+  bool wants_d_bias() const { return wants_d_bias_; }
+
+  // One execution: `next(name, Element)` gives the arrays in their order. Throws std::invalid_argument.
+  template <class Next>
+  Call with_arrays(Next next) const {
+    Call call = options_;
+    call.q = next("q", Element::kValue);
+    call.k = next("k", Element::kValue);
+    call.v = next("v", Element::kValue);
+    if (call.backward) {
+      call.out = next("out", Element::kValue);
+      call.lse = next("lse", Element::kValue);
+      call.d_out = next("d_out", Element::kValue);
+      if (num_d_lse_) call.d_lse = next("d_lse", Element::kValue);
+    }
+    if (num_bias_) call.bias = next("bias", Element::kValue);
+    static constexpr const char* kMaskNames[kMaxMasks] = {"masks[0]", "masks[1]", "masks[2]", "masks[3]"};
+    for (int i = 0; i < call.num_masks; ++i) call.masks[i] = next(kMaskNames[i], Element::kValue);
+    if (num_query_lengths_) call.query_lengths = next("query_lengths", Element::kLength);
+    if (num_key_lengths_) call.key_lengths = next("key_lengths", Element::kLength);
+    if (num_seed_) read_seed(next("seed", Element::kSeed), &call);
+    const std::string reason = invalid_reason(call);
+    if (!reason.empty()) throw std::invalid_argument(reason);
+    return call;
+  }
+
+ private:
+  template <class Attributes>
+  static int count(const Attributes& attributes, const char* name, int most) {
+    const int64_t value = attributes.integer(name);
+    if (value < 0 || value > most) {
+      throw std::invalid_argument(std::string(name) + " (" + text(value) + ") must be from 0 to " +
+                                  text(int64_t{most}));
+    }
+    return static_cast<int>(value);
+  }
+
+  // Numbers travel as text: TensorFlow's float attributes have single precision.
+  static double number(const char* name, const std::string& value) {
+    static const locale_t c_locale = newlocale(LC_ALL_MASK, "C", nullptr);
+    char* end = nullptr;
+    const double result = strtod_l(value.c_str(), &end, c_locale);
+    if (value.empty() || end != value.c_str() + value.size()) {
+      throw std::invalid_argument(std::string(name) + " ('" + value + "') must be a decimal number");
+    }
+    return result;
+  }
+
+  static void read_seed(const Array& seed, Call* call) {
+    const int64_t two = 2;
+    const std::string reason = same_shape_reason(seed, 1, &two, "(seed, offset)");
+    if (!reason.empty()) throw std::invalid_argument(reason);
+    const int64_t* words = static_cast<const int64_t*>(seed.data);
+    call->has_seed = true;
+    call->dropout_seed = static_cast<uint64_t>(words[0]);
+    call->dropout_offset = static_cast<uint64_t>(words[1]);
+  }
+
+  Call options_;  // each execution adds the arrays
+  int num_d_lse_, num_bias_, num_query_lengths_, num_key_lengths_, num_seed_;
+  bool wants_d_bias_;
+};
+
+}  // namespace attn_ops

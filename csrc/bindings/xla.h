@@ -1,0 +1,19 @@
+// The operators as custom calls of XLA: what frameworks that compile with XLA register.
+#pragma once
+
+#include "xla/ffi/api/c_api.h"
+
+namespace attn_ops::xla {
+
+struct Handler {
+  const char* name;  // the target of the custom call
+  XLA_FFI_Handler* run;
+};
+
+// For the platform "Host" (JAX: "cpu"). Operands and attributes are those of AttnOps>Forward and AttnOps>Backward in
+// their order, except that there is no gradient of the bias when d_bias is false, and that the seed may be four words of
+// 32 bits (JAX has no others by default). Arrays are contiguous.
+inline constexpr int kNumHandlers = 2;
+extern const Handler kHandlers[kNumHandlers];
+
+}  // namespace attn_ops::xla
