@@ -6,7 +6,7 @@ import dataclasses
 
 import tensorflow as tf
 
-from . import fused
+from . import fused, tensors
 from .arguments import AttentionCall, normalize
 
 IMPLEMENTATIONS = ("fused", "composite", "reference")
@@ -93,9 +93,9 @@ def described(name, query, key, value, options):
     """The normalised call. Where one of the tensors is only a specification, all of them become placeholders."""
     arguments = {"query": query, "key": key, "value": value, **options}
     if not any(_is_specification(x) for x in tf.nest.flatten(arguments)):
-        return normalize(name, **arguments)
+        return normalize(tensors, name, **arguments)
     with tf.Graph().as_default():
-        return normalize(name, **tf.nest.map_structure(_placeholder, arguments))
+        return normalize(tensors, name, **tf.nest.map_structure(_placeholder, arguments))
 
 
 def _is_specification(x):
