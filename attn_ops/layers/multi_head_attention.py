@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import keras
-import tensorflow as tf
+from keras import ops
 
 from attn_ops import masks
 from attn_ops.layers.axes import AttentionAxes
@@ -80,7 +80,7 @@ class MultiHeadAttention(FlashAttention, _Stock):
         Returns the outputs `[batch, *dims, num_heads, value_dim]` and the scores `[batch, *free dims, num_heads,
         *attended dims of query, *attended dims of key]`, or None where they are not asked for.
         """
-        query, key, value = (tf.convert_to_tensor(x) for x in (query, key, value))
+        query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
         axes = AttentionAxes(self._attention_axes, len(query.shape) - 2)
         if not isinstance(attention_mask, masks.Mask):
             attention_mask = keras_mask(axes, query, key, attention_mask=attention_mask)
