@@ -27,10 +27,11 @@ def attention(forced: bool, options: Options, arrays: Arrays):
 
 def _attention_forward(forced, options, primals):
     arrays = jax.custom_derivatives.custom_vjp_primal_tree_values(primals)
-    out, lse = _forward(forced, options, arrays)
+    # Itself, not `_forward`, here and below: for higher orders the rules are differentiated in turn.
+    out, lse = attention(forced, options, arrays)
     # A constant bias costs the backward pass nothing. Told by structure, since residuals are traced: a bool would be too.
     constant_bias = () if arrays.bias is None or not primals.bias.perturbed else None
-    return (out, lse), (arrays, out, lse, constant_bias)
+    return (out, lse), (arrays, jax.lax.stop_gradient(out), jax.lax.stop_gradient(lse), constant_bias)
 
 
 def _attention_backward(forced, options, residuals, cotangents):
@@ -53,7 +54,7 @@ def gradients(forced, options, d_bias, arrays, out, lse, d_out, d_lse):
 
 
 def _gradients_forward(forced, options, d_bias, arrays, out, lse, d_out, d_lse):
-    return _backward(forced, options, d_bias, arrays, out, lse, d_out, d_lse), (arrays, d_out, d_lse)
+    return gradients(forced, options, d_bias, arrays, out, lse, d_out, d_lse), (arrays, d_out, d_lse)
 
 
 def _gradients_backward(forced, options, d_bias, residuals, cotangents):

@@ -66,9 +66,9 @@ def _optional(options, arrays):
     }
     attributes = {f"num_{name}": np.int64(len(operands)) for name, operands in lists.items()}
     attributes.update(
-        scale=np.float64(0.0 if options.scale is None else options.scale),
-        has_scale=options.scale is not None,
-        dropout_rate=np.float64(options.dropout_rate),
+        # Numbers travel as text, as they do in TensorFlow, which has no float64 attributes.
+        scale="" if options.scale is None else repr(options.scale),
+        dropout_rate=repr(options.dropout_rate),
         window_left=np.int64(options.window_left),
         window_right=np.int64(options.window_right),
         bottom_right=options.bottom_right,
