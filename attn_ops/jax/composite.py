@@ -121,22 +121,30 @@ def _softmax(options, arrays, start, s, masked, v):
     """out and lse of these scores."""
     # m is only a shift: its derivative cancels.
     m = jax.lax.stop_gradient(jnp.max(s, -1, keepdims=True, initial=-math.inf))
-    e = jnp.exp(s - _select(m != -math.inf, m))
+    difference = s - _select(m != -math.inf, m)
     if masked:
-        e = _select(s != -math.inf, e)  # in a row of NaN even hidden weights would be NaN
+        # Selected before and after each step: in a row of NaN even hidden weights would be NaN, and so would the
+        # derivatives of what is selected only afterwards.
+        seen = s != -math.inf
+        e = _select(seen, jnp.exp(_select(seen, difference)))
+    else:
+        e = jnp.exp(difference)
     total = e.sum(-1, keepdims=True)
     empty = total == 0.0
     total = jnp.where(empty, 1.0, total)
     lse = jnp.where(empty, -math.inf, m + jnp.log(total))[..., 0]
+    p = e / total
+    if masked:
+        p = _select(seen, p)
     if options.dropout_rate:
         batch, num_heads, n, seqlen_k = s.shape
         rows = start + jnp.arange(n)
         keep = philox.keep_jax(arrays.seed, batch, num_heads, rows, seqlen_k, options.dropout_rate)
-        e = _select(keep, e / (1.0 - options.dropout_rate))
+        p = _select(keep, p / (1.0 - options.dropout_rate))
     weigh = _masked_sum if masked or options.dropout_rate else _weighted_sum
-    out = weigh(_grouped(e, v.shape[1]), v).reshape(*s.shape[:3], v.shape[3])
+    out = weigh(_grouped(p, v.shape[1]), v).reshape(*s.shape[:3], v.shape[3])
     # Selected, since the gradient of out may be NaN in padded rows.
-    return _select(~empty, out / total), lse
+    return _select(~empty, out), lse
 
 
 def _lengths(lengths):
@@ -186,7 +194,7 @@ def _masked_sum(weights, values):
 @_masked_sum.defjvp
 def _masked_sum_jvp(primals, tangents):
     (weights, values), (d_weights, d_values) = primals, tangents
-    return _masked_sum(weights, values), _weighted_sum(d_weights, _finite(values)) + _weighted_sum(weights, d_values)
+    return _masked_sum(weights, values), _weighted_sum(d_weights, values) + _weighted_sum(weights, d_values)
 
 
 def _select(condition, x):
