@@ -20,11 +20,11 @@ def as_tensor(name, what, x):
     if isinstance(x, jax.Array):
         return x
     try:
-        x = np.asarray(x)
-        if x.dtype.kind in "iu" and x.dtype.itemsize == 8 and not jax.config.jax_enable_x64:
+        array = np.asarray(x)
+        if array.dtype.kind in "iu" and array.dtype.itemsize == 8 and not jax.config.jax_enable_x64:
             # JAX would wrap values around into the valid range: clipped, they stay out of it.
-            x = np.clip(x, np.iinfo(np.int32).min, np.iinfo(np.int32).max)
-        return jnp.asarray(x)
+            array = np.clip(array, np.iinfo(np.int32).min, np.iinfo(np.int32).max)
+        return jnp.asarray(array)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: {what} must be an array, got {type(x).__name__}: {error}") from None
 

@@ -27,8 +27,8 @@ class MultiHeadAttention(FlashAttention, _Stock):
     - A query that sees no key gives 0, where Keras gives the mean of all values without dropout and scores.
     - A causal mask or a window over one attention axis that is not the first works; over several axes it raises
       ValueError.
-    - A float `attention_mask` must hold only 0 and 1 (`tf.errors.InvalidArgumentError` otherwise): Keras inverts
-      additive masks silently.
+    - A float `attention_mask` must hold only 0 and 1: Keras inverts additive masks silently. Otherwise
+      `tf.errors.InvalidArgumentError`, on JAX ValueError; in functions that XLA or JAX traces it goes unnoticed.
     - Masks stay structured. A subclass that overrides `call` or `_compute_attention` gets Keras's dense mask from
       `_compute_attention_mask`, and `_compute_attention` accepts it.
     """
