@@ -1,8 +1,9 @@
 """Fused attention for TensorFlow, Keras and JAX.
 
 The names below load on first use, so that ``import attn_ops`` is quick and works without TensorFlow: ``masks``,
-``reference`` (NumPy) and ``_core`` (the kernels on NumPy arrays) never need it, ``jax`` needs JAX instead, and ``layers``
-what the backend of Keras is. A name whose framework is missing raises an ImportError that says what to install.
+``reference`` (NumPy) and ``_core`` (the kernels on NumPy arrays) never need it, ``jax`` needs JAX instead, and
+``layers`` whatever the backend of Keras is. A name whose framework is missing raises an ImportError that says what to
+install.
 """
 
 from __future__ import annotations

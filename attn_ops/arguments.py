@@ -75,8 +75,8 @@ def normalize(
 ):
     """The `AttentionCall` for the public arguments of `scaled_dot_product_attention`, where they are documented.
 
-    ``xp`` is the framework, ``name`` the function that errors name. Raises TypeError for a wrong kind or dtype and ValueError for a wrong
-    value or shape.
+    ``xp`` is the framework, ``name`` the function that errors name. Raises TypeError for a wrong kind or dtype and
+    ValueError for a wrong value or shape.
     """
     if layout not in ("BSHD", "BHSD"):
         raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}")

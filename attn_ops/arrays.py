@@ -43,8 +43,9 @@ def score_shaped(xp, name, what, x, dims):
     for extent, wanted, axis in zip(full, dims, _SCORE_AXES):
         if extent != 1 and extent != wanted and extent is not None and wanted is not None:
             expected = ", ".join(f"{a}={'?' if n is None else n}" for a, n in zip(_SCORE_AXES, dims))
+            shape = shape_text(given)
             raise ValueError(
-                f"{name}: {what} of shape {shape_text(given)} does not broadcast to [{expected}]: its {axis} is {extent}"
+                f"{name}: {what} of shape {shape} does not broadcast to [{expected}]: its {axis} is {extent}"
             )
     return x
 

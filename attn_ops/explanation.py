@@ -18,7 +18,7 @@ class Support:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """The ``implementation`` a call gets ("fused", "composite" or "reference") and the ``reasons`` against the fused one."""
+    """The ``implementation`` a call gets ("fused", "composite", "reference") and the ``reasons`` against the fused one."""
 
     implementation: str
     reasons: tuple[str, ...] = ()

@@ -141,7 +141,8 @@ def interval(
     They are separate so that each keeps its own small shape; none is there for what restricts nothing.
 
     Args:
-      rows, columns: int64 arrays (in JAX of its default integers) that broadcast against each other: query rows and keys.
+      rows, columns: int64 arrays (in JAX of its default integers) that broadcast against each other: query rows and
+        keys.
       seqlen_q, seqlen_k: extents.
       query_lengths, key_lengths: None, or int64 arrays that broadcast against rows and columns.
       window_left, window_right: Python integers, -1 = unbounded.

@@ -68,7 +68,8 @@ def test_parity(name, options, flash_attention):
             out, _ = layer.stateless_call(weights, [], x, y, **options)
             return sum(jax.numpy.sin(o).sum() for o in jax.tree.leaves(out))
 
-        return jax.jit(jax.grad(total, argnums=(0, 1)))([w.value for w in layer.trainable_variables], jax.numpy.asarray(x))
+        weights = [w.value for w in layer.trainable_variables]
+        return jax.jit(jax.grad(total, argnums=(0, 1)))(weights, jax.numpy.asarray(x))
 
     assert_same(gradients(mine), gradients(stock), 1e-4)
 

@@ -54,7 +54,7 @@ def test_specification(case, forced):
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 2, 3])
-@pytest.mark.parametrize("name", ["bias of heads", "bias of keys", "mask", "lengths, causal bottom_right", "everything"])
+@pytest.mark.parametrize("name", ["bias of heads", "bias of keys", "lengths, causal bottom_right", "everything"])
 def test_composite_in_chunks(name, chunk_rows):
     (case,) = (case for case in CASES if case.name == name)
     arrays, options = split(case)
@@ -197,15 +197,16 @@ def test_philox_bits():
 def test_forms(forced):
     options = {"implementation": forced}
     query, key, value = inputs()
-    half = scaled_dot_product_attention(query.astype("bfloat16"), key.astype("float16"), value.astype("float16"), **options)
-    assert half.dtype == "float32"
+    mixed = [x.astype(dtype) for x, dtype in zip((query, key, value), ("bfloat16", "float16", "float16"))]
+    assert scaled_dot_product_attention(*mixed, **options).dtype == "float32"
     one = [x[:, :, 0] for x in (query, key, value)]
     out, lse = scaled_dot_product_attention(*one, return_lse=True, **options)
     expected, expected_lse = scaled_dot_product_attention(*(x[:, :, None] for x in one), return_lse=True, **options)
     assert_same((out, lse), (expected[:, :, 0], expected_lse[:, 0]), 0)
     parts = [np.random.default_rng(i).random((6, 6)) < 0.9 for i in range(6)]
     together = masks.causal() & masks.boolean(np.logical_and.reduce(parts))
-    several = scaled_dot_product_attention(query, key, value, mask=[masks.causal(), *map(jnp.asarray, parts)], **options)
+    apart = [masks.causal(), *map(jnp.asarray, parts)]
+    several = scaled_dot_product_attention(query, key, value, mask=apart, **options)
     assert_same(several, scaled_dot_product_attention(query, key, value, mask=together, **options), 0)
 
     def scaled(scale):
@@ -231,7 +232,7 @@ def test_masks_of_jax_arrays():
     mask &= masks.key_padding(jnp.array([[True, True, False, True]] * 2)) & masks.window(2**40, 1)
     dense = mask.materialize(3, 4)
     assert isinstance(dense, jax.Array)
-    by_numpy = masks.padding([3, 2], [2, 3]) & masks.key_padding([[True, True, False, True]] * 2) & masks.window(None, 1)
+    by_numpy = masks.padding([3, 2], [2, 3]) & masks.key_padding([[True, True, False, True]] * 2) & masks.window(right=1)
     np.testing.assert_array_equal(dense, by_numpy.materialize(3, 4))
 
 
@@ -242,7 +243,7 @@ LENGTHS = "query_seq_lengths", "key_value_seq_lengths"
     "error, text, arguments",
     [
         (ValueError, "JAX has no hidden random state", {"dropout_rate": 0.1}),
-        (ValueError, "dropout_seed must be an integer or have shape", {"dropout_rate": 0.1, "dropout_seed": np.arange(3)}),
+        (ValueError, "dropout_seed must be an integer or have", {"dropout_rate": 0.1, "dropout_seed": np.arange(3)}),
         (TypeError, "dropout_seed must hold integers, got float32", {"dropout_rate": 0.1, "dropout_seed": jnp.ones(2)}),
         (TypeError, "mask must be boolean .*, got float32; pass values", {"mask": jnp.zeros((6, 6))}),
         (TypeError, "bias must be floating, got bool; a boolean mask", {"bias": jnp.zeros((6, 6), bool)}),
@@ -257,7 +258,7 @@ LENGTHS = "query_seq_lengths", "key_value_seq_lengths"
          {"implementation": "reference"}),
         (ValueError, "query and key must have the same head_dim, got 8, 7", {"key": jnp.ones((2, 6, 4, 7))}),
         (TypeError, "key must be an array, got NoneType", {"key": None}),
-        (TypeError, "key must be float16, bfloat16, float32 or float64, got int32", {"key": jnp.ones((2, 6, 4, 8), int)}),
+        (TypeError, "key must be float16, .* or float64, got int32", {"key": jnp.ones((2, 6, 4, 8), int)}),
     ],
 )  # fmt: skip
 def test_bad_input(error, text, arguments):

@@ -1,6 +1,6 @@
 """Attention in JAX operations: runs on every platform, and has derivatives of every order and both modes.
 
-The same function as the fused kernels, and what runs where they cannot; `attn_ops/composite.py` is its twin in TensorFlow:
+The same function as the fused kernels, and what runs where they cannot, as `attn_ops/composite.py` is in TensorFlow:
 - scores, softmax and sums are float32 for every 16-bit and float32 input (float64 for float64), with the scale on the
   query before the product;
 - a row that sees no key gives zeros, and NaN or infinity in masked queries, keys and values stays where it is;

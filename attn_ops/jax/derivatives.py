@@ -1,8 +1,8 @@
 """The fused attention with its derivatives, and the composite on platforms without kernels.
 
-Which of the two runs is decided by `jax.lax.platform_dependent`, when a function is lowered: only then is it known where
-its arrays will be (`jax.jit` on a device of choice, `jax.default_device`, `jax.export`), which the default backend does
-not tell.
+Which of the two runs is decided by `jax.lax.platform_dependent`, when a function is lowered: only then is it known
+where its arrays will be (`jax.jit` on a device of choice, `jax.default_device`, `jax.export`), which the default backend
+does not tell.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _attention_forward(forced, options, primals):
     arrays = jax.custom_derivatives.custom_vjp_primal_tree_values(primals)
     # Itself, not `_forward`, here and below: for higher orders the rules are differentiated in turn.
     out, lse = attention(forced, options, arrays)
-    # A constant bias costs the backward pass nothing. Told by structure, since residuals are traced: a bool would be too.
+    # A constant bias costs the backward pass nothing. Told by structure, since a bool among residuals would be traced.
     constant_bias = () if arrays.bias is None or not primals.bias.perturbed else None
     return (out, lse), (arrays, jax.lax.stop_gradient(out), jax.lax.stop_gradient(lse), constant_bias)
 

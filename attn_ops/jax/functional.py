@@ -36,9 +36,9 @@ def scaled_dot_product_attention(
     """softmax(scale * query @ key^T + bias, masked) @ value, without ever storing the scores.
 
     The function of `attn_ops.scaled_dot_product_attention` on JAX arrays: the same arguments, defaults, promotion of
-    dtypes and results. Works under `jax.jit`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`. The gradient reaches query,
-    key, value, bias, an array ``scale``, and flows through ``lse``, to any order; forward mode (`jax.jvp`, `jax.jacfwd`,
-    `jax.hessian`) needs ``implementation="composite"``.
+    dtypes and results. Works under `jax.jit`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`. The gradient reaches
+    query, key, value, bias, an array ``scale``, and flows through ``lse``, to any order; forward mode (`jax.jvp`,
+    `jax.jacfwd`, `jax.hessian`) needs ``implementation="composite"``.
 
     Args:
         query: [batch, seqlen_q, num_heads, head_dim]; float16, bfloat16, float32 or float64. Different dtypes of
@@ -71,12 +71,12 @@ def scaled_dot_product_attention(
         output 0, lse -inf and gradients 0. What is masked never counts, even NaN.
 
     Raises:
-        TypeError: not arrays, not floating inputs, a mask that is not boolean, lengths or seeds that are not integers, a
-            dropout rate that is not a number.
+        TypeError: not arrays, not floating inputs, a mask that is not boolean, lengths or seeds that are not integers,
+            a dropout rate that is not a number.
         ValueError: shapes that do not fit each other, or any other value out of its range; dropout without a seed;
             ``implementation="fused"`` where the kernels are missing or disabled.
-        jax.errors.JaxRuntimeError: traced lengths out of range, which only the running kernel can know. The composite does
-            not find those.
+        jax.errors.JaxRuntimeError: traced lengths out of range, which only the running kernel can know. The composite
+            does not find those.
     """
     name = "scaled_dot_product_attention"
     call = normalize(

@@ -59,7 +59,8 @@ def as_int32(x):
 
 def fresh_seed(name):
     raise ValueError(
-        f"{name}: JAX has no hidden random state: dropout needs a dropout_seed, an integer, integers [2] or a jax.random.key"
+        f"{name}: JAX has no hidden random state, so dropout_rate > 0 needs a dropout_seed: an integer, integers [2] or a "
+        "key of jax.random"
     )
 
 
@@ -69,7 +70,7 @@ def seed_of_words(words):
 
 
 def as_seed_array(name, seed):
-    """A ``dropout_seed`` that is no Python integer as something with shape and dtype: of keys the words that they hold."""
+    """A ``dropout_seed`` that is no Python integer as something with shape and dtype; of a key the words it holds."""
     if not isinstance(seed, jax.Array):
         return np.asarray(seed)  # not yet JAX's, which would cut it to 32 bits
     if not jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):

@@ -10,8 +10,8 @@ _MODULES = {"tensorflow": "attn_ops.layers.on_tensorflow", "jax": "attn_ops.laye
 
 if keras.config.backend() not in _MODULES:
     raise ImportError(
-        f"attn_ops.layers needs Keras on the {' or the '.join(_MODULES)} backend, not on {keras.config.backend()!r}: set "
-        f"KERAS_BACKEND={' or KERAS_BACKEND='.join(_MODULES)} before importing keras"
+        f"attn_ops.layers needs Keras on the {' or the '.join(_MODULES)} backend, not on "
+        f"{keras.config.backend()!r}: set KERAS_BACKEND={' or KERAS_BACKEND='.join(_MODULES)} before importing keras"
     )
 
 backend = importlib.import_module(_MODULES[keras.config.backend()])

@@ -57,8 +57,8 @@ def boolean(mask, name):
     """`mask` as a bool tensor. Integers are true where not 0, as in Keras; floats must all be 0 or 1.
 
     Keras would cast an additive mask of zeros and large negative numbers to bool, which inverts it. Raises instead:
-    tf.errors.InvalidArgumentError, on JAX ValueError. Not inside XLA, which drops assertions, nor for what JAX traces, as
-    in `fit`: there the mask is cast as Keras does.
+    tf.errors.InvalidArgumentError, on JAX ValueError. Not inside XLA, which drops assertions, nor for what JAX traces
+    (`jit`, and so `fit` and `predict`): there the mask is cast as Keras does.
     """
     mask = ops.convert_to_tensor(mask)
     dtype = keras.backend.standardize_dtype(mask.dtype)
