@@ -1,8 +1,9 @@
-"""Fused attention for TensorFlow and Keras.
+"""Fused attention for TensorFlow, Keras and JAX.
 
 The names below load on first use, so that ``import attn_ops`` is quick and works without TensorFlow: ``masks``,
-``reference`` (NumPy) and ``_core`` (the kernels on NumPy arrays) never need it. A name that does need it raises an
-ImportError that says what to install.
+``reference`` (NumPy) and ``_core`` (the kernels on NumPy arrays) never need it, ``jax`` needs JAX instead, and
+``layers`` whatever the backend of Keras is. A name whose framework is missing raises an ImportError that says what to
+install.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_MODULES = ("integration", "layers", "masks", "reference", "visualize")
+_MODULES = ("integration", "jax", "layers", "masks", "reference", "visualize")
 _ATTRIBUTES = {
     "scaled_dot_product_attention": "functional",
     "attention_weights": "functional",
@@ -38,6 +39,10 @@ def _load(module: str, wanted: str):
             raise ImportError(
                 f"attn_ops.{wanted} needs TensorFlow 2.16 or newer, and {missing} is not installed: "
                 'pip install "attn_ops[tf]"'
+            ) from error
+        if missing in ("jax", "jaxlib"):
+            raise ImportError(
+                f'attn_ops.{wanted} needs JAX 0.5 or newer, and {missing} is not installed: pip install "attn_ops[jax]"'
             ) from error
         raise
 

@@ -36,10 +36,18 @@ def core_unavailable_reason() -> str | None:
     return _core()[1]
 
 
+def disabled_reason() -> str | None:
+    """That the user switched the kernels off, or None."""
+    if os.environ.get("ATTN_OPS_DISABLE", "0") not in ("", "0"):
+        return "the environment variable ATTN_OPS_DISABLE switches the fused op off"
+    return None
+
+
 @functools.cache
 def _library() -> tuple[ModuleType | None, str | None]:
-    if os.environ.get("ATTN_OPS_DISABLE", "0") not in ("", "0"):
-        return None, "the environment variable ATTN_OPS_DISABLE switches the fused op off"
+    disabled = disabled_reason()
+    if disabled is not None:
+        return None, disabled
     try:
         import tensorflow as tf
     except ImportError as error:

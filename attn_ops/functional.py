@@ -6,9 +6,8 @@ import sys
 
 import tensorflow as tf
 
-from . import composite, fused, numpy_op, support
+from . import composite, fused, numpy_op, support, tensors
 from .arguments import normalize
-from .tensors import as_tensor
 
 _RUN = {"fused": fused.attention, "composite": composite.attention, "reference": numpy_op.attention}
 
@@ -113,6 +112,7 @@ def scaled_dot_product_attention(
         )
     name = "scaled_dot_product_attention"
     call = normalize(
+        tensors,
         name,
         query,
         key,
@@ -162,9 +162,10 @@ def attention_weights(
     is computed when not given. Differentiable.
     """
     name = "attention_weights"
-    key = as_tensor(name, "key", key)
+    key = tensors.as_tensor(name, "key", key)
     # One column of anything will do for the values: only lse is wanted.
     call = normalize(
+        tensors,
         name,
         query,
         key,
@@ -183,7 +184,7 @@ def attention_weights(
     if lse is None:
         _, lse = _RUN[chosen](call)
     else:
-        lse = as_tensor(name, "lse", lse)
+        lse = tensors.as_tensor(name, "lse", lse)
         if call.squeeze:
             lse = tf.expand_dims(lse, 1)
         _, expected = call.result_shapes()

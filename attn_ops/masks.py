@@ -4,8 +4,8 @@
     mask = masks.causal() & masks.key_padding(tokens != 0) & masks.window(left=255)
 
 A `Mask` is, like in the kernels (csrc/mask.h), one interval of keys per query row (causal, window, lengths) plus any
-number of boolean arrays that are never combined into one (padding, segments, user masks). Arrays may be NumPy or
-TensorFlow; this module needs TensorFlow only when it is given TensorFlow tensors.
+number of boolean arrays that are never combined into one (padding, segments, user masks). Arrays may be NumPy,
+TensorFlow or JAX; this module needs TensorFlow or JAX only when it is given their arrays.
 """
 
 import dataclasses
@@ -104,8 +104,8 @@ class Mask:
           seqlen_q, seqlen_k: extents, integers or integer scalars.
           batch: the first extent of the result, or None for 1 where no part depends on the batch entry.
         Returns:
-          bool `[batch or 1, num_heads or 1, seqlen_q, seqlen_k]`, true = may see: a TensorFlow tensor if an argument
-          or a part is one, else a NumPy array.
+          bool `[batch or 1, num_heads or 1, seqlen_q, seqlen_k]`, true = may see: a TensorFlow tensor or a JAX
+          array if an argument or a part is one, else a NumPy array.
         Raises:
           ValueError: a dense part does not broadcast, or a length (in NumPy) is outside [0, seqlen].
         """
@@ -141,7 +141,8 @@ def interval(
     They are separate so that each keeps its own small shape; none is there for what restricts nothing.
 
     Args:
-      rows, columns: int64 arrays that broadcast against each other: query rows and keys.
+      rows, columns: int64 arrays (in JAX of its default integers) that broadcast against each other: query rows and
+        keys.
       seqlen_q, seqlen_k: extents.
       query_lengths, key_lengths: None, or int64 arrays that broadcast against rows and columns.
       window_left, window_right: Python integers, -1 = unbounded.
@@ -156,10 +157,12 @@ def interval(
         terms.append(rows < query_lengths)
     if key_lengths is not None:
         terms.append(columns < key_lengths)
-    # Windows can be as large as INT64_MAX: beyond 2**62 they hide nothing, and sums must not overflow.
-    if 0 <= window_left < 2**62:
+    # Windows can be as large as INT64_MAX: those that reach everywhere hide nothing, and sums must not overflow.
+    known = isinstance(seqlen_q, int) and isinstance(seqlen_k, int)
+    everywhere = seqlen_q + seqlen_k if known else 2**62
+    if 0 <= window_left < everywhere:
         terms.append(columns >= own - window_left)
-    if 0 <= window_right < 2**62:
+    if 0 <= window_right < everywhere:
         terms.append(columns <= own + window_right)
     return terms
 
@@ -294,7 +297,7 @@ def _minimum(a, b):
 
 
 class _NumPy:
-    """The few array functions that NumPy and TensorFlow name differently."""
+    """The few array functions that NumPy, TensorFlow and JAX name or do differently."""
 
     arange = staticmethod(np.arange)
     minimum = staticmethod(np.minimum)
@@ -333,8 +336,31 @@ class _TensorFlow:
         """Values of a graph tensor are not known here; the attention op checks them when it runs."""
 
 
+class _Jax:
+    def __init__(self, jax):
+        self.jnp = jax.numpy
+        self.arange = jax.numpy.arange
+        self.minimum = jax.numpy.minimum
+
+    def int64(self, x):
+        """In JAX's default integers: int32, unless 64 bits are enabled. An integer stays one, since extents must."""
+        return x if isinstance(x, int) else self.jnp.asarray(x).astype(int)
+
+    def bool(self, x):
+        return self.jnp.asarray(x)
+
+    def repeat_batch(self, visible, batch):
+        return self.jnp.broadcast_to(visible, (batch, *visible.shape[1:]))
+
+    def check_lengths(self, name, lengths, seqlen):
+        """Values of a traced array are not known here; the attention checks them where it can."""
+
+
 def _namespace(values):
     tf = sys.modules.get("tensorflow")
     if tf is not None and any(tf.is_tensor(value) for value in values):
         return _TensorFlow(tf)
+    jax = sys.modules.get("jax")
+    if jax is not None and any(isinstance(value, jax.Array) for value in values):
+        return _Jax(jax)
     return _NumPy()

@@ -8,7 +8,7 @@ SC 2011). Whether the weight of key j in row i is kept depends only on (seed, of
     keep    = output[j & 3] >= floor(rate * 2**32)
 
 so the mask can be recomputed anywhere, whole or in part. `keep` computes it in NumPy, `keep_tensor` in TensorFlow
-ops that also compile with XLA.
+ops that also compile with XLA, `keep_jax` in JAX.
 """
 
 import math
@@ -47,8 +47,7 @@ def keep(seed, offset, batch, num_heads, seqlen_q, seqlen_k, rate):
         (groups, rows, heads, uint64(offset & _LOW32)),
         (uint64(seed & _LOW32), uint64((seed >> 32 ^ offset >> 32) & _LOW32)),
         constant=uint64,
-        low=lambda x: x & uint64(_LOW32),
-        high=lambda x: x >> uint64(32),
+        **_in_64_bits(lambda x: (x >> uint64(32), x & uint64(_LOW32))),
         xor=np.bitwise_xor,
     )
     # Ten rounds mix every counter into every word, so each word has the full broadcast shape.
@@ -88,8 +87,7 @@ def keep_tensor(seed, batch, num_heads, rows, seqlen_k, rate):
         (groups, rows, heads, low(seed[1])),
         (low(seed[0]), tf.bitwise.bitwise_xor(high(seed[0]), high(seed[1]))),
         constant=constant,
-        low=low,
-        high=high,
+        **_in_64_bits(lambda x: (high(x), low(x))),
         xor=tf.bitwise.bitwise_xor,
     )
     words = tf.reshape(tf.stack(words, axis=-1), [batch, num_heads, tf.shape(rows)[0], 4 * num_groups])
@@ -97,13 +95,58 @@ def keep_tensor(seed, batch, num_heads, rows, seqlen_k, rate):
     return tf.cast(words[..., :seqlen_k], tf.int64) >= limit
 
 
-def _philox(counter, key, *, constant, low, high, xor):
-    """Ten rounds over 32-bit words held in unsigned 64-bit integers; shapes broadcast."""
+def keep_jax(seed, batch, num_heads, rows, seqlen_k, rate):
+    """Which attention weights dropout keeps, in JAX; the bits of `keep`.
+
+    Args:
+      seed: uint32 array `[4]`: low and high word of the seed, low and high word of the offset.
+      batch, num_heads, seqlen_k: extents.
+      rows: integer array `[n]`, the query rows wanted.
+      rate: Python float, probability of dropping a weight, in [0, 1).
+    Returns:
+      bool array `[batch, num_heads, n, seqlen_k]`, true where the weight is kept.
+    """
+    import jax.numpy as jnp
+
+    uint32 = jnp.uint32
+
+    def product(x, m):
+        # JAX has no 64-bit integers by default: the high word comes from products of 16-bit halves.
+        x0, x1, m0, m1 = x & 0xFFFF, x >> 16, m & 0xFFFF, m >> 16
+        middle = x1 * m0 + (x0 * m0 >> 16)
+        return x1 * m1 + (middle >> 16) + (x0 * m1 + (middle & 0xFFFF) >> 16), x * m
+
+    limit = threshold(rate)
+    groups = -(-seqlen_k // 4)
+    words = _philox(
+        (
+            jnp.arange(groups, dtype=uint32),
+            rows.astype(uint32)[:, None],
+            jnp.arange(batch * num_heads, dtype=uint32).reshape(batch, num_heads, 1, 1),
+            seed[2],
+        ),
+        (seed[0], seed[1] ^ seed[3]),
+        constant=uint32,
+        product=product,
+        add=jnp.add,
+        xor=jnp.bitwise_xor,
+    )
+    words = jnp.stack(words, axis=-1).reshape(batch, num_heads, rows.size, 4 * groups)
+    return words[..., :seqlen_k] >= uint32(limit)
+
+
+def _in_64_bits(halves):
+    """`product` and `add` of `_philox` for words held in unsigned 64-bit integers; halves(x) is (high, low)."""
+    return {"product": lambda a, b: halves(a * b), "add": lambda a, b: halves(a + b)[1]}
+
+
+def _philox(counter, key, *, constant, product, add, xor):
+    """Ten rounds over 32-bit words; shapes broadcast. `product` gives the high and the low word."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     m0, m1, w0, w1 = (constant(x) for x in (_M0, _M1, _W0, _W1))
     for _ in range(10):
-        p0, p1 = c0 * m0, c2 * m1
-        c0, c1, c2, c3 = xor(xor(high(p1), c1), k0), low(p1), xor(xor(high(p0), c3), k1), low(p0)
-        k0, k1 = low(k0 + w0), low(k1 + w1)
+        (high0, low0), (high1, low1) = product(c0, m0), product(c2, m1)
+        c0, c1, c2, c3 = xor(xor(high1, c1), k0), low1, xor(xor(high0, c3), k1), low0
+        k0, k1 = add(k0, w0), add(k1, w1)
     return c0, c1, c2, c3

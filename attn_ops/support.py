@@ -2,48 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import tensorflow as tf
 
-from . import fused
+from . import explanation, fused, tensors
 from .arguments import AttentionCall, normalize
+from .explanation import Explanation, Support
 
 IMPLEMENTATIONS = ("fused", "composite", "reference")
 
 
-@dataclasses.dataclass(frozen=True)
-class Support:
-    """Whether something can run; ``reasons`` tells why not, one sentence each. True in a condition when it can."""
-
-    ok: bool
-    reasons: tuple[str, ...] = ()
-
-    def __bool__(self):
-        return self.ok
-
-
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """The ``implementation`` a call gets ("fused", "composite" or "reference") and the ``reasons`` against the fused one."""
-
-    implementation: str
-    reasons: tuple[str, ...] = ()
-
-    def __str__(self):
-        lines = [f"implementation: {self.implementation}"]
-        if self.reasons:
-            lines += ["not fused, because:", *(f"  - {reason}" for reason in self.reasons)]
-        return "\n".join(lines)
-
-
 def check_name(name: str, implementation: str | None) -> None:
     """ValueError unless ``implementation`` is None or the name of one."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"{name}: implementation must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
-            f"got {implementation!r}"
-        )
+    explanation.check_name(name, implementation, IMPLEMENTATIONS)
 
 
 def reasons_against(implementation: str, call: AttentionCall) -> list[str]:
@@ -60,9 +30,7 @@ def choose(name: str, call: AttentionCall, implementation: str | None) -> str:
     check_name(name, implementation)
     if implementation is None:
         return "composite" if fused.unsupported_reasons(call) else "fused"
-    reasons = reasons_against(implementation, call)
-    if reasons:
-        raise ValueError(f"{name}: implementation {implementation!r} cannot run: " + "; ".join(reasons))
+    explanation.check_can_run(name, implementation, reasons_against(implementation, call))
     return implementation
 
 
@@ -93,9 +61,9 @@ def described(name, query, key, value, options):
     """The normalised call. Where one of the tensors is only a specification, all of them become placeholders."""
     arguments = {"query": query, "key": key, "value": value, **options}
     if not any(_is_specification(x) for x in tf.nest.flatten(arguments)):
-        return normalize(name, **arguments)
+        return normalize(tensors, name, **arguments)
     with tf.Graph().as_default():
-        return normalize(name, **tf.nest.map_structure(_placeholder, arguments))
+        return normalize(tensors, name, **tf.nest.map_structure(_placeholder, arguments))
 
 
 def _is_specification(x):

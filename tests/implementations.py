@@ -6,6 +6,7 @@ TensorFlow) stays in the list and fails its tests, saying why, so that nothing g
 
 import dataclasses
 import functools
+import importlib.util
 
 import numpy as np
 from attn_ops import _native, reference
@@ -139,6 +140,36 @@ def _run_tensorflow(mode, implementation, query, key, value, d_out, d_lse, optio
     return Result(*[r.numpy() for r in results])
 
 
+def _run_jax(implementation, query, key, value, d_out, d_lse, options):
+    import jax
+    from attn_ops.jax import scaled_dot_product_attention
+
+    options = dict(options)
+    bias = options.pop("bias", None)
+    with jax.enable_x64(query.dtype == np.float64):
+
+        def attend(query, key, value, bias):
+            return scaled_dot_product_attention(
+                query, key, value, bias=bias, return_lse=True, implementation=implementation, **options
+            )
+
+        (out, lse), pull = jax.vjp(attend, *jax.tree.map(jax.numpy.asarray, (query, key, value, bias)))
+        d_lse = np.zeros(lse.shape, lse.dtype) if d_lse is None else d_lse.astype(lse.dtype)
+        gradients = pull((jax.numpy.asarray(d_out), jax.numpy.asarray(d_lse)))
+    return Result(*[None if x is None else np.asarray(x) for x in (out, lse, *gradients)])
+
+
+def _jax_missing(implementation):
+    """Why JAX cannot run ``implementation``, or None."""
+    if importlib.util.find_spec("jax") is None:
+        return "JAX is not installed"
+    if implementation == "composite":
+        return None
+    from attn_ops.jax import fused
+
+    return fused.unavailable_reason()
+
+
 def all_implementations():
     core = _native.core()
     if core is None:
@@ -152,3 +183,6 @@ def all_implementations():
                 run = functools.partial(_run_tensorflow, mode, implementation)
                 yield Implementation(f"{implementation}-{mode}", run, missing, thinning)
     yield Implementation("reference-eager", functools.partial(_run_tensorflow, "eager", "reference"), thinning=4)
+    for implementation, thinning in (("composite", 6), ("fused", 4)):
+        run = functools.partial(_run_jax, implementation)
+        yield Implementation(f"jax-{implementation}", run, _jax_missing(implementation), thinning)

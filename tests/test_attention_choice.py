@@ -94,7 +94,7 @@ def test_a_gpu_in_use_takes_the_composite(monkeypatch, scope, expected, traced):
             self.device = device
 
     query, key, value = tensors()
-    call = functional.normalize("test", query, key, value)
+    call = functional.normalize(functional.tensors, "test", query, key, value)
     on_gpu = type("Query", (), {"device": device})()
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["GPU:0"])
     monkeypatch.setattr(tf, "constant", Constant)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import keras
-import tensorflow as tf
+from keras import ops
 
 from attn_ops import masks
+from attn_ops.arrays import compatible
 from attn_ops.layers.axes import dims
 from attn_ops.layers.common import FlashAttention, attend_one_head, boolean, combine, dropout_seed, hide_rows
 
@@ -57,19 +58,19 @@ class Attention(FlashAttention, _Stock):
         out, scores = attend_one_head(
             *(_one_batch_axis(x, 2) for x in (query, key, value)),
             mask=combine([masks.causal() if use_causal_mask else None, _value_mask(value_mask, value)]),
-            scale=1.0 if self.scale is None else tf.convert_to_tensor(self.scale),
+            scale=1.0 if self.scale is None else ops.convert_to_tensor(self.scale),
             implementation=self.implementation,
             dropout_rate=self.dropout,
             dropout_seed=dropout_seed(self, self.dropout, training),
             scores="dropped" if return_attention_scores else None,
         )
         leading = dims(query)[:-1]
-        out = tf.reshape(out, [*leading, dims(out)[-1]])
+        out = ops.reshape(out, [*leading, dims(out)[-1]])
         if query_mask is not None:
             out = hide_rows(out, boolean(query_mask, "the query mask"))
         if not return_attention_scores:
             return out
-        return out, tf.reshape(scores, [*leading, dims(scores)[-1]])
+        return out, ops.reshape(scores, [*leading, dims(scores)[-1]])
 
     def _stock_reason(self, query, key, value, value_mask):
         """Why this call has to run Keras's own code, or None."""
@@ -78,11 +79,11 @@ class Attention(FlashAttention, _Stock):
         for step in ("_calculate_scores", "_apply_scores", "_calculate_score_mask"):
             if getattr(type(self), step) is not getattr(_Stock, step):
                 return f"{type(self).__name__} overrides {step}()"
-        batch = query.shape[:-2]
+        batch = tuple(query.shape[:-2])
         for x in (key, value):
-            same = x.shape[:-2].is_compatible_with(batch)
-            if not same or any((a == 1) != (b == 1) for a, b in zip(x.shape[:-2], batch)):
-                return f"the axes before the sequence differ, {batch} and {x.shape[:-2]}, and would be broadcast"
+            other = tuple(x.shape[:-2])
+            if not compatible(other, batch) or any((a == 1) != (b == 1) for a, b in zip(other, batch)):
+                return f"the axes before the sequence differ, {batch} and {other}, and would be broadcast"
         if value_mask is not None and len(query.shape) > 3 and len(value_mask.shape) != len(value.shape) - 1:
             return f"the value mask of shape {value_mask.shape} does not cover the axes {value.shape[:-1]}"
         return None
@@ -91,7 +92,7 @@ class Attention(FlashAttention, _Stock):
 def _one_batch_axis(x, num_last):
     """`x` with all axes but the last `num_last` merged into one."""
     extents = dims(x)
-    return tf.reshape(x, [math.prod(extents[:-num_last]), *extents[-num_last:]])
+    return ops.reshape(x, [math.prod(extents[:-num_last]), *extents[-num_last:]])
 
 
 def _value_mask(mask, value):
@@ -100,5 +101,5 @@ def _value_mask(mask, value):
         return None
     mask = boolean(mask, "the value mask")
     if len(mask.shape) == len(value.shape):
-        return masks.boolean(tf.expand_dims(mask, 1))
+        return masks.boolean(ops.expand_dims(mask, 1))
     return masks.key_padding(_one_batch_axis(mask, 1))

@@ -10,19 +10,13 @@ from __future__ import annotations
 
 import math
 
-import tensorflow as tf
+from keras import ops
 
 
 def dims(x):
     """The extents of `x`: ints where they are static, scalar tensors where not."""
-    dynamic = None
-    out = []
-    for axis, extent in enumerate(x.shape):
-        if extent is None:
-            dynamic = tf.shape(x) if dynamic is None else dynamic
-            extent = dynamic[axis]
-        out.append(extent)
-    return out
+    extents = list(x.shape)
+    return list(ops.shape(x)) if None in extents else extents
 
 
 class AttentionAxes:
@@ -46,26 +40,26 @@ class AttentionAxes:
         if self.is_flat:
             return x
         n = self.num_axes
-        x = tf.transpose(x, [*self._order, n, n + 1])
+        x = ops.transpose(x, [*self._order, n, n + 1])
         extents = dims(x)
         num_free = len(self.free)
-        return tf.reshape(x, [math.prod(extents[:num_free]), math.prod(extents[num_free:n]), *extents[n:]])
+        return ops.reshape(x, [math.prod(extents[:num_free]), math.prod(extents[num_free:n]), *extents[n:]])
 
     def unflatten(self, x, like):
         """Undoes :meth:`flatten`; `like` has the leading extents that the result gets."""
         if self.is_flat:
             return x
         extents = dims(like)
-        x = tf.reshape(x, [*(extents[axis] for axis in self._order), *dims(x)[2:]])
+        x = ops.reshape(x, [*(extents[axis] for axis in self._order), *dims(x)[2:]])
         back = [self._order.index(axis) for axis in range(self.num_axes)]
-        return tf.transpose(x, [*back, self.num_axes, self.num_axes + 1])
+        return ops.transpose(x, [*back, self.num_axes, self.num_axes + 1])
 
     def unflatten_scores(self, scores, query, key):
         """`[prod(free), num_heads, seqlen_q, seqlen_k]` to `[*free, num_heads, *attended of query, *attended of key]`."""
         if self.is_flat:
             return scores
         extents_q, extents_k = dims(query), dims(key)
-        return tf.reshape(
+        return ops.reshape(
             scores,
             [
                 *(extents_q[axis] for axis in self.free),
@@ -89,8 +83,8 @@ class AttentionAxes:
                 f"attn_ops.layers: a padding mask of shape {tuple(mask.shape)} has more axes than the {self.num_axes} "
                 "before the features of its input"
             )
-        mask = tf.reshape(mask, [*dims(mask), *[1] * missing])
-        mask = tf.transpose(mask, self._order)
+        mask = ops.reshape(mask, [*dims(mask), *[1] * missing])
+        mask = ops.transpose(mask, self._order)
         extents = dims(like)
         return _merge(mask, [[extents[axis] for axis in self.free], [extents[axis] for axis in self.attended]])
 
@@ -115,7 +109,7 @@ class AttentionAxes:
             )
         extents = dims(mask)
         missing = [1] * (num_free + 1 - leading)
-        mask = tf.reshape(mask, [*extents[:leading], *missing, *extents[leading:]])
+        mask = ops.reshape(mask, [*extents[:leading], *missing, *extents[leading:]])
         if self.is_flat:
             return mask
         extents_q, extents_k = dims(query), dims(key)
@@ -142,8 +136,8 @@ def _merge(mask, groups):
         broadcast += mine
         merged.append(math.prod(mine))
     if len(broadcast) > len(merged):
-        mask = tf.broadcast_to(mask, broadcast)
-    return tf.reshape(mask, merged)
+        mask = ops.broadcast_to(mask, broadcast)
+    return ops.reshape(mask, merged)
 
 
 def _is_one(extent):

@@ -6,11 +6,11 @@ import functools
 import operator
 
 import keras
-import tensorflow as tf
+from keras import ops
 
-import attn_ops
-from attn_ops import masks, philox
+from attn_ops import masks
 from attn_ops.layers.axes import dims
+from attn_ops.layers.backend import backend
 
 _IMPLEMENTATIONS = {None: None, True: "fused", False: "composite"}
 
@@ -56,22 +56,19 @@ class FlashAttention:
 def boolean(mask, name):
     """`mask` as a bool tensor. Integers are true where not 0, as in Keras; floats must all be 0 or 1.
 
-    Keras would cast an additive mask of zeros and large negative numbers to bool, which inverts it. Raises
-    tf.errors.InvalidArgumentError instead, except inside XLA, which drops assertions.
+    Keras would cast an additive mask of zeros and large negative numbers to bool, which inverts it. Raises instead:
+    tf.errors.InvalidArgumentError, on JAX ValueError. Not inside XLA, which drops assertions, nor for what JAX traces
+    (`jit`, and so `fit` and `predict`): there the mask is cast as Keras does.
     """
-    mask = tf.convert_to_tensor(mask)
-    if mask.dtype.is_floating:
-        check = tf.debugging.Assert(
-            tf.reduce_all((mask == 0) | (mask == 1)),
-            [
-                f"attn_ops.layers: {name} must be boolean, or hold only 0 and 1. An additive mask would be inverted: pass "
-                f"`{name} > -1` instead, or attn_ops.scaled_dot_product_attention(bias=...). Received:",
-                mask,
-            ],
+    mask = ops.convert_to_tensor(mask)
+    dtype = keras.backend.standardize_dtype(mask.dtype)
+    if "float" in dtype:
+        mask = backend.with_0_and_1_only(
+            mask,
+            f"attn_ops.layers: {name} must be boolean, or hold only 0 and 1. An additive mask would be inverted: pass "
+            f"`{name} > -1` instead, or attn_ops.scaled_dot_product_attention(bias=...). Received:",
         )
-        with tf.control_dependencies([] if check is None else [check]):
-            mask = tf.identity(mask)
-    return mask if mask.dtype == tf.bool else tf.cast(mask, tf.bool)
+    return mask if dtype == "bool" else ops.cast(mask, "bool")
 
 
 def combine(parts):
@@ -126,17 +123,17 @@ def dropout_seed(owner, rate, training):
     generator, as in Keras."""
     if not training or not rate:
         return None
-    return tf.cast(owner.seed_generator.next(), tf.int64)
+    return backend.seed(owner.seed_generator.next())
 
 
 def without_keras_mask(x):
     """`x` without its Keras mask, for a sublayer that would warn about it; the caller's tensor keeps it."""
-    return x if getattr(x, "_keras_mask", None) is None else tf.identity(x)
+    return backend.without_keras_mask(x)
 
 
 def hide_rows(out, query_mask):
     """`out` `[*batch, seqlen, features]` with zeros where `query_mask` `[*batch, seqlen]` is False."""
-    return tf.where(tf.expand_dims(query_mask, -1), out, tf.zeros((), out.dtype))
+    return ops.where(ops.expand_dims(query_mask, -1), out, ops.zeros((), out.dtype))
 
 
 def attend(query, key, value, *, mask, scale, implementation, dropout_rate, dropout_seed, scores=None):
@@ -147,7 +144,7 @@ def attend(query, key, value, *, mask, scale, implementation, dropout_rate, drop
         mask: An :class:`attn_ops.masks.Mask` or None.
         scale: Float or scalar tensor.
         implementation: None, "fused" or "composite".
-        dropout_rate: The rate where `dropout_seed` is given, an int64 `[2]` tensor; no dropout where that is None.
+        dropout_rate: The rate where `dropout_seed` is given, by `dropout_seed()`; no dropout where that is None.
         scores: None, "undropped" (the softmax) or "dropped" (what multiplied the values).
 
     Returns:
@@ -155,21 +152,20 @@ def attend(query, key, value, *, mask, scale, implementation, dropout_rate, drop
     """
     options = {"mask": mask, "scale": scale}
     dropout = {} if dropout_seed is None else {"dropout_rate": dropout_rate, "dropout_seed": dropout_seed}
-    result = attn_ops.scaled_dot_product_attention(
+    result = backend.attention.scaled_dot_product_attention(
         query, key, value, **options, **dropout, implementation=implementation, return_lse=scores is not None
     )
     if scores is None:
         return result, None
     out, lse = result
-    weights = attn_ops.attention_weights(query, key, lse=lse, **options)
+    weights = backend.attention.attention_weights(query, key, lse=lse, **options)
     if scores == "dropped" and dropout:
-        batch, num_heads, seqlen_q, seqlen_k = dims(weights)
-        keep = philox.keep_tensor(dropout_seed, batch, num_heads, tf.range(seqlen_q), seqlen_k, dropout_rate)
-        weights = tf.where(keep, weights / (1.0 - dropout_rate), tf.zeros((), weights.dtype))
+        keep = backend.kept(dropout_seed, dims(weights), dropout_rate)
+        weights = ops.where(keep, weights / (1.0 - dropout_rate), ops.zeros((), weights.dtype))
     return out, weights
 
 
 def attend_one_head(query, key, value, **options):
     """:func:`attend` for `[batch, seqlen, features]` tensors; the scores are `[batch, seqlen_q, seqlen_k]`."""
-    out, scores = attend(*(tf.expand_dims(x, 2) for x in (query, key, value)), **options)
-    return tf.squeeze(out, 2), scores if scores is None else tf.squeeze(scores, 1)
+    out, scores = attend(*(ops.expand_dims(x, 2) for x in (query, key, value)), **options)
+    return ops.squeeze(out, 2), scores if scores is None else ops.squeeze(scores, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import keras
-import tensorflow as tf
+from keras import ops
 
 from attn_ops import masks
 from attn_ops.layers.axes import AttentionAxes
@@ -87,7 +87,7 @@ class GroupedQueryAttention(FlashAttention, _Stock):
         Returns the outputs `[batch, seqlen_q, num_query_heads, head_dim]` and, where the layer was asked for them, the
         scores `[batch, num_query_heads, seqlen_q, seqlen_k]`, otherwise None.
         """
-        query, key, value = (tf.convert_to_tensor(x) for x in (query, key, value))
+        query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
         if not isinstance(attention_mask, masks.Mask):
             attention_mask = keras_mask(_AXES, query, key, attention_mask=attention_mask)
         return attend(

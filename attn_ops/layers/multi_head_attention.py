@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import keras
-import tensorflow as tf
+from keras import ops
 
 from attn_ops import masks
 from attn_ops.layers.axes import AttentionAxes
@@ -27,8 +27,8 @@ class MultiHeadAttention(FlashAttention, _Stock):
     - A query that sees no key gives 0, where Keras gives the mean of all values without dropout and scores.
     - A causal mask or a window over one attention axis that is not the first works; over several axes it raises
       ValueError.
-    - A float `attention_mask` must hold only 0 and 1 (`tf.errors.InvalidArgumentError` otherwise): Keras inverts
-      additive masks silently.
+    - A float `attention_mask` must hold only 0 and 1: Keras inverts additive masks silently. Otherwise
+      `tf.errors.InvalidArgumentError`, on JAX ValueError; in functions that XLA or JAX traces it goes unnoticed.
     - Masks stay structured. A subclass that overrides `call` or `_compute_attention` gets Keras's dense mask from
       `_compute_attention_mask`, and `_compute_attention` accepts it.
     """
@@ -80,7 +80,7 @@ class MultiHeadAttention(FlashAttention, _Stock):
         Returns the outputs `[batch, *dims, num_heads, value_dim]` and the scores `[batch, *free dims, num_heads,
         *attended dims of query, *attended dims of key]`, or None where they are not asked for.
         """
-        query, key, value = (tf.convert_to_tensor(x) for x in (query, key, value))
+        query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
         axes = AttentionAxes(self._attention_axes, len(query.shape) - 2)
         if not isinstance(attention_mask, masks.Mask):
             attention_mask = keras_mask(axes, query, key, attention_mask=attention_mask)

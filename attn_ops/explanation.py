@@ -1,0 +1,44 @@
+"""What is said about the choice of an implementation, in any framework."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Support:
+    """Whether something can run; ``reasons`` tells why not, one sentence each. True in a condition when it can."""
+
+    ok: bool
+    reasons: tuple[str, ...] = ()
+
+    def __bool__(self):
+        return self.ok
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The ``implementation`` a call gets ("fused", "composite", "reference") and the ``reasons`` against the fused one."""
+
+    implementation: str
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self):
+        lines = [f"implementation: {self.implementation}"]
+        if self.reasons:
+            lines += ["not fused, because:", *(f"  - {reason}" for reason in self.reasons)]
+        return "\n".join(lines)
+
+
+def check_name(name: str, implementation: str | None, known: tuple[str, ...]) -> None:
+    """ValueError unless ``implementation`` is None or one of the ``known`` ones."""
+    if implementation is not None and implementation not in known:
+        raise ValueError(
+            f"{name}: implementation must be None or one of {', '.join(map(repr, known))}, got {implementation!r}"
+        )
+
+
+def check_can_run(name: str, implementation: str, reasons) -> None:
+    """ValueError for an ``implementation`` that was asked for and cannot run, with all the ``reasons``."""
+    if reasons:
+        raise ValueError(f"{name}: implementation {implementation!r} cannot run: " + "; ".join(reasons))

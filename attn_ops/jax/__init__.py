@@ -1,0 +1,12 @@
+"""Fused attention for JAX, by the kernels that TensorFlow runs.
+
+    import attn_ops.jax
+    out = attn_ops.jax.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+Works under `jax.jit`, `jax.grad` (to any order), `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`. TensorFlow is not
+needed.
+"""
+
+from attn_ops.jax.functional import attention_weights, explain, scaled_dot_product_attention
+
+__all__ = ["attention_weights", "explain", "scaled_dot_product_attention"]

@@ -1,0 +1,48 @@
+"""An `AttentionCall` in the two parts that JAX keeps apart: arrays, and what is known when a function is traced."""
+
+from __future__ import annotations
+
+import typing
+
+import jax
+
+from attn_ops.arguments import AttentionCall
+
+
+class Arrays(typing.NamedTuple):
+    """The arrays of an `AttentionCall`, under its names; a pytree."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    bias: jax.Array | None
+    masks: tuple[jax.Array, ...]
+    query_lengths: jax.Array | None
+    key_lengths: jax.Array | None
+    seed: jax.Array | None
+
+
+class Options(typing.NamedTuple):
+    """The other fields that the mathematics needs; hashable, a static argument of jitted functions."""
+
+    scale: float | None
+    window_left: int
+    window_right: int
+    bottom_right: bool
+    dropout_rate: float
+    layout: str
+
+
+def split(call: AttentionCall) -> tuple[Options, Arrays]:
+    return tuple(part(*(getattr(call, name) for name in part._fields)) for part in (Options, Arrays))
+
+
+def canonical_extents(x, layout):
+    """(batch, heads, seqlen, dim) of an array in ``layout``."""
+    batch, second, third, dim = x.shape
+    return (batch, third, second, dim) if layout == "BSHD" else (batch, second, third, dim)
+
+
+def accumulator(dtype):
+    """The dtype of scores, sums and lse for inputs of ``dtype``."""
+    return "float64" if dtype == "float64" else "float32"

@@ -1,0 +1,217 @@
+"""Attention in JAX operations: runs on every platform, and has derivatives of every order and both modes.
+
+The same function as the fused kernels, and what runs where they cannot, as `attn_ops/composite.py` is in TensorFlow:
+- scores, softmax and sums are float32 for every 16-bit and float32 input (float64 for float64), with the scale on the
+  query before the product;
+- a row that sees no key gives zeros, and NaN or infinity in masked queries, keys and values stays where it is;
+- key heads are never repeated: the query heads of a group are one more axis of the product;
+- the backward pass recomputes the weights (`jax.checkpoint`), and where there are many scores, query rows are taken in
+  chunks, so that memory is that of one chunk of scores.
+
+Shapes inside: query and out `[batch, num_heads, seqlen_q, dim]`, key and value `[batch, num_kv_heads, seqlen_k, dim]`,
+scores `[batch, num_heads, seqlen_q, seqlen_k]`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+
+import jax
+import jax.numpy as jnp
+
+from attn_ops import masks, philox
+from attn_ops.jax.call import Arrays, Options, accumulator, canonical_extents
+
+# Scores that are computed in one piece, and the scores of a chunk when there are more.
+UNCHUNKED_SCORES = 2**24
+CHUNK_SCORES = 2**22
+
+
+def attention(options: Options, arrays: Arrays, chunk_rows: int | None = None):
+    """out in the shape and dtype of query (with value_dim), and lse `[batch, num_heads, seqlen_q]`.
+
+    ``chunk_rows`` is how many query rows to take at a time; None for all, unless that is more than `UNCHUNKED_SCORES`
+    scores.
+    """
+    batch, num_heads, seqlen_q, _ = canonical_extents(arrays.query, options.layout)
+    seqlen_k = canonical_extents(arrays.key, options.layout)[2]
+    if chunk_rows is None:
+        row = batch * num_heads * seqlen_k
+        chunk_rows = seqlen_q if row * seqlen_q <= UNCHUNKED_SCORES else max(CHUNK_SCORES // row, 1)
+    q, k, v = _inputs(options, arrays)
+
+    # What has rows is an argument, and cut; bias and masks that broadcast along the rows are not.
+    cut = [q] + [x if x is not None and x.shape[2] != 1 else None for x in (arrays.bias, *arrays.masks)]
+
+    count = seqlen_q // chunk_rows if 0 < chunk_rows < seqlen_q else 0
+
+    # Without a loop XLA would find that the backward pass computes the scores again, and keep the first ones.
+    @functools.partial(jax.checkpoint, prevent_cse=not count)
+    def block(start, k, v, q, *cut_scores):
+        whole = (arrays.bias, *arrays.masks)
+        bias, *dense = [w if c is None else c for w, c in zip(whole, cut_scores)]
+        s, visible = _scores(options, arrays, (seqlen_q, seqlen_k), start, q, k, bias, dense)
+        return _softmax(options, arrays, start, s, visible, v)
+
+    results = []
+    if count:
+        starts = jnp.arange(count) * chunk_rows
+        chunks = [x if x is None else _chunks(x, count, chunk_rows) for x in cut]
+        results.append([_joined(x) for x in jax.lax.map(lambda xs: block(xs[0], k, v, *xs[1:]), (starts, *chunks))])
+    start = count * chunk_rows
+    if start < seqlen_q or not count:
+        results.append(block(start, k, v, *(x if x is None else x[:, :, start:] for x in cut)))
+    out, lse = (jnp.concatenate(parts, 2) if len(parts) > 1 else parts[0] for parts in zip(*results))
+    return _to_layout(options, out.astype(arrays.query.dtype)), lse
+
+
+def attention_weights(options: Options, arrays: Arrays, lse):
+    """The softmax before dropout, recomputed from ``lse``: `[batch, num_heads, seqlen_q, seqlen_k]`, query's dtype."""
+    q, k, _ = _inputs(options, arrays)
+    s, _ = _scores(options, arrays, (q.shape[2], k.shape[2]), 0, q, k, arrays.bias, arrays.masks)
+    lse = lse.astype(s.dtype)[..., None]
+    # Selected before the subtraction too: the gradient of -inf - -inf would be NaN.
+    seen = s != -math.inf
+    difference = _select(seen, s) - _select(lse != -math.inf, lse)
+    return _select(seen, jnp.exp(jnp.minimum(difference, 0.0))).astype(arrays.query.dtype)
+
+
+def _inputs(options, arrays):
+    """The scaled query, key and value in the dtype of the scores, heads first."""
+    dtype = accumulator(arrays.query.dtype)
+    q, k, v = (_to_layout(options, x.astype(dtype)) for x in (arrays.query, arrays.key, arrays.value))
+    scale = 1.0 / math.sqrt(q.shape[-1]) if options.scale is None else options.scale
+    return q * jnp.asarray(scale, dtype), k, v
+
+
+def _to_layout(options, x):
+    """Between `layout` and `[batch, heads, seqlen, dim]`, either way."""
+    return x.swapaxes(1, 2) if options.layout == "BSHD" else x
+
+
+def _scores(options, arrays, seqlens, start, q, k, bias, dense):
+    """The scores of the rows from ``start`` on, -inf where hidden, and whether any can be hidden."""
+    visible = masks.interval(
+        (start + jnp.arange(q.shape[2]))[:, None],
+        jnp.arange(seqlens[1]),
+        *seqlens,
+        _lengths(arrays.query_lengths),
+        _lengths(arrays.key_lengths),
+        options.window_left,
+        options.window_right,
+        options.bottom_right,
+    )
+    visible += dense
+    if bias is not None:
+        bias = bias.astype(q.dtype)
+        visible.append(bias != -math.inf)
+    product = _masked_products if visible else _products
+    s = product(_grouped(q, k.shape[1]), k)
+    s = s.reshape(*q.shape[:3], seqlens[1])
+    if bias is not None:
+        s = s + bias
+    if visible:
+        s = jnp.where(functools.reduce(operator.and_, visible), s, -math.inf)
+    return s, bool(visible)
+
+
+def _softmax(options, arrays, start, s, masked, v):
+    """out and lse of these scores."""
+    # m is only a shift: its derivative cancels.
+    m = jax.lax.stop_gradient(jnp.max(s, -1, keepdims=True, initial=-math.inf))
+    difference = s - _select(m != -math.inf, m)
+    if masked:
+        # Selected before and after each step: in a row of NaN even hidden weights would be NaN, and so would the
+        # derivatives of what is selected only afterwards.
+        seen = s != -math.inf
+        e = _select(seen, jnp.exp(_select(seen, difference)))
+    else:
+        e = jnp.exp(difference)
+    total = e.sum(-1, keepdims=True)
+    empty = total == 0.0
+    total = jnp.where(empty, 1.0, total)
+    lse = jnp.where(empty, -math.inf, m + jnp.log(total))[..., 0]
+    p = e / total
+    if masked:
+        p = _select(seen, p)
+    if options.dropout_rate:
+        batch, num_heads, n, seqlen_k = s.shape
+        rows = start + jnp.arange(n)
+        keep = philox.keep_jax(arrays.seed, batch, num_heads, rows, seqlen_k, options.dropout_rate)
+        p = _select(keep, p / (1.0 - options.dropout_rate))
+    weigh = _masked_sum if masked or options.dropout_rate else _weighted_sum
+    out = weigh(_grouped(p, v.shape[1]), v).reshape(*s.shape[:3], v.shape[3])
+    # Selected, since the gradient of out may be NaN in padded rows.
+    return _select(~empty, out), lse
+
+
+def _lengths(lengths):
+    return None if lengths is None else lengths[:, None, None, None]
+
+
+def _grouped(x, num_kv_heads):
+    """`[batch, num_heads, n, last]` as `[batch, num_kv_heads, group_size, n, last]`."""
+    batch, num_heads, n, last = x.shape
+    return x.reshape(batch, num_kv_heads, num_heads // max(num_kv_heads, 1), n, last)
+
+
+def _products(rows, keys):
+    return jnp.einsum("bhgnd,bhkd->bhgnk", rows, keys)
+
+
+def _weighted_sum(weights, values):
+    return jnp.einsum("bhgnk,bhkd->bhgnd", weights, values)
+
+
+@jax.custom_jvp
+def _masked_products(rows, keys):
+    """`_products` some of which count for nothing: NaN and infinity do not reach derivatives through those."""
+    return _products(rows, keys)
+
+
+@_masked_products.defjvp
+def _masked_products_jvp(primals, tangents):
+    # A NaN or infinity that counts has made the score NaN already; the others must not meet the zeros of gradients.
+    (rows, keys), (d_rows, d_keys) = primals, tangents
+    return _masked_products(rows, keys), _products(d_rows, _finite(keys)) + _products(_finite(rows), d_keys)
+
+
+@jax.custom_jvp
+def _masked_sum(weights, values):
+    """`_weighted_sum` in which a weight of exactly 0 selects its value out, NaN or not.
+
+    A row that weighs a value with NaN or infinity in it gets, on top, all the NaN and infinity of its batch entry and
+    head: right for those that weigh none, while of the others more elements may be NaN than in the exact sum.
+    """
+    bad = ~jnp.isfinite(values)
+    spill = _select(bad, values).sum(-2, keepdims=True)[:, :, None]
+    meets_bad = _weighted_sum(weights, bad.any(-1, keepdims=True).astype(values.dtype)) > 0
+    return _weighted_sum(weights, _finite(values)) + _select(meets_bad, spill)
+
+
+@_masked_sum.defjvp
+def _masked_sum_jvp(primals, tangents):
+    (weights, values), (d_weights, d_values) = primals, tangents
+    return _masked_sum(weights, values), _weighted_sum(d_weights, values) + _weighted_sum(weights, d_values)
+
+
+def _select(condition, x):
+    return jnp.where(condition, x, 0.0)
+
+
+def _finite(x):
+    return _select(jnp.isfinite(x), x)
+
+
+def _chunks(x, count, rows):
+    """`[a, b, rows, last]` as `[count, a, b, rows, last]`, without the rows that do not fill a chunk."""
+    a, b, _, last = x.shape
+    return jnp.moveaxis(x[:, :, : count * rows].reshape(a, b, count, rows, last), 2, 0)
+
+
+def _joined(x):
+    """The inverse of `_chunks`."""
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])

@@ -1,0 +1,116 @@
+"""The fused attention with its derivatives, and the composite on platforms without kernels.
+
+Which of the two runs is decided by `jax.lax.platform_dependent`, when a function is lowered: only then is it known
+where its arrays will be (`jax.jit` on a device of choice, `jax.default_device`, `jax.export`), which the default backend
+does not tell.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from attn_ops.jax import composite, fused
+from attn_ops.jax.call import Arrays, Options
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attention(forced: bool, options: Options, arrays: Arrays):
+    """(out, lse) of the kernels; unless ``forced``, of the composite on platforms that have none.
+
+    Reverse mode, to any order: first derivatives are the kernels', higher ones go through the composite.
+    """
+    return _forward(forced, options, arrays)
+
+
+def _attention_forward(forced, options, primals):
+    arrays = jax.custom_derivatives.custom_vjp_primal_tree_values(primals)
+    # Itself, not `_forward`, here and below: for higher orders the rules are differentiated in turn.
+    out, lse = attention(forced, options, arrays)
+    # A constant bias costs the backward pass nothing. Told by structure, since a bool among residuals would be traced.
+    constant_bias = () if arrays.bias is None or not primals.bias.perturbed else None
+    return (out, lse), (arrays, jax.lax.stop_gradient(out), jax.lax.stop_gradient(lse), constant_bias)
+
+
+def _attention_backward(forced, options, residuals, cotangents):
+    arrays, out, lse, constant_bias = residuals
+    d_out, d_lse = (
+        jnp.zeros_like(x) if isinstance(d, jax.custom_derivatives.SymbolicZero) else d
+        for d, x in zip(cotangents, (out, lse))
+    )
+    d = gradients(forced, options, constant_bias is None, arrays, out, lse, d_out, d_lse)
+    return (_cotangents(arrays, d),)
+
+
+attention.defvjp(_attention_forward, _attention_backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def gradients(forced, options, d_bias, arrays, out, lse, d_out, d_lse):
+    """The cotangents of query, key, value and, with ``d_bias``, bias."""
+    return _backward(forced, options, d_bias, arrays, out, lse, d_out, d_lse)
+
+
+def _gradients_forward(forced, options, d_bias, arrays, out, lse, d_out, d_lse):
+    return gradients(forced, options, d_bias, arrays, out, lse, d_out, d_lse), (arrays, d_out, d_lse)
+
+
+def _gradients_backward(forced, options, d_bias, residuals, cotangents):
+    """Second order: the derivative of the composite's gradient.
+
+    `out` and `lse` are arguments of `gradients` but functions of the others; the composite computes them anew, so that
+    the whole derivative goes to the others and these two get none.
+    """
+    arrays, d_out, d_lse = residuals
+
+    def first(differentiable, d_out, d_lse):
+        return _composite_gradients(options, d_bias, _with(arrays, differentiable), d_out, d_lse)
+
+    _, pull = jax.vjp(first, arrays[: 4 if d_bias else 3], d_out, d_lse)
+    d, d_d_out, d_d_lse = pull(cotangents)
+    return _cotangents(arrays, d), None, None, d_d_out, d_d_lse
+
+
+gradients.defvjp(_gradients_forward, _gradients_backward)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(forced, options, arrays):
+    kernels = functools.partial(fused.forward, options)
+    if forced:
+        return kernels(arrays)
+    others = functools.partial(composite.attention, options)
+    return jax.lax.platform_dependent(arrays, default=others, **{fused.PLATFORM: kernels})
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _backward(forced, options, d_bias, *arguments):
+    def kernels(*arguments):
+        return fused.backward(options, *arguments, d_bias)
+
+    def others(arrays, out, lse, d_out, d_lse):
+        return _composite_gradients(options, d_bias, arrays, d_out, d_lse)
+
+    if forced:
+        return kernels(*arguments)
+    return jax.lax.platform_dependent(*arguments, default=others, **{fused.PLATFORM: kernels})
+
+
+def _composite_gradients(options, d_bias, arrays, d_out, d_lse):
+    def run(*differentiable):
+        return composite.attention(options, _with(arrays, differentiable))
+
+    return jax.vjp(run, *arrays[: 4 if d_bias else 3])[1]((d_out, d_lse))
+
+
+def _with(arrays, differentiable):
+    """``arrays`` with these in place of query, key, value and, if it is there, bias."""
+    return Arrays(*differentiable, *arrays[len(differentiable) :])
+
+
+def _cotangents(arrays, differentiable):
+    """Those of `Arrays` for query, key, value and perhaps bias; None is zero."""
+    rest = [(None,) * len(x) if isinstance(x, tuple) else None for x in arrays[len(differentiable) :]]
+    return Arrays(*differentiable, *rest)

@@ -1,0 +1,77 @@
+"""The fused kernels as XLA custom calls, and why they cannot run.
+
+The handlers are compiled into `attn_ops._core` (csrc/bindings/xla.cc).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+
+from attn_ops import _native
+from attn_ops.jax.call import Arrays, Options, accumulator, canonical_extents
+
+PLATFORM = "cpu"
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot run in this process, on whatever platform; None when they can. Registers them."""
+    reason = _native.disabled_reason() or _native.core_unavailable_reason()
+    if reason is not None:
+        return reason
+    for target, handler in _native.core().xla_handlers().items():
+        jax.ffi.register_ffi_target(target, handler, platform=PLATFORM)
+    return None
+
+
+def forward(options: Options, arrays: Arrays):
+    """(out, lse)."""
+    query, key, value = arrays[:3]
+    batch, num_heads, seqlen_q, _ = canonical_extents(query, options.layout)
+    results = (
+        jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
+        jax.ShapeDtypeStruct((batch, num_heads, seqlen_q), accumulator(query.dtype)),
+    )
+    optional, attributes = _optional(options, arrays)
+    return tuple(_kernel("attn_ops.forward", results)(query, key, value, *optional, **attributes))
+
+
+def backward(options: Options, arrays: Arrays, out, lse, d_out, d_lse, d_bias: bool):
+    """(d_query, d_key, d_value), and with ``d_bias`` the gradient of the bias after them."""
+    differentiable = arrays[: 4 if d_bias else 3]
+    results = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in differentiable)
+    optional, attributes = _optional(options, arrays)
+    return tuple(
+        _kernel("attn_ops.backward", results)(
+            *arrays[:3], out, lse, d_out, d_lse, *optional, **attributes, num_d_lse=np.int64(1), d_bias=d_bias
+        )
+    )
+
+
+def _kernel(target, results):
+    return jax.ffi.ffi_call(target, results, vmap_method="sequential")
+
+
+def _optional(options, arrays):
+    """The operands after the obligatory ones, and the attributes that both kernels take."""
+    lists = {
+        "bias": () if arrays.bias is None else (arrays.bias,),
+        "masks": arrays.masks,
+        "query_lengths": () if arrays.query_lengths is None else (arrays.query_lengths,),
+        "key_lengths": () if arrays.key_lengths is None else (arrays.key_lengths,),
+        "seed": () if arrays.seed is None else (arrays.seed,),
+    }
+    attributes = {f"num_{name}": np.int64(len(operands)) for name, operands in lists.items()}
+    attributes.update(
+        # Numbers travel as text, as they do in TensorFlow, which has no float64 attributes.
+        scale="" if options.scale is None else repr(options.scale),
+        dropout_rate=repr(options.dropout_rate),
+        window_left=np.int64(options.window_left),
+        window_right=np.int64(options.window_right),
+        bottom_right=options.bottom_right,
+        layout=options.layout,
+    )
+    return [operand for operands in lists.values() for operand in operands], attributes

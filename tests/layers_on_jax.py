@@ -1,0 +1,158 @@
+"""What test_layers_jax.py runs in a process of its own: our layers on the jax backend of Keras, without TensorFlow."""
+
+import sys
+
+import jax
+import keras
+import numpy as np
+import pytest
+
+import attn_ops
+
+layers = attn_ops.layers
+RNG = np.random.default_rng(0)
+FLASH = pytest.mark.parametrize("flash_attention", [True, False])
+TOKENS = RNG.integers(0, 5, (16, 7))
+TARGETS = RNG.normal(size=(16, 1)).astype("float32")
+
+
+def random(*shape):
+    return RNG.normal(size=shape).astype("float32")
+
+
+def twins(name, call, flash_attention=None, **config):
+    """A stock layer and ours, with the weights of the first."""
+    stock = getattr(keras.layers, name)(**config)
+    mine = getattr(layers, name)(**config, flash_attention=flash_attention)
+    for layer in (stock, mine):
+        call(layer)
+    assert [w.path.split("/")[-1] for w in mine.weights] == [w.path.split("/")[-1] for w in stock.weights]
+    mine.set_weights(stock.get_weights())
+    return stock, mine
+
+
+def assert_same(found, expected, atol=2e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=atol, atol=atol), found, expected)
+
+
+def test_this_is_jax_alone():
+    assert keras.backend.backend() == "jax" and sys.modules["tensorflow"] is None
+    assert layers.MultiHeadAttention(2, 8)(random(2, 3, 4), random(2, 3, 4)).shape == (2, 3, 4)
+
+
+VISIBLE = np.tril(np.ones((5, 5), bool))
+CALLS = {
+    "plain": {},
+    "causal": {"use_causal_mask": True},
+    "mask": {"attention_mask": np.stack([VISIBLE, VISIBLE[::-1, ::-1]])},
+    "float mask": {"attention_mask": np.stack([VISIBLE, VISIBLE]).astype("float32")},
+    "padding": {"value_mask": np.arange(5) < [[3], [5]], "key_mask": np.arange(5) < [[4], [2]]},
+    "scores": {"return_attention_scores": True, "use_causal_mask": True},
+}
+STOCK = {
+    "MultiHeadAttention": {"num_heads": 4, "key_dim": 8},
+    "GroupQueryAttention": {"head_dim": 8, "num_query_heads": 4, "num_key_value_heads": 2},
+}
+
+
+@FLASH
+@pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("name", STOCK)
+def test_parity(name, options, flash_attention):
+    x, y = random(2, 5, 16), random(2, 5, 16)
+    stock, mine = twins(name, lambda layer: layer(x, y), flash_attention, **STOCK[name])
+    assert_same(mine(x, y, **options), stock(x, y, **options))
+
+    def gradients(layer):
+        def total(weights, x):
+            out, _ = layer.stateless_call(weights, [], x, y, **options)
+            return sum(jax.numpy.sin(o).sum() for o in jax.tree.leaves(out))
+
+        weights = [w.value for w in layer.trainable_variables]
+        return jax.jit(jax.grad(total, argnums=(0, 1)))(weights, jax.numpy.asarray(x))
+
+    assert_same(gradients(mine), gradients(stock), 1e-4)
+
+
+@FLASH
+def test_parity_of_attention(flash_attention):
+    inputs = [random(2, 5, 8), random(2, 6, 8)]
+    stock, mine = twins("Attention", lambda layer: layer(inputs), flash_attention, use_scale=True)
+    masks = [np.arange(5) < [[5], [3]], np.arange(6) < [[2], [6]]]
+    for options in ({}, {"mask": masks}, {"return_attention_scores": True, "use_causal_mask": True}):
+        assert_same(mine(inputs, **options), stock(inputs, **options))
+
+
+def test_several_attention_axes():
+    x = random(2, 3, 4, 8)
+    config = {"num_heads": 2, "key_dim": 4, "attention_axes": (1, 2)}
+    stock, mine = twins("MultiHeadAttention", lambda layer: layer(x, x), **config)
+    assert_same(mine(x, x, return_attention_scores=True), stock(x, x, return_attention_scores=True))
+
+
+def make_model(dropout=0.2):
+    inputs = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(5, 16, mask_zero=True)(inputs)
+    x = layers.MultiHeadAttention(2, 8, dropout=dropout, seed=1)(x, x, use_causal_mask=True)
+    x = layers.GroupedQueryAttention(8, 4, 2, dropout=dropout, seed=2)(x, x)
+    x = layers.SelfAttention(8, dropout=dropout, seed=3)(x)
+    x = layers.Attention(dropout=dropout, use_scale=True, seed=4)([x, x])
+    x, weights = layers.AttentionLayerWithWeights(dropout=dropout, seed=5)([x, x, x])
+    x = layers.AttentionLayer(dropout=dropout, seed=6)([x, x, x])
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    return keras.Model(inputs, keras.layers.Dense(1)(x))
+
+
+def test_fit_predict_evaluate_save_load(tmp_path):
+    keras.utils.set_random_seed(0)
+    model = make_model()
+    model.compile(keras.optimizers.Adam(1e-2), "mse")
+    before = model.evaluate(TOKENS, TARGETS, verbose=0)
+    states = [np.array(v) for v in model.non_trainable_variables]
+    model.fit(TOKENS, TARGETS, epochs=15, batch_size=8, verbose=0)
+    assert model.evaluate(TOKENS, TARGETS, verbose=0) < before
+    # Every layer has drawn its own dropout at every step.
+    assert all((a != b).any() for a, b in zip(states, map(np.array, model.non_trainable_variables)))
+    expected = model.predict(TOKENS, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.predict(TOKENS, verbose=0), expected)
+
+
+@FLASH
+def test_dropout_draws_and_repeats(flash_attention):
+    x = random(2, 6, 8)
+
+    def run(seed):
+        layer = layers.AttentionLayerWithWeights(dropout=0.5, seed=seed, flash_attention=flash_attention)
+        return [layer([x, x, x], training=True) for _ in range(2)]
+
+    (first, weights), (second, _) = run(1)
+    assert_same(np.einsum("bqk,bkd->bqd", weights, x), first)
+    assert (np.array(weights) == 0).any() and np.abs(first - second).max() > 0.1
+    assert_same(run(1)[0], (first, weights))
+
+
+def test_mixed_precision():
+    layer = layers.MultiHeadAttention(2, 8, dtype="mixed_bfloat16")
+    x = random(2, 5, 16)
+    out = layer(x, x)
+    assert out.dtype == "bfloat16" and layer.weights[0].dtype == "float32"
+    exact = layers.MultiHeadAttention(2, 8)
+    exact(x, x)
+    exact.set_weights(layer.get_weights())
+    assert_same(np.array(out, "float32"), exact(x, x), 5e-2)
+
+
+def test_an_additive_mask_is_refused():
+    layer = layers.MultiHeadAttention(2, 8)
+    x = random(1, 3, 4)
+    with pytest.raises(ValueError, match="additive mask would be inverted"):
+        layer(x, x, attention_mask=np.where(np.eye(3), 0.0, -1e9)[None])
+
+
+def test_kernels_are_used():
+    layer = layers.MultiHeadAttention(2, 8, flash_attention=True)
+    x = random(1, 3, 4)
+    layer(x, x)
+    assert "attn_ops.forward" in str(jax.make_jaxpr(lambda x: layer(x, x))(x))
