@@ -17,7 +17,7 @@ from . import _native
 _OPS = ("composite", "fused")
 _wanted = contextvars.ContextVar("attn_ops.saved_models.wanted", default="composite")
 # The modules whose functions trace what they save. A frame of theirs on the stack means: this trace is for an export.
-_EXPORTERS = ("keras.src.export.", "tensorflow.python.saved_model.save", "tensorflow.lite.python.")
+_EXPORTERS = ("keras.src.export.", "tensorflow.python.saved_model.save")
 _HINT = "attn_ops_library_is_missing__import_attn_ops_and_call_attn_ops_load_library__or_tf_load_library"
 
 

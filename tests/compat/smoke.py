@@ -5,6 +5,8 @@ The last line is JSON, for run.py."""
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -99,6 +101,10 @@ def exports_hold_what_was_asked_for():
             loaded = tf.saved_model.load(directory)
             [result] = loaded.signatures["serving_default"](tf.constant(x)).values()
             np.testing.assert_allclose(result, wanted, atol=1e-5)
+            if fused:
+                load = f"import tensorflow as tf; tf.saved_model.load({directory!r})"
+                run = subprocess.run([sys.executable, "-c", load], stderr=subprocess.PIPE, text=True)
+                assert run.returncode == 1 and "attn_ops_load_library__or_tf_load_library" in run.stderr, run.stderr
 
 
 def implementation_under_xla():
