@@ -114,7 +114,7 @@ def test_bad_arguments(tmp_path, monkeypatch):
         attn_ops.export(keras.layers.Dense(1), tmp_path)
     with pytest.raises(ValueError, match="attn_ops.export: ops must be one of 'composite', 'fused', got 'reference'"):
         attn_ops.export(model, tmp_path, ops="reference")
-    with pytest.raises(ValueError, match="format 'tf_saved_model', the only one that can hold the op, got format 'onnx'"):
+    with pytest.raises(ValueError, match="'tf_saved_model', the only one that can hold the op, got format 'onnx'"):
         attn_ops.export(model, tmp_path, ops="fused", format="onnx")
     monkeypatch.setattr("attn_ops._native.unavailable_reason", lambda: "it is switched off")
     with pytest.raises(ValueError, match="ops='fused' needs the library, and it is switched off"):

@@ -29,7 +29,7 @@ def test_a_good_wheel_passes(tmp_path):
     [
         ({"platform": "linux_x86_64"}, "its platform is linux_x86_64, not manylinux_2_28"),
         ({"filling": MAX_BYTES}, f"bytes, not less than {MAX_BYTES}"),
-        ({"libraries": LIBRARIES[:1]}, "it has the libraries ['libattn_ops.so'], not the operators and the Python module"),
+        ({"libraries": LIBRARIES[:1]}, "it has the libraries ['libattn_ops.so'], not the operators and the Python"),
     ],
     ids=("platform", "size", "libraries"),
 )

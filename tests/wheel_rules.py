@@ -1,7 +1,7 @@
 """What the libraries of a wheel may ask of the machine they run on, and may show to the process they are loaded into.
 
-One set of rules, for the installed libraries (test_packaging.py) and for a wheel that was built (compat/check_wheel.py). The
-functions take a library's path; those that end in `_broken` return what breaks their rule.
+One set of rules, for the installed libraries (test_packaging.py) and for a wheel that was built (compat/check_wheel.py).
+The functions take a library's path; those that end in `_broken` return what breaks their rule.
 """
 
 import re
@@ -12,7 +12,7 @@ from elftools.elf.gnuversions import GNUVerNeedSection
 from elftools.elf.sections import SymbolTableSection
 
 C_API = Path(__file__).resolve().parents[1] / "csrc/bindings/tf_capi_symbols.txt"
-# The one symbol beyond the C API, weak: without it the operators make threads of their own (csrc/bindings/eigen_pool.h).
+# The one symbol beyond the C API. It is weak: without it the operators make threads of their own (eigen_pool.h).
 INTRA_OP_POOL = "_ZNK10tensorflow15OpKernelContext12eigen_deviceIN5Eigen16ThreadPoolDeviceEEERKT_v"
 # The floor of manylinux_2_28.
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
