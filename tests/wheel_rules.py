@@ -1,7 +1,7 @@
 """What the libraries of a wheel may ask of the machine they run on, and may show to the process they are loaded into.
 
-One set of rules, for the installed libraries (test_packaging.py) and for a wheel that was built (compat/check_wheel.py).
-The functions take a library's path; those that end in `_broken` return what breaks their rule.
+One set of rules, for the installed libraries (test_packaging.py) and for a wheel that was built
+(compat/check_wheel.py). The functions take a library's path; those that end in `_broken` return what breaks their rule.
 """
 
 import re
