@@ -25,6 +25,8 @@ _ATTRIBUTES = {
     "patched": "integration",
     "convert": "integration",
     "revert": "integration",
+    "export": "saved_models",
+    "load_library": "saved_models",
 }
 
 __all__ = ["__version__", *_MODULES, *_ATTRIBUTES]

@@ -20,7 +20,7 @@ import math
 
 import tensorflow as tf
 
-from attn_ops import masks, philox
+from attn_ops import masks, philox, saved_models
 from attn_ops.runtime_checks import at_least_1, canonical_extents, checked, extents
 
 # Scores that query_chunk="auto" computes in one piece, and the scores of a chunk when there are more.
@@ -297,7 +297,11 @@ def _chunk_rows(problem, query_chunk):
     """How many rows to take at a time, an integer or int32 scalar; None for all."""
     if query_chunk is None:
         return None
-    dims = (problem.batch, problem.num_heads, problem.seqlen_k)
+    batch = problem.batch
+    if not isinstance(batch, int) and saved_models.exported_ops() is not None:
+        # LiteRT has no dynamic loop over rows. One entry decides, so that no loop is exported where it needs none.
+        batch = 1
+    dims = (batch, problem.num_heads, problem.seqlen_k)
     known = all(isinstance(n, int) for n in (*dims, problem.seqlen_q))
     if query_chunk != "auto":
         return None if known and query_chunk >= problem.seqlen_q else query_chunk

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from . import _native, composite
+from . import _native, composite, saved_models
 from .arguments import AttentionCall
 
 _SHARED_ATTRIBUTES = ("scale", "dropout_rate", "window_left", "window_right", "bottom_right", "layout")
@@ -20,7 +20,7 @@ def unsupported_reasons(call: AttentionCall) -> list[str]:
 
     Every `AttentionCall` is within the op's reach, so the reasons are of the place: no library, an XLA trace, a GPU.
     """
-    reasons = []
+    reasons = saved_models.reasons_against_fused()
     missing = _native.unavailable_reason()
     if missing is not None:
         reasons.append(missing)
@@ -47,6 +47,7 @@ def _on_gpu(query) -> bool:
 
 def attention(call: AttentionCall):
     """(out, lse) of the fused op, differentiable."""
+    saved_models.leave_hint()
     out, lse = _native.library().attn_ops_forward(
         call.query,
         call.key,

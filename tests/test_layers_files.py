@@ -111,14 +111,11 @@ def test_variables_are_those_of_keras(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_export(tmp_path, name):
-    """The saved model holds the op that ran and needs attn_ops imported; flash_attention=False needs nothing."""
-    for flash in (None, False):
-        model = functional(ours(name), name, flash_attention=flash)
-        model.export(tmp_path / str(flash), verbose=False)
-        loaded = tf.saved_model.load(str(tmp_path / str(flash)))
-        np.testing.assert_allclose(loaded.serve(X), model(X), atol=1e-5)
-        ops = (tmp_path / str(flash) / "saved_model.pb").read_bytes()
-        assert flash is None or b"AttnOps>" not in ops
+    model = functional(ours(name), name)
+    model.export(tmp_path, verbose=False)
+    loaded = tf.saved_model.load(str(tmp_path))
+    np.testing.assert_allclose(loaded.serve(X), model(X), atol=1e-5)
+    assert b"AttnOps>" not in (tmp_path / "saved_model.pb").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["MultiHeadAttention", "GroupedQueryAttention"])

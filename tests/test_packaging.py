@@ -10,29 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import tensorflow as tf
 from attn_ops import _native
 from elftools.elf.elffile import ELFFile
-from elftools.elf.gnuversions import GNUVerNeedSection
-from elftools.elf.sections import SymbolTableSection
+
+from wheel_rules import LIBRARY_RULES, exports_broken, symbols, tensorflow_broken
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(_native.__file__).parent
 LIBRARY = PACKAGE / "libattn_ops.so"
 CORE = Path(_native.core().__file__)
-INTRA_OP_POOL = "_ZNK10tensorflow15OpKernelContext12eigen_deviceIN5Eigen16ThreadPoolDeviceEEERKT_v"
-# What linkers and start-up code always leave weak.
-BOILERPLATE = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__", "__cxa_finalize"}
-# The floor of manylinux_2_28.
-NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
-
-
-def symbols(path, section):
-    """(name, binding, is_defined) of a symbol table, local ones left out."""
-    with open(path, "rb") as file:
-        table = ELFFile(file).get_section_by_name(section)
-        assert isinstance(table, SymbolTableSection), f"{path} has no {section}"
-        entries = [(s.name, s["st_info"]["bind"], s["st_shndx"] != "SHN_UNDEF") for s in table.iter_symbols()]
-    return [entry for entry in entries if entry[0] and entry[1] != "STB_LOCAL"]
 
 
 def machine(path):
@@ -57,46 +44,18 @@ def test_no_code_of_an_isa_leaks(isa):
     assert any(name.endswith(f"kernels_{isa}E") for name in shown)
 
 
-@pytest.mark.parametrize("path, wanted", [(LIBRARY, set()), (CORE, {"PyInit__core"})], ids=("operators", "core"))
-def test_exports(path, wanted):
-    assert {name for name, _, defined in symbols(path, ".dynsym") if defined} == wanted
-
-
-def test_the_operators_need_the_c_api_and_nothing_else_of_tensorflow():
-    needed = {(name, binding) for name, binding, defined in symbols(LIBRARY, ".dynsym") if not defined}
-    of_tensorflow = {name for name, _ in needed if re.search(r"TF_|tensorflow|tsl|absl|Eigen", name)}
-    listed = set((ROOT / "csrc/bindings/tf_capi_symbols.txt").read_text().split())
-    assert of_tensorflow == listed | {INTRA_OP_POOL}
-    assert {name for name, binding in needed if binding == "STB_WEAK"} - BOILERPLATE == {INTRA_OP_POOL}
-    assert not [name for name, _ in needed if re.match(r"_?Py|cuda|cu[A-Z]", name)]
-
-
-@pytest.mark.parametrize(
-    "path, wanted", [(LIBRARY, {"libtensorflow_framework.so.2"}), (CORE, set())], ids=("operators", "core")
-)
-def test_needed_libraries(path, wanted):
-    with open(path, "rb") as file:
-        tags = list(ELFFile(file).get_section_by_name(".dynamic").iter_tags())
-    needed = {tag.needed for tag in tags if tag.entry.d_tag == "DT_NEEDED"}
-    system = r"(libc|libm|libstdc\+\+|libgcc_s|libpthread|ld-linux[-\w]*)\.so"
-    assert {name for name in needed if not re.match(system, name)} == wanted
-    assert not [tag for tag in tags if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")]
-
-
+@pytest.mark.parametrize("broken", LIBRARY_RULES, ids=lambda rule: rule.__name__.removesuffix("_broken"))
 @pytest.mark.parametrize("path", [LIBRARY, CORE], ids=("operators", "core"))
-def test_runs_on_systems_as_old_as_manylinux_2_28(path):
-    with open(path, "rb") as file:
-        versions = [
-            version.name
-            for section in ELFFile(file).iter_sections()
-            if isinstance(section, GNUVerNeedSection)
-            for _, entries in section.iter_versions()
-            for version in entries
-        ]
-    assert versions
-    for version in versions:
-        family, _, number = version.rpartition("_")
-        assert tuple(map(int, number.split("."))) <= NEWEST[family], version
+def test_library(path, broken):
+    assert broken(path) == set()
+
+
+def test_the_rules_see_a_library_that_breaks_them(tmp_path):
+    """TensorFlow's own library under the name of ours, which exports, needs and is all that ours must not."""
+    for name in (LIBRARY.name, CORE.name):
+        copy = tmp_path / name
+        copy.symlink_to(Path(tf.sysconfig.get_lib()) / "libtensorflow_framework.so.2")
+        assert exports_broken(copy) and tensorflow_broken(copy)
 
 
 def test_one_version_everywhere():

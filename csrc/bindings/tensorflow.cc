@@ -11,6 +11,7 @@
 #include "eigen_pool.h"
 #include "op_call.h"
 #include "tf_capi.h"
+#include "tf_hint.h"
 #include "tf_shapes.h"
 
 namespace attn_ops::tf {
@@ -252,6 +253,7 @@ __attribute__((constructor)) void register_operators() {
     }
     register_operator<false>();
     register_operator<true>();
+    register_hint();
   } catch (const std::exception& e) {
     std::fprintf(stderr, "attn_ops: the operators could not be registered: %s\n", e.what());
   }

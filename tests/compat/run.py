@@ -1,6 +1,8 @@
-"""Runs smoke.py with one wheel in several versions of TensorFlow; see README.md."""
+"""Runs smoke.py with one wheel in every pair of TensorFlow and Keras versions, and prints the matrix; see README.md."""
 
 import argparse
+import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -8,6 +10,8 @@ import venv
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+TENSORFLOW = ["2.16", "2.17", "2.18", "2.19", "2.20", "2.21"]
+KERAS = ["3.7", "3.10", "3.12", "3.15"]
 
 
 def build_wheel(directory: Path) -> Path:
@@ -17,33 +21,65 @@ def build_wheel(directory: Path) -> Path:
     return wheel
 
 
-def passes(version: str, wheel: Path, work: Path) -> bool:
-    environment = work / f"tensorflow-{version}"
-    python = environment / "bin" / "python"
+def make_environment(directory: Path, tensorflow: str, wheel: Path) -> Path:
+    """The Python of a virtual environment with that TensorFlow and the wheel."""
+    python = directory / "bin" / "python"
     if not python.exists():
-        venv.create(environment, with_pip=True)
-    pip = [python, "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, f"tensorflow-cpu=={version}.*", "keras>=3.7"], check=True)
-    subprocess.run([*pip, "--force-reinstall", "--no-deps", wheel], check=True)
+        venv.create(directory, with_pip=True)
+    install(python, f"tensorflow-cpu=={tensorflow}.*")
+    install(python, "--force-reinstall", "--no-deps", wheel)
+    return python
+
+
+def install(python, *what):
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what], check=True)
+
+
+def smoke(python: Path, work: Path) -> dict | None:
+    """What the last line of smoke.py reports, or None if it failed."""
     # From another directory, so that the installed package is found and not this checkout.
-    return subprocess.run([python, HERE / "smoke.py"], cwd=work).returncode == 0
+    run = subprocess.run([python, HERE / "smoke.py"], cwd=work, stdout=subprocess.PIPE, text=True)
+    print(run.stdout, end="", flush=True)
+    return json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else None
+
+
+def as_markdown(results: dict, keras_versions: list[str]) -> str:
+    rows = [["TensorFlow", *(f"Keras {version}" for version in keras_versions), "under XLA"]]
+    rows.append(["---"] * len(rows[0]))
+    for tensorflow, cells in results.items():
+        under_xla = sorted({cell["under_xla"] for cell in cells if cell})
+        rows.append([tensorflow, *("passed" if cell else "FAILED" for cell in cells), " / ".join(under_xla)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--versions", nargs="+", default=["2.17", "2.19", "2.21"])
-    parser.add_argument("--wheel", type=Path)
-    parser.add_argument("--work", type=Path)
+    parser.add_argument("--tensorflow", nargs="+", default=TENSORFLOW, metavar="VERSION")
+    parser.add_argument("--keras", nargs="+", default=KERAS, metavar="VERSION")
+    parser.add_argument("--wheel", type=Path, help="a wheel that is built; one of this checkout is built otherwise")
+    parser.add_argument("--work", type=Path, help="directory that keeps the environments for the next time")
+    parser.add_argument("--summary", type=Path, help="file that the matrix is added to as well")
     arguments = parser.parse_args()
+    results = {}
     with tempfile.TemporaryDirectory() as temporary:
         work = (arguments.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         wheel = (arguments.wheel or build_wheel(Path(temporary))).resolve()
-        results = {version: passes(version, wheel, work) for version in arguments.versions}
-    print(f"\n{wheel.name}, Python {sys.version.split()[0]}")
-    for version, passed in results.items():
-        print(f"  TensorFlow {version}: {'passed' if passed else 'FAILED'}")
-    sys.exit(not all(results.values()))
+        for tensorflow in arguments.tensorflow:
+            directory = work / f"tensorflow-{tensorflow}"
+            python = make_environment(directory, tensorflow, wheel)
+            results[tensorflow] = []
+            for keras in arguments.keras:
+                install(python, f"keras=={keras}.*")
+                results[tensorflow].append(smoke(python, work))
+            if arguments.work is None:
+                shutil.rmtree(directory)
+    summary = f"{wheel.name}, Python {sys.version.split()[0]}\n\n{as_markdown(results, arguments.keras)}\n"
+    print("\n" + summary)
+    if arguments.summary:
+        with arguments.summary.open("a") as file:
+            file.write(summary)
+    sys.exit(any(cell is None for cells in results.values() for cell in cells))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,12 @@
 """What must work in every TensorFlow: the operator against the NumPy reference, eager, traced and under XLA; its
-gradients; errors; threads; a Keras layer that trains, saves and loads. Needs nothing but the installed package."""
+gradients; errors; a Keras layer that trains, saves, loads and exports. Needs nothing but the installed package.
 
+The last line is JSON, for run.py."""
+
+import json
 import os
+import subprocess
+import sys
 import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -61,10 +66,14 @@ def errors_name_the_rule():
             raise AssertionError("no error")
 
 
-def layer_trains_saves_and_loads():
+def small_model():
     inputs = keras.Input((12, 16))
     x = attn_ops.layers.MultiHeadAttention(num_heads=2, key_dim=8)(inputs, inputs, use_causal_mask=True)
-    model = keras.Model(inputs, keras.layers.Dense(1)(x))
+    return keras.Model(inputs, keras.layers.Dense(1)(x))
+
+
+def layer_trains_saves_and_loads():
+    model = small_model()
     model.compile("adam", "mse")
     x, y = normal(64, 12, 16), normal(64, 12, 1)
     losses = model.fit(x, y, epochs=3, verbose=0).history["loss"]
@@ -76,10 +85,52 @@ def layer_trains_saves_and_loads():
     np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-5)
 
 
+def exports_hold_what_was_asked_for():
+    model, x = small_model(), normal(3, 12, 16)
+    wanted = model.predict(x, verbose=0)
+    for export, fused in (
+        (lambda path: model.export(path, verbose=False), False),
+        (lambda path: attn_ops.export(model, path, verbose=False), False),
+        (lambda path: attn_ops.export(model, path, ops="fused", verbose=False), True),
+        (lambda path: tf.saved_model.save(model, path), False),
+    ):
+        with tempfile.TemporaryDirectory() as directory:
+            export(directory)
+            with open(os.path.join(directory, "saved_model.pb"), "rb") as file:
+                assert (b"AttnOps>" in file.read()) == fused, (export, fused)
+            loaded = tf.saved_model.load(directory)
+            [result] = loaded.signatures["serving_default"](tf.constant(x)).values()
+            np.testing.assert_allclose(result, wanted, atol=1e-5)
+            if fused:
+                load = f"import tensorflow as tf; tf.saved_model.load({directory!r})"
+                run = subprocess.run([sys.executable, "-c", load], stderr=subprocess.PIPE, text=True)
+                assert run.returncode == 1 and "attn_ops_load_library__or_tf_load_library" in run.stderr, run.stderr
+
+
+def implementation_under_xla():
+    chosen = []
+
+    @tf.function(jit_compile=True)
+    def traced():
+        chosen.append(attn_ops.explain(q, k, v).implementation)
+        return 0
+
+    traced()
+    return chosen[0]
+
+
+CHECKS = (
+    operator_matches_reference,
+    errors_name_the_rule,
+    layer_trains_saves_and_loads,
+    exports_hold_what_was_asked_for,
+)
+
 print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}, NumPy {np.__version__}, {attn_ops.__file__}")
 assert _native.unavailable_reason() is None, _native.unavailable_reason()
 assert _native.core_unavailable_reason() is None, _native.core_unavailable_reason()
 close(_native.core().forward(q, k, v), reference.attention(q, k, v))
-for check in (operator_matches_reference, errors_name_the_rule, layer_trains_saves_and_loads):
+for check in CHECKS:
     check()
     print("  passed:", check.__name__)
+print(json.dumps({"tensorflow": tf.__version__, "keras": keras.__version__, "under_xla": implementation_under_xla()}))

@@ -1,0 +1,112 @@
+"""Models for serving: which operations an export holds, and what loads those of this library.
+
+The default is the composite, which loads anywhere. Keras and TensorFlow trace a model anew for an export but have no
+public way to tell so; the trace is recognised by who asked for it.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import sys
+
+import tensorflow as tf
+
+from . import _native
+
+_OPS = ("composite", "fused")
+_wanted = contextvars.ContextVar("attn_ops.saved_models.wanted", default="composite")
+# The modules whose functions trace what they save. A frame of theirs on the stack means: this trace is for an export.
+_EXPORTERS = ("keras.src.export.", "tensorflow.python.saved_model.save")
+_HINT = "attn_ops_library_is_missing__import_attn_ops_and_call_attn_ops_load_library__or_tf_load_library"
+
+
+def export(model, path, *, ops="composite", **kwargs):
+    """`model.export(path, **kwargs)` with the attention of your choice.
+
+    Args:
+        model: A Keras model.
+        path: Where to.
+        ops: "composite", which `model.export` gives too: TensorFlow's own operations, which load everywhere; or
+            "fused": the op of this library, wherever it can run here. To load that, a Python process calls
+            `attn_ops.load_library` first, any other TF_LoadLibrary with the library's path.
+        **kwargs: Of `model.export`: ``format``, ``input_signature``, ``verbose``.
+
+    Raises:
+        TypeError: ``model`` is not a Keras model.
+        ValueError: another ``ops``; "fused" in a format other than TensorFlow's, or without the library (says why);
+            a forced choice in the model (``flash_attention=True``, ``implementation="fused"``) that ``ops`` forbids.
+
+    A `tf.function` that was traced before is saved as it was traced.
+    """
+    keras = sys.modules.get("keras")  # without it there can be no model
+    if keras is None or not isinstance(model, keras.Model):
+        raise TypeError(f"attn_ops.export: model must be a Keras model, got {type(model).__name__}")
+    if ops not in _OPS:
+        raise ValueError(f"attn_ops.export: ops must be one of {', '.join(map(repr, _OPS))}, got {ops!r}")
+    if ops == "fused":
+        wanted_format = kwargs.get("format", "tf_saved_model")
+        if wanted_format != "tf_saved_model":
+            raise ValueError(
+                "attn_ops.export: ops='fused' is for format 'tf_saved_model', the only one that can hold the op, "
+                f"got format {wanted_format!r}"
+            )
+        missing = _native.unavailable_reason()
+        if missing is not None:
+            raise ValueError(f"attn_ops.export: ops='fused' needs the library, and {missing}")
+    token = _wanted.set(ops)
+    try:
+        model.export(path, **kwargs)
+    finally:
+        _wanted.reset(token)
+
+
+def load_library() -> str:
+    """Loads the compiled library into TensorFlow, so that models exported with ``ops="fused"`` can be loaded.
+
+    `import attn_ops` alone does not, since it is quick and works without TensorFlow; calling the attention or making
+    a layer does.
+
+    Returns:
+        The library's path, for TF_LoadLibrary of TensorFlow's C API and for servers.
+
+    Raises:
+        ImportError: The library cannot be loaded, and why.
+    """
+    from . import fused  # noqa: F401  registers the gradients, so that a loaded model can be differentiated
+
+    missing = _native.unavailable_reason()
+    if missing is not None:
+        raise ImportError(f"attn_ops.load_library: {missing}")
+    return os.path.realpath(_native._LIBRARY)
+
+
+def exported_ops() -> str | None:
+    """Which operations the export that is being traced is to hold, "composite" or "fused"; None outside of one."""
+    if tf.executing_eagerly():
+        return None
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith(_EXPORTERS):
+            return _wanted.get()
+        frame = frame.f_back
+    return None
+
+
+def reasons_against_fused() -> list[str]:
+    """Why an export that is being traced, if one is, is not to hold the fused op."""
+    if exported_ops() != "composite":
+        return []
+    return [
+        "the call is traced for an export, which is to load without this library: "
+        'attn_ops.export(model, path, ops="fused") keeps the op'
+    ]
+
+
+def leave_hint() -> None:
+    """Where an export is traced, puts the operator into the graph whose name tells what the loader needs.
+
+    Called before the first fused op is made: an unknown operator's name is all that TensorFlow's loaders print.
+    """
+    if exported_ops() == "fused":
+        getattr(_native.library(), _HINT)()
