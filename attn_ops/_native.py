@@ -6,6 +6,7 @@ NumPy arrays and needs nothing. Either is loaded at its first use, once per proc
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import os
@@ -24,6 +25,11 @@ def library() -> ModuleType | None:
 def unavailable_reason() -> str | None:
     """Why `library` is None, and what to do about it; None when it is there."""
     return _library()[1]
+
+
+def xla_unavailable_reason() -> str | None:
+    """Why functions compiled by XLA cannot call the kernels, where `library` is there; None when they can."""
+    return _xla_unavailable_reason()
 
 
 def core() -> ModuleType | None:
@@ -68,6 +74,13 @@ def _library() -> tuple[ModuleType | None, str | None]:
         return tf.load_op_library(path), None
     except (tf.errors.OpError, OSError) as error:
         return None, f"{path} cannot be loaded with TensorFlow {tf.__version__}: {error}"
+
+
+@functools.cache
+def _xla_unavailable_reason() -> str | None:
+    reason = ctypes.CDLL(os.path.realpath(_LIBRARY)).attn_ops_xla_unavailable_reason
+    reason.restype = ctypes.c_char_p
+    return reason().decode() or None
 
 
 def _mapped_copies() -> set[str]:

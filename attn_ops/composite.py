@@ -19,6 +19,7 @@ import functools
 import math
 
 import tensorflow as tf
+from tensorflow.core.framework import attr_value_pb2
 
 from attn_ops import masks, philox, saved_models
 from attn_ops.runtime_checks import at_least_1, canonical_extents, checked, extents
@@ -274,6 +275,7 @@ class _Chunks:
             maximum_iterations=self.count,
             parallel_iterations=1,  # more would hold the scores of as many chunks
         )
+        _let_xla_fold_shapes(state)
         state = [_join_rows(s.stack()) if s_0 is None else s for s, s_0 in zip(state, sums)]
         if isinstance(self.rest, int) and self.rest == 0:
             return state
@@ -293,12 +295,28 @@ class _Chunks:
         return tf.broadcast_to(x, [batch, heads, self.problem.seqlen_q, seqlen_k])
 
 
+def _let_xla_fold_shapes(state):
+    """Lets XLA look through the loop that made ``state`` for the extents inside it, which it must know.
+
+    TensorFlow asks for that itself where it traces for XLA. But any other graph may come to be compiled by it too.
+    """
+    if tf.executing_eagerly():
+        return
+    for x in state:
+        op = (x.flow if isinstance(x, tf.TensorArray) else x).op
+        while op.type == "Identity":
+            op = op.inputs[0].op
+        if op.type in ("While", "StatelessWhile"):
+            op._set_attr("_xla_propagate_compile_time_consts", attr_value_pb2.AttrValue(b=True))
+            return
+
+
 def _chunk_rows(problem, query_chunk):
     """How many rows to take at a time, an integer or int32 scalar; None for all."""
     if query_chunk is None:
         return None
     batch = problem.batch
-    if not isinstance(batch, int) and saved_models.exported_ops() is not None:
+    if not isinstance(batch, int) and saved_models.exporting():
         # LiteRT has no dynamic loop over rows. One entry decides, so that no loop is exported where it needs none.
         batch = 1
     dims = (batch, problem.num_heads, problem.seqlen_k)

@@ -18,13 +18,18 @@ class Support:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """The ``implementation`` a call gets ("fused", "composite", "reference") and the ``reasons`` against the fused one."""
+    """The ``implementation`` a call gets ("fused", "composite", "reference") and the ``reasons`` against the fused one.
+
+    ``form`` tells how the fused kernels are called: "op" (TensorFlow's operator), "xla" (a custom call inside XLA), or
+    "op or xla" (a graph that holds both, for whoever runs it to take the one it can); None for others.
+    """
 
     implementation: str
     reasons: tuple[str, ...] = ()
+    form: str | None = None
 
     def __str__(self):
-        lines = [f"implementation: {self.implementation}"]
+        lines = [f"implementation: {self.implementation}" + (f" ({self.form})" if self.form else "")]
         if self.reasons:
             lines += ["not fused, because:", *(f"  - {reason}" for reason in self.reasons)]
         return "\n".join(lines)

@@ -84,10 +84,9 @@ def scaled_dot_product_attention(
             cannot run here, with all its reasons.
         tf.errors.InvalidArgumentError: the same, where only the running op can know.
 
-    Functions traced for XLA (``jit_compile=True``) get the composite. A plain `tf.function` that was traced before,
-    outside XLA, and is then called by one traced for XLA holds the fused op, which XLA refuses: force
-    ``implementation="composite"`` in such functions. To load a saved model that holds the fused op, import
-    `attn_ops.functional` first.
+    The choice is made where the call is traced. Functions traced for XLA (``jit_compile=True``) call the same kernels from
+    inside XLA, with TensorFlow 2.18 or newer; other graphs hold what either needs, so they may be called by functions that
+    XLA compiles, and saved and compiled later. What Keras exports holds the composite: see `attn_ops.export`.
     """
     if _any_keras_tensor(query, key, value, bias, mask, scale, query_seq_lengths, key_value_seq_lengths, dropout_seed):
         from . import symbolic
@@ -133,7 +132,7 @@ def scaled_dot_product_attention(
     out, lse = _RUN[support.choose(name, call, implementation)](call)
     if call.squeeze:
         out = tf.squeeze(out, 2 if layout == "BSHD" else 1)
-        lse = tf.squeeze(lse, 1)
+        lse = tf.squeeze(lse, 1) if return_lse else None
     return (out, lse) if return_lse else out
 
 
@@ -179,6 +178,7 @@ def attention_weights(
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
         layout=layout,
+        return_lse=True,
     )
     chosen = support.choose(name, call, implementation)
     if lse is None:

@@ -1,31 +1,32 @@
-"""The fused TensorFlow ops: calling them, their gradients, and why a call cannot take them.
+"""The fused attention in TensorFlow: which of its forms runs where, their gradients, and why a call cannot take them.
 
-`AttnOps>Forward` and `AttnOps>Backward` are registered by the compiled library (csrc/bindings/tensorflow.cc). Their
-gradients are registered here rather than through `tf.custom_gradient`: that costs an eager call ten times as much, and
-would not survive a SavedModel.
+Eager calls run the operator (`native_op`). Functions traced for XLA hold a custom call of the same kernels (`xla_op`).
+Other graphs hold both (`graph_op`), since XLA may compile them later.
 """
 
 from __future__ import annotations
 
 import tensorflow as tf
 
-from . import _native, composite, saved_models
+from . import _native, graph_op, native_op, saved_models, second_order, xla_op
 from .arguments import AttentionCall
 
-_SHARED_ATTRIBUTES = ("scale", "dropout_rate", "window_left", "window_right", "bottom_right", "layout")
+
+_TENSORS = ("query", "key", "value", "bias", "query_lengths", "key_lengths", "seed")
 
 
-def unsupported_reasons(call: AttentionCall) -> list[str]:
-    """Why the fused op cannot, or should not, run ``call`` here and now; empty when it can.
+def unsupported_reasons(call: AttentionCall, forced: bool = False) -> list[str]:
+    """Why the fused kernels cannot, or should not, run ``call`` here and now; empty when they can.
 
-    Every `AttentionCall` is within the op's reach, so the reasons are of the place: no library, an XLA trace, a GPU.
+    Every `AttentionCall` is within the kernels' reach, so the reasons are of the place: no library, an XLA that takes no
+    custom call, a GPU, an export that is to load without the library unless the choice is ``forced``.
     """
-    reasons = saved_models.reasons_against_fused()
+    reasons = saved_models.reasons_against_fused(forced)
     missing = _native.unavailable_reason()
     if missing is not None:
         reasons.append(missing)
-    if in_xla():
-        reasons.append("the call is traced for XLA (jit_compile=True), which cannot compile the fused op")
+    elif in_xla() and _native.xla_unavailable_reason():
+        reasons.append(f"the call is traced for XLA (jit_compile=True), and {_native.xla_unavailable_reason()}")
     if _on_gpu(call.query):
         reasons.append("the fused op has no GPU kernel, and a GPU is in use; under tf.device('CPU') it runs on the CPU")
     return reasons
@@ -34,6 +35,13 @@ def unsupported_reasons(call: AttentionCall) -> list[str]:
 def in_xla() -> bool:
     """Whether this code is being traced for XLA, at any depth of nested functions and control flow."""
     return not tf.executing_eagerly() and tf.__internal__.get_enclosing_xla_context() is not None
+
+
+def form() -> str:
+    """How the fused kernels are called from here: "op", "xla", or "op or xla" where that is decided later."""
+    if tf.executing_eagerly():
+        return "op"
+    return "xla" if in_xla() else "op or xla"
 
 
 def _on_gpu(query) -> bool:
@@ -46,116 +54,67 @@ def _on_gpu(query) -> bool:
 
 
 def attention(call: AttentionCall):
-    """(out, lse) of the fused op, differentiable."""
+    """(out, lse), differentiable; lse is None in graphs unless ``call.return_lse``."""
+    if tf.executing_eagerly():
+        return native_op.forward(call)
     saved_models.leave_hint()
-    out, lse = _native.library().attn_ops_forward(
-        call.query,
-        call.key,
-        call.value,
-        () if call.bias is None else (call.bias,),
-        call.masks,
-        () if call.query_lengths is None else (call.query_lengths,),
-        () if call.key_lengths is None else (call.key_lengths,),
-        () if call.seed is None else (call.seed,),
-        Tlse=call.lse_dtype,
-        # Numbers travel as text: a float attribute would cut a float64 to float32.
-        scale="" if call.scale is None else repr(call.scale),
-        dropout_rate=repr(call.dropout_rate),
-        window_left=call.window_left,
-        window_right=call.window_right,
-        bottom_right=call.bottom_right,
-        layout=call.layout,
-    )
-    if not tf.executing_eagerly():
-        # The op's shape function cannot read attributes, and so not tell the heads from the rows.
-        out_shape, lse_shape = call.result_shapes()
-        out.set_shape(out_shape)
-        lse.set_shape(lse_shape)
-    return out, lse
+    return _differentiable(xla_op if in_xla() else graph_op, call)
 
 
-def _split(op, inputs):
-    """The optional inputs of either op, which end its input list: bias, masks, lengths and seed as lists."""
-    lists, start = [], 0
-    for count in ("num_bias", "num_masks", "num_query_lengths", "num_key_lengths", "num_seed"):
-        end = start + op.get_attr(count)
-        lists.append(list(inputs[start:end]))
-        start = end
-    return lists
+def _differentiable(form, call):
+    """The attention of a ``form`` whose operations have no gradient of their own, with gradients up to second order."""
+
+    call = _in_this_graph(call)
+
+    @tf.custom_gradient
+    def forward(*inputs):
+        own = _with_inputs(call, inputs)
+        out, lse = form.forward(own)
+
+        def gradient(d_out, d_lse=None):
+            return _gradients(form, own, out, lse, d_out, d_lse)
+
+        return ((out, lse) if call.return_lse else out), gradient
+
+    result = forward(*_inputs(call))
+    return result if call.return_lse else (result, None)
 
 
-@tf.RegisterGradient("AttnOps>Forward")
-def _forward_gradient(op, d_out, d_lse):
-    query, key, value = op.inputs[:3]
-    out, lse = op.outputs
-    bias, masks, query_lengths, key_lengths, seed = _split(op, op.inputs[3:])
-    # Eager tapes and those of tf.function tell which inputs nobody watches; a constant bias then costs nothing.
-    unwanted = getattr(op, "skip_input_indices", None) or ()
-    d_query, d_key, d_value, d_bias = _native.library().attn_ops_backward(
-        query,
-        key,
-        value,
-        out,
-        lse,
-        tf.zeros_like(out) if d_out is None else d_out,
-        () if d_lse is None else (d_lse,),
-        bias,
-        masks,
-        query_lengths,
-        key_lengths,
-        seed,
-        d_bias=bool(bias) and 3 not in unwanted,
-        **{name: op.get_attr(name) for name in _SHARED_ATTRIBUTES},
-    )
-    d_bias = [None if 3 in unwanted else d for d in d_bias]
-    return [d_query, d_key, d_value, *d_bias] + [None] * (len(op.inputs) - 3 - len(bias))
+def _gradients(form, call, out, lse, d_out, d_lse):
+    cotangents = [d_out] if d_lse is None else [d_out, d_lse]
+    num_inputs = len(_inputs(call))
+
+    @tf.custom_gradient
+    def backward(*arguments):
+        own = _with_inputs(call, arguments[:num_inputs])
+        d_out, d_lse = (*arguments[num_inputs:], None)[:2]
+
+        def gradient(*incoming):
+            d_inputs, d_cotangents = second_order.gradients(
+                own, arguments[num_inputs:], incoming, with_bias=own.bias is not None
+            )
+            return *d_inputs, *d_cotangents
+
+        return form.backward(own, out, lse, d_out, d_lse), gradient
+
+    return backward(*_inputs(call), *cotangents)
 
 
-@tf.RegisterGradient("AttnOps>Backward")
-def _backward_gradient(op, *gradients):
-    """Second order: the gradient of the composite's gradient.
+def _in_this_graph(call):
+    """``call`` with tensors of the graph that is being made: the gradient of a branch may refer to no others."""
+    graph = tf.compat.v1.get_default_graph()
 
-    `out` and `lse` are inputs of the op but functions of the others; the composite computes them anew, so that the
-    whole derivative goes to the others and these two get none.
-    """
-    query, key, value, _, _, d_out = op.inputs[:6]
-    num_d_lse = op.get_attr("num_d_lse")
-    d_lse = list(op.inputs[6 : 6 + num_d_lse])
-    bias, masks, query_lengths, key_lengths, seed = _split(op, op.inputs[6 + num_d_lse :])
-    scale = op.get_attr("scale").decode()
-    call = AttentionCall(
-        query,
-        key,
-        value,
-        bias[0] if bias else None,
-        tuple(masks),
-        float(scale) if scale else None,
-        op.get_attr("window_left"),
-        op.get_attr("window_right"),
-        op.get_attr("bottom_right"),
-        query_lengths[0] if query_lengths else None,
-        key_lengths[0] if key_lengths else None,
-        float(op.get_attr("dropout_rate")),
-        seed[0] if seed else None,
-        op.get_attr("layout").decode(),
-    )
-    with_bias = bool(bias) and op.get_attr("d_bias")
-    inputs = [query, key, value, *(bias if with_bias else ())]
-    cotangents = [d_out, *d_lse]
-    with tf.GradientTape() as second:
-        second.watch(inputs + cotangents)
-        with tf.GradientTape() as first:
-            first.watch(inputs)
-            outputs = composite.attention(call, query_chunk=None)
-        # Without d_lse only `out` counts.
-        results = first.gradient(outputs[: len(cotangents)], inputs, output_gradients=cotangents)
-    wanted = [(r, g) for r, g in zip(results, gradients) if r is not None and g is not None]
-    d = second.gradient([r for r, _ in wanted], inputs + cotangents, output_gradients=[g for _, g in wanted])
-    d_bias = d[3 : len(inputs)] if with_bias else [None] * len(bias)
-    d_cotangents = d[len(inputs) :]
-    rest = len(op.inputs) - 6 - num_d_lse - len(bias)
-    return [*d[:3], None, None, *d_cotangents, *d_bias] + [None] * rest
+    def own(x):
+        return x if not tf.is_tensor(x) or getattr(x, "graph", None) is graph else tf.identity(x)
+
+    return call._replace(masks=tuple(own(x) for x in call.masks), **{name: own(getattr(call, name)) for name in _TENSORS})
 
 
-# Registers the ops, so that a saved model which holds them can be loaded from here on.
-_native.library()
+def _inputs(call):
+    """The inputs that have a gradient."""
+    return [call.query, call.key, call.value, *([] if call.bias is None else [call.bias])]
+
+
+def _with_inputs(call, inputs):
+    query, key, value, *bias = inputs
+    return call._replace(query=query, key=key, value=value, bias=bias[0] if bias else None)

@@ -15,7 +15,7 @@ import tensorflow as tf
 from . import _native
 
 _OPS = ("composite", "fused")
-_wanted = contextvars.ContextVar("attn_ops.saved_models.wanted", default="composite")
+_wanted = contextvars.ContextVar("attn_ops.saved_models.wanted", default=None)
 # The modules whose functions trace what they save. A frame of theirs on the stack means: this trace is for an export.
 _EXPORTERS = ("keras.src.export.", "tensorflow.python.saved_model.save")
 _HINT = "attn_ops_library_is_missing__import_attn_ops_and_call_attn_ops_load_library__or_tf_load_library"
@@ -35,9 +35,8 @@ def export(model, path, *, ops="composite", **kwargs):
     Raises:
         TypeError: ``model`` is not a Keras model.
         ValueError: another ``ops``; "fused" in a format other than TensorFlow's, or without the library (says why);
-            a forced choice in the model (``flash_attention=True``, ``implementation="fused"``) that ``ops`` forbids.
-
-    A `tf.function` that was traced before is saved as it was traced.
+            a forced choice in the model (``flash_attention=True``, ``implementation="fused"``) that ``ops`` forbids;
+            `model.export` and `tf.saved_model.save` keep such a choice.
     """
     keras = sys.modules.get("keras")  # without it there can be no model
     if keras is None or not isinstance(model, keras.Model):
@@ -73,7 +72,7 @@ def load_library() -> str:
     Raises:
         ImportError: The library cannot be loaded, and why.
     """
-    from . import fused  # noqa: F401  registers the gradients, so that a loaded model can be differentiated
+    from . import native_op  # noqa: F401  registers the gradients, so that a loaded model can be differentiated
 
     missing = _native.unavailable_reason()
     if missing is not None:
@@ -81,21 +80,25 @@ def load_library() -> str:
     return os.path.realpath(_native._LIBRARY)
 
 
-def exported_ops() -> str | None:
-    """Which operations the export that is being traced is to hold, "composite" or "fused"; None outside of one."""
+def exporting() -> bool:
+    """Whether this is the trace of an export."""
     if tf.executing_eagerly():
-        return None
+        return False
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith(_EXPORTERS):
-            return _wanted.get()
+            return True
         frame = frame.f_back
-    return None
+    return False
 
 
-def reasons_against_fused() -> list[str]:
-    """Why an export that is being traced, if one is, is not to hold the fused op."""
-    if exported_ops() != "composite":
+def reasons_against_fused(forced: bool) -> list[str]:
+    """Why the export that is being traced, if one is, is not to hold the fused op.
+
+    A ``forced`` choice stands, unless `export` was told otherwise.
+    """
+    wanted = _wanted.get()
+    if wanted == "fused" or (forced and wanted is None) or not exporting():
         return []
     return [
         "the call is traced for an export, which is to load without this library: "
@@ -106,7 +109,7 @@ def reasons_against_fused() -> list[str]:
 def leave_hint() -> None:
     """Where an export is traced, puts the operator into the graph whose name tells what the loader needs.
 
-    Called before the first fused op is made: an unknown operator's name is all that TensorFlow's loaders print.
+    Called before a fused op is made: an unknown operator's name is all that TensorFlow's loaders print.
     """
-    if exported_ops() == "fused":
+    if exporting():
         getattr(_native.library(), _HINT)()

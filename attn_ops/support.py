@@ -19,7 +19,7 @@ def check_name(name: str, implementation: str | None) -> None:
 def reasons_against(implementation: str, call: AttentionCall) -> list[str]:
     """Why ``implementation`` cannot run ``call`` here and now."""
     if implementation == "fused":
-        return fused.unsupported_reasons(call)
+        return fused.unsupported_reasons(call, forced=True)
     if implementation == "reference" and fused.in_xla():
         return ["the reference is NumPy, which XLA cannot compile"]
     return []
@@ -44,7 +44,9 @@ def explain(query, key, value, *, implementation=None, **options) -> Explanation
     """
     call = described("explain", query, key, value, options)
     chosen = choose("explain", call, implementation)
-    return Explanation(chosen, tuple(fused.unsupported_reasons(call)))
+    return Explanation(
+        chosen, tuple(fused.unsupported_reasons(call)), fused.form() if chosen == "fused" else None
+    )
 
 
 @tf.autograph.experimental.do_not_convert

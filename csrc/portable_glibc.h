@@ -15,5 +15,8 @@ __asm__(".symver log,log@" ATTN_OPS_FIRST_GLIBC);
 __asm__(".symver log2,log2@" ATTN_OPS_FIRST_GLIBC);
 __asm__(".symver pow,pow@" ATTN_OPS_FIRST_GLIBC);
 __asm__(".symver pthread_once,pthread_once@" ATTN_OPS_FIRST_GLIBC);
+__asm__(".symver dlopen,dlopen@" ATTN_OPS_FIRST_GLIBC);
+__asm__(".symver dlsym,dlsym@" ATTN_OPS_FIRST_GLIBC);
+__asm__(".symver dlclose,dlclose@" ATTN_OPS_FIRST_GLIBC);
 #undef ATTN_OPS_FIRST_GLIBC
 #endif

@@ -179,9 +179,8 @@ def all_implementations():
             yield Implementation(f"core-{isa}", functools.partial(run_core, isa))
     for implementation, missing in (("composite", None), ("fused", _native.unavailable_reason())):
         for mode, thinning in (("eager", 1), ("graph", 4), ("xla", 6)):
-            if (implementation, mode) != ("fused", "xla"):  # XLA takes the composite
-                run = functools.partial(_run_tensorflow, mode, implementation)
-                yield Implementation(f"{implementation}-{mode}", run, missing, thinning)
+            run = functools.partial(_run_tensorflow, mode, implementation)
+            yield Implementation(f"{implementation}-{mode}", run, missing, thinning)
     yield Implementation("reference-eager", functools.partial(_run_tensorflow, "eager", "reference"), thinning=4)
     for implementation, thinning in (("composite", 6), ("fused", 4)):
         run = functools.partial(_run_jax, implementation)

@@ -34,10 +34,11 @@ def ran(monkeypatch):
 def test_automatic_choice_is_fused(ran):
     scaled_dot_product_attention(*tensors())
     tf.function(scaled_dot_product_attention)(*tensors())
-    assert ran == ["fused", "fused"]
+    tf.function(scaled_dot_product_attention, jit_compile=True)(*tensors())
+    assert ran == ["fused", "fused", "fused"]
     explanation = attn_ops.explain(*tensors())
     assert explanation.implementation == "fused" and explanation.reasons == ()
-    assert str(explanation) == "implementation: fused"
+    assert str(explanation) == "implementation: fused (op)"
     support = attn_ops.can_use_fused(*tensors())
     assert support and support.ok and support.reasons == ()
 
@@ -53,12 +54,22 @@ def test_without_library_the_composite_runs_and_says_why(ran, without_library):
     assert not support and support.reasons == explanation.reasons
 
 
-def test_forced_fused_raises_with_all_reasons(without_library):
+def test_forced_fused_raises_with_all_reasons(without_library, monkeypatch):
+    monkeypatch.setattr(fused, "_on_gpu", lambda query: True)
+    with pytest.raises(ValueError, match="'fused' cannot run: the library is hidden by a test; .*GPU"):
+        scaled_dot_product_attention(*tensors(), implementation="fused")
+
+
+def test_forced_fused_where_xla_takes_no_custom_call(monkeypatch):
+    monkeypatch.setattr(_native, "xla_unavailable_reason", lambda: "it is hidden by a test")
+
     @tf.function(jit_compile=True)
     def function(*inputs):
+        explanation = attn_ops.explain(*inputs)
+        assert explanation.implementation == "composite"
         return scaled_dot_product_attention(*inputs, implementation="fused")
 
-    with pytest.raises(ValueError, match="'fused' cannot run: the library is hidden by a test; .*XLA"):
+    with pytest.raises(ValueError, match=r"'fused' cannot run: the call is traced for XLA \(jit_compile=True\), and it is"):
         function(*tensors())
 
 
@@ -202,7 +213,7 @@ def test_command_explain(capsys):
     from attn_ops.__main__ import main
 
     assert main(["explain", "1,?,8,64", "1,?,2,64", "--is-causal", "--dtype", "bfloat16"]) == 0
-    assert capsys.readouterr().out == "implementation: fused\n"
+    assert capsys.readouterr().out == "implementation: fused (op)\n"
     assert main(["explain", "1,5,6,64", "1,5,4,64"]) == 1
     assert "num_heads (6) must be a multiple of num_kv_heads (4)" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -73,6 +73,6 @@ def test_a_build_without_tensorflows_headers_says_what_to_do(tmp_path):
     )
     message = " ".join(run.stderr.split())
     assert run.returncode != 0
-    assert "attn_ops needs TensorFlow's C headers (tensorflow/c/kernels.h) to build" in message
+    assert "attn_ops needs TensorFlow's C headers (tensorflow/c/kernels.h)" in message
     assert "looked for them in '/none'" in message
     assert "Install tensorflow-cpu 2.20" in message and "-DATTN_OPS_TF_INCLUDE_DIR=<directory>" in message

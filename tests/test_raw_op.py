@@ -196,7 +196,7 @@ BAD_FORWARD = [
     ("values", "key_lengths must have the shape [2] of [batch], got [3]", dict(key_lengths=[tf.constant([1, 2, 3])])),
     ("values", "num_masks (5) must be from 0 to 4", dict(masks=[zeros(1, 1, 1, 1, dtype="bool")] * 5)),
     ("values", "num_bias (2) must be from 0 to 1", dict(bias=[zeros(1, 1, 1, 1)] * 2)),
-    ("values", "num_key_lengths (2) must be at most 1", dict(key_lengths=[LENGTHS] * 2)),
+    ("values", "num_key_lengths (2) must be from 0 to 1", dict(key_lengths=[LENGTHS] * 2)),
     ("values", "seed must have the shape [2] of (seed, offset), got [3]",
      dict(seed=[tf.constant([1, 2, 3], tf.int64)])),
     ("values", "dropout_rate > 0 needs a seed", dict(dropout_rate="0.5")),
@@ -254,7 +254,7 @@ def test_bad_shapes_known_only_at_run_time(changes):
     ("d_out must have rank 4", dict(d_out=zeros(2, 7, 13))),
     ("lse must have the shape [2,4,7] of [batch, num_heads, seqlen_q], got [2,7,4]", dict(lse=zeros(2, 7, 4))),
     ("d_lse must have the shape [2,4,7]", dict(d_lse=[zeros(2, 4, 8)])),
-    ("num_d_lse (2) must be at most 1", dict(d_lse=[zeros(2, 4, 7)] * 2)),
+    ("num_d_lse (2) must be from 0 to 1", dict(d_lse=[zeros(2, 4, 7)] * 2)),
     ("num_heads (4) must be a multiple of num_kv_heads (3)", dict(k=zeros(2, 11, 3, 19), v=zeros(2, 11, 3, 13))),
 ])  # fmt: skip
 @pytest.mark.parametrize("mode", ("eager", "graph"))

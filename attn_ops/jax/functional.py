@@ -178,7 +178,8 @@ def explain(query, key, value, *, implementation=None, **options) -> Explanation
         reasons.append(f"the default device is of the platform {platform}, and the kernels are for {fused.PLATFORM}")
     if implementation == "fused":
         explanation.check_can_run(name, implementation, reasons)
-    return Explanation(implementation or ("composite" if reasons else "fused"), tuple(reasons))
+    chosen = implementation or ("composite" if reasons else "fused")
+    return Explanation(chosen, tuple(reasons), "xla" if chosen == "fused" else None)
 
 
 _composite = jax.jit(composite.attention, static_argnums=0)

@@ -1,0 +1,35 @@
+"""The gradient of the fused gradient: that of the composite's, which is made of differentiable operations."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from . import composite
+from .arguments import AttentionCall
+
+
+def gradients(call: AttentionCall, cotangents, incoming, with_bias):
+    """How a function of the gradients of ``call`` changes with its inputs and with the cotangents.
+
+    Args:
+        call: The attention.
+        cotangents: [d_out] or [d_out, d_lse], from which the first gradients were computed.
+        incoming: Gradients with respect to [d_query, d_key, d_value(, d_bias)]; None for what nobody used.
+        with_bias: Whether the gradient of the bias was computed too.
+
+    Returns:
+        Two lists: for query, key, value (and bias), and for the cotangents. None where nothing depends.
+    """
+    inputs = [call.query, call.key, call.value, *([call.bias] if with_bias else ())]
+    with tf.GradientTape() as second:
+        second.watch(inputs + list(cotangents))
+        with tf.GradientTape() as first:
+            first.watch(inputs)
+            outputs = composite.attention(call, query_chunk=None)
+        # Without d_lse only `out` counts.
+        results = first.gradient(outputs[: len(cotangents)], inputs, output_gradients=list(cotangents))
+    wanted = [(r, g) for r, g in zip(results, incoming) if r is not None and g is not None]
+    d = second.gradient(
+        [r for r, _ in wanted], inputs + list(cotangents), output_gradients=[g for _, g in wanted]
+    )
+    return d[: len(inputs)], d[len(inputs) :]
