@@ -80,5 +80,6 @@ def _stock():
 
 def peers():
     yield KerasLayer("attn_ops_layer", _ours, False, ("attn_ops", "tensorflow"))
+    yield KerasLayer("attn_ops_layer_xla", _ours, True, ("attn_ops", "tensorflow"))
     yield KerasLayer("keras_layer", _stock, False, ("keras", "tensorflow"))
     yield KerasLayer("keras_layer_xla", _stock, True, ("keras", "tensorflow"))

@@ -1,4 +1,4 @@
-"""attn_ops and Keras's attention op, each eager, in a graph, and (Keras) with XLA, and plain TensorFlow with XLA."""
+"""attn_ops and Keras's attention op, each eager, in a graph and with XLA, and plain TensorFlow with XLA."""
 
 from __future__ import annotations
 
@@ -117,6 +117,7 @@ def peers():
     ours = {"modules": ("attn_ops", "tensorflow"), "extras": _structured, "masks": MASKS, "windows": True}
     yield TensorFlowOp("attn_ops", _attn_ops("fused"), "graph", **ours)
     yield TensorFlowOp("attn_ops_eager", _attn_ops("fused"), "eager", **ours)
+    yield TensorFlowOp("attn_ops_xla", _attn_ops("fused"), "xla", **ours)
     yield TensorFlowOp("attn_ops_composite", _attn_ops("composite"), "graph", **ours)
     stock = {"modules": ("keras", "tensorflow"), "extras": _dense, "masks": MASKS, "windows": True}
     for how in ("graph", "xla", "eager"):

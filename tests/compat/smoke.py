@@ -56,6 +56,20 @@ def operator_matches_reference():
     close(run("composite"), wanted)
 
 
+def compiled_by_xla_whenever_traced():
+    before = tf.function(run)
+    before(None)
+    wanted = run("composite")
+    for function in (lambda: run(None), lambda: before(None)):
+        close(tf.function(function, jit_compile=True)(), wanted)
+    sizes_unknown = tf.function(
+        lambda *x: attn_ops.scaled_dot_product_attention(*x, is_causal=True),
+        jit_compile=True,
+        input_signature=[tf.TensorSpec([None] * 4)] * 3,
+    )
+    close([sizes_unknown(q, k, v)], [reference.attention(q, k, v, is_causal=True)[0]])
+
+
 def errors_name_the_rule():
     for call in (_native.library().attn_ops_forward, tf.function(_native.library().attn_ops_forward)):
         try:
@@ -73,11 +87,12 @@ def small_model():
 
 
 def layer_trains_saves_and_loads():
-    model = small_model()
-    model.compile("adam", "mse")
-    x, y = normal(64, 12, 16), normal(64, 12, 1)
-    losses = model.fit(x, y, epochs=3, verbose=0).history["loss"]
-    assert losses[-1] < losses[0], losses
+    x, y = normal(70, 12, 16), normal(70, 12, 1)
+    for jit_compile in ("auto", False, True):  # the last batch of 70 has 6
+        model = small_model()
+        model.compile("adam", "mse", jit_compile=jit_compile)
+        losses = model.fit(x, y, epochs=3, verbose=0).history["loss"]
+        assert losses[-1] < losses[0], (jit_compile, losses)
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "model.keras")
         model.save(path)
@@ -121,6 +136,7 @@ def implementation_under_xla():
 
 CHECKS = (
     operator_matches_reference,
+    compiled_by_xla_whenever_traced,
     errors_name_the_rule,
     layer_trains_saves_and_loads,
     exports_hold_what_was_asked_for,
