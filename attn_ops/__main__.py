@@ -15,6 +15,7 @@ import sys
 ENVIRONMENT = {
     "ATTN_OPS_DISABLE": "anything but 0: never use the fused op",
     "ATTN_OPS_ISA": "name of the instruction set the CPU kernels use, instead of the best one",
+    "ATTN_OPS_DISABLE_XLA_FFI": "anything but 0: functions that XLA compiles get the composite",
     "ATTN_OPS_DISABLE_TF_POOL": "if set: the op runs on threads of its own, not on TensorFlow's",
 }
 
@@ -28,6 +29,7 @@ def info() -> dict:
         "numpy": ("numpy",),
         "tensorflow": ("tensorflow", "tensorflow-cpu", "tf-nightly", "tf-nightly-cpu"),
         "keras": ("keras",),
+        "jax": ("jax",),
     }.items():
         versions[package] = next((v for v in map(_version, distributions) if v), "not installed")
     core = _native.core()
@@ -37,6 +39,7 @@ def info() -> dict:
         if core
         else _native.core_unavailable_reason(),
         "tensorflow op": _native.unavailable_reason() or "available",
+        "tensorflow xla": _native.unavailable_reason() or _native.xla_unavailable_reason() or "available",
         "environment": {name: os.environ.get(name, "not set") for name in ENVIRONMENT},
     }
 

@@ -84,9 +84,9 @@ def scaled_dot_product_attention(
             cannot run here, with all its reasons.
         tf.errors.InvalidArgumentError: the same, where only the running op can know.
 
-    The choice is made where the call is traced. Functions traced for XLA (``jit_compile=True``) call the same kernels from
-    inside XLA, with TensorFlow 2.18 or newer; other graphs hold what either needs, so they may be called by functions that
-    XLA compiles, and saved and compiled later. What Keras exports holds the composite: see `attn_ops.export`.
+    The choice is made where the call is traced. Functions traced for XLA (``jit_compile=True``) call the same kernels
+    from inside XLA, with TensorFlow 2.18 or newer; other graphs hold what either needs, so they may be called by
+    functions that XLA compiles. What Keras exports holds the composite: see `attn_ops.export`.
     """
     if _any_keras_tensor(query, key, value, bias, mask, scale, query_seq_lengths, key_value_seq_lengths, dropout_seed):
         from . import symbolic

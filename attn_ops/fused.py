@@ -18,8 +18,8 @@ _TENSORS = ("query", "key", "value", "bias", "query_lengths", "key_lengths", "se
 def unsupported_reasons(call: AttentionCall, forced: bool = False) -> list[str]:
     """Why the fused kernels cannot, or should not, run ``call`` here and now; empty when they can.
 
-    Every `AttentionCall` is within the kernels' reach, so the reasons are of the place: no library, an XLA that takes no
-    custom call, a GPU, an export that is to load without the library unless the choice is ``forced``.
+    Every `AttentionCall` is within the kernels' reach, so the reasons are of the place: no library, an XLA that takes
+    no custom call, a GPU, an export that is to load without the library unless the choice is ``forced``.
     """
     reasons = saved_models.reasons_against_fused(forced)
     missing = _native.unavailable_reason()
@@ -57,7 +57,7 @@ def attention(call: AttentionCall):
     """(out, lse), differentiable; lse is None in graphs unless ``call.return_lse``."""
     if tf.executing_eagerly():
         return native_op.forward(call)
-    saved_models.leave_hint()
+    saved_models.leave_hint()  # again in the branches of `graph_op`: which loader looks where first is its affair
     return _differentiable(xla_op if in_xla() else graph_op, call)
 
 
@@ -107,7 +107,8 @@ def _in_this_graph(call):
     def own(x):
         return x if not tf.is_tensor(x) or getattr(x, "graph", None) is graph else tf.identity(x)
 
-    return call._replace(masks=tuple(own(x) for x in call.masks), **{name: own(getattr(call, name)) for name in _TENSORS})
+    tensors = {name: own(getattr(call, name)) for name in _TENSORS}
+    return call._replace(masks=tuple(own(x) for x in call.masks), **tensors)
 
 
 def _inputs(call):

@@ -33,8 +33,8 @@ def backward(call: AttentionCall, out, lse, d_out, d_lse):
 
 @pfor.RegisterPFor("DeviceIndex")
 def _device_index_in_vectorized_map(pfor_input):
-    """The same for every iteration. Without this `tf.vectorized_map` takes it for a value of each one, and then its rule for
-    Case fails on branches of several outputs."""
+    """The same for every iteration. Without this `tf.vectorized_map` takes it for a value of each one, and its rule
+    for Case fails on branches of several outputs."""
     index = tf.raw_ops.DeviceIndex(device_names=pfor_input.get_attr("device_names"))
     return pfor.wrap(index, is_stacked=False)
 

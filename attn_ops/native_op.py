@@ -108,7 +108,7 @@ def _forward_gradient(op, d_out, d_lse):
 
 @tf.RegisterGradient("AttnOps>Backward")
 def _backward_gradient(op, *gradients):
-    """Second order. `out` and `lse` are inputs of the op but functions of the others, which get the whole derivative."""
+    """Second order. `out` and `lse` are inputs of the op but functions of the others, which get it all."""
     query, key, value, _, _, d_out = op.inputs[:6]
     num_d_lse = op.get_attr("num_d_lse")
     d_lse = list(op.inputs[6 : 6 + num_d_lse])

@@ -46,17 +46,20 @@ def _core(isa):
     return run
 
 
-def _tensorflow(implementation):
+def _tensorflow(implementation, jit_compile=False):
     import tensorflow as tf
 
     from .functional import scaled_dot_product_attention
 
     def run(query, key, value, d_out, options):
+        def step(*inputs):
+            with tf.GradientTape() as tape:
+                tape.watch(inputs)
+                out = scaled_dot_product_attention(*inputs, implementation=implementation, **options)
+            return out, *tape.gradient(out, inputs, output_gradients=tf.constant(d_out))
+
         inputs = [tf.constant(x) for x in (query, key, value)]
-        with tf.GradientTape() as tape:
-            tape.watch(inputs)
-            out = scaled_dot_product_attention(*inputs, implementation=implementation, **options)
-        return [x.numpy() for x in (out, *tape.gradient(out, inputs, output_gradients=tf.constant(d_out)))]
+        return [x.numpy() for x in (tf.function(step, jit_compile=True) if jit_compile else step)(*inputs)]
 
     return run
 
@@ -75,6 +78,8 @@ def _implementations():
         return
     reason = _native.unavailable_reason()
     yield "fused op", None if reason else _tensorflow("fused"), reason
+    reason = reason or _native.xla_unavailable_reason()
+    yield "fused in XLA", None if reason else _tensorflow("fused", jit_compile=True), reason
 
 
 def run() -> int:

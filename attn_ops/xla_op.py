@@ -1,9 +1,8 @@
-"""The kernels inside a function that XLA compiles: forward and backward as custom calls, with the same arguments and results
-as in `native_op`.
+"""The kernels inside a function that XLA compiles: forward and backward as custom calls, in the form of `native_op`.
 
-`XlaCallModule` carries a program in StableHLO whose one operation of substance is a custom call of XLA's foreign function
-interface; csrc/bindings/xla.cc has the handlers. Every extent is unknown in the program: XLA fills them in when it
-compiles, so one text serves all shapes.
+`XlaCallModule` carries a program in StableHLO whose one operation of substance is a custom call of XLA's foreign
+function interface; csrc/bindings/xla.cc has the handlers. Every extent is unknown in the program: XLA fills them in
+when it compiles, so one text serves all shapes.
 """
 
 from __future__ import annotations

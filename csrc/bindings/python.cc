@@ -205,8 +205,8 @@ double probe(const py::object& what, const py::kwargs& given) {
   }
   const int64_t bytes = keywords.integer("bytes", 0);
   if (bytes != 0 && bytes < kReadChunk) {
-    fail<py::value_error>("probe", "bytes (" + text(bytes) + ") must be 0 (more than the caches hold) or at least " +
-                                       text(kReadChunk));
+    fail<py::value_error>(
+        "probe", "bytes (" + text(bytes) + ") must be 0 (more than the caches hold) or at least " + text(kReadChunk));
   }
   const bool huge_pages = keywords.boolean("huge_pages");
   keywords.finish();

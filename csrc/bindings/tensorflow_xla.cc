@@ -38,7 +38,8 @@ std::string register_handlers() {
   }
   // 2.17 has the function, and crashes in the registration.
   if (major < 2 || (major == 2 && minor < 18)) {
-    return std::string("TensorFlow ") + version() + " is older than 2.18, the oldest whose XLA takes custom calls of FFI";
+    return std::string("TensorFlow ") + version() +
+           " is older than 2.18, the oldest whose XLA takes custom calls of FFI";
   }
   const XLA_FFI_Api* api = get_api == nullptr ? nullptr : get_api();
   if (api == nullptr) return std::string("TensorFlow ") + version() + " has no XLA (no GetXlaFfiApi)";

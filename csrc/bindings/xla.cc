@@ -32,8 +32,9 @@ DType dtype_of(XLA_FFI_DataType type, const char* name) {
     case XLA_FFI_DataType_BF16: return DType::kBFloat16;
     case XLA_FFI_DataType_PRED: return DType::kBool;
     default:
-      throw std::invalid_argument(std::string(name) + " must be float32, float64, float16, bfloat16 or bool, got XLA's " +
-                                  "type " + text(int64_t{type}));
+      throw std::invalid_argument(std::string(name) +
+                                  " must be float32, float64, float16, bfloat16 or bool, got XLA's " + "type " +
+                                  text(int64_t{type}));
   }
 }
 
