@@ -20,8 +20,9 @@ class Support:
 class Explanation:
     """The ``implementation`` a call gets ("fused", "composite", "reference") and the ``reasons`` against the fused one.
 
-    ``form`` tells how the fused kernels are called: "op" (TensorFlow's operator), "xla" (a custom call inside XLA), or
-    "op or xla" (a graph that holds both, for whoever runs it to take the one it can); None for others.
+    ``form`` tells how the fused kernels are called: "op" (TensorFlow's operator), "xla" (a custom call inside XLA), "op or
+    xla" (a graph that holds both, for whoever runs it to take the one it can) or, where XLA takes no custom call, "op
+    or composite"; None for others.
     """
 
     implementation: str

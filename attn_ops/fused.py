@@ -38,10 +38,12 @@ def in_xla() -> bool:
 
 
 def form() -> str:
-    """How the fused kernels are called from here: "op", "xla", or "op or xla" where that is decided later."""
+    """How the fused kernels are called from here; what stands after "or" is for XLA, should it compile this graph."""
     if tf.executing_eagerly():
         return "op"
-    return "xla" if in_xla() else "op or xla"
+    if in_xla():
+        return "xla"
+    return "op or composite" if _native.xla_unavailable_reason() else "op or xla"
 
 
 def _on_gpu(query) -> bool:

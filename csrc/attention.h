@@ -61,7 +61,9 @@ struct AttentionParams {
 };
 
 // Query heads per key/value head. (Static: code compiled per ISA must not be shared through the linker.)
-static inline int64_t group_size(const AttentionParams& p) { return p.num_kv_heads ? p.num_heads / p.num_kv_heads : 1; }
+static inline int64_t group_size(const AttentionParams& p) {
+  return p.num_kv_heads ? p.num_heads / p.num_kv_heads : 1;
+}
 
 struct BackwardParams {
   AttentionParams forward;      // with out and lse as forward left them

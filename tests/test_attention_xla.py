@@ -265,6 +265,9 @@ before(*x)
 for function in (lambda *x: found.append(explain(*x)) or gradients(*x), lambda *x: before(*x)):
     for result, right in zip(tf.function(function, jit_compile=True)(*x), wanted):
         np.testing.assert_allclose(result, right, rtol=1e-4, atol=1e-5)
+in_graph = []
+tf.function(lambda *x: in_graph.append(explain(*x)))(*x)
+assert in_graph[0].form == "op or composite"
 assert found[0].implementation == "composite" and "ATTN_OPS_DISABLE_XLA_FFI" in found[0].reasons[0], found[0]
 """
     environment = {**os.environ, "ATTN_OPS_DISABLE_XLA_FFI": "1"}

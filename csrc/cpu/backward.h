@@ -82,8 +82,8 @@ void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>
   tile.tensor_rows(r, params.d_out, d_out);
 
   const Vec<T> factor = S::set1(static_cast<T>(p.scale * kLog2E));
-  load_transposed<T>(p.dtype, q, tile.rows, tile.lanes, p.q.stride[3] * size, p.head_dim, tile.q, tile.lanes,
-                     [=](T* at, Vec<T> x) { S::store(at, x * factor); });
+  load_transposed<T>(p.dtype, q, tile.rows, tile.lanes, p.q.stride[3] * size, p.head_dim, tile.q,
+                     tile.lanes, [=](T* at, Vec<T> x) { S::store(at, x * factor); });
   load_transposed<T>(p.dtype, d_out, tile.rows, tile.lanes, params.d_out.stride[3] * size, p.value_dim, tile.d_out,
                      tile.lanes, [](T* at, Vec<T> x) { S::store(at, x); });
   memset(tile.dq, 0, sizeof(T) * tile.lanes * p.head_dim);
@@ -105,9 +105,10 @@ void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>
     Vec<T> sum = S::zero();
     with_storage(T{}, p.dtype, [&](auto storage) {
       for (int64_t d = 0; d < p.value_dim; d += S::width)
-        sum = S::fma(
-            S::load(d_out_row + d),
-            load_some<T>(storage, out[i] + d * p.out.stride[3] * size, p.out.stride[3] * size, p.value_dim - d), sum);
+        sum = S::fma(S::load(d_out_row + d),
+                     load_some<T>(storage, out[i] + d * p.out.stride[3] * size, p.out.stride[3] * size,
+                                  p.value_dim - d),
+                     sum);
     });
     for (int v = 0; v < S::width; ++v) tile.delta[i] += sum[v];
     if (d_lse) tile.delta[i] -= d_lse[at];
@@ -118,9 +119,10 @@ void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>
 
 // p (with dropout) and ds of one tile against keys k0 .. k1, into [key][ld]; zeros where nothing is seen.
 template <class T, int NV>
-__attribute__((noinline)) Seen score_gradients(const HeadRows& r, const BackwardTile<T>& tile, const KeyBlock<T>& keys,
-                                               const KeyBlock<T>& values, int64_t k0, int64_t k1,
-                                               const BackwardScratch<T>& scratch, T* prob, T* ds, int64_t ld) {
+__attribute__((noinline)) Seen score_gradients(const HeadRows& r, const BackwardTile<T>& tile,
+                                               const KeyBlock<T>& keys, const KeyBlock<T>& values, int64_t k0,
+                                               int64_t k1, const BackwardScratch<T>& scratch, T* prob, T* ds,
+                                               int64_t ld) {
   using S = Simd<T>;
   constexpr int W = S::width, lanes = NV * W;
   const AttentionParams& p = r.p;
@@ -184,8 +186,8 @@ __attribute__((noinline)) Seen score_gradients(const HeadRows& r, const Backward
 
 // Joint tiles [t0, t1) of the scratch against keys k0 .. k1. dk, dv point to the task's key 0.
 template <class T>
-void backward_block(const HeadRows& r, BackwardTile<T>* t0, BackwardTile<T>* t1, KeyBlock<T>& keys, KeyBlock<T>& values,
-                    int64_t k0, int64_t k1, const BackwardScratch<T>& scratch, T* dk, T* dv) {
+void backward_block(const HeadRows& r, BackwardTile<T>* t0, BackwardTile<T>* t1, KeyBlock<T>& keys,
+                    KeyBlock<T>& values, int64_t k0, int64_t k1, const BackwardScratch<T>& scratch, T* dk, T* dv) {
   using S = Simd<T>;
   const AttentionParams& p = r.p;
   const int64_t n = k1 - k0, padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
@@ -197,8 +199,8 @@ void backward_block(const HeadRows& r, BackwardTile<T>* t0, BackwardTile<T>* t1,
   for (BackwardTile<T>* t = t0; t < t1; lane += t->lanes, ++t) {
     with_vectors(t->nv, [&](auto nv) {
       constexpr int NV = decltype(nv)::value, W = S::width;
-      const Seen what =
-          score_gradients<T, NV>(r, *t, keys, values, k0, k1, scratch, scratch.p + lane, scratch.ds + lane, ld);
+      const Seen what = score_gradients<T, NV>(r, *t, keys, values, k0, k1, scratch, scratch.p + lane,
+                                               scratch.ds + lane, ld);
       masked = masked || what != Seen::kAll;
       if (what == Seen::kNothing) return;
       seen = true;
@@ -210,7 +212,8 @@ void backward_block(const HeadRows& r, BackwardTile<T>* t0, BackwardTile<T>* t1,
       if (what == Seen::kSome && !keys.finite())
         gemm_hiding<T, NV, Major::kDepth, ZeroHides::kB>(p.head_dim, keys.at(k0), keys.ld(), scratch.ds + lane, ld, n,
                                                          add);
-      else gemm<T, NV, Major::kDepth>(p.head_dim, keys.at(k0), keys.ld(), scratch.ds + lane, ld, n, add);
+      else
+        gemm<T, NV, Major::kDepth>(p.head_dim, keys.at(k0), keys.ld(), scratch.ds + lane, ld, n, add);
     });
     q_finite = q_finite && t->q_finite;
     d_out_finite = d_out_finite && t->d_out_finite;
@@ -296,8 +299,8 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
       char* row[RowTile<T>::max_lanes];
       tiles[t].tensor_rows(r, params.dq, row);
       store_transposed<T>(params.dq.dtype, row, tiles[t].rows, tiles[t].lanes,
-                          params.dq.stride[3] * static_cast<int64_t>(size_of(params.dq.dtype)), p.head_dim, tiles[t].dq,
-                          [=](const T* at, int) { return S::load(at) * scale; });
+                          params.dq.stride[3] * static_cast<int64_t>(size_of(params.dq.dtype)), p.head_dim,
+                          tiles[t].dq, [=](const T* at, int) { return S::load(at) * scale; });
     }
   }
 }

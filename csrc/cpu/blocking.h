@@ -32,8 +32,8 @@ static constexpr int64_t kKeptKeysBytes = int64_t{8} << 20;
 static constexpr int64_t kNextTaskBytes = int64_t{384} << 10;
 
 // Forward key splits (few rows, many keys: decode). By shape alone, so that results do not depend on threads.
-static constexpr int64_t kSplitKeys = 512;  // at least this many keys in a split
-static constexpr int64_t kSplitTasks = 32;  // split until there are this many tasks
+static constexpr int64_t kSplitKeys = 512;   // at least this many keys in a split
+static constexpr int64_t kSplitTasks = 32;   // split until there are this many tasks
 
 // Backward row chunks: each has its own dk, dv, summed in order at the end. By shape alone, again.
 static constexpr int64_t kChunkRows = 512;

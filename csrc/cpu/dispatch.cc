@@ -16,8 +16,7 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------- instruction sets
 
-const Kernels* const kBuilt[] = {
-                                   // best first
+const Kernels* const kBuilt[] = {  // best first
 #ifdef ATTN_OPS_HAVE_AVX512
     &kernels_avx512,
 #endif
@@ -35,7 +34,8 @@ bool runs_here(const Kernels* k) {
   __builtin_cpu_init();
   if (!strcmp(k->name, "avx512"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("fma");
   if (!strcmp(k->name, "avx2"))
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #elif defined(__aarch64__)
@@ -99,16 +99,14 @@ struct ForwardPlan {
     const int64_t whole_tasks = few_rows ? p.batch * head_groups : heads * ceil_div(tiles, kForwardTiles);
     splits = 1;
     if (whole_tasks > 0 && whole_tasks < kSplitTasks)
-      splits =
-          max(1, min(ceil_div(kSplitTasks, whole_tasks), p.seqlen_k / (few_rows ? kFewRowsSplitKeys : kSplitKeys)));
+      splits = max(1, min(ceil_div(kSplitTasks, whole_tasks), p.seqlen_k / (few_rows ? kFewRowsSplitKeys : kSplitKeys)));
     split_keys = ceil_div(ceil_div(p.seqlen_k, splits), kBlockKeys) * kBlockKeys;
     partial_bytes = splits > 1 ? aligned(rows * (p.value_dim + 2) * size_of(accumulator_of(p.dtype))) : 0;
 
     // Long tasks copy keys less often; four for each thread are enough to keep all busy to the end.
     const int64_t wanted = ceil_div(4 * threads, max(1, heads * splits));
     blocks = min(tiles, wanted);
-    scratch_bytes =
-        aligned(few_rows ? k.few_rows_scratch(p, min(kFewRowsHeads, p.num_kv_heads)) : k.forward_scratch(p));
+    scratch_bytes = aligned(few_rows ? k.few_rows_scratch(p, min(kFewRowsHeads, p.num_kv_heads)) : k.forward_scratch(p));
   }
 
   int64_t first_tile(int64_t block) const { return block * tiles / blocks; }
@@ -129,8 +127,8 @@ void few_rows(const AttentionParams& p, const TypedKernels& k, const ForwardPlan
     task.key_end = min(task.key_begin + plan.split_keys, p.seqlen_k);
     task.head_bytes = plan.splits * plan.partial_bytes;
     if (plan.splits > 1)
-      task.partials =
-          partials + (task.batch * p.num_kv_heads + task.head_begin) * task.head_bytes + split * plan.partial_bytes;
+      task.partials = partials + (task.batch * p.num_kv_heads + task.head_begin) * task.head_bytes +
+                      split * plan.partial_bytes;
     k.forward_few_rows(p, task, scratch + slot * plan.scratch_bytes);
   });
 }
@@ -271,15 +269,13 @@ bool backward(const BackwardParams& params, Threads threads, Workspace workspace
   int64_t chunk_tiles[kChunkTasks + 1];
   for (int64_t c = 0; c <= plan.chunks; ++c) chunk_tiles[c] = plan.first_tile(c);
   const auto chunk_gradients = [&](int64_t head, int64_t chunk, int64_t next_head, char* dk, int slot) {
-    k.backward(params,
-               BackwardTask{head / p.num_kv_heads, head % p.num_kv_heads, chunk_tiles[chunk], chunk_tiles[chunk + 1],
-                            next_head, dk, dk + plan.dk_bytes},
+    k.backward(params, BackwardTask{head / p.num_kv_heads, head % p.num_kv_heads, chunk_tiles[chunk],
+                                    chunk_tiles[chunk + 1], next_head, dk, dk + plan.dk_bytes},
                scratch + slot * plan.scratch_bytes);
   };
   const auto reduce_keys = [&](int64_t head, int64_t begin, int64_t end, const char* dk, int slot) {
-    k.reduce(params,
-             ReduceTask{head / p.num_kv_heads, head % p.num_kv_heads, begin, end, plan.chunks, chunk_tiles, dk,
-                        dk + plan.dk_bytes, plan.chunk_bytes},
+    k.reduce(params, ReduceTask{head / p.num_kv_heads, head % p.num_kv_heads, begin, end, plan.chunks, chunk_tiles, dk,
+                                dk + plan.dk_bytes, plan.chunk_bytes},
              scratch + slot * plan.scratch_bytes);
   };
 

@@ -41,7 +41,7 @@ struct FewRows {
   KeyRange seen[kSharedRows<T>];
   T m[kSharedRows<T>], correction[kSharedRows<T>];
   Vec<T> l[kSharedRows<T>];  // one sum per lane until the end
-  T *q, *out;  // [row][head_dim], [row][value_dim], padded to whole vectors
+  T *q, *out;                // [row][head_dim], [row][value_dim], padded to whole vectors
 
   void start(const HeadRows& r, int64_t first_row) {
     using S = Simd<T>;
@@ -85,7 +85,7 @@ int64_t few_rows_groups(const AttentionParams& p) {
 template <class T>
 struct FewRowsScratch {
   HeadRows* heads;
-  FewRows<T>* groups;  // [head][group]
+  FewRows<T>* groups;           // [head][group]
   T *scores, *added, *factors;  // [row][kFewRowsKeys], [row][kFewRowsKeys], [key][row]
 
   static int64_t bytes(const AttentionParams& p, int64_t heads) {
@@ -263,9 +263,8 @@ ATTN_INLINE void few_softmax(FewRows<T>& f, const T* added, int64_t n, T* scores
 }
 
 template <class T, int R, class Storage>
-__attribute__((noinline)) void few_rows_block(Storage storage, FewRows<T>& f, int64_t k0, int64_t n,
-                                              RowsAhead& keys_ahead, RowsAhead& values_ahead,
-                                              const FewRowsScratch<T>& scratch) {
+__attribute__((noinline)) void few_rows_block(Storage storage, FewRows<T>& f, int64_t k0, int64_t n, RowsAhead& keys_ahead,
+                                              RowsAhead& values_ahead, const FewRowsScratch<T>& scratch) {
   const AttentionParams& p = f.head_rows->p;
   bool added = p.bias.data || p.num_masks;
   for (int i = 0; i < f.rows; ++i) added = added || f.seen[i].begin > k0 || f.seen[i].end < k0 + n;
@@ -311,7 +310,8 @@ void forward_few_rows(const AttentionParams& p, const FewRowsTask& task, void* m
   FewRowsScratch<T>& scratch = FewRowsScratch<T>::in(p, heads, &arena);
   for (int64_t h = 0; h < heads; ++h) {
     new (&scratch.heads[h]) HeadRows(p, task.batch, task.head_begin + h);
-    for (int64_t g = 0; g < per_head; ++g) scratch.groups[h * per_head + g].start(scratch.heads[h], g * kSharedRows<T>);
+    for (int64_t g = 0; g < per_head; ++g)
+      scratch.groups[h * per_head + g].start(scratch.heads[h], g * kSharedRows<T>);
   }
   const HeadRows& first = scratch.heads[0];
   KeyRange seen = first.keys_seen(0, first.count);

@@ -89,10 +89,11 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
     hide_scores<T, NV>(tile, seen == Seen::kSome ? scratch.visible : nullptr, n, s, lanes,
                        [&](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
   } else {
-    gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), tile.q, lanes, p.head_dim, [=, &m](int64_t j, int v, Vec<T> x) {
-      S::store(s + j * lanes + v * W, x);
-      m[v] = S::max(m[v], x);
-    });
+    gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), tile.q, lanes, p.head_dim,
+                             [=, &m](int64_t j, int v, Vec<T> x) {
+                               S::store(s + j * lanes + v * W, x);
+                               m[v] = S::max(m[v], x);
+                             });
   }
 
   // A row that has seen nothing yet has m = -inf; -inf - (-inf) would be NaN, so it is compared with 0 instead.
@@ -125,7 +126,8 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
   };
   if (masked && !values.finite())
     gemm_hiding<T, NV, Major::kDepth, ZeroHides::kB>(p.value_dim, values.at(k0), values.ld(), s, lanes, n, accumulate);
-  else gemm<T, NV, Major::kDepth>(p.value_dim, values.at(k0), values.ld(), s, lanes, n, accumulate);
+  else
+    gemm<T, NV, Major::kDepth>(p.value_dim, values.at(k0), values.ld(), s, lanes, n, accumulate);
 }
 
 // finish_row() for all rows of a tile.
@@ -192,8 +194,9 @@ void forward_tiles(const HeadRows& r, const Tiling<T>& tiling, const ForwardTask
       const int64_t k1 = tile.end < block_end ? tile.end : block_end;
       if (k0 >= k1 || tile.begin >= tile.end) continue;
       next.ask();
-      with_vectors(tile.nv,
-                   [&](auto nv) { forward_block<T, decltype(nv)::value>(r, tile, keys, values, k0, k1, scratch); });
+      with_vectors(tile.nv, [&](auto nv) {
+        forward_block<T, decltype(nv)::value>(r, tile, keys, values, k0, k1, scratch);
+      });
     }
   }
   for (int64_t t = 0; t < count; ++t) {

@@ -17,9 +17,8 @@ constexpr int kMaxVectors = 3;
 
 // Accumulators R * NV, plus NV vectors of b and one broadcast, must fit in the registers; fewer than 8 accumulators
 // could not hide the latency of FMA (4 cycles, 2 per cycle).
-constexpr int tile_rows(int nv) {
-  return kVectorRegisters == 32 ? (nv == 3 ? 8 : nv == 2 ? 12 : 16) : (nv == 3 ? 4 : nv == 2 ? 6 : 8);
-}
+constexpr int tile_rows(int nv) { return kVectorRegisters == 32 ? (nv == 3 ? 8 : nv == 2 ? 12 : 16)
+                                                                : (nv == 3 ? 4 : nv == 2 ? 6 : 8); }
 
 // Calls f(Vectors<nv>{}) for the run-time number of vectors: the tile must be a constant.
 template <int N>

@@ -40,7 +40,7 @@ constexpr TypedKernels typed_kernels() {
 }  // namespace
 
 extern const Kernels ATTN_OPS_JOIN(kernels_, ATTN_OPS_ISA) = {ATTN_OPS_STRING(ATTN_OPS_ISA), typed_kernels<float>(),
-                                                              typed_kernels<double>(), probe_slice};
+                                                             typed_kernels<double>(), probe_slice};
 
 }  // namespace cpu
 }  // namespace attn_ops

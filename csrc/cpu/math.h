@@ -26,12 +26,8 @@ struct Exp2<float> {
   static constexpr float lowest = -127.0f, rounder = 12582912.0f + 127.0f;
   static constexpr int mantissa_bits = 23;
   // relative error 1.9e-9 before rounding
-  static constexpr float coefficients[] = {1.5345812158740182e-4f,
-                                           1.3399931209474140e-3f,
-                                           9.6184889565227916e-3f,
-                                           5.5503287769976638e-2f,
-                                           2.4022646890639572e-1f,
-                                           6.9314720573725268e-1f,
+  static constexpr float coefficients[] = {1.5345812158740182e-4f, 1.3399931209474140e-3f, 9.6184889565227916e-3f,
+                                           5.5503287769976638e-2f, 2.4022646890639572e-1f, 6.9314720573725268e-1f,
                                            1.0f};
 };
 

@@ -120,8 +120,8 @@ bool all_finite(const T* a, int64_t lda, int64_t rows, int64_t columns) {
   Vec<T> sum = S::zero();
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; c += S::width)
-      sum +=
-          S::zero() * load_some<T>(Same<T>{}, reinterpret_cast<const char*>(a + r * lda + c), sizeof(T), columns - c);
+      sum += S::zero() *
+             load_some<T>(Same<T>{}, reinterpret_cast<const char*>(a + r * lda + c), sizeof(T), columns - c);
   return !S::any(sum != S::zero());
 }
 

@@ -48,8 +48,7 @@ struct Dropout {
         key1(static_cast<uint32_t>(p.dropout_seed >> 32) ^ static_cast<uint32_t>(p.dropout_offset >> 32)),
         offset(static_cast<uint32_t>(p.dropout_offset)),
         threshold(static_cast<uint32_t>(p.dropout_rate * 4294967296.0)),
-        first_head(static_cast<uint32_t>(batch * p.num_heads)),
-        keep_scale(1.0 / (1.0 - p.dropout_rate)) {}
+        first_head(static_cast<uint32_t>(batch * p.num_heads)), keep_scale(1.0 / (1.0 - p.dropout_rate)) {}
 };
 
 // factor[j][r] = 1 / (1 - rate) or 0 for keys k0 <= k0 + j < k0 + keys (k0 a multiple of 4) and `lanes` rows, lane r

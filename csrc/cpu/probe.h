@@ -70,8 +70,8 @@ void probe_read_streams(const char* data, int64_t bytes, double* sink) {
 double probe_read(const ProbeSlice& slice, double* sink) {
   using Read = void (*)(const char*, int64_t, double*);
   static constexpr Read kVariants[kReadVariants] = {
-      probe_read_streams<1, 0>,   probe_read_streams<1, 512>, probe_read_streams<1, 2048>, probe_read_streams<2, 0>,
-      probe_read_streams<2, 512>, probe_read_streams<4, 0>,   probe_read_streams<4, 512>,  probe_read_streams<4, 2048>,
+      probe_read_streams<1, 0>,   probe_read_streams<1, 512>,  probe_read_streams<1, 2048>, probe_read_streams<2, 0>,
+      probe_read_streams<2, 512>, probe_read_streams<4, 0>,    probe_read_streams<4, 512>,  probe_read_streams<4, 2048>,
   };
   kVariants[slice.variant](static_cast<const char*>(slice.data), slice.bytes, sink);
   return static_cast<double>(slice.bytes);

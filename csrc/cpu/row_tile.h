@@ -20,15 +20,10 @@ struct HeadRows {
   const AttentionParams& p;
   int64_t batch, kv_head, first_head, group, count, length_q, length_k;
 
-  HeadRows(const AttentionParams& params, int64_t b, int64_t kv)
-      : HeadRows(params, b, kv, kv * group_size(params), group_size(params)) {}
+  HeadRows(const AttentionParams& params, int64_t b, int64_t kv) : HeadRows(params, b, kv, kv * group_size(params),
+                                                                            group_size(params)) {}
   HeadRows(const AttentionParams& params, int64_t b, int64_t kv, int64_t first, int64_t heads)
-      : p(params),
-        batch(b),
-        kv_head(kv),
-        first_head(first),
-        group(heads),
-        count(params.seqlen_q * heads),
+      : p(params), batch(b), kv_head(kv), first_head(first), group(heads), count(params.seqlen_q * heads),
         length_q(params.query_lengths ? params.query_lengths[b] : params.seqlen_q),
         length_k(params.key_lengths ? params.key_lengths[b] : params.seqlen_k) {}
 
@@ -38,12 +33,12 @@ struct HeadRows {
     return (batch * p.num_heads + head) * p.seqlen_q + position;
   }
   char* tensor_row(const StridedView& v, int64_t position, int64_t head) const {
-    return static_cast<char*>(v.data) +
-           (batch * v.stride[0] + position * v.stride[1] + head * v.stride[2]) * static_cast<int64_t>(size_of(v.dtype));
+    return static_cast<char*>(v.data) + (batch * v.stride[0] + position * v.stride[1] + head * v.stride[2]) *
+                                            static_cast<int64_t>(size_of(v.dtype));
   }
   const char* score_row(const StridedView& v, int64_t position, int64_t head) const {
-    return static_cast<const char*>(v.data) +
-           (batch * v.stride[0] + head * v.stride[1] + position * v.stride[2]) * static_cast<int64_t>(size_of(v.dtype));
+    return static_cast<const char*>(v.data) + (batch * v.stride[0] + head * v.stride[1] + position * v.stride[2]) *
+                                                  static_cast<int64_t>(size_of(v.dtype));
   }
   // First element of key or value j.
   const char* key_row(const StridedView& v, int64_t j) const {
@@ -154,10 +149,7 @@ class KeyBlock {
   }
 
   KeyBlock(const HeadRows& r, const StridedView& v, int64_t dim, bool shared, Arena* arena)
-      : rows_(r),
-        view_(v),
-        dim_(dim),
-        stride_(v.stride[3] * static_cast<int64_t>(size_of(v.dtype))),
+      : rows_(r), view_(v), dim_(dim), stride_(v.stride[3] * static_cast<int64_t>(size_of(v.dtype))),
         in_place_(v.dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32) && v.stride[3] == 1 &&
                   (!shared || v.stride[1] == dim)),
         kept_(shared && keeps_keys<T>(r.p)) {
@@ -194,7 +186,8 @@ class KeyBlock {
   int64_t ld() const { return ld_; }
 
   bool finite() {
-    if (finite_ == Finite::kUnknown) finite_ = all_finite(data_, ld_, end_ - begin_, dim_) ? Finite::kYes : Finite::kNo;
+    if (finite_ == Finite::kUnknown)
+      finite_ = all_finite(data_, ld_, end_ - begin_, dim_) ? Finite::kYes : Finite::kNo;
     return finite_ == Finite::kYes;
   }
 

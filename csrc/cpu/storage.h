@@ -24,7 +24,9 @@ struct Half {
   static ATTN_INLINE Vec<float> load(const char* p) {
     return Simd<float>::load_half(reinterpret_cast<const uint16_t*>(p));
   }
-  static ATTN_INLINE void store(char* p, Vec<float> x) { Simd<float>::store_half(reinterpret_cast<uint16_t*>(p), x); }
+  static ATTN_INLINE void store(char* p, Vec<float> x) {
+    Simd<float>::store_half(reinterpret_cast<uint16_t*>(p), x);
+  }
 };
 
 struct BFloat16 {

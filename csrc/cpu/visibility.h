@@ -31,7 +31,7 @@ ATTN_INLINE uint64_t bits_of(const char* bytes, int64_t stride, int64_t n) {
       memcpy(&x, bytes + i, 8);
       constexpr uint64_t low7 = 0x7f7f7f7f7f7f7f7f;
       x = (((x & low7) + low7) | x) >> 7 & 0x0101010101010101;  // each byte to 0 or 1
-      bits |= (x * 0x0102040810204080 >> 56) << i;  // gathers the eight bits: no two products overlap
+      bits |= (x * 0x0102040810204080 >> 56) << i;              // gathers the eight bits: no two products overlap
     }
   for (; i < n; ++i) bits |= uint64_t{bytes[i * stride] != 0} << i;
   return bits;
