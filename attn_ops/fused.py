@@ -7,6 +7,7 @@ Other graphs hold both (`graph_op`), since XLA may compile them later.
 from __future__ import annotations
 
 import tensorflow as tf
+from tensorflow.python.eager import forwardprop_util
 
 from . import _native, graph_op, native_op, saved_models, second_order, xla_op
 from .arguments import AttentionCall
@@ -27,6 +28,8 @@ def unsupported_reasons(call: AttentionCall, forced: bool = False) -> list[str]:
         reasons.append(missing)
     elif in_xla() and _native.xla_unavailable_reason():
         reasons.append(f"the call is traced for XLA (jit_compile=True), and {_native.xla_unavailable_reason()}")
+    if _in_forward_mode(call):
+        reasons.append("a ForwardAccumulator watches the inputs, and in graphs only the composite has forward mode")
     if _on_gpu(call.query):
         reasons.append("the fused op has no GPU kernel, and a GPU is in use; under tf.device('CPU') it runs on the CPU")
     return reasons
@@ -44,6 +47,10 @@ def form() -> str:
     if in_xla():
         return "xla"
     return "op or composite" if _native.xla_unavailable_reason() else "op or xla"
+
+
+def _in_forward_mode(call):
+    return not tf.executing_eagerly() and bool(forwardprop_util.pack_tangents(_inputs(call)).indices)
 
 
 def _on_gpu(query) -> bool:

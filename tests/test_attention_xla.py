@@ -187,6 +187,29 @@ def test_second_order_inside():
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_forward_mode_in_and_around_a_function(jit_compile):
+    query, key, value = tensors()
+    tangent = tf.random.stateless_normal(query.shape, seed=[3, 4])
+
+    def derivative(function, query):
+        with tf.autodiff.ForwardAccumulator(query, tangent) as accumulator:
+            out = function(query)
+        return accumulator.jvp(out)
+
+    def along(query):
+        return attend(query, key, value)
+
+    def inside(query):
+        return derivative(along, query)
+
+    wanted = derivative(along, query)
+    np.testing.assert_allclose(tf.function(inside, jit_compile=jit_compile)(query), wanted, rtol=1e-4, atol=1e-5)
+    compiled = tf.function(along, jit_compile=jit_compile)
+    compiled(query)
+    np.testing.assert_allclose(derivative(compiled, query), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_clusters_made_by_tensorflow():
     inputs = tensors()
     tf.config.optimizer.set_jit("autoclustering")
