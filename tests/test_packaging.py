@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tensorflow as tf
 from attn_ops import _native
 from elftools.elf.elffile import ELFFile
 
@@ -52,6 +51,8 @@ def test_library(path, broken):
 
 def test_the_rules_see_a_library_that_breaks_them(tmp_path):
     """TensorFlow's own library under the name of ours, which exports, needs and is all that ours must not."""
+    import tensorflow as tf
+
     for name in (LIBRARY.name, CORE.name):
         copy = tmp_path / name
         copy.symlink_to(Path(tf.sysconfig.get_lib()) / "libtensorflow_framework.so.2")
