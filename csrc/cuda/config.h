@@ -1,0 +1,73 @@
+// Which kernels there are, and the shape of their tiles: read by the kernels (kernels.cu), which are made from it, and by
+// dispatch.cc, which launches them by name.
+#pragma once
+
+#include "../attention.h"
+
+namespace attn_ops {
+namespace cuda {
+
+// How numbers are multiplied. kFloat32 takes three TF32 products for one (3xTF32), kTf32 takes one.
+enum class Math : int32_t { kFloat16, kBFloat16, kFloat32, kTf32 };
+constexpr int kNumMaths = 4;
+constexpr const char* kMathNames[kNumMaths] = {"f16", "bf16", "f32", "tf32"};
+
+// Head dimensions are padded to one of these. (The larger of head_dim and value_dim counts.)
+constexpr int kNumDims = 5;
+constexpr int kDims[kNumDims] = {64, 96, 128, 192, 256};
+constexpr int kLargestDim = 256;
+
+constexpr int element_bytes(Math m) { return m == Math::kFloat16 || m == Math::kBFloat16 ? 2 : 4; }
+
+// What every card from Ampere on can lend one block (sm_86, sm_89 and sm_120 have the least).
+constexpr int kLargestSharedBytes = 99 * 1024;
+
+// A block of `warps` warps keeps `rows` rows in shared memory and streams the other side past them, `columns` at a time.
+struct Tile {
+  int rows, columns, warps;
+  constexpr int threads() const { return 32 * warps; }
+};
+
+// Forward: query rows stay, keys and values pass.
+constexpr Tile forward_tile(Math m, int dim) {
+  if (element_bytes(m) == 2) {
+    return dim <= 128 ? Tile{128, 64, 4} : dim <= 192 ? Tile{128, 64, 8} : Tile{64, 64, 4};
+  }
+  return dim <= 128 ? Tile{64, 64, 4} : dim <= 192 ? Tile{64, 32, 4} : Tile{64, 16, 4};
+}
+constexpr int forward_shared_bytes(Math m, int dim) {
+  const Tile t = forward_tile(m, dim);
+  return (t.rows + 2 * t.columns) * dim * element_bytes(m) + 64;
+}
+
+// Backward: queries and the gradient of the output stay and keys and values pass (dq), or the reverse (dk, dv).
+constexpr Tile backward_tile(Math m, int dim) {
+  if (element_bytes(m) == 2) {
+    return dim <= 64 ? Tile{128, 32, 4} : dim <= 96 ? Tile{64, 64, 4} : dim <= 128 ? Tile{64, 32, 4} : Tile{64, 32, 4};
+  }
+  return dim <= 64 ? Tile{64, 32, 4} : dim <= 128 ? Tile{64, 32, 4} : dim <= 192 ? Tile{32, 32, 2} : Tile{32, 16, 2};
+}
+// Both sides twice, and the statistics of the rows that pass.
+constexpr int backward_shared_bytes(Math m, int dim) {
+  const Tile t = backward_tile(m, dim);
+  return 2 * (t.rows + t.columns) * dim * element_bytes(m) + 64 * 20;
+}
+// Two gradients of this many columns do not fit the registers: dk and dv are then made by blocks of their own.
+constexpr bool splits_dk_dv(int dim) { return dim > 128; }
+
+// Decode: up to kDecodeRows query rows; each of the warps streams its own keys through a ring of tiles.
+constexpr int kDecodeRows = 16;
+constexpr int kDecodeWarps = 4;
+constexpr int decode_keys_per_warp(Math m) { return element_bytes(m) == 2 ? 16 : 8; }
+constexpr int decode_tile_bytes(int dim) { return 32 * dim; }  // keys_per_warp rows of either element size
+constexpr int decode_ring(int dim) {
+  const int fit = 96 * 1024 / (kDecodeWarps * decode_tile_bytes(dim));
+  return fit < 8 ? fit : 8;
+}
+constexpr int decode_shared_bytes(int dim) { return kDecodeWarps * decode_tile_bytes(dim) * decode_ring(dim) + 2048; }
+
+// Rows of the gradient of the output per block of the kernel that prepares the backward.
+constexpr int kDeltaWarps = 8;
+
+}  // namespace cuda
+}  // namespace attn_ops
