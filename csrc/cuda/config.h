@@ -28,29 +28,34 @@ struct Tile {
   constexpr int threads() const { return 32 * warps; }
 };
 
-// Forward: query rows stay, keys and values pass.
-constexpr Tile forward_tile(Math m, int dim) {
-  if (element_bytes(m) == 2) {
-    return dim <= 128 ? Tile{128, 64, 4} : dim <= 192 ? Tile{128, 64, 8} : Tile{64, 64, 4};
-  }
-  return dim <= 128 ? Tile{64, 64, 4} : dim <= 192 ? Tile{64, 32, 4} : Tile{64, 16, 4};
+// Forward: query rows stay, keys and values pass. A warp with 32 rows reads each key and value half as often as one with 16,
+// but has registers for it only where there are no masks, biases and dropout to think of (`plain`).
+constexpr Tile forward_tile(Math m, int dim, bool plain) {
+  if (element_bytes(m) == 4) return dim <= 96 ? Tile{64, 64, 4} : dim <= 192 ? Tile{64, 32, 4} : Tile{64, 16, 4};
+  if (!plain || dim > 192) return {64, 64, 4};
+  return dim <= 96 ? Tile{128, 64, 4} : dim <= 128 ? Tile{128, 32, 4} : Tile{128, 64, 8};
 }
-constexpr int forward_shared_bytes(Math m, int dim) {
-  const Tile t = forward_tile(m, dim);
+constexpr int forward_shared_bytes(Math m, int dim, bool plain) {
+  const Tile t = forward_tile(m, dim, plain);
   return (t.rows + 2 * t.columns) * dim * element_bytes(m) + 64;
 }
 
 // Backward: queries and the gradient of the output stay and keys and values pass (dq), or the reverse (dk, dv).
 constexpr Tile backward_tile(Math m, int dim) {
-  if (element_bytes(m) == 2) {
-    return dim <= 64 ? Tile{128, 32, 4} : dim <= 96 ? Tile{64, 64, 4} : dim <= 128 ? Tile{64, 32, 4} : Tile{64, 32, 4};
-  }
-  return dim <= 64 ? Tile{64, 32, 4} : dim <= 128 ? Tile{64, 32, 4} : dim <= 192 ? Tile{32, 32, 2} : Tile{32, 16, 2};
+  if (element_bytes(m) == 2) return dim <= 64 ? Tile{128, 32, 4} : Tile{64, 32, 4};
+  return dim <= 128 ? Tile{64, 32, 4} : dim <= 192 ? Tile{32, 32, 2} : Tile{32, 16, 2};
 }
-// Both sides twice, and the statistics of the rows that pass.
-constexpr int backward_shared_bytes(Math m, int dim) {
+// What passes is fetched one tile ahead where there is room. `tiles` counts tiles of one row's bytes, of both arrays.
+constexpr int backward_tiles_bytes(Math m, int dim, int stages) {
   const Tile t = backward_tile(m, dim);
-  return 2 * (t.rows + t.columns) * dim * element_bytes(m) + 64 * 20;
+  return 2 * (t.rows + stages * t.columns) * dim * element_bytes(m);
+}
+constexpr int kBackwardStatisticsBytes = 2 * 64 * 20;  // of the rows that pass, for two stages
+constexpr int backward_stages(Math m, int dim) {
+  return backward_tiles_bytes(m, dim, 2) + kBackwardStatisticsBytes <= kLargestSharedBytes ? 2 : 1;
+}
+constexpr int backward_shared_bytes(Math m, int dim) {
+  return backward_tiles_bytes(m, dim, backward_stages(m, dim)) + kBackwardStatisticsBytes;
 }
 // Two gradients of this many columns do not fit the registers: dk and dv are then made by blocks of their own.
 constexpr bool splits_dk_dv(int dim) { return dim > 128; }

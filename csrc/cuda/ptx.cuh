@@ -11,8 +11,6 @@
 #else
 
 #define ATTN_DEVICE __device__ __forceinline__
-// Cold code: kept out of line, so that it costs its caller no registers.
-#define ATTN_DEVICE_COLD __device__ __noinline__
 // A kernel: one parameter, `args`, and its block of `threads`.
 #define ATTN_KERNEL(name, threads, Args) \
   extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args)
@@ -92,8 +90,8 @@ ATTN_DEVICE uint64_t compare_and_swap(uint64_t* address, uint64_t expected, uint
 //   d[0..3]   rows g, g, g + 8, g + 8 of columns 2t, 2t + 1, 2t, 2t + 1
 //   16 bits   a[0..3]: rows g, g + 8, g, g + 8 of columns 2t and 2t + 1 (a[2], a[3]: 8 further), b[0..1]: rows 2t and 2t + 1
 //             (b[1]: 8 further) of column g                                                      16 x 16 times 16 x 8
-//   TF32      a[0..3]: rows g, g + 8, g, g + 8 of column t (a[2], a[3]: t + 4), b[0..1]: rows t, t + 4 of column g
-//                                                                                                16 x 8 times 8 x 8
+//   TF32      a[0..3]: rows g, g + 8, g, g + 8 of column t (a[2], a[3]: t + 4), b[0..1]: rows t, t + 4 of column g;
+//             of each number, the upper 19 bits count                                             16 x 8 times 8 x 8
 
 ATTN_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
@@ -121,6 +119,21 @@ ATTN_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t 
 ATTN_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 ATTN_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
+// x, as if it were another number each time: what is computed from it is computed where it is needed, not kept in registers
+// throughout a loop.
+ATTN_DEVICE int recomputed(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// value = a == b ? candidate : value. Choosing one of an array's elements so keeps the array in registers, where a compiler
+// that sees through the comparison would put it into local memory to index it.
+ATTN_DEVICE void replace_if_equal(float& value, float candidate, int a, int b) {
+  asm("{\n.reg .pred equal;\nsetp.eq.s32 equal, %2, %3;\nselp.f32 %0, %1, %0, equal;\n}\n"
+      : "+f"(value)
+      : "f"(candidate), "r"(a), "r"(b));
+}
+
 // Within 2 units in the last place; results below 2^-126 are 0.
 ATTN_DEVICE float exp2_fast(float x) {
   float y;
@@ -130,13 +143,6 @@ ATTN_DEVICE float exp2_fast(float x) {
 ATTN_DEVICE float log_of(float x) { return logf(x); }
 // The high half of the 64-bit product.
 ATTN_DEVICE uint32_t multiply_high(uint32_t x, uint32_t y) { return __umulhi(x, y); }
-
-// Rounds to TF32 (10 bits of mantissa), as the bits of a float.
-ATTN_DEVICE uint32_t round_to_tf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return y;
-}
 
 // Two numbers in one word, `low` in the lower half.
 ATTN_DEVICE uint32_t pack_f16(float low, float high) {
