@@ -32,7 +32,8 @@ struct Tile {
 // but has registers for it only where there are no masks, biases and dropout to think of (`plain`).
 constexpr Tile forward_tile(Math m, int dim, bool plain) {
   if (element_bytes(m) == 4) return dim <= 96 ? Tile{64, 64, 4} : dim <= 192 ? Tile{64, 32, 4} : Tile{64, 16, 4};
-  if (!plain || dim > 192) return {64, 64, 4};
+  if (dim > 192) return {64, plain ? 64 : 32, 4};
+  if (!plain) return {64, 64, 4};
   return dim <= 96 ? Tile{128, 64, 4} : dim <= 128 ? Tile{128, 32, 4} : Tile{128, 64, 8};
 }
 constexpr int forward_shared_bytes(Math m, int dim, bool plain) {

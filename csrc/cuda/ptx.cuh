@@ -13,7 +13,7 @@
 #define ATTN_DEVICE __device__ __forceinline__
 // A kernel: one parameter, `args`, and its block of `threads`.
 #define ATTN_KERNEL(name, threads, Args) \
-  extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args)
+  extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Args args)
 
 namespace attn_ops {
 namespace cuda {

@@ -119,10 +119,17 @@ ATTN_DEVICE void load_b_transposed(typename M::B (&b)[2], const SharedTile<M, kD
     b[0] = M::b(r[0], r[1]);
     b[1] = M::b(r[2], r[3]);
   } else {
-    const int row = first + 2 * (lane_index() & 3), column = 16 * n + (lane_index() >> 2);
+    // Rows 2 t and 2 t + 1 of the eight: the order in which a_from_results has them.
+    const int g = lane_index() >> 2, row = 2 * (lane_index() & 3);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      b[i] = M::b(bits_of(*tile.at(row, column + 8 * i)), bits_of(*tile.at(row + 1, column + 8 * i)));
+      uint32_t r[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const char* chunk = lane_address(tile, first, row + j, g >> 2 ^ T::swizzle(row + j), 2 * n + i);
+        r[j] = reinterpret_cast<const uint32_t*>(chunk)[g & 3];
+      }
+      b[i] = M::b(r[0], r[1]);
     }
   }
 }
