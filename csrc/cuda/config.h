@@ -61,16 +61,22 @@ constexpr int backward_shared_bytes(Math m, int dim) {
 // Two gradients of this many columns do not fit the registers: dk and dv are then made by blocks of their own.
 constexpr bool splits_dk_dv(int dim) { return dim > 128; }
 
-// Decode: up to kDecodeRows query rows; each of the warps streams its own keys through a ring of tiles.
+// Decode: few query rows; each warp streams its own keys and values through a ring of tiles.
 constexpr int kDecodeRows = 16;
 constexpr int kDecodeWarps = 4;
-constexpr int decode_keys_per_warp(Math m) { return element_bytes(m) == 2 ? 16 : 8; }
-constexpr int decode_tile_bytes(int dim) { return 32 * dim; }  // keys_per_warp rows of either element size
-constexpr int decode_ring(int dim) {
-  const int fit = 96 * 1024 / (kDecodeWarps * decode_tile_bytes(dim));
+constexpr int kMostDecodeRows = 64;  // of a key/value head: more are the forward's
+constexpr int decode_keys(Math m) { return element_bytes(m) == 2 ? 16 : 8; }  // of one tile of one warp
+constexpr int decode_tile_bytes(int dim) { return 32 * dim; }
+constexpr int decode_query_bytes(Math m, int dim) { return kDecodeRows * dim * element_bytes(m); }
+constexpr int kDecodeStatisticsBytes = 1024;  // a maximum and a sum for each warp's rows, and its flags
+constexpr int decode_ring(Math m, int dim) {
+  const int room = kLargestSharedBytes - decode_query_bytes(m, dim) - kDecodeStatisticsBytes;
+  const int fit = room / (kDecodeWarps * decode_tile_bytes(dim));
   return fit < 8 ? fit : 8;
 }
-constexpr int decode_shared_bytes(int dim) { return kDecodeWarps * decode_tile_bytes(dim) * decode_ring(dim) + 2048; }
+constexpr int decode_shared_bytes(Math m, int dim) {
+  return kDecodeWarps * decode_tile_bytes(dim) * decode_ring(m, dim) + decode_query_bytes(m, dim) + kDecodeStatisticsBytes;
+}
 
 // Rows of the gradient of the output per block of the kernel that prepares the backward.
 constexpr int kDeltaWarps = 8;

@@ -33,9 +33,9 @@ ATTN_DEVICE constexpr uint32_t infinity_bits() {
   return M::kMath == Math::kFloat16 ? 0x7c00u : M::kMath == Math::kBFloat16 ? 0x7f80u : 0x7f800000u;
 }
 
-// Whether the tile has rows with numbers that are not finite; then flags them and makes them zero. All threads of the block
+// Whether the tile has rows with numbers that are not finite; then flags them and makes them zero. All of `Who`
 // must call it, when the tile has arrived; it is ready for use afterwards.
-template <class M, int kDim, int kRows, int kThreads>
+template <class M, int kDim, int kRows, int kThreads, class Who = WholeBlock>
 ATTN_DEVICE bool take_out_nonfinite(const SharedTile<M, kDim>& tile, Flags flags) {
   using T = SharedTile<M, kDim>;
   using Element = typename M::Element;
@@ -45,21 +45,21 @@ ATTN_DEVICE bool take_out_nonfinite(const SharedTile<M, kDim>& tile, Flags flags
   };
   bool found = false;
 #pragma unroll 4
-  for (int i = thread_index(); i < kRows * T::kChunks; i += kThreads) found |= !is_finite(i);
-  if (!sync_block_or(found)) return false;
+  for (int i = Who::thread(); i < kRows * T::kChunks; i += kThreads) found |= !is_finite(i);
+  if (!Who::sync_or(found)) return false;
 
-  for (int r = thread_index(); r < kRows; r += kThreads) flags[r] = 0;
-  sync_block();
+  for (int r = Who::thread(); r < kRows; r += kThreads) flags[r] = 0;
+  Who::sync();
 #pragma unroll 1
-  for (int i = thread_index(); i < kRows * T::kChunks; i += kThreads) {
+  for (int i = Who::thread(); i < kRows * T::kChunks; i += kThreads) {
     if (!is_finite(i)) flags[i / T::kChunks] = 1;  // the chunks of a row lie within the row, in whatever order
   }
-  sync_block();
+  Who::sync();
 #pragma unroll 1
-  for (int i = thread_index(); i < kRows * T::kChunks; i += kThreads) {
+  for (int i = Who::thread(); i < kRows * T::kChunks; i += kThreads) {
     if (flags[i / T::kChunks]) *reinterpret_cast<Bytes16*>(tile.data + 16 * i) = Bytes16{{0, 0, 0, 0}};
   }
-  sync_block();
+  Who::sync();
   return true;
 }
 

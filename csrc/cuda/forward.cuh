@@ -88,7 +88,7 @@ ATTN_DEVICE void softmax_of_all(Results<kM, kN>& s, RowStatistics<kM>& rows, Res
 // The same where keys may be hidden, by whatever.
 template <class M, bool kPlain, int kM, int kN, int kO>
 ATTN_DEVICE void softmax_of_some(Results<kM, kN>& s, RowStatistics<kM>& rows, Results<kM, kO>& o, const Head& head,
-                                 int first_row, int first_key, float scale) {
+                                 int first_row, int first_key) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
 #pragma unroll
   for (int m = 0; m < kM; ++m)
@@ -101,14 +101,7 @@ ATTN_DEVICE void softmax_of_some(Results<kM, kN>& s, RowStatistics<kM>& rows, Re
       float x[2 * kN];
 #pragma unroll
       for (int i = 0; i < 2 * kN; ++i) x[i] = s[m][i >> 1][2 * half + (i & 1)];
-      if constexpr (kPlain) {
-#pragma unroll
-        for (int i = 0; i < 2 * kN; ++i) {
-          x[i] = key(i) >= seen.begin && key(i) < seen.end ? x[i] * scale : minus_infinity();
-        }
-      } else {
-        finish_scores<M>(x, head.p, head.batch, query_head, position, seen, key);
-      }
+      hide_or_scale<M, kPlain>(x, head.p, head.batch, query_head, position, seen, key);
       float largest = x[0];
 #pragma unroll
       for (int i = 1; i < 2 * kN; ++i) largest = fmaxf(largest, x[i]);
@@ -165,9 +158,8 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
   int key = round_down(block.any.begin, kKeys);
   if (key < block.any.end) {
     // Queries that see nothing are not read.
-    const int limit = min(block.end, head.length_q * head.group_size());
-    load_tile<M, kDim, kRows, kThreads>(
-        q, QueryRows<const Element>(p.q, head, block.first, limit, args.aligned.q), head_dim);
+    const QueryRows<const Element> queries(p.q, head, block.first, head.rows_in_length(), args.aligned.q);
+    load_tile<M, kDim, kRows, kThreads>(q, queries, head_dim);
     load_tile<M, kDim, kKeys, kThreads>(k, keys(key), head_dim);
     copy_async_commit();
   }
@@ -189,7 +181,7 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
       softmax_of_all<kM, kN, kDim / 8>(s, rows, o, scale);
       accumulate<M, kDim, kM, kN>(o, s, v);
     } else {
-      softmax_of_some<M, kPlain, kM, kN, kDim / 8>(s, rows, o, head, first_row, key, scale);
+      softmax_of_some<M, kPlain, kM, kN, kDim / 8>(s, rows, o, head, first_row, key);
       const bool nonfinite = take_out_nonfinite<M, kDim, kKeys, kThreads>(v, flags);
       accumulate<M, kDim, kM, kN>(o, s, v);
       if (nonfinite) add_nonfinite<M, kDim, kM, kN>(o, s, flags, values(key), value_dim);

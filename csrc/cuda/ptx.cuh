@@ -43,6 +43,8 @@ ATTN_DEVICE void sync_warp() { __syncwarp(); }
 ATTN_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 ATTN_DEVICE float shuffle(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
+ATTN_DEVICE bool any_in_warp(bool value) { return __any_sync(0xffffffffu, value); }
+
 // --- Memory ---------------------------------------------------------------------------------------------------------
 
 ATTN_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }

@@ -26,22 +26,28 @@ struct Interval {
 struct Head {
   const AttentionParams& p;
   const Rows& rows;
-  int batch, kv_head, length_q, length_k;
+  int batch, kv_head, first_head;  // first_head: the query head of row 0
+  int length_q, length_k;
 
-  ATTN_DEVICE Head(const AttentionParams& p, const Rows& rows, int64_t index)
-      : p(p), rows(rows), batch(static_cast<int>(index / p.num_kv_heads)),
-        kv_head(static_cast<int>(index % p.num_kv_heads)), length_q(static_cast<int>(p.seqlen_q)),
-        length_k(static_cast<int>(p.seqlen_k)) {
+  ATTN_DEVICE Head(const AttentionParams& p, const Rows& rows, int batch, int kv_head, int first_head)
+      : p(p), rows(rows), batch(batch), kv_head(kv_head), first_head(first_head),
+        length_q(static_cast<int>(p.seqlen_q)), length_k(static_cast<int>(p.seqlen_k)) {
     if (p.query_lengths != nullptr) length_q = clamp(p.query_lengths[batch], 0, length_q);
     if (p.key_lengths != nullptr) length_k = clamp(p.key_lengths[batch], 0, length_k);
   }
+  // The index-th of all batch entries' key/value heads, with all its query heads.
+  ATTN_DEVICE Head(const AttentionParams& p, const Rows& rows, int64_t index)
+      : Head(p, rows, static_cast<int>(index / p.num_kv_heads), static_cast<int>(index % p.num_kv_heads),
+             static_cast<int>(index % p.num_kv_heads) * static_cast<int>(rows.group.divisor)) {}
 
   ATTN_DEVICE int position(int row) const { return divide(row, rows.group); }
   ATTN_DEVICE int group_size() const { return static_cast<int>(rows.group.divisor); }
   // Of all query heads, the one of `row` at `position`.
   ATTN_DEVICE int head(int row, int position) const {
-    return kv_head * group_size() + row - position * group_size();
+    return first_head + row - position * group_size();
   }
+  // How many rows there are that may see something.
+  ATTN_DEVICE int rows_in_length() const { return min(rows.count, length_q * group_size()); }
   // Where the statistics of a row are in an array [batch, num_heads, seqlen_q].
   ATTN_DEVICE int64_t statistic(int head, int position) const {
     return (batch * p.num_heads + head) * p.seqlen_q + position;
@@ -63,7 +69,7 @@ struct RowBlock {
 
   ATTN_DEVICE RowBlock(const Head& h, int first, int count) : first(first), end(min(first + count, h.rows.count)) {
     // Rows past length_q see nothing.
-    const int last = min(end, h.length_q * h.group_size()) - 1;
+    const int last = min(end, h.rows_in_length()) - 1;
     any = all = {0, 0};
     if (last < first) return;
     const Interval top = h.seen(first), bottom = h.seen(last);
@@ -103,8 +109,8 @@ struct QueryRows {
   bool aligned;
 
   ATTN_DEVICE QueryRows(const StridedView& view, const Head& h, int first, int limit, bool aligned)
-      : base(static_cast<Element*>(view.data) + h.batch * view.stride[0] +
-             static_cast<int64_t>(h.kv_head) * h.group_size() * view.stride[2]),
+      : base(static_cast<Element*>(view.data) + recomputed(h.batch) * view.stride[0] +
+             recomputed(h.first_head) * view.stride[2]),
         stride(view.stride[1]), head_stride(view.stride[2]), dim_stride(view.stride[3]), group(h.rows.group),
         first(first), limit(limit), aligned(aligned) {}
 

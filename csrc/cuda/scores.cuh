@@ -59,6 +59,21 @@ ATTN_DEVICE void finish_scores(float (&x)[kCount], const AttentionParams& p, int
   }
 }
 
+// The same for kernels that may know of no bias and no boolean mask.
+template <class M, bool kPlain, int kCount, class Key>
+ATTN_DEVICE void hide_or_scale(float (&x)[kCount], const AttentionParams& p, int batch, int head, int position,
+                               Interval seen, Key key) {
+  if constexpr (kPlain) {
+    const float scale = static_cast<float>(p.scale * kLog2EDouble);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      x[i] = key(i) >= seen.begin && key(i) < seen.end ? x[i] * scale : minus_infinity();
+    }
+  } else {
+    finish_scores<M>(x, p, batch, head, position, seen, key);
+  }
+}
+
 // --- Dropout --------------------------------------------------------------------------------------------------------
 //
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), with the counters of

@@ -29,15 +29,30 @@ struct SharedTile {
 
 // --- Between global and shared memory -------------------------------------------------------------------------------
 
+// Who moves a tile together.
+struct WholeBlock {
+  ATTN_DEVICE static int thread() { return thread_index(); }
+  ATTN_DEVICE static void sync() { sync_block(); }
+  ATTN_DEVICE static bool sync_or(bool value) { return sync_block_or(value); }
+};
+struct OneWarp {
+  ATTN_DEVICE static int thread() { return lane_index(); }
+  ATTN_DEVICE static void sync() { sync_warp(); }
+  ATTN_DEVICE static bool sync_or(bool value) {
+    sync_warp();
+    return any_in_warp(value);
+  }
+};
+
 // `rows.row(r)` is where row r of the tile is in global memory, null for a row of zeros; `dim` elements of it exist. What
 // is moved asynchronously has arrived after copy_async_wait, the rest at once: a barrier follows in either case.
-template <class M, int kDim, int kRows, int kThreads, class Rows>
+template <class M, int kDim, int kRows, int kThreads, class Who = WholeBlock, class Rows>
 ATTN_DEVICE void load_tile(const SharedTile<M, kDim>& tile, const Rows& rows, int dim) {
   using T = SharedTile<M, kDim>;
   using Element = typename M::Element;
   if (rows.aligned) {
 #pragma unroll 2
-    for (int i = thread_index(); i < kRows * T::kChunks; i += kThreads) {
+    for (int i = Who::thread(); i < kRows * T::kChunks; i += kThreads) {
       const int r = i / T::kChunks, c = i % T::kChunks;
       const Element* source = rows.row(r);
       int bytes = (dim - c * T::kPerChunk) * static_cast<int>(sizeof(Element));
@@ -46,7 +61,7 @@ ATTN_DEVICE void load_tile(const SharedTile<M, kDim>& tile, const Rows& rows, in
     }
   } else {
 #pragma unroll 1
-    for (int i = thread_index(); i < kRows * kDim; i += kThreads) {
+    for (int i = Who::thread(); i < kRows * kDim; i += kThreads) {
       const int r = i / kDim, d = i % kDim;
       const Element* source = rows.row(r);
       *tile.at(r, d) = source != nullptr && d < dim ? source[d * rows.dim_stride] : Element{};
@@ -108,6 +123,17 @@ ATTN_DEVICE void load_b(typename M::B (&b)[2], const SharedTile<M, kDim>& tile, 
   b[1] = M::b(r[2], r[3]);
 }
 
+// The same of 8 rows alone, for steps k and k + 1.
+template <class M, int kDim>
+ATTN_DEVICE void load_b_of_8(typename M::B (&b)[2], const SharedTile<M, kDim>& tile, int first, int k) {
+  using T = SharedTile<M, kDim>;
+  const int row = lane_index() & 7, chunk = (lane_index() >> 3 & 1) ^ T::swizzle(row);
+  uint32_t r[4];
+  load_matrices(r, lane_address(tile, first, row, chunk, k + (lane_index() >> 4)));
+  b[0] = M::b(r[0], r[1]);
+  b[1] = M::b(r[2], r[3]);
+}
+
 // The tile as it lies: rows first to first + kStep are summed over, of columns 16 n to 16 n + 8 and the next 8.
 template <class M, int kDim>
 ATTN_DEVICE void load_b_transposed(typename M::B (&b)[2], const SharedTile<M, kDim>& tile, int first, int n) {
@@ -155,8 +181,20 @@ template <class M, int kDim, int kM, int kN>
 ATTN_DEVICE void multiply_rows(Results<kM, kN>& d, const SharedTile<M, kDim>& a, int first,
                                const SharedTile<M, kDim>& b) {
   clear<kM, kN>(d);
+  if constexpr (kN == 1) {
+#pragma unroll 2
+    for (int k = 0; k < kDim / M::kStep; k += 2) {
+      typename M::B right[2];
+      load_b_of_8<M>(right, b, 0, k);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int m = 0; m < kM; ++m) M::mma(d[m][0], load_a<M>(a, first + 16 * m, k + i), right[i]);
+    }
+    return;
+  }
   // Unrolled further, operands are fetched so early that registers run out.
-#pragma unroll(M::kStep == 16 && kDim <= 192 ? kDim / 16 : 2)
+#pragma unroll(M::kStep == 16 && (kDim == 96 || kDim == 128) ? kDim / 16 : 2)
   for (int k = 0; k < kDim / M::kStep; ++k) {
     typename M::A left[kM];
 #pragma unroll
