@@ -13,18 +13,18 @@
 namespace attn_ops {
 namespace cuda {
 
-template <class M, int kDim>
+template <class M, int kDim, bool kPlain>
 struct BackwardShape {
-  static constexpr Tile kTile = backward_tile(M::kMath, kDim);
+  static constexpr Tile kTile = backward_tile(M::kMath, kDim, kPlain);
   static constexpr int kRows = kTile.rows, kColumns = kTile.columns, kThreads = kTile.threads();
-  static constexpr int kStages = backward_stages(M::kMath, kDim);
+  static constexpr int kStages = backward_stages(M::kMath, kDim, kPlain);
   static constexpr int kM = kRows / 16 / kTile.warps, kN = kColumns / 8;
 };
 
 // The two arrays of rows that stay, and the two of those that pass, for each stage.
-template <class M, int kDim>
+template <class M, int kDim, bool kPlain>
 struct BackwardTiles {
-  using Shape = BackwardShape<M, kDim>;
+  using Shape = BackwardShape<M, kDim, kPlain>;
   using T = SharedTile<M, kDim>;
 
   ATTN_DEVICE T staying(int which) const { return {shared_memory() + which * Shape::kRows * T::kRowBytes}; }

@@ -24,10 +24,10 @@ struct OwnedAxis {
 template <class M, int kDim>
 ATTN_DEVICE void bias_gradient(const BackwardArgs& args) {
   using Element = typename M::Element;
-  using Shape = BackwardShape<M, kDim>;
+  using Shape = BackwardShape<M, kDim, false>;
   constexpr int kRows = Shape::kRows, kKeys = Shape::kColumns, kThreads = Shape::kThreads;
   constexpr int kM = Shape::kM, kN = Shape::kN;
-  const BackwardTiles<M, kDim> tiles;
+  const BackwardTiles<M, kDim, false> tiles;
   const auto q = tiles.staying(0), d_out = tiles.staying(1), k = tiles.passing(0, 0), v = tiles.passing(1, 0);
 
   const BackwardParams& b = args.b;

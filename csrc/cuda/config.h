@@ -42,21 +42,21 @@ constexpr int forward_shared_bytes(Math m, int dim, bool plain) {
 }
 
 // Backward: queries and the gradient of the output stay and keys and values pass (dq), or the reverse (dk, dv).
-constexpr Tile backward_tile(Math m, int dim) {
-  if (element_bytes(m) == 2) return dim <= 64 ? Tile{128, 32, 4} : Tile{64, 32, 4};
+constexpr Tile backward_tile(Math m, int dim, bool plain) {
+  if (element_bytes(m) == 2) return plain && dim <= 64 ? Tile{128, 32, 4} : Tile{64, 32, 4};
   return dim <= 128 ? Tile{64, 32, 4} : dim <= 192 ? Tile{32, 32, 2} : Tile{32, 16, 2};
 }
-// What passes is fetched one tile ahead where there is room. `tiles` counts tiles of one row's bytes, of both arrays.
-constexpr int backward_tiles_bytes(Math m, int dim, int stages) {
-  const Tile t = backward_tile(m, dim);
+constexpr int backward_tiles_bytes(Math m, int dim, bool plain, int stages) {
+  const Tile t = backward_tile(m, dim, plain);
   return 2 * (t.rows + stages * t.columns) * dim * element_bytes(m);
 }
-constexpr int kBackwardStatisticsBytes = 2 * 64 * 20;  // of the rows that pass, for two stages
-constexpr int backward_stages(Math m, int dim) {
-  return backward_tiles_bytes(m, dim, 2) + kBackwardStatisticsBytes <= kLargestSharedBytes ? 2 : 1;
+// What passes is fetched one tile ahead, unless so much memory would leave no room for a second block beside this one.
+constexpr int backward_stages(Math m, int dim, bool plain) {
+  return backward_tiles_bytes(m, dim, plain, 2) <= kLargestSharedBytes * 3 / 4 ? 2 : 1;
 }
-constexpr int backward_shared_bytes(Math m, int dim) {
-  return backward_tiles_bytes(m, dim, backward_stages(m, dim)) + kBackwardStatisticsBytes;
+constexpr int kBackwardStatisticsBytes = 2 * 64 * 20;  // of the rows that pass, for two stages
+constexpr int backward_shared_bytes(Math m, int dim, bool plain) {
+  return backward_tiles_bytes(m, dim, plain, backward_stages(m, dim, plain)) + kBackwardStatisticsBytes;
 }
 // Two gradients of this many columns do not fit the registers: dk and dv are then made by blocks of their own.
 constexpr bool splits_dk_dv(int dim) { return dim > 128; }

@@ -25,7 +25,7 @@ namespace cuda {
 #define FOR_ALL(KERNEL) FOR_EXACT(KERNEL) FOR_EACH_DIM(KERNEL, tf32, TF32)
 
 #define BACKWARD(name, function, math, M, dim, plain) \
-  ATTN_KERNEL(name, backward_tile(M::kMath, dim).threads(), BackwardArgs) { function<M, dim, plain>(args); }
+  ATTN_KERNEL(name, backward_tile(M::kMath, dim, plain).threads(), BackwardArgs) { function<M, dim, plain>(args); }
 #define DQ(math, M, dim) BACKWARD(attn_ops_dq_##math##_##dim, query_gradient, math, M, dim, false)
 #define DQ_PLAIN(math, M, dim) BACKWARD(attn_ops_dq_##math##_##dim##_plain, query_gradient, math, M, dim, true)
 #define DKDV(math, M, dim) BACKWARD(attn_ops_dkdv_##math##_##dim, key_gradients, math, M, dim, false)
@@ -41,7 +41,7 @@ FOR_16_BITS(DKDV_PLAIN)
 #define DECODE(math, M, dim) \
   ATTN_KERNEL(attn_ops_decode_##math##_##dim, 32 * kDecodeWarps, DecodeArgs) { decode<M, dim>(args); }
 #define DBIAS(math, M, dim) \
-  ATTN_KERNEL(attn_ops_dbias_##math##_##dim, backward_tile(M::kMath, dim).threads(), BackwardArgs) { bias_gradient<M, dim>(args); }
+  ATTN_KERNEL(attn_ops_dbias_##math##_##dim, backward_tile(M::kMath, dim, false).threads(), BackwardArgs) { bias_gradient<M, dim>(args); }
 FOR_EXACT(DECODE)
 FOR_EXACT(DBIAS)
 

@@ -79,10 +79,10 @@ ATTN_DEVICE void pair_gradients(Results<kM, kN>& s, Results<kM, kN>& dp, const P
 template <class M, int kDim, bool kPlain, bool kWantsDk, bool kWantsDv>
 ATTN_DEVICE void key_gradients(const BackwardArgs& args, int64_t block) {
   using Element = typename M::Element;
-  using Shape = BackwardShape<M, kDim>;
+  using Shape = BackwardShape<M, kDim, kPlain>;
   constexpr int kKeys = Shape::kRows, kRows = Shape::kColumns, kThreads = Shape::kThreads;
   constexpr int kM = Shape::kM, kN = Shape::kN;
-  const BackwardTiles<M, kDim> tiles;
+  const BackwardTiles<M, kDim, kPlain> tiles;
   const auto k = tiles.staying(0), v = tiles.staying(1);
 
   const BackwardParams& b = args.b;

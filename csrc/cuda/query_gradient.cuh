@@ -73,10 +73,10 @@ ATTN_DEVICE void score_gradients(Results<kM, kN>& s, const Results<kM, kN>& dp, 
 template <class M, int kDim, bool kPlain>
 ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   using Element = typename M::Element;
-  using Shape = BackwardShape<M, kDim>;
+  using Shape = BackwardShape<M, kDim, kPlain>;
   constexpr int kRows = Shape::kRows, kKeys = Shape::kColumns, kThreads = Shape::kThreads;
   constexpr int kM = Shape::kM, kN = Shape::kN;
-  const BackwardTiles<M, kDim> tiles;
+  const BackwardTiles<M, kDim, kPlain> tiles;
   const auto q = tiles.staying(0), d_out = tiles.staying(1);
 
   const BackwardParams& b = args.b;

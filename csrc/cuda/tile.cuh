@@ -191,22 +191,22 @@ ATTN_DEVICE void multiply_rows(Results<kM, kN>& d, const SharedTile<M, kDim>& a,
 #pragma unroll
         for (int m = 0; m < kM; ++m) M::mma(d[m][0], load_a<M>(a, first + 16 * m, k + i), right[i]);
     }
-    return;
-  }
-  // Unrolled further, operands are fetched so early that registers run out.
+  } else {
+    // Unrolled further, operands are fetched so early that registers run out.
 #pragma unroll(M::kStep == 16 && (kDim == 96 || kDim == 128) ? kDim / 16 : 2)
-  for (int k = 0; k < kDim / M::kStep; ++k) {
-    typename M::A left[kM];
+    for (int k = 0; k < kDim / M::kStep; ++k) {
+      typename M::A left[kM];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) left[m] = load_a<M>(a, first + 16 * m, k);
+      for (int m = 0; m < kM; ++m) left[m] = load_a<M>(a, first + 16 * m, k);
 #pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      typename M::B right[2];
-      load_b<M>(right, b, 8 * n, k);
+      for (int n = 0; n < kN; n += 2) {
+        typename M::B right[2];
+        load_b<M>(right, b, 8 * n, k);
 #pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        M::mma(d[m][n], left[m], right[0]);
-        M::mma(d[m][n + 1], left[m], right[1]);
+        for (int m = 0; m < kM; ++m) {
+          M::mma(d[m][n], left[m], right[0]);
+          M::mma(d[m][n + 1], left[m], right[1]);
+        }
       }
     }
   }
