@@ -1,18 +1,14 @@
-"""The layer by which CUDA kernels run on a CPU (cuda_host/): its instructions against NumPy, and the errors it finds."""
+"""The layer by which CUDA kernels run on a CPU (cuda_host/): its instructions against NumPy, the errors it finds."""
 
 import ctypes
 import shutil
-import sys
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "cuda_host"))
-
-import build
-from driver import Driver, DriverError
+from cuda_host import build
+from cuda_host.driver import Driver, DriverError
 
 pytestmark = pytest.mark.skipif(not shutil.which(build.CXX), reason=f"no {build.CXX}")
 
@@ -49,7 +45,7 @@ def run(driver, kernel, out, a=None, b=None, n=0, mode=0, blocks=1, threads=32, 
     return out.numpy()
 
 
-# --- Matrix products ----------------------------------------------------------------------------------------------------
+# --- Matrix products ------------------------------------------------------------------------------
 
 SPECIAL = [0.0, -0.0, 1.0, -2.0, np.inf, -np.inf, np.nan, 6e-8, 1e-7]
 
@@ -79,7 +75,7 @@ def test_matrix_products(driver, rng, kind, special):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-# --- Within a warp -------------------------------------------------------------------------------------------------------
+# --- Within a warp --------------------------------------------------------------------------------
 
 
 def test_matrices_from_shared_memory(driver, rng):
@@ -96,13 +92,15 @@ def test_matrices_from_shared_memory(driver, rng):
 def test_shuffles(driver, rng, mask):
     values = rng.standard_normal(64).astype(np.float32)
     lanes = rng.integers(0, 32, 64).astype(np.int32)
-    out = run(driver, "layer_shuffle", np.zeros((2, 64), np.float32), values, lanes, n=mask, threads=64)
+    values[3], values[32:] = 2.5, np.minimum(values[32:], 2.0)
+    out = run(driver, "layer_shuffle", np.zeros((3, 64), np.float32), values, lanes, n=mask, threads=64)
     i = np.arange(64)
     np.testing.assert_array_equal(out[0], values[i // 32 * 32 + lanes])
     np.testing.assert_array_equal(out[1], values[i ^ mask])
+    np.testing.assert_array_equal(out[2], i < 32)
 
 
-# --- Copies --------------------------------------------------------------------------------------------------------------
+# --- Copies ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode, arrived", [(0, 2), (1, 1), (2, 0), (3, 0)], ids=["all", "one", "none", "uncommitted"])
@@ -127,7 +125,7 @@ def test_nothing_is_read_past_the_bytes_of_a_copy(driver, rng):
     np.testing.assert_array_equal(out[1], source_padded[1])
 
 
-# --- Barriers ------------------------------------------------------------------------------------------------------------
+# --- Barriers -------------------------------------------------------------------------------------
 
 
 def sums_of_neighbours(rounds):
@@ -167,7 +165,7 @@ def test_compare_and_swap_across_blocks(driver, monkeypatch, seed):
     assert (out[1:] == np.arange(100)).all() == (seed == 0)  # blocks come in an order of the seed
 
 
-# --- Numbers -------------------------------------------------------------------------------------------------------------
+# --- Numbers --------------------------------------------------------------------------------------
 
 
 def convert(driver, values, mode, out):
@@ -213,7 +211,7 @@ def test_exp2(driver, rng):
     assert not np.signbit(edges[0])
 
 
-# --- Errors --------------------------------------------------------------------------------------------------------------
+# --- Errors ---------------------------------------------------------------------------------------
 
 ERRORS = {
     0: "thread 5: has left the kernel, while thread .* is at shuffle",
@@ -249,7 +247,7 @@ def test_errors_are_found(driver, monkeypatch, mode, text):
         driver.reset()
 
 
-# --- The driver ----------------------------------------------------------------------------------------------------------
+# --- The driver -----------------------------------------------------------------------------------
 
 
 def code_of(call, *arguments):

@@ -1,6 +1,6 @@
 // A thread of a block is a fibre: a stack, and a place to go on at. The lanes of a warp run one after the other from
-// one meeting to the next; the last to arrive does the work of all and goes on first. The warps of a block run one after
-// the other from one barrier to the next.
+// one meeting to the next; the last to arrive does the work of all and goes on first. The warps of a block run one
+// after the other from one barrier to the next.
 //
 // Every host thread has fibres of its own, made once.
 #include "fibres.h"
@@ -40,6 +40,7 @@ const char* name_of(Meeting m) {
     case Meeting::kSyncWarp: return "is at sync_warp";
     case Meeting::kShuffle: return "is at shuffle";
     case Meeting::kShuffleXor: return "is at shuffle_xor";
+    case Meeting::kAnyInWarp: return "is at any_in_warp";
     case Meeting::kLoadMatrices: return "is at load_matrices";
     case Meeting::kLoadMatricesTransposed: return "is at load_matrices_transposed";
     case Meeting::kMmaF16: return "is at mma_f16";
@@ -252,14 +253,10 @@ void Runner::pass_barrier() {
       error_ = text;
       return;
     }
-    if (meeting == Meeting::kSyncBlockOr) {
-      for (Operands& lane : w.operands) any = any || *static_cast<bool*>(lane.in_out);
-    }
+    if (meeting == Meeting::kSyncBlockOr) any = any || is_any(w.operands);
   }
   if (meeting != Meeting::kSyncBlockOr) return;
-  for (int n = 0; n < used_; ++n) {
-    for (Operands& lane : warps_[n]->operands) *static_cast<bool*>(lane.in_out) = any;
-  }
+  for (int n = 0; n < used_; ++n) set_all(warps_[n]->operands, any);
 }
 
 void Runner::stop(std::string error) {
@@ -381,6 +378,7 @@ void meet(Meeting meeting, void* in_out, const void* operand, const void* operan
     case Meeting::kSyncWarp: return;
     case Meeting::kShuffle: return exchange(w.operands, false);
     case Meeting::kShuffleXor: return exchange(w.operands, true);
+    case Meeting::kAnyInWarp: return set_all(w.operands, is_any(w.operands));
     case Meeting::kLoadMatrices: return read_matrices(w.operands, false);
     case Meeting::kLoadMatricesTransposed: return read_matrices(w.operands, true);
     case Meeting::kMmaF16: return multiply_16_bits<float_of_half>(w.operands);

@@ -38,6 +38,7 @@ enum class Meeting : int32_t {
   kSyncWarp,
   kShuffle,
   kShuffleXor,
+  kAnyInWarp,
   kLoadMatrices,
   kLoadMatricesTransposed,
   kMmaF16,
@@ -121,6 +122,10 @@ inline float shuffle_xor(float value, int mask) {
 }
 inline float shuffle(float value, int lane) {
   host_layer::meet(host_layer::Meeting::kShuffle, &value, &lane);
+  return value;
+}
+inline bool any_in_warp(bool value) {
+  host_layer::meet(host_layer::Meeting::kAnyInWarp, &value);
   return value;
 }
 

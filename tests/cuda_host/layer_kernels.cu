@@ -57,13 +57,14 @@ ATTN_KERNEL(layer_load_matrices, 32, LayerArgs) {
   }
 }
 
-// out: shuffle of a by b, then shuffle_xor of a by n.
+// out: shuffle of a by b, then shuffle_xor of a by n, then whether any a of the warp is above 2.
 ATTN_KERNEL(layer_shuffle, 64, LayerArgs) {
   const int i = thread_index();
   float* out = static_cast<float*>(args.out);
   const float value = static_cast<const float*>(args.a)[i];
   out[i] = shuffle(value, static_cast<const int*>(args.b)[i]);
   out[64 + i] = shuffle_xor(value, static_cast<int>(args.n));
+  out[128 + i] = any_in_warp(value > 2.0f) ? 1.0f : 0.0f;
 }
 
 // --- Copies ---------------------------------------------------------------------------------------------------------

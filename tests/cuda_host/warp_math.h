@@ -102,6 +102,15 @@ inline void read_matrices(const Operands (&lanes)[32], bool transposed) {
   }
 }
 
+inline bool is_any(const Operands (&lanes)[32]) {
+  bool any = false;
+  for (const Operands& lane : lanes) any = any || *static_cast<const bool*>(lane.in_out);
+  return any;
+}
+inline void set_all(const Operands (&lanes)[32], bool value) {
+  for (const Operands& lane : lanes) *static_cast<bool*>(lane.in_out) = value;
+}
+
 // Lane l gets the value of lane operand (or l ^ operand).
 inline void exchange(const Operands (&lanes)[32], bool with_xor) {
   float values[32];
