@@ -229,8 +229,9 @@ ERRORS = {
     12: "wrote behind its 1000 bytes of shared memory",
     13: "2000 bytes into shared memory, which has 1000",
     14: "the end of a thread's stack",
-    15: "a null pointer",
+    15: "an address that is not aligned|a null pointer",
     16: "is at sync_block(_or)?, while warp 1 is at sync_block(_or)?",
+    17: "an address that is not aligned",
 }
 
 

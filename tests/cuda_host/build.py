@@ -19,8 +19,14 @@ BUILD = ROOT / "build" / "cuda_host"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-g1"]
 HEADERS = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh"), *HERE.glob("*.h")]
-# `#pragma unroll` is for nvcc. Kernels are many, and their time goes into the layer: -O1 halves that of compiling them.
-KERNEL_FLAGS = ["-O1", "-Wno-unknown-pragmas", f'-DATTN_OPS_HOST_LAYER="{HERE / "host_layer.h"}"', "-x", "c++"]
+KERNEL_FLAGS = [
+    "-O1",  # kernels are many, and much of their time goes into the layer: -O2 takes longer than it saves
+    "-fsanitize=alignment",  # a GPU takes no number from an address that is not a multiple of its size
+    "-fsanitize-undefined-trap-on-error",
+    "-Wno-unknown-pragmas",  # unroll
+    f'-DATTN_OPS_HOST_LAYER="{HERE / "host_layer.h"}"',
+    *["-x", "c++"],
+]
 
 
 def native_flags():

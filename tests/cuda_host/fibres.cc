@@ -281,13 +281,18 @@ std::string Runner::where(const void* address) const {
        name_of(w.meeting));
 }
 
-struct sigaction previous_handler;
+constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
+struct sigaction previous_handlers[4];
 
 void on_bad_address(int signal, siginfo_t* info, void*) {
   if (!running) {  // none of ours
-    sigaction(signal, &previous_handler, nullptr);
+    for (int i = 0; i < 4; ++i) {
+      if (kSignals[i] == signal) sigaction(signal, &previous_handlers[i], nullptr);
+    }
     return;
   }
+  // What the compiler was asked to do at such an address (build.py).
+  if (signal == SIGILL || signal == SIGTRAP) fail("an address that is not aligned");
   const std::string what = runner->where(info->si_addr);
   if (!info->si_addr) fail("a null pointer, or an address that is not aligned");
   fail("no access to address %p%s%s", info->si_addr, what.empty() ? "" : ": ", what.c_str());
@@ -315,8 +320,10 @@ void watch_addresses() {
   struct sigaction ours = {}, before;
   ours.sa_sigaction = on_bad_address;
   ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // NODEFER: fail() does not return
-  sigaction(SIGSEGV, &ours, &before);
-  if (!(before.sa_flags & SA_SIGINFO) || before.sa_sigaction != on_bad_address) previous_handler = before;
+  for (int i = 0; i < 4; ++i) {
+    sigaction(kSignals[i], &ours, &before);
+    if (!(before.sa_flags & SA_SIGINFO) || before.sa_sigaction != on_bad_address) previous_handlers[i] = before;
+  }
 }
 
 std::vector<Kernel>& kernels() {

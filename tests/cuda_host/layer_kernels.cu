@@ -173,6 +173,7 @@ ATTN_KERNEL(layer_errors, 64, LayerArgs) {
       if (i < 32) sync_block();
       else sync_block_or(true);
       return;
+    case 17: out[0] = static_cast<char>(*reinterpret_cast<const volatile float*>(out + 2)); return;
     default: out[0] = 1;
   }
 }

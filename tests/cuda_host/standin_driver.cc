@@ -492,13 +492,17 @@ DRIVER int cuStreamCreate(void** stream, unsigned) {
   CALLED();
   if (current_device < 0) return kInvalidContext;
   *stream = new char;
-  state().streams.insert(*stream);
+  State& s = state();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  s.streams.insert(*stream);
   return kSuccess;
 }
 
 // 0, 1 and 2 are the default streams.
 static bool is_stream(void* stream) {
-  return reinterpret_cast<uintptr_t>(stream) <= 2 || state().streams.count(stream);
+  State& s = state();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  return reinterpret_cast<uintptr_t>(stream) <= 2 || s.streams.count(stream);
 }
 
 DRIVER int cuStreamSynchronize(void* stream) {
@@ -508,7 +512,9 @@ DRIVER int cuStreamSynchronize(void* stream) {
 
 DRIVER int cuStreamDestroy_v2(void* stream) {
   CALLED();
-  if (!state().streams.erase(stream)) return kInvalidHandle;
+  State& s = state();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  if (!s.streams.erase(stream)) return kInvalidHandle;
   delete static_cast<char*>(stream);
   return kSuccess;
 }
