@@ -1,5 +1,6 @@
-// Enough of CUDA's driver, runtime and NVML for TensorFlow to find one GPU: memory is malloc's, streams are always done,
-// kernels do nothing. tensorflow_gpu.py adds a function that does nothing for every other name that TensorFlow may look up.
+// Enough of CUDA's driver, runtime, NVML, cuDNN and cuBLAS for TensorFlow and its XLA to find one GPU: memory is malloc's,
+// streams are always done, kernels do nothing. tensorflow_gpu.py adds a function that does nothing for every other name
+// that TensorFlow may look up.
 #define _GNU_SOURCE
 #include <stdint.h>
 #include <stdio.h>
@@ -103,9 +104,14 @@ Status cudaMemsetAsync(void* p, int x, size_t n, Handle s) { (void)s; memset(p, 
 const char* cudaGetErrorString(Status error) { (void)error; return "blank"; }
 const char* cudaGetErrorName(Status error) { (void)error; return "BLANK"; }
 
-// --- NVML, and what is said when one of the mathematical libraries is used ---
+// --- NVML, and what XLA asks of cuDNN and cuBLAS before it compiles anything ---
 Status nvmlDeviceGetCount_v2(unsigned* count) { *count = 1; return 0; }
 Status nvmlSystemGetDriverVersion(char* version, unsigned size) { snprintf(version, size, "555.42"); return 0; }
+size_t cudnnGetVersion(void) { return 90300; }
+Status cudnnGetProperty(int which, int* value) { *value = which == 0 ? 9 : which == 1 ? 3 : 0; return 0; }
+Status cudnnCreate(Handle* library) { *library = handle(); return 0; }
+Status cublasCreate_v2(Handle* library) { *library = handle(); return 0; }
+Status cublasLtCreate(Handle* library) { *library = handle(); return 0; }
 const char* cublasGetStatusString(int error) { (void)error; return "blank"; }
 const char* cublasLtGetStatusString(int error) { (void)error; return "blank"; }
 const char* cudnnGetErrorString(int error) { (void)error; return "blank"; }

@@ -32,8 +32,8 @@ def install_tensorflow(directory):
 
 
 def names_looked_up(library):
-    """What TensorFlow's wrappers ask CUDA's driver, runtime and NVML for: they hold the names as strings."""
-    pattern = rb"\0((?:cu[A-Z]|nvml[A-Z]|cuda[A-Z]|__cuda[A-Z])\w+)(?=\0)"
+    """What TensorFlow's wrappers ask the libraries of CUDA for: they hold the names as strings."""
+    pattern = rb"\0((?:cu|nvml|cuda|__cuda|cudnn|cublas|cublasLt)[A-Z]\w+)(?=\0)"
     return {name.decode() for name in re.findall(pattern, library.read_bytes())}
 
 

@@ -1,6 +1,8 @@
 """Run by tensorflow_gpu.py. The device's own operations compute nothing here: inputs come from the host, gradients start
 from given cotangents, and what comes back is compared on the host."""
 
+import ctypes
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -28,15 +30,18 @@ def arrays(dtype="float32"):
     return inputs, rng.normal(size=(2, 7, 4, 24)).astype(dtype), rng.normal(size=(2, 4, 7)).astype("float32")
 
 
-def step(inputs, d_out, d_lse, options):
-    tensors = [tf.constant(x) for x in inputs]
-    options = {name: tf.constant(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
-    watched = tensors + ([options["bias"]] if "bias" in options else [])
+def step(inputs, cotangents, options):
+    watched = [*inputs, *([options["bias"]] if "bias" in options else [])]
     with tf.GradientTape() as tape:
         tape.watch(watched)
-        results = attn_ops.scaled_dot_product_attention(*tensors, **options, return_lse=True)
-    gradients = tape.gradient(results, watched, output_gradients=[tf.constant(d_out), tf.constant(d_lse)])
-    return [*results, *gradients]
+        results = attn_ops.scaled_dot_product_attention(*inputs, **options, return_lse=True)
+    return [*results, *tape.gradient(results, watched, output_gradients=cotangents)]
+
+
+def on_device(inputs, d_out, d_lse, options):
+    """Arguments of `step`. As tensors from outside: constants of XLA would need the device's code."""
+    options = {name: tf.constant(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    return [tf.constant(x) for x in inputs], [tf.constant(d_out), tf.constant(d_lse)], options
 
 
 def expected(inputs, d_out, d_lse, options):
@@ -52,13 +57,14 @@ def test_there_is_a_gpu():
     assert [k.device_type for k in registered].count("GPU") == 3
 
 
+FORMS = {"eager": step, "function": tf.function(step), "xla": tf.function(step, jit_compile=True)}
+
+
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("traced", [False, True], ids=["eager", "function"])
-def test_numbers(name, traced):
-    inputs, d_out, d_lse = arrays()
-    run = tf.function(lambda: step(inputs, d_out, d_lse, OPTIONS[name])) if traced else None
-    results = run() if traced else step(inputs, d_out, d_lse, OPTIONS[name])
-    wanted = expected(inputs, d_out, d_lse, OPTIONS[name])
+@pytest.mark.parametrize("form", FORMS)
+def test_numbers(name, form):
+    case = *arrays(), OPTIONS[name]
+    results, wanted = FORMS[form](*on_device(*case)), expected(*case)
     assert len(results) == len(wanted)
     for result, reference_result in zip(results, wanted):
         assert "GPU:0" in result.device
@@ -66,11 +72,10 @@ def test_numbers(name, traced):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float16", 1e-2), ("bfloat16", 8e-2)])
-def test_half_precision(dtype, tolerance):
-    dtype = tf.as_dtype(dtype).as_numpy_dtype
-    inputs, d_out, d_lse = arrays(dtype)
-    results = step(inputs, d_out, d_lse, {})
-    for result, wanted in zip(results, expected(inputs, d_out, d_lse, {})):
+@pytest.mark.parametrize("form", FORMS)
+def test_half_precision(dtype, tolerance, form):
+    case = *arrays(tf.as_dtype(dtype).as_numpy_dtype), {}
+    for result, wanted in zip(FORMS[form](*on_device(*case)), expected(*case)):
         np.testing.assert_allclose(result.numpy().astype("float64"), wanted, rtol=tolerance, atol=tolerance)
 
 
@@ -85,9 +90,8 @@ def test_what_explain_says():
 
 
 def test_under_a_cpu_scope_the_cpu_computes():
-    inputs, d_out, d_lse = arrays()
     with tf.device("CPU"):
-        results = step(inputs, d_out, d_lse, {})
+        results = step(*on_device(*arrays(), {}))
     assert all("CPU:0" in result.device for result in results)
 
 
@@ -102,24 +106,41 @@ def test_float64_is_put_on_the_cpu():
     assert "CPU:0" in out.device
 
 
-def test_errors(monkeypatch):
-    with pytest.raises(tf.errors.UnimplementedError, match="AttnOps>Forward: head_dim and value_dim must be at most 256"):
-        raw(tf.constant(np.zeros((1, 2, 1, 300), "float32")))
+@tf.function(jit_compile=True)
+def compiled(q):
+    return attn_ops.scaled_dot_product_attention(q, q, q, implementation="fused")
+
+
+def zeros(*shape):
+    return tf.constant(np.zeros(shape, "float32"))
+
+
+def test_errors():
+    too_wide = "head_dim and value_dim must be at most 256"
+    with pytest.raises(tf.errors.UnimplementedError, match=f"AttnOps>Forward: {too_wide}"):
+        raw(zeros(1, 2, 1, 300))
     with pytest.raises(tf.errors.InvalidArgumentError, match="AttnOps>Forward: q must have rank 4"):
-        raw(tf.constant(np.zeros((2, 3), "float32")))
-    # Lengths out of range are not looked at: that would be waiting for the device.
-    q = tf.constant(np.zeros((1, 2, 1, 8), "float32"))
-    _native.library().attn_ops_forward(q, q, q, [], [], [], [tf.constant(np.int32([2]))], [])
+        raw(zeros(2, 3))
+    with pytest.raises(ValueError, match=f"'fused' cannot run: a GPU is in use, and {too_wide}"):
+        compiled(zeros(1, 2, 1, 300))
+    open_dims = compiled.get_concrete_function(tf.TensorSpec([1, 2, 1, None]))
+    with pytest.raises(tf.errors.UnimplementedError, match=f"attn_ops.forward: {too_wide}"):
+        open_dims(zeros(1, 2, 1, 300))
 
 
-def test_the_libraries_own_errors(monkeypatch):
-    import ctypes
+def test_lengths_out_of_range_are_not_looked_at():
+    """That would be waiting for the device. The kernels clamp them."""
+    q = zeros(1, 2, 1, 8)
+    _native.library().attn_ops_forward(q, q, q, [], [], [], [tf.constant(np.int32([3]))], [])
 
-    # The environment as C sees it.
-    libc = ctypes.CDLL(None)
+
+def test_the_libraries_own_errors():
+    libc = ctypes.CDLL(None)  # os.environ is read before C's functions see it
     libc.setenv(b"ATTN_OPS_TEST_FAIL", b"1", 1)
     try:
         with pytest.raises(tf.errors.InternalError, match="AttnOps>Forward: a test wants an error"):
-            raw(tf.constant(np.zeros((1, 2, 1, 8), "float32")))
+            raw(zeros(1, 2, 1, 8))
+        with pytest.raises(tf.errors.InternalError, match="attn_ops.forward: a test wants an error"):
+            compiled(zeros(1, 2, 1, 8))
     finally:
         libc.unsetenv(b"ATTN_OPS_TEST_FAIL")
