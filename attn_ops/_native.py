@@ -54,11 +54,11 @@ def cuda_unavailable_reason(device: int = 0) -> str | None:
     return core_unavailable_reason() or core().cuda_unavailable_reason(device) or None
 
 
-def cuda_unsupported_reason(
-    dtype: str, batch: int, seqlen_q: int, seqlen_k: int, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int
-) -> str | None:
-    """Why the CUDA kernels do not take calls of these sizes; None when they do. For where they are available."""
-    sizes = (batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, value_dim)
+def cuda_unsupported_reason(dtype: str, *sizes: int) -> str | None:
+    """Why the CUDA kernels do not take such calls; None when they do. For where they are available.
+
+    The ``sizes`` are batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim and value_dim.
+    """
     return core().cuda_unsupported_reason(dtype, *sizes) or None
 
 

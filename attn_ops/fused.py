@@ -19,8 +19,9 @@ _TENSORS = ("query", "key", "value", "bias", "query_lengths", "key_lengths", "se
 def unsupported_reasons(call: AttentionCall, forced: bool = False) -> list[str]:
     """Why the fused kernels cannot, or should not, run ``call`` here and now; empty when they can.
 
-    Every `AttentionCall` is within the reach of the CPU's kernels, so most reasons are of the place: no library, an XLA that takes
-    no custom call, a GPU without kernels for it, an export that is to load without the library unless the choice is ``forced``.
+    Every `AttentionCall` is within the reach of the CPU's kernels, so most reasons are of the place: no library, an XLA
+    that takes no custom call, a GPU without kernels for it, an export that is to load without the library unless the
+    choice is ``forced``.
     """
     reasons = saved_models.reasons_against_fused(forced)
     missing = _native.unavailable_reason()

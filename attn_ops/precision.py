@@ -1,4 +1,4 @@
-"""How exactly the kernels multiply float32 on GPUs: a choice of the process, which each call takes along when it is traced."""
+"""How exactly the kernels multiply float32 on GPUs: a choice of the process, which calls take along when traced."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def set_allow_tf32(allowed: bool) -> None:
 
     Off at first (the environment variable ``ATTN_OPS_ALLOW_TF32=1`` turns it on): float32 then means float32, by three
     products of TF32 each. Calls made or traced from now on hold the choice as an attribute, their gradients as well;
-    functions that are traced already keep theirs. Other dtypes, the CPU and the composite do not care: for the composite
-    TensorFlow and JAX have settings of their own.
+    functions that are traced already keep theirs. Other dtypes, the CPU and the composite do not care: for the
+    composite TensorFlow and JAX have settings of their own.
     """
     global _allowed
     if not isinstance(allowed, bool):

@@ -25,7 +25,7 @@ inline void* kernel_stream(const void* op_kernel_context) {
   const EigenGpuDevice* device =
       attn_ops_eigen_gpu_device == nullptr ? nullptr : attn_ops_eigen_gpu_device(op_kernel_context);
   if (device == nullptr || device->stream == nullptr) {
-    throw std::runtime_error("this TensorFlow does not tell its CUDA stream (OpKernelContext::eigen_device<GpuDevice>)");
+    throw std::runtime_error("TensorFlow does not tell its CUDA stream (OpKernelContext::eigen_device<GpuDevice>)");
   }
   return device->stream->stream();
 }

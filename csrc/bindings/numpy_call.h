@@ -155,9 +155,7 @@ class Arrays {
   static py::array copy(const py::array& a) { return a.attr("astype")(native_dtype(a), py::arg("order") = "C"); }
   static py::dtype native_dtype(const py::array& a) { return a.dtype().attr("newbyteorder")("="); }
 
-  DType dtype(const char* name, const py::array& a) const {
-    return dtype_named(function_, name, dtype_name(a));
-  }
+  DType dtype(const char* name, const py::array& a) const { return dtype_named(function_, name, dtype_name(a)); }
 
   py::array as_array(const char* name, const py::object& object) const {
     const py::array a = py::array::ensure(object);

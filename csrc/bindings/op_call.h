@@ -17,7 +17,8 @@ enum class Element { kValue, kLength, kSeed };  // kLength: int32; kSeed: 64 bit
 
 class OpCall {
  public:
-  // `attributes` has integer(name), boolean(name), boolean(name, absent) and string(name). Throws std::invalid_argument.
+  // `attributes` has integer(name), string(name), boolean(name) and boolean(name, absent). Throws
+  // std::invalid_argument.
   template <class Attributes>
   OpCall(const Attributes& attributes, Place place, bool backward) {
     if (place == Place::kCpu && !cpu::isa_usable(cpu::default_isa())) {

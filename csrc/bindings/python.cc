@@ -298,7 +298,7 @@ PYBIND11_MODULE(_core, m) {
         "Why the CUDA kernels cannot run on the device of this number; \"\" when they can.");
   m.def("cuda_unsupported_reason", cuda_unsupported_reason, py::arg("dtype"), py::arg("batch"), py::arg("seqlen_q"),
         py::arg("seqlen_k"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("value_dim"),
-        "Why the CUDA kernels do not take calls of these sizes; \"\" when they do. RuntimeError without their library.");
+        "Why the CUDA kernels do not take calls of these sizes; \"\" when they do. RuntimeError without the library.");
   m.def("cuda_library_exists", cuda_library_exists, "Whether libattn_ops_cuda.so is there. Loads nothing.");
   m.def("probe", probe, py::arg("what"), kProbe);
 }

@@ -1,4 +1,5 @@
-// TensorFlow's C API behind owning types and exceptions. The entry points in tensorflow.cc and tf_kernel.h catch what is thrown here.
+// TensorFlow's C API behind owning types and exceptions. The entry points in tensorflow.cc and tf_kernel.h catch what
+// is thrown here.
 #pragma once
 
 #include <cstdint>

@@ -48,8 +48,12 @@ const char* attn_ops_cuda_unsupported_reason(const AttentionParams* p) {
   if (p->dtype == DType::kFloat64) return "float64 is not for GPUs";
   return p->head_dim > 256 || p->value_dim > 256 ? "head_dim and value_dim must be at most 256" : "";
 }
-size_t attn_ops_cuda_forward_workspace_bytes(const AttentionParams* p) { return cpu::forward_workspace_bytes(*p, 1) + 64; }
-size_t attn_ops_cuda_backward_workspace_bytes(const BackwardParams* p) { return cpu::backward_workspace_bytes(*p, 1) + 64; }
+size_t attn_ops_cuda_forward_workspace_bytes(const AttentionParams* p) {
+  return cpu::forward_workspace_bytes(*p, 1) + 64;
+}
+size_t attn_ops_cuda_backward_workspace_bytes(const BackwardParams* p) {
+  return cpu::backward_workspace_bytes(*p, 1) + 64;
+}
 int attn_ops_cuda_forward(const AttentionParams* p, void* stream, Workspace workspace) {
   const char* reason = broken(*p, stream, workspace, attn_ops_cuda_forward_workspace_bytes(p));
   if (reason != nullptr) return fail(reason);

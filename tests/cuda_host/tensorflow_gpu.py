@@ -4,8 +4,8 @@
 
 Needs a built checkout, gcc, and an environment that has what TensorFlow needs. CUDA is blank_cuda.c under all its names,
 so TensorFlow finds a GPU whose kernels do nothing. The CUDA kernels are those of the CPU behind the same interface
-(cuda_library_on_cpu.cc), on memory that is the host's: what is tested is the way from TensorFlow to them and back, by
-tensorflow_gpu_checks.py in a process of its own.
+(cuda_library_on_cpu.cc), on memory that is the host's: what is tested is the way from TensorFlow and its XLA to them and
+back, by tensorflow_gpu_checks.py in a process of its own.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def install_package(site, library):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=ROOT / "build/tensorflow_gpu", help="for what is built and fetched")
+    parser.add_argument("--work", type=Path, default=ROOT / "build/tensorflow_gpu", help="for all that is made")
     parser.add_argument("--tensorflow", type=Path, help="an unpacked wheel instead of one to fetch")
     parser.add_argument("--library", type=Path, help="CUDA kernels to put in the place of those of the CPU")
     arguments = parser.parse_args()
