@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import tensorflow as tf
 from tensorflow.python.eager import context
 
@@ -11,7 +13,7 @@ from .arguments import AttentionCall
 
 def in_use(call: AttentionCall) -> bool:
     """Whether TensorFlow would put the fused op of ``call``, or the operations in its place, on a GPU."""
-    if not tf.config.list_logical_devices("GPU"):
+    if not _ordinals():
         return False
     if not tf.executing_eagerly():
         # TensorFlow offers no question for the current device: see where a constant lands; "" is anywhere.
@@ -36,11 +38,16 @@ def unsupported_reasons(call: AttentionCall, forced: bool) -> list[str]:
 
 def _device_reason():
     """Why one of the visible GPUs has no kernels: which of them a graph will run on is not known when it is made."""
-    for device in tf.config.get_visible_devices("GPU"):
-        reason = _native.cuda_unavailable_reason(int(device.name.rpartition(":")[2]))
-        if reason is not None:
-            return reason
-    return None
+    reasons = map(_native.cuda_unavailable_reason, _ordinals())
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+@functools.cache
+def _ordinals() -> tuple[int, ...]:
+    """The GPUs that TensorFlow uses, by their numbers in the driver: fixed as soon as it has been asked for them."""
+    if not tf.config.list_logical_devices("GPU"):
+        return ()
+    return tuple(int(device.name.rpartition(":")[2]) for device in tf.config.get_visible_devices("GPU"))
 
 
 def _call_reason(call, forced):

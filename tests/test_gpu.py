@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 import attn_ops
-from attn_ops import _native, native_op, precision, xla_op
+from attn_ops import _native, gpu, native_op, precision, xla_op
 from cases import make_inputs
 
 PACKAGE = Path(_native.__file__).parent
@@ -47,6 +47,7 @@ def pretended(monkeypatch):
     state = SimpleNamespace(device_reason=None, library=True)
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["a GPU"])
     monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: [SimpleNamespace(name="/physical_device:GPU:0")])
+    monkeypatch.setattr(gpu, "_ordinals", gpu._ordinals.__wrapped__)  # not from the cache, nor into it
     monkeypatch.setattr(_native, "cuda_library_exists", lambda: state.library)
     monkeypatch.setattr(_native, "cuda_unavailable_reason", lambda device: state.device_reason)
 
@@ -182,15 +183,15 @@ library = tf.load_op_library({str(library)!r})
 for name in ("AttnOps>Forward", "AttnOps>Backward"):
     found = kernels.get_registered_kernels_for_op(name).kernel
     types = lambda kernel: [t for c in kernel.constraint for t in c.allowed_values.list.type]
-    gpu = [tf.as_dtype(t).name for k in found if k.device_type == "GPU" for t in types(k)]
-    print(name, *sorted(gpu))
+    on_gpu = [tf.as_dtype(t).name for k in found if k.device_type == "GPU" for t in types(k)]
+    print(name, *sorted(on_gpu))
 q = tf.random.normal([2, 5, 2, 8])
 print(library.attn_ops_forward(q, q, q, [], [], [], [], [])[0].shape)  # the CPU has its own still
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    gpu = " bfloat16 float16 float32" if with_library else ""
-    assert run.stdout.splitlines() == [f"AttnOps>Forward{gpu}", f"AttnOps>Backward{gpu}", "(2, 5, 2, 8)"]
+    types = " bfloat16 float16 float32" if with_library else ""
+    assert run.stdout.splitlines() == [f"AttnOps>Forward{types}", f"AttnOps>Backward{types}", "(2, 5, 2, 8)"]
 
 
 def test_xla_has_custom_calls_for_both_platforms():

@@ -91,14 +91,8 @@ Status cuCtxSetCurrent(Handle context) {
   current = context;
   return 0;
 }
-Status cuCtxPushCurrent_v2(Handle context) {
-  current = context;
-  return 0;
-}
-Status cuCtxPopCurrent_v2(Handle* context) {
-  if (context) *context = current;
-  return 0;
-}
+Status cuCtxPushCurrent_v2(Handle context) { return cuCtxSetCurrent(context); }
+Status cuCtxPopCurrent_v2(Handle* context) { return context == NULL ? 0 : cuCtxGetCurrent(context); }
 Status cuCtxGetDevice(int* device) {
   *device = 0;
   return current == NULL ? 201 : 0;
