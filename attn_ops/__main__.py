@@ -16,6 +16,7 @@ ENVIRONMENT = {
     "ATTN_OPS_DISABLE": "anything but 0: never use the fused op",
     "ATTN_OPS_ISA": "name of the instruction set the CPU kernels use, instead of the best one",
     "ATTN_OPS_DISABLE_XLA_FFI": "anything but 0: functions that XLA compiles get the composite",
+    "ATTN_OPS_ALLOW_TF32": "anything but 0: on GPUs float32 is multiplied in TF32, as by attn_ops.set_allow_tf32(True)",
     "ATTN_OPS_DISABLE_TF_POOL": "if set: the op runs on threads of its own, not on TensorFlow's",
 }
 
@@ -38,6 +39,7 @@ def info() -> dict:
         "cpu kernels": {"built and usable": core.isas(), "default": core.default_isa()}
         if core
         else _native.core_unavailable_reason(),
+        "cuda kernels": _native.cuda_unavailable_reason() or "usable on device 0",
         "tensorflow op": _native.unavailable_reason() or "available",
         "tensorflow xla": _native.unavailable_reason() or _native.xla_unavailable_reason() or "available",
         "environment": {name: os.environ.get(name, "not set") for name in ENVIRONMENT},

@@ -12,8 +12,10 @@ from elftools.elf.gnuversions import GNUVerNeedSection
 from elftools.elf.sections import SymbolTableSection
 
 C_API = Path(__file__).resolve().parents[1] / "csrc/bindings/tf_capi_symbols.txt"
-# The one symbol beyond the C API. It is weak: without it the operators make threads of their own (eigen_pool.h).
+# Beyond the C API. Weak: without the pool the operators make threads of their own (eigen_pool.h), and without the stream
+# they do not run on GPUs (eigen_stream.h).
 INTRA_OP_POOL = "_ZNK10tensorflow15OpKernelContext12eigen_deviceIN5Eigen16ThreadPoolDeviceEEERKT_v"
+CUDA_STREAM = "_ZNK10tensorflow15OpKernelContext12eigen_deviceIN5Eigen9GpuDeviceEEERKT_v"
 # The floor of manylinux_2_28.
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 SYSTEM = r"(libc|libm|libdl|libstdc\+\+|libgcc_s|libpthread|ld-linux[-\w]*)\.so"
@@ -39,12 +41,13 @@ def exports_broken(path):
 
 
 def tensorflow_broken(path):
-    """Of TensorFlow: the listed part of its C API and, weak, the pool; nothing in the Python module."""
+    """Of TensorFlow: the listed part of its C API and, weak, the pool and the stream; nothing in the Python module."""
     needed = {name: binding for name, binding, defined in symbols(path, ".dynsym") if not defined}
     pattern = r"TF_|tensorflow|tsl|xla|absl|Eigen"
     if is_operators(path):
         pattern += "|^_?Py"
-        allowed = dict.fromkeys(C_API.read_text().split(), "STB_GLOBAL") | {INTRA_OP_POOL: "STB_WEAK"}
+        allowed = dict.fromkeys(C_API.read_text().split(), "STB_GLOBAL")
+        allowed |= dict.fromkeys((INTRA_OP_POOL, CUDA_STREAM), "STB_WEAK")
     else:
         allowed = {}
     found = {(name, binding) for name, binding in needed.items() if re.search(pattern, name)}
