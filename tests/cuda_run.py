@@ -33,7 +33,7 @@ def start(device: bool) -> None:
     if not device and "ATTN_OPS_CUDA_DRIVER" not in os.environ:
         from cuda_host import build
 
-        os.environ["ATTN_OPS_CUDA_DRIVER"] = str(build.driver())
+        os.environ["ATTN_OPS_CUDA_DRIVER"] = str(build.library())
     driver()
     reason = _cuda.unavailable_reason()
     assert reason is None, reason

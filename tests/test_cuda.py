@@ -200,7 +200,7 @@ def test_views_have_the_strides_that_were_given():
     assert list(params.q.stride) == [96, 8, 24, 1]
     assert list(params.bias.stride) == [0, 5, 0, 1] and params.bias.data == 4096
     assert list(params.masks[0].stride) == [0, 0, 0, 1] and params.num_masks == 1
-    assert params.scale == 8**-0.5 and params.mask.window_left == params.mask.window_right == -1
+    assert params.scale == pytest.approx(8**-0.5) and params.mask.window_left == params.mask.window_right == -1
 
 
 @pytest.mark.parametrize(
