@@ -4,8 +4,8 @@
     launch(workspace, stream)                   # as often as wanted: nothing is looked at again
     _cuda.forward(q, k, v, out, lse, window_right=0, workspace=workspace)  # once
 
-Arrays are PyTorch tensors, anything with `__cuda_array_interface__`, or `DeviceArray`. They must be on the device of the
-current context. A launch does not wait: arrays and workspace must live until the stream is done with them.
+Arrays are PyTorch tensors, anything with `__cuda_array_interface__`, or `DeviceArray`. They must be on the device of
+the current context. A launch does not wait: arrays and workspace must live until the stream is done with them.
 """
 
 from __future__ import annotations

@@ -59,12 +59,13 @@ def _checked(library, function, *arguments) -> None:
 class Array:
     """A contiguous array in device memory, with margins on both sides that nothing may write to.
 
-    There are none under the stand-in, which traps what reads or writes beside an allocation. `.view` describes it, or any part of it that NumPy indexing can name.
+    There are none under the stand-in, which traps what reads or writes beside an allocation. `view` describes the
+    array, and `part` any part of it that NumPy can name.
     """
 
     def __init__(self, values: np.ndarray, offset: int = 0):
         """Copies `values` there, `offset` elements off the alignment of an allocation."""
-        values = np.ascontiguousarray(values)
+        values = np.asarray(values, order="C")
         self._values = values  # shape, dtype and strides
         margin = 0 if "ATTN_OPS_CUDA_DRIVER" in os.environ else _MARGIN
         self._before = margin + offset * values.itemsize

@@ -1,8 +1,8 @@
 """Every implementation of attention behind one call: NumPy arrays and public arguments in, results out.
 
 `all_implementations()` feeds the fixture `implementation` (conftest.py). What is not there (library not built, no
-TensorFlow) stays in the list and fails its tests, saying why, so that nothing goes untested unnoticed. Only tests of the
-CUDA kernels are skipped where those were not built, for which few machines have the compiler.
+TensorFlow) stays in the list and fails its tests, saying why, so that nothing goes untested unnoticed. Only tests of
+the CUDA kernels are skipped where those were not built, for which few machines have the compiler.
 """
 
 import dataclasses

@@ -143,8 +143,9 @@ def _tell(arguments, device, measured, notes, conditions, old) -> int:
     head = [f"{device.name}, {datetime.date.today()}. {cpu_tables.versions(measured)}."]
     head += [_QUICK_NOTE] if arguments.quick else []
     head += [
-        "FLOPs are 4 batch heads rows keys head_dim forward and 2.5 times that backward, half when causal. Bytes of decode "
-        "steps are keys and values, read once. Copying counts reading and writing."
+        "FLOPs are 4 batch heads rows keys head_dim forward and 2.5 times that backward, half when causal. Bytes of "
+        "decode steps are keys and values, read once. Copying counts reading and writing. Parts of a limit are medians "
+        "against the best that was measured of it in the same rounds."
     ]
     told, status = [], 0
     if arguments.compare:

@@ -1,4 +1,4 @@
-"""The device that is measured: its tensors, its clock and its limits. All of PyTorch but the peers' own calls is here."""
+"""The device that is measured: its clock, its limits, its condition."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ def _quick(workload: Workload) -> Workload:
 
 
 def example(workload: Workload) -> Workload:
-    """The same kind of work where the NumPy reference is instant, on which answers are checked; the head dimension stays,
-    since it chooses the kernel."""
+    """The same kind of work where the NumPy reference is instant, on which answers are checked; the head dimension
+    stays, since it chooses the kernel."""
     group = workload.num_heads // workload.num_kv_heads
     length = 160
     rows = 1 if workload.is_decode else length

@@ -3,8 +3,8 @@
     python tests/cuda_host/sanitize.py                       # memcheck, then racecheck
     python tests/cuda_host/sanitize.py memcheck -k strides   # one tool; the rest goes to pytest
 
-It takes some minutes a tool and does not work under every virtualised GPU, so nothing depends on it: the stand-in driver
-finds the same errors of memory and of barriers on a CPU.
+It takes some minutes a tool and does not work under every virtualised GPU, so nothing depends on it: the stand-in
+driver finds the same errors of memory and of barriers on a CPU.
 """
 
 from __future__ import annotations
