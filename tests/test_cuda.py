@@ -89,7 +89,7 @@ def test_nan_that_nobody_may_see(attend, dtype):
 
 
 def test_tf32_is_less_exact_than_the_default(attend):
-    inputs = make_inputs("float32", 1, 40, 50, 2, 2, 64)
+    inputs = make_inputs("float32", 1, 80, 50, 2, 2, 64)  # few rows are decoded, always exactly
     expected = specification(*inputs)
     errors = {}
     for allow_tf32 in (False, True):

@@ -188,8 +188,8 @@ ATTN_OPS_EXPORT int attn_ops_cuda_forward(const AttentionParams* p, void* stream
                                       : cuda::launch_forward(*p, *device, stream);
 }
 
+// Even of nothing at all, a bias may have a gradient: zeros.
 ATTN_OPS_EXPORT int attn_ops_cuda_backward(const BackwardParams* b, void* stream, Workspace workspace) {
-  if (cuda::is_empty(b->forward)) return 0;
   const cuda::Device* device = nullptr;
   if (const int code = cuda::prepare(b->forward, &device)) return code;
   return cuda::launch_backward(*b, *device, stream, workspace);
