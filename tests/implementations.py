@@ -176,12 +176,12 @@ def _jax_missing(implementation):
 
 
 class Cuda(Implementation):
-    """The CUDA kernels, on a device or on the stand-in, which is slow."""
+    """The CUDA kernels, on a device or on the stand-in."""
 
     largest_head_dim = 256
 
     def __init__(self, on_device):
-        super().__init__("cuda", self._attend, None, 1 if on_device else 6, ("float32", "float16", "bfloat16"))
+        super().__init__("cuda", self._attend, dtypes=("float32", "float16", "bfloat16"))
         self.on_device = on_device
 
     def _attend(self, query, key, value, d_out, d_lse, options):

@@ -41,10 +41,15 @@ constexpr int forward_shared_bytes(Math m, int dim, bool plain) {
   return (t.rows + 2 * t.columns) * dim * element_bytes(m) + 64;
 }
 
+// Kernels that have no TF32 mode of their own are exact: decode, the gradient of a bias, and the backward of large heads, where
+// registers are few.
+constexpr Math exact(Math m) { return m == Math::kTf32 ? Math::kFloat32 : m; }
+constexpr Math backward_math(Math m, int dim) { return dim <= 128 ? m : exact(m); }
+
 // Backward: queries and the gradient of the output stay and keys and values pass (dq), or the reverse (dk, dv).
 constexpr Tile backward_tile(Math m, int dim, bool plain) {
   if (element_bytes(m) == 2) return plain && dim <= 64 ? Tile{128, 32, 4} : Tile{64, 32, 4};
-  return dim <= 128 ? Tile{64, 32, 4} : dim <= 192 ? Tile{32, 32, 2} : Tile{32, 16, 2};
+  return dim <= 128 ? Tile{64, 32, 4} : Tile{32, 16, 2};
 }
 constexpr int backward_tiles_bytes(Math m, int dim, bool plain, int stages) {
   const Tile t = backward_tile(m, dim, plain);
@@ -59,7 +64,7 @@ constexpr int backward_shared_bytes(Math m, int dim, bool plain) {
   return backward_tiles_bytes(m, dim, plain, backward_stages(m, dim, plain)) + kBackwardStatisticsBytes;
 }
 // Two gradients of this many columns do not fit the registers: dk and dv are then made by blocks of their own.
-constexpr bool splits_dk_dv(int dim) { return dim > 128; }
+constexpr bool splits_dk_dv(Math m, int dim) { return dim > (element_bytes(m) == 2 ? 128 : 96); }
 
 // Decode: few query rows; each warp streams its own keys and values through a ring of tiles.
 constexpr int kDecodeRows = 16;

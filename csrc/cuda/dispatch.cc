@@ -113,8 +113,8 @@ size_t delta_bytes(const AttentionParams& p) {
 int launch_backward(const BackwardParams& b, const Device& device, void* stream, Workspace workspace) {
   const AttentionParams& p = b.forward;
   if (const int code = check(workspace, delta_bytes(p))) return code;
-  const Math math = math_of(p);
   const int dim = dim_of(p);
+  const Math math = backward_math(math_of(p), dim);
   const bool plain = is_plain(p);
   const int64_t heads = p.batch * p.num_kv_heads;
   BackwardArgs args;
@@ -136,7 +136,7 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
   if (code != 0) return code;
   args.rows = rows_of(p, key_tiles);
   code = launch(device, kernel_name("dkdv", math, dim, plain).c_str(),
-                heads * key_tiles * (splits_dk_dv(dim) ? 2 : 1), tile.threads(), shared, stream, &args);
+                heads * key_tiles * (splits_dk_dv(math, dim) ? 2 : 1), tile.threads(), shared, stream, &args);
   if (code != 0 || b.d_bias == nullptr) return code;
 
   const Math bias_math = exact(math);

@@ -44,7 +44,7 @@ ATTN_DEVICE bool take_out_nonfinite(const SharedTile<M, kDim>& tile, Flags flags
     return chunk_is_finite<Element>(*chunk, infinity_bits<M>());
   };
   bool found = false;
-#pragma unroll 4
+#pragma unroll 2
   for (int i = Who::thread(); i < kRows * T::kChunks; i += kThreads) found |= !is_finite(i);
   if (!Who::sync_or(found)) return false;
 
@@ -89,7 +89,8 @@ ATTN_DEVICE void add_nonfinite(Results<kM, kDim / 8>& d, const Results<kM, kN>& 
     for (int n = 0; n < kDim / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int column = 8 * n + 2 * t + i;
+        // Else the compiler keeps the addresses of all columns for the next j, in registers that this code is not worth.
+        const int column = recomputed(8 * n + 2 * t + i);
         if (column >= dim) continue;
         const float value = M::to_float(row[column * rows.dim_stride]);
 #pragma unroll

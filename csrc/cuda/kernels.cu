@@ -23,6 +23,8 @@ namespace cuda {
 #define FOR_16_BITS(KERNEL) FOR_EACH_DIM(KERNEL, f16, F16) FOR_EACH_DIM(KERNEL, bf16, BF16)
 #define FOR_EXACT(KERNEL) FOR_16_BITS(KERNEL) FOR_EACH_DIM(KERNEL, f32, F32)
 #define FOR_ALL(KERNEL) FOR_EXACT(KERNEL) FOR_EACH_DIM(KERNEL, tf32, TF32)
+// backward_math() of config.h
+#define FOR_BACKWARD(KERNEL) FOR_EXACT(KERNEL) KERNEL(tf32, TF32, 64) KERNEL(tf32, TF32, 96) KERNEL(tf32, TF32, 128)
 
 #define BACKWARD(name, function, math, M, dim, plain) \
   ATTN_KERNEL(name, backward_tile(M::kMath, dim, plain).threads(), BackwardArgs) { function<M, dim, plain>(args); }
@@ -33,9 +35,9 @@ namespace cuda {
 
 FOR_ALL(FORWARD)
 FOR_16_BITS(FORWARD_PLAIN)
-FOR_ALL(DQ)
+FOR_BACKWARD(DQ)
 FOR_16_BITS(DQ_PLAIN)
-FOR_ALL(DKDV)
+FOR_BACKWARD(DKDV)
 FOR_16_BITS(DKDV_PLAIN)
 
 #define DECODE(math, M, dim) \

@@ -168,7 +168,7 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int64_t block) {
 
 template <class M, int kDim, bool kPlain>
 ATTN_DEVICE void key_gradients(const BackwardArgs& args) {
-  if constexpr (splits_dk_dv(kDim)) {
+  if constexpr (splits_dk_dv(M::kMath, kDim)) {
     if (block_index() & 1) {
       key_gradients<M, kDim, kPlain, true, false>(args, block_index() >> 1);
     } else {

@@ -35,9 +35,6 @@ inline Math math_of(const AttentionParams& p) {
   }
 }
 
-// Kernels that have no TF32 mode of their own.
-inline Math exact(Math m) { return m == Math::kTf32 ? Math::kFloat32 : m; }
-
 // The bucket of the head dimensions, 0 if they are too large.
 inline int dim_of(const AttentionParams& p) {
   const int64_t largest = std::max(p.head_dim, p.value_dim);

@@ -93,6 +93,13 @@ ATTN_DEVICE void store_rows(const SharedTile<M, kDim>& tile, int first, int coun
 }
 
 // --- Operands -------------------------------------------------------------------------------------------------------
+//
+// `lane` is lane_index(). In float32 it is as if computed for each product: else all addresses that follow from it (many more than
+// in 16 bits) would be kept in registers throughout a kernel's loop.
+template <class M>
+ATTN_DEVICE int own_lane() {
+  return M::kStep == 8 ? recomputed(lane_index()) : lane_index();
+}
 
 // Where this lane's row of a load_matrices begins, for chunks 2 k and 2 k + 1: `lane_row` and `lane_chunk` (0 or 1, swizzled) are
 // the lane's, the rest is known to the compiler, which so needs few registers for all the k.
@@ -104,9 +111,9 @@ ATTN_DEVICE const char* lane_address(const T& tile, int first, int lane_row, int
 
 // Rows first to first + 16 (a multiple of 8), step k along the row.
 template <class M, int kDim>
-ATTN_DEVICE typename M::A load_a(const SharedTile<M, kDim>& tile, int first, int k) {
+ATTN_DEVICE typename M::A load_a(const SharedTile<M, kDim>& tile, int first, int k, int lane) {
   using T = SharedTile<M, kDim>;
-  const int row = lane_index() & 15, chunk = lane_index() >> 4 ^ T::swizzle(row);
+  const int row = lane & 15, chunk = lane >> 4 ^ T::swizzle(row);
   uint32_t r[4];
   load_matrices(r, lane_address(tile, first, row, chunk, k));
   return M::a(r);
@@ -114,9 +121,9 @@ ATTN_DEVICE typename M::A load_a(const SharedTile<M, kDim>& tile, int first, int
 
 // The rows of the tile as columns: two operands, of rows first to first + 8 and the next 8.
 template <class M, int kDim>
-ATTN_DEVICE void load_b(typename M::B (&b)[2], const SharedTile<M, kDim>& tile, int first, int k) {
+ATTN_DEVICE void load_b(typename M::B (&b)[2], const SharedTile<M, kDim>& tile, int first, int k, int lane) {
   using T = SharedTile<M, kDim>;
-  const int row = (lane_index() & 7) + (lane_index() >> 4 << 3), chunk = (lane_index() >> 3 & 1) ^ T::swizzle(row);
+  const int row = (lane & 7) + (lane >> 4 << 3), chunk = (lane >> 3 & 1) ^ T::swizzle(row);
   uint32_t r[4];
   load_matrices(r, lane_address(tile, first, row, chunk, k));
   b[0] = M::b(r[0], r[1]);
@@ -125,28 +132,28 @@ ATTN_DEVICE void load_b(typename M::B (&b)[2], const SharedTile<M, kDim>& tile, 
 
 // The same of 8 rows alone, for steps k and k + 1.
 template <class M, int kDim>
-ATTN_DEVICE void load_b_of_8(typename M::B (&b)[2], const SharedTile<M, kDim>& tile, int first, int k) {
+ATTN_DEVICE void load_b_of_8(typename M::B (&b)[2], const SharedTile<M, kDim>& tile, int first, int k, int lane) {
   using T = SharedTile<M, kDim>;
-  const int row = lane_index() & 7, chunk = (lane_index() >> 3 & 1) ^ T::swizzle(row);
+  const int row = lane & 7, chunk = (lane >> 3 & 1) ^ T::swizzle(row);
   uint32_t r[4];
-  load_matrices(r, lane_address(tile, first, row, chunk, k + (lane_index() >> 4)));
+  load_matrices(r, lane_address(tile, first, row, chunk, k + (lane >> 4)));
   b[0] = M::b(r[0], r[1]);
   b[1] = M::b(r[2], r[3]);
 }
 
 // The tile as it lies: rows first to first + kStep are summed over, of columns 16 n to 16 n + 8 and the next 8.
 template <class M, int kDim>
-ATTN_DEVICE void load_b_transposed(typename M::B (&b)[2], const SharedTile<M, kDim>& tile, int first, int n) {
+ATTN_DEVICE void load_b_transposed(typename M::B (&b)[2], const SharedTile<M, kDim>& tile, int first, int n, int lane) {
   using T = SharedTile<M, kDim>;
   if constexpr (M::kStep == 16) {
-    const int row = lane_index() & 15, chunk = lane_index() >> 4 ^ T::swizzle(row);
+    const int row = lane & 15, chunk = lane >> 4 ^ T::swizzle(row);
     uint32_t r[4];
     load_matrices_transposed(r, lane_address(tile, first, row, chunk, n));
     b[0] = M::b(r[0], r[1]);
     b[1] = M::b(r[2], r[3]);
   } else {
     // Rows 2 t and 2 t + 1 of the eight: the order in which a_from_results has them.
-    const int g = lane_index() >> 2, row = 2 * (lane_index() & 3);
+    const int g = lane >> 2, row = 2 * (lane & 3);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       uint32_t r[2];
@@ -176,20 +183,52 @@ ATTN_DEVICE void clear(Results<kM, kN>& d) {
       for (int i = 0; i < 4; ++i) d[m][n][i] = 0.0f;
 }
 
+// Infinities do not survive 3xTF32: inf big + inf small is NaN where the signs of the parts differ. Wherever a product is NaN,
+// what one product gives instead is right: the true NaN, or the infinity. (There are hardly ever any.)
+template <class M, int kDim, int kM, int kN>
+ATTN_DEVICE void mend_infinities(Results<kM, kN>& d, const SharedTile<M, kDim>& a, int first,
+                                 const SharedTile<M, kDim>& b) {
+  bool found = false;
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) found |= d[m][n][i] != d[m][n][i];
+  if (!any_in_warp(found)) return;
+  const int lane = own_lane<M>();
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      float once[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+      for (int k = 0; k < kDim / M::kStep; k += 2) {
+        typename M::B right[2];
+        load_b_of_8<M>(right, b, 8 * n, k, lane);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) mma_tf32(once, load_a<M>(a, first + 16 * m, k + i, lane).big, right[i].big);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[m][n][i] = d[m][n][i] != d[m][n][i] ? once[i] : d[m][n][i];
+    }
+}
+
 //   d[i][j] = sum over the dimension of a[first + i] b[j]
 template <class M, int kDim, int kM, int kN>
 ATTN_DEVICE void multiply_rows(Results<kM, kN>& d, const SharedTile<M, kDim>& a, int first,
                                const SharedTile<M, kDim>& b) {
   clear<kM, kN>(d);
+  const int lane = own_lane<M>();
   if constexpr (kN == 1) {
 #pragma unroll 2
     for (int k = 0; k < kDim / M::kStep; k += 2) {
       typename M::B right[2];
-      load_b_of_8<M>(right, b, 0, k);
+      load_b_of_8<M>(right, b, 0, k, lane);
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int m = 0; m < kM; ++m) M::mma(d[m][0], load_a<M>(a, first + 16 * m, k + i), right[i]);
+        for (int m = 0; m < kM; ++m) M::mma(d[m][0], load_a<M>(a, first + 16 * m, k + i, lane), right[i]);
     }
   } else {
     // Unrolled further, operands are fetched so early that registers run out.
@@ -197,11 +236,11 @@ ATTN_DEVICE void multiply_rows(Results<kM, kN>& d, const SharedTile<M, kDim>& a,
     for (int k = 0; k < kDim / M::kStep; ++k) {
       typename M::A left[kM];
 #pragma unroll
-      for (int m = 0; m < kM; ++m) left[m] = load_a<M>(a, first + 16 * m, k);
+      for (int m = 0; m < kM; ++m) left[m] = load_a<M>(a, first + 16 * m, k, lane);
 #pragma unroll
       for (int n = 0; n < kN; n += 2) {
         typename M::B right[2];
-        load_b<M>(right, b, 8 * n, k);
+        load_b<M>(right, b, 8 * n, k, lane);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
           M::mma(d[m][n], left[m], right[0]);
@@ -210,11 +249,13 @@ ATTN_DEVICE void multiply_rows(Results<kM, kN>& d, const SharedTile<M, kDim>& a,
       }
     }
   }
+  if constexpr (M::kMath == Math::kFloat32) mend_infinities<M, kDim, kM, kN>(d, a, first, b);
 }
 
 //   d[i][c] += sum over j of p[i][j] b[first + j][c]
 template <class M, int kDim, int kM, int kN>
 ATTN_DEVICE void accumulate(Results<kM, kDim / 8>& d, const Results<kM, kN>& p, const SharedTile<M, kDim>& b, int first = 0) {
+  const int lane = own_lane<M>();
 #pragma unroll
   for (int k = 0; k < 8 * kN / M::kStep; ++k) {
     typename M::A left[kM];
@@ -223,7 +264,7 @@ ATTN_DEVICE void accumulate(Results<kM, kDim / 8>& d, const Results<kM, kN>& p, 
 #pragma unroll
     for (int n = 0; n < kDim / 16; ++n) {
       typename M::B right[2];
-      load_b_transposed<M>(right, b, first + k * M::kStep, n);
+      load_b_transposed<M>(right, b, first + k * M::kStep, n, lane);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         M::mma(d[m][2 * n], left[m], right[0]);
