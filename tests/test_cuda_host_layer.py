@@ -2,6 +2,7 @@
 
 import ctypes
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -154,6 +155,16 @@ def test_barriers_that_tell_whether_any(driver):
     who = np.array([0, 127, 64, 31, 128, -1], np.int32)
     out = run(driver, "layer_barrier_or", np.zeros((6, 128), np.uint8), who, blocks=6, threads=128)
     np.testing.assert_array_equal(out, np.repeat([[1], [1], [1], [1], [0], [0]], 128, axis=1))
+
+
+def test_host_threads_run_blocks_of_their_own(driver):
+    def rounds(n):
+        out = np.zeros((20, 128), np.float32)
+        return run(Driver(build.layer_library()), "layer_barriers", out, n=n, blocks=20, threads=128, shared_bytes=512)
+
+    with ThreadPoolExecutor(4) as threads:
+        for n, out in enumerate(threads.map(rounds, range(20))):
+            np.testing.assert_array_equal(out, np.tile(sums_of_neighbours(n), (20, 1)))
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -361,27 +361,13 @@ void fail(const char* format, ...) {
                std::to_string(place.thread) + ": " + text);
 }
 
-void meet(Meeting meeting, void* in_out, const void* operand, const void* operand2) {
-  Warp& w = *running;
-  const int lane = w.lane;
-  if (meeting == Meeting::kLoadMatrices || meeting == Meeting::kLoadMatricesTransposed) {
-    if (!runner->in_shared(operand, 16)) fail("%s of an address outside shared memory", name_of(meeting));
-    if (reinterpret_cast<uintptr_t>(operand) % 16) fail("%s of an address that is not aligned", name_of(meeting));
-  }
-  w.operands[lane] = {in_out, operand, operand2};
-  if (w.arrived == 0) w.meeting = meeting;
-  if (w.meeting != meeting) diverged(w, meeting);
-  if (++w.arrived < kWarpLanes) {
-    const int next = (lane + w.step) & (kWarpLanes - 1);
-    w.lane = next;
-    place.thread = w.first_thread + next;
-    return attn_ops_switch_fibre(&w.fibres[lane], w.fibres[next]);
-  }
+// Apart from meet(), most calls of which only switch, and so need no frame of its size.
+__attribute__((noinline)) static void complete(Warp& w) {
   w.arrived = 0;
-  switch (meeting) {
+  switch (w.meeting) {
     case Meeting::kSyncBlock:
     case Meeting::kSyncBlockOr:
-    case Meeting::kReturn: return runner->back_to_scheduler(&w.fibres[lane]);
+    case Meeting::kReturn: return runner->back_to_scheduler(&w.fibres[w.lane]);
     case Meeting::kSyncWarp: return;
     case Meeting::kShuffle: return exchange(w.operands, false);
     case Meeting::kShuffleXor: return exchange(w.operands, true);
@@ -392,6 +378,24 @@ void meet(Meeting meeting, void* in_out, const void* operand, const void* operan
     case Meeting::kMmaBf16: return multiply_16_bits<float_of_bfloat16>(w.operands);
     case Meeting::kMmaTf32: return multiply_tf32(w.operands);
   }
+}
+
+void meet(Meeting meeting, void* in_out, const void* operand, const void* operand2) {
+  Warp& w = *running;
+  const int lane = w.lane;
+  w.operands[lane] = {in_out, operand, operand2};
+  if (w.arrived == 0) w.meeting = meeting;
+  if (w.meeting != meeting) diverged(w, meeting);
+  if (++w.arrived == kWarpLanes) return complete(w);
+  const int next = (lane + w.step) & (kWarpLanes - 1);
+  w.lane = next;
+  place.thread = w.first_thread + next;
+  attn_ops_switch_fibre(&w.fibres[lane], w.fibres[next]);
+}
+
+void check_row(const void* row) {
+  if (!runner->in_shared(row, 16)) fail("load_matrices of an address outside shared memory");
+  if (reinterpret_cast<uintptr_t>(row) % 16) fail("load_matrices of an address that is not aligned");
 }
 
 void start_copy(void* shared, const void* global, int bytes) {
