@@ -7,6 +7,7 @@
 
 #include <signal.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdarg>
@@ -29,7 +30,7 @@ std::string (*describe_address)(const void*) = nullptr;
 
 namespace {
 
-constexpr size_t kPage = 65536;  // of any machine: 64 KiB on some Arm kernels
+constexpr size_t kPage = 65536;  // a multiple of any machine's
 constexpr size_t kStackBytes = 512 * 1024;
 constexpr size_t kSharedSlack = 128;  // the end of shared memory is that near to the page behind it, which traps
 
@@ -106,7 +107,7 @@ struct Pages {
 // One host thread's fibres and what they run.
 class Runner {
  public:
-  Runner() : stacks_(kMostThreads * kStackBytes), shared_(4 * kPage + kPage) {}
+  Runner() : stacks_(kMostThreads * kStackBytes), shared_((kMostSharedBytes / kPage + 2) * kPage) {}
 
   std::string run(const Kernel& kernel, const void* args, int64_t blocks, size_t shared_bytes);
   void run_kernel() { kernel_->run(args_); }
@@ -173,7 +174,8 @@ void Runner::open_shared(size_t bytes) {
   shared_.close();
   char* end = shared_.data + shared_.bytes - kPage;
   place.shared = end - (bytes + kSharedSlack - 1) / kSharedSlack * kSharedSlack;
-  shared_.open(shared_.data + (place.shared - shared_.data) / 4096 * 4096, end);
+  const size_t page = sysconf(_SC_PAGESIZE);
+  shared_.open(shared_.data + (place.shared - shared_.data) / page * page, end);
   shared_bytes_ = bytes;
 }
 
