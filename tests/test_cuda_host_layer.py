@@ -126,6 +126,17 @@ def test_nothing_is_read_past_the_bytes_of_a_copy(driver, rng):
     np.testing.assert_array_equal(out[1], source_padded[1])
 
 
+@pytest.mark.parametrize("mode", [0, 1, 2], ids=["right", "no barrier after", "no barrier before"])
+def test_copies_of_other_lanes_need_a_barrier(driver, monkeypatch, rng, mode):
+    rows = rng.integers(0, 2**16, (32, 8)).astype(np.uint16)
+    matrices = np.roll(rows, -1, axis=0).reshape(4, 8, 4, 2).transpose(1, 2, 0, 3)
+    expected = np.ascontiguousarray(matrices).view(np.uint32).reshape(32, 4)
+    for seed in SEEDS:
+        monkeypatch.setenv("ATTN_OPS_HOST_LAYER_SEED", str(seed))
+        out = run(driver, "layer_copy_and_load", np.zeros((32, 4), np.uint32), rows, mode=mode, shared_bytes=512)
+        assert (out == expected).all() == (mode == 0)
+
+
 # --- Barriers -------------------------------------------------------------------------------------
 
 

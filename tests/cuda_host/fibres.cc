@@ -66,6 +66,7 @@ struct Warp {
   int lane = 0;  // which runs
   int step = 1;  // from a lane to the one that runs next, odd
   Operands operands[kWarpLanes];
+  char rows[kWarpLanes][16];  // of load_matrices
   void* fibres[kWarpLanes];  // where they go on
   std::deque<Copy> copies[kWarpLanes];
   int64_t groups[kWarpLanes] = {};  // of copies, closed
@@ -395,9 +396,10 @@ void meet(Meeting meeting, void* in_out, const void* operand, const void* operan
   attn_ops_switch_fibre(&w.fibres[lane], w.fibres[next]);
 }
 
-void check_row(const void* row) {
-  if (!runner->in_shared(row, 16)) fail("load_matrices of an address outside shared memory");
-  if (reinterpret_cast<uintptr_t>(row) % 16) fail("load_matrices of an address that is not aligned");
+const void* read_row(const void* shared) {
+  if (!runner->in_shared(shared, 16)) fail("load_matrices of an address outside shared memory");
+  if (reinterpret_cast<uintptr_t>(shared) % 16) fail("load_matrices of an address that is not aligned");
+  return memcpy(running->rows[running->lane], shared, 16);
 }
 
 void start_copy(void* shared, const void* global, int bytes) {
@@ -407,13 +409,15 @@ void start_copy(void* shared, const void* global, int bytes) {
   }
   if (reinterpret_cast<uintptr_t>(shared) % 16) fail("copy_async to an address that is not aligned");
   if (bytes && reinterpret_cast<uintptr_t>(global) % 16) fail("copy_async from an address that is not aligned");
+  // It may arrive at any time from now on: who still needs what is there has waited too little.
+  memset(shared, 0xff, 16);
   running->copies[running->lane].push_back(
       {static_cast<char*>(shared), static_cast<const char*>(global), bytes, running->groups[running->lane]});
 }
 
 void commit_copies() { ++running->groups[running->lane]; }
 
-// As late as possible: who waits too little finds what was there before.
+// As late as possible: who waits too little does not find it.
 void wait_for_copies(int pending) {
   std::deque<Copy>& copies = running->copies[running->lane];
   const int64_t groups = running->groups[running->lane] - pending;
