@@ -2,6 +2,7 @@
 
 import ctypes
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -125,6 +126,17 @@ def test_nothing_is_read_past_the_bytes_of_a_copy(driver, rng):
     np.testing.assert_array_equal(out[1], source_padded[1])
 
 
+@pytest.mark.parametrize("mode", [0, 1, 2], ids=["right", "no barrier after", "no barrier before"])
+def test_copies_of_other_lanes_need_a_barrier(driver, monkeypatch, rng, mode):
+    rows = rng.integers(0, 2**16, (32, 8)).astype(np.uint16)
+    matrices = np.roll(rows, -1, axis=0).reshape(4, 8, 4, 2).transpose(1, 2, 0, 3)
+    expected = np.ascontiguousarray(matrices).view(np.uint32).reshape(32, 4)
+    for seed in SEEDS:
+        monkeypatch.setenv("ATTN_OPS_HOST_LAYER_SEED", str(seed))
+        out = run(driver, "layer_copy_and_load", np.zeros((32, 4), np.uint32), rows, mode=mode, shared_bytes=512)
+        assert (out == expected).all() == (mode == 0)
+
+
 # --- Barriers -------------------------------------------------------------------------------------
 
 
@@ -154,6 +166,16 @@ def test_barriers_that_tell_whether_any(driver):
     who = np.array([0, 127, 64, 31, 128, -1], np.int32)
     out = run(driver, "layer_barrier_or", np.zeros((6, 128), np.uint8), who, blocks=6, threads=128)
     np.testing.assert_array_equal(out, np.repeat([[1], [1], [1], [1], [0], [0]], 128, axis=1))
+
+
+def test_host_threads_run_blocks_of_their_own(driver):
+    def rounds(n):
+        out = np.zeros((20, 128), np.float32)
+        return run(Driver(build.layer_library()), "layer_barriers", out, n=n, blocks=20, threads=128, shared_bytes=512)
+
+    with ThreadPoolExecutor(4) as threads:
+        for n, out in enumerate(threads.map(rounds, range(20))):
+            np.testing.assert_array_equal(out, np.tile(sums_of_neighbours(n), (20, 1)))
 
 
 @pytest.mark.parametrize("seed", [0, 1])

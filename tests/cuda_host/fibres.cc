@@ -7,6 +7,7 @@
 
 #include <signal.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdarg>
@@ -29,7 +30,7 @@ std::string (*describe_address)(const void*) = nullptr;
 
 namespace {
 
-constexpr size_t kPage = 65536;  // of any machine: 64 KiB on some Arm kernels
+constexpr size_t kPage = 65536;  // a multiple of any machine's
 constexpr size_t kStackBytes = 512 * 1024;
 constexpr size_t kSharedSlack = 128;  // the end of shared memory is that near to the page behind it, which traps
 
@@ -65,6 +66,7 @@ struct Warp {
   int lane = 0;  // which runs
   int step = 1;  // from a lane to the one that runs next, odd
   Operands operands[kWarpLanes];
+  char rows[kWarpLanes][16];  // of load_matrices
   void* fibres[kWarpLanes];  // where they go on
   std::deque<Copy> copies[kWarpLanes];
   int64_t groups[kWarpLanes] = {};  // of copies, closed
@@ -106,7 +108,7 @@ struct Pages {
 // One host thread's fibres and what they run.
 class Runner {
  public:
-  Runner() : stacks_(kMostThreads * kStackBytes), shared_(4 * kPage + kPage) {}
+  Runner() : stacks_(kMostThreads * kStackBytes), shared_((kMostSharedBytes / kPage + 2) * kPage) {}
 
   std::string run(const Kernel& kernel, const void* args, int64_t blocks, size_t shared_bytes);
   void run_kernel() { kernel_->run(args_); }
@@ -173,7 +175,8 @@ void Runner::open_shared(size_t bytes) {
   shared_.close();
   char* end = shared_.data + shared_.bytes - kPage;
   place.shared = end - (bytes + kSharedSlack - 1) / kSharedSlack * kSharedSlack;
-  shared_.open(shared_.data + (place.shared - shared_.data) / 4096 * 4096, end);
+  const size_t page = sysconf(_SC_PAGESIZE);
+  shared_.open(shared_.data + (place.shared - shared_.data) / page * page, end);
   shared_bytes_ = bytes;
 }
 
@@ -361,27 +364,13 @@ void fail(const char* format, ...) {
                std::to_string(place.thread) + ": " + text);
 }
 
-void meet(Meeting meeting, void* in_out, const void* operand, const void* operand2) {
-  Warp& w = *running;
-  const int lane = w.lane;
-  if (meeting == Meeting::kLoadMatrices || meeting == Meeting::kLoadMatricesTransposed) {
-    if (!runner->in_shared(operand, 16)) fail("%s of an address outside shared memory", name_of(meeting));
-    if (reinterpret_cast<uintptr_t>(operand) % 16) fail("%s of an address that is not aligned", name_of(meeting));
-  }
-  w.operands[lane] = {in_out, operand, operand2};
-  if (w.arrived == 0) w.meeting = meeting;
-  if (w.meeting != meeting) diverged(w, meeting);
-  if (++w.arrived < kWarpLanes) {
-    const int next = (lane + w.step) & (kWarpLanes - 1);
-    w.lane = next;
-    place.thread = w.first_thread + next;
-    return attn_ops_switch_fibre(&w.fibres[lane], w.fibres[next]);
-  }
+// Apart from meet(), most calls of which only switch, and so need no frame of its size.
+__attribute__((noinline)) static void complete(Warp& w) {
   w.arrived = 0;
-  switch (meeting) {
+  switch (w.meeting) {
     case Meeting::kSyncBlock:
     case Meeting::kSyncBlockOr:
-    case Meeting::kReturn: return runner->back_to_scheduler(&w.fibres[lane]);
+    case Meeting::kReturn: return runner->back_to_scheduler(&w.fibres[w.lane]);
     case Meeting::kSyncWarp: return;
     case Meeting::kShuffle: return exchange(w.operands, false);
     case Meeting::kShuffleXor: return exchange(w.operands, true);
@@ -394,6 +383,25 @@ void meet(Meeting meeting, void* in_out, const void* operand, const void* operan
   }
 }
 
+void meet(Meeting meeting, void* in_out, const void* operand, const void* operand2) {
+  Warp& w = *running;
+  const int lane = w.lane;
+  w.operands[lane] = {in_out, operand, operand2};
+  if (w.arrived == 0) w.meeting = meeting;
+  if (w.meeting != meeting) diverged(w, meeting);
+  if (++w.arrived == kWarpLanes) return complete(w);
+  const int next = (lane + w.step) & (kWarpLanes - 1);
+  w.lane = next;
+  place.thread = w.first_thread + next;
+  attn_ops_switch_fibre(&w.fibres[lane], w.fibres[next]);
+}
+
+const void* read_row(const void* shared) {
+  if (!runner->in_shared(shared, 16)) fail("load_matrices of an address outside shared memory");
+  if (reinterpret_cast<uintptr_t>(shared) % 16) fail("load_matrices of an address that is not aligned");
+  return memcpy(running->rows[running->lane], shared, 16);
+}
+
 void start_copy(void* shared, const void* global, int bytes) {
   if (bytes < 0 || bytes > 16) fail("copy_async of %d bytes", bytes);
   if (!runner->in_shared(shared, 16)) {
@@ -401,13 +409,15 @@ void start_copy(void* shared, const void* global, int bytes) {
   }
   if (reinterpret_cast<uintptr_t>(shared) % 16) fail("copy_async to an address that is not aligned");
   if (bytes && reinterpret_cast<uintptr_t>(global) % 16) fail("copy_async from an address that is not aligned");
+  // It may arrive at any time from now on: who still needs what is there has waited too little.
+  memset(shared, 0xff, 16);
   running->copies[running->lane].push_back(
       {static_cast<char*>(shared), static_cast<const char*>(global), bytes, running->groups[running->lane]});
 }
 
 void commit_copies() { ++running->groups[running->lane]; }
 
-// As late as possible: who waits too little finds what was there before.
+// As late as possible: who waits too little does not find it.
 void wait_for_copies(int pending) {
   std::deque<Copy>& copies = running->copies[running->lane];
   const int64_t groups = running->groups[running->lane] - pending;

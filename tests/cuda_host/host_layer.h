@@ -58,6 +58,9 @@ extern __thread Place place __attribute__((tls_model("initial-exec")));
 // Returns when all lanes of the warp have come to the same meeting, and results have taken the places of operands.
 void meet(Meeting, void* in_out, const void* operand = nullptr, const void* operand2 = nullptr);
 
+// What lies in a lane's row when the lane arrives at load_matrices, which is as early as it may be read.
+const void* read_row(const void* shared);
+
 void start_copy(void* shared, const void* global, int bytes);
 void commit_copies();
 void wait_for_copies(int pending);
@@ -139,10 +142,10 @@ inline void copy_async_wait() {
 }
 
 inline void load_matrices(uint32_t (&r)[4], const void* shared_row) {
-  host_layer::meet(host_layer::Meeting::kLoadMatrices, r, shared_row);
+  host_layer::meet(host_layer::Meeting::kLoadMatrices, r, host_layer::read_row(shared_row));
 }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* shared_row) {
-  host_layer::meet(host_layer::Meeting::kLoadMatricesTransposed, r, shared_row);
+  host_layer::meet(host_layer::Meeting::kLoadMatricesTransposed, r, host_layer::read_row(shared_row));
 }
 
 struct alignas(16) Bytes16 {

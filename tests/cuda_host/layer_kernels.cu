@@ -85,6 +85,23 @@ ATTN_KERNEL(layer_copy, 64, LayerArgs) {
   for (int n = 0; n < 2; ++n) static_cast<Bytes16*>(args.out)[64 * n + 63 - i] = shared[64 * n + 63 - i];
 }
 
+// Lanes copy a to shared memory, whose rows are then loaded. mode 1 lacks what makes other lanes' copies visible; mode
+// 2 starts the next copy to a row which others may still have to read.
+ATTN_KERNEL(layer_copy_and_load, 32, LayerArgs) {
+  const int lane = lane_index();
+  Bytes16* shared = reinterpret_cast<Bytes16*>(shared_memory());
+  const Bytes16* source = static_cast<const Bytes16*>(args.a) + lane;
+  copy_async(shared + lane, source, 16);
+  copy_async_commit();
+  copy_async_wait<0>();
+  if (args.mode != 1) sync_warp();
+  const Bytes16* next = shared + (lane + 1) % 32;
+  if (args.mode == 2) copy_async(shared + lane, source, 16);
+  uint32_t r[4];
+  load_matrices(r, next);
+  for (int i = 0; i < 4; ++i) static_cast<uint32_t*>(args.out)[4 * lane + i] = r[i];
+}
+
 // --- Barriers -------------------------------------------------------------------------------------------------------
 
 // n times: every thread adds what its neighbour 32 further on has. mode 1 lacks a barrier.

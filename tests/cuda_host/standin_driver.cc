@@ -10,6 +10,7 @@
 // and ATTN_OPS_HOST_LAYER_SEED (fibres.h). What a kernel does wrong is in the text of the launch's error
 // (cuGetErrorString), in standin_log(), and on stderr.
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -440,12 +441,9 @@ DRIVER int cuMemAlloc_v2(uintptr_t* address, size_t bytes) {
   a.pages = static_cast<char*>(pages);
   char* end = a.pages + kPage + usable;
   char* begin = end - bytes - slack(a);
-  // Only what is needed: up to a whole page, of the smallest size, before the beginning traps as well.
-  char* opened = a.pages + (begin - a.pages) / 4096 * 4096;
-  if (mprotect(opened, end - opened, PROT_READ | PROT_WRITE)) {
-    opened = a.pages + (begin - a.pages) / kPage * kPage;
-    if (mprotect(opened, end - opened, PROT_READ | PROT_WRITE)) return munmap(pages, a.pages_bytes), kOutOfMemory;
-  }
+  const size_t page = sysconf(_SC_PAGESIZE);
+  char* opened = a.pages + (begin - a.pages) / page * page;
+  if (mprotect(opened, end - opened, PROT_READ | PROT_WRITE)) return munmap(pages, a.pages_bytes), kOutOfMemory;
   memset(begin, 0xff, end - begin);
   *address = reinterpret_cast<uintptr_t>(begin);
   State& s = state();
