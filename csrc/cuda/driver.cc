@@ -2,9 +2,12 @@
 
 #include <dlfcn.h>
 
-#include <atomic>
+#include <cstdarg>
+#include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <mutex>
+#include <string>
 
 #include "images.h"
 
@@ -12,225 +15,198 @@ namespace attn_ops {
 namespace cuda {
 namespace {
 
-// ---------------------------------------------------------------------------------------------- the driver's functions
-
-using Library = struct CUlib_st*;
-using Kernel = struct CUkern_st*;
-
-constexpr int kInvalidContext = 201;
-
-enum DeviceAttribute {
+// Of the driver's interface (CUDA 12.0, driver 525, and up), what is used here.
+using Handle = void*;
+enum : int {
   kMultiprocessors = 16,
   kCapabilityMajor = 75,
   kCapabilityMinor = 76,
-  kSharedBytesOfMultiprocessor = 81,
-};
-constexpr int kMaxDynamicSharedBytes = 8;  // an attribute of kernels
-constexpr int kSharedBytesWithoutAsking = 48 * 1024;
-
-struct Functions {
-  int (*init)(unsigned flags);
-  int (*driver_version)(int* version);
-  int (*error_string)(int error, const char** text);
-  int (*current_device)(int* device);
-  int (*device_get)(int* device, int ordinal);
-  int (*device_attribute)(int* value, int attribute, int device);
-  int (*library_load)(Library*, const void* code, void* jit_options, void* jit_values, unsigned num_jit_options,
-                      void* options, void* values, unsigned num_options);
-  int (*library_kernel)(Kernel*, Library, const char* name);
-  int (*kernel_set_attribute)(int attribute, int value, Kernel, int device);
-  int (*launch_kernel)(Kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
-                       unsigned block_z, unsigned shared_bytes, void* stream, void** parameters, void** extra);
+  kSharedBytesPerMultiprocessor = 81,
+  kMaxDynamicSharedBytes = 8,  // of a kernel
 };
 
-class Driver {
- public:
+struct Driver {
+  std::string reason;
+  int (*init)(unsigned);
+  int (*current_device)(int*);
+  int (*device)(int*, int);
+  int (*attribute)(int*, int, int);
+  int (*load)(Handle*, const void*, void*, void*, unsigned, void*, void*, unsigned);
+  int (*kernel)(Handle*, Handle, const char*);
+  int (*set_attribute)(int, int, Handle, int);
+  int (*launch)(Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**, void**);
+  int (*error_string)(int, const char**);
+
   Driver() {
-    // A test's own driver, or one that lies where nothing looks for it.
-    const char* named = getenv("ATTN_OPS_CUDA_DRIVER");
-    const char* name = named != nullptr && *named ? named : "libcuda.so.1";
+    const char* named = std::getenv("ATTN_OPS_CUDA_DRIVER");
+    const char* name = named != nullptr && *named != '\0' ? named : "libcuda.so.1";
     void* library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
     if (library == nullptr) {
-      const char* error = dlerror();
-      reason_.format("there is no NVIDIA driver: %s", error != nullptr ? error : name);
+      reason = std::string("there is no CUDA driver (") + dlerror() + ")";
       return;
     }
-    if (find(library, name, "cuInit", &f_.init) && find(library, name, "cuDriverGetVersion", &f_.driver_version) &&
-        find(library, name, "cuGetErrorString", &f_.error_string) &&
-        find(library, name, "cuCtxGetDevice", &f_.current_device) &&
-        find(library, name, "cuDeviceGet", &f_.device_get) &&
-        find(library, name, "cuDeviceGetAttribute", &f_.device_attribute) &&
-        find(library, name, "cuLibraryLoadData", &f_.library_load) &&
-        find(library, name, "cuLibraryGetKernel", &f_.library_kernel) &&
-        find(library, name, "cuKernelSetAttribute", &f_.kernel_set_attribute) &&
-        find(library, name, "cuLaunchKernel", &f_.launch_kernel)) {
-      if (const int error = f_.init(0)) reason_.format("the NVIDIA driver does not start: %s", text(error));
-      else usable_ = true;
+    const auto find = [&](auto* function, const char* symbol) {
+      *function = reinterpret_cast<std::remove_pointer_t<decltype(function)>>(dlsym(library, symbol));
+      if (*function == nullptr && reason.empty()) {
+        reason = std::string("the CUDA driver ") + name + " has no " + symbol + ": 525 or newer is needed";
+      }
+    };
+    find(&init, "cuInit");
+    find(&current_device, "cuCtxGetDevice");
+    find(&device, "cuDeviceGet");
+    find(&attribute, "cuDeviceGetAttribute");
+    find(&load, "cuLibraryLoadData");
+    find(&kernel, "cuLibraryGetKernel");
+    find(&set_attribute, "cuKernelSetAttribute");
+    find(&launch, "cuLaunchKernel");
+    find(&error_string, "cuGetErrorString");
+    if (!reason.empty()) return;
+    if (const int code = init(0)) reason = "the CUDA driver cannot be used: " + explain(code);
+  }
+
+  std::string explain(int code) const {
+    const char* text = nullptr;
+    error_string(code, &text);
+    return std::string(text != nullptr ? text : "unknown error") + " (CUresult " + std::to_string(code) + ")";
+  }
+};
+
+// Never destroyed: launches may come from threads that outlive main().
+const Driver& driver() {
+  static const Driver* result = new Driver;
+  return *result;
+}
+
+constexpr const char* kNeeded = "the kernels need compute capability 8.0 or newer (Ampere)";
+
+const Image* image_for(const Device& device) {
+  switch (device.major) {
+    case 8: return &kImages[0];
+    case 9: return &kImages[1];
+    case 10: return &kImages[2];
+    case 12: return &kImages[3];
+    default: return &kImages[4];
+  }
+}
+
+// What has been loaded in this process. A library of kernels belongs to no context: it is loaded once for all devices.
+struct Loaded {
+  std::mutex mutex;
+  std::map<int, Device> devices;
+  std::map<const Image*, Handle> libraries;
+  std::map<std::pair<const Image*, std::string>, Handle> kernels;
+  std::map<std::pair<Handle, int>, int> shared_bytes;  // allowed for a kernel on a device
+};
+
+Loaded& loaded() {
+  static Loaded* result = new Loaded;
+  return *result;
+}
+
+int failed(int code, const char* what) { return fail(code, "%s: %s", what, driver().explain(code).c_str()); }
+
+// The kernel, ready to be launched on the device. `mutex` is held.
+int find_kernel(Loaded& all, const Device& device, const char* name, int shared_bytes, Handle* kernel) {
+  const Image* image = image_for(device);
+  Handle& library = all.libraries[image];
+  if (library == nullptr) {
+    if (const int code = driver().load(&library, image->begin, nullptr, nullptr, 0, nullptr, nullptr, 0)) {
+      library = nullptr;
+      return failed(code, (std::string("loading the kernels for ") + image->name).c_str());
     }
   }
-
-  const Functions* operator->() const { return &f_; }
-  bool usable() const { return usable_; }
-  const char* reason() const { return reason_.c_str(); }
-
-  const char* text(int error) const {
-    const char* text = nullptr;
-    return f_.error_string(error, &text) == 0 && text != nullptr ? text : "unknown error";
+  Handle& found = all.kernels[{image, name}];
+  if (found == nullptr) {
+    if (const int code = driver().kernel(&found, library, name)) {
+      found = nullptr;
+      return failed(code, (std::string("looking for the kernel ") + name).c_str());
+    }
   }
-
- private:
-  template <class Function>
-  bool find(void* library, const char* name, const char* symbol, Function* function) {
-    *function = reinterpret_cast<Function>(dlsym(library, symbol));
-    if (*function == nullptr)
-      reason_.format("the NVIDIA driver (%s) has no %s: version 525 or newer is needed", name, symbol);
-    return *function != nullptr;
+  int& allowed = all.shared_bytes[{found, device.ordinal}];
+  if (shared_bytes > allowed) {
+    if (const int code = driver().set_attribute(kMaxDynamicSharedBytes, shared_bytes, found, device.ordinal)) {
+      return failed(code, (std::string("giving shared memory to ") + name).c_str());
+    }
+    allowed = shared_bytes;
   }
-
-  Functions f_{};
-  Text reason_;
-  bool usable_ = false;
-};
-
-// Never closed: kernels may run until the process ends.
-const Driver& driver() {
-  static const Driver* const driver = new Driver;
-  return *driver;
-}
-
-// ---------------------------------------------------------------------------------------------- devices
-
-constexpr int kMostDevices = 64;
-
-struct KnownDevice {
-  std::atomic<bool> known{false};
-  Device device;
-};
-KnownDevice devices[kMostDevices];
-std::mutex devices_mutex;
-
-// ---------------------------------------------------------------------------------------------- kernels
-
-// An image as the driver has loaded it: for all devices, and never unloaded.
-struct LoadedImage {
-  std::atomic<Library> library{nullptr};
-  std::atomic<Kernel> kernels[kNumKernelNames] = {};
-};
-LoadedImage loaded[kMostImages];
-std::mutex loading;
-
-// Whether a kernel may use the shared memory it needs. To allow it twice does no harm.
-std::atomic<bool> allowed[kMostDevices][kNumKernelNames];
-
-int load(const Device& d, Library* library, Text* error) {
-  LoadedImage& own = loaded[d.image];
-  *library = own.library.load(std::memory_order_acquire);
-  if (*library != nullptr) return 0;
-  const std::lock_guard<std::mutex> lock(loading);
-  *library = own.library.load(std::memory_order_relaxed);
-  if (*library != nullptr) return 0;
-  if (const int code = driver()->library_load(library, image(d.image).data, nullptr, nullptr, 0, nullptr, nullptr, 0)) {
-    int version = 0;
-    driver()->driver_version(&version);
-    error->format("the driver (for CUDA %d.%d) does not load the kernels for %s: %s (CUresult %d)", version / 1000,
-                  version % 1000 / 10, image(d.image).architecture, driver().text(code), code);
-    return code;
-  }
-  own.library.store(*library, std::memory_order_release);
+  *kernel = found;
   return 0;
 }
 
-int find_kernel(const Device& d, const KernelName& name, Kernel* kernel, Text* error) {
-  std::atomic<Kernel>& known = loaded[d.image].kernels[name.index()];
-  *kernel = known.load(std::memory_order_acquire);
-  if (*kernel != nullptr) return 0;
-  Library library;
-  if (const int code = load(d, &library, error)) return code;
-  const KernelText text(name);
-  if (const int code = driver()->library_kernel(kernel, library, text.text)) {
-    error->format("the kernels for %s have no %s: %s (CUresult %d)", image(d.image).architecture, text.text,
-                  driver().text(code), code);
-    return code;
-  }
-  known.store(*kernel, std::memory_order_release);
-  return 0;
-}
+thread_local char last_error[512] = "";
 
 }  // namespace
 
-const Device* find_device(int number, Text* reason) {
-  const Driver& driver = cuda::driver();
-  if (!driver.usable()) return reason->format("%s", driver.reason()), nullptr;
-  int device = -1;
-  if (const int error = number < 0 ? driver->current_device(&device) : driver->device_get(&device, number)) {
-    if (number >= 0) reason->format("there is no CUDA device %d: %s", number, driver.text(error));
-    else if (error == kInvalidContext) reason->format("no CUDA context is current on this thread");
-    else reason->format("the current CUDA context tells no device: %s", driver.text(error));
+int fail(int code, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(last_error, sizeof last_error, format, arguments);
+  va_end(arguments);
+  return code;
+}
+
+const char* error_text() { return last_error; }
+
+const char* driver_reason() { return driver().reason.c_str(); }
+
+const Device* find_device(int ordinal) {
+  if (*driver_reason() != '\0') {
+    fail(kNoDevice, "%s", driver_reason());
     return nullptr;
   }
-  if (device < 0 || device >= kMostDevices) {
-    return reason->format("CUDA device %d is not among the first %d", device, kMostDevices), nullptr;
+  const Driver& cuda = driver();
+  int device = 0;
+  if (ordinal < 0) {
+    if (const int code = cuda.current_device(&device)) {
+      failed(code, "asking for the device of the current context");
+      return nullptr;
+    }
+  } else if (const int code = cuda.device(&device, ordinal)) {
+    fail(code, "there is no CUDA device %d: %s", ordinal, cuda.explain(code).c_str());
+    return nullptr;
   }
-
-  KnownDevice& entry = devices[device];
-  if (!entry.known.load(std::memory_order_acquire)) {
-    Device d;
-    d.number = device;
-    int major = 0, minor = 0;
-    const auto ask = [&](int attribute, int* value) { return driver->device_attribute(value, attribute, device); };
-    int error = ask(kCapabilityMajor, &major);
-    if (!error) error = ask(kCapabilityMinor, &minor);
-    if (!error) error = ask(kMultiprocessors, &d.multiprocessors);
-    if (!error) error = ask(kSharedBytesOfMultiprocessor, &d.shared_bytes);
-    if (error) return reason->format("CUDA device %d does not tell what it is: %s", device, driver.text(error)), nullptr;
-    d.capability = 10 * major + minor;
-    d.image = image_for(d.capability);
-    const std::lock_guard<std::mutex> lock(devices_mutex);
-    if (!entry.known.load(std::memory_order_relaxed)) entry.device = d;
-    entry.known.store(true, std::memory_order_release);
+  Loaded& all = loaded();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  Device& found = all.devices[device];
+  if (found.major == 0) {
+    Device fresh;
+    fresh.ordinal = device;
+    int code = cuda.attribute(&fresh.minor, kCapabilityMinor, device);
+    if (code == 0) code = cuda.attribute(&fresh.multiprocessors, kMultiprocessors, device);
+    if (code == 0) code = cuda.attribute(&fresh.shared_bytes, kSharedBytesPerMultiprocessor, device);
+    if (code == 0) code = cuda.attribute(&fresh.major, kCapabilityMajor, device);
+    if (code != 0) {
+      failed(code, "asking for the attributes of a device");
+      return nullptr;
+    }
+    found = fresh;
   }
-  const Device& d = entry.device;
-  if (d.image >= 0) return &d;
-  const int major = d.capability / 10, minor = d.capability % 10;
-  if (d.capability < kLeastCapability) {
-    reason->format("CUDA device %d has compute capability %d.%d; the kernels need 8.0 (Ampere) or newer", device, major,
-                   minor);
-  } else {
-    reason->format("CUDA device %d has compute capability %d.%d, for which this library was built without kernels",
-                   device, major, minor);
+  if (found.major < 8) {
+    fail(kNoDevice, "CUDA device %d has compute capability %d.%d: %s", device, found.major, found.minor, kNeeded);
+    return nullptr;
   }
-  return nullptr;
+  return &found;
 }
 
-const char* load_kernels(const Device& d, Text* reason) {
-  Library library;
-  return load(d, &library, reason) ? reason->c_str() : nullptr;
-}
-
-int launch(const Device& d, const KernelName& name, const Grid& grid, const void* args, void* stream, Text* error) {
-  Kernel kernel;
-  if (const int code = find_kernel(d, name, &kernel, error)) return code;
-  const char* what = "launched";
-  int code = 0;
-  std::atomic<bool>& is_allowed = allowed[d.number][name.index()];
-  if (grid.shared_bytes > kSharedBytesWithoutAsking && !is_allowed.load(std::memory_order_relaxed)) {
-    what = "given its shared memory";
-    code = driver()->kernel_set_attribute(kMaxDynamicSharedBytes, grid.shared_bytes, kernel, d.number);
-    if (!code) is_allowed.store(true, std::memory_order_relaxed);
+int launch(const Device& device, const char* name, int64_t blocks, int threads, int shared_bytes, void* stream,
+           void* args) {
+  if (blocks <= 0) return 0;
+  if (blocks > INT32_MAX) {
+    return fail(kUnsupported, "%s: %lld blocks are more than one launch can have (2^31 - 1)", name,
+                static_cast<long long>(blocks));
   }
-  if (!code) {
-    what = "launched";
-    void* parameters[] = {const_cast<void*>(args)};
-    code = driver()->launch_kernel(kernel, static_cast<unsigned>(grid.blocks), 1, 1,
-                                   static_cast<unsigned>(grid.threads), 1, 1, static_cast<unsigned>(grid.shared_bytes),
-                                   stream, parameters, nullptr);
+  Handle kernel = nullptr;
+  {
+    Loaded& all = loaded();
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    if (const int code = find_kernel(all, device, name, shared_bytes, &kernel)) return code;
   }
-  if (code) {
-    error->format("%s (%lld blocks of %d threads, %d bytes of shared memory each) could not be %s on CUDA device %d: %s "
-                  "(CUresult %d)", KernelText(name).text, static_cast<long long>(grid.blocks), grid.threads,
-                  grid.shared_bytes, what, d.number, driver().text(code), code);
-  }
-  return code;
+  void* parameters[] = {args};
+  const int code = driver().launch(kernel, static_cast<unsigned>(blocks), 1, 1, threads, 1, 1, shared_bytes, stream,
+                                   parameters, nullptr);
+  if (code == 0) return 0;
+  return fail(code, "launching %s (%lld blocks of %d threads, %d bytes of shared memory): %s", name,
+              static_cast<long long>(blocks), threads, shared_bytes, driver().explain(code).c_str());
 }
 
 }  // namespace cuda

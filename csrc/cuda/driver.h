@@ -1,54 +1,34 @@
-// The NVIDIA driver, found when it is first needed: devices, and kernels on their way to a stream. Nothing here throws, waits or
-// allocates device memory, and everything may be called by any number of threads.
+// The CUDA driver, found when it is first needed: nothing of CUDA is linked, so the library loads everywhere. Thread-safe.
 #pragma once
 
-#include <cstdarg>
-#include <cstdio>
-
-#include "kernel_names.h"
+#include <cstddef>
+#include <cstdint>
 
 namespace attn_ops {
 namespace cuda {
 
-// Text for people, cut off where it does not fit.
-class Text {
- public:
-  __attribute__((format(printf, 2, 3))) const char* format(const char* pattern, ...) {
-    va_list arguments;
-    va_start(arguments, pattern);
-    vsnprintf(text_, sizeof text_, pattern, arguments);
-    va_end(arguments);
-    return text_;
-  }
-  const char* c_str() const { return text_; }
-
- private:
-  char text_[512] = "";
-};
-
 struct Device {
-  int number = -1;
-  int capability = 0;  // 9.0 is 90
-  int multiprocessors = 0;
-  int shared_bytes = 0;  // of one multiprocessor
-  int image = -1;        // images.h
+  int ordinal = 0, major = 0, minor = 0;
+  int multiprocessors = 0, shared_bytes = 0;  // shared_bytes: of one multiprocessor
 };
 
-// Device `number`, or below 0 that of the thread's current context. Null where kernels cannot run, and why.
-const Device* find_device(int number, Text* reason);
+// Codes of our own, beside the driver's CUresult (which are positive).
+enum Error : int { kNoDevice = -1, kUnsupported = -2, kWorkspace = -3 };
 
-// Why the kernels for this device cannot be loaded; null when they are.
-const char* load_kernels(const Device&, Text* reason);
+// Why there is no driver; "" when there is one.
+const char* driver_reason();
 
-// What of a launch is not in the kernel's name.
-struct Grid {
-  int64_t blocks;  // at most kMostBlocks
-  int threads, shared_bytes;
-};
-constexpr int64_t kMostBlocks = 0x7fffffff;
+// Device number `ordinal`, or with -1 that of the thread's current context. Null when it cannot be had, or has none of our
+// kernels: the reason is then in error_text().
+const Device* find_device(int ordinal);
 
-// Launches on the device, which must be that of the current context. 0, or a CUresult and what failed.
-int launch(const Device&, const KernelName&, const Grid&, const void* args, void* stream, Text* error);
+// Launches `blocks` of `threads` of the kernel of that name; `args` is its one parameter. 0 or an error code.
+int launch(const Device& device, const char* kernel, int64_t blocks, int threads, int shared_bytes, void* stream,
+           void* args);
+
+// The last error of this thread, for people.
+int fail(int code, const char* format, ...) __attribute__((format(printf, 2, 3)));
+const char* error_text();
 
 }  // namespace cuda
 }  // namespace attn_ops

@@ -53,9 +53,11 @@ struct Bits32 {
   ATTN_DEVICE static float from_float(float x) { return x; }
 };
 
-// mma_tf32 reads the upper 19 bits of a number. Half of what it leaves out, added to the bits, makes that a rounding.
-constexpr uint32_t kHalfOfTf32 = 0x1000;
-constexpr uint32_t kTf32Bits = 0xffffe000u;
+// mma_tf32 reads the upper 19 bits of a number. Half of what it leaves out, added to the bits, makes that a rounding: unless
+// the number is infinite or NaN.
+constexpr uint32_t kHalfOfTf32 = 0x1000, kTf32Bits = 0xffffe000u, kInfinityBits = 0x7f800000u;
+ATTN_DEVICE bool is_finite_bits(uint32_t x) { return (x & kInfinityBits) != kInfinityBits; }
+ATTN_DEVICE uint32_t to_tf32(uint32_t x) { return is_finite_bits(x) ? x + kHalfOfTf32 & kTf32Bits : x; }
 
 // 3xTF32: x = big + small, each with 11 significant bits, and a b = big big + big small + small big, off by about 2^-22.
 struct F32 : Bits32 {
@@ -86,8 +88,8 @@ struct F32 : Bits32 {
 
  private:
   ATTN_DEVICE static void split(uint32_t x, uint32_t* big, uint32_t* small) {
-    *big = x & kTf32Bits;
-    *small = bits_of(float_of(x) - float_of(*big)) + kHalfOfTf32;
+    *big = to_tf32(x);
+    *small = is_finite_bits(x) ? bits_of(float_of(x) - float_of(*big)) : 0;  // not inf - inf
   }
 };
 
@@ -102,10 +104,10 @@ struct TF32 : Bits32 {
   ATTN_DEVICE static A a(const uint32_t (&r)[4]) {
     A a;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a.x[i] = r[i] + kHalfOfTf32;
+    for (int i = 0; i < 4; ++i) a.x[i] = to_tf32(r[i]);
     return a;
   }
-  ATTN_DEVICE static B b(uint32_t r0, uint32_t r1) { return {{r0 + kHalfOfTf32, r1 + kHalfOfTf32}}; }
+  ATTN_DEVICE static B b(uint32_t r0, uint32_t r1) { return {{to_tf32(r0), to_tf32(r1)}}; }
   ATTN_DEVICE static void mma(float (&d)[4], const A& a, const B& b) { mma_tf32(d, a.x, b.x); }
 };
 
