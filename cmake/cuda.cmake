@@ -1,5 +1,5 @@
-# attn_ops/libattn_ops_cuda.so: the CUDA kernels, compiled to one image for each architecture, and plain C++ around them. No
-# library and no header of CUDA is used, only a compiler for the kernels.
+# attn_ops/libattn_ops_cuda.so: the CUDA kernels, compiled to one image for each architecture, and plain C++ around
+# them. No library and no header of CUDA is used, only a compiler for the kernels.
 set(ATTN_OPS_CUDA AUTO CACHE STRING "CUDA kernels: ON, OFF, or AUTO for where there is a compiler")
 set(ATTN_OPS_CUDA_COMPILER nvcc CACHE STRING "nvcc, or nvrtc (12.9), whose kernels run with NVIDIA drivers from 525 on")
 set(ATTN_OPS_NVCC "" CACHE FILEPATH "nvcc (found by csrc/cuda/compile.py if empty)")
@@ -8,7 +8,8 @@ set(ATTN_OPS_CUDA_ARCHITECTURES sm_80 sm_90a sm_100 sm_120 compute_80 CACHE STRI
 set_property(CACHE ATTN_OPS_CUDA PROPERTY STRINGS AUTO ON OFF)
 set_property(CACHE ATTN_OPS_CUDA_COMPILER PROPERTY STRINGS nvcc nvrtc)
 
-set(compile_kernels ${Python_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/compile.py)
+set(cuda_dir ${CMAKE_SOURCE_DIR}/csrc/cuda)
+set(compile_kernels ${Python_EXECUTABLE} ${cuda_dir}/compile.py)
 if(ATTN_OPS_CUDA_COMPILER STREQUAL "nvrtc")
   list(APPEND compile_kernels --nvrtc)
 elseif(ATTN_OPS_NVCC)
@@ -29,7 +30,8 @@ nvidia-cuda-nvrtc-cu12==12.9.86.")
   if(ATTN_OPS_CUDA STREQUAL "AUTO")
     message(STATUS "CUDA kernels: skipped, this build is for CPUs only; there is no ${ATTN_OPS_CUDA_COMPILER}. ${how}")
   else()
-    message(FATAL_ERROR "attn_ops: ATTN_OPS_CUDA is ${ATTN_OPS_CUDA}, but there is no ${ATTN_OPS_CUDA_COMPILER}. ${how}")
+    message(FATAL_ERROR
+      "attn_ops: ATTN_OPS_CUDA is ${ATTN_OPS_CUDA}, but there is no ${ATTN_OPS_CUDA_COMPILER}. ${how}")
   endif()
 else()
   message(STATUS "CUDA kernels: skipped, as ATTN_OPS_CUDA=${ATTN_OPS_CUDA} says")
@@ -37,25 +39,29 @@ endif()
 
 # `images`: a file for each architecture.
 function(add_cuda_library target)
-  add_library(${target} MODULE dispatch.cc driver.cc images.cc)
+  add_library(${target} MODULE ${cuda_dir}/dispatch.cc ${cuda_dir}/driver.cc ${cuda_dir}/images.cc
+              ${CMAKE_SOURCE_DIR}/csrc/bindings/portable.cc)
   foreach(architecture image IN ZIP_LISTS ATTN_OPS_CUDA_ARCHITECTURES ARGN)
     target_compile_definitions(${target} PRIVATE ATTN_OPS_IMAGE_${architecture}="${image}")
   endforeach()
-  set_property(SOURCE images.cc PROPERTY OBJECT_DEPENDS ${ARGN})
+  set_property(SOURCE ${cuda_dir}/images.cc PROPERTY OBJECT_DEPENDS ${ARGN})
   target_link_libraries(${target} PRIVATE Threads::Threads ${CMAKE_DL_LIBS})
   target_link_options(${target} PRIVATE -Wl,-z,defs)
   export_only(${target} "attn_ops_cuda_*")
 endfunction()
 
+file(MAKE_DIRECTORY ${CMAKE_BINARY_DIR}/cuda_images)
 set(images "")
 if(compiler)
-  file(GLOB kernel_headers CONFIGURE_DEPENDS *.cuh)
+  file(GLOB kernel_headers CONFIGURE_DEPENDS ${cuda_dir}/*.cuh)
+  set(kernel_headers ${kernel_headers} ${cuda_dir}/args.h ${cuda_dir}/config.h ${CMAKE_SOURCE_DIR}/csrc/attention.h
+      ${CMAKE_SOURCE_DIR}/csrc/mask.h)
   foreach(architecture IN LISTS ATTN_OPS_CUDA_ARCHITECTURES)
-    set(image ${CMAKE_CURRENT_BINARY_DIR}/${architecture}.image)
+    set(image ${CMAKE_BINARY_DIR}/cuda_images/${architecture}.image)
     add_custom_command(
       OUTPUT ${image}
-      COMMAND ${compile_kernels} --architecture ${architecture} ${CMAKE_CURRENT_SOURCE_DIR}/kernels.cu -o ${image}
-      DEPENDS compile.py kernels.cu ${kernel_headers} args.h config.h ../attention.h ../mask.h
+      COMMAND ${compile_kernels} ${architecture} ${cuda_dir}/kernels.cu -o ${image}
+      DEPENDS ${cuda_dir}/compile.py ${cuda_dir}/kernels.cu ${kernel_headers}
       COMMENT "Compiling the CUDA kernels for ${architecture}"
       VERBATIM)
     list(APPEND images ${image})
@@ -65,7 +71,7 @@ if(compiler)
 else()
   # For tests of all but the kernels. Not installed: a package without this library says that it has no kernels.
   foreach(architecture IN LISTS ATTN_OPS_CUDA_ARCHITECTURES)
-    set(image ${CMAKE_CURRENT_BINARY_DIR}/${architecture}.no_kernels)
+    set(image ${CMAKE_BINARY_DIR}/cuda_images/${architecture}.no_kernels)
     file(CONFIGURE OUTPUT ${image} CONTENT "// ${architecture}: no kernels\n")
     list(APPEND images ${image})
   endforeach()

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Compiles the CUDA kernels for one architecture into an image that the driver loads.
 
-    compile.py --architecture sm_90a kernels.cu -o sm_90a.image            # nvcc: a compressed fat binary
-    compile.py --nvrtc --architecture sm_90a kernels.cu -o sm_90a.image    # NVRTC: a cubin
-    compile.py --architecture compute_80 ...                               # PTX, for devices that are still to come
-    compile.py --architecture sm_90a --report kernels.cu                   # registers of each kernel
+    compile.py sm_90a kernels.cu -o sm_90a.image            nvcc (CUDA 12.8 or newer): a compressed fat binary
+    compile.py sm_90a kernels.cu -o sm_90a.image --nvrtc    NVRTC: a cubin; of CUDA 12, for drivers from 525 on
+    compile.py compute_80 ...                               PTX, which the driver compiles for devices still to come
+    compile.py sm_90a kernels.cu --report                   the registers of each kernel
 
 Fails where a kernel keeps anything in local memory (spilled registers, a stack frame): that is many times slower, and
 nothing else would tell.
@@ -70,7 +70,7 @@ def check(log: str, architecture: str) -> list[Kernel]:
     if architecture.startswith("sm_") and not kernels:
         raise CompileError("ptxas reported on no kernel, so nothing is known of their registers")
     problems = [
-        f"  {k.name}: stack frame of {k.stack} bytes, {k.stores} bytes spilled, {k.loads} read back"
+        f"  {k.name}: {k.stack} bytes of stack, {k.stores} bytes spilled, {k.loads} read back"
         for k in kernels
         if k.is_in_local_memory()
     ]
@@ -200,9 +200,9 @@ def run_nvrtc(library: Path, source: Path, architecture: str, target: Path) -> s
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architecture", nargs="?", help="sm_80, sm_90a, ..., or compute_80 for PTX")
     parser.add_argument("source", type=Path, nargs="?")
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--architecture", default="sm_80", help="sm_80, sm_90a, ..., or compute_80 for PTX")
     parser.add_argument("--nvrtc", nargs="?", const="", metavar="PATH", help="compile with NVRTC (this library)")
     parser.add_argument("--nvcc", type=Path, metavar="PATH", help="compile with this nvcc")
     parser.add_argument("--report", action="store_true", help="list the registers of each kernel")
@@ -216,7 +216,7 @@ def main(arguments=None) -> int:
         print(compiler or "", end="")
         return 0
     if chosen.source is None:
-        parser.error("what is to be compiled?")
+        parser.error("what is to be compiled, and for which architecture?")
     try:
         if compiler is None:
             raise CompileError(f"no {'nvcc' if chosen.nvrtc is None else 'NVRTC'} was found")
