@@ -100,9 +100,7 @@ def packages(relative: str) -> list[Path]:
 
 
 def is_usable(nvcc: Path) -> bool:
-    """Whether it is complete, and knows every architecture."""
-    if not (nvcc.resolve().parent / "ptxas").exists():
-        return False
+    """Whether it is new enough to know every architecture."""
     found = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True)
     release = re.search(r"release (\d+)\.(\d+)", found.stdout)
     return release is not None and tuple(map(int, release.groups())) >= (12, 8)
@@ -110,10 +108,11 @@ def is_usable(nvcc: Path) -> bool:
 
 def find_nvcc() -> Path | None:
     """$CUDACXX, else that of the PATH, of the toolkit's usual place, or of the package nvidia-cuda-nvcc."""
+    candidates = ["nvcc", "/usr/local/cuda/bin/nvcc", *packages("nvidia/cu13/bin/nvcc")]
     if named := os.environ.get("CUDACXX"):
-        return Path(shutil.which(named) or named)
-    candidates = [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc", *packages("nvidia/cu13/bin/nvcc")]
-    return next((Path(path) for path in candidates if path and is_usable(Path(path))), None)
+        candidates = [named]
+    found = [Path(path) for path in map(shutil.which, candidates) if path]
+    return next(filter(is_usable, found), None)
 
 
 def run_nvcc(nvcc: Path, source: Path, architecture: str, target: Path) -> str:
