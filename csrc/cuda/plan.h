@@ -129,14 +129,21 @@ struct DecodePlan {
     const int per_multiprocessor =
         std::max(1, device.shared_bytes / (decode_shared_bytes(math, dim_of(p)) + 1024));  // 1 KiB is the system's
     const int64_t wave = std::max<int64_t>(1, int64_t{device.multiprocessors} * per_multiprocessor);
-    // A block takes its steps, and a few more for its beginning and its end; blocks run in waves.
-    constexpr int64_t kOwnSteps = 4, kMostSplits = 128;
-    const auto cost = [&](int64_t splits) {
-      return ceil_div(tiles * splits, wave) * (ceil_div(steps, splits) + kOwnSteps);
+    constexpr int64_t kOwnSteps = 4, kMostSplits = 128, kEnoughTiles = 1 << 20;
+    if (tiles > kEnoughTiles) return 1;
+    // A block takes its steps, and a few more for its beginning and its end; blocks run in waves. In 32 bits, as so many
+    // divisions take long for a decode step.
+    const auto cost = [t = static_cast<uint32_t>(tiles), w = static_cast<uint32_t>(wave),
+                       s = static_cast<uint32_t>(steps)](uint32_t splits) {
+      return uint64_t{(t * splits + w - 1) / w} * ((s + splits - 1) / splits + kOwnSteps);
     };
-    int64_t best = 1;
-    for (int64_t splits = 2; splits <= std::min(steps / 2, kMostSplits); ++splits)
-      if (cost(splits) < cost(best)) best = splits;
+    const uint32_t most = static_cast<uint32_t>(std::min(steps / 2, kMostSplits));
+    uint32_t best = 1;
+    uint64_t lowest = cost(1);
+    for (uint32_t splits = 2; splits <= most; ++splits) {
+      const uint64_t own = cost(splits);
+      if (own < lowest) lowest = own, best = splits;
+    }
     return static_cast<int>(best);
   }
 };
