@@ -11,7 +11,9 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.gnuversions import GNUVerNeedSection
 from elftools.elf.sections import SymbolTableSection
 
-C_API = Path(__file__).resolve().parents[1] / "csrc/bindings/tf_capi_symbols.txt"
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+C_API = SOURCES / "bindings/tf_capi_symbols.txt"
+CUDA_INTERFACE = SOURCES / "cuda/library.h"
 # Beyond the C API. Weak: without the pool the operators make threads of their own (eigen_pool.h), and without the stream
 # they do not run on GPUs (eigen_stream.h).
 INTRA_OP_POOL = "_ZNK10tensorflow15OpKernelContext12eigen_deviceIN5Eigen16ThreadPoolDeviceEEERKT_v"
@@ -31,17 +33,28 @@ def symbols(path, section):
 
 
 def is_operators(path):
-    """Whether this is the library of the operators, the other one being the Python module."""
+    """Whether this is the library of the operators, the others being the Python module and the CUDA kernels."""
     return Path(path).name == "libattn_ops.so"
+
+
+def is_cuda(path):
+    return Path(path).name == "libattn_ops_cuda.so"
+
+
+def cuda_interface():
+    """The functions that csrc/cuda/library.h declares."""
+    return set(re.findall(r"\b(attn_ops_cuda_\w+)\(", CUDA_INTERFACE.read_text()))
 
 
 def exports_broken(path):
     shown = {name for name, _, defined in symbols(path, ".dynsym") if defined}
+    if is_cuda(path):
+        return shown ^ cuda_interface()
     return shown ^ {"attn_ops_xla_unavailable_reason" if is_operators(path) else "PyInit__core"}
 
 
 def tensorflow_broken(path):
-    """Of TensorFlow: the listed part of its C API and, weak, the pool and the stream; nothing in the Python module."""
+    """Of TensorFlow: the listed part of its C API and, weak, the pool and the stream; nothing in the others."""
     needed = {name: binding for name, binding, defined in symbols(path, ".dynsym") if not defined}
     pattern = r"TF_|tensorflow|tsl|xla|absl|Eigen"
     if is_operators(path):

@@ -43,22 +43,22 @@ std::string unsupported_reason(const AttentionParams& p) {
   return "";
 }
 
-std::string kernel_name(const char* what, Math math, int dim, bool plain) {
-  return std::string("attn_ops_") + what + "_" + kMathNames[static_cast<int>(math)] + "_" + std::to_string(dim) +
-         (plain ? "_plain" : "");
-}
-
 // The current device, for calls that the kernels take.
 int prepare(const AttentionParams& p, const Device** device) {
   const std::string reason = unsupported_reason(p);
   if (!reason.empty()) return fail(kUnsupported, "%s", reason.c_str());
+  if (p.dropout_rate > 0 && p.dropout_words == nullptr) {
+    return fail(kUnsupported, "the CUDA kernels read the seed of dropout from device memory: dropout_words is null");
+  }
   *device = find_device(-1);
   return *device == nullptr ? kNoDevice : 0;
 }
 
 int check(const Workspace& workspace, size_t needed) {
-  if (needed == 0 || (workspace.data != nullptr && workspace.bytes >= needed)) return 0;
-  return fail(kWorkspace, "%zu bytes of workspace are needed, %zu were lent", needed, workspace.bytes);
+  const bool aligned = workspace.data != nullptr && reinterpret_cast<uintptr_t>(workspace.data) % 16 == 0;
+  if (needed == 0 || (aligned && workspace.bytes >= needed)) return 0;
+  return fail(kWorkspace, "%zu bytes of workspace, 16-byte aligned, are needed; %zu were lent at %p", needed,
+              workspace.bytes, workspace.data);
 }
 
 // 48 bits that no other launch of this process has, and none of another by more than chance.
@@ -88,7 +88,7 @@ int launch_decode(const AttentionParams& p, const Device& device, void* stream, 
     args.tickets = reinterpret_cast<uint64_t*>(memory + plan.partial_out_bytes + plan.partial_stats_bytes);
     args.launch = next_launch();
   }
-  return launch(device, kernel_name("decode", math, dim, false).c_str(), plan.tiles * plan.splits, 32 * kDecodeWarps,
+  return launch(device, {Role::kDecode, math, dim, false}, plan.tiles * plan.splits, 32 * kDecodeWarps,
                 decode_shared_bytes(math, dim), stream, &args);
 }
 
@@ -102,7 +102,7 @@ int launch_forward(const AttentionParams& p, const Device& device, void* stream)
   args.p = p;
   args.rows = rows_of(p, tiles);
   args.aligned = aligned_of(p);
-  return launch(device, kernel_name("forward", math, dim, plain).c_str(), p.batch * p.num_kv_heads * tiles,
+  return launch(device, {Role::kForward, math, dim, plain}, p.batch * p.num_kv_heads * tiles,
                 tile.threads(), forward_shared_bytes(math, dim, plain), stream, &args);
 }
 
@@ -122,20 +122,19 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
   args.aligned = aligned_of(b);
   args.delta = static_cast<float*>(workspace.data);
 
-  const std::string delta = std::string("attn_ops_delta_") + kMathNames[static_cast<int>(exact(math))];
-  int code = launch(device, delta.c_str(), ceil_div(p.batch * p.num_heads * p.seqlen_q, kDeltaWarps),
-                    32 * kDeltaWarps, 0, stream, &args);
+  int code = launch(device, {Role::kDelta, exact(math), dim, false},
+                    ceil_div(p.batch * p.num_heads * p.seqlen_q, kDeltaWarps), 32 * kDeltaWarps, 0, stream, &args);
   if (code != 0) return code;
 
   const Tile tile = backward_tile(math, dim, plain);
   const int shared = backward_shared_bytes(math, dim, plain);
   const int64_t row_tiles = ceil_div(num_rows(p), tile.rows), key_tiles = ceil_div(p.seqlen_k, tile.rows);
   args.rows = rows_of(p, row_tiles);
-  code = launch(device, kernel_name("dq", math, dim, plain).c_str(), heads * row_tiles, tile.threads(), shared, stream,
+  code = launch(device, {Role::kQueryGradient, math, dim, plain}, heads * row_tiles, tile.threads(), shared, stream,
                 &args);
   if (code != 0) return code;
   args.rows = rows_of(p, key_tiles);
-  code = launch(device, kernel_name("dkdv", math, dim, plain).c_str(),
+  code = launch(device, {Role::kKeyGradients, math, dim, plain},
                 heads * key_tiles * (splits_dk_dv(math, dim) ? 2 : 1), tile.threads(), shared, stream, &args);
   if (code != 0 || b.d_bias == nullptr) return code;
 
@@ -144,7 +143,7 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
   const int64_t* shape = b.d_bias_shape;
   const int64_t owners = shape[0] * shape[1] * (shape[2] == 1 ? 1 : ceil_div(shape[2], bias_tile.rows)) *
                          (shape[3] == 1 ? 1 : ceil_div(shape[3], bias_tile.columns));
-  return launch(device, kernel_name("dbias", bias_math, dim, false).c_str(), owners, bias_tile.threads(),
+  return launch(device, {Role::kBiasGradient, bias_math, dim, false}, owners, bias_tile.threads(),
                 backward_shared_bytes(bias_math, dim, false), stream, &args);
 }
 
@@ -163,7 +162,8 @@ ATTN_OPS_EXPORT uint64_t attn_ops_cuda_abi() {
 }
 
 ATTN_OPS_EXPORT const char* attn_ops_cuda_unavailable_reason(int device) {
-  return cuda::find_device(device) != nullptr ? "" : cuda::error_text();
+  const cuda::Device* found = cuda::find_device(device);
+  return found != nullptr && cuda::load_kernels(*found) == 0 ? "" : cuda::error_text();
 }
 
 ATTN_OPS_EXPORT const char* attn_ops_cuda_unsupported_reason(const AttentionParams* p) {

@@ -1,19 +1,18 @@
-// The compiled kernels that are built into the library: one cubin per architecture, and PTX for those to come.
+// The compiled kernels that are part of this library: one image for each architecture it was built for.
 #pragma once
-
-#include <cstddef>
 
 namespace attn_ops {
 namespace cuda {
 
 struct Image {
-  const char* name;  // "sm_90a", "compute_80"
-  const unsigned char *begin, *end;
+  const char* name;  // "sm_90a"; "compute_80" is PTX, which the driver compiles
+  const unsigned char* data;
 };
+constexpr int kMostImages = 5;
 
-constexpr int kNumImages = 5;
-// For capability 8.x, 9.0, 10.x, 12.x; the last is PTX, which the driver compiles for any card that is newer.
-extern const Image kImages[kNumImages];
+// The number of the image for a device of a compute capability (9.0 is 90); -1 if there is none.
+int image_for(int capability);
+const Image& image(int number);
 
 }  // namespace cuda
 }  // namespace attn_ops

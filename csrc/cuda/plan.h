@@ -1,5 +1,5 @@
-// What a call becomes: which kernel, how many blocks, how much workspace. Arithmetic only, so that it can be asked of any
-// device.
+// What a call becomes: which kernel, how many blocks, how much workspace. Arithmetic only, so that it can be asked of
+// any device.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,8 @@ namespace cuda {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// See Divisor. With 2^31 <= 2^(31 + s) / d < 2^32, s = ceil(log2 d), rounding up is exact for every x < 2^31 (Granlund and
-// Montgomery, "Division by invariant integers using multiplication", PLDI 1994).
+// See Divisor. With 2^31 <= 2^(31 + s) / d < 2^32, s = ceil(log2 d), rounding up is exact for every x < 2^31 (Granlund
+// and Montgomery, "Division by invariant integers using multiplication", PLDI 1994).
 inline Divisor make_divisor(uint32_t d) {
   Divisor result;
   result.divisor = d;
@@ -58,30 +58,38 @@ inline Rows rows_of(const AttentionParams& p, int64_t tiles) {
   return rows;
 }
 
-// Whether rows of `dim` elements can be moved 16 bytes at a time. Loads may end anywhere, `stores` may not.
-inline bool is_aligned(const StridedView& view, int64_t dim, bool stores) {
-  const int64_t bytes = static_cast<int64_t>(size_of(view.dtype));
-  if (view.stride[3] != 1 || reinterpret_cast<uintptr_t>(view.data) % 16 != 0) return false;
+// Whether rows of `dim` elements can be moved 16 bytes at a time. Loads may end anywhere, stores may not. Strides of
+// axes with one index do not matter: frameworks leave anything there.
+inline bool loads_aligned(const AttentionParams& p, const StridedView& view, int64_t seqlen, int64_t heads,
+                          int64_t dim) {
+  const int64_t bytes = static_cast<int64_t>(size_of(p.dtype)), extent[] = {p.batch, seqlen, heads};
+  if (dim == 0 || (dim > 1 && view.stride[3] != 1) || reinterpret_cast<uintptr_t>(view.data) % 16 != 0) return false;
   for (int axis = 0; axis < 3; ++axis)
-    if (view.stride[axis] * bytes % 16 != 0) return false;
-  return !stores || dim * bytes % 16 == 0;
+    if (extent[axis] > 1 && view.stride[axis] * bytes % 16 != 0) return false;
+  return true;
+}
+inline bool stores_aligned(const AttentionParams& p, const StridedView& view, int64_t seqlen, int64_t heads,
+                           int64_t dim) {
+  return loads_aligned(p, view, seqlen, heads, dim) && dim * static_cast<int64_t>(size_of(p.dtype)) % 16 == 0;
 }
 
 inline Aligned aligned_of(const AttentionParams& p) {
   Aligned a;
-  a.q = is_aligned(p.q, p.head_dim, false);
-  a.k = is_aligned(p.k, p.head_dim, false);
-  a.v = is_aligned(p.v, p.value_dim, false);
-  a.out = is_aligned(p.out, p.value_dim, true);
+  a.q = loads_aligned(p, p.q, p.seqlen_q, p.num_heads, p.head_dim);
+  a.k = loads_aligned(p, p.k, p.seqlen_k, p.num_kv_heads, p.head_dim);
+  a.v = loads_aligned(p, p.v, p.seqlen_k, p.num_kv_heads, p.value_dim);
+  a.out = stores_aligned(p, p.out, p.seqlen_q, p.num_heads, p.value_dim);
   return a;
 }
 
 inline Aligned aligned_of(const BackwardParams& b) {
-  Aligned a = aligned_of(b.forward);
-  a.d_out = is_aligned(b.d_out, b.forward.value_dim, false);
-  a.dq = is_aligned(b.dq, b.forward.head_dim, true);
-  a.dk = is_aligned(b.dk, b.forward.head_dim, true);
-  a.dv = is_aligned(b.dv, b.forward.value_dim, true);
+  const AttentionParams& p = b.forward;
+  Aligned a = aligned_of(p);
+  a.out = loads_aligned(p, p.out, p.seqlen_q, p.num_heads, p.value_dim);
+  a.d_out = loads_aligned(p, b.d_out, p.seqlen_q, p.num_heads, p.value_dim);
+  a.dq = stores_aligned(p, b.dq, p.seqlen_q, p.num_heads, p.head_dim);
+  a.dk = stores_aligned(p, b.dk, p.seqlen_k, p.num_kv_heads, p.head_dim);
+  a.dv = stores_aligned(p, b.dv, p.seqlen_k, p.num_kv_heads, p.value_dim);
   return a;
 }
 
@@ -110,19 +118,29 @@ struct DecodePlan {
  private:
   int choose_splits(const AttentionParams& p, const Device& device, Math math) const {
     int64_t keys = p.seqlen_k;
-    if (p.mask.window_left >= 0 && p.mask.window_right >= 0 && p.mask.window_left < keys && p.mask.window_right < keys) {
-      keys = std::min(keys, p.mask.window_left + p.mask.window_right + p.seqlen_q);
+    const int64_t left = p.mask.window_left, right = p.mask.window_right;
+    if (left >= 0 && right >= 0 && left < keys && right < keys) {
+      keys = std::min(keys, left + right + p.seqlen_q);
     }
     const int64_t steps = ceil_div(keys, kDecodeWarps * decode_keys(math));
     const int per_multiprocessor =
         std::max(1, device.shared_bytes / (decode_shared_bytes(math, dim_of(p)) + 1024));  // 1 KiB is the system's
     const int64_t wave = std::max<int64_t>(1, int64_t{device.multiprocessors} * per_multiprocessor);
-    // A block takes its steps, and a few more for its beginning and its end; blocks run in waves.
-    constexpr int64_t kOwnSteps = 4, kMostSplits = 128;
-    const auto cost = [&](int64_t splits) { return ceil_div(tiles * splits, wave) * (ceil_div(steps, splits) + kOwnSteps); };
-    int64_t best = 1;
-    for (int64_t splits = 2; splits <= std::min(steps / 2, kMostSplits); ++splits)
-      if (cost(splits) < cost(best)) best = splits;
+    constexpr int64_t kOwnSteps = 4, kMostSplits = 128, kEnoughTiles = 1 << 20;
+    if (tiles > kEnoughTiles) return 1;
+    // A block takes its steps, and a few more for its beginning and its end; blocks run in waves. In 32 bits, as so many
+    // divisions take long for a decode step.
+    const auto cost = [t = static_cast<uint32_t>(tiles), w = static_cast<uint32_t>(wave),
+                       s = static_cast<uint32_t>(steps)](uint32_t splits) {
+      return uint64_t{(t * splits + w - 1) / w} * ((s + splits - 1) / splits + kOwnSteps);
+    };
+    const uint32_t most = static_cast<uint32_t>(std::min(steps / 2, kMostSplits));
+    uint32_t best = 1;
+    uint64_t lowest = cost(1);
+    for (uint32_t splits = 2; splits <= most; ++splits) {
+      const uint64_t own = cost(splits);
+      if (own < lowest) lowest = own, best = splits;
+    }
     return static_cast<int>(best);
   }
 };
