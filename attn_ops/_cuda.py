@@ -64,6 +64,7 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
         ("forward", ctypes.c_int, [ctypes.c_void_p, ctypes.c_void_p, Workspace]),
         ("backward", ctypes.c_int, [ctypes.c_void_p, ctypes.c_void_p, Workspace]),
         ("error_text", ctypes.c_char_p, []),
+        ("set_most_decode_rows", None, [ctypes.c_int64]),
     ):
         function = getattr(library, f"attn_ops_cuda_{name}")
         function.restype, function.argtypes = result, arguments
@@ -71,6 +72,12 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
     if found != ABI:
         return None, f"{LIBRARY} was built from other headers (ABI {found:#x}, not {ABI:#x}): reinstall the package"
     return library, None
+
+
+def set_most_decode_rows(rows: int) -> None:
+    """Up to how many query rows of a key/value head the kernel for decoding takes (64 at first), in this process: the
+    other forward kernels take any number. For measurements and tests."""
+    _loaded().attn_ops_cuda_set_most_decode_rows(rows)
 
 
 class _Launch:

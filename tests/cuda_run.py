@@ -7,11 +7,24 @@ from __future__ import annotations
 
 import functools
 import os
+from pathlib import Path
 
 import numpy as np
 from attn_ops import _cuda
 from cuda_arrays import Array, driver, missing_reason
 from reference_cases import take_mask
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def library() -> Path | None:
+    """The installed library; where there was no compiler for its kernels, the one that was built without them: the
+    stand-in has kernels of its own."""
+    if _cuda.LIBRARY.exists():
+        return _cuda.LIBRARY
+    built = ROOT.glob("build/**/libattn_ops_cuda_without_kernels.so")
+    return max(built, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def on_device(config) -> bool:
@@ -22,7 +35,7 @@ def on_device(config) -> bool:
 
 def skip_reason(device: bool) -> str | None:
     """Why there is nothing to run the kernels on; None when there is. Builds nothing."""
-    if not _cuda.LIBRARY.exists():
+    if library() is None or (device and library() != _cuda.LIBRARY):
         return _cuda.unavailable_reason()
     return (missing_reason() or _cuda.unavailable_reason()) if device else None
 
@@ -30,6 +43,7 @@ def skip_reason(device: bool) -> str | None:
 @functools.cache
 def start(device: bool) -> None:
     """Makes the stand-in the driver of this process, unless it is for the device or the user named another."""
+    _cuda.LIBRARY = library()
     if not device and "ATTN_OPS_CUDA_DRIVER" not in os.environ:
         from cuda_host import build
 

@@ -12,7 +12,7 @@ import importlib.util
 import cuda_run
 import numpy as np
 import pytest
-from attn_ops import _native, reference
+from attn_ops import _cuda, _native, reference
 from reference_cases import take_mask
 
 GRADIENTS = ("dq", "dk", "dv", "d_bias")
@@ -176,18 +176,21 @@ def _jax_missing(implementation):
 
 
 class Cuda(Implementation):
-    """The CUDA kernels, on a device or on the stand-in."""
+    """The CUDA kernels, on a device or on the stand-in. Few rows are decoded, unless that is forbidden."""
 
     largest_head_dim = 256
 
-    def __init__(self, on_device):
-        super().__init__("cuda", self._attend, dtypes=("float32", "float16", "bfloat16"))
+    def __init__(self, on_device, decodes=True):
+        name = "cuda" if decodes else "cuda-without-decode"
+        super().__init__(name, self._attend, dtypes=("float32", "float16", "bfloat16"))
         self.on_device = on_device
+        self.most_decode_rows = 64 if decodes else 0
 
     def _attend(self, query, key, value, d_out, d_lse, options):
         if query.dtype == np.float64 or max(query.shape[-1], value.shape[-1]) > self.largest_head_dim:
             pytest.skip("the CUDA kernels leave float64 and head dimensions above 256 to the composite")
         cuda_run.start(self.on_device)
+        _cuda.set_most_decode_rows(self.most_decode_rows)
         return Result(**cuda_run.run(query, key, value, d_out, d_lse, options))
 
 
@@ -207,3 +210,4 @@ def all_implementations(on_device=False):
         run = functools.partial(_run_jax, implementation)
         yield Implementation(f"jax-{implementation}", run, _jax_missing(implementation), thinning)
     yield Cuda(on_device)
+    yield Cuda(on_device, decodes=False)

@@ -16,9 +16,9 @@ KINDS = ("float32", "float16", "bfloat16")
 SMALL = dict(batch=1, num_heads=2, num_kv_heads=1)
 
 
-@pytest.fixture
-def attend(cuda, on_device):
-    return Cuda(on_device)
+@pytest.fixture(params=(True, False), ids=("", "without-decode"))
+def attend(cuda, on_device, request):
+    return Cuda(on_device, request.param)
 
 
 # ------------------------------------------------------------------------------------------------------ numbers

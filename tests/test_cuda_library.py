@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from attn_ops import _native
 
+import cuda_run
 import wheel_rules
 from cuda_host import build
 
@@ -22,13 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMPILE = ROOT / "csrc/cuda/compile.py"
 
 
-def newest_library():
-    installed = Path(_native.__file__).with_name("libattn_ops_cuda.so")
-    built = ROOT.glob("build/**/libattn_ops_cuda_without_kernels.so")
-    return installed if installed.exists() else max(built, key=lambda path: path.stat().st_mtime, default=None)
-
-
-LIBRARY = newest_library()
+LIBRARY = cuda_run.library()
 needs_library = pytest.mark.skipif(LIBRARY is None, reason="no libattn_ops_cuda*.so here: build in this checkout")
 
 

@@ -70,7 +70,8 @@ ATTN_DEVICE void stream(int begin, int end, Load load, Compute compute) {
 struct PairGradient {
   float p, ds;
 
-  ATTN_DEVICE PairGradient(float x, float lse, float dp, float delta) : p(probability(x, lse)) {
+  ATTN_DEVICE PairGradient(float x, float lse, float dp, float delta) {
+    p = bits_of(x) == 0xff800000u ? float_of(kHiddenBits) : recomputed_probability(x, lse);
     ds = is_hidden(p) ? p : p * (dp - delta);
   }
 };

@@ -69,7 +69,7 @@ constexpr bool splits_dk_dv(Math m, int dim) { return dim > (element_bytes(m) ==
 // Decode: few query rows; each warp streams its own keys and values through a ring of tiles.
 constexpr int kDecodeRows = 16;
 constexpr int kDecodeWarps = 4;
-constexpr int kMostDecodeRows = 64;  // of a key/value head: more are the forward's
+constexpr int kMostDecodeRows = 64;  // of a key/value head: more are the forward's (library.h can set another)
 constexpr int decode_keys(Math m) { return element_bytes(m) == 2 ? 16 : 8; }  // of one tile of one warp
 constexpr int decode_tile_bytes(int dim) { return 32 * dim; }
 constexpr int decode_query_bytes(Math m, int dim) { return kDecodeRows * dim * element_bytes(m); }

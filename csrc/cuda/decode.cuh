@@ -62,7 +62,9 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
   const RowBlock block(head, static_cast<int>(part_of % args.rows.tiles) * kDecodeRows, kDecodeRows);
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const float scale = static_cast<float>(p.scale * kLog2EDouble);
-  const bool plain = p.bias.data == nullptr && p.num_masks == 0 && p.dropout_rate == 0 && scale > 0;
+  // In float32, values are looked through in any case: infinities do not survive 3xTF32.
+  const bool plain =
+      M::kStep == 16 && p.bias.data == nullptr && p.num_masks == 0 && p.dropout_rate == 0 && scale > 0;
 
   // The block's share of the keys, in steps of one tile for each warp.
   constexpr int kStepKeys = kDecodeWarps * kKeys;

@@ -147,6 +147,10 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
                 backward_shared_bytes(bias_math, dim, false), stream, &args);
 }
 
+std::atomic<int64_t> most_decode_rows{kMostDecodeRows};
+
+bool is_decode(const AttentionParams& p) { return num_rows(p) <= most_decode_rows.load(std::memory_order_relaxed); }
+
 bool is_empty(const AttentionParams& p) { return p.batch == 0 || p.num_heads == 0; }
 
 }  // namespace
@@ -171,7 +175,7 @@ ATTN_OPS_EXPORT const char* attn_ops_cuda_unsupported_reason(const AttentionPara
 }
 
 ATTN_OPS_EXPORT size_t attn_ops_cuda_forward_workspace_bytes(const AttentionParams* p) {
-  if (cuda::is_empty(*p) || !cuda::unsupported_reason(*p).empty() || !cuda::DecodePlan::wanted(*p)) return 0;
+  if (cuda::is_empty(*p) || !cuda::unsupported_reason(*p).empty() || !cuda::is_decode(*p)) return 0;
   const cuda::Device* device = cuda::find_device(-1);
   return device == nullptr ? 0 : cuda::DecodePlan(*p, *device).workspace_bytes();
 }
@@ -184,7 +188,7 @@ ATTN_OPS_EXPORT int attn_ops_cuda_forward(const AttentionParams* p, void* stream
   if (cuda::is_empty(*p) || p->seqlen_q == 0) return 0;
   const cuda::Device* device = nullptr;
   if (const int code = cuda::prepare(*p, &device)) return code;
-  return cuda::DecodePlan::wanted(*p) ? cuda::launch_decode(*p, *device, stream, workspace)
+  return cuda::is_decode(*p) ? cuda::launch_decode(*p, *device, stream, workspace)
                                       : cuda::launch_forward(*p, *device, stream);
 }
 
@@ -196,3 +200,5 @@ ATTN_OPS_EXPORT int attn_ops_cuda_backward(const BackwardParams* b, void* stream
 }
 
 ATTN_OPS_EXPORT const char* attn_ops_cuda_error_text() { return cuda::error_text(); }
+
+ATTN_OPS_EXPORT void attn_ops_cuda_set_most_decode_rows(int64_t rows) { cuda::most_decode_rows = rows; }

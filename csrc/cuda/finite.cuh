@@ -44,7 +44,7 @@ ATTN_DEVICE bool take_out_nonfinite(const SharedTile<M, kDim>& tile, Flags flags
     return chunk_is_finite<Element>(*chunk, infinity_bits<M>());
   };
   bool found = false;
-#pragma unroll 2
+#pragma unroll 1
   for (int i = Who::thread(); i < kRows * T::kChunks; i += kThreads) found |= !is_finite(i);
   if (!Who::sync_or(found)) return false;
 

@@ -73,13 +73,14 @@ ATTN_DEVICE void softmax_of_all(Results<kM, kN>& s, RowStatistics<kM>& rows, Res
       for (int n = 0; n < kN; ++n) {
         largest = fmaxf(largest, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
       }
-      scale_row<kM, kO>(o, m, half, rows.raise(m, half, largest * scale));
+      // Multiplied apart, the largest score becomes exactly the maximum; fused, one of 10^9 would be off by 2^6.
+      scale_row<kM, kO>(o, m, half, rows.raise(m, half, product(largest, scale)));
       const float maximum = rows.subtrahend(m, half);
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          s[m][n][i] = exp2_fast(s[m][n][i] * scale - maximum);
+          s[m][n][i] = exp2_fast(product(s[m][n][i], scale) - maximum);
           rows.sum[m][half] += s[m][n][i];
         }
     }

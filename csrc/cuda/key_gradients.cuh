@@ -49,7 +49,7 @@ ATTN_DEVICE void pair_gradients(Results<kM, kN>& s, Results<kM, kN>& dp, const P
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float& x = s[m][n][2 * half + i];
-            x = exp2_fast(x * scale - lse);
+            x = recomputed_probability(product(x, scale), lse);
             if (kWithDp) dp[m][n][2 * half + i] = x * (dp[m][n][2 * half + i] - delta);
           }
         continue;

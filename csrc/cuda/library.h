@@ -33,4 +33,7 @@ int attn_ops_cuda_backward(const attn_ops::BackwardParams*, void* stream, attn_o
 // What the last error of this thread was, with the kernel and what was asked of it.
 const char* attn_ops_cuda_error_text();
 
+// Up to how many query rows of a key/value head are decoded: 64 at first. For measurements and tests, of both kernels.
+void attn_ops_cuda_set_most_decode_rows(int64_t rows);
+
 }  // extern "C"

@@ -57,7 +57,7 @@ struct Bits32 {
 // the number is infinite or NaN.
 constexpr uint32_t kHalfOfTf32 = 0x1000, kTf32Bits = 0xffffe000u, kInfinityBits = 0x7f800000u;
 ATTN_DEVICE bool is_finite_bits(uint32_t x) { return (x & kInfinityBits) != kInfinityBits; }
-ATTN_DEVICE uint32_t to_tf32(uint32_t x) { return is_finite_bits(x) ? x + kHalfOfTf32 & kTf32Bits : x; }
+ATTN_DEVICE uint32_t to_tf32(uint32_t x) { return is_finite_bits(x) ? (x + kHalfOfTf32) & kTf32Bits : x; }
 
 // 3xTF32: x = big + small, each with 11 significant bits, and a b = big big + big small + small big, off by about 2^-22.
 struct F32 : Bits32 {
@@ -81,15 +81,20 @@ struct F32 : Bits32 {
     return b;
   }
   ATTN_DEVICE static void mma(float (&d)[4], const A& a, const B& b) {
-    mma_tf32(d, a.small, b.big);
-    mma_tf32(d, a.big, b.small);
-    mma_tf32(d, a.big, b.big);
+    // The tensor cores cut off where others round, at the size of the sum so far: so it is added to here, rounded. Ootomo and
+    // Yokota, "Recovering single precision accuracy from Tensor Cores", IJHPCA 2022.
+    float step[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    mma_tf32(step, a.small, b.big);
+    mma_tf32(step, a.big, b.small);
+    mma_tf32(step, a.big, b.big);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += step[i];
   }
 
  private:
   ATTN_DEVICE static void split(uint32_t x, uint32_t* big, uint32_t* small) {
     *big = to_tf32(x);
-    *small = is_finite_bits(x) ? bits_of(float_of(x) - float_of(*big)) : 0;  // not inf - inf
+    *small = is_finite_bits(x) ? bits_of(float_of(x) - float_of(*big)) + kHalfOfTf32 : 0;  // not inf - inf
   }
 };
 

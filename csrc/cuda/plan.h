@@ -113,8 +113,6 @@ struct DecodePlan {
     ticket_bytes = static_cast<size_t>(tiles) * sizeof(uint64_t);
   }
 
-  static bool wanted(const AttentionParams& p) { return num_rows(p) <= kMostDecodeRows; }
-
  private:
   int choose_splits(const AttentionParams& p, const Device& device, Math math) const {
     int64_t keys = p.seqlen_k;

@@ -143,6 +143,14 @@ ATTN_DEVICE float exp2_fast(float x) {
   return y;
 }
 ATTN_DEVICE float log_of(float x) { return logf(x); }
+// x y, rounded: never fused with an addition that follows.
+ATTN_DEVICE float product(float x, float y) { return __fmul_rn(x, y); }
+// The smaller one; NaN if one is NaN.
+ATTN_DEVICE float min_or_nan(float x, float y) {
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
 // The high half of the 64-bit product.
 ATTN_DEVICE uint32_t multiply_high(uint32_t x, uint32_t y) { return __umulhi(x, y); }
 

@@ -43,7 +43,7 @@ ATTN_DEVICE void score_gradients(Results<kM, kN>& s, const Results<kM, kN>& dp, 
         for (int n = 0; n < kN; ++n)
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            s[m][n][i] = exp2_fast(s[m][n][i] * scale - lse) * (dp[m][n][i] - delta);
+            s[m][n][i] = recomputed_probability(product(s[m][n][i], scale), lse) * (dp[m][n][i] - delta);
           }
         continue;
       }

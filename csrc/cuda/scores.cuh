@@ -18,6 +18,10 @@ ATTN_DEVICE float probability(float x, float maximum) {
   return bits_of(x) == 0xff800000u ? float_of(kHiddenBits) : exp2_fast(x - maximum);
 }
 
+// The same in the backward, where lse has been rounded: beside it, scores of thousands may be larger by a little, and their
+// probabilities by much. None exceeds 1.
+ATTN_DEVICE float recomputed_probability(float x, float lse) { return exp2_fast(min_or_nan(x - lse, 0.0f)); }
+
 // One query row's line of a score-shaped view [batch, num_heads, seqlen_q, seqlen_k].
 ATTN_DEVICE int64_t line(const StridedView& view, int batch, int head, int position) {
   return batch * view.stride[0] + head * view.stride[1] + position * view.stride[2];
@@ -34,7 +38,7 @@ ATTN_DEVICE void finish_scores(float (&x)[kCount], const AttentionParams& p, int
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int j = key(i);
-    x[i] = j >= seen.begin && j < seen.end ? x[i] * scale : minus_infinity();
+    x[i] = j >= seen.begin && j < seen.end ? product(x[i], scale) : minus_infinity();
   }
   if (p.bias.data != nullptr) {
     const Element* bias = static_cast<const Element*>(p.bias.data) + line(p.bias, batch, head, position);
@@ -67,7 +71,7 @@ ATTN_DEVICE void hide_or_scale(float (&x)[kCount], const AttentionParams& p, int
     const float scale = static_cast<float>(p.scale * kLog2EDouble);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      x[i] = key(i) >= seen.begin && key(i) < seen.end ? x[i] * scale : minus_infinity();
+      x[i] = key(i) >= seen.begin && key(i) < seen.end ? product(x[i], scale) : minus_infinity();
     }
   } else {
     finish_scores<M>(x, p, batch, head, position, seen, key);

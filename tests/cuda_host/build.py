@@ -21,6 +21,7 @@ FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-g1"
 HEADERS = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh"), *HERE.glob("*.h")]
 KERNEL_FLAGS = [
     "-O2",
+    "-ffp-contract=off",  # product() of host_layer.h must stay one
     "-fsanitize=alignment",  # a GPU takes no number from an address that is not a multiple of its size
     "-fsanitize-undefined-trap-on-error",
     "-Wno-unknown-pragmas",  # unroll

@@ -182,6 +182,8 @@ inline float exp2_fast(float x) {
   const float y = exp2f(x);
   return y < 0x1p-126f ? 0.0f : y;
 }
+inline float product(float x, float y) { return x * y; }  // kernels are compiled with -ffp-contract=off
+inline float min_or_nan(float x, float y) { return x < y || x != x ? x : y; }
 inline float log_of(float x) { return logf(x); }
 inline uint32_t multiply_high(uint32_t x, uint32_t y) { return static_cast<uint64_t>(x) * y >> 32; }
 

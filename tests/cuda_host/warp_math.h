@@ -3,6 +3,7 @@
 // The layouts are those of ptx.cuh: with g = lane / 4 and t = lane % 4, lane = 4 g + t.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -18,22 +19,30 @@ struct Operands {
   const void* operand2;
 };
 
-typedef float Row8 __attribute__((vector_size(32)));
+typedef double Row8 __attribute__((vector_size(64)));
 
-// d += a b, in float32, the products in the order of k.
+// Towards zero, as the tensor cores leave their sums.
+inline float cut_off(double x) {
+  const float rounded = static_cast<float>(x);
+  if (!(std::fabs(static_cast<double>(rounded)) > std::fabs(x)) || std::isinf(rounded)) return rounded;
+  return bit_cast<float>(bit_cast<uint32_t>(rounded) - 1);
+}
+
+// d += a b: the products are exact and summed exactly, nearly, and what that comes to is cut off to float32.
 template <int k_extent>
 inline void multiply(const Operands (&lanes)[32], const float (&a)[16][k_extent], const float (&b)[k_extent][8]) {
   for (int half = 0; half < 2; ++half) {
     Row8 d[8];
     const auto own = [&](int lane) { return static_cast<float*>(lanes[lane].in_out) + 2 * half; };
-    const auto place = [&](int lane) { return reinterpret_cast<char*>(&d[lane / 4]) + 8 * (lane % 4); };
-    for (int lane = 0; lane < 32; ++lane) memcpy(place(lane), own(lane), 8);
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 2; ++i) d[lane / 4][2 * (lane % 4) + i] = own(lane)[i];
     for (int k = 0; k < k_extent; ++k) {
       Row8 row;
-      memcpy(&row, b[k], sizeof row);
-      for (int i = 0; i < 8; ++i) d[i] += a[8 * half + i][k] * row;
+      for (int j = 0; j < 8; ++j) row[j] = b[k][j];
+      for (int i = 0; i < 8; ++i) d[i] += static_cast<double>(a[8 * half + i][k]) * row;
     }
-    for (int lane = 0; lane < 32; ++lane) memcpy(own(lane), place(lane), 8);
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 2; ++i) own(lane)[i] = cut_off(d[lane / 4][2 * (lane % 4) + i]);
   }
 }
 
