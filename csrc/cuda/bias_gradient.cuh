@@ -52,12 +52,12 @@ ATTN_DEVICE void bias_gradient(const BackwardArgs& args) {
     if (block.sees_none(key, kKeys)) return;
     const int limit = head.rows_in_length();
     load_tile<M, kDim, kRows, kThreads>(q, QueryRows<const Element>(p.q, head, row, limit, args.aligned.q), head_dim);
-    load_tile<M, kDim, kRows, kThreads>(
-        d_out, QueryRows<const Element>(b.d_out, head, row, limit, args.aligned.d_out), value_dim);
-    load_tile<M, kDim, kKeys, kThreads>(
-        k, KeyRows<const Element>(p.k, head, key, head.length_k, args.aligned.k), head_dim);
-    load_tile<M, kDim, kKeys, kThreads>(
-        v, KeyRows<const Element>(p.v, head, key, head.length_k, args.aligned.v), value_dim);
+    load_tile<M, kDim, kRows, kThreads>(d_out, QueryRows<const Element>(b.d_out, head, row, limit, args.aligned.d_out),
+                                        value_dim);
+    load_tile<M, kDim, kKeys, kThreads>(k, KeyRows<const Element>(p.k, head, key, head.length_k, args.aligned.k),
+                                        head_dim);
+    load_tile<M, kDim, kKeys, kThreads>(v, KeyRows<const Element>(p.v, head, key, head.length_k, args.aligned.v),
+                                        value_dim);
     copy_async_commit();
     copy_async_wait<0>();
     sync_block();

@@ -80,7 +80,8 @@ constexpr int decode_ring(Math m, int dim) {
   return fit < 8 ? fit : 8;
 }
 constexpr int decode_shared_bytes(Math m, int dim) {
-  return kDecodeWarps * decode_tile_bytes(dim) * decode_ring(m, dim) + decode_query_bytes(m, dim) + kDecodeStatisticsBytes;
+  return kDecodeWarps * decode_tile_bytes(dim) * decode_ring(m, dim) + decode_query_bytes(m, dim) +
+         kDecodeStatisticsBytes;
 }
 
 // Rows of the gradient of the output per block of the kernel that prepares the backward.

@@ -63,8 +63,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const float scale = static_cast<float>(p.scale * kLog2EDouble);
   // In float32, values are looked through in any case: infinities do not survive 3xTF32.
-  const bool plain =
-      M::kStep == 16 && p.bias.data == nullptr && p.num_masks == 0 && p.dropout_rate == 0 && scale > 0;
+  const bool plain = M::kStep == 16 && p.bias.data == nullptr && p.num_masks == 0 && p.dropout_rate == 0 && scale > 0;
 
   // The block's share of the keys, in steps of one tile for each warp.
   constexpr int kStepKeys = kDecodeWarps * kKeys;
@@ -121,7 +120,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
     fetch(2 * step + kRing);
     const T v = slot(2 * step + 1);
     const bool nonfinite = !sees_all && take_out_nonfinite<M, kDim, kKeys, 32, OneWarp>(v, flags);
-    accumulate<M, kDim, 1, kN>(o, s, v);
+    accumulate<M, kDim, 1, kN>(o, s, v, value_dim);
     if (nonfinite) add_nonfinite<M, kDim, 1, kN>(o, s, flags, values(step), value_dim);
   }
   copy_async_wait<0>();

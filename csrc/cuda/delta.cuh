@@ -31,7 +31,8 @@ ATTN_DEVICE void row_delta(const BackwardArgs& args) {
       const Bytes16 x = *reinterpret_cast<const Bytes16*>(out + d), y = *reinterpret_cast<const Bytes16*>(d_out + d);
 #pragma unroll
       for (int i = 0; i < kPerChunk; ++i) {
-        sum += M::to_float(reinterpret_cast<const Element*>(&x)[i]) * M::to_float(reinterpret_cast<const Element*>(&y)[i]);
+        sum +=
+            M::to_float(reinterpret_cast<const Element*>(&x)[i]) * M::to_float(reinterpret_cast<const Element*>(&y)[i]);
       }
     }
     d = dim / kPerChunk * kPerChunk + lane_index();

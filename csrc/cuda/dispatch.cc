@@ -31,8 +31,8 @@ std::string unsupported_reason(const AttentionParams& p) {
   }
   constexpr int64_t kMost = INT32_MAX - 4096;
   if (num_rows(p) > kMost || p.seqlen_k > kMost) {
-    return "the CUDA kernels take up to " + number(kMost) + " query rows (" + number(num_rows(p)) +
-           ") and keys (" + number(p.seqlen_k) + ") of a head";
+    return "the CUDA kernels take up to " + number(kMost) + " query rows (" + number(num_rows(p)) + ") and keys (" +
+           number(p.seqlen_k) + ") of a head";
   }
   const double blocks = static_cast<double>(p.batch) * p.num_kv_heads *
                         std::max(ceil_div(num_rows(p), kDecodeRows), 2 * ceil_div(p.seqlen_k, 32));
@@ -102,8 +102,8 @@ int launch_forward(const AttentionParams& p, const Device& device, void* stream)
   args.p = p;
   args.rows = rows_of(p, tiles);
   args.aligned = aligned_of(p);
-  return launch(device, {Role::kForward, math, dim, plain}, p.batch * p.num_kv_heads * tiles,
-                tile.threads(), forward_shared_bytes(math, dim, plain), stream, &args);
+  return launch(device, {Role::kForward, math, dim, plain}, p.batch * p.num_kv_heads * tiles, tile.threads(),
+                forward_shared_bytes(math, dim, plain), stream, &args);
 }
 
 size_t delta_bytes(const AttentionParams& p) {
@@ -134,8 +134,8 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
                 &args);
   if (code != 0) return code;
   args.rows = rows_of(p, key_tiles);
-  code = launch(device, {Role::kKeyGradients, math, dim, plain},
-                heads * key_tiles * (splits_dk_dv(math, dim) ? 2 : 1), tile.threads(), shared, stream, &args);
+  code = launch(device, {Role::kKeyGradients, math, dim, plain}, heads * key_tiles * (splits_dk_dv(math, dim) ? 2 : 1),
+                tile.threads(), shared, stream, &args);
   if (code != 0 || b.d_bias == nullptr) return code;
 
   const Math bias_math = exact(math);
@@ -189,7 +189,7 @@ ATTN_OPS_EXPORT int attn_ops_cuda_forward(const AttentionParams* p, void* stream
   const cuda::Device* device = nullptr;
   if (const int code = cuda::prepare(*p, &device)) return code;
   return cuda::is_decode(*p) ? cuda::launch_decode(*p, *device, stream, workspace)
-                                      : cuda::launch_forward(*p, *device, stream);
+                             : cuda::launch_forward(*p, *device, stream);
 }
 
 // Even of nothing at all, a bias may have a gradient: zeros.

@@ -146,9 +146,7 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
   const int own_row = warp_index() * 16 * kM, first_row = block.first + own_row;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const float scale = static_cast<float>(p.scale * kLog2EDouble);
-  const auto keys = [&](int first) {
-    return KeyRows<const Element>(p.k, head, first, head.length_k, args.aligned.k);
-  };
+  const auto keys = [&](int first) { return KeyRows<const Element>(p.k, head, first, head.length_k, args.aligned.k); };
   const auto values = [&](int first) {
     return KeyRows<const Element>(p.v, head, first, head.length_k, args.aligned.v);
   };
@@ -180,11 +178,11 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
     }
     if (kPlain && block.sees_all(key, kKeys)) {
       softmax_of_all<kM, kN, kDim / 8>(s, rows, o, scale);
-      accumulate<M, kDim, kM, kN>(o, s, v);
+      accumulate<M, kDim, kM, kN>(o, s, v, value_dim);
     } else {
       softmax_of_some<M, kPlain, kM, kN, kDim / 8>(s, rows, o, head, first_row, key);
       const bool nonfinite = take_out_nonfinite<M, kDim, kKeys, kThreads>(v, flags);
-      accumulate<M, kDim, kM, kN>(o, s, v);
+      accumulate<M, kDim, kM, kN>(o, s, v, value_dim);
       if (nonfinite) add_nonfinite<M, kDim, kM, kN>(o, s, flags, values(key), value_dim);
     }
   }
@@ -209,8 +207,8 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
   sync_warp();
   write_results<M, kDim, kM>(q, own_row, o, factor);
   sync_warp();
-  store_rows<M, kDim>(q, own_row, 16 * kM,
-                      QueryRows<Element>(p.out, head, block.first, block.end, args.aligned.out), value_dim);
+  store_rows<M, kDim>(q, own_row, 16 * kM, QueryRows<Element>(p.out, head, block.first, block.end, args.aligned.out),
+                      value_dim);
 }
 
 }  // namespace cuda

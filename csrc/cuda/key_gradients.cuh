@@ -98,9 +98,7 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int64_t block) {
     begin = round_down(first_row_where(limit, [&](int row) { return head.seen(row).end > first_key; }), kRows);
     end = first_row_where(limit, [&](int row) { return head.seen(row).begin >= first_key + kKeys; });
   }
-  const auto queries = [&](int first) {
-    return QueryRows<const Element>(p.q, head, first, limit, args.aligned.q);
-  };
+  const auto queries = [&](int first) { return QueryRows<const Element>(p.q, head, first, limit, args.aligned.q); };
   const auto d_outs = [&](int first) {
     return QueryRows<const Element>(b.d_out, head, first, limit, args.aligned.d_out);
   };
@@ -110,10 +108,10 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int64_t block) {
   clear<kM, kDim / 8>(dk);
   clear<kM, kDim / 8>(dv);
   if (begin < end) {
-    load_tile<M, kDim, kKeys, kThreads>(
-        k, KeyRows<const Element>(p.k, head, first_key, head.length_k, args.aligned.k), head_dim);
-    load_tile<M, kDim, kKeys, kThreads>(
-        v, KeyRows<const Element>(p.v, head, first_key, head.length_k, args.aligned.v), value_dim);
+    load_tile<M, kDim, kKeys, kThreads>(k, KeyRows<const Element>(p.k, head, first_key, head.length_k, args.aligned.k),
+                                        head_dim);
+    load_tile<M, kDim, kKeys, kThreads>(v, KeyRows<const Element>(p.v, head, first_key, head.length_k, args.aligned.v),
+                                        value_dim);
   }
   stream<Shape::kStages, kRows>(
       begin, end,
@@ -137,15 +135,16 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int64_t block) {
         multiply_rows<M, kDim, kM, kN>(s, k, own_key, q);
         if (kWantsDk) multiply_rows<M, kDim, kM, kN>(dp, v, own_key, d_out);
         const bool sees_all = kPlain && RowBlock(head, row, kRows).sees_all(first_key, kKeys);
-        pair_gradients<M, kPlain, kWantsDk, kM, kN>(s, dp, passing_rows(stage), head, row, first_key + own_key, sees_all);
+        pair_gradients<M, kPlain, kWantsDk, kM, kN>(s, dp, passing_rows(stage), head, row, first_key + own_key,
+                                                    sees_all);
         if (kWantsDv) {
           const bool nonfinite = !sees_all && take_out_nonfinite<M, kDim, kRows, kThreads>(d_out, tiles.flags());
-          accumulate<M, kDim, kM, kN>(dv, s, d_out);
+          accumulate<M, kDim, kM, kN>(dv, s, d_out, value_dim);
           if (nonfinite) add_nonfinite<M, kDim, kM, kN>(dv, s, tiles.flags(), d_outs(row), value_dim);
         }
         if (kWantsDk) {
           const bool nonfinite = !sees_all && take_out_nonfinite<M, kDim, kRows, kThreads>(q, tiles.flags());
-          accumulate<M, kDim, kM, kN>(dk, dp, q);
+          accumulate<M, kDim, kM, kN>(dk, dp, q, head_dim);
           if (nonfinite) add_nonfinite<M, kDim, kM, kN>(dk, dp, tiles.flags(), queries(row), head_dim);
         }
       });

@@ -51,7 +51,8 @@ ATTN_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t
 
 // Starts a copy of 16 bytes to shared memory, of which the first `bytes` (0 to 16) are read and the rest are zero.
 ATTN_DEVICE void copy_async(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global),
+               "r"(bytes));
 }
 // Closes a group of this thread's copies.
 ATTN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::); }
@@ -97,7 +98,8 @@ ATTN_DEVICE uint64_t compare_and_swap(uint64_t* address, uint64_t expected, uint
 
 ATTN_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }

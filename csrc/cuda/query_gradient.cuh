@@ -87,9 +87,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   const RowBlock block(head, tile * kRows, kRows);
   const int own_row = warp_index() * 16 * kM, first_row = block.first + own_row;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
-  const auto keys = [&](int first) {
-    return KeyRows<const Element>(p.k, head, first, head.length_k, args.aligned.k);
-  };
+  const auto keys = [&](int first) { return KeyRows<const Element>(p.k, head, first, head.length_k, args.aligned.k); };
 
   Results<kM, kDim / 8> dq;
   clear<kM, kDim / 8>(dq);
@@ -97,8 +95,8 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   const int begin = round_down(block.any.begin, kKeys);
   if (begin < block.any.end) {
     const int limit = head.rows_in_length();
-    load_tile<M, kDim, kRows, kThreads>(
-        q, QueryRows<const Element>(p.q, head, block.first, limit, args.aligned.q), head_dim);
+    load_tile<M, kDim, kRows, kThreads>(q, QueryRows<const Element>(p.q, head, block.first, limit, args.aligned.q),
+                                        head_dim);
     load_tile<M, kDim, kRows, kThreads>(
         d_out, QueryRows<const Element>(b.d_out, head, block.first, limit, args.aligned.d_out), value_dim);
   }
@@ -117,7 +115,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
         const bool sees_all = kPlain && block.sees_all(key, kKeys);
         score_gradients<M, kPlain, kM, kN>(s, dp, rows, head, first_row, key, sees_all);
         const bool nonfinite = !sees_all && take_out_nonfinite<M, kDim, kKeys, kThreads>(k, tiles.flags());
-        accumulate<M, kDim, kM, kN>(dq, s, k);
+        accumulate<M, kDim, kM, kN>(dq, s, k, head_dim);
         if (nonfinite) add_nonfinite<M, kDim, kM, kN>(dq, s, tiles.flags(), keys(key), head_dim);
       });
 
@@ -128,8 +126,8 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   sync_warp();
   write_results<M, kDim, kM>(q, own_row, dq, factor);
   sync_warp();
-  store_rows<M, kDim>(q, own_row, 16 * kM,
-                      QueryRows<Element>(b.dq, head, block.first, block.end, args.aligned.dq), head_dim);
+  store_rows<M, kDim>(q, own_row, 16 * kM, QueryRows<Element>(b.dq, head, block.first, block.end, args.aligned.dq),
+                      head_dim);
 }
 
 }  // namespace cuda

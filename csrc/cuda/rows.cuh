@@ -30,8 +30,13 @@ struct Head {
   int length_q, length_k;
 
   ATTN_DEVICE Head(const AttentionParams& p, const Rows& rows, int batch, int kv_head, int first_head)
-      : p(p), rows(rows), batch(batch), kv_head(kv_head), first_head(first_head),
-        length_q(static_cast<int>(p.seqlen_q)), length_k(static_cast<int>(p.seqlen_k)) {
+      : p(p),
+        rows(rows),
+        batch(batch),
+        kv_head(kv_head),
+        first_head(first_head),
+        length_q(static_cast<int>(p.seqlen_q)),
+        length_k(static_cast<int>(p.seqlen_k)) {
     if (p.query_lengths != nullptr) length_q = clamp(p.query_lengths[batch], 0, length_q);
     if (p.key_lengths != nullptr) length_k = clamp(p.key_lengths[batch], 0, length_k);
   }
@@ -43,9 +48,7 @@ struct Head {
   ATTN_DEVICE int position(int row) const { return divide(row, rows.group); }
   ATTN_DEVICE int group_size() const { return static_cast<int>(rows.group.divisor); }
   // Of all query heads, the one of `row` at `position`.
-  ATTN_DEVICE int head(int row, int position) const {
-    return first_head + row - position * group_size();
-  }
+  ATTN_DEVICE int head(int row, int position) const { return first_head + row - position * group_size(); }
   // How many rows there are that may see something.
   ATTN_DEVICE int rows_in_length() const { return min(rows.count, length_q * group_size()); }
   // Where the statistics of a row are in an array [batch, num_heads, seqlen_q].
@@ -94,7 +97,11 @@ struct KeyRows {
   ATTN_DEVICE KeyRows(const StridedView& view, const Head& h, int first, int limit, bool aligned)
       : base(static_cast<Element*>(view.data) + recomputed(h.batch) * view.stride[0] +
              recomputed(h.kv_head) * view.stride[2]),
-        stride(view.stride[1]), dim_stride(view.stride[3]), first(first), limit(limit), aligned(aligned) {}
+        stride(view.stride[1]),
+        dim_stride(view.stride[3]),
+        first(first),
+        limit(limit),
+        aligned(aligned) {}
 
   ATTN_DEVICE Element* row(int r) const { return first + r < limit ? base + (first + r) * stride : nullptr; }
 };
@@ -111,8 +118,13 @@ struct QueryRows {
   ATTN_DEVICE QueryRows(const StridedView& view, const Head& h, int first, int limit, bool aligned)
       : base(static_cast<Element*>(view.data) + recomputed(h.batch) * view.stride[0] +
              recomputed(h.first_head) * view.stride[2]),
-        stride(view.stride[1]), head_stride(view.stride[2]), dim_stride(view.stride[3]), group(h.rows.group),
-        first(first), limit(limit), aligned(aligned) {}
+        stride(view.stride[1]),
+        head_stride(view.stride[2]),
+        dim_stride(view.stride[3]),
+        group(h.rows.group),
+        first(first),
+        limit(limit),
+        aligned(aligned) {}
 
   ATTN_DEVICE Element* row(int r) const {
     if (first + r >= limit) return nullptr;

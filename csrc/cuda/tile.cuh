@@ -252,9 +252,13 @@ ATTN_DEVICE void multiply_rows(Results<kM, kN>& d, const SharedTile<M, kDim>& a,
   if constexpr (M::kMath == Math::kFloat32) mend_infinities<M, kDim, kM, kN>(d, a, first, b);
 }
 
-//   d[i][c] += sum over j of p[i][j] b[first + j][c]
+//   d[i][c] += sum over j of p[i][j] b[j][c]     for c < columns
+//
+// In float32 columns past the last are left out (16 bits have more speed to lose by asking); and where there is a branch, the
+// compiler fetches no operands ahead, which float32 has no registers for.
 template <class M, int kDim, int kM, int kN>
-ATTN_DEVICE void accumulate(Results<kM, kDim / 8>& d, const Results<kM, kN>& p, const SharedTile<M, kDim>& b, int first = 0) {
+ATTN_DEVICE void accumulate(Results<kM, kDim / 8>& d, const Results<kM, kN>& p, const SharedTile<M, kDim>& b,
+                            int columns) {
   const int lane = own_lane<M>();
 #pragma unroll
   for (int k = 0; k < 8 * kN / M::kStep; ++k) {
@@ -263,8 +267,9 @@ ATTN_DEVICE void accumulate(Results<kM, kDim / 8>& d, const Results<kM, kN>& p, 
     for (int m = 0; m < kM; ++m) left[m] = a_from_results<M>(p[m] + k * (M::kStep / 8));
 #pragma unroll
     for (int n = 0; n < kDim / 16; ++n) {
+      if (M::kStep == 8 && n % 2 == 0 && 16 * n >= columns) break;
       typename M::B right[2];
-      load_b_transposed<M>(right, b, first + k * M::kStep, n, lane);
+      load_b_transposed<M>(right, b, k * M::kStep, n, lane);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         M::mma(d[m][2 * n], left[m], right[0]);

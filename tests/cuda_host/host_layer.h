@@ -187,9 +187,7 @@ inline float min_or_nan(float x, float y) { return x < y || x != x ? x : y; }
 inline float log_of(float x) { return logf(x); }
 inline uint32_t multiply_high(uint32_t x, uint32_t y) { return static_cast<uint64_t>(x) * y >> 32; }
 
-inline uint32_t pack_f16(float low, float high) {
-  return host_layer::half_of(low) | host_layer::half_of(high) << 16;
-}
+inline uint32_t pack_f16(float low, float high) { return host_layer::half_of(low) | host_layer::half_of(high) << 16; }
 inline uint32_t pack_bf16(float low, float high) {
   return host_layer::bfloat16_of(low) | host_layer::bfloat16_of(high) << 16;
 }

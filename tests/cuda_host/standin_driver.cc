@@ -150,8 +150,11 @@ int most_shared_bytes() {
   switch (10 * major + minor) {
     case 70: return 96 * 1024;
     case 75: return 64 * 1024;
-    case 80: case 87: return 163 * 1024;
-    case 90: case 100: case 103: return 227 * 1024;
+    case 80:
+    case 87: return 163 * 1024;
+    case 90:
+    case 100:
+    case 103: return 227 * 1024;
     default: return major < 7 ? kSharedWithoutAsking : 99 * 1024;
   }
 }
@@ -172,7 +175,6 @@ int called(const char* function, bool before_init = false) {
 
 #define CALLED() \
   if (const int code = called(__func__)) return code
-
 
 bool is_allocated(uintptr_t address, size_t bytes) {
   State& s = state();
@@ -364,24 +366,25 @@ DRIVER int cuDeviceGetAttribute(int* value, int attribute, int device) {
   switch (attribute) {
     case 1: *value = host_layer::kMostThreads; break;  // MAX_THREADS_PER_BLOCK
     case 2: *value = host_layer::kMostThreads; break;  // MAX_BLOCK_DIM_X
-    case 5: *value = 0x7fffffff; break;                // MAX_GRID_DIM_X
-    case 6: case 7: *value = 65535; break;             // MAX_GRID_DIM_Y, Z
-    case 8: *value = kSharedWithoutAsking; break;      // MAX_SHARED_MEMORY_PER_BLOCK
-    case 10: *value = host_layer::kWarpLanes; break;   // WARP_SIZE
-    case 12: *value = 65536; break;                    // MAX_REGISTERS_PER_BLOCK
-    case 13: *value = 1000000; break;                  // CLOCK_RATE, kHz
-    case 16: *value = 16; break;                       // MULTIPROCESSOR_COUNT
-    case 36: *value = 1000000; break;                  // MEMORY_CLOCK_RATE, kHz
-    case 37: *value = 256; break;                      // GLOBAL_MEMORY_BUS_WIDTH
-    case 38: *value = 4 << 20; break;                  // L2_CACHE_SIZE
-    case 39: *value = 1536; break;                     // MAX_THREADS_PER_MULTIPROCESSOR
-    case 75: *value = major; break;                    // COMPUTE_CAPABILITY_MAJOR
-    case 76: *value = minor; break;                    // COMPUTE_CAPABILITY_MINOR
+    case 5: *value = 0x7fffffff; break;  // MAX_GRID_DIM_X
+    case 6:
+    case 7: *value = 65535; break;  // MAX_GRID_DIM_Y, Z
+    case 8: *value = kSharedWithoutAsking; break;  // MAX_SHARED_MEMORY_PER_BLOCK
+    case 10: *value = host_layer::kWarpLanes; break;  // WARP_SIZE
+    case 12: *value = 65536; break;  // MAX_REGISTERS_PER_BLOCK
+    case 13: *value = 1000000; break;  // CLOCK_RATE, kHz
+    case 16: *value = 16; break;  // MULTIPROCESSOR_COUNT
+    case 36: *value = 1000000; break;  // MEMORY_CLOCK_RATE, kHz
+    case 37: *value = 256; break;  // GLOBAL_MEMORY_BUS_WIDTH
+    case 38: *value = 4 << 20; break;  // L2_CACHE_SIZE
+    case 39: *value = 1536; break;  // MAX_THREADS_PER_MULTIPROCESSOR
+    case 75: *value = major; break;  // COMPUTE_CAPABILITY_MAJOR
+    case 76: *value = minor; break;  // COMPUTE_CAPABILITY_MINOR
     case 81: *value = most_shared_bytes() + 1024; break;  // MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
-    case 82: *value = 65536; break;                       // MAX_REGISTERS_PER_MULTIPROCESSOR
-    case 97: *value = most_shared_bytes(); break;         // MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-    case 106: *value = 16; break;                         // MAX_BLOCKS_PER_MULTIPROCESSOR
-    case 111: *value = 1024; break;                       // RESERVED_SHARED_MEMORY_PER_BLOCK
+    case 82: *value = 65536; break;  // MAX_REGISTERS_PER_MULTIPROCESSOR
+    case 97: *value = most_shared_bytes(); break;  // MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    case 106: *value = 16; break;  // MAX_BLOCKS_PER_MULTIPROCESSOR
+    case 111: *value = 1024; break;  // RESERVED_SHARED_MEMORY_PER_BLOCK
     default: return kInvalidValue;
   }
   return kSuccess;
@@ -619,11 +622,14 @@ DRIVER int cuKernelGetAttribute(int* value, int attribute, const LoadedKernel* k
   int major, minor;
   capability(&major, &minor);
   switch (attribute) {
-    case 0: *value = kernel->kernel->threads; break;                           // MAX_THREADS_PER_BLOCK
-    case 1: case 2: case 3: *value = 0; break;                                 // SHARED, CONST, LOCAL_SIZE_BYTES
-    case 4: *value = std::min(255, 65536 / kernel->kernel->threads); break;    // NUM_REGS
-    case 5: case 6: *value = 10 * major + minor; break;                        // PTX_VERSION, BINARY_VERSION
-    case 8: *value = kernel->shared_bytes[device]; break;                      // MAX_DYNAMIC_SHARED_SIZE_BYTES
+    case 0: *value = kernel->kernel->threads; break;  // MAX_THREADS_PER_BLOCK
+    case 1:
+    case 2:
+    case 3: *value = 0; break;  // SHARED, CONST, LOCAL_SIZE_BYTES
+    case 4: *value = std::min(255, 65536 / kernel->kernel->threads); break;  // NUM_REGS
+    case 5:
+    case 6: *value = 10 * major + minor; break;  // PTX_VERSION, BINARY_VERSION
+    case 8: *value = kernel->shared_bytes[device]; break;  // MAX_DYNAMIC_SHARED_SIZE_BYTES
     default: return kInvalidValue;
   }
   return kSuccess;
@@ -659,8 +665,13 @@ DRIVER int cuLaunchKernel(LoadedKernel* function, unsigned grid_x, unsigned grid
   {
     State& s = state();
     const std::lock_guard<std::mutex> lock(s.mutex);
-    s.launches.push_back({kernel.name, current_device, function->image, {grid_x, grid_y, grid_z},
-                          {block_x, block_y, block_z}, shared_bytes, reinterpret_cast<uintptr_t>(stream)});
+    s.launches.push_back({kernel.name,
+                          current_device,
+                          function->image,
+                          {grid_x, grid_y, grid_z},
+                          {block_x, block_y, block_z},
+                          shared_bytes,
+                          reinterpret_cast<uintptr_t>(stream)});
   }
   std::vector<std::max_align_t> args((kernel.args_bytes + sizeof(std::max_align_t) - 1) / sizeof(std::max_align_t));
   memcpy(args.data(), parameters[0], kernel.args_bytes);
