@@ -12,29 +12,23 @@ import os
 
 import numpy as np
 from attn_ops._cuda_types import DeviceArray
+from cuda_host.driver import Driver
 
 _MARGIN = 256  # bytes before and after an array on a device; as many as allocations are aligned to
 _POISON = 0xFF  # what memory holds before it is written: NaN in every dtype
 
 
 @functools.cache
-def driver() -> ctypes.CDLL:
+def driver() -> Driver:
     """The driver, with the primary context of device 0 current on this thread.
 
     Raises:
         RuntimeError: there is no driver or no device.
     """
-    name = os.environ.get("ATTN_OPS_CUDA_DRIVER", "libcuda.so.1")
     try:
-        library = ctypes.CDLL(name)
+        return Driver(os.environ.get("ATTN_OPS_CUDA_DRIVER", "libcuda.so.1"))
     except OSError as error:
         raise RuntimeError(f"no CUDA driver: {error}") from None
-    device, context = ctypes.c_int(), ctypes.c_void_p()
-    _checked(library, "cuInit", 0)
-    _checked(library, "cuDeviceGet", ctypes.byref(device), 0)
-    _checked(library, "cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-    _checked(library, "cuCtxSetCurrent", context)
-    return library
 
 
 def missing_reason() -> str | None:
@@ -47,13 +41,7 @@ def missing_reason() -> str | None:
 
 
 def synchronize() -> None:
-    _checked(driver(), "cuCtxSynchronize")
-
-
-def _checked(library, function, *arguments) -> None:
-    code = getattr(library, function)(*arguments)
-    if code:
-        raise RuntimeError(f"{function} failed with CUresult {code}")
+    driver().cuCtxSynchronize()
 
 
 class Array:
@@ -73,11 +61,9 @@ class Array:
         content[self._before : self._before + values.nbytes] = values.reshape(-1).view(np.uint8)
         self._bytes = content.nbytes
         self._base = ctypes.c_uint64()
-        _checked(driver(), "cuMemAlloc_v2", ctypes.byref(self._base), ctypes.c_size_t(self._bytes))
-        self._copy("cuMemcpyHtoD_v2", self._base, ctypes.c_void_p(content.ctypes.data))
-
-    def _copy(self, function, to, source) -> None:
-        _checked(driver(), function, to, source, ctypes.c_size_t(self._bytes))
+        size = ctypes.c_size_t(self._bytes)
+        driver().cuMemAlloc_v2(ctypes.byref(self._base), size)
+        driver().cuMemcpyHtoD_v2(self._base, ctypes.c_void_p(content.ctypes.data), size)
 
     @classmethod
     def unwritten(cls, shape, dtype, offset: int = 0) -> Array:
@@ -88,7 +74,7 @@ class Array:
 
     def __del__(self):
         if getattr(self, "_base", None):
-            driver().cuMemFree_v2(self._base)
+            driver().dll.cuMemFree_v2(self._base)
 
     @property
     def view(self) -> DeviceArray:
@@ -112,7 +98,7 @@ class Array:
         """
         synchronize()
         content = np.empty(self._bytes, np.uint8)
-        self._copy("cuMemcpyDtoH_v2", ctypes.c_void_p(content.ctypes.data), self._base)
+        driver().cuMemcpyDtoH_v2(ctypes.c_void_p(content.ctypes.data), self._base, ctypes.c_size_t(self._bytes))
         end = self._before + self._values.nbytes
         assert (content[: self._before] == _POISON).all(), f"written before an array of shape {self._values.shape}"
         assert (content[end:] == _POISON).all(), f"written past an array of shape {self._values.shape}"

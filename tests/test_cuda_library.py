@@ -276,6 +276,13 @@ def test_the_build_refuses_a_kernel_that_spills(tmp_path, options):
     assert "spills: " in done.stderr and "indexes: " in done.stderr and "bytes of stack" in done.stderr
 
 
+def test_wheels_get_the_kernels_of_every_architecture():
+    """pyproject.toml compiles them before cibuildwheel's wheels; CMake embeds them."""
+    cmake, pyproject = ((ROOT / name).read_text() for name in ("cmake/cuda.cmake", "pyproject.toml"))
+    embedded = re.search(r"set\(ATTN_OPS_CUDA_ARCHITECTURES ([\w ]+) CACHE", cmake).group(1)
+    assert f"printf '%s\\n' {embedded} | xargs" in pyproject
+
+
 def test_the_host_divides_as_the_kernels_do():
     """The multiplier of every group size, against division, at the edges and at random."""
     code = """

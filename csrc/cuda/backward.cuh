@@ -3,9 +3,9 @@
 //   s = scale q k^T + bias    p = e^(s - lse)    dp = d_out v^T    ds = p (dp - delta)    delta = rowsum(d_out * out) - d_lse
 //   dq = scale ds k           dk = scale ds^T q           dv = p^T d_out           d_bias = ds
 //
-// Scores are computed anew: once by the blocks that keep query rows and make dq (query_gradient.cuh), once by those that keep
-// keys and make dk and dv (key_gradients.cuh). That is seven products where five would do, but no sum is shared between
-// blocks: no atomics, no float32 copies of gradients, the same bits every time.
+// Scores are computed anew: once by the blocks that keep query rows and make dq (query_gradient.cuh), once by those
+// that keep keys and make dk and dv (key_gradients.cuh). That is seven products where five would do, but no sum is
+// shared between blocks: no atomics, no float32 copies of gradients, the same bits every time.
 #pragma once
 
 #include "finite.cuh"
@@ -36,8 +36,8 @@ struct BackwardTiles {
   ATTN_DEVICE Flags flags() const { return reinterpret_cast<Flags>(rest() + 2 * 64 * 16); }
 };
 
-// Runs `compute(column, stage)` for columns begin, begin + kColumns, ... below end, each after `load(column, stage)` has brought
-// its tiles: while the ones before are computed with, where there is room for two stages.
+// Runs `compute(column, stage)` for columns begin, begin + kColumns, ... below end, each after `load(column, stage)`
+// has brought its tiles: while the ones before are computed with, where there is room for two stages.
 template <int kStages, int kColumns, class Load, class Compute>
 ATTN_DEVICE void stream(int begin, int end, Load load, Compute compute) {
   int stage = 0;

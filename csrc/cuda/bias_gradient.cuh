@@ -1,6 +1,6 @@
-// The gradient of a bias of shape [1 | batch, 1 | num_heads, 1 | seqlen_q, 1 | seqlen_k]: ds, summed over the axes along which the
-// bias was broadcast. A pass of its own: a block owns a tile of the bias and visits everything the tile was broadcast to, in
-// order, so that the sum is the same every time.
+// The gradient of a bias of shape [1 | batch, 1 | num_heads, 1 | seqlen_q, 1 | seqlen_k]: ds, summed over the axes
+// along which the bias was broadcast. A pass of its own: a block owns a tile of the bias and visits everything the tile
+// was broadcast to, in order, so that the sum is the same every time.
 #pragma once
 
 #include "query_gradient.cuh"
@@ -8,8 +8,8 @@
 namespace attn_ops {
 namespace cuda {
 
-// The indices begin, begin + 1, ... below end of an axis of `extent` (in tiles or single) that belong to one block: one of them, or
-// all where the bias was broadcast. Takes its digit off `index`.
+// The indices begin, begin + 1, ... below end of an axis of `extent` (in tiles or single) that belong to one block: one
+// of them, or all where the bias was broadcast. Takes its digit off `index`.
 struct OwnedAxis {
   int begin, end;
 

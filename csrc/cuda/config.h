@@ -1,5 +1,5 @@
-// Which kernels there are, and the shape of their tiles: read by the kernels (kernels.cu), which are made from it, and by
-// dispatch.cc, which launches them by name.
+// Which kernels there are, and the shape of their tiles: read by the kernels (kernels.cu), which are made from it, and
+// by dispatch.cc, which launches them by name.
 #pragma once
 
 #include "../attention.h"
@@ -22,14 +22,15 @@ constexpr int element_bytes(Math m) { return m == Math::kFloat16 || m == Math::k
 // What every card from Ampere on can lend one block (sm_86, sm_89 and sm_120 have the least).
 constexpr int kLargestSharedBytes = 99 * 1024;
 
-// A block of `warps` warps keeps `rows` rows in shared memory and streams the other side past them, `columns` at a time.
+// A block of `warps` warps keeps `rows` rows in shared memory and streams the other side past them, `columns` at a
+// time.
 struct Tile {
   int rows, columns, warps;
   constexpr int threads() const { return 32 * warps; }
 };
 
-// Forward: query rows stay, keys and values pass. A warp with 32 rows reads each key and value half as often as one with 16,
-// but has registers for it only where there are no masks, biases and dropout to think of (`plain`).
+// Forward: query rows stay, keys and values pass. A warp with 32 rows reads each key and value half as often as one
+// with 16, but has registers for it only where there are no masks, biases and dropout to think of (`plain`).
 constexpr Tile forward_tile(Math m, int dim, bool plain) {
   if (element_bytes(m) == 4) return dim <= 96 ? Tile{64, 64, 4} : dim <= 192 ? Tile{64, 32, 4} : Tile{64, 16, 4};
   if (dim > 192) return {64, plain ? 64 : 32, 4};
@@ -41,8 +42,8 @@ constexpr int forward_shared_bytes(Math m, int dim, bool plain) {
   return (t.rows + 2 * t.columns) * dim * element_bytes(m) + 64;
 }
 
-// Kernels that have no TF32 mode of their own are exact: decode, the gradient of a bias, and the backward of large heads, where
-// registers are few.
+// Kernels that have no TF32 mode of their own are exact: decode, the gradient of a bias, and the backward of large
+// heads, where registers are few.
 constexpr Math exact(Math m) { return m == Math::kTf32 ? Math::kFloat32 : m; }
 constexpr Math backward_math(Math m, int dim) { return dim <= 128 ? m : exact(m); }
 

@@ -1,7 +1,8 @@
 // Few query rows and many keys (a decode step): what counts is to read keys and values at the speed of the memory.
 //
-// The rows of a key/value head's whole group fill one 16-row tile, each warp streams keys of its own through a ring of tiles
-// with the softmax of its own, and no barrier stands in the stream. The warps' results are put together at the end,
+// The rows of a key/value head's whole group fill one 16-row tile, each warp streams keys of its own through a ring of
+// tiles with the softmax of its own, and no barrier stands in the stream. The warps' results are put together at the
+// end,
 //
 //   m = max m_i      l = sum 2^(m_i - m) l_i      out = sum 2^(m_i - m) o_i / l
 //
@@ -13,8 +14,9 @@
 namespace attn_ops {
 namespace cuda {
 
-// Whether this block is the last of `parts` to arrive. `ticket` may hold anything before the launch: a count is only believed
-// beside the launch's own number. The last one leaves it zero for the next launch (a replayed graph has the same number).
+// Whether this block is the last of `parts` to arrive. `ticket` may hold anything before the launch: a count is only
+// believed beside the launch's own number. The last one leaves it zero for the next launch (a replayed graph has the
+// same number).
 ATTN_DEVICE bool arrives_last(uint64_t* ticket, uint64_t launch, int parts) {
   uint64_t found = launch << 16, expected;
   int arrived;

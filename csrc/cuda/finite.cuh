@@ -1,6 +1,6 @@
-// What is hidden must not leak: where a row's probability is 0 because a key is hidden, 0 * inf or 0 * NaN of that key's
-// value would be NaN. Tiles that are seen in part are therefore searched for rows with such numbers; those (there are
-// hardly ever any) leave the matrix product as zeros and are added one by one, for whoever sees them.
+// What is hidden must not leak: where a row's probability is 0 because a key is hidden, 0 * inf or 0 * NaN of that
+// key's value would be NaN. Tiles that are seen in part are therefore searched for rows with such numbers; those (there
+// are hardly ever any) leave the matrix product as zeros and are added one by one, for whoever sees them.
 #pragma once
 
 #include "rows.cuh"
@@ -89,7 +89,8 @@ ATTN_DEVICE void add_nonfinite(Results<kM, kDim / 8>& d, const Results<kM, kN>& 
     for (int n = 0; n < kDim / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        // Else the compiler keeps the addresses of all columns for the next j, in registers that this code is not worth.
+        // Else the compiler keeps the addresses of all columns for the next j, in registers that this code is not
+        // worth.
         const int column = recomputed(8 * n + 2 * t + i);
         if (column >= dim) continue;
         const float value = M::to_float(row[column * rows.dim_stride]);

@@ -3,8 +3,8 @@
 //   s = scale q k^T + bias      m' = max(m, s)     p = 2^(s - m')     l = 2^(m - m') l + sum p     o = 2^(m - m') o + p v
 //   out = o / l                 lse = ln 2 (m + log2 l)                              (s and m in base 2, as in cpu/)
 //
-// Each warp owns 16 or 32 rows from the scores to the output, so the statistics of a row never leave a quad of lanes. The
-// values of a tile are fetched while its scores are computed, the next keys while its values are used.
+// Each warp owns 16 or 32 rows from the scores to the output, so the statistics of a row never leave a quad of lanes.
+// The values of a tile are fetched while its scores are computed, the next keys while its values are used.
 #pragma once
 
 #include "finite.cuh"

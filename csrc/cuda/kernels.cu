@@ -1,5 +1,5 @@
-// All kernels, instantiated: one translation unit, compiled once per architecture into one cubin. dispatch.cc knows their
-// names.
+// All kernels, instantiated: one translation unit, compiled once per architecture into one cubin. dispatch.cc knows
+// their names.
 #include "bias_gradient.cuh"
 #include "decode.cuh"
 #include "delta.cuh"

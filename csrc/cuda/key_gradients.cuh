@@ -1,7 +1,8 @@
-// dk = scale ds^T q and dv = p^T d_out: a block keeps a tile of keys and values, all query rows that see any of them pass.
+// dk = scale ds^T q and dv = p^T d_out: a block keeps a tile of keys and values, all query rows that see any of them
+// pass.
 //
-// Scores are computed transposed, keys down and query rows across: so p^T and ds^T are left operands without leaving the
-// registers. All query heads of the key/value head pass, so their sum is made here.
+// Scores are computed transposed, keys down and query rows across: so p^T and ds^T are left operands without leaving
+// the registers. All query heads of the key/value head pass, so their sum is made here.
 #pragma once
 
 #include "backward.cuh"

@@ -1,5 +1,5 @@
-// The C interface of libattn_ops_cuda.so: attention on NVIDIA GPUs, for any framework. Nothing of CUDA is needed to link or
-// load it; the driver is looked for at the first call.
+// The C interface of libattn_ops_cuda.so: attention on NVIDIA GPUs, for any framework. Nothing of CUDA is needed to
+// link or load it; the driver is looked for at the first call.
 //
 // Arrays are in the memory of the device of the thread's current context, lengths and dropout words as well. Calls only
 // launch: they never wait, copy or allocate, and may be captured into a CUDA graph.
@@ -9,11 +9,12 @@
 
 extern "C" {
 
-// sizeof(AttentionParams) << 32 | sizeof(BackwardParams) of the library: a caller built from other headers must not call.
+// sizeof(AttentionParams) << 32 | sizeof(BackwardParams) of the library: a caller built from other headers must not
+// call.
 uint64_t attn_ops_cuda_abi();
 
-// Why nothing can be run here, "" when it can: no driver, or the device of the current context (`device` < 0), or device
-// number `device`, is none that the library has kernels for.
+// Why nothing can be run here, "" when it can: no driver, or the device of the current context (`device` < 0), or
+// device number `device`, is none that the library has kernels for.
 const char* attn_ops_cuda_unavailable_reason(int device);
 
 // Why the kernels do not take this call (its dtype, its head dimensions, its extents); "" when they do. The composite
@@ -25,8 +26,8 @@ const char* attn_ops_cuda_unsupported_reason(const attn_ops::AttentionParams*);
 size_t attn_ops_cuda_forward_workspace_bytes(const attn_ops::AttentionParams*);
 size_t attn_ops_cuda_backward_workspace_bytes(const attn_ops::BackwardParams*);
 
-// Launches on `stream` (a CUstream). 0, or an error code that attn_ops_cuda_error_text explains: CUresult of the driver, or
-// negative for what the library itself refuses.
+// Launches on `stream` (a CUstream). 0, or an error code that attn_ops_cuda_error_text explains: CUresult of the
+// driver, or negative for what the library itself refuses.
 int attn_ops_cuda_forward(const attn_ops::AttentionParams*, void* stream, attn_ops::Workspace);
 int attn_ops_cuda_backward(const attn_ops::BackwardParams*, void* stream, attn_ops::Workspace);
 

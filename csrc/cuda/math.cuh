@@ -1,7 +1,8 @@
-// The four ways to multiply (config.h): element types, and how the operands of a matrix product lie in a warp's registers.
+// The four ways to multiply (config.h): element types, and how the operands of a matrix product lie in a warp's
+// registers.
 //
-// A product is cut into 16 x 8 results (`d` of mma_* in ptx.cuh) and steps along the summed dimension of 32 bytes: 16 elements
-// of 16 bits, 8 of float32. So shared memory is addressed alike, whatever the type.
+// A product is cut into 16 x 8 results (`d` of mma_* in ptx.cuh) and steps along the summed dimension of 32 bytes: 16
+// elements of 16 bits, 8 of float32. So shared memory is addressed alike, whatever the type.
 #pragma once
 
 #include "config.h"
@@ -53,13 +54,14 @@ struct Bits32 {
   ATTN_DEVICE static float from_float(float x) { return x; }
 };
 
-// mma_tf32 reads the upper 19 bits of a number. Half of what it leaves out, added to the bits, makes that a rounding: unless
-// the number is infinite or NaN.
+// mma_tf32 reads the upper 19 bits of a number. Half of what it leaves out, added to the bits, makes that a rounding:
+// unless the number is infinite or NaN.
 constexpr uint32_t kHalfOfTf32 = 0x1000, kTf32Bits = 0xffffe000u, kInfinityBits = 0x7f800000u;
 ATTN_DEVICE bool is_finite_bits(uint32_t x) { return (x & kInfinityBits) != kInfinityBits; }
 ATTN_DEVICE uint32_t to_tf32(uint32_t x) { return is_finite_bits(x) ? (x + kHalfOfTf32) & kTf32Bits : x; }
 
-// 3xTF32: x = big + small, each with 11 significant bits, and a b = big big + big small + small big, off by about 2^-22.
+// 3xTF32: x = big + small, each with 11 significant bits, and a b = big big + big small + small big, off by about
+// 2^-22.
 struct F32 : Bits32 {
   static constexpr Math kMath = Math::kFloat32;
   struct A {
@@ -81,8 +83,8 @@ struct F32 : Bits32 {
     return b;
   }
   ATTN_DEVICE static void mma(float (&d)[4], const A& a, const B& b) {
-    // The tensor cores cut off where others round, at the size of the sum so far: so it is added to here, rounded. Ootomo and
-    // Yokota, "Recovering single precision accuracy from Tensor Cores", IJHPCA 2022.
+    // The tensor cores cut off where others round, at the size of the sum so far: so it is added to here, rounded.
+    // Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores", IJHPCA 2022.
     float step[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     mma_tf32(step, a.small, b.big);
     mma_tf32(step, a.big, b.small);
@@ -116,8 +118,8 @@ struct TF32 : Bits32 {
   ATTN_DEVICE static void mma(float (&d)[4], const A& a, const B& b) { mma_tf32(d, a.x, b.x); }
 };
 
-// Results as the left operand of the next product, without moving between lanes. In 16 bits two neighbours make a step; in
-// float32 one does, if the summed index is read in the order 0 2 4 6 1 3 5 7 on both sides (load_b_transposed does).
+// Results as the left operand of the next product, without moving between lanes. In 16 bits two neighbours make a step;
+// in float32 one does, if the summed index is read in the order 0 2 4 6 1 3 5 7 on both sides (load_b_transposed does).
 template <class M>
 ATTN_DEVICE typename M::A a_from_results(const float (*d)[4]) {
   if constexpr (M::kStep == 16) {

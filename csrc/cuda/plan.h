@@ -126,8 +126,8 @@ struct DecodePlan {
     const int64_t wave = std::max<int64_t>(1, int64_t{device.multiprocessors} * per_multiprocessor);
     constexpr int64_t kOwnSteps = 4, kMostSplits = 128, kEnoughTiles = 1 << 20;
     if (tiles > kEnoughTiles) return 1;
-    // A block takes its steps, and a few more for its beginning and its end; blocks run in waves. In 32 bits, as so many
-    // divisions take long for a decode step.
+    // A block takes its steps, and a few more for its beginning and its end; blocks run in waves. In 32 bits, as so
+    // many divisions take long for a decode step.
     const auto cost = [t = static_cast<uint32_t>(tiles), w = static_cast<uint32_t>(wave),
                        s = static_cast<uint32_t>(steps)](uint32_t splits) {
       return uint64_t{(t * splits + w - 1) / w} * ((s + splits - 1) / splits + kOwnSteps);

@@ -1,5 +1,5 @@
-// The instructions that kernels are made of, one wrapper each. Everything a kernel does to the machine goes through this
-// file, so that a test can put another one in its place (ATTN_OPS_HOST_LAYER) and run the same kernels on a CPU.
+// The instructions that kernels are made of, one wrapper each. Everything a kernel does to the machine goes through
+// this file, so that a test can put another one in its place (ATTN_OPS_HOST_LAYER) and run the same kernels on a CPU.
 //
 // No header of CUDA or of the host is needed beyond <cstdint>: NVRTC compiles this too.
 #pragma once
@@ -62,8 +62,8 @@ ATTN_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(pending) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit elements; lane 8 i + r gives the address of row r (16 bytes) of matrix i. Lane l gets of
-// each matrix the elements 2 (l % 4), 2 (l % 4) + 1 of row l / 4; transposed, of column l / 4.
+// Four 8 x 8 matrices of 16-bit elements; lane 8 i + r gives the address of row r (16 bytes) of matrix i. Lane l gets
+// of each matrix the elements 2 (l % 4), 2 (l % 4) + 1 of row l / 4; transposed, of column l / 4.
 ATTN_DEVICE void load_matrices(uint32_t (&r)[4], const void* shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -123,15 +123,15 @@ ATTN_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t 
 ATTN_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 ATTN_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
-// x, as if it were another number each time: what is computed from it is computed where it is needed, not kept in registers
-// throughout a loop.
+// x, as if it were another number each time: what is computed from it is computed where it is needed, not kept in
+// registers throughout a loop.
 ATTN_DEVICE int recomputed(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-// value = a == b ? candidate : value. Choosing one of an array's elements so keeps the array in registers, where a compiler
-// that sees through the comparison would put it into local memory to index it.
+// value = a == b ? candidate : value. Choosing one of an array's elements so keeps the array in registers, where a
+// compiler that sees through the comparison would put it into local memory to index it.
 ATTN_DEVICE void replace_if_equal(float& value, float candidate, int a, int b) {
   asm("{\n.reg .pred equal;\nsetp.eq.s32 equal, %2, %3;\nselp.f32 %0, %1, %0, equal;\n}\n"
       : "+f"(value)

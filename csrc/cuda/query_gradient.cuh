@@ -1,4 +1,5 @@
-// dq = scale ds k: a block keeps a tile of query rows (and their gradients of the output), all their keys and values pass.
+// dq = scale ds k: a block keeps a tile of query rows (and their gradients of the output), all their keys and values
+// pass.
 #pragma once
 
 #include "backward.cuh"

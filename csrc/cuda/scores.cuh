@@ -1,5 +1,5 @@
-// From products q k^T to what the softmax is taken of, in base 2, where there is more than an interval of keys per row: bias,
-// boolean masks, dropout.
+// From products q k^T to what the softmax is taken of, in base 2, where there is more than an interval of keys per row:
+// bias, boolean masks, dropout.
 //
 // A hidden score is -inf, and its probability is -0: no visible one is ever that, so the sign tells them apart.
 #pragma once
@@ -18,8 +18,8 @@ ATTN_DEVICE float probability(float x, float maximum) {
   return bits_of(x) == 0xff800000u ? float_of(kHiddenBits) : exp2_fast(x - maximum);
 }
 
-// The same in the backward, where lse has been rounded: beside it, scores of thousands may be larger by a little, and their
-// probabilities by much. None exceeds 1.
+// The same in the backward, where lse has been rounded: beside it, scores of thousands may be larger by a little, and
+// their probabilities by much. None exceeds 1.
 ATTN_DEVICE float recomputed_probability(float x, float lse) { return exp2_fast(min_or_nan(x - lse, 0.0f)); }
 
 // One query row's line of a score-shaped view [batch, num_heads, seqlen_q, seqlen_k].

@@ -44,8 +44,8 @@ struct OneWarp {
   }
 };
 
-// `rows.row(r)` is where row r of the tile is in global memory, null for a row of zeros; `dim` elements of it exist. What
-// is moved asynchronously has arrived after copy_async_wait, the rest at once: a barrier follows in either case.
+// `rows.row(r)` is where row r of the tile is in global memory, null for a row of zeros; `dim` elements of it exist.
+// What is moved asynchronously has arrived after copy_async_wait, the rest at once: a barrier follows in either case.
 template <class M, int kDim, int kRows, int kThreads, class Who = WholeBlock, class Rows>
 ATTN_DEVICE void load_tile(const SharedTile<M, kDim>& tile, const Rows& rows, int dim) {
   using T = SharedTile<M, kDim>;
@@ -94,15 +94,15 @@ ATTN_DEVICE void store_rows(const SharedTile<M, kDim>& tile, int first, int coun
 
 // --- Operands -------------------------------------------------------------------------------------------------------
 //
-// `lane` is lane_index(). In float32 it is as if computed for each product: else all addresses that follow from it (many more than
-// in 16 bits) would be kept in registers throughout a kernel's loop.
+// `lane` is lane_index(). In float32 it is as if computed for each product: else all addresses that follow from it
+// (many more than in 16 bits) would be kept in registers throughout a kernel's loop.
 template <class M>
 ATTN_DEVICE int own_lane() {
   return M::kStep == 8 ? recomputed(lane_index()) : lane_index();
 }
 
-// Where this lane's row of a load_matrices begins, for chunks 2 k and 2 k + 1: `lane_row` and `lane_chunk` (0 or 1, swizzled) are
-// the lane's, the rest is known to the compiler, which so needs few registers for all the k.
+// Where this lane's row of a load_matrices begins, for chunks 2 k and 2 k + 1: `lane_row` and `lane_chunk` (0 or 1,
+// swizzled) are the lane's, the rest is known to the compiler, which so needs few registers for all the k.
 template <class T>
 ATTN_DEVICE const char* lane_address(const T& tile, int first, int lane_row, int lane_chunk, int k) {
   constexpr int kLow = T::kSwizzled - 1;
@@ -183,8 +183,8 @@ ATTN_DEVICE void clear(Results<kM, kN>& d) {
       for (int i = 0; i < 4; ++i) d[m][n][i] = 0.0f;
 }
 
-// Infinities do not survive 3xTF32: inf big + inf small is NaN where the signs of the parts differ. Wherever a product is NaN,
-// what one product gives instead is right: the true NaN, or the infinity. (There are hardly ever any.)
+// Infinities do not survive 3xTF32: inf big + inf small is NaN where the signs of the parts differ. Wherever a product
+// is NaN, what one product gives instead is right: the true NaN, or the infinity. (There are hardly ever any.)
 template <class M, int kDim, int kM, int kN>
 ATTN_DEVICE void mend_infinities(Results<kM, kN>& d, const SharedTile<M, kDim>& a, int first,
                                  const SharedTile<M, kDim>& b) {
@@ -252,10 +252,14 @@ ATTN_DEVICE void multiply_rows(Results<kM, kN>& d, const SharedTile<M, kDim>& a,
   if constexpr (M::kMath == Math::kFloat32) mend_infinities<M, kDim, kM, kN>(d, a, first, b);
 }
 
-//   d[i][c] += sum over j of p[i][j] b[j][c]     for c < columns
-//
-// In float32 columns past the last are left out (16 bits have more speed to lose by asking); and where there is a branch, the
-// compiler fetches no operands ahead, which float32 has no registers for.
+// Where accumulate asks whether there are columns from 16 n on. A branch keeps the compiler from fetching operands across
+// it, which float32 never has the registers for, and 16 bits not in head dim 96 (on sm_120); elsewhere asking costs speed.
+template <class M, int kDim>
+ATTN_DEVICE constexpr bool asks_for_columns(int n) {
+  return M::kStep == 8 ? n % 2 == 0 : kDim == 96 && n == 4;
+}
+
+//   d[i][c] += sum over j of p[i][j] b[j][c]     for c < columns, and for some of the zeros beyond
 template <class M, int kDim, int kM, int kN>
 ATTN_DEVICE void accumulate(Results<kM, kDim / 8>& d, const Results<kM, kN>& p, const SharedTile<M, kDim>& b,
                             int columns) {
@@ -267,7 +271,7 @@ ATTN_DEVICE void accumulate(Results<kM, kDim / 8>& d, const Results<kM, kN>& p, 
     for (int m = 0; m < kM; ++m) left[m] = a_from_results<M>(p[m] + k * (M::kStep / 8));
 #pragma unroll
     for (int n = 0; n < kDim / 16; ++n) {
-      if (M::kStep == 8 && n % 2 == 0 && 16 * n >= columns) break;
+      if (asks_for_columns<M, kDim>(n) && 16 * n >= columns) break;
       typename M::B right[2];
       load_b_transposed<M>(right, b, k * M::kStep, n, lane);
 #pragma unroll
