@@ -20,6 +20,8 @@ _ATTRIBUTES = {
     "can_use_fused": "support",
     "Explanation": "support",
     "Support": "support",
+    "allow_tf32": "precision",
+    "set_allow_tf32": "precision",
     "patch": "integration",
     "unpatch": "integration",
     "patched": "integration",

@@ -16,6 +16,7 @@ ENVIRONMENT = {
     "ATTN_OPS_DISABLE": "anything but 0: never use the fused op",
     "ATTN_OPS_ISA": "name of the instruction set the CPU kernels use, instead of the best one",
     "ATTN_OPS_DISABLE_XLA_FFI": "anything but 0: functions that XLA compiles get the composite",
+    "ATTN_OPS_ALLOW_TF32": "anything but 0: on GPUs float32 is multiplied in TF32, as by attn_ops.set_allow_tf32(True)",
     "ATTN_OPS_DISABLE_TF_POOL": "if set: the op runs on threads of its own, not on TensorFlow's",
 }
 
@@ -38,6 +39,7 @@ def info() -> dict:
         "cpu kernels": {"built and usable": core.isas(), "default": core.default_isa()}
         if core
         else _native.core_unavailable_reason(),
+        "cuda kernels": _native.cuda_unavailable_reason() or "usable on device 0",
         "tensorflow op": _native.unavailable_reason() or "available",
         "tensorflow xla": _native.unavailable_reason() or _native.xla_unavailable_reason() or "available",
         "environment": {name: os.environ.get(name, "not set") for name in ENVIRONMENT},
@@ -108,10 +110,12 @@ def _bench(arguments) -> int:
             file=sys.stderr,
         )
         return 2
-    if arguments.report is not None:
+    if arguments.report is not None or arguments.device == "cuda":
         # A process of its own: the modules of the suite have names that are only theirs to use.
         path = os.pathsep.join(filter(None, (str(suite), str(suite.parent), os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-m", "report", "--report", arguments.report, *arguments.pytest_arguments]
+        report = [] if arguments.report is None else ["--report", arguments.report]
+        module = "gpu" if arguments.device == "cuda" else "report"
+        command = [sys.executable, "-m", module, *report, *arguments.pytest_arguments]
         return subprocess.call(command, env={**os.environ, "PYTHONPATH": path})
     if importlib.util.find_spec("pytest_benchmark") is None:
         print("the benchmarks need pytest-benchmark: pip install pytest-benchmark", file=sys.stderr)
@@ -156,6 +160,14 @@ def _parser():
         help="instead of pytest: compare all installed peers, print which speed targets are met, and write tables, CSV "
         "and charts into DIR. Options of it: --sections, --peers, --threads, --rounds, --seconds, --quick, "
         "--compare OLD.csv, --fail-if-slower FACTOR (see README.md)",
+    )
+    command.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="cuda: compare the CUDA kernels with all installed peers on the GPU, without TensorFlow; needs PyTorch. "
+        "Options of it beside --report: --sections, --peers, --rounds, --seconds, --quick, --triton-tutorial FILE, "
+        "--compare OLD.csv, --fail-if-slower FACTOR",
     )
     command.set_defaults(run=_bench)
     return parser

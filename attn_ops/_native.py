@@ -1,7 +1,8 @@
-"""Finds and loads the two compiled libraries, and says why where one is not to be had.
+"""Finds and loads the compiled libraries, and says why where one is not to be had.
 
 ``libattn_ops.so`` holds the TensorFlow operators and needs TensorFlow loaded first; ``_core`` has the same kernels for
-NumPy arrays and needs nothing. Either is loaded at its first use, once per process.
+NumPy arrays and needs nothing. Either is loaded at its first use, once per process, and opens ``libattn_ops_cuda.so``
+with the kernels for GPUs itself, when there is a GPU to use.
 """
 
 from __future__ import annotations
@@ -40,6 +41,25 @@ def core() -> ModuleType | None:
 def core_unavailable_reason() -> str | None:
     """Why `core` is None; None when it is there."""
     return _core()[1]
+
+
+def cuda_library_exists() -> bool:
+    """Whether the library of the CUDA kernels is there: only then the operators have kernels for GPUs."""
+    return core() is not None and core().cuda_library_exists()
+
+
+@functools.cache
+def cuda_unavailable_reason(device: int = 0) -> str | None:
+    """Why the CUDA kernels cannot run on the device of this number, as the driver counts; None when they can."""
+    return core_unavailable_reason() or core().cuda_unavailable_reason(device) or None
+
+
+def cuda_unsupported_reason(dtype: str, *sizes: int) -> str | None:
+    """Why the CUDA kernels do not take such calls; None when they do. For where they are available.
+
+    The ``sizes`` are batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim and value_dim.
+    """
+    return core().cuda_unsupported_reason(dtype, *sizes) or None
 
 
 def disabled_reason() -> str | None:

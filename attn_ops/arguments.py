@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import typing
 
-from . import arrays, options
+from . import arrays, options, precision
 from .masks import Mask
 
 MAX_MASKS = 4  # boolean masks the kernels AND on the fly (kMaxMasks in csrc/attention.h)
@@ -45,6 +45,7 @@ class AttentionCall(typing.NamedTuple):
     squeeze: bool = False
     return_lse: bool = False
     lse_dtype: typing.Any = None
+    allow_tf32: bool = False
 
     def result_shapes(self):
         """The static shapes of out and lse in rank 4 and 3."""
@@ -134,6 +135,7 @@ def normalize(
         squeeze,
         bool(return_lse),
         xp.float64 if dtype is xp.float64 else xp.float32,
+        precision.allow_tf32(),
     )
 
 

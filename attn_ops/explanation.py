@@ -22,15 +22,17 @@ class Explanation:
 
     ``form`` tells how the fused kernels are called: "op" (TensorFlow's operator), "xla" (a custom call inside XLA), "op or
     xla" (a graph that holds both, for whoever runs it to take the one it can) or, where XLA takes no custom call, "op
-    or composite"; None for others.
+    or composite"; None for others. ``device`` tells whose kernels those are: "cpu" or "gpu".
     """
 
     implementation: str
     reasons: tuple[str, ...] = ()
     form: str | None = None
+    device: str | None = None
 
     def __str__(self):
-        lines = [f"implementation: {self.implementation}" + (f" ({self.form})" if self.form else "")]
+        form = f"{self.form} on the GPU" if self.device == "gpu" else self.form
+        lines = [f"implementation: {self.implementation}" + (f" ({form})" if form else "")]
         if self.reasons:
             lines += ["not fused, because:", *(f"  - {reason}" for reason in self.reasons)]
         return "\n".join(lines)

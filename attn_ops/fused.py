@@ -9,7 +9,7 @@ from __future__ import annotations
 import tensorflow as tf
 from tensorflow.python.eager import forwardprop_util
 
-from . import _native, graph_op, native_op, saved_models, second_order, xla_op
+from . import _native, gpu, graph_op, native_op, saved_models, second_order, xla_op
 from .arguments import AttentionCall
 
 
@@ -19,8 +19,9 @@ _TENSORS = ("query", "key", "value", "bias", "query_lengths", "key_lengths", "se
 def unsupported_reasons(call: AttentionCall, forced: bool = False) -> list[str]:
     """Why the fused kernels cannot, or should not, run ``call`` here and now; empty when they can.
 
-    Every `AttentionCall` is within the kernels' reach, so the reasons are of the place: no library, an XLA that takes
-    no custom call, a GPU, an export that is to load without the library unless the choice is ``forced``.
+    Every `AttentionCall` is within the reach of the CPU's kernels, so most reasons are of the place: no library, an XLA
+    that takes no custom call, a GPU without kernels for it, an export that is to load without the library unless the
+    choice is ``forced``.
     """
     reasons = saved_models.reasons_against_fused(forced)
     missing = _native.unavailable_reason()
@@ -30,9 +31,7 @@ def unsupported_reasons(call: AttentionCall, forced: bool = False) -> list[str]:
         reasons.append(f"the call is traced for XLA (jit_compile=True), and {_native.xla_unavailable_reason()}")
     if _in_forward_mode(call):
         reasons.append("a ForwardAccumulator watches the inputs, and in graphs only the composite has forward mode")
-    if _on_gpu(call.query):
-        reasons.append("the fused op has no GPU kernel, and a GPU is in use; under tf.device('CPU') it runs on the CPU")
-    return reasons
+    return reasons + gpu.unsupported_reasons(call, forced)
 
 
 def in_xla() -> bool:
@@ -51,15 +50,6 @@ def form() -> str:
 
 def _in_forward_mode(call):
     return not tf.executing_eagerly() and bool(forwardprop_util.pack_tangents(_inputs(call)).indices)
-
-
-def _on_gpu(query) -> bool:
-    """Whether work on ``query`` would go to a GPU, from where TensorFlow would copy it to the CPU and back."""
-    if not tf.config.list_logical_devices("GPU") or (tf.executing_eagerly() and "CPU" in query.device):
-        return False
-    # TensorFlow offers no question for the current device: see where a constant lands. In a graph it is "" when no
-    # device scope is open.
-    return "CPU" not in tf.constant(0.0).device
 
 
 def attention(call: AttentionCall):

@@ -11,7 +11,7 @@ import tensorflow as tf
 from . import _native, second_order
 from .arguments import AttentionCall
 
-_SHARED_ATTRIBUTES = ("scale", "dropout_rate", "window_left", "window_right", "bottom_right", "layout")
+_SHARED_ATTRIBUTES = ("scale", "dropout_rate", "window_left", "window_right", "bottom_right", "layout", "allow_tf32")
 
 
 def attributes(call: AttentionCall) -> dict:
@@ -24,6 +24,7 @@ def attributes(call: AttentionCall) -> dict:
         "window_right": call.window_right,
         "bottom_right": call.bottom_right,
         "layout": call.layout,
+        "allow_tf32": call.allow_tf32,
     }
 
 

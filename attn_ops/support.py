@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from . import explanation, fused, tensors
+from . import explanation, fused, gpu, tensors
 from .arguments import AttentionCall, normalize
 from .explanation import Explanation, Support
 
@@ -44,9 +44,10 @@ def explain(query, key, value, *, implementation=None, **options) -> Explanation
     """
     call = described("explain", query, key, value, options)
     chosen = choose("explain", call, implementation)
-    return Explanation(
-        chosen, tuple(fused.unsupported_reasons(call)), fused.form() if chosen == "fused" else None
-    )
+    reasons = tuple(fused.unsupported_reasons(call))
+    if chosen != "fused":
+        return Explanation(chosen, reasons)
+    return Explanation(chosen, reasons, fused.form(), "gpu" if gpu.in_use(call) else "cpu")
 
 
 @tf.autograph.experimental.do_not_convert

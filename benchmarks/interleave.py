@@ -36,6 +36,7 @@ def run(
     probes: dict[str, Callable[[], float]] | None = None,
     turn: float = TURN,
     seed: int = 0,
+    take_turn: Callable[[Callable[[], object], Samples, float], None] | None = None,
 ) -> tuple[dict[str, Samples], dict[str, float], int]:
     """Every round gives each step a turn, in a new random order, and each probe a call.
 
@@ -46,6 +47,8 @@ def run(
         progress: called with (rounds done, rounds) before each round and at the end.
         probes: what measures the machine, by name; each returns a rate.
         turn: seconds of each step's turn, first untimed, then timed.
+        seed: of the orders.
+        take_turn: what times a turn of a step, where the clock of this process cannot.
 
     Returns:
         The samples of each step, the best rate of each probe, and the number of rounds run.
@@ -66,7 +69,7 @@ def run(
             if name in rates:
                 rates[name].append(probes[name]())
             else:
-                _turn(steps[name], samples[name], turn)
+                (take_turn or _turn)(steps[name], samples[name], turn)
         done += 1
     progress(done, done)
     return samples, {name: max(values) for name, values in rates.items()}, done

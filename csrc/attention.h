@@ -58,6 +58,9 @@ struct AttentionParams {
 
   double dropout_rate = 0.0;
   uint64_t dropout_seed = 0, dropout_offset = 0;
+  // GPUs read seed and offset from here instead, in device memory: a launch must not wait for their values.
+  const uint64_t* dropout_words = nullptr;
+  bool allow_tf32 = false;  // GPUs: products of float32 in TF32, with 10 bits of mantissa, instead of 3xTF32
 };
 
 // Query heads per key/value head. (Static: code compiled per ISA must not be shared through the linker.)

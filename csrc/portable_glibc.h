@@ -18,5 +18,7 @@ __asm__(".symver pthread_once,pthread_once@" ATTN_OPS_FIRST_GLIBC);
 __asm__(".symver dlopen,dlopen@" ATTN_OPS_FIRST_GLIBC);
 __asm__(".symver dlsym,dlsym@" ATTN_OPS_FIRST_GLIBC);
 __asm__(".symver dlclose,dlclose@" ATTN_OPS_FIRST_GLIBC);
+__asm__(".symver dladdr,dladdr@" ATTN_OPS_FIRST_GLIBC);
+__asm__(".symver dlerror,dlerror@" ATTN_OPS_FIRST_GLIBC);
 #undef ATTN_OPS_FIRST_GLIBC
 #endif

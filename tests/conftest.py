@@ -4,11 +4,16 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import cuda_run
 import pytest
 
-from implementations import all_implementations
+from implementations import Cuda, all_implementations
 
-IMPLEMENTATIONS = list(all_implementations())
+IMPLEMENTATIONS = []
+
+
+def pytest_configure(config):
+    IMPLEMENTATIONS.extend(all_implementations(cuda_run.on_device(config)))
 
 
 def pytest_report_header():
@@ -20,9 +25,43 @@ def pytest_generate_tests(metafunc):
     if "implementation" in metafunc.fixturenames:
         if "dtype" in metafunc.fixturenames:
             pairs = [(i, dtype) for i in IMPLEMENTATIONS for dtype in i.dtypes]
-            metafunc.parametrize("implementation, dtype", pairs, ids=lambda x: str(x))
+            parameters = [pytest.param(*pair, marks=marks(pair[0]), id=f"{pair[0]}-{pair[1]}") for pair in pairs]
+            metafunc.parametrize("implementation, dtype", parameters)
         else:
-            metafunc.parametrize("implementation", IMPLEMENTATIONS, ids=repr)
+            parameters = [pytest.param(i, marks=marks(i), id=repr(i)) for i in IMPLEMENTATIONS]
+            metafunc.parametrize("implementation", parameters)
+
+
+def marks(implementation):
+    """Of the tests of the CUDA kernels: `gpu` where they are for a device, and why they cannot run."""
+    if not isinstance(implementation, Cuda):
+        return ()
+    reason = cuda_run.skip_reason(implementation.on_device)
+    gpu = [pytest.mark.gpu] * implementation.on_device
+    return [*gpu, pytest.mark.skipif(reason is not None, reason=str(reason))]
+
+
+@pytest.fixture
+def cuda(on_device):
+    """The driver of this run: of the device, or the stand-in."""
+    reason = cuda_run.skip_reason(on_device)
+    if reason is not None:
+        pytest.skip(reason)
+    cuda_run.start(on_device)
+
+
+@pytest.fixture
+def on_device(request):
+    """Whether this run is for the device."""
+    return cuda_run.on_device(request.config)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Before `-m` chooses: with a device, what takes the fixture `cuda` is `gpu` too."""
+    for item in items:
+        if cuda_run.on_device(config) and "cuda" in item.fixturenames:
+            item.add_marker("gpu")
 
 
 @pytest.fixture

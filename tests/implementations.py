@@ -1,15 +1,18 @@
 """Every implementation of attention behind one call: NumPy arrays and public arguments in, results out.
 
 `all_implementations()` feeds the fixture `implementation` (conftest.py). What is not there (library not built, no
-TensorFlow) stays in the list and fails its tests, saying why, so that nothing goes untested unnoticed.
+TensorFlow) stays in the list and fails its tests, saying why, so that nothing goes untested unnoticed. Only tests of
+the CUDA kernels are skipped where those were not built, for which few machines have the compiler.
 """
 
 import dataclasses
 import functools
 import importlib.util
 
+import cuda_run
 import numpy as np
-from attn_ops import _native, reference
+import pytest
+from attn_ops import _cuda, _native, reference
 from reference_cases import take_mask
 
 GRADIENTS = ("dq", "dk", "dv", "d_bias")
@@ -33,9 +36,11 @@ class Result:
 class Implementation:
     """One way to compute attention. Those with ``thinning`` above 1 are slow to run or to trace, and run less often."""
 
-    def __init__(self, name, run, missing=None, thinning=1):
+    largest_head_dim = float("inf")
+
+    def __init__(self, name, run, missing=None, thinning=1, dtypes=None):
         self.name = name
-        self.dtypes = ("float32", "float64") if thinning == 1 else ("float32",)
+        self.dtypes = dtypes or (("float32", "float64") if thinning == 1 else ("float32",))
         self._run = run
         self._missing = missing
         self._thinning = thinning
@@ -170,7 +175,26 @@ def _jax_missing(implementation):
     return fused.unavailable_reason()
 
 
-def all_implementations():
+class Cuda(Implementation):
+    """The CUDA kernels, on a device or on the stand-in. Few rows are decoded, unless that is forbidden."""
+
+    largest_head_dim = 256
+
+    def __init__(self, on_device, decodes=True):
+        name = "cuda" if decodes else "cuda-without-decode"
+        super().__init__(name, self._attend, dtypes=("float32", "float16", "bfloat16"))
+        self.on_device = on_device
+        self.most_decode_rows = 64 if decodes else 0
+
+    def _attend(self, query, key, value, d_out, d_lse, options):
+        if query.dtype == np.float64 or max(query.shape[-1], value.shape[-1]) > self.largest_head_dim:
+            pytest.skip("the CUDA kernels leave float64 and head dimensions above 256 to the composite")
+        cuda_run.start(self.on_device)
+        _cuda.set_most_decode_rows(self.most_decode_rows)
+        return Result(**cuda_run.run(query, key, value, d_out, d_lse, options))
+
+
+def all_implementations(on_device=False):
     core = _native.core()
     if core is None:
         yield Implementation("core", None, _native.core_unavailable_reason())
@@ -185,3 +209,5 @@ def all_implementations():
     for implementation, thinning in (("composite", 6), ("fused", 4)):
         run = functools.partial(_run_jax, implementation)
         yield Implementation(f"jax-{implementation}", run, _jax_missing(implementation), thinning)
+    yield Cuda(on_device)
+    yield Cuda(on_device, decodes=False)

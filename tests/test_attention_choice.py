@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import attn_ops
-from attn_ops import _native, composite, fused, functional, masks, scaled_dot_product_attention
+from attn_ops import _native, composite, functional, gpu, masks, scaled_dot_product_attention
 from cases import make_inputs
 
 
@@ -55,7 +55,7 @@ def test_without_library_the_composite_runs_and_says_why(ran, without_library):
 
 
 def test_forced_fused_raises_with_all_reasons(without_library, monkeypatch):
-    monkeypatch.setattr(fused, "_on_gpu", lambda query: True)
+    monkeypatch.setattr(gpu, "unsupported_reasons", lambda call, forced: ["a GPU is in use"])
     with pytest.raises(ValueError, match="'fused' cannot run: the library is hidden by a test; .*GPU"):
         scaled_dot_product_attention(*tensors(), implementation="fused")
 
@@ -92,26 +92,6 @@ def test_explain_takes_specifications():
     assert attn_ops.can_use_fused(spec, tf.zeros([1, 3, 8, 128], tf.bfloat16), tf.zeros([1, 3, 8, 128], tf.bfloat16))
     with pytest.raises(ValueError, match="explain: query and key must have the same head_dim, got 128, 64"):
         attn_ops.explain(spec, tf.TensorSpec([None, None, 64, 64], tf.bfloat16), spec)
-
-
-@pytest.mark.parametrize("scope, expected", [(None, "composite"), ("GPU:0", "composite"), ("CPU:0", "fused")])
-@pytest.mark.parametrize("traced", [False, True])
-def test_a_gpu_in_use_takes_the_composite(monkeypatch, scope, expected, traced):
-    # No GPU here: pretend there is one, where constants land unless the scope says otherwise.
-    device = "/device:CPU:0" if scope == "CPU:0" else "" if traced and scope is None else "/device:GPU:0"
-
-    class Constant:
-        def __init__(self, _):
-            self.device = device
-
-    query, key, value = tensors()
-    call = functional.normalize(functional.tensors, "test", query, key, value)
-    on_gpu = type("Query", (), {"device": device})()
-    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["GPU:0"])
-    monkeypatch.setattr(tf, "constant", Constant)
-    monkeypatch.setattr(tf, "executing_eagerly", lambda: not traced)
-    reasons = fused.unsupported_reasons(call._replace(query=on_gpu))
-    assert ("composite" if any("GPU" in r for r in reasons) else "fused") == expected
 
 
 def test_long_sequences_of_the_composite_are_chunked(monkeypatch, without_library):

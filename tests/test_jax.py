@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import attn_ops.jax
-from attn_ops import masks, philox, reference
+from attn_ops import _native, masks, philox, reference
 from attn_ops.arguments import normalize
-from attn_ops.jax import attention_weights, call, composite, scaled_dot_product_attention, tensors
+from attn_ops.explanation import Explanation
+from attn_ops.jax import attention_weights, call, composite, fused, scaled_dot_product_attention, tensors
 from reference_cases import CASES
 
 both = pytest.mark.parametrize("forced", ["fused", "composite"])
@@ -158,15 +159,61 @@ def test_the_gradient_of_a_constant_bias_is_not_computed():
     assert "('d_bias', True)" in text
 
 
-def test_only_the_platform_of_the_kernels_gets_them():
-    def lowered(platform):
-        function = jax.jit(lambda q, k, v: scaled_dot_product_attention(q, k, v))
-        unchecked = jax.export.DisabledSafetyCheck.custom_call("attn_ops.forward")
-        exported = jax.export.export(function, platforms=[platform], disabled_checks=[unchecked])
-        return exported(*inputs()).mlir_module()
+def lowered(platform, inputs):
+    """The text of the attention for a platform that need not be here, traced anew."""
+    function = jax.jit(lambda q, k, v: scaled_dot_product_attention(q, k, v))
+    unchecked = jax.export.DisabledSafetyCheck.custom_call("attn_ops.forward")
+    exported = jax.export.export(function, platforms=[platform], disabled_checks=[unchecked])
+    return exported(*inputs).mlir_module()
 
-    assert "attn_ops.forward" in lowered("cpu")
-    assert "attn_ops.forward" not in lowered("cuda")
+
+def test_only_the_platform_of_the_kernels_gets_them():
+    assert "attn_ops.forward" in lowered("cpu", inputs())
+    assert "attn_ops.forward" not in lowered("cuda", inputs())
+
+
+@pytest.fixture
+def cuda_devices(monkeypatch):
+    """CUDA devices that run the kernels, as long as nobody runs anything; a list to put reasons against them into."""
+    reasons = []
+    monkeypatch.setattr(fused, "cuda_reason", lambda options, arrays: reasons[0] if reasons else None)
+    jax.clear_caches()
+    yield reasons
+    jax.clear_caches()
+
+
+def test_cuda_gets_the_kernels_where_they_take_the_call(cuda_devices, monkeypatch):
+    arrays = inputs()
+    assert "attn_ops.forward" in lowered("cpu", arrays) and "attn_ops.forward" in lowered("cuda", arrays)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert attn_ops.jax.explain(*arrays) == Explanation("fused", (), "xla", "gpu")
+    cuda_devices.append("its heads are too wide")
+    jax.clear_caches()
+    assert "attn_ops.forward" in lowered("cpu", arrays) and "attn_ops.forward" not in lowered("cuda", arrays)
+    reason = "the default device is of the platform gpu, and its heads are too wide"
+    assert attn_ops.jax.explain(*arrays) == Explanation("composite", (reason,))
+
+
+def test_reasons_against_cuda(monkeypatch):
+    options, arrays = call.split(normalize(tensors, "test", *inputs(2, 6, 4, 8), layout="BHSD"))
+    assert fused.cuda_reason(options, arrays) == "JAX has no CUDA device here"
+    sizes = []
+    monkeypatch.setattr(fused, "_cuda_device_reason", lambda: None)
+    monkeypatch.setattr(_native, "cuda_unsupported_reason", lambda *given: sizes.extend(given))
+    assert fused.platforms(options, arrays) == ("cpu", "cuda")
+    assert sizes == ["float32", 2, 4, 4, 6, 6, 8, 8]
+
+
+def test_tf32_is_an_attribute():
+    def text():
+        return str(jax.make_jaxpr(jax.grad(lambda q: loss("fused", q, *inputs()[1:], None)))(inputs()[0]))
+
+    assert text().count("('allow_tf32', False)") == 2
+    attn_ops.set_allow_tf32(True)
+    try:
+        assert text().count("('allow_tf32', True)") == 2
+    finally:
+        attn_ops.set_allow_tf32(False)
 
 
 @both

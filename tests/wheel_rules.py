@@ -11,9 +11,13 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.gnuversions import GNUVerNeedSection
 from elftools.elf.sections import SymbolTableSection
 
-C_API = Path(__file__).resolve().parents[1] / "csrc/bindings/tf_capi_symbols.txt"
-# The one symbol beyond the C API. It is weak: without it the operators make threads of their own (eigen_pool.h).
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+C_API = SOURCES / "bindings/tf_capi_symbols.txt"
+CUDA_INTERFACE = SOURCES / "cuda/library.h"
+# Beyond the C API. Weak: without the pool the operators make threads of their own (eigen_pool.h), and without the stream
+# they do not run on GPUs (eigen_stream.h).
 INTRA_OP_POOL = "_ZNK10tensorflow15OpKernelContext12eigen_deviceIN5Eigen16ThreadPoolDeviceEEERKT_v"
+CUDA_STREAM = "_ZNK10tensorflow15OpKernelContext12eigen_deviceIN5Eigen9GpuDeviceEEERKT_v"
 # The floor of manylinux_2_28.
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 SYSTEM = r"(libc|libm|libdl|libstdc\+\+|libgcc_s|libpthread|ld-linux[-\w]*)\.so"
@@ -29,22 +33,34 @@ def symbols(path, section):
 
 
 def is_operators(path):
-    """Whether this is the library of the operators, the other one being the Python module."""
+    """Whether this is the library of the operators, the others being the Python module and the CUDA kernels."""
     return Path(path).name == "libattn_ops.so"
+
+
+def is_cuda(path):
+    return Path(path).name == "libattn_ops_cuda.so"
+
+
+def cuda_interface():
+    """The functions that csrc/cuda/library.h declares."""
+    return set(re.findall(r"\b(attn_ops_cuda_\w+)\(", CUDA_INTERFACE.read_text()))
 
 
 def exports_broken(path):
     shown = {name for name, _, defined in symbols(path, ".dynsym") if defined}
+    if is_cuda(path):
+        return shown ^ cuda_interface()
     return shown ^ {"attn_ops_xla_unavailable_reason" if is_operators(path) else "PyInit__core"}
 
 
 def tensorflow_broken(path):
-    """Of TensorFlow: the listed part of its C API and, weak, the pool; nothing in the Python module."""
+    """Of TensorFlow: the listed part of its C API and, weak, the pool and the stream; nothing in the others."""
     needed = {name: binding for name, binding, defined in symbols(path, ".dynsym") if not defined}
     pattern = r"TF_|tensorflow|tsl|xla|absl|Eigen"
     if is_operators(path):
         pattern += "|^_?Py"
-        allowed = dict.fromkeys(C_API.read_text().split(), "STB_GLOBAL") | {INTRA_OP_POOL: "STB_WEAK"}
+        allowed = dict.fromkeys(C_API.read_text().split(), "STB_GLOBAL")
+        allowed |= dict.fromkeys((INTRA_OP_POOL, CUDA_STREAM), "STB_WEAK")
     else:
         allowed = {}
     found = {(name, binding) for name, binding in needed.items() if re.search(pattern, name)}

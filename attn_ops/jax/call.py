@@ -31,6 +31,7 @@ class Options(typing.NamedTuple):
     bottom_right: bool
     dropout_rate: float
     layout: str
+    allow_tf32: bool
 
 
 def split(call: AttentionCall) -> tuple[Options, Arrays]:

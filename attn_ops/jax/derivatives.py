@@ -1,4 +1,4 @@
-"""The fused attention with its derivatives, and the composite on platforms without kernels.
+"""The fused attention with its derivatives, and the composite on platforms without kernels for the call.
 
 Which of the two runs is decided by `jax.lax.platform_dependent`, when a function is lowered: only then is it known
 where its arrays will be (`jax.jit` on a device of choice, `jax.default_device`, `jax.export`), which the default backend
@@ -82,7 +82,9 @@ def _forward(forced, options, arrays):
     if forced:
         return kernels(arrays)
     others = functools.partial(composite.attention, options)
-    return jax.lax.platform_dependent(arrays, default=others, **{fused.PLATFORM: kernels})
+    return jax.lax.platform_dependent(
+        arrays, default=others, **dict.fromkeys(fused.platforms(options, arrays), kernels)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -95,7 +97,9 @@ def _backward(forced, options, d_bias, *arguments):
 
     if forced:
         return kernels(*arguments)
-    return jax.lax.platform_dependent(*arguments, default=others, **{fused.PLATFORM: kernels})
+    return jax.lax.platform_dependent(
+        *arguments, default=others, **dict.fromkeys(fused.platforms(options, arguments[0]), kernels)
+    )
 
 
 def _composite_gradients(options, d_bias, arrays, d_out, d_lse):

@@ -62,8 +62,8 @@ def scaled_dot_product_attention(
             and with a ``dropout_rate`` above 0 it must be given. Equal integers drop what they drop in TensorFlow.
         layout: "BSHD" as above, or "BHSD": [batch, num_heads, seqlen, head_dim] for query, key, value and the output.
         return_lse: also return the log of the sum of the exponentials of the scores (before dropout).
-        implementation: None takes the kernels on CPUs and the composite elsewhere, decided when the call is compiled
-            for a device (see `explain`). "fused" or "composite" (JAX operations) forces one.
+        implementation: None takes the kernels on CPUs and on the GPUs that have them, and the composite elsewhere,
+            decided when the call is compiled for a device (see `explain`). "fused" or "composite" (JAX operations) forces one.
 
     Returns:
         The output [batch, seqlen_q, num_heads, value_dim] in the common dtype, or (output, lse) with lse [batch,
@@ -168,18 +168,27 @@ def explain(query, key, value, *, implementation=None, **options) -> Explanation
     name = "explain"
     arguments = {"query": query, "key": key, "value": value, **options}
     specifications = {k: x for k, x in arguments.items() if isinstance(x, jax.ShapeDtypeStruct)}
-    jax.eval_shape(lambda arrays: normalize(tensors, name, **{**arguments, **arrays}).query, specifications)
-    explanation.check_name(name, implementation, IMPLEMENTATIONS)
-    missing = fused.unavailable_reason()
-    reasons = [] if missing is None else [missing]
     device = jax.config.jax_default_device or jax.default_backend()
     platform = getattr(device, "platform", device)
-    if platform != fused.PLATFORM:
-        reasons.append(f"the default device is of the platform {platform}, and the kernels are for {fused.PLATFORM}")
+    reasons = []
+
+    def look(arrays):
+        call = normalize(tensors, name, **{**arguments, **arrays})
+        missing = fused.unavailable_reason()
+        if missing is None and platform != "cpu":
+            missing = fused.cuda_reason(*calls.split(call))
+            missing = missing and f"the default device is of the platform {platform}, and {missing}"
+        reasons.extend([] if missing is None else [missing])
+        return call.query
+
+    jax.eval_shape(look, specifications)
+    explanation.check_name(name, implementation, IMPLEMENTATIONS)
     if implementation == "fused":
         explanation.check_can_run(name, implementation, reasons)
     chosen = implementation or ("composite" if reasons else "fused")
-    return Explanation(chosen, tuple(reasons), "xla" if chosen == "fused" else None)
+    if chosen != "fused":
+        return Explanation(chosen, tuple(reasons))
+    return Explanation(chosen, tuple(reasons), "xla", "cpu" if platform == "cpu" else "gpu")
 
 
 _composite = jax.jit(composite.attention, static_argnums=0)

@@ -13,18 +13,46 @@ import numpy as np
 from attn_ops import _native
 from attn_ops.jax.call import Arrays, Options, accumulator, canonical_extents
 
-PLATFORM = "cpu"
+_PLATFORMS = {"Host": "cpu", "CUDA": "CUDA"}  # of XLA, and what JAX calls them where it takes custom calls
 
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Why the kernels cannot run in this process, on whatever platform; None when they can. Registers them."""
+    """Why there are no kernels in this process, for any platform; None when there are. Registers them."""
     reason = _native.disabled_reason() or _native.core_unavailable_reason()
     if reason is not None:
         return reason
-    for target, handler in _native.core().xla_handlers().items():
-        jax.ffi.register_ffi_target(target, handler, platform=PLATFORM)
+    for platform, handlers in _native.core().xla_handlers().items():
+        for target, handler in handlers.items():
+            jax.ffi.register_ffi_target(target, handler, platform=_PLATFORMS[platform])
     return None
+
+
+def platforms(options: Options, arrays: Arrays) -> tuple[str, ...]:
+    """Where the kernels take this call, by the names of `jax.lax.platform_dependent`."""
+    return ("cpu",) if cuda_reason(options, arrays) else ("cpu", "cuda")
+
+
+def cuda_reason(options: Options, arrays: Arrays) -> str | None:
+    """Why the kernels do not run this call on the CUDA devices here; None when they do."""
+    reason = _cuda_device_reason()
+    if reason is not None:
+        return reason
+    batch, num_heads, seqlen_q, head_dim = canonical_extents(arrays.query, options.layout)
+    _, num_kv_heads, seqlen_k, value_dim = canonical_extents(arrays.value, options.layout)
+    sizes = (batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, value_dim)
+    known = (n if isinstance(n, int) else 1 for n in sizes)  # jax.export may leave extents open
+    return _native.cuda_unsupported_reason(arrays.query.dtype.name, *known)
+
+
+@functools.cache
+def _cuda_device_reason() -> str | None:
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return "JAX has no CUDA device here"
+    reasons = (_native.cuda_unavailable_reason(device.local_hardware_id) for device in devices)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def forward(options: Options, arrays: Arrays):
@@ -73,5 +101,6 @@ def _optional(options, arrays):
         window_right=np.int64(options.window_right),
         bottom_right=options.bottom_right,
         layout=options.layout,
+        allow_tf32=options.allow_tf32,
     )
     return [operand for operands in lists.values() for operand in operands], attributes

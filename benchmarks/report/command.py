@@ -28,7 +28,7 @@ from workloads import FORWARD_BACKWARD, WORKLOADS
 from . import comparison, sections, tables, targets
 from .progress import Progress
 
-_BAD_OPTIONS, _SLOWER = 2, 3  # exit statuses
+_BAD_OPTIONS = 2  # exit status
 _NEEDED = {"rich": "rich", "matplotlib": "matplotlib", "ml_dtypes": "ml_dtypes"}  # module: what pip installs
 _QUICK = runner.Effort(rounds=3, seconds=0.2, turn=0.002)
 _QUICK_NOTE = "**Quick run: short shapes and few rounds. These figures are not to be quoted.**"
@@ -92,11 +92,7 @@ def _check(arguments) -> None:
         raise ValueError(f"--rounds ({arguments.rounds}) must be at least 1")
     if not arguments.seconds > 0:
         raise ValueError(f"--seconds ({arguments.seconds}) must be above 0")
-    if arguments.fail_if_slower is not None:
-        if not arguments.fail_if_slower > 0:
-            raise ValueError(f"--fail-if-slower ({arguments.fail_if_slower}) must be above 0")
-        if not arguments.compare:
-            raise ValueError("--fail-if-slower needs --compare OLD.csv")
+    comparison.check_options(arguments)
     if arguments.peers:
         unknown = [name for name in arguments.peers if name not in peers.PEERS]
         if unknown:
@@ -190,29 +186,9 @@ def _tell(arguments, directory, measured, notes, surveyed, old) -> int:
     told = ["## Targets", tables.verdicts(verdicts)]
     status = 0
     if arguments.compare:
-        found = comparison.changes(old, measured)
-        ratio = comparison.limit_ratio(old, measured)
-        told += [f"## Compared with {arguments.compare.name}"]
-        machine = f"the limits measured were {ratio:.2f}x those of then, which is the machine" if ratio else "no limit"
-        told += [f"{len(found)} rows are in both; {machine}."]
-        details = tables.changes(found)
-        if arguments.fail_if_slower is not None:
-            worse = comparison.slower(found, arguments.fail_if_slower)
-            status = _SLOWER if worse else 0
-            ours = sum(change.is_ours for change in found)
-            if not ours:
-                status = _BAD_OPTIONS
-                print(
-                    f"bench --report: no row of attn_ops is in both this report and {arguments.compare}: measured "
-                    "with the same --sections, --threads and --quick?",
-                    file=sys.stderr,
-                )
-            told += [
-                f"{len(worse)} of {ours} rows of attn_ops take more than {arguments.fail_if_slower:g}x their time."
-            ]
-            for change in worse:
-                print(f"slower: {change}", file=sys.stderr)
-        told += [details]
+        options = "--sections, --threads and --quick"
+        status, said = comparison.tell(arguments, old, measured, tables.changes, options)
+        told += said
     body = [*head, *told, "## Limits of the machine", tables.limits(surveyed), "## Memory", tables.memory(measured)]
     body += ["## Charts", *(f"![{name}]({name})" for name in drawn)] if drawn else []
     body += ["## Not measured", *(f"- {note}" for note in notes)] if notes else []

@@ -7,11 +7,14 @@ waits for. Another machine, or a busy one, shows in all rows alike; so does the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 from rows import Row
 
 from .sections import OURS
+
+NOTHING_TO_COMPARE, SLOWER = 2, 3  # exit statuses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,3 +59,39 @@ def limit_ratio(old: Sequence[Row], new: Sequence[Row]) -> float | None:
     before = {row.key: row.limit_per_second for row in old if row.limit_per_second}
     ratios = sorted(row.limit_per_second / before[row.key] for row in new if row.limit_per_second and row.key in before)
     return ratios[len(ratios) // 2] if ratios else None
+
+
+def check_options(arguments) -> None:
+    """Raises ValueError for a --fail-if-slower that cannot be meant."""
+    if arguments.fail_if_slower is not None:
+        if not arguments.fail_if_slower > 0:
+            raise ValueError(f"--fail-if-slower ({arguments.fail_if_slower}) must be above 0")
+        if not arguments.compare:
+            raise ValueError("--fail-if-slower needs --compare OLD.csv")
+
+
+def tell(
+    arguments, old: Sequence[Row], new: Sequence[Row], table: Callable[[Sequence[Change]], str], same: str
+) -> tuple[int, list[str]]:
+    """The exit status (0, NOTHING_TO_COMPARE or SLOWER), and what is to be said about the comparison.
+
+    `same` is which options must have been those of then.
+    """
+    found, ratio, status = changes(old, new), limit_ratio(old, new), 0
+    machine = f"the limits measured were {ratio:.2f}x those of then, which is the machine" if ratio else "no limit"
+    told = [f"## Compared with {arguments.compare.name}", f"{len(found)} rows are in both; {machine}."]
+    if arguments.fail_if_slower is not None:
+        worse = slower(found, arguments.fail_if_slower)
+        status = SLOWER if worse else 0
+        ours = sum(change.is_ours for change in found)
+        if not ours:
+            status = NOTHING_TO_COMPARE
+            print(
+                f"bench --report: no row of attn_ops is in both this report and {arguments.compare}: measured "
+                f"with the same {same}?",
+                file=sys.stderr,
+            )
+        told += [f"{len(worse)} of {ours} rows of attn_ops take more than {arguments.fail_if_slower:g}x their time."]
+        for change in worse:
+            print(f"slower: {change}", file=sys.stderr)
+    return status, [*told, table(found)]

@@ -18,6 +18,7 @@ from .targets import Verdict
 _MODES = {
     "forward": "forward",
     "forward_backward": "forward + backward",
+    "backward": "backward",
     "layer": "Keras layer, inference",
     "layer_training": "Keras layer, training step",
 }
@@ -27,7 +28,7 @@ def verdicts(found: Sequence[Verdict]) -> str:
     """The target table."""
     words = {True: "met", False: "**not met**", None: "–"}
     lines = [(v.section, v.work, str(v.threads), v.target, v.value, words[v.met]) for v in found]
-    return _table(("section", "measured", "threads", "target", "value (worst case)", ""), lines, "llrrll")
+    return table(("section", "measured", "threads", "target", "value (worst case)", ""), lines, "llrrll")
 
 
 def details(rows: Sequence[Row]) -> str:
@@ -49,7 +50,7 @@ def details(rows: Sequence[Row]) -> str:
             lines.append((row.peer, *times, *rates, *ratios, f"{row.error:.0e}"))
         head = ("peer", "wall ms: median", "min", "cpu ms: median", "min", "GFLOP/s")
         head += (f"% of {group[0].limit}", "x wall", "x cpu", "error")
-        blocks.append(_table(head, lines, "l" + "r" * 9))
+        blocks.append(table(head, lines, "l" + "r" * 9))
     return "\n\n".join(blocks)
 
 
@@ -60,7 +61,7 @@ def memory(rows: Sequence[Row]) -> str:
         for row in rows
         if row.memory_growth_bytes is not None
     ]
-    return _table(("forward + backward", "peer", "MB, outputs included"), lines, "llr")
+    return table(("forward + backward", "peer", "MB, outputs included"), lines, "llr")
 
 
 def limits(found: dict[str, dict[tuple[str, int], float]]) -> str:
@@ -68,7 +69,7 @@ def limits(found: dict[str, dict[tuple[str, int], float]]) -> str:
     columns = list(next(iter(found.values())))
     head = ("limit", *(f"{isa}, {threads} thread{'s' if threads > 1 else ''}" for isa, threads in columns))
     lines = [(TITLES[name], *(f"{rates[column] / 1e9:.1f}" for column in columns)) for name, rates in found.items()]
-    return _table(head, lines, "l" + "r" * len(columns))
+    return table(head, lines, "l" + "r" * len(columns))
 
 
 def changes(found: Sequence[Change]) -> str:
@@ -84,7 +85,7 @@ def changes(found: Sequence[Change]) -> str:
         )
         for change in found
     ]
-    return _table(("peer", "workload", "mode", "threads", "before, ms", "now, ms", "now / before"), lines, "lllrrrr")
+    return table(("peer", "workload", "mode", "threads", "before, ms", "now, ms", "now / before"), lines, "lllrrrr")
 
 
 def machine() -> str:
@@ -109,7 +110,7 @@ def versions(rows: Sequence[Row]) -> str:
     return ", ".join(dict.fromkeys(library for row in rows if row.version for library in row.version.split(", ")))
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]], alignment: str) -> str:
+def table(head: Sequence[str], lines: Sequence[Sequence[str]], alignment: str) -> str:
     if not lines:
         return "Nothing was measured."
     rule = ["---:" if side == "r" else "---" for side in alignment]

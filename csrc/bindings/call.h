@@ -27,7 +27,11 @@ struct Array {
 // Where the sequence and the heads are in the shape of q, k, v, out and their gradients.
 enum class Layout { kBSHD, kBHSD };
 
+// Where a call runs, and its arrays are. On a GPU the values of integer arrays cannot be read without waiting for it.
+enum class Place { kCpu, kGpu };
+
 struct Call {
+  Place place = Place::kCpu;
   Layout layout = Layout::kBSHD;
   Array q, k, v, bias, masks[kMaxMasks], query_lengths, key_lengths;
   int num_masks = 0;
@@ -37,6 +41,8 @@ struct Call {
   double dropout_rate = 0.0;
   bool has_seed = false;
   uint64_t dropout_seed = 0, dropout_offset = 0;
+  const uint64_t* dropout_words = nullptr;  // both, on a GPU
+  bool allow_tf32 = false;
 
   bool backward = false;  // the arrays below count only then
   Array out, lse, d_out, d_lse;
@@ -111,6 +117,8 @@ inline AttentionParams to_params(const Call& c) {
   if (c.bias.present) p.bias = score_view(c.bias);
   p.dropout_rate = c.dropout_rate;
   p.dropout_seed = c.dropout_seed, p.dropout_offset = c.dropout_offset;
+  p.dropout_words = c.dropout_words;
+  p.allow_tf32 = c.allow_tf32;
   return p;
 }
 

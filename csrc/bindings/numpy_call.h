@@ -23,6 +23,14 @@ template <class Exception>
 
 inline std::string to_string(const py::handle& object) { return py::cast<std::string>(py::str(object)); }
 
+inline DType dtype_named(const char* function, const char* argument, const std::string& type) {
+  for (DType known : {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16, DType::kBool}) {
+    if (type == text(known)) return known;
+  }
+  fail<py::type_error>(function,
+                       std::string(argument) + " must hold float32, float64, float16, bfloat16 or bool, got " + type);
+}
+
 // The keywords of one call, taken one by one; what is left at the end was not asked for.
 class Keywords {
  public:
@@ -147,14 +155,7 @@ class Arrays {
   static py::array copy(const py::array& a) { return a.attr("astype")(native_dtype(a), py::arg("order") = "C"); }
   static py::dtype native_dtype(const py::array& a) { return a.dtype().attr("newbyteorder")("="); }
 
-  DType dtype(const char* name, const py::array& a) const {
-    const std::string type = dtype_name(a);
-    for (DType known : {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16, DType::kBool}) {
-      if (type == text(known)) return known;
-    }
-    fail<py::type_error>(function_,
-                         std::string(name) + " must hold float32, float64, float16, bfloat16 or bool, got " + type);
-  }
+  DType dtype(const char* name, const py::array& a) const { return dtype_named(function_, name, dtype_name(a)); }
 
   py::array as_array(const char* name, const py::object& object) const {
     const py::array a = py::array::ensure(object);

@@ -17,13 +17,15 @@ enum class Element { kValue, kLength, kSeed };  // kLength: int32; kSeed: 64 bit
 
 class OpCall {
  public:
-  // `attributes` has integer(name), boolean(name) and string(name). Throws std::invalid_argument.
+  // `attributes` has integer(name), string(name), boolean(name) and boolean(name, absent). Throws
+  // std::invalid_argument.
   template <class Attributes>
-  OpCall(const Attributes& attributes, bool backward) {
-    if (!cpu::isa_usable(cpu::default_isa())) {
+  OpCall(const Attributes& attributes, Place place, bool backward) {
+    if (place == Place::kCpu && !cpu::isa_usable(cpu::default_isa())) {
       throw std::invalid_argument("the environment variable ATTN_OPS_ISA ('" + std::string(cpu::default_isa()) +
                                   "') must name an instruction set that is usable here");
     }
+    options_.place = place;
     options_.backward = backward;
     num_d_lse_ = backward ? count(attributes, "num_d_lse", 1) : 0;
     num_bias_ = count(attributes, "num_bias", 1);
@@ -39,6 +41,7 @@ class OpCall {
     options_.mask.window_left = attributes.integer("window_left");
     options_.mask.window_right = attributes.integer("window_right");
     options_.mask.bottom_right = attributes.boolean("bottom_right");
+    options_.allow_tf32 = attributes.boolean("allow_tf32", false);  // custom calls saved earlier do not have it
     const std::string layout = attributes.string("layout");
     if (layout != "BSHD" && layout != "BHSD") {
       throw std::invalid_argument("layout ('" + layout + "') must be 'BSHD' or 'BHSD'");
@@ -101,10 +104,14 @@ class OpCall {
     const int64_t two = 2;
     const std::string reason = same_shape_reason(seed, 1, &two, "(seed, offset)");
     if (!reason.empty()) throw std::invalid_argument(reason);
-    const int64_t* words = static_cast<const int64_t*>(seed.data);
+    const uint64_t* words = static_cast<const uint64_t*>(seed.data);
     call->has_seed = true;
-    call->dropout_seed = static_cast<uint64_t>(words[0]);
-    call->dropout_offset = static_cast<uint64_t>(words[1]);
+    if (call->place == Place::kGpu) {
+      call->dropout_words = words;
+    } else {
+      call->dropout_seed = words[0];
+      call->dropout_offset = words[1];
+    }
   }
 
   Call options_;  // each execution adds the arrays

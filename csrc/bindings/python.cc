@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda_library.h"
 #include "heap_workspace.h"
 #include "numpy_call.h"
 #include "probe.h"
@@ -218,10 +219,20 @@ double probe(const py::object& what, const py::kwargs& given) {
   return machine.compute_rate(kind->second);
 }
 
-std::map<std::string, py::capsule> xla_handlers() {
-  std::map<std::string, py::capsule> handlers;
+std::string cuda_unsupported_reason(const std::string& dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
+                                    int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t value_dim) {
+  AttentionParams p;
+  p.dtype = dtype_named("cuda_unsupported_reason", "dtype", dtype);
+  p.batch = batch, p.seqlen_q = seqlen_q, p.seqlen_k = seqlen_k;
+  p.num_heads = num_heads, p.num_kv_heads = num_kv_heads;
+  p.head_dim = head_dim, p.value_dim = value_dim;
+  return cuda_library().unsupported_reason(&p);
+}
+
+std::map<std::string, std::map<std::string, py::capsule>> xla_handlers() {
+  std::map<std::string, std::map<std::string, py::capsule>> handlers;
   for (const xla::Handler& handler : xla::kHandlers) {
-    handlers[handler.name] = py::capsule(reinterpret_cast<void*>(handler.run));
+    handlers[handler.platform][handler.name] = py::capsule(reinterpret_cast<void*>(handler.run));
   }
   return handlers;
 }
@@ -281,7 +292,14 @@ PYBIND11_MODULE(_core, m) {
   m.def("backward", backward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
         py::arg("d_out"), kBackward);
   m.def("xla_handlers", xla_handlers,
-        "The custom calls for XLA by name, as capsules for jax.ffi.register_ffi_target (platform 'cpu').");
+        "The custom calls for XLA by platform (\"Host\", \"CUDA\") and name, as capsules for "
+        "jax.ffi.register_ffi_target.");
+  m.def("cuda_unavailable_reason", cuda_unavailable_reason, py::arg("device"),
+        "Why the CUDA kernels cannot run on the device of this number; \"\" when they can.");
+  m.def("cuda_unsupported_reason", cuda_unsupported_reason, py::arg("dtype"), py::arg("batch"), py::arg("seqlen_q"),
+        py::arg("seqlen_k"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("value_dim"),
+        "Why the CUDA kernels do not take calls of these sizes; \"\" when they do. RuntimeError without the library.");
+  m.def("cuda_library_exists", cuda_library_exists, "Whether libattn_ops_cuda.so is there. Loads nothing.");
   m.def("probe", probe, py::arg("what"), kProbe);
 }
 

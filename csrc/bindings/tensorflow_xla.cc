@@ -24,6 +24,8 @@ void* find(const char* symbol) {
   return nullptr;
 }
 
+XLA_FFI_ByteSpan span(const char* text) { return {text, std::char_traits<char>::length(text)}; }
+
 // Why XLA does not know the custom calls; empty when it does.
 std::string register_handlers() {
   const char* disabled = std::getenv("ATTN_OPS_DISABLE_XLA_FFI");
@@ -44,12 +46,11 @@ std::string register_handlers() {
   const XLA_FFI_Api* api = get_api == nullptr ? nullptr : get_api();
   if (api == nullptr) return std::string("TensorFlow ") + version() + " has no XLA (no GetXlaFfiApi)";
 
-  const std::string platform = "Host";
   for (const Handler& handler : kHandlers) {
     XLA_FFI_Handler_Register_Args args{};
     args.struct_size = XLA_FFI_Handler_Register_Args_STRUCT_SIZE;
-    args.name = {handler.name, std::char_traits<char>::length(handler.name)};
-    args.platform = {platform.data(), platform.size()};
+    args.name = span(handler.name);
+    args.platform = span(handler.platform);
     args.bundle.execute = handler.run;
     XLA_FFI_Error* error = api->XLA_FFI_Handler_Register(&args);
     if (error == nullptr) continue;

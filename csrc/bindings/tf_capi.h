@@ -1,4 +1,5 @@
-// TensorFlow's C API behind owning types and exceptions. The entry points in tensorflow.cc catch what is thrown here.
+// TensorFlow's C API behind owning types and exceptions. The entry points in tensorflow.cc and tf_kernel.h catch what
+// is thrown here.
 #pragma once
 
 #include <cstdint>
@@ -48,6 +49,7 @@ class Attributes {
   TF_DataType type(const char* name) const { return read<TF_DataType>(name, TF_OpKernelConstruction_GetAttrType); }
   int64_t integer(const char* name) const { return read<int64_t>(name, TF_OpKernelConstruction_GetAttrInt64); }
   bool boolean(const char* name) const { return read<TF_Bool>(name, TF_OpKernelConstruction_GetAttrBool) != 0; }
+  bool boolean(const char* name, bool) const { return boolean(name); }  // absent ones have the operator's default
   std::string string(const char* name) const {
     Status status;
     int32_t list_size = 0, bytes = 0;
@@ -94,11 +96,12 @@ class Execution {
     return tensor;
   }
 
-  Tensor temporary(size_t bytes) const {
+  // On the device of the kernel, or in the memory of the host.
+  Tensor temporary(size_t bytes, bool on_host) const {
     Status status;
-    TF_AllocatorAttributes on_host{TF_ALLOCATOR_ATTRIBUTES_STRUCT_SIZE, 1};
+    TF_AllocatorAttributes memory{TF_ALLOCATOR_ATTRIBUTES_STRUCT_SIZE, on_host};
     const int64_t shape[1] = {static_cast<int64_t>(bytes)};
-    Tensor tensor(TF_AllocateTemp(context_, TF_UINT8, shape, 1, &on_host, status));
+    Tensor tensor(TF_AllocateTemp(context_, TF_UINT8, shape, 1, &memory, status));
     status.check();
     return tensor;
   }

@@ -127,10 +127,12 @@ inline std::string options_reason(const Call& c) {
   return "";
 }
 
-inline std::string lengths_array_reason(const Array& a, const Sizes& n, const char* limit_name, int64_t limit) {
+// Lengths that cannot be read here are clamped by the kernels.
+inline std::string lengths_array_reason(Place place, const Array& a, const Sizes& n, const char* limit_name,
+                                        int64_t limit) {
   if (!a.present) return "";
   std::string reason = same_shape_reason(a, 1, &n.batch, "[batch]");
-  if (reason.empty()) {
+  if (reason.empty() && place == Place::kCpu) {
     reason = lengths_reason(a.name, static_cast<const int32_t*>(a.data), n.batch, limit_name, limit);
   }
   return reason;
@@ -191,8 +193,8 @@ inline std::string invalid_reason(const Call& c) {
   check([&] { return size_reason("scores", {n.batch, n.num_heads, n.seqlen_q, n.seqlen_k}, 1); });
   if (c.bias.present) check([&] { return score_shaped_reason(c.bias, n); });
   for (int i = 0; i < c.num_masks; ++i) check([&] { return score_shaped_reason(c.masks[i], n); });
-  check([&] { return lengths_array_reason(c.query_lengths, n, "seqlen_q", n.seqlen_q); });
-  check([&] { return lengths_array_reason(c.key_lengths, n, "seqlen_k", n.seqlen_k); });
+  check([&] { return lengths_array_reason(c.place, c.query_lengths, n, "seqlen_q", n.seqlen_q); });
+  check([&] { return lengths_array_reason(c.place, c.key_lengths, n, "seqlen_k", n.seqlen_k); });
   check([&] { return options_reason(c); });
   if (c.dropout_rate > 0 && !c.has_seed) check([] { return std::string("dropout_rate > 0 needs a seed"); });
   if (c.backward) check([&] { return backward_reason(c, n); });

@@ -6,14 +6,15 @@
 namespace attn_ops::xla {
 
 struct Handler {
-  const char* name;  // the target of the custom call
+  const char* platform;  // "Host" (JAX: "cpu") or "CUDA". The latter says at its calls when there is no library
+  const char* name;      // the target of the custom call
   XLA_FFI_Handler* run;
 };
 
-// For the platform "Host" (JAX: "cpu"). Operands and attributes are those of AttnOps>Forward and AttnOps>Backward in
-// their order, except that there is no gradient of the bias when d_bias is false, and that the seed may be four words of
-// 32 bits (JAX has no others by default). Arrays are contiguous.
-inline constexpr int kNumHandlers = 2;
+// Operands and attributes are those of AttnOps>Forward and AttnOps>Backward in their order, except that there is no
+// gradient of the bias when d_bias is false, and that the seed may be four words of 32 bits (JAX has no others by
+// default). Arrays are contiguous.
+inline constexpr int kNumHandlers = 4;
 extern const Handler kHandlers[kNumHandlers];
 
 }  // namespace attn_ops::xla

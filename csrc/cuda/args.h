@@ -1,0 +1,54 @@
+// The one parameter of each kernel: the call, and what dispatch.cc has worked out about it.
+#pragma once
+
+#include "../attention.h"
+
+namespace attn_ops {
+namespace cuda {
+
+// x / divisor by a multiplication, for 0 <= x < 2^31: the rows of a key/value head are divided by the group size often.
+struct Divisor {
+  uint32_t divisor = 1, multiplier = 0;
+  int32_t shift = 0;
+};
+
+// Which arrays can be moved 16 bytes at a time: dense, aligned rows.
+struct Aligned {
+  bool q = false, k = false, v = false, out = false, d_out = false, dq = false, dk = false, dv = false;
+};
+
+// All query heads that share a key/value head form one list of rows, position-major: row r is position r / group of
+// head r % group, as on the CPU.
+struct Rows {
+  Divisor group;
+  int32_t count = 0;  // seqlen_q * group_size
+  int32_t tiles = 0;  // of the kernel's rows (or, where keys stay, of its keys)
+};
+
+struct ForwardArgs {
+  AttentionParams p;
+  Rows rows;
+  Aligned aligned;
+};
+
+// Blocks are cut along the keys as well; the last of those of a tile puts the parts together.
+struct DecodeArgs {
+  AttentionParams p;
+  Rows rows;
+  Aligned aligned;
+  int32_t splits = 1;
+  float* partial_out = nullptr;  // [batch, num_kv_heads, tiles, splits, kDecodeRows, value_dim]
+  float* partial_stats = nullptr;  // [batch, num_kv_heads, tiles, splits, kDecodeRows, 2]: maximum (base 2), sum
+  uint64_t* tickets = nullptr;  // [batch, num_kv_heads, tiles]: launch << 16 | parts done. Not initialised
+  uint64_t launch = 0;  // 48 bits that no other launch has
+};
+
+struct BackwardArgs {
+  BackwardParams b;
+  Rows rows;
+  Aligned aligned;
+  float* delta = nullptr;  // [batch, num_heads, seqlen_q]: rowsum(d_out * out) - d_lse
+};
+
+}  // namespace cuda
+}  // namespace attn_ops

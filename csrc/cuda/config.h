@@ -1,0 +1,92 @@
+// Which kernels there are, and the shape of their tiles: read by the kernels (kernels.cu), which are made from it, and
+// by dispatch.cc, which launches them by name.
+#pragma once
+
+#include "../attention.h"
+
+namespace attn_ops {
+namespace cuda {
+
+// How numbers are multiplied. kFloat32 takes three TF32 products for one (3xTF32), kTf32 takes one.
+enum class Math : int32_t { kFloat16, kBFloat16, kFloat32, kTf32 };
+constexpr int kNumMaths = 4;
+constexpr const char* kMathNames[kNumMaths] = {"f16", "bf16", "f32", "tf32"};
+
+// Head dimensions are padded to one of these. (The larger of head_dim and value_dim counts.)
+constexpr int kNumDims = 5;
+constexpr int kDims[kNumDims] = {64, 96, 128, 192, 256};
+constexpr int kLargestDim = 256;
+
+constexpr int element_bytes(Math m) { return m == Math::kFloat16 || m == Math::kBFloat16 ? 2 : 4; }
+
+// What every card from Ampere on can lend one block (sm_86, sm_89 and sm_120 have the least).
+constexpr int kLargestSharedBytes = 99 * 1024;
+
+// A block of `warps` warps keeps `rows` rows in shared memory and streams the other side past them, `columns` at a
+// time.
+struct Tile {
+  int rows, columns, warps;
+  constexpr int threads() const { return 32 * warps; }
+};
+
+// Forward: query rows stay, keys and values pass. A warp with 32 rows reads each key and value half as often as one
+// with 16, but has registers for it only where there are no masks, biases and dropout to think of (`plain`).
+constexpr Tile forward_tile(Math m, int dim, bool plain) {
+  if (element_bytes(m) == 4) return dim <= 96 ? Tile{64, 64, 4} : dim <= 192 ? Tile{64, 32, 4} : Tile{64, 16, 4};
+  if (dim > 192) return {64, plain ? 64 : 32, 4};
+  if (!plain) return {64, 64, 4};
+  return dim <= 96 ? Tile{128, 64, 4} : dim <= 128 ? Tile{128, 32, 4} : Tile{128, 64, 8};
+}
+constexpr int forward_shared_bytes(Math m, int dim, bool plain) {
+  const Tile t = forward_tile(m, dim, plain);
+  return (t.rows + 2 * t.columns) * dim * element_bytes(m) + 64;
+}
+
+// Kernels that have no TF32 mode of their own are exact: decode, the gradient of a bias, and the backward of large
+// heads, where registers are few.
+constexpr Math exact(Math m) { return m == Math::kTf32 ? Math::kFloat32 : m; }
+constexpr Math backward_math(Math m, int dim) { return dim <= 128 ? m : exact(m); }
+
+// Backward: queries and the gradient of the output stay and keys and values pass (dq), or the reverse (dk, dv).
+constexpr Tile backward_tile(Math m, int dim, bool plain) {
+  if (element_bytes(m) == 2) return plain && dim <= 64 ? Tile{128, 32, 4} : Tile{64, 32, 4};
+  return dim <= 128 ? Tile{64, 32, 4} : Tile{32, 16, 2};
+}
+constexpr int backward_tiles_bytes(Math m, int dim, bool plain, int stages) {
+  const Tile t = backward_tile(m, dim, plain);
+  return 2 * (t.rows + stages * t.columns) * dim * element_bytes(m);
+}
+// What passes is fetched one tile ahead, unless so much memory would leave no room for a second block beside this one.
+constexpr int backward_stages(Math m, int dim, bool plain) {
+  return backward_tiles_bytes(m, dim, plain, 2) <= kLargestSharedBytes * 3 / 4 ? 2 : 1;
+}
+constexpr int kBackwardStatisticsBytes = 2 * 64 * 20;  // of the rows that pass, for two stages
+constexpr int backward_shared_bytes(Math m, int dim, bool plain) {
+  return backward_tiles_bytes(m, dim, plain, backward_stages(m, dim, plain)) + kBackwardStatisticsBytes;
+}
+// Two gradients of this many columns do not fit the registers: dk and dv are then made by blocks of their own.
+constexpr bool splits_dk_dv(Math m, int dim) { return dim > (element_bytes(m) == 2 ? 128 : 96); }
+
+// Decode: few query rows; each warp streams its own keys and values through a ring of tiles.
+constexpr int kDecodeRows = 16;
+constexpr int kDecodeWarps = 4;
+constexpr int kMostDecodeRows = 64;  // of a key/value head: more are the forward's (library.h can set another)
+constexpr int decode_keys(Math m) { return element_bytes(m) == 2 ? 16 : 8; }  // of one tile of one warp
+constexpr int decode_tile_bytes(int dim) { return 32 * dim; }
+constexpr int decode_query_bytes(Math m, int dim) { return kDecodeRows * dim * element_bytes(m); }
+constexpr int kDecodeStatisticsBytes = 1024;  // a maximum and a sum for each warp's rows, and its flags
+constexpr int decode_ring(Math m, int dim) {
+  const int room = kLargestSharedBytes - decode_query_bytes(m, dim) - kDecodeStatisticsBytes;
+  const int fit = room / (kDecodeWarps * decode_tile_bytes(dim));
+  return fit < 8 ? fit : 8;
+}
+constexpr int decode_shared_bytes(Math m, int dim) {
+  return kDecodeWarps * decode_tile_bytes(dim) * decode_ring(m, dim) + decode_query_bytes(m, dim) +
+         kDecodeStatisticsBytes;
+}
+
+// Rows of the gradient of the output per block of the kernel that prepares the backward.
+constexpr int kDeltaWarps = 8;
+
+}  // namespace cuda
+}  // namespace attn_ops

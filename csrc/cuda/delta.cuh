@@ -1,0 +1,49 @@
+// delta = rowsum(d_out * out) - d_lse, one warp for each row of each head.
+#pragma once
+
+#include "args.h"
+#include "math.cuh"
+
+namespace attn_ops {
+namespace cuda {
+
+template <class M>
+ATTN_DEVICE void row_delta(const BackwardArgs& args) {
+  using Element = typename M::Element;
+  constexpr int kPerChunk = 16 / sizeof(Element);
+  const BackwardParams& b = args.b;
+  const AttentionParams& p = b.forward;
+  const int64_t index = block_index() * kDeltaWarps + warp_index();
+  if (index >= p.batch * p.num_heads * p.seqlen_q) return;
+  // Neighbouring warps take the heads of one position, which lie side by side in BSHD.
+  const int64_t head = index % p.num_heads, position = index / p.num_heads % p.seqlen_q;
+  const int64_t batch = index / p.num_heads / p.seqlen_q;
+  const auto row = [=](const StridedView& view) {
+    return static_cast<const Element*>(view.data) + batch * view.stride[0] + position * view.stride[1] +
+           head * view.stride[2];
+  };
+  const Element *out = row(p.out), *d_out = row(b.d_out);
+  const int dim = static_cast<int>(p.value_dim);
+  float sum = 0.0f;
+  int d = lane_index();
+  if (args.aligned.out && args.aligned.d_out) {
+    for (d *= kPerChunk; d + kPerChunk <= dim; d += 32 * kPerChunk) {
+      const Bytes16 x = *reinterpret_cast<const Bytes16*>(out + d), y = *reinterpret_cast<const Bytes16*>(d_out + d);
+#pragma unroll
+      for (int i = 0; i < kPerChunk; ++i) {
+        sum +=
+            M::to_float(reinterpret_cast<const Element*>(&x)[i]) * M::to_float(reinterpret_cast<const Element*>(&y)[i]);
+      }
+    }
+    d = dim / kPerChunk * kPerChunk + lane_index();
+  }
+  for (; d < dim; d += 32) sum += M::to_float(out[d * p.out.stride[3]]) * M::to_float(d_out[d * b.d_out.stride[3]]);
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  if (lane_index() != 0) return;
+  const int64_t statistic = (batch * p.num_heads + head) * p.seqlen_q + position;
+  args.delta[statistic] = sum - (b.d_lse == nullptr ? 0.0f : static_cast<const float*>(b.d_lse)[statistic]);
+}
+
+}  // namespace cuda
+}  // namespace attn_ops

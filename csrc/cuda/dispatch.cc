@@ -1,0 +1,204 @@
+// The library's interface (library.h): what the kernels do not take, and the launches a call becomes.
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+
+#include "library.h"
+#include "plan.h"
+
+namespace attn_ops {
+namespace cuda {
+namespace {
+
+// A text that is valid until the thread's next call.
+const char* keep(const std::string& text) {
+  thread_local std::string kept;
+  kept = text;
+  return kept.c_str();
+}
+
+std::string number(int64_t x) { return std::to_string(x); }
+
+std::string unsupported_reason(const AttentionParams& p) {
+  if (p.dtype != DType::kFloat32 && p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) {
+    return "the CUDA kernels take float32, float16 and bfloat16, not float64";
+  }
+  if (dim_of(p) == 0) {
+    return "the CUDA kernels take a head_dim (" + number(p.head_dim) + ") and value_dim (" + number(p.value_dim) +
+           ") up to " + number(kLargestDim);
+  }
+  constexpr int64_t kMost = INT32_MAX - 4096;
+  if (num_rows(p) > kMost || p.seqlen_k > kMost) {
+    return "the CUDA kernels take up to " + number(kMost) + " query rows (" + number(num_rows(p)) + ") and keys (" +
+           number(p.seqlen_k) + ") of a head";
+  }
+  const double blocks = static_cast<double>(p.batch) * p.num_kv_heads *
+                        std::max(ceil_div(num_rows(p), kDecodeRows), 2 * ceil_div(p.seqlen_k, 32));
+  if (blocks > INT32_MAX) {
+    return "batch (" + number(p.batch) + ") and num_kv_heads (" + number(p.num_kv_heads) +
+           ") are too large for one launch";
+  }
+  return "";
+}
+
+// The current device, for calls that the kernels take.
+int prepare(const AttentionParams& p, const Device** device) {
+  const std::string reason = unsupported_reason(p);
+  if (!reason.empty()) return fail(kUnsupported, "%s", reason.c_str());
+  if (p.dropout_rate > 0 && p.dropout_words == nullptr) {
+    return fail(kUnsupported, "the CUDA kernels read the seed of dropout from device memory: dropout_words is null");
+  }
+  *device = find_device(-1);
+  return *device == nullptr ? kNoDevice : 0;
+}
+
+int check(const Workspace& workspace, size_t needed) {
+  const bool aligned = workspace.data != nullptr && reinterpret_cast<uintptr_t>(workspace.data) % 16 == 0;
+  if (needed == 0 || (aligned && workspace.bytes >= needed)) return 0;
+  return fail(kWorkspace, "%zu bytes of workspace, 16-byte aligned, are needed; %zu were lent at %p", needed,
+              workspace.bytes, workspace.data);
+}
+
+// 48 bits that no other launch of this process has, and none of another by more than chance.
+uint64_t next_launch() {
+  static std::atomic<uint64_t>* counter = [] {
+    std::random_device random;
+    return new std::atomic<uint64_t>(static_cast<uint64_t>(random()) << 20 ^ random());
+  }();
+  const uint64_t launch = counter->fetch_add(1) & 0xffffffffffffu;
+  return launch != 0 ? launch : next_launch();  // 0 is what a finished ticket holds
+}
+
+int launch_decode(const AttentionParams& p, const Device& device, void* stream, Workspace workspace) {
+  const DecodePlan plan(p, device);
+  if (const int code = check(workspace, plan.workspace_bytes())) return code;
+  const Math math = exact(math_of(p));
+  const int dim = dim_of(p);
+  DecodeArgs args;
+  args.p = p;
+  args.rows = rows_of(p, plan.tiles_per_head);
+  args.aligned = aligned_of(p);
+  args.splits = plan.splits;
+  if (plan.splits > 1) {
+    char* memory = static_cast<char*>(workspace.data);
+    args.partial_out = reinterpret_cast<float*>(memory);
+    args.partial_stats = reinterpret_cast<float*>(memory + plan.partial_out_bytes);
+    args.tickets = reinterpret_cast<uint64_t*>(memory + plan.partial_out_bytes + plan.partial_stats_bytes);
+    args.launch = next_launch();
+  }
+  return launch(device, {Role::kDecode, math, dim, false}, plan.tiles * plan.splits, 32 * kDecodeWarps,
+                decode_shared_bytes(math, dim), stream, &args);
+}
+
+int launch_forward(const AttentionParams& p, const Device& device, void* stream) {
+  const Math math = math_of(p);
+  const int dim = dim_of(p);
+  const bool plain = is_plain(p);
+  const Tile tile = forward_tile(math, dim, plain);
+  const int64_t tiles = ceil_div(num_rows(p), tile.rows);
+  ForwardArgs args;
+  args.p = p;
+  args.rows = rows_of(p, tiles);
+  args.aligned = aligned_of(p);
+  return launch(device, {Role::kForward, math, dim, plain}, p.batch * p.num_kv_heads * tiles, tile.threads(),
+                forward_shared_bytes(math, dim, plain), stream, &args);
+}
+
+size_t delta_bytes(const AttentionParams& p) {
+  return static_cast<size_t>(p.batch) * p.num_heads * p.seqlen_q * sizeof(float);
+}
+
+int launch_backward(const BackwardParams& b, const Device& device, void* stream, Workspace workspace) {
+  const AttentionParams& p = b.forward;
+  if (const int code = check(workspace, delta_bytes(p))) return code;
+  const int dim = dim_of(p);
+  const Math math = backward_math(math_of(p), dim);
+  const bool plain = is_plain(p);
+  const int64_t heads = p.batch * p.num_kv_heads;
+  BackwardArgs args;
+  args.b = b;
+  args.aligned = aligned_of(b);
+  args.delta = static_cast<float*>(workspace.data);
+
+  int code = launch(device, {Role::kDelta, exact(math), dim, false},
+                    ceil_div(p.batch * p.num_heads * p.seqlen_q, kDeltaWarps), 32 * kDeltaWarps, 0, stream, &args);
+  if (code != 0) return code;
+
+  const Tile tile = backward_tile(math, dim, plain);
+  const int shared = backward_shared_bytes(math, dim, plain);
+  const int64_t row_tiles = ceil_div(num_rows(p), tile.rows), key_tiles = ceil_div(p.seqlen_k, tile.rows);
+  args.rows = rows_of(p, row_tiles);
+  code = launch(device, {Role::kQueryGradient, math, dim, plain}, heads * row_tiles, tile.threads(), shared, stream,
+                &args);
+  if (code != 0) return code;
+  args.rows = rows_of(p, key_tiles);
+  code = launch(device, {Role::kKeyGradients, math, dim, plain}, heads * key_tiles * (splits_dk_dv(math, dim) ? 2 : 1),
+                tile.threads(), shared, stream, &args);
+  if (code != 0 || b.d_bias == nullptr) return code;
+
+  const Math bias_math = exact(math);
+  const Tile bias_tile = backward_tile(bias_math, dim, false);
+  const int64_t* shape = b.d_bias_shape;
+  const int64_t owners = shape[0] * shape[1] * (shape[2] == 1 ? 1 : ceil_div(shape[2], bias_tile.rows)) *
+                         (shape[3] == 1 ? 1 : ceil_div(shape[3], bias_tile.columns));
+  return launch(device, {Role::kBiasGradient, bias_math, dim, false}, owners, bias_tile.threads(),
+                backward_shared_bytes(bias_math, dim, false), stream, &args);
+}
+
+std::atomic<int64_t> most_decode_rows{kMostDecodeRows};
+
+bool is_decode(const AttentionParams& p) { return num_rows(p) <= most_decode_rows.load(std::memory_order_relaxed); }
+
+bool is_empty(const AttentionParams& p) { return p.batch == 0 || p.num_heads == 0; }
+
+}  // namespace
+}  // namespace cuda
+}  // namespace attn_ops
+
+using namespace attn_ops;
+
+#define ATTN_OPS_EXPORT extern "C" __attribute__((visibility("default")))
+
+ATTN_OPS_EXPORT uint64_t attn_ops_cuda_abi() {
+  return static_cast<uint64_t>(sizeof(AttentionParams)) << 32 | sizeof(BackwardParams);
+}
+
+ATTN_OPS_EXPORT const char* attn_ops_cuda_unavailable_reason(int device) {
+  const cuda::Device* found = cuda::find_device(device);
+  return found != nullptr && cuda::load_kernels(*found) == 0 ? "" : cuda::error_text();
+}
+
+ATTN_OPS_EXPORT const char* attn_ops_cuda_unsupported_reason(const AttentionParams* p) {
+  return cuda::keep(cuda::unsupported_reason(*p));
+}
+
+ATTN_OPS_EXPORT size_t attn_ops_cuda_forward_workspace_bytes(const AttentionParams* p) {
+  if (cuda::is_empty(*p) || !cuda::unsupported_reason(*p).empty() || !cuda::is_decode(*p)) return 0;
+  const cuda::Device* device = cuda::find_device(-1);
+  return device == nullptr ? 0 : cuda::DecodePlan(*p, *device).workspace_bytes();
+}
+
+ATTN_OPS_EXPORT size_t attn_ops_cuda_backward_workspace_bytes(const BackwardParams* b) {
+  return cuda::delta_bytes(b->forward);
+}
+
+ATTN_OPS_EXPORT int attn_ops_cuda_forward(const AttentionParams* p, void* stream, Workspace workspace) {
+  if (cuda::is_empty(*p) || p->seqlen_q == 0) return 0;
+  const cuda::Device* device = nullptr;
+  if (const int code = cuda::prepare(*p, &device)) return code;
+  return cuda::is_decode(*p) ? cuda::launch_decode(*p, *device, stream, workspace)
+                             : cuda::launch_forward(*p, *device, stream);
+}
+
+// Even of nothing at all, a bias may have a gradient: zeros.
+ATTN_OPS_EXPORT int attn_ops_cuda_backward(const BackwardParams* b, void* stream, Workspace workspace) {
+  const cuda::Device* device = nullptr;
+  if (const int code = cuda::prepare(b->forward, &device)) return code;
+  return cuda::launch_backward(*b, *device, stream, workspace);
+}
+
+ATTN_OPS_EXPORT const char* attn_ops_cuda_error_text() { return cuda::error_text(); }
+
+ATTN_OPS_EXPORT void attn_ops_cuda_set_most_decode_rows(int64_t rows) { cuda::most_decode_rows = rows; }

@@ -1,0 +1,37 @@
+// The CUDA driver, found when it is first needed: nothing of CUDA is linked, so the library loads everywhere.
+// Thread-safe, and without exceptions; once a kernel is known, a launch takes no lock and no memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernel_names.h"
+
+namespace attn_ops {
+namespace cuda {
+
+struct Device {
+  int ordinal = 0, major = 0, minor = 0;
+  int multiprocessors = 0, shared_bytes = 0;  // shared_bytes: of one multiprocessor
+  int image = -1;  // images.h
+};
+
+// Codes of our own, beside the driver's CUresult (which are positive).
+enum Error : int { kNoDevice = -1, kUnsupported = -2, kWorkspace = -3 };
+
+// Device number `ordinal`, or with -1 that of the thread's current context. Null when it cannot be had, or has none of
+// our kernels: the reason is then in error_text().
+const Device* find_device(int ordinal);
+
+// Loads the kernels for this device, which only the driver knows whether it can. 0 or an error code.
+int load_kernels(const Device&);
+
+// Launches `blocks` of `threads` of the kernel; `args` is its one parameter. 0 or an error code.
+int launch(const Device&, const KernelName&, int64_t blocks, int threads, int shared_bytes, void* stream, void* args);
+
+// The last error of this thread, for people.
+int fail(int code, const char* format, ...) __attribute__((format(printf, 2, 3)));
+const char* error_text();
+
+}  // namespace cuda
+}  // namespace attn_ops

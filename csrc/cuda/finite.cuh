@@ -1,0 +1,108 @@
+// What is hidden must not leak: where a row's probability is 0 because a key is hidden, 0 * inf or 0 * NaN of that
+// key's value would be NaN. Tiles that are seen in part are therefore searched for rows with such numbers; those (there
+// are hardly ever any) leave the matrix product as zeros and are added one by one, for whoever sees them.
+#pragma once
+
+#include "rows.cuh"
+#include "scores.cuh"
+#include "tile.cuh"
+
+namespace attn_ops {
+namespace cuda {
+
+// A row of a tile with a number that is not finite; one byte each, in shared memory.
+using Flags = uint8_t*;
+
+template <class Element>
+ATTN_DEVICE bool chunk_is_finite(const Bytes16& chunk, uint32_t infinity) {
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(Element) == 2) {
+      finite &= (chunk.word[i] & infinity) != infinity && (chunk.word[i] >> 16 & infinity) != infinity;
+    } else {
+      finite &= (chunk.word[i] & infinity) != infinity;
+    }
+  }
+  return finite;
+}
+
+// The exponent bits, all ones in infinities and NaN.
+template <class M>
+ATTN_DEVICE constexpr uint32_t infinity_bits() {
+  return M::kMath == Math::kFloat16 ? 0x7c00u : M::kMath == Math::kBFloat16 ? 0x7f80u : 0x7f800000u;
+}
+
+// Whether the tile has rows with numbers that are not finite; then flags them and makes them zero. All of `Who`
+// must call it, when the tile has arrived; it is ready for use afterwards.
+template <class M, int kDim, int kRows, int kThreads, class Who = WholeBlock>
+ATTN_DEVICE bool take_out_nonfinite(const SharedTile<M, kDim>& tile, Flags flags) {
+  using T = SharedTile<M, kDim>;
+  using Element = typename M::Element;
+  const auto is_finite = [&tile](int i) {
+    const auto* chunk = reinterpret_cast<const Bytes16*>(tile.data + 16 * i);
+    return chunk_is_finite<Element>(*chunk, infinity_bits<M>());
+  };
+  bool found = false;
+#pragma unroll 1
+  for (int i = Who::thread(); i < kRows * T::kChunks; i += kThreads) found |= !is_finite(i);
+  if (!Who::sync_or(found)) return false;
+
+  for (int r = Who::thread(); r < kRows; r += kThreads) flags[r] = 0;
+  Who::sync();
+#pragma unroll 1
+  for (int i = Who::thread(); i < kRows * T::kChunks; i += kThreads) {
+    if (!is_finite(i)) flags[i / T::kChunks] = 1;  // the chunks of a row lie within the row, in whatever order
+  }
+  Who::sync();
+#pragma unroll 1
+  for (int i = Who::thread(); i < kRows * T::kChunks; i += kThreads) {
+    if (flags[i / T::kChunks]) *reinterpret_cast<Bytes16*>(tile.data + 16 * i) = Bytes16{{0, 0, 0, 0}};
+  }
+  Who::sync();
+  return true;
+}
+
+//   d[i][c] += p[i][j] row_j[c]     for the flagged j, where p[i][j] is not hidden
+template <class M, int kDim, int kM, int kN, class Rows>
+ATTN_DEVICE void add_nonfinite(Results<kM, kDim / 8>& d, const Results<kM, kN>& p, Flags flags, const Rows& rows,
+                               int dim) {
+  const int t = lane_index() & 3;
+#pragma unroll 1
+  for (int j = 0; j < 8 * kN; ++j) {
+    if (!flags[j]) continue;
+    const typename M::Element* row = rows.row(j);
+    const int owner = (lane_index() & ~3) | (j & 7) >> 1;
+    float weight[kM][2];
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float own = 0.0f;
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) replace_if_equal(own, p[m][n][2 * half + i], (j >> 3) * 2 + (j & 1), 2 * n + i);
+        weight[m][half] = shuffle(own, owner);
+      }
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        // Else the compiler keeps the addresses of all columns for the next j, in registers that this code is not
+        // worth.
+        const int column = recomputed(8 * n + 2 * t + i);
+        if (column >= dim) continue;
+        const float value = M::to_float(row[column * rows.dim_stride]);
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            if (!is_hidden(weight[m][half])) d[m][n][2 * half + i] += weight[m][half] * value;
+          }
+      }
+  }
+}
+
+}  // namespace cuda
+}  // namespace attn_ops

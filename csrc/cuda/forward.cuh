@@ -1,0 +1,215 @@
+// Forward: a block keeps a tile of query rows, and all their keys and values pass.
+//
+//   s = scale q k^T + bias      m' = max(m, s)     p = 2^(s - m')     l = 2^(m - m') l + sum p     o = 2^(m - m') o + p v
+//   out = o / l                 lse = ln 2 (m + log2 l)                              (s and m in base 2, as in cpu/)
+//
+// Each warp owns 16 or 32 rows from the scores to the output, so the statistics of a row never leave a quad of lanes.
+// The values of a tile are fetched while its scores are computed, the next keys while its values are used.
+#pragma once
+
+#include "finite.cuh"
+
+namespace attn_ops {
+namespace cuda {
+
+// The running softmax of a warp's rows: maximum (base 2) and this lane's part of the sum.
+template <int kM>
+struct RowStatistics {
+  float maximum[kM][2], sum[kM][2];
+
+  ATTN_DEVICE RowStatistics() {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) maximum[m][half] = minus_infinity(), sum[m][half] = 0.0f;
+  }
+
+  // Takes the largest new score of a row as the lane sees it; returns what everything so far must be multiplied by.
+  ATTN_DEVICE float raise(int m, int half, float largest) {
+    largest = fmaxf(largest, shuffle_xor(largest, 1));
+    largest = fmaxf(largest, shuffle_xor(largest, 2));
+    const float before = maximum[m][half], now = fmaxf(before, largest);
+    maximum[m][half] = now;
+    const float factor = before == now ? 1.0f : exp2_fast(before - now);
+    sum[m][half] *= factor;
+    return factor;
+  }
+  // What is subtracted from scores: of a row that has seen nothing, 0.
+  ATTN_DEVICE float subtrahend(int m, int half) const {
+    return bits_of(maximum[m][half]) == 0xff800000u ? 0.0f : maximum[m][half];
+  }
+  ATTN_DEVICE void finish() {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sum[m][half] += shuffle_xor(sum[m][half], 1);
+        sum[m][half] += shuffle_xor(sum[m][half], 2);
+      }
+  }
+  ATTN_DEVICE static float lse(float maximum, float sum) {
+    return sum == 0.0f ? minus_infinity() : maximum * kLn2 + log_of(sum);
+  }
+};
+
+template <int kM, int kN>
+ATTN_DEVICE void scale_row(Results<kM, kN>& d, int m, int half, float factor) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    d[m][n][2 * half] *= factor;
+    d[m][n][2 * half + 1] *= factor;
+  }
+}
+
+// Scores in, probabilities out, where every row sees every key and scale > 0: the fast case.
+template <int kM, int kN, int kO>
+ATTN_DEVICE void softmax_of_all(Results<kM, kN>& s, RowStatistics<kM>& rows, Results<kM, kO>& o, float scale) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float largest = s[m][0][2 * half];
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        largest = fmaxf(largest, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+      }
+      // Multiplied apart, the largest score becomes exactly the maximum; fused, one of 10^9 would be off by 2^6.
+      scale_row<kM, kO>(o, m, half, rows.raise(m, half, product(largest, scale)));
+      const float maximum = rows.subtrahend(m, half);
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          s[m][n][i] = exp2_fast(product(s[m][n][i], scale) - maximum);
+          rows.sum[m][half] += s[m][n][i];
+        }
+    }
+}
+
+// The same where keys may be hidden, by whatever.
+template <class M, bool kPlain, int kM, int kN, int kO>
+ATTN_DEVICE void softmax_of_some(Results<kM, kN>& s, RowStatistics<kM>& rows, Results<kM, kO>& o, const Head& head,
+                                 int first_row, int first_key) {
+  const int g = lane_index() >> 2, t = lane_index() & 3;
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = recomputed(first_row + 16 * m + 8 * half + g);
+      const Interval seen = head.seen(row);
+      const int position = head.position(row), query_head = head.head(row, position);
+      const auto key = [=](int i) { return first_key + 8 * (i >> 1) + 2 * t + (i & 1); };
+      float x[2 * kN];
+#pragma unroll
+      for (int i = 0; i < 2 * kN; ++i) x[i] = s[m][i >> 1][2 * half + (i & 1)];
+      hide_or_scale<M, kPlain>(x, head.p, head.batch, query_head, position, seen, key);
+      float largest = x[0];
+#pragma unroll
+      for (int i = 1; i < 2 * kN; ++i) largest = fmaxf(largest, x[i]);
+      scale_row<kM, kO>(o, m, half, rows.raise(m, half, largest));
+      const float maximum = rows.subtrahend(m, half);
+#pragma unroll
+      for (int i = 0; i < 2 * kN; ++i) {
+        x[i] = probability(x[i], maximum);
+        rows.sum[m][half] += x[i];
+      }
+      if (!kPlain && head.p.dropout_rate > 0) {
+        const Dropout dropout(head.p, head.batch);
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+          const uint32_t keep = dropout.keep(key(2 * n) >> 2, position, query_head) >> 2 * (t & 1);
+          if (!(keep & 1)) x[2 * n] = is_hidden(x[2 * n]) ? x[2 * n] : 0.0f;
+          if (!(keep & 2)) x[2 * n + 1] = is_hidden(x[2 * n + 1]) ? x[2 * n + 1] : 0.0f;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * kN; ++i) s[m][i >> 1][2 * half + (i & 1)] = x[i];
+    }
+}
+
+template <class M, int kDim, bool kPlain>
+ATTN_DEVICE void forward(const ForwardArgs& args) {
+  using Element = typename M::Element;
+  using T = SharedTile<M, kDim>;
+  constexpr Tile shape = forward_tile(M::kMath, kDim, kPlain);
+  constexpr int kRows = shape.rows, kKeys = shape.columns, kThreads = shape.threads();
+  constexpr int kM = kRows / 16 / shape.warps, kN = kKeys / 8;
+  char* memory = shared_memory();
+  const T q{memory}, k{q.data + kRows * T::kRowBytes}, v{k.data + kKeys * T::kRowBytes};
+  const Flags flags = reinterpret_cast<Flags>(v.data + kKeys * T::kRowBytes);
+
+  const AttentionParams& p = args.p;
+  const Head head(p, args.rows, block_index() / args.rows.tiles);
+  // Under a causal mask the last rows see the most: they begin first.
+  const int tile = args.rows.tiles - 1 - static_cast<int>(block_index() % args.rows.tiles);
+  const RowBlock block(head, tile * kRows, kRows);
+  const int own_row = warp_index() * 16 * kM, first_row = block.first + own_row;
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  const float scale = static_cast<float>(p.scale * kLog2EDouble);
+  const auto keys = [&](int first) { return KeyRows<const Element>(p.k, head, first, head.length_k, args.aligned.k); };
+  const auto values = [&](int first) {
+    return KeyRows<const Element>(p.v, head, first, head.length_k, args.aligned.v);
+  };
+
+  Results<kM, kDim / 8> o;
+  clear<kM, kDim / 8>(o);
+  RowStatistics<kM> rows;
+  int key = round_down(block.any.begin, kKeys);
+  if (key < block.any.end) {
+    // Queries that see nothing are not read.
+    const QueryRows<const Element> queries(p.q, head, block.first, head.rows_in_length(), args.aligned.q);
+    load_tile<M, kDim, kRows, kThreads>(q, queries, head_dim);
+    load_tile<M, kDim, kKeys, kThreads>(k, keys(key), head_dim);
+    copy_async_commit();
+  }
+#pragma unroll 1
+  for (; key < block.any.end; key += kKeys) {
+    copy_async_wait<0>();
+    sync_block();  // the keys are here, the values of the tile before are no longer needed
+    load_tile<M, kDim, kKeys, kThreads>(v, values(key), value_dim);
+    copy_async_commit();
+    Results<kM, kN> s;
+    multiply_rows<M, kDim, kM, kN>(s, q, own_row, k);
+    copy_async_wait<0>();
+    sync_block();  // the reverse
+    if (key + kKeys < block.any.end) {
+      load_tile<M, kDim, kKeys, kThreads>(k, keys(key + kKeys), head_dim);
+      copy_async_commit();
+    }
+    if (kPlain && block.sees_all(key, kKeys)) {
+      softmax_of_all<kM, kN, kDim / 8>(s, rows, o, scale);
+      accumulate<M, kDim, kM, kN>(o, s, v, value_dim);
+    } else {
+      softmax_of_some<M, kPlain, kM, kN, kDim / 8>(s, rows, o, head, first_row, key);
+      const bool nonfinite = take_out_nonfinite<M, kDim, kKeys, kThreads>(v, flags);
+      accumulate<M, kDim, kM, kN>(o, s, v, value_dim);
+      if (nonfinite) add_nonfinite<M, kDim, kM, kN>(o, s, flags, values(key), value_dim);
+    }
+  }
+
+  rows.finish();
+  const int g = lane_index() >> 2;
+  const float keep_scale = kPlain ? 1.0f : Dropout::keep_scale(p);
+  float factor[kM][2];
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = rows.sum[m][half];
+      factor[m][half] = sum == 0.0f ? 0.0f : keep_scale / sum;
+      const int row = first_row + 16 * m + 8 * half + g;
+      if ((lane_index() & 3) != 0 || row >= block.end) continue;
+      const int position = head.position(row);
+      static_cast<float*>(p.lse)[head.statistic(head.head(row, position), position)] =
+          RowStatistics<kM>::lse(rows.maximum[m][half], sum);
+    }
+  // Only this warp reads these rows of the query tile, and it has done so.
+  sync_warp();
+  write_results<M, kDim, kM>(q, own_row, o, factor);
+  sync_warp();
+  store_rows<M, kDim>(q, own_row, 16 * kM, QueryRows<Element>(p.out, head, block.first, block.end, args.aligned.out),
+                      value_dim);
+}
+
+}  // namespace cuda
+}  // namespace attn_ops

@@ -1,0 +1,68 @@
+#include "images.h"
+
+#include <cstdint>
+
+// The build gives the file of each architecture that it compiles for (compile.py). PTX is text, which ends with a zero.
+#define EMBED(name, file)                                                                                             \
+  __asm__(".section .rodata; .balign 64; .hidden attn_ops_image_" #name "; attn_ops_image_" #name ": .incbin \"" file \
+          "\"; .byte 0; .balign 64; .previous");                                                                      \
+  extern "C" __attribute__((visibility("hidden"))) const unsigned char attn_ops_image_##name[];
+
+#ifdef ATTN_OPS_IMAGE_sm_80
+EMBED(sm_80, ATTN_OPS_IMAGE_sm_80)
+#endif
+#ifdef ATTN_OPS_IMAGE_sm_90a
+EMBED(sm_90a, ATTN_OPS_IMAGE_sm_90a)
+#endif
+#ifdef ATTN_OPS_IMAGE_sm_100
+EMBED(sm_100, ATTN_OPS_IMAGE_sm_100)
+#endif
+#ifdef ATTN_OPS_IMAGE_sm_120
+EMBED(sm_120, ATTN_OPS_IMAGE_sm_120)
+#endif
+#ifdef ATTN_OPS_IMAGE_compute_80
+EMBED(compute_80, ATTN_OPS_IMAGE_compute_80)
+#endif
+
+namespace attn_ops {
+namespace cuda {
+namespace {
+
+struct Built {
+  Image image;
+  int first, last;  // the capabilities it runs on
+};
+
+// Code for 8.0 runs on 8.x, code for 9.0a on 9.0 alone, PTX on everything newer. The first that fits is taken.
+constexpr Built kBuilt[] = {
+#ifdef ATTN_OPS_IMAGE_sm_80
+    {{"sm_80", attn_ops_image_sm_80}, 80, 89},
+#endif
+#ifdef ATTN_OPS_IMAGE_sm_90a
+    {{"sm_90a", attn_ops_image_sm_90a}, 90, 90},
+#endif
+#ifdef ATTN_OPS_IMAGE_sm_100
+    {{"sm_100", attn_ops_image_sm_100}, 100, 109},
+#endif
+#ifdef ATTN_OPS_IMAGE_sm_120
+    {{"sm_120", attn_ops_image_sm_120}, 120, 129},
+#endif
+#ifdef ATTN_OPS_IMAGE_compute_80
+    {{"compute_80", attn_ops_image_compute_80}, 80, INT32_MAX},
+#endif
+};
+constexpr int kNumBuilt = sizeof kBuilt / sizeof kBuilt[0];
+static_assert(kNumBuilt <= kMostImages, "kMostImages");
+
+}  // namespace
+
+int image_for(int capability) {
+  for (int i = 0; i < kNumBuilt; ++i)
+    if (kBuilt[i].first <= capability && capability <= kBuilt[i].last) return i;
+  return -1;
+}
+
+const Image& image(int number) { return kBuilt[number].image; }
+
+}  // namespace cuda
+}  // namespace attn_ops

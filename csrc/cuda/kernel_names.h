@@ -1,0 +1,40 @@
+// The kernels of kernels.cu, by number and by name.
+#pragma once
+
+#include <cstdio>
+
+#include "config.h"
+
+namespace attn_ops {
+namespace cuda {
+
+enum class Role : int32_t { kForward, kDecode, kDelta, kQueryGradient, kKeyGradients, kBiasGradient };
+constexpr int kNumRoles = 6;
+constexpr const char* kRoleNames[kNumRoles] = {"forward", "decode", "delta", "dq", "dkdv", "dbias"};
+
+struct KernelName {
+  Role role;
+  Math math;
+  int dim;             // one of kDims, of no meaning to kDelta
+  bool plain = false;  // no bias, no boolean masks, no dropout, scale > 0
+
+  constexpr int index() const {
+    int bucket = 0;
+    while (bucket < kNumDims - 1 && kDims[bucket] < dim) ++bucket;
+    return ((static_cast<int>(role) * kNumMaths + static_cast<int>(math)) * kNumDims + bucket) * 2 + plain;
+  }
+};
+constexpr int kNumKernelNames = kNumRoles * kNumMaths * kNumDims * 2;
+
+struct KernelText {
+  char data[64];
+
+  explicit KernelText(const KernelName& k) {
+    const char *role = kRoleNames[static_cast<int>(k.role)], *math = kMathNames[static_cast<int>(k.math)];
+    if (k.role == Role::kDelta) snprintf(data, sizeof data, "attn_ops_%s_%s", role, math);
+    else snprintf(data, sizeof data, "attn_ops_%s_%s_%d%s", role, math, k.dim, k.plain ? "_plain" : "");
+  }
+};
+
+}  // namespace cuda
+}  // namespace attn_ops

@@ -1,0 +1,60 @@
+// All kernels, instantiated: one translation unit, compiled once per architecture into one cubin. dispatch.cc knows
+// their names.
+#include "bias_gradient.cuh"
+#include "decode.cuh"
+#include "delta.cuh"
+#include "forward.cuh"
+#include "key_gradients.cuh"
+#include "query_gradient.cuh"
+
+namespace attn_ops {
+namespace cuda {
+
+#define FORWARD(math, M, dim)                                                                               \
+  ATTN_KERNEL(attn_ops_forward_##math##_##dim, forward_tile(M::kMath, dim, false).threads(), ForwardArgs) { \
+    forward<M, dim, false>(args);                                                                           \
+  }
+#define FORWARD_PLAIN(math, M, dim)                                                                                \
+  ATTN_KERNEL(attn_ops_forward_##math##_##dim##_plain, forward_tile(M::kMath, dim, true).threads(), ForwardArgs) { \
+    forward<M, dim, true>(args);                                                                                   \
+  }
+
+#define FOR_EACH_DIM(KERNEL, math, M) \
+  KERNEL(math, M, 64) KERNEL(math, M, 96) KERNEL(math, M, 128) KERNEL(math, M, 192) KERNEL(math, M, 256)
+#define FOR_16_BITS(KERNEL) FOR_EACH_DIM(KERNEL, f16, F16) FOR_EACH_DIM(KERNEL, bf16, BF16)
+#define FOR_EXACT(KERNEL) FOR_16_BITS(KERNEL) FOR_EACH_DIM(KERNEL, f32, F32)
+#define FOR_ALL(KERNEL) FOR_EXACT(KERNEL) FOR_EACH_DIM(KERNEL, tf32, TF32)
+// backward_math() of config.h
+#define FOR_BACKWARD(KERNEL) FOR_EXACT(KERNEL) KERNEL(tf32, TF32, 64) KERNEL(tf32, TF32, 96) KERNEL(tf32, TF32, 128)
+
+#define BACKWARD(name, function, math, M, dim, plain) \
+  ATTN_KERNEL(name, backward_tile(M::kMath, dim, plain).threads(), BackwardArgs) { function<M, dim, plain>(args); }
+#define DQ(math, M, dim) BACKWARD(attn_ops_dq_##math##_##dim, query_gradient, math, M, dim, false)
+#define DQ_PLAIN(math, M, dim) BACKWARD(attn_ops_dq_##math##_##dim##_plain, query_gradient, math, M, dim, true)
+#define DKDV(math, M, dim) BACKWARD(attn_ops_dkdv_##math##_##dim, key_gradients, math, M, dim, false)
+#define DKDV_PLAIN(math, M, dim) BACKWARD(attn_ops_dkdv_##math##_##dim##_plain, key_gradients, math, M, dim, true)
+
+FOR_ALL(FORWARD)
+FOR_16_BITS(FORWARD_PLAIN)
+FOR_BACKWARD(DQ)
+FOR_16_BITS(DQ_PLAIN)
+FOR_BACKWARD(DKDV)
+FOR_16_BITS(DKDV_PLAIN)
+
+#define DECODE(math, M, dim) \
+  ATTN_KERNEL(attn_ops_decode_##math##_##dim, 32 * kDecodeWarps, DecodeArgs) { decode<M, dim>(args); }
+#define DBIAS(math, M, dim)                                                                                 \
+  ATTN_KERNEL(attn_ops_dbias_##math##_##dim, backward_tile(M::kMath, dim, false).threads(), BackwardArgs) { \
+    bias_gradient<M, dim>(args);                                                                            \
+  }
+FOR_EXACT(DECODE)
+FOR_EXACT(DBIAS)
+
+#define DELTA(math, M) \
+  ATTN_KERNEL(attn_ops_delta_##math, 32 * kDeltaWarps, BackwardArgs) { row_delta<M>(args); }
+DELTA(f16, F16)
+DELTA(bf16, BF16)
+DELTA(f32, F32)
+
+}  // namespace cuda
+}  // namespace attn_ops

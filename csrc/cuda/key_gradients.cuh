@@ -1,0 +1,183 @@
+// dk = scale ds^T q and dv = p^T d_out: a block keeps a tile of keys and values, all query rows that see any of them
+// pass.
+//
+// Scores are computed transposed, keys down and query rows across: so p^T and ds^T are left operands without leaving
+// the registers. All query heads of the key/value head pass, so their sum is made here.
+#pragma once
+
+#include "backward.cuh"
+
+namespace attn_ops {
+namespace cuda {
+
+// What is known of a passing query row, in shared memory.
+struct PassingRow {
+  float lse, delta;  // lse times log2(e)
+  Interval seen;
+};
+
+// The first row of the head for which `holds`, if it holds for all after as well.
+template <class Predicate>
+ATTN_DEVICE int first_row_where(int rows, Predicate holds) {
+  int low = 0, high = rows;
+  while (low < high) {
+    const int middle = low + (high - low) / 2;
+    if (holds(middle)) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
+// s becomes p (what dropout leaves of it), dp becomes ds, with keys down and query rows across.
+template <class M, bool kPlain, bool kWithDp, int kM, int kN>
+ATTN_DEVICE void pair_gradients(Results<kM, kN>& s, Results<kM, kN>& dp, const PassingRow* rows, const Head& head,
+                                int first_row, int first_key, bool sees_all) {
+  const int g = lane_index() >> 2, t = lane_index() & 3;
+  const float scale = static_cast<float>(head.p.scale * kLog2EDouble);
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = 8 * n + 2 * t + i;
+      const PassingRow& row = rows[column];
+      if (kPlain && sees_all) {
+        const float lse = row.lse, delta = row.delta;
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float& x = s[m][n][2 * half + i];
+            x = recomputed_probability(product(x, scale), lse);
+            if (kWithDp) dp[m][n][2 * half + i] = x * (dp[m][n][2 * half + i] - delta);
+          }
+        continue;
+      }
+      const int index = recomputed(first_row + column);
+      const int position = head.position(index), query_head = head.head(index, position);
+      const auto key = [=](int j) { return first_key + 8 * j + g; };
+      float x[2 * kM];
+#pragma unroll
+      for (int j = 0; j < 2 * kM; ++j) x[j] = s[j >> 1][n][2 * (j & 1) + i];
+      hide_or_scale<M, kPlain>(x, head.p, head.batch, query_head, position, row.seen, key);
+      const bool drops = !kPlain && head.p.dropout_rate > 0;
+#pragma unroll
+      for (int j = 0; j < 2 * kM; ++j) {
+        float& own_p = s[j >> 1][n][2 * (j & 1) + i];
+        float& own_dp = dp[j >> 1][n][2 * (j & 1) + i];
+        bool kept = true;
+        if (drops) kept = Dropout(head.p, head.batch).keep(key(j) >> 2, position, query_head) >> (key(j) & 3) & 1;
+        const float d = !kWithDp || !kept ? 0.0f : drops ? own_dp * Dropout::keep_scale(head.p) : own_dp;
+        const PairGradient gradient(x[j], row.lse, d, row.delta);
+        own_p = kept || is_hidden(gradient.p) ? gradient.p : 0.0f;
+        if (kWithDp) own_dp = gradient.ds;
+      }
+    }
+}
+
+template <class M, int kDim, bool kPlain, bool kWantsDk, bool kWantsDv>
+ATTN_DEVICE void key_gradients(const BackwardArgs& args, int64_t block) {
+  using Element = typename M::Element;
+  using Shape = BackwardShape<M, kDim, kPlain>;
+  constexpr int kKeys = Shape::kRows, kRows = Shape::kColumns, kThreads = Shape::kThreads;
+  constexpr int kM = Shape::kM, kN = Shape::kN;
+  const BackwardTiles<M, kDim, kPlain> tiles;
+  const auto k = tiles.staying(0), v = tiles.staying(1);
+
+  const BackwardParams& b = args.b;
+  const AttentionParams& p = b.forward;
+  const Head head(p, args.rows, block / args.rows.tiles);
+  const int first_key = static_cast<int>(block % args.rows.tiles) * kKeys;
+  const int own_key = warp_index() * 16 * kM;
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  const int limit = head.rows_in_length();
+  int begin = 0, end = 0;
+  if (first_key < head.length_k) {
+    // Neither end of the rows' intervals ever moves back.
+    begin = round_down(first_row_where(limit, [&](int row) { return head.seen(row).end > first_key; }), kRows);
+    end = first_row_where(limit, [&](int row) { return head.seen(row).begin >= first_key + kKeys; });
+  }
+  const auto queries = [&](int first) { return QueryRows<const Element>(p.q, head, first, limit, args.aligned.q); };
+  const auto d_outs = [&](int first) {
+    return QueryRows<const Element>(b.d_out, head, first, limit, args.aligned.d_out);
+  };
+  const auto passing_rows = [&](int stage) { return reinterpret_cast<PassingRow*>(tiles.rest()) + stage * kRows; };
+
+  Results<kM, kDim / 8> dk, dv;
+  clear<kM, kDim / 8>(dk);
+  clear<kM, kDim / 8>(dv);
+  if (begin < end) {
+    load_tile<M, kDim, kKeys, kThreads>(k, KeyRows<const Element>(p.k, head, first_key, head.length_k, args.aligned.k),
+                                        head_dim);
+    load_tile<M, kDim, kKeys, kThreads>(v, KeyRows<const Element>(p.v, head, first_key, head.length_k, args.aligned.v),
+                                        value_dim);
+  }
+  stream<Shape::kStages, kRows>(
+      begin, end,
+      [&](int row, int stage) {
+        load_tile<M, kDim, kRows, kThreads>(tiles.passing(0, stage), queries(row), head_dim);
+        load_tile<M, kDim, kRows, kThreads>(tiles.passing(1, stage), d_outs(row), value_dim);
+        for (int i = thread_index(); i < kRows; i += kThreads) {
+          PassingRow passing{0.0f, 0.0f, {0, 0}};
+          if (row + i < limit) {
+            const int position = head.position(row + i);
+            const int64_t statistic = head.statistic(head.head(row + i, position), position);
+            passing = {static_cast<const float*>(p.lse)[statistic] * kLog2E, args.delta[statistic],
+                       head.seen_at(position)};
+          }
+          passing_rows(stage)[i] = passing;
+        }
+      },
+      [&](int row, int stage) {
+        const auto q = tiles.passing(0, stage), d_out = tiles.passing(1, stage);
+        Results<kM, kN> s, dp;
+        multiply_rows<M, kDim, kM, kN>(s, k, own_key, q);
+        if (kWantsDk) multiply_rows<M, kDim, kM, kN>(dp, v, own_key, d_out);
+        const bool sees_all = kPlain && RowBlock(head, row, kRows).sees_all(first_key, kKeys);
+        pair_gradients<M, kPlain, kWantsDk, kM, kN>(s, dp, passing_rows(stage), head, row, first_key + own_key,
+                                                    sees_all);
+        if (kWantsDv) {
+          const bool nonfinite = !sees_all && take_out_nonfinite<M, kDim, kRows, kThreads>(d_out, tiles.flags());
+          accumulate<M, kDim, kM, kN>(dv, s, d_out, value_dim);
+          if (nonfinite) add_nonfinite<M, kDim, kM, kN>(dv, s, tiles.flags(), d_outs(row), value_dim);
+        }
+        if (kWantsDk) {
+          const bool nonfinite = !sees_all && take_out_nonfinite<M, kDim, kRows, kThreads>(q, tiles.flags());
+          accumulate<M, kDim, kM, kN>(dk, dp, q, head_dim);
+          if (nonfinite) add_nonfinite<M, kDim, kM, kN>(dk, dp, tiles.flags(), queries(row), head_dim);
+        }
+      });
+
+  const auto store = [&](const auto& tile, const auto& gradient, float factor, const StridedView& view, bool aligned,
+                         int dim) {
+    float factors[kM][2];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) factors[m][0] = factors[m][1] = factor;
+    // Only this warp reads these rows of the tile, and it has done so.
+    sync_warp();
+    write_results<M, kDim, kM>(tile, own_key, gradient, factors);
+    sync_warp();
+    store_rows<M, kDim>(tile, own_key, 16 * kM,
+                        KeyRows<Element>(view, head, first_key, static_cast<int>(p.seqlen_k), aligned), dim);
+  };
+  if (kWantsDk) store(k, dk, static_cast<float>(p.scale), b.dk, args.aligned.dk, head_dim);
+  if (kWantsDv) store(v, dv, kPlain ? 1.0f : Dropout::keep_scale(p), b.dv, args.aligned.dv, value_dim);
+}
+
+template <class M, int kDim, bool kPlain>
+ATTN_DEVICE void key_gradients(const BackwardArgs& args) {
+  if constexpr (splits_dk_dv(M::kMath, kDim)) {
+    if (block_index() & 1) {
+      key_gradients<M, kDim, kPlain, true, false>(args, block_index() >> 1);
+    } else {
+      key_gradients<M, kDim, kPlain, false, true>(args, block_index() >> 1);
+    }
+  } else {
+    key_gradients<M, kDim, kPlain, true, true>(args, block_index());
+  }
+}
+
+}  // namespace cuda
+}  // namespace attn_ops

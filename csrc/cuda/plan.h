@@ -1,0 +1,147 @@
+// What a call becomes: which kernel, how many blocks, how much workspace. Arithmetic only, so that it can be asked of
+// any device.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "args.h"
+#include "config.h"
+#include "driver.h"
+
+namespace attn_ops {
+namespace cuda {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// See Divisor. With 2^31 <= 2^(31 + s) / d < 2^32, s = ceil(log2 d), rounding up is exact for every x < 2^31 (Granlund
+// and Montgomery, "Division by invariant integers using multiplication", PLDI 1994).
+inline Divisor make_divisor(uint32_t d) {
+  Divisor result;
+  result.divisor = d;
+  if (d <= 1) return result;
+  int log = 0;
+  while ((uint64_t{1} << log) < d) ++log;
+  result.multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + log)) + d - 1) / d);
+  result.shift = log - 1;
+  return result;
+}
+
+inline Math math_of(const AttentionParams& p) {
+  switch (p.dtype) {
+    case DType::kFloat16: return Math::kFloat16;
+    case DType::kBFloat16: return Math::kBFloat16;
+    default: return p.allow_tf32 ? Math::kTf32 : Math::kFloat32;
+  }
+}
+
+// The bucket of the head dimensions, 0 if they are too large.
+inline int dim_of(const AttentionParams& p) {
+  const int64_t largest = std::max(p.head_dim, p.value_dim);
+  for (int dim : kDims)
+    if (largest <= dim) return dim;
+  return 0;
+}
+
+// Nothing to think of but an interval of keys per row: what the fast kernels are made for.
+inline bool is_plain(const AttentionParams& p) {
+  return size_of(p.dtype) == 2 && p.bias.data == nullptr && p.num_masks == 0 && p.dropout_rate == 0 && p.scale > 0;
+}
+
+inline int64_t num_rows(const AttentionParams& p) { return p.seqlen_q * group_size(p); }
+
+inline Rows rows_of(const AttentionParams& p, int64_t tiles) {
+  Rows rows;
+  rows.group = make_divisor(static_cast<uint32_t>(group_size(p)));
+  rows.count = static_cast<int32_t>(num_rows(p));
+  rows.tiles = static_cast<int32_t>(tiles);
+  return rows;
+}
+
+// Whether rows of `dim` elements can be moved 16 bytes at a time. Loads may end anywhere, stores may not. Strides of
+// axes with one index do not matter: frameworks leave anything there.
+inline bool loads_aligned(const AttentionParams& p, const StridedView& view, int64_t seqlen, int64_t heads,
+                          int64_t dim) {
+  const int64_t bytes = static_cast<int64_t>(size_of(p.dtype)), extent[] = {p.batch, seqlen, heads};
+  if (dim == 0 || (dim > 1 && view.stride[3] != 1) || reinterpret_cast<uintptr_t>(view.data) % 16 != 0) return false;
+  for (int axis = 0; axis < 3; ++axis)
+    if (extent[axis] > 1 && view.stride[axis] * bytes % 16 != 0) return false;
+  return true;
+}
+inline bool stores_aligned(const AttentionParams& p, const StridedView& view, int64_t seqlen, int64_t heads,
+                           int64_t dim) {
+  return loads_aligned(p, view, seqlen, heads, dim) && dim * static_cast<int64_t>(size_of(p.dtype)) % 16 == 0;
+}
+
+inline Aligned aligned_of(const AttentionParams& p) {
+  Aligned a;
+  a.q = loads_aligned(p, p.q, p.seqlen_q, p.num_heads, p.head_dim);
+  a.k = loads_aligned(p, p.k, p.seqlen_k, p.num_kv_heads, p.head_dim);
+  a.v = loads_aligned(p, p.v, p.seqlen_k, p.num_kv_heads, p.value_dim);
+  a.out = stores_aligned(p, p.out, p.seqlen_q, p.num_heads, p.value_dim);
+  return a;
+}
+
+inline Aligned aligned_of(const BackwardParams& b) {
+  const AttentionParams& p = b.forward;
+  Aligned a = aligned_of(p);
+  a.out = loads_aligned(p, p.out, p.seqlen_q, p.num_heads, p.value_dim);
+  a.d_out = loads_aligned(p, b.d_out, p.seqlen_q, p.num_heads, p.value_dim);
+  a.dq = stores_aligned(p, b.dq, p.seqlen_q, p.num_heads, p.head_dim);
+  a.dk = stores_aligned(p, b.dk, p.seqlen_k, p.num_kv_heads, p.head_dim);
+  a.dv = stores_aligned(p, b.dv, p.seqlen_k, p.num_kv_heads, p.value_dim);
+  return a;
+}
+
+// How a call with few query rows is cut: into tiles of rows, and each into `splits` parts of its keys.
+struct DecodePlan {
+  int64_t tiles = 0;  // of all heads
+  int tiles_per_head = 0, splits = 1;
+  size_t partial_out_bytes = 0, partial_stats_bytes = 0, ticket_bytes = 0;
+
+  size_t workspace_bytes() const { return partial_out_bytes + partial_stats_bytes + ticket_bytes; }
+
+  DecodePlan(const AttentionParams& p, const Device& device) {
+    const Math math = exact(math_of(p));
+    tiles_per_head = static_cast<int>(ceil_div(num_rows(p), kDecodeRows));
+    tiles = p.batch * p.num_kv_heads * tiles_per_head;
+    splits = choose_splits(p, device, math);
+    if (splits == 1) return;
+    const size_t lines = static_cast<size_t>(tiles) * splits * kDecodeRows;
+    partial_out_bytes = (lines * p.value_dim * sizeof(float) + 15) / 16 * 16;
+    partial_stats_bytes = lines * 2 * sizeof(float);
+    ticket_bytes = static_cast<size_t>(tiles) * sizeof(uint64_t);
+  }
+
+ private:
+  int choose_splits(const AttentionParams& p, const Device& device, Math math) const {
+    int64_t keys = p.seqlen_k;
+    const int64_t left = p.mask.window_left, right = p.mask.window_right;
+    if (left >= 0 && right >= 0 && left < keys && right < keys) {
+      keys = std::min(keys, left + right + p.seqlen_q);
+    }
+    const int64_t steps = ceil_div(keys, kDecodeWarps * decode_keys(math));
+    const int per_multiprocessor =
+        std::max(1, device.shared_bytes / (decode_shared_bytes(math, dim_of(p)) + 1024));  // 1 KiB is the system's
+    const int64_t wave = std::max<int64_t>(1, int64_t{device.multiprocessors} * per_multiprocessor);
+    constexpr int64_t kOwnSteps = 4, kMostSplits = 128, kEnoughTiles = 1 << 20;
+    if (tiles > kEnoughTiles) return 1;
+    // A block takes its steps, and a few more for its beginning and its end; blocks run in waves. In 32 bits, as so
+    // many divisions take long for a decode step.
+    const auto cost = [t = static_cast<uint32_t>(tiles), w = static_cast<uint32_t>(wave),
+                       s = static_cast<uint32_t>(steps)](uint32_t splits) {
+      return uint64_t{(t * splits + w - 1) / w} * ((s + splits - 1) / splits + kOwnSteps);
+    };
+    const uint32_t most = static_cast<uint32_t>(std::min(steps / 2, kMostSplits));
+    uint32_t best = 1;
+    uint64_t lowest = cost(1);
+    for (uint32_t splits = 2; splits <= most; ++splits) {
+      const uint64_t own = cost(splits);
+      if (own < lowest) lowest = own, best = splits;
+    }
+    return static_cast<int>(best);
+  }
+};
+
+}  // namespace cuda
+}  // namespace attn_ops

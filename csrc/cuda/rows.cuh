@@ -1,0 +1,138 @@
+// Which query rows and keys a block works on, where they are in memory, and which of them see each other.
+#pragma once
+
+#include "../mask.h"
+#include "args.h"
+#include "ptx.cuh"
+
+namespace attn_ops {
+namespace cuda {
+
+ATTN_DEVICE int divide(int x, const Divisor& d) {
+  return d.divisor == 1 ? x : static_cast<int>(multiply_high(static_cast<uint32_t>(x), d.multiplier) >> d.shift);
+}
+
+ATTN_DEVICE int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
+ATTN_DEVICE int min(int x, int y) { return x < y ? x : y; }
+ATTN_DEVICE int max(int x, int y) { return x > y ? x : y; }
+ATTN_DEVICE int round_down(int x, int step) { return x - x % step; }
+
+// The keys begin <= j < end that a row sees.
+struct Interval {
+  int begin, end;
+};
+
+// One key/value head of one batch entry: its query rows and its keys.
+struct Head {
+  const AttentionParams& p;
+  const Rows& rows;
+  int batch, kv_head, first_head;  // first_head: the query head of row 0
+  int length_q, length_k;
+
+  ATTN_DEVICE Head(const AttentionParams& p, const Rows& rows, int batch, int kv_head, int first_head)
+      : p(p),
+        rows(rows),
+        batch(batch),
+        kv_head(kv_head),
+        first_head(first_head),
+        length_q(static_cast<int>(p.seqlen_q)),
+        length_k(static_cast<int>(p.seqlen_k)) {
+    if (p.query_lengths != nullptr) length_q = clamp(p.query_lengths[batch], 0, length_q);
+    if (p.key_lengths != nullptr) length_k = clamp(p.key_lengths[batch], 0, length_k);
+  }
+  // The index-th of all batch entries' key/value heads, with all its query heads.
+  ATTN_DEVICE Head(const AttentionParams& p, const Rows& rows, int64_t index)
+      : Head(p, rows, static_cast<int>(index / p.num_kv_heads), static_cast<int>(index % p.num_kv_heads),
+             static_cast<int>(index % p.num_kv_heads) * static_cast<int>(rows.group.divisor)) {}
+
+  ATTN_DEVICE int position(int row) const { return divide(row, rows.group); }
+  ATTN_DEVICE int group_size() const { return static_cast<int>(rows.group.divisor); }
+  // Of all query heads, the one of `row` at `position`.
+  ATTN_DEVICE int head(int row, int position) const { return first_head + row - position * group_size(); }
+  // How many rows there are that may see something.
+  ATTN_DEVICE int rows_in_length() const { return min(rows.count, length_q * group_size()); }
+  // Where the statistics of a row are in an array [batch, num_heads, seqlen_q].
+  ATTN_DEVICE int64_t statistic(int head, int position) const {
+    return (batch * p.num_heads + head) * p.seqlen_q + position;
+  }
+
+  ATTN_DEVICE Interval seen_at(int position) const {
+    const KeyRange r = key_range(p.mask, position, length_q, length_k);
+    return {static_cast<int>(r.begin), static_cast<int>(r.end)};
+  }
+  // Rows past the last see nothing.
+  ATTN_DEVICE Interval seen(int row) const { return row < rows.count ? seen_at(position(row)) : Interval{0, 0}; }
+};
+
+// Rows first <= r < end of a head, seen together. The ends of their intervals never move back.
+struct RowBlock {
+  int first, end;
+  Interval any;  // no row sees a key outside
+  Interval all;  // every row sees all keys inside
+
+  ATTN_DEVICE RowBlock(const Head& h, int first, int count) : first(first), end(min(first + count, h.rows.count)) {
+    // Rows past length_q see nothing.
+    const int last = min(end, h.rows_in_length()) - 1;
+    any = all = {0, 0};
+    if (last < first) return;
+    const Interval top = h.seen(first), bottom = h.seen(last);
+    any = {top.begin, bottom.end};
+    if (last == end - 1) all = {bottom.begin, top.end};
+  }
+
+  ATTN_DEVICE bool sees_none(int key, int keys) const { return key >= any.end || key + keys <= any.begin; }
+  ATTN_DEVICE bool sees_all(int key, int keys) const { return all.begin <= key && key + keys <= all.end; }
+};
+
+// --- Sources and targets of tiles (tile.cuh) -------------------------------------------------------------------------
+
+// Keys or values of a head, from `first`; those at and past `limit` are never read.
+template <class Element>
+struct KeyRows {
+  Element* base;
+  int64_t stride, dim_stride;
+  int first, limit;
+  bool aligned;
+
+  ATTN_DEVICE KeyRows(const StridedView& view, const Head& h, int first, int limit, bool aligned)
+      : base(static_cast<Element*>(view.data) + recomputed(h.batch) * view.stride[0] +
+             recomputed(h.kv_head) * view.stride[2]),
+        stride(view.stride[1]),
+        dim_stride(view.stride[3]),
+        first(first),
+        limit(limit),
+        aligned(aligned) {}
+
+  ATTN_DEVICE Element* row(int r) const { return first + r < limit ? base + (first + r) * stride : nullptr; }
+};
+
+// The packed rows of all query heads of a key/value head, from `first`; those at and past `limit` are never read.
+template <class Element>
+struct QueryRows {
+  Element* base;
+  int64_t stride, head_stride, dim_stride;
+  Divisor group;
+  int first, limit;
+  bool aligned;
+
+  ATTN_DEVICE QueryRows(const StridedView& view, const Head& h, int first, int limit, bool aligned)
+      : base(static_cast<Element*>(view.data) + recomputed(h.batch) * view.stride[0] +
+             recomputed(h.first_head) * view.stride[2]),
+        stride(view.stride[1]),
+        head_stride(view.stride[2]),
+        dim_stride(view.stride[3]),
+        group(h.rows.group),
+        first(first),
+        limit(limit),
+        aligned(aligned) {}
+
+  ATTN_DEVICE Element* row(int r) const {
+    if (first + r >= limit) return nullptr;
+    const int position = divide(first + r, group);
+    const int head = first + r - position * static_cast<int>(group.divisor);
+    return base + position * stride + head * head_stride;
+  }
+};
+
+}  // namespace cuda
+}  // namespace attn_ops

@@ -1,0 +1,309 @@
+// Tiles of rows in shared memory, and the products over them.
+//
+// A row is cut into chunks of 16 bytes, and chunk c of row r lies at place c ^ swizzle(r): so that the eight rows of a
+// load_matrices, and the sixteen bytes that each lane stores, fall on different banks.
+#pragma once
+
+#include "math.cuh"
+
+namespace attn_ops {
+namespace cuda {
+
+template <class M, int kDim>
+struct SharedTile {
+  using Element = typename M::Element;
+  static constexpr int kPerChunk = 16 / sizeof(Element);
+  static constexpr int kChunks = kDim / kPerChunk;
+  static constexpr int kRowBytes = kDim * sizeof(Element);
+
+  char* data;
+
+  // Rows of 8 n chunks begin on the same bank, others (dim 96 in 16 bits) half of them on another.
+  static constexpr int kSwizzled = kChunks % 8 == 0 ? 8 : 4;  // chunks that change places with each other
+  ATTN_DEVICE static int swizzle(int row) { return kSwizzled == 8 ? row & 7 : row >> 1 & 3; }
+  ATTN_DEVICE char* chunk(int row, int c) const { return data + row * kRowBytes + ((c ^ swizzle(row)) << 4); }
+  ATTN_DEVICE Element* at(int row, int column) const {
+    return reinterpret_cast<Element*>(chunk(row, column / kPerChunk)) + column % kPerChunk;
+  }
+};
+
+// --- Between global and shared memory -------------------------------------------------------------------------------
+
+// Who moves a tile together.
+struct WholeBlock {
+  ATTN_DEVICE static int thread() { return thread_index(); }
+  ATTN_DEVICE static void sync() { sync_block(); }
+  ATTN_DEVICE static bool sync_or(bool value) { return sync_block_or(value); }
+};
+struct OneWarp {
+  ATTN_DEVICE static int thread() { return lane_index(); }
+  ATTN_DEVICE static void sync() { sync_warp(); }
+  ATTN_DEVICE static bool sync_or(bool value) {
+    sync_warp();
+    return any_in_warp(value);
+  }
+};
+
+// `rows.row(r)` is where row r of the tile is in global memory, null for a row of zeros; `dim` elements of it exist.
+// What is moved asynchronously has arrived after copy_async_wait, the rest at once: a barrier follows in either case.
+template <class M, int kDim, int kRows, int kThreads, class Who = WholeBlock, class Rows>
+ATTN_DEVICE void load_tile(const SharedTile<M, kDim>& tile, const Rows& rows, int dim) {
+  using T = SharedTile<M, kDim>;
+  using Element = typename M::Element;
+  if (rows.aligned) {
+#pragma unroll 2
+    for (int i = Who::thread(); i < kRows * T::kChunks; i += kThreads) {
+      const int r = i / T::kChunks, c = i % T::kChunks;
+      const Element* source = rows.row(r);
+      int bytes = (dim - c * T::kPerChunk) * static_cast<int>(sizeof(Element));
+      bytes = source == nullptr || bytes < 0 ? 0 : bytes > 16 ? 16 : bytes;
+      copy_async(tile.chunk(r, c), bytes > 0 ? source + c * T::kPerChunk : rows.base, bytes);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = Who::thread(); i < kRows * kDim; i += kThreads) {
+      const int r = i / kDim, d = i % kDim;
+      const Element* source = rows.row(r);
+      *tile.at(r, d) = source != nullptr && d < dim ? source[d * rows.dim_stride] : Element{};
+    }
+  }
+}
+
+// Rows first to first + count of the tile to global memory, by the lanes of one warp.
+template <class M, int kDim, class Rows>
+ATTN_DEVICE void store_rows(const SharedTile<M, kDim>& tile, int first, int count, const Rows& rows, int dim) {
+  using T = SharedTile<M, kDim>;
+  using Element = typename M::Element;
+  if (rows.aligned) {
+#pragma unroll 1
+    for (int i = lane_index(); i < count * T::kChunks; i += 32) {
+      const int r = first + i / T::kChunks, c = i % T::kChunks;
+      Element* target = rows.row(r);
+      if (target == nullptr || c * T::kPerChunk >= dim) continue;
+      *reinterpret_cast<Bytes16*>(target + c * T::kPerChunk) = *reinterpret_cast<const Bytes16*>(tile.chunk(r, c));
+    }
+  } else {
+#pragma unroll 1
+    for (int i = lane_index(); i < count * kDim; i += 32) {
+      const int r = first + i / kDim, d = i % kDim;
+      Element* target = rows.row(r);
+      if (target != nullptr && d < dim) target[d * rows.dim_stride] = *tile.at(r, d);
+    }
+  }
+}
+
+// --- Operands -------------------------------------------------------------------------------------------------------
+//
+// `lane` is lane_index(). In float32 it is as if computed for each product: else all addresses that follow from it
+// (many more than in 16 bits) would be kept in registers throughout a kernel's loop.
+template <class M>
+ATTN_DEVICE int own_lane() {
+  return M::kStep == 8 ? recomputed(lane_index()) : lane_index();
+}
+
+// Where this lane's row of a load_matrices begins, for chunks 2 k and 2 k + 1: `lane_row` and `lane_chunk` (0 or 1,
+// swizzled) are the lane's, the rest is known to the compiler, which so needs few registers for all the k.
+template <class T>
+ATTN_DEVICE const char* lane_address(const T& tile, int first, int lane_row, int lane_chunk, int k) {
+  constexpr int kLow = T::kSwizzled - 1;
+  return tile.data + (first + lane_row) * T::kRowBytes + ((lane_chunk ^ (2 * k & kLow)) << 4) + ((2 * k & ~kLow) << 4);
+}
+
+// Rows first to first + 16 (a multiple of 8), step k along the row.
+template <class M, int kDim>
+ATTN_DEVICE typename M::A load_a(const SharedTile<M, kDim>& tile, int first, int k, int lane) {
+  using T = SharedTile<M, kDim>;
+  const int row = lane & 15, chunk = lane >> 4 ^ T::swizzle(row);
+  uint32_t r[4];
+  load_matrices(r, lane_address(tile, first, row, chunk, k));
+  return M::a(r);
+}
+
+// The rows of the tile as columns: two operands, of rows first to first + 8 and the next 8.
+template <class M, int kDim>
+ATTN_DEVICE void load_b(typename M::B (&b)[2], const SharedTile<M, kDim>& tile, int first, int k, int lane) {
+  using T = SharedTile<M, kDim>;
+  const int row = (lane & 7) + (lane >> 4 << 3), chunk = (lane >> 3 & 1) ^ T::swizzle(row);
+  uint32_t r[4];
+  load_matrices(r, lane_address(tile, first, row, chunk, k));
+  b[0] = M::b(r[0], r[1]);
+  b[1] = M::b(r[2], r[3]);
+}
+
+// The same of 8 rows alone, for steps k and k + 1.
+template <class M, int kDim>
+ATTN_DEVICE void load_b_of_8(typename M::B (&b)[2], const SharedTile<M, kDim>& tile, int first, int k, int lane) {
+  using T = SharedTile<M, kDim>;
+  const int row = lane & 7, chunk = (lane >> 3 & 1) ^ T::swizzle(row);
+  uint32_t r[4];
+  load_matrices(r, lane_address(tile, first, row, chunk, k + (lane >> 4)));
+  b[0] = M::b(r[0], r[1]);
+  b[1] = M::b(r[2], r[3]);
+}
+
+// The tile as it lies: rows first to first + kStep are summed over, of columns 16 n to 16 n + 8 and the next 8.
+template <class M, int kDim>
+ATTN_DEVICE void load_b_transposed(typename M::B (&b)[2], const SharedTile<M, kDim>& tile, int first, int n, int lane) {
+  using T = SharedTile<M, kDim>;
+  if constexpr (M::kStep == 16) {
+    const int row = lane & 15, chunk = lane >> 4 ^ T::swizzle(row);
+    uint32_t r[4];
+    load_matrices_transposed(r, lane_address(tile, first, row, chunk, n));
+    b[0] = M::b(r[0], r[1]);
+    b[1] = M::b(r[2], r[3]);
+  } else {
+    // Rows 2 t and 2 t + 1 of the eight: the order in which a_from_results has them.
+    const int g = lane >> 2, row = 2 * (lane & 3);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t r[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const char* chunk = lane_address(tile, first, row + j, g >> 2 ^ T::swizzle(row + j), 2 * n + i);
+        r[j] = reinterpret_cast<const uint32_t*>(chunk)[g & 3];
+      }
+      b[i] = M::b(r[0], r[1]);
+    }
+  }
+}
+
+// --- Products -------------------------------------------------------------------------------------------------------
+//
+// A warp's results: kM times 16 rows, kN times 8 columns.
+template <int kM, int kN>
+using Results = float[kM][kN][4];
+
+template <int kM, int kN>
+ATTN_DEVICE void clear(Results<kM, kN>& d) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[m][n][i] = 0.0f;
+}
+
+// Infinities do not survive 3xTF32: inf big + inf small is NaN where the signs of the parts differ. Wherever a product
+// is NaN, what one product gives instead is right: the true NaN, or the infinity. (There are hardly ever any.)
+template <class M, int kDim, int kM, int kN>
+ATTN_DEVICE void mend_infinities(Results<kM, kN>& d, const SharedTile<M, kDim>& a, int first,
+                                 const SharedTile<M, kDim>& b) {
+  bool found = false;
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) found |= d[m][n][i] != d[m][n][i];
+  if (!any_in_warp(found)) return;
+  const int lane = own_lane<M>();
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      float once[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+      for (int k = 0; k < kDim / M::kStep; k += 2) {
+        typename M::B right[2];
+        load_b_of_8<M>(right, b, 8 * n, k, lane);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) mma_tf32(once, load_a<M>(a, first + 16 * m, k + i, lane).big, right[i].big);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[m][n][i] = d[m][n][i] != d[m][n][i] ? once[i] : d[m][n][i];
+    }
+}
+
+//   d[i][j] = sum over the dimension of a[first + i] b[j]
+template <class M, int kDim, int kM, int kN>
+ATTN_DEVICE void multiply_rows(Results<kM, kN>& d, const SharedTile<M, kDim>& a, int first,
+                               const SharedTile<M, kDim>& b) {
+  clear<kM, kN>(d);
+  const int lane = own_lane<M>();
+  if constexpr (kN == 1) {
+#pragma unroll 2
+    for (int k = 0; k < kDim / M::kStep; k += 2) {
+      typename M::B right[2];
+      load_b_of_8<M>(right, b, 0, k, lane);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int m = 0; m < kM; ++m) M::mma(d[m][0], load_a<M>(a, first + 16 * m, k + i, lane), right[i]);
+    }
+  } else {
+    // Unrolled further, operands are fetched so early that registers run out.
+#pragma unroll(M::kStep == 16 && (kDim == 96 || kDim == 128) ? kDim / 16 : 2)
+    for (int k = 0; k < kDim / M::kStep; ++k) {
+      typename M::A left[kM];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) left[m] = load_a<M>(a, first + 16 * m, k, lane);
+#pragma unroll
+      for (int n = 0; n < kN; n += 2) {
+        typename M::B right[2];
+        load_b<M>(right, b, 8 * n, k, lane);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          M::mma(d[m][n], left[m], right[0]);
+          M::mma(d[m][n + 1], left[m], right[1]);
+        }
+      }
+    }
+  }
+  if constexpr (M::kMath == Math::kFloat32) mend_infinities<M, kDim, kM, kN>(d, a, first, b);
+}
+
+// Where accumulate asks whether there are columns from 16 n on. A branch keeps the compiler from fetching operands across
+// it, which float32 never has the registers for, and 16 bits not in head dim 96 (on sm_120); elsewhere asking costs speed.
+template <class M, int kDim>
+ATTN_DEVICE constexpr bool asks_for_columns(int n) {
+  return M::kStep == 8 ? n % 2 == 0 : kDim == 96 && n == 4;
+}
+
+//   d[i][c] += sum over j of p[i][j] b[j][c]     for c < columns, and for some of the zeros beyond
+template <class M, int kDim, int kM, int kN>
+ATTN_DEVICE void accumulate(Results<kM, kDim / 8>& d, const Results<kM, kN>& p, const SharedTile<M, kDim>& b,
+                            int columns) {
+  const int lane = own_lane<M>();
+#pragma unroll
+  for (int k = 0; k < 8 * kN / M::kStep; ++k) {
+    typename M::A left[kM];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) left[m] = a_from_results<M>(p[m] + k * (M::kStep / 8));
+#pragma unroll
+    for (int n = 0; n < kDim / 16; ++n) {
+      if (asks_for_columns<M, kDim>(n) && 16 * n >= columns) break;
+      typename M::B right[2];
+      load_b_transposed<M>(right, b, k * M::kStep, n, lane);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        M::mma(d[m][2 * n], left[m], right[0]);
+        M::mma(d[m][2 * n + 1], left[m], right[1]);
+      }
+    }
+  }
+}
+
+// A warp's results, times factor[row], into rows first to first + 16 kM of the tile.
+template <class M, int kDim, int kM>
+ATTN_DEVICE void write_results(const SharedTile<M, kDim>& tile, int first, const Results<kM, kDim / 8>& d,
+                               const float (&factor)[kM][2]) {
+  const int g = lane_index() >> 2, t = lane_index() & 3;
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        const float low = d[m][n][2 * half] * factor[m][half], high = d[m][n][2 * half + 1] * factor[m][half];
+        auto* target = tile.at(first + 16 * m + 8 * half + g, 8 * n + 2 * t);
+        if constexpr (M::kStep == 16) {
+          *reinterpret_cast<uint32_t*>(target) = M::pack(low, high);
+        } else {
+          target[0] = low;
+          target[1] = high;
+        }
+      }
+}
+
+}  // namespace cuda
+}  // namespace attn_ops
