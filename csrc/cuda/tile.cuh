@@ -253,10 +253,11 @@ ATTN_DEVICE void multiply_rows(Results<kM, kN>& d, const SharedTile<M, kDim>& a,
 }
 
 // Where accumulate asks whether there are columns from 16 n on. A branch keeps the compiler from fetching operands across
-// it, which float32 never has the registers for, and 16 bits not in head dim 96 (on sm_120); elsewhere asking costs speed.
+// it, which float32 never has the registers for, and 16 bits not in head dim 96 (on sm_120); elsewhere asking costs
+// speed.
 template <class M, int kDim>
 ATTN_DEVICE constexpr bool asks_for_columns(int n) {
-  return M::kStep == 8 ? n % 2 == 0 : kDim == 96 && n == 4;
+  return M::kStep == 8 ? n % 2 == 0 || kDim == 256 : kDim == 96 && n == 4;
 }
 
 //   d[i][c] += sum over j of p[i][j] b[j][c]     for c < columns, and for some of the zeros beyond
