@@ -25,8 +25,16 @@ struct Rows {
   int32_t tiles = 0;  // of the kernel's rows (or, where keys stay, of its keys)
 };
 
+// What would be computed by every thread, and in double precision, which many cards hardly have.
+struct Factors {
+  float scale = 1.0f, scale_log2e = 1.0f;  // of the scores; times log2(e)
+  float keep = 1.0f;  // 1 / (1 - dropout_rate)
+  uint32_t drop_below = 0;  // dropout_rate * 2^32; 0: no dropout
+};
+
 struct ForwardArgs {
   AttentionParams p;
+  Factors factors;
   Rows rows;
   Aligned aligned;
 };
@@ -34,6 +42,7 @@ struct ForwardArgs {
 // Blocks are cut along the keys as well; the last of those of a tile puts the parts together.
 struct DecodeArgs {
   AttentionParams p;
+  Factors factors;
   Rows rows;
   Aligned aligned;
   int32_t splits = 1;
@@ -45,6 +54,7 @@ struct DecodeArgs {
 
 struct BackwardArgs {
   BackwardParams b;
+  Factors factors;
   Rows rows;
   Aligned aligned;
   float* delta = nullptr;  // [batch, num_heads, seqlen_q]: rowsum(d_out * out) - d_lse

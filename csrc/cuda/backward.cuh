@@ -8,6 +8,7 @@
 // shared between blocks: no atomics, no float32 copies of gradients, the same bits every time.
 #pragma once
 
+#include "dropout.cuh"
 #include "finite.cuh"
 
 namespace attn_ops {

@@ -13,11 +13,12 @@ namespace cuda {
 struct OwnedAxis {
   int begin, end;
 
-  ATTN_DEVICE OwnedAxis(int64_t* index, int64_t extent, bool broadcast) : begin(0), end(static_cast<int>(extent)) {
+  ATTN_DEVICE OwnedAxis(int* index, int64_t extent, bool broadcast) : begin(0), end(static_cast<int>(extent)) {
     if (broadcast) return;
-    begin = static_cast<int>(*index % extent);
+    const int count = end;
+    begin = *index % count;
     end = begin + 1;
-    *index /= extent;
+    *index /= count;
   }
 };
 
@@ -33,7 +34,7 @@ ATTN_DEVICE void bias_gradient(const BackwardArgs& args) {
   const BackwardParams& b = args.b;
   const AttentionParams& p = b.forward;
   const int64_t* shape = b.d_bias_shape;
-  int64_t index = block_index();
+  int index = block_index();
   const OwnedAxis key_tiles(&index, (p.seqlen_k + kKeys - 1) / kKeys, shape[3] == 1);
   const OwnedAxis row_tiles(&index, (p.seqlen_q + kRows - 1) / kRows, shape[2] == 1);
   const OwnedAxis heads(&index, p.num_heads, shape[1] == 1);
@@ -78,8 +79,8 @@ ATTN_DEVICE void bias_gradient(const BackwardArgs& args) {
   for (int batch = batches.begin; batch < batches.end; ++batch)
 #pragma unroll 1
     for (int query_head = heads.begin; query_head < heads.end; ++query_head) {
-      const int kv_head = query_head / static_cast<int>(p.num_heads / p.num_kv_heads);
-      const Head head(p, rows, batch, kv_head, query_head);
+      const int kv_head = query_head / (static_cast<int>(p.num_heads) / static_cast<int>(p.num_kv_heads));
+      const Head head(p, args.factors, rows, batch, kv_head, query_head);
 #pragma unroll 1
       for (int row_tile = row_tiles.begin; row_tile < row_tiles.end; ++row_tile)
 #pragma unroll 1

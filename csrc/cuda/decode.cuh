@@ -58,14 +58,15 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
   const Flags flags = reinterpret_cast<Flags>(statistics + kDecodeWarps * kDecodeRows * 2) + warp_index() * kKeys;
 
   const AttentionParams& p = args.p;
-  const int split = static_cast<int>(block_index() % args.splits);
-  const int64_t part_of = block_index() / args.splits;  // the tile, among those of all heads
-  const Head head(p, args.rows, part_of / args.rows.tiles);
-  const RowBlock block(head, static_cast<int>(part_of % args.rows.tiles) * kDecodeRows, kDecodeRows);
+  const int split = block_index() % args.splits;
+  const int part_of = block_index() / args.splits;  // the tile, among those of all heads
+  const Head head(p, args.factors, args.rows, part_of / args.rows.tiles);
+  const RowBlock block(head, part_of % args.rows.tiles * kDecodeRows, kDecodeRows);
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
-  const float scale = static_cast<float>(p.scale * kLog2EDouble);
+  const float scale = args.factors.scale_log2e;
   // In float32, values are looked through in any case: infinities do not survive 3xTF32.
-  const bool plain = M::kStep == 16 && p.bias.data == nullptr && p.num_masks == 0 && p.dropout_rate == 0 && scale > 0;
+  const bool plain =
+      M::kStep == 16 && p.bias.data == nullptr && p.num_masks == 0 && args.factors.drop_below == 0 && scale > 0;
 
   // The block's share of the keys, in steps of one tile for each warp.
   constexpr int kStepKeys = kDecodeWarps * kKeys;
@@ -147,11 +148,11 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
   }
   sync_block();
 
-  const float keep_scale = Dropout::keep_scale(p);
   const QueryRows<Element> out(p.out, head, block.first, block.end, args.aligned.out);
   const auto finish = [&](int row, int d, const Merged& merged, float sum) {
     if (d < value_dim) {
-      out.row(row)[d * out.dim_stride] = M::from_float(merged.sum == 0.0f ? 0.0f : keep_scale * sum / merged.sum);
+      out.row(row)[d * out.dim_stride] =
+          M::from_float(merged.sum == 0.0f ? 0.0f : args.factors.keep * sum / merged.sum);
     }
     if (d > 0) return;
     const int position = head.position(block.first + row);
@@ -164,7 +165,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
 #pragma unroll 1
     for (int i = thread_index(); i < own_rows * columns; i += 32 * kDecodeWarps) body(i / columns, i % columns);
   };
-  const int64_t first_part = part_of * args.splits;
+  const int64_t first_part = int64_t{part_of} * args.splits;
   for_each([&](int row, int d) {
     const auto maximum = [&](int warp) { return statistics[(warp * kDecodeRows + row) * 2]; };
     const Merged merged(kDecodeWarps, maximum,

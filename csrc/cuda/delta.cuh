@@ -7,17 +7,22 @@
 namespace attn_ops {
 namespace cuda {
 
+// Of numbers that are not negative. In 64 bits it would take longer than the row's products.
+ATTN_DEVICE int64_t quotient(int64_t x, int64_t y) {
+  return (x | y) >> 32 == 0 ? static_cast<uint32_t>(x) / static_cast<uint32_t>(y) : x / y;
+}
+
 template <class M>
 ATTN_DEVICE void row_delta(const BackwardArgs& args) {
   using Element = typename M::Element;
   constexpr int kPerChunk = 16 / sizeof(Element);
   const BackwardParams& b = args.b;
   const AttentionParams& p = b.forward;
-  const int64_t index = block_index() * kDeltaWarps + warp_index();
+  const int64_t index = int64_t{block_index()} * kDeltaWarps + warp_index();
   if (index >= p.batch * p.num_heads * p.seqlen_q) return;
   // Neighbouring warps take the heads of one position, which lie side by side in BSHD.
-  const int64_t head = index % p.num_heads, position = index / p.num_heads % p.seqlen_q;
-  const int64_t batch = index / p.num_heads / p.seqlen_q;
+  const int64_t line = quotient(index, p.num_heads), head = index - line * p.num_heads;
+  const int64_t batch = quotient(line, p.seqlen_q), position = line - batch * p.seqlen_q;
   const auto row = [=](const StridedView& view) {
     return static_cast<const Element*>(view.data) + batch * view.stride[0] + position * view.stride[1] +
            head * view.stride[2];

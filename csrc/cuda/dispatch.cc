@@ -78,6 +78,7 @@ int launch_decode(const AttentionParams& p, const Device& device, void* stream, 
   const int dim = dim_of(p);
   DecodeArgs args;
   args.p = p;
+  args.factors = factors_of(p);
   args.rows = rows_of(p, plan.tiles_per_head);
   args.aligned = aligned_of(p);
   args.splits = plan.splits;
@@ -100,6 +101,7 @@ int launch_forward(const AttentionParams& p, const Device& device, void* stream)
   const int64_t tiles = ceil_div(num_rows(p), tile.rows);
   ForwardArgs args;
   args.p = p;
+  args.factors = factors_of(p);
   args.rows = rows_of(p, tiles);
   args.aligned = aligned_of(p);
   return launch(device, {Role::kForward, math, dim, plain}, p.batch * p.num_kv_heads * tiles, tile.threads(),
@@ -119,6 +121,7 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
   const int64_t heads = p.batch * p.num_kv_heads;
   BackwardArgs args;
   args.b = b;
+  args.factors = factors_of(p);
   args.aligned = aligned_of(b);
   args.delta = static_cast<float*>(workspace.data);
 

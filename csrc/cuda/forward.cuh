@@ -7,6 +7,7 @@
 // The values of a tile are fetched while its scores are computed, the next keys while its values are used.
 #pragma once
 
+#include "dropout.cuh"
 #include "finite.cuh"
 
 namespace attn_ops {
@@ -102,7 +103,7 @@ ATTN_DEVICE void softmax_of_some(Results<kM, kN>& s, RowStatistics<kM>& rows, Re
       float x[2 * kN];
 #pragma unroll
       for (int i = 0; i < 2 * kN; ++i) x[i] = s[m][i >> 1][2 * half + (i & 1)];
-      hide_or_scale<M, kPlain>(x, head.p, head.batch, query_head, position, seen, key);
+      hide_or_scale<M, kPlain>(x, head, query_head, position, seen, key);
       float largest = x[0];
 #pragma unroll
       for (int i = 1; i < 2 * kN; ++i) largest = fmaxf(largest, x[i]);
@@ -113,13 +114,11 @@ ATTN_DEVICE void softmax_of_some(Results<kM, kN>& s, RowStatistics<kM>& rows, Re
         x[i] = probability(x[i], maximum);
         rows.sum[m][half] += x[i];
       }
-      if (!kPlain && head.p.dropout_rate > 0) {
-        const Dropout dropout(head.p, head.batch);
+      if (!kPlain && head.factors.drop_below > 0) {
+        const KeptOfRow<kN> kept(head, first_key, position, query_head);
 #pragma unroll
-        for (int n = 0; n < kN; ++n) {
-          const uint32_t keep = dropout.keep(key(2 * n) >> 2, position, query_head) >> 2 * (t & 1);
-          if (!(keep & 1)) x[2 * n] = is_hidden(x[2 * n]) ? x[2 * n] : 0.0f;
-          if (!(keep & 2)) x[2 * n + 1] = is_hidden(x[2 * n + 1]) ? x[2 * n + 1] : 0.0f;
+        for (int i = 0; i < 2 * kN; ++i) {
+          if (!kept(i >> 1, i & 1)) x[i] = is_hidden(x[i]) ? x[i] : 0.0f;
         }
       }
 #pragma unroll
@@ -139,13 +138,12 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
   const Flags flags = reinterpret_cast<Flags>(v.data + kKeys * T::kRowBytes);
 
   const AttentionParams& p = args.p;
-  const Head head(p, args.rows, block_index() / args.rows.tiles);
+  const Head head(p, args.factors, args.rows, block_index() / args.rows.tiles);
   // Under a causal mask the last rows see the most: they begin first.
-  const int tile = args.rows.tiles - 1 - static_cast<int>(block_index() % args.rows.tiles);
+  const int tile = args.rows.tiles - 1 - block_index() % args.rows.tiles;
   const RowBlock block(head, tile * kRows, kRows);
   const int own_row = warp_index() * 16 * kM, first_row = block.first + own_row;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
-  const float scale = static_cast<float>(p.scale * kLog2EDouble);
   const auto keys = [&](int first) { return KeyRows<const Element>(p.k, head, first, head.length_k, args.aligned.k); };
   const auto values = [&](int first) {
     return KeyRows<const Element>(p.v, head, first, head.length_k, args.aligned.v);
@@ -177,7 +175,7 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
       copy_async_commit();
     }
     if (kPlain && block.sees_all(key, kKeys)) {
-      softmax_of_all<kM, kN, kDim / 8>(s, rows, o, scale);
+      softmax_of_all<kM, kN, kDim / 8>(s, rows, o, args.factors.scale_log2e);
       accumulate<M, kDim, kM, kN>(o, s, v, value_dim);
     } else {
       softmax_of_some<M, kPlain, kM, kN, kDim / 8>(s, rows, o, head, first_row, key);
@@ -189,14 +187,13 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
 
   rows.finish();
   const int g = lane_index() >> 2;
-  const float keep_scale = kPlain ? 1.0f : Dropout::keep_scale(p);
   float factor[kM][2];
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = rows.sum[m][half];
-      factor[m][half] = sum == 0.0f ? 0.0f : keep_scale / sum;
+      factor[m][half] = sum == 0.0f ? 0.0f : args.factors.keep / sum;
       const int row = first_row + 16 * m + 8 * half + g;
       if ((lane_index() & 3) != 0 || row >= block.end) continue;
       const int position = head.position(row);

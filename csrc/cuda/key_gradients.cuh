@@ -36,7 +36,11 @@ template <class M, bool kPlain, bool kWithDp, int kM, int kN>
 ATTN_DEVICE void pair_gradients(Results<kM, kN>& s, Results<kM, kN>& dp, const PassingRow* rows, const Head& head,
                                 int first_row, int first_key, bool sees_all) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
-  const float scale = static_cast<float>(head.p.scale * kLog2EDouble);
+  const float scale = head.factors.scale_log2e;
+  static_assert(kPlain || kM == 1, "KeptOfKeys knows 16 keys");
+  const bool drops = !kPlain && head.factors.drop_below > 0;
+  KeptOfKeys<kN> kept;
+  if (drops) kept.make(head, first_row, first_key);
 #pragma unroll
   for (int n = 0; n < kN; ++n)
 #pragma unroll
@@ -61,24 +65,22 @@ ATTN_DEVICE void pair_gradients(Results<kM, kN>& s, Results<kM, kN>& dp, const P
       float x[2 * kM];
 #pragma unroll
       for (int j = 0; j < 2 * kM; ++j) x[j] = s[j >> 1][n][2 * (j & 1) + i];
-      hide_or_scale<M, kPlain>(x, head.p, head.batch, query_head, position, row.seen, key);
-      const bool drops = !kPlain && head.p.dropout_rate > 0;
+      hide_or_scale<M, kPlain>(x, head, query_head, position, row.seen, key);
 #pragma unroll
       for (int j = 0; j < 2 * kM; ++j) {
         float& own_p = s[j >> 1][n][2 * (j & 1) + i];
         float& own_dp = dp[j >> 1][n][2 * (j & 1) + i];
-        bool kept = true;
-        if (drops) kept = Dropout(head.p, head.batch).keep(key(j) >> 2, position, query_head) >> (key(j) & 3) & 1;
-        const float d = !kWithDp || !kept ? 0.0f : drops ? own_dp * Dropout::keep_scale(head.p) : own_dp;
+        const bool keeps = !drops || kept(j, n, i);
+        const float d = !kWithDp || !keeps ? 0.0f : drops ? own_dp * head.factors.keep : own_dp;
         const PairGradient gradient(x[j], row.lse, d, row.delta);
-        own_p = kept || is_hidden(gradient.p) ? gradient.p : 0.0f;
+        own_p = keeps || is_hidden(gradient.p) ? gradient.p : 0.0f;
         if (kWithDp) own_dp = gradient.ds;
       }
     }
 }
 
 template <class M, int kDim, bool kPlain, bool kWantsDk, bool kWantsDv>
-ATTN_DEVICE void key_gradients(const BackwardArgs& args, int64_t block) {
+ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
   using Element = typename M::Element;
   using Shape = BackwardShape<M, kDim, kPlain>;
   constexpr int kKeys = Shape::kRows, kRows = Shape::kColumns, kThreads = Shape::kThreads;
@@ -88,8 +90,8 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int64_t block) {
 
   const BackwardParams& b = args.b;
   const AttentionParams& p = b.forward;
-  const Head head(p, args.rows, block / args.rows.tiles);
-  const int first_key = static_cast<int>(block % args.rows.tiles) * kKeys;
+  const Head head(p, args.factors, args.rows, block / args.rows.tiles);
+  const int first_key = block % args.rows.tiles * kKeys;
   const int own_key = warp_index() * 16 * kM;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const int limit = head.rows_in_length();
@@ -162,8 +164,8 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int64_t block) {
     store_rows<M, kDim>(tile, own_key, 16 * kM,
                         KeyRows<Element>(view, head, first_key, static_cast<int>(p.seqlen_k), aligned), dim);
   };
-  if (kWantsDk) store(k, dk, static_cast<float>(p.scale), b.dk, args.aligned.dk, head_dim);
-  if (kWantsDv) store(v, dv, kPlain ? 1.0f : Dropout::keep_scale(p), b.dv, args.aligned.dv, value_dim);
+  if (kWantsDk) store(k, dk, args.factors.scale, b.dk, args.aligned.dk, head_dim);
+  if (kWantsDv) store(v, dv, args.factors.keep, b.dv, args.aligned.dv, value_dim);
 }
 
 template <class M, int kDim, bool kPlain>

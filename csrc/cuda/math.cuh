@@ -11,7 +11,6 @@
 namespace attn_ops {
 namespace cuda {
 
-constexpr double kLog2EDouble = 1.4426950408889634;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 

@@ -48,6 +48,16 @@ inline bool is_plain(const AttentionParams& p) {
   return size_of(p.dtype) == 2 && p.bias.data == nullptr && p.num_masks == 0 && p.dropout_rate == 0 && p.scale > 0;
 }
 
+inline Factors factors_of(const AttentionParams& p) {
+  constexpr double kLog2E = 1.4426950408889634;
+  Factors f;
+  f.scale = static_cast<float>(p.scale);
+  f.scale_log2e = static_cast<float>(p.scale * kLog2E);
+  f.keep = static_cast<float>(1.0 / (1.0 - p.dropout_rate));
+  f.drop_below = static_cast<uint32_t>(p.dropout_rate * 4294967296.0);
+  return f;
+}
+
 inline int64_t num_rows(const AttentionParams& p) { return p.seqlen_q * group_size(p); }
 
 inline Rows rows_of(const AttentionParams& p, int64_t tiles) {

@@ -21,7 +21,7 @@ namespace cuda {
 // --- Where this thread is -------------------------------------------------------------------------------------------
 
 ATTN_DEVICE int thread_index() { return threadIdx.x; }
-ATTN_DEVICE int64_t block_index() { return blockIdx.x; }
+ATTN_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }  // of fewer than 2^31 (driver.cc)
 ATTN_DEVICE int lane_index() { return threadIdx.x & 31; }
 ATTN_DEVICE int warp_index() { return threadIdx.x >> 5; }
 
@@ -42,6 +42,7 @@ ATTN_DEVICE void sync_warp() { __syncwarp(); }
 
 ATTN_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 ATTN_DEVICE float shuffle(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+ATTN_DEVICE uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
 ATTN_DEVICE bool any_in_warp(bool value) { return __any_sync(0xffffffffu, value); }
 

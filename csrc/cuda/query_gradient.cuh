@@ -33,7 +33,7 @@ template <class M, bool kPlain, int kM, int kN>
 ATTN_DEVICE void score_gradients(Results<kM, kN>& s, const Results<kM, kN>& dp, const QueryStatistics<kM>& rows,
                                  const Head& head, int first_row, int first_key, bool sees_all) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
-  const float scale = static_cast<float>(head.p.scale * kLog2EDouble);
+  const float scale = head.factors.scale_log2e;
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -55,18 +55,18 @@ ATTN_DEVICE void score_gradients(Results<kM, kN>& s, const Results<kM, kN>& dp, 
       float x[2 * kN];
 #pragma unroll
       for (int i = 0; i < 2 * kN; ++i) x[i] = s[m][i >> 1][2 * half + (i & 1)];
-      hide_or_scale<M, kPlain>(x, head.p, head.batch, query_head, position, seen, key);
-      const bool drops = !kPlain && head.p.dropout_rate > 0;
+      hide_or_scale<M, kPlain>(x, head, query_head, position, seen, key);
+      float d[2 * kN];
 #pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        uint32_t keep = 3;
-        if (drops) keep = Dropout(head.p, head.batch).keep(key(2 * n) >> 2, position, query_head) >> 2 * (t & 1);
+      for (int i = 0; i < 2 * kN; ++i) d[i] = dp[m][i >> 1][2 * half + (i & 1)];
+      if (!kPlain && head.factors.drop_below > 0) {
+        const KeptOfRow<kN> kept(head, first_key, position, query_head);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float d = dp[m][n][2 * half + i];
-          if (drops) d = keep >> i & 1 ? d * Dropout::keep_scale(head.p) : 0.0f;
-          s[m][n][2 * half + i] = PairGradient(x[2 * n + i], lse, d, delta).ds;
-        }
+        for (int i = 0; i < 2 * kN; ++i) d[i] = kept(i >> 1, i & 1) ? d[i] * head.factors.keep : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * kN; ++i) {
+        s[m][i >> 1][2 * half + (i & 1)] = PairGradient(x[i], lse, d[i], delta).ds;
       }
     }
 }
@@ -82,9 +82,9 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
 
   const BackwardParams& b = args.b;
   const AttentionParams& p = b.forward;
-  const Head head(p, args.rows, block_index() / args.rows.tiles);
+  const Head head(p, args.factors, args.rows, block_index() / args.rows.tiles);
   // Under a causal mask the last rows see the most: they begin first.
-  const int tile = args.rows.tiles - 1 - static_cast<int>(block_index() % args.rows.tiles);
+  const int tile = args.rows.tiles - 1 - block_index() % args.rows.tiles;
   const RowBlock block(head, tile * kRows, kRows);
   const int own_row = warp_index() * 16 * kM, first_row = block.first + own_row;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
@@ -122,7 +122,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
 
   float factor[kM][2];
 #pragma unroll
-  for (int m = 0; m < kM; ++m) factor[m][0] = factor[m][1] = static_cast<float>(p.scale);
+  for (int m = 0; m < kM; ++m) factor[m][0] = factor[m][1] = args.factors.scale;
   // Only this warp reads these rows of the query tile, and it has done so.
   sync_warp();
   write_results<M, kDim, kM>(q, own_row, dq, factor);

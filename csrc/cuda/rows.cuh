@@ -25,12 +25,15 @@ struct Interval {
 // One key/value head of one batch entry: its query rows and its keys.
 struct Head {
   const AttentionParams& p;
+  const Factors& factors;
   const Rows& rows;
   int batch, kv_head, first_head;  // first_head: the query head of row 0
   int length_q, length_k;
 
-  ATTN_DEVICE Head(const AttentionParams& p, const Rows& rows, int batch, int kv_head, int first_head)
+  ATTN_DEVICE Head(const AttentionParams& p, const Factors& factors, const Rows& rows, int batch, int kv_head,
+                   int first_head)
       : p(p),
+        factors(factors),
         rows(rows),
         batch(batch),
         kv_head(kv_head),
@@ -41,9 +44,9 @@ struct Head {
     if (p.key_lengths != nullptr) length_k = clamp(p.key_lengths[batch], 0, length_k);
   }
   // The index-th of all batch entries' key/value heads, with all its query heads.
-  ATTN_DEVICE Head(const AttentionParams& p, const Rows& rows, int64_t index)
-      : Head(p, rows, static_cast<int>(index / p.num_kv_heads), static_cast<int>(index % p.num_kv_heads),
-             static_cast<int>(index % p.num_kv_heads) * static_cast<int>(rows.group.divisor)) {}
+  ATTN_DEVICE Head(const AttentionParams& p, const Factors& factors, const Rows& rows, int index)
+      : Head(p, factors, rows, index / static_cast<int>(p.num_kv_heads), index % static_cast<int>(p.num_kv_heads),
+             index % static_cast<int>(p.num_kv_heads) * static_cast<int>(rows.group.divisor)) {}
 
   ATTN_DEVICE int position(int row) const { return divide(row, rows.group); }
   ATTN_DEVICE int group_size() const { return static_cast<int>(rows.group.divisor); }

@@ -1,5 +1,5 @@
 // From products q k^T to what the softmax is taken of, in base 2, where there is more than an interval of keys per row:
-// bias, boolean masks, dropout.
+// bias and boolean masks.
 //
 // A hidden score is -inf, and its probability is -0: no visible one is ever that, so the sign tells them apart.
 #pragma once
@@ -31,17 +31,16 @@ ATTN_DEVICE int64_t line(const StridedView& view, int batch, int head, int posit
 //
 // for `count` keys of one query row. Nothing outside the row's interval is read.
 template <class M, int kCount, class Key>
-ATTN_DEVICE void finish_scores(float (&x)[kCount], const AttentionParams& p, int batch, int head, int position,
-                               Interval seen, Key key) {
+ATTN_DEVICE void finish_scores(float (&x)[kCount], const Head& h, int head, int position, Interval seen, Key key) {
   using Element = typename M::Element;
-  const float scale = static_cast<float>(p.scale * kLog2EDouble);
+  const AttentionParams& p = h.p;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int j = key(i);
-    x[i] = j >= seen.begin && j < seen.end ? product(x[i], scale) : minus_infinity();
+    x[i] = j >= seen.begin && j < seen.end ? product(x[i], h.factors.scale_log2e) : minus_infinity();
   }
   if (p.bias.data != nullptr) {
-    const Element* bias = static_cast<const Element*>(p.bias.data) + line(p.bias, batch, head, position);
+    const Element* bias = static_cast<const Element*>(p.bias.data) + line(p.bias, h.batch, head, position);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int j = key(i);
@@ -54,7 +53,7 @@ ATTN_DEVICE void finish_scores(float (&x)[kCount], const AttentionParams& p, int
 #pragma unroll
   for (int m = 0; m < kMaxMasks; ++m) {
     if (m >= p.num_masks) break;
-    const uint8_t* mask = static_cast<const uint8_t*>(p.masks[m].data) + line(p.masks[m], batch, head, position);
+    const uint8_t* mask = static_cast<const uint8_t*>(p.masks[m].data) + line(p.masks[m], h.batch, head, position);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int j = key(i);
@@ -65,64 +64,16 @@ ATTN_DEVICE void finish_scores(float (&x)[kCount], const AttentionParams& p, int
 
 // The same for kernels that may know of no bias and no boolean mask.
 template <class M, bool kPlain, int kCount, class Key>
-ATTN_DEVICE void hide_or_scale(float (&x)[kCount], const AttentionParams& p, int batch, int head, int position,
-                               Interval seen, Key key) {
+ATTN_DEVICE void hide_or_scale(float (&x)[kCount], const Head& h, int head, int position, Interval seen, Key key) {
   if constexpr (kPlain) {
-    const float scale = static_cast<float>(p.scale * kLog2EDouble);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      x[i] = key(i) >= seen.begin && key(i) < seen.end ? product(x[i], scale) : minus_infinity();
+      x[i] = key(i) >= seen.begin && key(i) < seen.end ? product(x[i], h.factors.scale_log2e) : minus_infinity();
     }
   } else {
-    finish_scores<M>(x, p, batch, head, position, seen, key);
+    finish_scores<M>(x, h, head, position, seen, key);
   }
 }
-
-// --- Dropout --------------------------------------------------------------------------------------------------------
-//
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), with the counters of
-// cpu/philox.h: the same mask for the same seed.
-//
-//   counter = (key / 4, row, batch * num_heads + head, offset)    key = (seed low, seed high ^ offset high)
-//   word (key % 4) of the result keeps the probability when it is >= rate * 2^32.
-struct Dropout {
-  uint32_t key0, key1, offset, threshold, first_head;
-
-  ATTN_DEVICE Dropout(const AttentionParams& p, int batch) {
-    const uint64_t seed = p.dropout_words[0], words = p.dropout_words[1];
-    key0 = static_cast<uint32_t>(seed);
-    key1 = static_cast<uint32_t>(seed >> 32) ^ static_cast<uint32_t>(words >> 32);
-    offset = static_cast<uint32_t>(words);
-    threshold = static_cast<uint32_t>(p.dropout_rate * 4294967296.0);
-    first_head = static_cast<uint32_t>(batch * p.num_heads);
-  }
-
-  // What is kept is multiplied by 1 / (1 - rate).
-  ATTN_DEVICE static float keep_scale(const AttentionParams& p) {
-    return static_cast<float>(1.0 / (1.0 - p.dropout_rate));
-  }
-
-  // Bit i: whether the probability of key 4 * quad + i is kept.
-  ATTN_DEVICE uint32_t keep(int quad, int position, int head) const {
-    uint32_t c[4] = {static_cast<uint32_t>(quad), static_cast<uint32_t>(position), first_head + head, offset};
-    uint32_t k0 = key0, k1 = key1;
-#pragma unroll
-    for (int round = 0; round < 10; ++round) {
-      const uint32_t high0 = multiply_high(c[0], 0xD2511F53u), low0 = c[0] * 0xD2511F53u;
-      const uint32_t high1 = multiply_high(c[2], 0xCD9E8D57u), low1 = c[2] * 0xCD9E8D57u;
-      c[0] = high1 ^ c[1] ^ k0;
-      c[1] = low1;
-      c[2] = high0 ^ c[3] ^ k1;
-      c[3] = low0;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) bits |= (c[i] >= threshold ? 1u : 0u) << i;
-    return bits;
-  }
-};
 
 }  // namespace cuda
 }  // namespace attn_ops

@@ -206,7 +206,7 @@ std::string Runner::run(const Kernel& kernel, const void* args, int64_t blocks, 
 }
 
 void Runner::run_block(int64_t block) {
-  place.block = block;
+  place.block = static_cast<int>(block);
   place.thread = 0;
   char* end = shared_.data + shared_.bytes - kPage;
   memset(place.shared, 0xff, end - place.shared);  // NaN in every format
@@ -251,8 +251,8 @@ void Runner::pass_barrier() {
     Warp& w = *warps_[n];
     if (w.meeting != meeting) {
       char text[200];
-      snprintf(text, sizeof text, "kernel %s, block %lld: warp 0 %s, while warp %d %s", kernel_->name,
-               static_cast<long long>(place.block), name_of(meeting), n, name_of(w.meeting));
+      snprintf(text, sizeof text, "kernel %s, block %d: warp 0 %s, while warp %d %s", kernel_->name, place.block,
+               name_of(meeting), n, name_of(w.meeting));
       error_ = text;
       return;
     }

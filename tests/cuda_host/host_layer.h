@@ -49,8 +49,7 @@ enum class Meeting : int32_t {
 
 // Where the running fibre is.
 struct Place {
-  int thread;
-  int64_t block;
+  int thread, block;
   char* shared;
 };
 extern __thread Place place __attribute__((tls_model("initial-exec")));
@@ -103,7 +102,7 @@ inline float float_of_half(uint32_t half) {
 // --- Where this thread is -------------------------------------------------------------------------------------------
 
 inline int thread_index() { return host_layer::place.thread; }
-inline int64_t block_index() { return host_layer::place.block; }
+inline int block_index() { return host_layer::place.block; }
 inline int lane_index() { return host_layer::place.thread & 31; }
 inline int warp_index() { return host_layer::place.thread >> 5; }
 inline char* shared_memory() { return host_layer::place.shared; }
@@ -124,6 +123,10 @@ inline float shuffle_xor(float value, int mask) {
   return value;
 }
 inline float shuffle(float value, int lane) {
+  host_layer::meet(host_layer::Meeting::kShuffle, &value, &lane);
+  return value;
+}
+inline uint32_t shuffle(uint32_t value, int lane) {
   host_layer::meet(host_layer::Meeting::kShuffle, &value, &lane);
   return value;
 }

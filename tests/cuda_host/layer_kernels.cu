@@ -162,7 +162,7 @@ ATTN_KERNEL(layer_errors, 64, LayerArgs) {
   uint32_t r[4];
   switch (args.mode) {
     case 0:  // a lane leaves while its warp waits
-      if (i != 5) shuffle(0, 0);
+      if (i != 5) shuffle(0.0f, 0);
       return;
     case 1:  // two kinds in one warp
       if (i < 40) sync_warp();
