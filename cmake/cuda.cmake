@@ -64,14 +64,34 @@ elseif(compiler)
   file(GLOB kernel_headers CONFIGURE_DEPENDS ${cuda_dir}/*.cuh)
   set(kernel_headers ${kernel_headers} ${cuda_dir}/args.h ${cuda_dir}/config.h ${CMAKE_SOURCE_DIR}/csrc/attention.h
       ${CMAKE_SOURCE_DIR}/csrc/mask.h)
-  foreach(architecture IN LISTS ATTN_OPS_CUDA_ARCHITECTURES)
-    set(image ${CMAKE_BINARY_DIR}/cuda_images/${architecture}.image)
+  function(compile_kernels_for architecture source output)
+    get_filename_component(name ${output} NAME)
     add_custom_command(
-      OUTPUT ${image}
-      COMMAND ${compile_kernels} ${architecture} ${cuda_dir}/kernels.cu -o ${image}
-      DEPENDS ${cuda_dir}/compile.py ${cuda_dir}/kernels.cu ${kernel_headers}
-      COMMENT "Compiling the CUDA kernels for ${architecture}"
+      OUTPUT ${output}
+      COMMAND ${compile_kernels} ${architecture} ${source} -o ${output}
+      DEPENDS ${cuda_dir}/compile.py ${source} ${kernel_headers}
+      COMMENT "Compiling the CUDA kernels: ${name}"
       VERBATIM)
+  endfunction()
+  set(source ${cuda_dir}/kernels.cu)
+  if(ATTN_OPS_CUDA_COMPILER STREQUAL "nvcc")
+    # The architectures' way to PTX, most of the work, is the same for many.
+    set(all_ptx "")
+    foreach(architecture IN LISTS ATTN_OPS_CUDA_ARCHITECTURES)
+      execute_process(COMMAND ${compile_kernels} --ptx ${architecture} OUTPUT_VARIABLE ptx_${architecture})
+      list(APPEND all_ptx ${ptx_${architecture}})
+    endforeach()
+    list(REMOVE_DUPLICATES all_ptx)
+    foreach(ptx IN LISTS all_ptx)
+      compile_kernels_for(${ptx} ${source} ${CMAKE_BINARY_DIR}/cuda_images/${ptx}.ptx)
+    endforeach()
+  endif()
+  foreach(architecture IN LISTS ATTN_OPS_CUDA_ARCHITECTURES)
+    if(ptx_${architecture})
+      set(source ${CMAKE_BINARY_DIR}/cuda_images/${ptx_${architecture}}.ptx)
+    endif()
+    set(image ${CMAKE_BINARY_DIR}/cuda_images/${architecture}.image)
+    compile_kernels_for(${architecture} ${source} ${image})
     list(APPEND images ${image})
   endforeach()
 endif()

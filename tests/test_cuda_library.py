@@ -244,9 +244,10 @@ def test_every_order_of_the_warps_gives_the_same():
             assert result["finite"] and not result["error"], result
 
 
-@pytest.mark.parametrize("options", [(), ("--nvrtc",)], ids=("nvcc", "nvrtc"))
-def test_the_build_refuses_a_kernel_that_spills(tmp_path, options):
+@pytest.mark.parametrize("way", ["nvcc", "nvcc by way of PTX", "nvrtc"])
+def test_the_build_refuses_a_kernel_that_spills(tmp_path, way):
     """Far more numbers than there are registers, all needed at the end."""
+    options = ["--nvrtc"] if way == "nvrtc" else []
     if not compiler(*options):
         pytest.skip("this compiler is not installed")
     source = tmp_path / "spills.cu"
@@ -267,6 +268,10 @@ def test_the_build_refuses_a_kernel_that_spills(tmp_path, options):
           for (int i = 0; i < 32; ++i) out[i] = x[i];
         }"""
     )
+    if way == "nvcc by way of PTX":
+        ptx = tmp_path / "compute_80.ptx"
+        subprocess.run([sys.executable, COMPILE, "compute_80", source, "-o", ptx], check=True)
+        source = ptx
     target = tmp_path / "spills.image"
     command = [sys.executable, COMPILE, "sm_80", source, "-o", target, *options]
     done = subprocess.run(command, capture_output=True, text=True)

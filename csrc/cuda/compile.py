@@ -2,8 +2,10 @@
 """Compiles the CUDA kernels for one architecture into an image that the driver loads.
 
     compile.py sm_90a kernels.cu -o sm_90a.image            nvcc (CUDA 12.8 or newer): a compressed fat binary
-    compile.py sm_90a kernels.cu -o sm_90a.image --nvrtc    NVRTC: a cubin; of CUDA 12, for drivers from 525 on
     compile.py compute_80 ...                               PTX, which the driver compiles for devices still to come
+    compile.py compute_80 kernels.cu -o compute_80.ptx      as text, which may be the source of what comes of it: most
+    compile.py sm_90a compute_80.ptx -o sm_90a.image        of the time goes into it (--ptx says which one it is)
+    compile.py sm_90a kernels.cu -o sm_90a.image --nvrtc    NVRTC: a cubin; of CUDA 12, for drivers from 525 on
     compile.py sm_90a kernels.cu --report                   the registers of each kernel
 
 Fails where a kernel keeps anything in local memory (spilled registers, a stack frame): that is many times slower, and
@@ -115,13 +117,17 @@ def find_nvcc() -> Path | None:
     return next(filter(is_usable, found), None)
 
 
+def ptx_of(architecture: str) -> str:
+    """The PTX it is made from. The kernels use nothing newer than compute_80, but from compute_100 on nvcc has another
+    front end, whose code is shorter by a tenth."""
+    return "compute_100" if int(re.sub(r"\D", "", architecture)) >= 100 else "compute_80"
+
+
 def run_nvcc(nvcc: Path, source: Path, architecture: str, target: Path) -> str:
-    number = re.sub(r"\D+$", "", architecture.partition("_")[2])
-    suffix = architecture.removeprefix("sm_").removeprefix("compute_").removeprefix(number)
+    kind = ["-ptx"] if target.suffix == ".ptx" else ["-fatbin", "--compress-mode=size"]
     command = [
         *[str(nvcc), *OPTIONS, "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v"],
-        *["-gencode", f"arch=compute_{number}{suffix},code={architecture}"],
-        *["-fatbin", "--compress-mode=size", str(source), "-o", str(target)],
+        *["-gencode", f"arch={ptx_of(architecture)},code={architecture}", *kind, str(source), "-o", str(target)],
     ]
     found = subprocess.run(command, capture_output=True, text=True)
     log = found.stdout + found.stderr
@@ -205,12 +211,16 @@ def main(arguments=None) -> int:
     parser.add_argument("--nvrtc", nargs="?", const="", metavar="PATH", help="compile with NVRTC (this library)")
     parser.add_argument("--nvcc", type=Path, metavar="PATH", help="compile with this nvcc")
     parser.add_argument("--report", action="store_true", help="list the registers of each kernel")
+    parser.add_argument("--ptx", action="store_true", help="print which PTX it is made from, and nothing else")
     parser.add_argument("--find", action="store_true", help="print where the compiler is, and nothing else")
     chosen = parser.parse_args(arguments)
     if chosen.nvrtc is None:
         run, compiler = run_nvcc, chosen.nvcc or find_nvcc()
     else:
         run, compiler = run_nvrtc, Path(chosen.nvrtc) if chosen.nvrtc else find_nvrtc()
+    if chosen.ptx:
+        print(ptx_of(chosen.architecture), end="")
+        return 0
     if chosen.find:
         print(compiler or "", end="")
         return 0
@@ -220,7 +230,7 @@ def main(arguments=None) -> int:
         if compiler is None:
             raise CompileError(f"no {'nvcc' if chosen.nvrtc is None else 'NVRTC'} was found")
         with tempfile.TemporaryDirectory(dir=chosen.output.parent if chosen.output else None) as directory:
-            image = Path(directory) / "image"
+            image = Path(directory) / (chosen.output.name if chosen.output else "image")
             kernels = check(run(compiler, chosen.source.resolve(), chosen.architecture, image), chosen.architecture)
             if chosen.output:
                 image.replace(chosen.output)

@@ -111,7 +111,8 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
     sync_warp();  // the keys are here for all lanes, and all are done with the values of the step before
     fetch(2 * step + kRing - 1);
     Results<1, kN> s;
-    multiply_rows<M, kDim, 1, kN>(s, q, 0, slot(2 * step));
+    // The lane is recomputed: else addresses within a slot are kept throughout the loop.
+    multiply_rows<M, kDim, 1, kN>(s, q, 0, slot(2 * step), recomputed(lane_index()));
     const bool sees_all = plain && block.sees_all(key, kKeys);
     if (sees_all) {
       softmax_of_all<1, kN, kDim / 8>(s, rows, o, scale);
@@ -123,7 +124,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
     fetch(2 * step + kRing);
     const T v = slot(2 * step + 1);
     const bool nonfinite = !sees_all && take_out_nonfinite<M, kDim, kKeys, 32, OneWarp>(v, flags);
-    accumulate<M, kDim, 1, kN>(o, s, v, value_dim);
+    accumulate<M, kDim, 1, kN>(o, s, v, value_dim, recomputed(lane_index()));
     if (nonfinite) add_nonfinite<M, kDim, 1, kN>(o, s, flags, values(step), value_dim);
   }
   copy_async_wait<0>();

@@ -217,9 +217,8 @@ ATTN_DEVICE void mend_infinities(Results<kM, kN>& d, const SharedTile<M, kDim>& 
 //   d[i][j] = sum over the dimension of a[first + i] b[j]
 template <class M, int kDim, int kM, int kN>
 ATTN_DEVICE void multiply_rows(Results<kM, kN>& d, const SharedTile<M, kDim>& a, int first,
-                               const SharedTile<M, kDim>& b) {
+                               const SharedTile<M, kDim>& b, int lane = own_lane<M>()) {
   clear<kM, kN>(d);
-  const int lane = own_lane<M>();
   if constexpr (kN == 1) {
 #pragma unroll 2
     for (int k = 0; k < kDim / M::kStep; k += 2) {
@@ -263,8 +262,7 @@ ATTN_DEVICE constexpr bool asks_for_columns(int n) {
 //   d[i][c] += sum over j of p[i][j] b[j][c]     for c < columns, and for some of the zeros beyond
 template <class M, int kDim, int kM, int kN>
 ATTN_DEVICE void accumulate(Results<kM, kDim / 8>& d, const Results<kM, kN>& p, const SharedTile<M, kDim>& b,
-                            int columns) {
-  const int lane = own_lane<M>();
+                            int columns, int lane = own_lane<M>()) {
 #pragma unroll
   for (int k = 0; k < 8 * kN / M::kStep; ++k) {
     typename M::A left[kM];
