@@ -30,9 +30,8 @@ ATTN_DEVICE void row_delta(const BackwardArgs& args) {
   const Element *out = row(p.out), *d_out = row(b.d_out);
   const int dim = static_cast<int>(p.value_dim);
   float sum = 0.0f;
-  int d = lane_index();
   if (args.aligned.out && args.aligned.d_out) {
-    for (d *= kPerChunk; d + kPerChunk <= dim; d += 32 * kPerChunk) {
+    for (int d = lane_index() * kPerChunk; d < dim; d += 32 * kPerChunk) {
       const Bytes16 x = *reinterpret_cast<const Bytes16*>(out + d), y = *reinterpret_cast<const Bytes16*>(d_out + d);
 #pragma unroll
       for (int i = 0; i < kPerChunk; ++i) {
@@ -40,9 +39,11 @@ ATTN_DEVICE void row_delta(const BackwardArgs& args) {
             M::to_float(reinterpret_cast<const Element*>(&x)[i]) * M::to_float(reinterpret_cast<const Element*>(&y)[i]);
       }
     }
-    d = dim / kPerChunk * kPerChunk + lane_index();
+  } else {
+    for (int d = lane_index(); d < dim; d += 32) {
+      sum += M::to_float(out[d * p.out.stride[3]]) * M::to_float(d_out[d * b.d_out.stride[3]]);
+    }
   }
-  for (; d < dim; d += 32) sum += M::to_float(out[d * p.out.stride[3]]) * M::to_float(d_out[d * b.d_out.stride[3]]);
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
   if (lane_index() != 0) return;

@@ -49,7 +49,7 @@ struct Dropout {
   }
 };
 
-// With query rows down: of kN times eight keys, a lane holds keys 8 n + 2 t + i of a row. Two neighbours share each four.
+// With query rows down: of kN times eight keys, a lane holds keys 8 n + 2 t + i of a row. Two lanes share each four.
 template <int kN>
 struct KeptOfRow {
   uint32_t even = 0, odd = 0;  // of even and of odd n: bit 4 (n / 2) + i

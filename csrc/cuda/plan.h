@@ -68,38 +68,32 @@ inline Rows rows_of(const AttentionParams& p, int64_t tiles) {
   return rows;
 }
 
-// Whether rows of `dim` elements can be moved 16 bytes at a time. Loads may end anywhere, stores may not. Strides of
-// axes with one index do not matter: frameworks leave anything there.
-inline bool loads_aligned(const AttentionParams& p, const StridedView& view, int64_t seqlen, int64_t heads,
-                          int64_t dim) {
+// Whether rows of `dim` elements can be moved 16 bytes at a time. Strides of axes with one index do not matter:
+// frameworks leave anything there.
+inline bool is_aligned(const AttentionParams& p, const StridedView& view, int64_t seqlen, int64_t heads, int64_t dim) {
   const int64_t bytes = static_cast<int64_t>(size_of(p.dtype)), extent[] = {p.batch, seqlen, heads};
   if (dim == 0 || (dim > 1 && view.stride[3] != 1) || reinterpret_cast<uintptr_t>(view.data) % 16 != 0) return false;
   for (int axis = 0; axis < 3; ++axis)
     if (extent[axis] > 1 && view.stride[axis] * bytes % 16 != 0) return false;
-  return true;
-}
-inline bool stores_aligned(const AttentionParams& p, const StridedView& view, int64_t seqlen, int64_t heads,
-                           int64_t dim) {
-  return loads_aligned(p, view, seqlen, heads, dim) && dim * static_cast<int64_t>(size_of(p.dtype)) % 16 == 0;
+  return dim * bytes % 16 == 0;
 }
 
 inline Aligned aligned_of(const AttentionParams& p) {
   Aligned a;
-  a.q = loads_aligned(p, p.q, p.seqlen_q, p.num_heads, p.head_dim);
-  a.k = loads_aligned(p, p.k, p.seqlen_k, p.num_kv_heads, p.head_dim);
-  a.v = loads_aligned(p, p.v, p.seqlen_k, p.num_kv_heads, p.value_dim);
-  a.out = stores_aligned(p, p.out, p.seqlen_q, p.num_heads, p.value_dim);
+  a.q = is_aligned(p, p.q, p.seqlen_q, p.num_heads, p.head_dim);
+  a.k = is_aligned(p, p.k, p.seqlen_k, p.num_kv_heads, p.head_dim);
+  a.v = is_aligned(p, p.v, p.seqlen_k, p.num_kv_heads, p.value_dim);
+  a.out = is_aligned(p, p.out, p.seqlen_q, p.num_heads, p.value_dim);
   return a;
 }
 
 inline Aligned aligned_of(const BackwardParams& b) {
   const AttentionParams& p = b.forward;
   Aligned a = aligned_of(p);
-  a.out = loads_aligned(p, p.out, p.seqlen_q, p.num_heads, p.value_dim);
-  a.d_out = loads_aligned(p, b.d_out, p.seqlen_q, p.num_heads, p.value_dim);
-  a.dq = stores_aligned(p, b.dq, p.seqlen_q, p.num_heads, p.head_dim);
-  a.dk = stores_aligned(p, b.dk, p.seqlen_k, p.num_kv_heads, p.head_dim);
-  a.dv = stores_aligned(p, b.dv, p.seqlen_k, p.num_kv_heads, p.value_dim);
+  a.d_out = is_aligned(p, b.d_out, p.seqlen_q, p.num_heads, p.value_dim);
+  a.dq = is_aligned(p, b.dq, p.seqlen_q, p.num_heads, p.head_dim);
+  a.dk = is_aligned(p, b.dk, p.seqlen_k, p.num_kv_heads, p.head_dim);
+  a.dv = is_aligned(p, b.dv, p.seqlen_k, p.num_kv_heads, p.value_dim);
   return a;
 }
 

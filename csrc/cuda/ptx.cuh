@@ -50,10 +50,10 @@ ATTN_DEVICE bool any_in_warp(bool value) { return __any_sync(0xffffffffu, value)
 
 ATTN_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Starts a copy of 16 bytes to shared memory, of which the first `bytes` (0 to 16) are read and the rest are zero.
-ATTN_DEVICE void copy_async(void* shared, const void* global, int bytes) {
+// Starts a copy of 16 bytes to shared memory; of zeros where nothing `exists`, which is not read then.
+ATTN_DEVICE void copy_async(void* shared, const void* global, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global),
-               "r"(bytes));
+               "r"(exists ? 16 : 0));
 }
 // Closes a group of this thread's copies.
 ATTN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::); }

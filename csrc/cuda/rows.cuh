@@ -106,7 +106,8 @@ struct KeyRows {
         limit(limit),
         aligned(aligned) {}
 
-  ATTN_DEVICE Element* row(int r) const { return first + r < limit ? base + (first + r) * stride : nullptr; }
+  ATTN_DEVICE bool exists(int r) const { return first + r < limit; }
+  ATTN_DEVICE Element* row(int r) const { return base + (first + r) * stride; }
 };
 
 // The packed rows of all query heads of a key/value head, from `first`; those at and past `limit` are never read.
@@ -129,8 +130,8 @@ struct QueryRows {
         limit(limit),
         aligned(aligned) {}
 
+  ATTN_DEVICE bool exists(int r) const { return first + r < limit; }
   ATTN_DEVICE Element* row(int r) const {
-    if (first + r >= limit) return nullptr;
     const int position = divide(first + r, group);
     const int head = first + r - position * static_cast<int>(group.divisor);
     return base + position * stride + head * head_stride;

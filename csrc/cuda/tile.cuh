@@ -44,27 +44,35 @@ struct OneWarp {
   }
 };
 
-// `rows.row(r)` is where row r of the tile is in global memory, null for a row of zeros; `dim` elements of it exist.
+// `rows.row(r)` is where row r of the tile is in global memory if rows.exists(r), else it is zero; it has `dim` elements.
 // What is moved asynchronously has arrived after copy_async_wait, the rest at once: a barrier follows in either case.
 template <class M, int kDim, int kRows, int kThreads, class Who = WholeBlock, class Rows>
 ATTN_DEVICE void load_tile(const SharedTile<M, kDim>& tile, const Rows& rows, int dim) {
   using T = SharedTile<M, kDim>;
   using Element = typename M::Element;
   if (rows.aligned) {
-#pragma unroll 2
-    for (int i = Who::thread(); i < kRows * T::kChunks; i += kThreads) {
-      const int r = i / T::kChunks, c = i % T::kChunks;
-      const Element* source = rows.row(r);
-      int bytes = (dim - c * T::kPerChunk) * static_cast<int>(sizeof(Element));
-      bytes = source == nullptr || bytes < 0 ? 0 : bytes > 16 ? 16 : bytes;
-      copy_async(tile.chunk(r, c), bytes > 0 ? source + c * T::kPerChunk : rows.base, bytes);
+    // A thread keeps to one of the chunks that change places with each other, and to every kStep-th row: what follows
+    // from either is computed once.
+    constexpr int kStep = kThreads / T::kSwizzled;
+    const uint32_t thread = Who::thread(), own = thread % T::kSwizzled, first = thread / T::kSwizzled;
+#pragma unroll(M::kStep == 16 ? 8 : 1)
+    for (int step = 0; step < kRows; step += kStep) {
+      const int r = static_cast<int>(first) + step;
+      if (kRows % kStep != 0 && r >= kRows) break;
+      const Element* source = rows.row(r) + own * T::kPerChunk;
+      const bool exists = rows.exists(r);
+      char* target = tile.chunk(r, own);
+#pragma unroll
+      for (int c = 0; c < T::kChunks; c += T::kSwizzled) {
+        const int d = c * T::kPerChunk;
+        copy_async(target + 16 * c, source + d, exists && static_cast<int>(own * T::kPerChunk) + d < dim);
+      }
     }
   } else {
 #pragma unroll 1
     for (int i = Who::thread(); i < kRows * kDim; i += kThreads) {
       const int r = i / kDim, d = i % kDim;
-      const Element* source = rows.row(r);
-      *tile.at(r, d) = source != nullptr && d < dim ? source[d * rows.dim_stride] : Element{};
+      *tile.at(r, d) = rows.exists(r) && d < dim ? rows.row(r)[d * rows.dim_stride] : Element{};
     }
   }
 }
@@ -78,16 +86,15 @@ ATTN_DEVICE void store_rows(const SharedTile<M, kDim>& tile, int first, int coun
 #pragma unroll 1
     for (int i = lane_index(); i < count * T::kChunks; i += 32) {
       const int r = first + i / T::kChunks, c = i % T::kChunks;
-      Element* target = rows.row(r);
-      if (target == nullptr || c * T::kPerChunk >= dim) continue;
-      *reinterpret_cast<Bytes16*>(target + c * T::kPerChunk) = *reinterpret_cast<const Bytes16*>(tile.chunk(r, c));
+      if (!rows.exists(r) || c * T::kPerChunk >= dim) continue;
+      auto* target = reinterpret_cast<Bytes16*>(rows.row(r) + c * T::kPerChunk);
+      *target = *reinterpret_cast<const Bytes16*>(tile.chunk(r, c));
     }
   } else {
 #pragma unroll 1
     for (int i = lane_index(); i < count * kDim; i += 32) {
       const int r = first + i / kDim, d = i % kDim;
-      Element* target = rows.row(r);
-      if (target != nullptr && d < dim) target[d * rows.dim_stride] = *tile.at(r, d);
+      if (rows.exists(r) && d < dim) rows.row(r)[d * rows.dim_stride] = *tile.at(r, d);
     }
   }
 }
@@ -251,9 +258,9 @@ ATTN_DEVICE void multiply_rows(Results<kM, kN>& d, const SharedTile<M, kDim>& a,
   if constexpr (M::kMath == Math::kFloat32) mend_infinities<M, kDim, kM, kN>(d, a, first, b);
 }
 
-// Where accumulate asks whether there are columns from 16 n on. A branch keeps the compiler from fetching operands across
-// it, which float32 never has the registers for, and 16 bits not in head dim 96 (on sm_120); elsewhere asking costs
-// speed.
+// Where accumulate asks whether there are columns from 16 n on. A branch keeps the compiler from fetching operands
+// across it, which float32 never has the registers for, and 16 bits not in head dim 96 (on sm_120); elsewhere asking
+// costs speed.
 template <class M, int kDim>
 ATTN_DEVICE constexpr bool asks_for_columns(int n) {
   return M::kStep == 8 ? n % 2 == 0 || kDim == 256 : kDim == 96 && n == 4;

@@ -60,7 +60,7 @@ void meet(Meeting, void* in_out, const void* operand = nullptr, const void* oper
 // What lies in a lane's row when the lane arrives at load_matrices, which is as early as it may be read.
 const void* read_row(const void* shared);
 
-void start_copy(void* shared, const void* global, int bytes);
+void start_copy(void* shared, const void* global, bool exists);
 void commit_copies();
 void wait_for_copies(int pending);
 
@@ -137,7 +137,9 @@ inline bool any_in_warp(bool value) {
 
 // --- Memory ---------------------------------------------------------------------------------------------------------
 
-inline void copy_async(void* shared, const void* global, int bytes) { host_layer::start_copy(shared, global, bytes); }
+inline void copy_async(void* shared, const void* global, bool exists) {
+  host_layer::start_copy(shared, global, exists);
+}
 inline void copy_async_commit() { host_layer::commit_copies(); }
 template <int pending>
 inline void copy_async_wait() {

@@ -69,13 +69,13 @@ ATTN_KERNEL(layer_shuffle, 64, LayerArgs) {
 
 // --- Copies ---------------------------------------------------------------------------------------------------------
 
-// Thread i copies bytes b[i] of a[i] and a[64 + i], as one group each; out is what shared memory holds then.
+// Thread i copies a[i] and a[64 + i] if b[i], as one group each; out is what shared memory holds then.
 ATTN_KERNEL(layer_copy, 64, LayerArgs) {
   const int i = thread_index();
   Bytes16* shared = reinterpret_cast<Bytes16*>(shared_memory());
   for (int n = 0; n < 2; ++n) {
     const Bytes16* source = static_cast<const Bytes16*>(args.a) + 64 * n + i;
-    copy_async(shared + 64 * n + i, source, static_cast<const int*>(args.b)[i]);
+    copy_async(shared + 64 * n + i, source, static_cast<const int*>(args.b)[i] != 0);
     if (args.mode != 3) copy_async_commit();
   }
   if (args.mode == 0 || args.mode == 3) copy_async_wait<0>();
@@ -91,12 +91,12 @@ ATTN_KERNEL(layer_copy_and_load, 32, LayerArgs) {
   const int lane = lane_index();
   Bytes16* shared = reinterpret_cast<Bytes16*>(shared_memory());
   const Bytes16* source = static_cast<const Bytes16*>(args.a) + lane;
-  copy_async(shared + lane, source, 16);
+  copy_async(shared + lane, source, true);
   copy_async_commit();
   copy_async_wait<0>();
   if (args.mode != 1) sync_warp();
   const Bytes16* next = shared + (lane + 1) % 32;
-  if (args.mode == 2) copy_async(shared + lane, source, 16);
+  if (args.mode == 2) copy_async(shared + lane, source, true);
   uint32_t r[4];
   load_matrices(r, next);
   for (int i = 0; i < 4; ++i) static_cast<uint32_t*>(args.out)[4 * lane + i] = r[i];
@@ -174,10 +174,10 @@ ATTN_KERNEL(layer_errors, 64, LayerArgs) {
     case 3:  // nor one lane of it
       if (i != 40) sync_block();
       return;
-    case 4: copy_async(shared + 992, out, 16); return;
-    case 5: copy_async(shared + 8, out, 16); return;
-    case 6: copy_async(shared, out + 4, 16); return;
-    case 7: copy_async(shared, out, 17); return;
+    case 4: copy_async(shared + 992, out, true); return;
+    case 5: copy_async(shared + 8, out, true); return;
+    case 6: copy_async(shared, out + 4, true); return;
+    case 7: out[0] = static_cast<char>(*reinterpret_cast<const volatile float*>(out + 2)); return;
     case 8: load_matrices(r, shared + 2 * i); return;
     case 9: load_matrices(r, out); return;
     case 10: out[0] = out[args.n + 16]; return;  // past an allocation of n bytes
@@ -190,7 +190,6 @@ ATTN_KERNEL(layer_errors, 64, LayerArgs) {
       if (i < 32) sync_block();
       else sync_block_or(true);
       return;
-    case 17: out[0] = static_cast<char>(*reinterpret_cast<const volatile float*>(out + 2)); return;
     default: out[0] = 1;
   }
 }
