@@ -44,7 +44,7 @@ struct OneWarp {
   }
 };
 
-// `rows.row(r)` is where row r of the tile is in global memory if rows.exists(r), else it is zero; it has `dim` elements.
+// `rows.row(r)` is where row r of the tile is in global memory if rows.exists(r), else it is zero; it has dim elements.
 // What is moved asynchronously has arrived after copy_async_wait, the rest at once: a barrier follows in either case.
 template <class M, int kDim, int kRows, int kThreads, class Who = WholeBlock, class Rows>
 ATTN_DEVICE void load_tile(const SharedTile<M, kDim>& tile, const Rows& rows, int dim) {
