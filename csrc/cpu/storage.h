@@ -61,12 +61,13 @@ struct Bool {
   }
 };
 
-// Calls f with the storage of dtype t, one that T (told by the tag) can come from and go to.
+// Calls f with the storage of dtype t, one that T (told by the tag) can come from and go to. Any other dtype has another
+// element size: then nothing is read or written.
 template <class F>
 ATTN_INLINE void with_storage(float, DType t, const F& f) {
   if (t == DType::kFloat32) f(Same<float>{});
   else if (t == DType::kFloat16) f(Half{});
-  else f(BFloat16{});
+  else if (t == DType::kBFloat16) f(BFloat16{});
 }
 
 template <class F>
