@@ -45,7 +45,7 @@ def attention(call: AttentionCall):
         gradients = with_arrays(
             lambda **kwargs: reference.attention_gradients(d_out=d_out, d_lse=d_lse, **kwargs), arrays
         )
-        return [g.astype(call.query.dtype.as_numpy_dtype) for g in gradients[: len(differentiable)]]
+        return [g.astype(x.dtype.as_numpy_dtype) for g, x in zip(gradients, differentiable)]
 
     @tf.custom_gradient
     def run(*tensors):
