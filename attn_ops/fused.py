@@ -68,7 +68,7 @@ def _differentiable(form, call):
     @tf.custom_gradient
     def forward(*inputs):
         own = _with_inputs(call, inputs)
-        out, lse = form.forward(own)
+        out, lse = form.forward(_unwatched(own))
 
         def gradient(d_out, d_lse=None):
             return _gradients(form, own, out, lse, d_out, d_lse)
@@ -94,9 +94,22 @@ def _gradients(form, call, out, lse, d_out, d_lse):
             )
             return *d_inputs, *d_cotangents
 
-        return form.backward(own, out, lse, d_out, d_lse), gradient
+        return form.backward(_unwatched(own), out, lse, *_unwatched_tensors(d_out, d_lse)), gradient
 
     return backward(*_inputs(call), *cotangents)
+
+
+def _unwatched(call):
+    """``call`` with inputs that no tape of this graph watches.
+
+    A tape that sees the operations of a form would ask for the gradients that they do not have: where tapes are nested
+    or persistent, `tf.switch_case` builds the gradient of its branches at once, needed or not.
+    """
+    return _with_inputs(call, _unwatched_tensors(*_inputs(call)))
+
+
+def _unwatched_tensors(*tensors):
+    return [x if x is None else tf.stop_gradient(x) for x in tensors]
 
 
 def _in_this_graph(call):
