@@ -8,9 +8,8 @@ when it compiles, so one text serves all shapes.
 from __future__ import annotations
 
 import tensorflow as tf
-from tensorflow.compiler.tf2xla.python import xla
 
-from . import native_op
+from . import _native, native_op, place
 from .arguments import AttentionCall
 
 _TYPES = {
@@ -26,24 +25,35 @@ _VERSION = 9  # of XlaCallModule: TensorFlow 2.18 knows no later one
 _PLATFORMS = ("CPU", "CUDA")  # more than one: the function is not bound to the device it was traced for
 
 
+def unavailable_reason() -> str | None:
+    """Why functions compiled by XLA cannot call the kernels, where the library is there; None when they can."""
+    return _native.xla_unavailable_reason() or place.xla_call_missing_reason()
+
+
 def forward(call: AttentionCall):
-    """(out, lse), without a gradient of their own."""
+    """(out, lse, statistics), without a gradient of their own; lse is None unless ``call.return_lse``."""
     query, key, value = range(3)
     heads, rows = (2, 1) if call.layout == "BSHD" else (1, 2)
-    return _custom_call(
+    out_shape, lse_shape = call.result_shapes()
+    row = [(query, 0), (query, heads), (query, rows)]
+    results = [
+        ([(query, 0), (query, 1), (query, 2), (value, 3)], call.query.dtype, out_shape),
+        ([*row, 2], call.lse_dtype, [*lse_shape, 2]),
+        *([(row, call.lse_dtype, lse_shape)] if call.return_lse else []),
+    ]
+    out, statistics, *lse = _custom_call(
         "attn_ops.forward",
         [call.query, call.key, call.value],
         call,
-        {},
-        results=[[(query, 0), (query, 1), (query, 2), (value, 3)], [(query, 0), (query, heads), (query, rows)]],
-        dtypes=[call.query.dtype, call.lse_dtype],
-        shapes=call.result_shapes(),
+        {"num_lse": int(call.return_lse)},
+        *map(list, zip(*results)),
     )
+    return out, lse[0] if lse else None, statistics
 
 
-def backward(call: AttentionCall, out, lse, d_out, d_lse):
+def backward(call: AttentionCall, out, statistics, d_out, d_lse):
     """[d_query, d_key, d_value], and the gradient of the bias where ``call`` has one; ``d_lse`` may be None."""
-    operands = [call.query, call.key, call.value, out, lse, d_out, *([] if d_lse is None else [d_lse])]
+    operands = [call.query, call.key, call.value, out, statistics, d_out, *([] if d_lse is None else [d_lse])]
     wanted = [call.query, call.key, call.value]
     places = [0, 1, 2]
     if call.bias is not None:
@@ -54,7 +64,7 @@ def backward(call: AttentionCall, out, lse, d_out, d_lse):
         operands,
         call,
         {"num_d_lse": int(d_lse is not None), "d_bias": call.bias is not None},
-        results=[[(place, axis) for axis in range(4)] for place in places],
+        results=[[(operand, axis) for axis in range(4)] for operand in places],
         dtypes=[x.dtype for x in wanted],
         shapes=[x.shape for x in wanted],
     )
@@ -65,7 +75,7 @@ def _custom_call(target, operands, call, attributes, results, dtypes, shapes):
     optional = native_op.optional_inputs(call)
     attributes = {**native_op.attributes(call), **{name: len(given) for name, given in optional.items()}, **attributes}
     operands = operands + [x for given in optional.values() for x in given]
-    return xla.call_module(
+    return place.xla_call()(
         operands,
         version=_VERSION,
         module=_program(target, operands, results, dtypes, attributes),
@@ -81,7 +91,7 @@ def _program(target, operands, results, dtypes, attributes):
     Args:
         target: Its name.
         operands: Tensors, of which dtypes and ranks count.
-        results: For each result, and each of its axes, which (operand, axis) has that extent.
+        results: For each result, and each of its axes, its extent, or which (operand, axis) has it.
         dtypes: Of the results.
         attributes: Strings, integers and booleans.
     """
@@ -89,14 +99,17 @@ def _program(target, operands, results, dtypes, attributes):
     outputs = [_type(len(extents), dtype) for extents, dtype in zip(results, dtypes)]
     # Unknown extents of results are computed from those of operands, and handed over as further operands.
     body = []
-    for operand, axis in sorted({place for extents in results for place in extents}):
+    sources = {source for extents in results for source in extents}
+    for extent in sorted(source for source in sources if isinstance(source, int)):
+        body.append(f"{_extent(extent)} = stablehlo.constant dense<{extent}> : tensor<1xi32>")
+    for operand, axis in sorted(source for source in sources if not isinstance(source, int)):
         body += [
             f"%size{operand}_{axis} = stablehlo.get_dimension_size %in{operand}, dim = {axis}"
             f" : ({inputs[operand]}) -> tensor<i32>",
-            f"%extent{operand}_{axis} = stablehlo.reshape %size{operand}_{axis} : (tensor<i32>) -> tensor<1xi32>",
+            f"{_extent((operand, axis))} = stablehlo.reshape %size{operand}_{axis} : (tensor<i32>) -> tensor<1xi32>",
         ]
     for i, extents in enumerate(results):
-        parts = ", ".join(f"%extent{operand}_{axis}" for operand, axis in extents)
+        parts = ", ".join(map(_extent, extents))
         types = ", ".join(["tensor<1xi32>"] * len(extents))
         body.append(f"%shape{i} = stablehlo.concatenate {parts}, dim = 0 : ({types}) -> tensor<{len(extents)}xi32>")
     names = [f"%in{i}" for i in range(len(inputs))]
@@ -124,6 +137,11 @@ def _program(target, operands, results, dtypes, attributes):
             "}",
         ]
     )
+
+
+def _extent(source):
+    """The name of a known extent, or of that of an axis of an operand."""
+    return f"%known{source}" if isinstance(source, int) else "%extent{}_{}".format(*source)
 
 
 def _type(rank, dtype):
