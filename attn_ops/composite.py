@@ -104,7 +104,7 @@ def _attention_weights(call, lse):
             return tf.cast(_select(seen, e / total), call.query.dtype)
         lse = tf.cast(lse, s.dtype)[..., None]
         # Selected before the subtraction too: the gradient of -inf - -inf would be NaN.
-        difference = _select(seen, s) - _select(tf.not_equal(lse, -math.inf), lse)
+        difference = _select(seen, s) - _select(_above_minus_inf(lse), lse)
         p = _select(seen, tf.exp(tf.minimum(difference, 0.0)))
         return tf.cast(p, call.query.dtype)
 
@@ -222,13 +222,13 @@ class _Problem:
         visible += block.masks
         if block.bias is not None:
             bias = tf.cast(block.bias, self.dtype)
-            visible.append(tf.not_equal(bias, -math.inf))
+            visible.append(_above_minus_inf(bias))
             s = _biased(s, _select(visible[-1], bias))
         # Nor may a mask or bias broadcast the scores.
         shape = [self.batch, self.num_heads, extents(block.q)[2], self.seqlen_k]
         if not visible:
             return tf.reshape(s, shape), None
-        seen = functools.reduce(tf.logical_and, [*visible, tf.not_equal(s, -math.inf)])
+        seen = functools.reduce(tf.logical_and, [*visible, _above_minus_inf(s)])
         return tf.reshape(s, shape), tf.reshape(seen, shape)
 
     def _keep(self, block):
@@ -394,7 +394,7 @@ def _softmax_terms(s, seen):
     else:
         # m is only a shift: its derivative cancels.
         m = tf.stop_gradient(tf.reduce_max(visible, -1, keepdims=True))
-    m = _select(tf.not_equal(m, -math.inf), m)
+    m = _select(_above_minus_inf(m), m)
     # Hidden scores become m before the subtraction: lowest - m may be beyond the range, and NaN has no derivative of 0.
     e = tf.exp((s if seen is None else tf.where(seen, s, m)) - m)
     e = _select(seen, e)
@@ -421,6 +421,11 @@ def _weighted_sum(weights, values, masked, transpose_weights=False):
 def _select(condition, x):
     """`x` where the condition is None or holds, else 0."""
     return x if condition is None else tf.where(condition, x, tf.zeros((), x.dtype))
+
+
+def _above_minus_inf(x):
+    """Where `x` is not -inf, NaN included; without that constant, for the sake of `tf.debugging.enable_check_numerics`."""
+    return tf.logical_not(x < x.dtype.min)
 
 
 def _finite(x):

@@ -80,7 +80,7 @@ class Room:
         rooms = {}
         for axis, name in _SCORES.items():
             if x.shape[axis] is None:
-                own = tf.shape(place.with_static_size()(x, axis))[axis]
+                own = _room_of(x, axis)
                 rooms[axis] = tf.where(tf.equal(own, 1), 1, self._rooms[name])
         return _widened(x, rooms) if rooms else x
 
@@ -132,7 +132,18 @@ def _size(call, name):
 def _room(call, name):
     """The largest room that a tensor of ``call`` has along the axis of this name."""
     axes_of = [(x, axis) for x, axes in _full(call) for axis, n in axes.items() if n == name]
-    return functools.reduce(tf.maximum, [tf.shape(place.with_static_size()(x, axis))[axis] for x, axis in axes_of])
+    return functools.reduce(tf.maximum, [_room_of(x, axis) for x, axis in axes_of])
+
+
+def _room_of(x, axis):
+    return tf.shape(_with_all_room(x, axis))[axis]
+
+
+def _with_all_room(x, axis):
+    shape = x.shape.as_list()
+    x = place.with_static_size()(x, axis)
+    x.set_shape(shape[:axis] + [None] + shape[axis + 1 :])  # it forgets the rank
+    return x
 
 
 def _widened(x, rooms):
@@ -142,7 +153,7 @@ def _widened(x, rooms):
     def run(x):
         wide = x
         for axis, room in rooms.items():
-            wide = place.with_static_size()(wide, axis)
+            wide = _with_all_room(wide, axis)
             kept = tf.minimum(tf.shape(wide)[axis], room)
             wide = tf.pad(_slice(wide, {axis: kept}), [[0, room - kept if i == axis else 0] for i in range(x.shape.rank)])
         wide.set_shape([rooms[i] if isinstance(rooms.get(i), int) else n for i, n in enumerate(wide.shape)])
@@ -170,5 +181,5 @@ def _cut(x, sizes):
 
 
 def _slice(x, sizes):
-    extents = [sizes.get(axis, -1) for axis in range(x.shape.rank)]
-    return tf.slice(x, [0] * x.shape.rank, tf.stack(extents))
+    # A strided slice: of both, XLA compiles this one with sizes that it does not know.
+    return x[tuple(slice(sizes.get(axis)) for axis in range(x.shape.rank))]
