@@ -38,7 +38,7 @@ def _load(module: str, wanted: str):
     try:
         return importlib.import_module(f"{__name__}.{module}")
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
+        missing = error.name or ""
         if missing in ("tensorflow", "keras"):
             raise ImportError(
                 f"attn_ops.{wanted} needs TensorFlow 2.16 or newer, and {missing} is not installed: "
@@ -47,6 +47,12 @@ def _load(module: str, wanted: str):
         if missing in ("jax", "jaxlib"):
             raise ImportError(
                 f'attn_ops.{wanted} needs JAX 0.5 or newer, and {missing} is not installed: pip install "attn_ops[jax]"'
+            ) from error
+        framework = missing.partition(".")[0]
+        if framework in ("tensorflow", "keras", "jax", "jaxlib"):
+            raise ImportError(
+                f"attn_ops.{wanted} needs the module {missing}, which the installed {framework} lacks: it is incomplete, "
+                "or of a version that attn_ops does not know"
             ) from error
         raise
 

@@ -19,9 +19,8 @@ import functools
 import math
 
 import tensorflow as tf
-from tensorflow.core.framework import attr_value_pb2
 
-from attn_ops import masks, philox, saved_models
+from attn_ops import dynamic_sizes, masks, philox, place
 from attn_ops.runtime_checks import at_least_1, canonical_extents, checked, extents
 
 # Scores that query_chunk="auto" computes in one piece, and the scores of a chunk when there are more.
@@ -33,23 +32,33 @@ _Block = collections.namedtuple("_Block", "rows q bias masks")
 
 
 @tf.autograph.experimental.do_not_convert
-def attention(call, query_chunk="auto"):
+def attention(call, query_chunk="auto", in_xla=False):
     """Scaled dot-product attention.
 
     Args:
-      call: an `arguments.AttentionCall`, or anything with its attributes.
+      call: an `arguments.AttentionCall`.
       query_chunk: how many query rows to take at a time: an integer, None for all, or "auto": all, unless that is
         more than `UNCHUNKED_SCORES` scores; then chunks of about `CHUNK_SCORES` scores, and never less than one row.
         Second derivatives and forward-mode ones are only promised for None.
+      in_xla: that only XLA will run what is made here, where that cannot be seen.
     Returns:
       out in the shape and dtype of query (with value_dim), and lse `[batch, num_heads, seqlen_q]` in float32, or
-      float64 for float64. Both are differentiable with respect to query, key, value and bias.
+      float64 for float64. Both are differentiable with respect to query, key, value and bias. Only where
+      `call.return_lse` asks for it is lse -inf for rows that see no key; it is anything finite otherwise.
     Raises:
       ValueError: for another query_chunk.
       tf.errors.InvalidArgumentError: for what only a running graph can know (runtime_checks.py).
     """
     if query_chunk not in (None, "auto") and (not isinstance(query_chunk, int) or query_chunk < 1):
         raise ValueError(f"composite.attention: query_chunk must be None, 'auto' or at least 1, got {query_chunk!r}")
+    room = _room(call, in_xla)
+    if room is not None:
+        out, lse = _attention(room.call, query_chunk)
+        return room.cut_out(out), room.cut_lse(lse)
+    return _attention(call, query_chunk)
+
+
+def _attention(call, query_chunk):
     with tf.name_scope("scaled_dot_product_attention"):
         problem = _Problem(checked(call))
         rows = _chunk_rows(problem, query_chunk)
@@ -58,10 +67,10 @@ def attention(call, query_chunk="auto"):
         @tf.custom_gradient
         def run(q, k, v, *bias):
             inputs = (q, k, v, *bias)
-            # Eager tapes would record, and keep, the inside. In graphs nothing is kept, and forward-mode derivatives
-            # need the way through it.
-            stopped = [tf.stop_gradient(x) for x in inputs] if tf.executing_eagerly() else inputs
-            out, lse = steps.forward(*stopped)
+            # Tapes would record the inside: eager ones keep it, those of graphs, where they are nested or persistent,
+            # what every chunk of a loop needs. But in graphs forward-mode derivatives need the way through it.
+            watched = not tf.executing_eagerly() and place.in_forward_mode(inputs)
+            out, lse = steps.forward(*(inputs if watched else map(tf.stop_gradient, inputs)))
 
             def gradient(d_out, d_lse):
                 # A function of the inputs alone, so that it can itself be differentiated.
@@ -74,20 +83,39 @@ def attention(call, query_chunk="auto"):
 
 
 @tf.autograph.experimental.do_not_convert
-def attention_weights(call, lse):
-    """The softmax before dropout, recomputed from `lse`: `[batch, num_heads, seqlen_q, seqlen_k]`, query's dtype.
+def attention_weights(call, lse=None):
+    """The softmax before dropout: `[batch, num_heads, seqlen_q, seqlen_k]`, query's dtype.
 
-    Dense: for plots and for models that return their scores. Differentiable with respect to query, key, bias and lse.
+    From `lse` where that is given. Dense: for plots and for models that return their scores. Differentiable with
+    respect to query, key, bias and lse.
     """
+    room = _room(call)
+    if room is not None:
+        return room.cut_weights(_attention_weights(room.call, None if lse is None else room.like_lse(lse)))
+    return _attention_weights(call, lse)
+
+
+def _attention_weights(call, lse):
     with tf.name_scope("attention_weights"):
         problem = _Problem(checked(call))
-        s, _ = problem.scores(problem.block(problem.query(), *problem.bias()), problem.key())
+        s, seen = problem.scores(problem.block(problem.query(), *problem.bias()), problem.key())
+        if lse is None:
+            e, total, *_ = _softmax_terms(s, seen)
+            return tf.cast(_select(seen, e / total), call.query.dtype)
         lse = tf.cast(lse, s.dtype)[..., None]
         # Selected before the subtraction too: the gradient of -inf - -inf would be NaN.
-        seen = tf.not_equal(s, -math.inf)
-        difference = _select(seen, s) - _select(tf.not_equal(lse, -math.inf), lse)
+        difference = _select(seen, s) - _select(_above_minus_inf(lse), lse)
         p = _select(seen, tf.exp(tf.minimum(difference, 0.0)))
         return tf.cast(p, call.query.dtype)
+
+
+def _room(call, in_xla=False):
+    """The `dynamic_sizes.Room` of a call in a function that XLA compiles, whose loops over rows need known sizes; or
+    None."""
+    if not (in_xla or place.in_xla()) or not dynamic_sizes.any_unknown(call) or not place.with_static_size():
+        return None
+    inputs = [call.query, call.key, call.value, *([] if call.bias is None else [call.bias])]
+    return None if place.in_forward_mode(inputs) else dynamic_sizes.Room(call)
 
 
 class _Problem:
@@ -139,19 +167,24 @@ class _Problem:
         return _Block(tf.range(self.seqlen_q), q, bias, self.call.masks)
 
     def forward_block(self, block, k, v):
-        s, masked = self.scores(block, k)
-        e, total, lse = _softmax_terms(s)
+        s, seen = self.scores(block, k)
+        e, total, m, empty = _softmax_terms(s, seen)
+        lse = m + tf.math.log(total)
+        if self.call.return_lse:
+            lse = tf.where(empty, tf.constant(-math.inf, s.dtype), lse)
+        lse = tf.squeeze(lse, -1)
         keep = self._keep(block)
         if keep is not None:
             e = self._drop(keep, e)
-        out = _weighted_sum(self._grouped(e), v, masked or keep is not None)
+        out = _weighted_sum(self._grouped(e), v, seen is not None or keep is not None)
         return self._ungrouped(out, lse) / total, lse
 
     def backward_block(self, block, k, v, d_out, d_lse):
-        s, masked = self.scores(block, k)
-        e, total, _ = _softmax_terms(s)
+        s, seen = self.scores(block, k)
+        masked = seen is not None
+        e, total, *_ = _softmax_terms(s, seen)
         # Selected, since in a row of NaN even hidden weights would be NaN.
-        p = _select(tf.not_equal(s, -math.inf) if masked else None, e / total)
+        p = _select(seen, e / total)
         dp = self._products(d_out, v)
         dropped_p = p
         keep = self._keep(block)
@@ -172,7 +205,7 @@ class _Problem:
         return dq, dk, dv, _sum_to_shape_of(block.bias, ds)
 
     def scores(self, block, k):
-        """The scores, -inf where hidden, and whether any can be hidden."""
+        """The scores, and which of them are seen; None where all are. Hidden scores may be anything."""
         s = self._products(block.q, k)
         seqlen_q, seqlen_k = tf.cast(self.seqlen_q, tf.int64), tf.cast(self.seqlen_k, tf.int64)
         visible = masks.interval(
@@ -189,12 +222,14 @@ class _Problem:
         visible += block.masks
         if block.bias is not None:
             bias = tf.cast(block.bias, self.dtype)
-            s = _biased(s, bias)
-            visible.append(tf.not_equal(bias, -math.inf))
-        if visible:
-            s = tf.where(functools.reduce(tf.logical_and, visible), s, tf.constant(-math.inf, self.dtype))
+            visible.append(_above_minus_inf(bias))
+            s = _biased(s, _select(visible[-1], bias))
         # Nor may a mask or bias broadcast the scores.
-        return tf.reshape(s, [self.batch, self.num_heads, extents(block.q)[2], self.seqlen_k]), bool(visible)
+        shape = [self.batch, self.num_heads, extents(block.q)[2], self.seqlen_k]
+        if not visible:
+            return tf.reshape(s, shape), None
+        seen = functools.reduce(tf.logical_and, [*visible, _above_minus_inf(s)])
+        return tf.reshape(s, shape), tf.reshape(seen, shape)
 
     def _keep(self, block):
         """Which weights dropout keeps, or None."""
@@ -307,7 +342,7 @@ def _let_xla_fold_shapes(state):
         while op.type == "Identity":
             op = op.inputs[0].op
         if op.type in ("While", "StatelessWhile"):
-            op._set_attr("_xla_propagate_compile_time_consts", attr_value_pb2.AttrValue(b=True))
+            place.set_attribute(op, "_xla_propagate_compile_time_consts")
             return
 
 
@@ -315,8 +350,10 @@ def _chunk_rows(problem, query_chunk):
     """How many rows to take at a time, an integer or int32 scalar; None for all."""
     if query_chunk is None:
         return None
+    if not tf.executing_eagerly() and not place.can_set_attributes():
+        return None  # see `_let_xla_fold_shapes`
     batch = problem.batch
-    if not isinstance(batch, int) and saved_models.exporting():
+    if not isinstance(batch, int) and place.exporting():
         # LiteRT has no dynamic loop over rows. One entry decides, so that no loop is exported where it needs none.
         batch = 1
     dims = (batch, problem.num_heads, problem.seqlen_k)
@@ -344,17 +381,26 @@ def _biased(s, bias):
     return tf.where(overflowed, tf.sign(total) * total.dtype.max, total)
 
 
-def _softmax_terms(s):
-    """exp(s - m) with m the largest score of a row, their sum `[..., 1]` (1 for an empty row), and lse."""
-    # m is only a shift: its derivative cancels.
-    m = tf.stop_gradient(tf.reduce_max(s, -1, keepdims=True))
-    m = _select(tf.not_equal(m, -math.inf), m)
-    e = tf.exp(s - m)
+def _softmax_terms(s, seen):
+    """exp(s - m) with m the largest score of a row, 0 where hidden; their sum (1 for an empty row), m, and which rows are
+    empty, `[..., 1]` each.
+
+    Without infinities, which `tf.debugging.enable_check_numerics` would take for errors.
+    """
+    lowest = tf.constant(s.dtype.min, s.dtype)
+    visible = s if seen is None else tf.where(seen, s, lowest)
+    if s.shape[-1] == 0:
+        m = tf.zeros_like(tf.reduce_sum(s, -1, keepdims=True))
+    else:
+        # m is only a shift: its derivative cancels.
+        m = tf.stop_gradient(tf.reduce_max(visible, -1, keepdims=True))
+    m = _select(_above_minus_inf(m), m)
+    # Hidden scores become m before the subtraction: lowest - m may be beyond the range, and NaN has no derivative of 0.
+    e = tf.exp((s if seen is None else tf.where(seen, s, m)) - m)
+    e = _select(seen, e)
     total = tf.reduce_sum(e, -1, keepdims=True)
     empty = tf.equal(total, 0.0)
-    total = tf.where(empty, tf.ones((), s.dtype), total)
-    lse = tf.where(empty, tf.constant(-math.inf, s.dtype), m + tf.math.log(total))
-    return e, total, tf.squeeze(lse, -1)
+    return e, tf.where(empty, tf.ones((), s.dtype), total), m, empty
 
 
 def _weighted_sum(weights, values, masked, transpose_weights=False):
@@ -375,6 +421,11 @@ def _weighted_sum(weights, values, masked, transpose_weights=False):
 def _select(condition, x):
     """`x` where the condition is None or holds, else 0."""
     return x if condition is None else tf.where(condition, x, tf.zeros((), x.dtype))
+
+
+def _above_minus_inf(x):
+    """Where `x` is not -inf, NaN included; without that constant, for the sake of `tf.debugging.enable_check_numerics`."""
+    return tf.logical_not(x < x.dtype.min)
 
 
 def _finite(x):

@@ -22,19 +22,22 @@ class Explanation:
 
     ``form`` tells how the fused kernels are called: "op" (TensorFlow's operator), "xla" (a custom call inside XLA), "op or
     xla" (a graph that holds both, for whoever runs it to take the one it can) or, where XLA takes no custom call, "op
-    or composite"; None for others. ``device`` tells whose kernels those are: "cpu" or "gpu".
+    or composite"; None for others. ``device`` tells whose kernels those are: "cpu" or "gpu". ``notes`` tell what this
+    TensorFlow lacks of what the package builds on, and what happens without it.
     """
 
     implementation: str
     reasons: tuple[str, ...] = ()
     form: str | None = None
     device: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self):
         form = f"{self.form} on the GPU" if self.device == "gpu" else self.form
         lines = [f"implementation: {self.implementation}" + (f" ({form})" if form else "")]
         if self.reasons:
             lines += ["not fused, because:", *(f"  - {reason}" for reason in self.reasons)]
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 

@@ -158,7 +158,7 @@ def attention_weights(
     A dense [batch, num_heads, seqlen_q, seqlen_k] tensor ([batch, seqlen_q, seqlen_k] for rank 3), for plots and for
     looking into a model: this is the memory that the attention itself avoids. Rows that see no key are 0. Arguments
     and errors are those of `scaled_dot_product_attention`; ``lse`` is what that returned for the same arguments, and
-    is computed when not given. Differentiable.
+    is not needed. Differentiable.
     """
     name = "attention_weights"
     key = tensors.as_tensor(name, "key", key)
@@ -180,10 +180,8 @@ def attention_weights(
         layout=layout,
         return_lse=True,
     )
-    chosen = support.choose(name, call, implementation)
-    if lse is None:
-        _, lse = _RUN[chosen](call)
-    else:
+    support.choose(name, call, implementation)  # refuses what cannot run
+    if lse is not None:
         lse = tensors.as_tensor(name, "lse", lse)
         if call.squeeze:
             lse = tf.expand_dims(lse, 1)

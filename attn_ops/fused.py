@@ -1,15 +1,14 @@
 """The fused attention in TensorFlow: which of its forms runs where, their gradients, and why a call cannot take them.
 
-Eager calls run the operator (`native_op`). Functions traced for XLA hold a custom call of the same kernels (`xla_op`).
-Other graphs hold both (`graph_op`), since XLA may compile them later.
+Eager calls run the operator (`native_op`). Functions traced for XLA hold a custom call of the same kernels
+(`bounded_op`). Other graphs hold both (`graph_op`), since XLA may compile them later.
 """
 
 from __future__ import annotations
 
 import tensorflow as tf
-from tensorflow.python.eager import forwardprop_util
 
-from . import _native, gpu, graph_op, native_op, saved_models, second_order, xla_op
+from . import _native, bounded_op, gpu, graph_op, native_op, place, saved_models, second_order
 from .arguments import AttentionCall
 
 
@@ -27,29 +26,20 @@ def unsupported_reasons(call: AttentionCall, forced: bool = False) -> list[str]:
     missing = _native.unavailable_reason()
     if missing is not None:
         reasons.append(missing)
-    elif in_xla() and _native.xla_unavailable_reason():
-        reasons.append(f"the call is traced for XLA (jit_compile=True), and {_native.xla_unavailable_reason()}")
-    if _in_forward_mode(call):
+    elif place.in_xla() and bounded_op.unavailable_reason(call):
+        reasons.append(f"the call is traced for XLA (jit_compile=True), and {bounded_op.unavailable_reason(call)}")
+    if not tf.executing_eagerly() and place.in_forward_mode(_inputs(call)):
         reasons.append("a ForwardAccumulator watches the inputs, and in graphs only the composite has forward mode")
     return reasons + gpu.unsupported_reasons(call, forced)
 
 
-def in_xla() -> bool:
-    """Whether this code is being traced for XLA, at any depth of nested functions and control flow."""
-    return not tf.executing_eagerly() and tf.__internal__.get_enclosing_xla_context() is not None
-
-
-def form() -> str:
+def form(call: AttentionCall) -> str:
     """How the fused kernels are called from here; what stands after "or" is for XLA, should it compile this graph."""
     if tf.executing_eagerly():
         return "op"
-    if in_xla():
+    if place.in_xla():
         return "xla"
-    return "op or composite" if _native.xla_unavailable_reason() else "op or xla"
-
-
-def _in_forward_mode(call):
-    return not tf.executing_eagerly() and bool(forwardprop_util.pack_tangents(_inputs(call)).indices)
+    return "op or composite" if bounded_op.unavailable_reason(call) else "op or xla"
 
 
 def attention(call: AttentionCall):
@@ -57,7 +47,7 @@ def attention(call: AttentionCall):
     if tf.executing_eagerly():
         return native_op.forward(call)[:2]
     saved_models.leave_hint()  # again in the branches of `graph_op`: which loader looks where first is its affair
-    return _differentiable(xla_op if in_xla() else graph_op, call)
+    return _differentiable(bounded_op if place.in_xla() else graph_op, call)
 
 
 def _differentiable(form, call):
@@ -68,10 +58,12 @@ def _differentiable(form, call):
     @tf.custom_gradient
     def forward(*inputs):
         own = _with_inputs(call, inputs)
-        out, lse, statistics = form.forward(own)
+        out, lse, statistics = form.forward(_unwatched(own))
+        # What the gradient keeps becomes a result of the function around, which may be asked for its gradient too.
+        kept = _unwatched_tensors(out, statistics)
 
         def gradient(d_out, d_lse=None):
-            return _gradients(form, own, out, statistics, d_out, d_lse)
+            return _gradients(form, own, *kept, d_out, d_lse)
 
         return ((out, lse) if call.return_lse else out), gradient
 
@@ -80,6 +72,7 @@ def _differentiable(form, call):
 
 
 def _gradients(form, call, out, statistics, d_out, d_lse):
+    call = _in_this_graph(call)
     cotangents = [d_out] if d_lse is None else [d_out, d_lse]
     num_inputs = len(_inputs(call))
 
@@ -94,9 +87,22 @@ def _gradients(form, call, out, statistics, d_out, d_lse):
             )
             return *d_inputs, *d_cotangents
 
-        return form.backward(own, out, statistics, d_out, d_lse), gradient
+        return form.backward(_unwatched(own), out, statistics, *_unwatched_tensors(d_out, d_lse)), gradient
 
     return backward(*_inputs(call), *cotangents)
+
+
+def _unwatched(call):
+    """``call`` with inputs that no tape of this graph watches.
+
+    A tape that sees the operations of a form would ask for the gradients that they do not have: where tapes are nested
+    or persistent, `tf.switch_case` builds the gradient of its branches at once, needed or not.
+    """
+    return _with_inputs(call, _unwatched_tensors(*_inputs(call)))
+
+
+def _unwatched_tensors(*tensors):
+    return [x if x is None else tf.stop_gradient(x) for x in tensors]
 
 
 def _in_this_graph(call):

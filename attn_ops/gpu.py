@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 
 import tensorflow as tf
-from tensorflow.python.eager import context
 
-from . import _native
+from . import _native, place
 from .arguments import AttentionCall
 
 
@@ -15,11 +14,10 @@ def in_use(call: AttentionCall) -> bool:
     """Whether TensorFlow would put the fused op of ``call``, or the operations in its place, on a GPU."""
     if not _ordinals():
         return False
-    if not tf.executing_eagerly():
-        # TensorFlow offers no question for the current device: see where a constant lands; "" is anywhere.
-        return "CPU" not in tf.constant(0.0).device
-    if "CPU" in (context.context().device_name or ""):
+    if "CPU" in place.device():
         return False
+    if not tf.executing_eagerly():
+        return True
     # An eager op goes to the GPU, wherever its inputs are, as soon as it has a kernel there.
     has_kernel = _native.cuda_library_exists() and call.query.dtype != tf.float64
     return has_kernel or "CPU" not in call.query.device

@@ -7,16 +7,17 @@ XLA a constant 2, and it drops the other branches (TensorFlow's own recurrent la
 
 from __future__ import annotations
 
-import tensorflow as tf
-from tensorflow.python.ops.parallel_for import pfor
+import functools
 
-from . import _native, composite, native_op, saved_models, xla_op
+import tensorflow as tf
+
+from . import bounded_op, composite, native_op, saved_models
 from .arguments import AttentionCall
 
 
 def forward(call: AttentionCall):
     """(out, lse, statistics), without a gradient of their own; lse is None unless ``call.return_lse``."""
-    in_xla = _composite_forward if _native.xla_unavailable_reason() else xla_op.forward
+    in_xla = _composite_forward if bounded_op.unavailable_reason(call) else bounded_op.forward
     out, statistics, *lse = _native_or(lambda: _present(native_op.forward(call)), lambda: _present(in_xla(call)))
     lse = lse[0] if lse else None
     call.set_result_shapes(out, lse, statistics)
@@ -25,17 +26,9 @@ def forward(call: AttentionCall):
 
 def backward(call: AttentionCall, out, statistics, d_out, d_lse):
     """[d_query, d_key, d_value], and the gradient of the bias where ``call`` has one; ``d_lse`` may be None."""
-    in_xla = _composite_backward if _native.xla_unavailable_reason() else xla_op.backward
+    in_xla = _composite_backward if bounded_op.unavailable_reason(call) else bounded_op.backward
     arguments = (call, out, statistics, d_out, d_lse)
     return list(_native_or(lambda: tuple(native_op.backward(*arguments)), lambda: tuple(in_xla(*arguments))))
-
-
-@pfor.RegisterPFor("DeviceIndex")
-def _device_index_in_vectorized_map(pfor_input):
-    """The same for every iteration. Without this `tf.vectorized_map` takes it for a value of each one, and its rule
-    for Case fails on branches of several outputs."""
-    index = tf.raw_ops.DeviceIndex(device_names=pfor_input.get_attr("device_names"))
-    return pfor.wrap(index, is_stacked=False)
 
 
 def _native_or(operator, in_xla):
@@ -43,8 +36,21 @@ def _native_or(operator, in_xla):
         saved_models.leave_hint()
         return operator()
 
-    device = tf.raw_ops.DeviceIndex(device_names=["CPU", "GPU"])
+    # Called as a function without state: `DeviceIndex` counts as one that has it, of which `tf.vectorized_map` would
+    # want a value for each iteration.
+    (device,) = tf.raw_ops.PartitionedCall(args=[], Tout=[tf.int32], f=_device_index())
     return tf.switch_case(device, [native, native, in_xla])
+
+
+@functools.cache
+def _device_index():
+    with tf.init_scope():
+
+        @tf.function(autograph=False)
+        def attn_ops_device_index():
+            return tf.raw_ops.DeviceIndex(device_names=["CPU", "GPU"])
+
+        return attn_ops_device_index.get_concrete_function()
 
 
 def _present(results):
@@ -54,7 +60,7 @@ def _present(results):
 
 
 def _composite_forward(call):
-    out, lse = composite.attention(call)
+    out, lse = composite.attention(call, in_xla=True)
     # Of the form that the kernels' have; `_composite_backward` computes its own.
     return out, lse if call.return_lse else None, tf.zeros([*tf.unstack(tf.shape(lse)), 2], call.lse_dtype)
 
@@ -64,7 +70,7 @@ def _composite_backward(call, out, statistics, d_out, d_lse):
     inputs = [call.query, call.key, call.value, *([] if call.bias is None else [call.bias])]
     with tf.GradientTape() as tape:
         tape.watch(inputs)
-        outputs = composite.attention(call)
+        outputs = composite.attention(call, in_xla=True)
     cotangents = [d_out, *([] if d_lse is None else [d_lse])]
     return tape.gradient(
         outputs[: len(cotangents)],

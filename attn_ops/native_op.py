@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from . import _native, second_order
+from . import _native, place, second_order
 from .arguments import AttentionCall
 
 _SHARED_ATTRIBUTES = ("scale", "dropout_rate", "window_left", "window_right", "bottom_right", "layout", "allow_tf32")
@@ -91,7 +91,7 @@ def _forward_gradient(op, d_out, _, *d_lse):
     out, statistics = op.outputs[:2]
     bias, masks, query_lengths, key_lengths, seed = _split(op, op.inputs[3:])
     # Eager tapes and those of tf.function tell which inputs nobody watches; a constant bias then costs nothing.
-    unwanted = getattr(op, "skip_input_indices", None) or ()
+    unwanted = place.unwatched_inputs(op)
     d_query, d_key, d_value, d_bias = _native.library().attn_ops_backward(
         query,
         key,

@@ -5,13 +5,10 @@ all but unknown dimensions and the values of lengths. XLA drops assertions: ther
 the operations themselves, but lengths out of range go unnoticed.
 """
 
-import types
-
 import tensorflow as tf
 
 _NAME = "scaled_dot_product_attention"
 _TENSORS = ("query", "key", "value", "bias", "masks", "query_lengths", "key_lengths")
-_OTHERS = ("scale", "window_left", "window_right", "bottom_right", "dropout_rate", "seed", "layout")
 
 
 def checked(call):
@@ -22,7 +19,7 @@ def checked(call):
     with tf.control_dependencies(assertions):
         tensors = {name: getattr(call, name) for name in _TENSORS}
         tensors = tf.nest.map_structure(lambda x: x if x is None else tf.identity(x), tensors)
-    return types.SimpleNamespace(**tensors, **{name: getattr(call, name) for name in _OTHERS})
+    return call._replace(**tensors)
 
 
 def extents(x):

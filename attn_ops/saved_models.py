@@ -1,7 +1,6 @@
 """Models for serving: which operations an export holds, and what loads those of this library.
 
-The default is the composite, which loads anywhere. Keras and TensorFlow trace a model anew for an export but have no
-public way to tell so; the trace is recognised by who asked for it.
+The default is the composite, which loads anywhere; `place.exporting` recognises the trace.
 """
 
 from __future__ import annotations
@@ -10,14 +9,10 @@ import contextvars
 import os
 import sys
 
-import tensorflow as tf
-
-from . import _native
+from . import _native, place
 
 _OPS = ("composite", "fused")
 _wanted = contextvars.ContextVar("attn_ops.saved_models.wanted", default=None)
-# The modules whose functions trace what they save. A frame of theirs on the stack means: this trace is for an export.
-_EXPORTERS = ("keras.src.export.", "tensorflow.python.saved_model.save")
 _HINT = "attn_ops_library_is_missing__import_attn_ops_and_call_attn_ops_load_library__or_tf_load_library"
 
 
@@ -80,25 +75,13 @@ def load_library() -> str:
     return os.path.realpath(_native._LIBRARY)
 
 
-def exporting() -> bool:
-    """Whether this is the trace of an export."""
-    if tf.executing_eagerly():
-        return False
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith(_EXPORTERS):
-            return True
-        frame = frame.f_back
-    return False
-
-
 def reasons_against_fused(forced: bool) -> list[str]:
     """Why the export that is being traced, if one is, is not to hold the fused op.
 
     A ``forced`` choice stands, unless `export` was told otherwise.
     """
     wanted = _wanted.get()
-    if wanted == "fused" or (forced and wanted is None) or not exporting():
+    if wanted == "fused" or (forced and wanted is None) or not place.exporting():
         return []
     return [
         "the call is traced for an export, which is to load without this library: "
@@ -111,5 +94,5 @@ def leave_hint() -> None:
 
     Called before a fused op is made: an unknown operator's name is all that TensorFlow's loaders print.
     """
-    if exporting():
+    if place.exporting():
         getattr(_native.library(), _HINT)()

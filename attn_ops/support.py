@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from . import explanation, fused, gpu, tensors
+from . import explanation, fused, gpu, place, tensors
 from .arguments import AttentionCall, normalize
 from .explanation import Explanation, Support
 
@@ -20,7 +20,7 @@ def reasons_against(implementation: str, call: AttentionCall) -> list[str]:
     """Why ``implementation`` cannot run ``call`` here and now."""
     if implementation == "fused":
         return fused.unsupported_reasons(call, forced=True)
-    if implementation == "reference" and fused.in_xla():
+    if implementation == "reference" and place.in_xla():
         return ["the reference is NumPy, which XLA cannot compile"]
     return []
 
@@ -45,9 +45,10 @@ def explain(query, key, value, *, implementation=None, **options) -> Explanation
     call = described("explain", query, key, value, options)
     chosen = choose("explain", call, implementation)
     reasons = tuple(fused.unsupported_reasons(call))
+    notes = place.missing()
     if chosen != "fused":
-        return Explanation(chosen, reasons)
-    return Explanation(chosen, reasons, fused.form(), "gpu" if gpu.in_use(call) else "cpu")
+        return Explanation(chosen, reasons, notes=notes)
+    return Explanation(chosen, reasons, fused.form(call), "gpu" if gpu.in_use(call) else "cpu", notes)
 
 
 @tf.autograph.experimental.do_not_convert

@@ -8,9 +8,8 @@ when it compiles, so one text serves all shapes.
 from __future__ import annotations
 
 import tensorflow as tf
-from tensorflow.compiler.tf2xla.python import xla
 
-from . import native_op
+from . import _native, native_op, place
 from .arguments import AttentionCall
 
 _TYPES = {
@@ -24,6 +23,11 @@ _TYPES = {
 }
 _VERSION = 9  # of XlaCallModule: TensorFlow 2.18 knows no later one
 _PLATFORMS = ("CPU", "CUDA")  # more than one: the function is not bound to the device it was traced for
+
+
+def unavailable_reason() -> str | None:
+    """Why functions compiled by XLA cannot call the kernels, where the library is there; None when they can."""
+    return _native.xla_unavailable_reason() or place.xla_call_missing_reason()
 
 
 def forward(call: AttentionCall):
@@ -60,7 +64,7 @@ def backward(call: AttentionCall, out, statistics, d_out, d_lse):
         operands,
         call,
         {"num_d_lse": int(d_lse is not None), "d_bias": call.bias is not None},
-        results=[[(place, axis) for axis in range(4)] for place in places],
+        results=[[(operand, axis) for axis in range(4)] for operand in places],
         dtypes=[x.dtype for x in wanted],
         shapes=[x.shape for x in wanted],
     )
@@ -71,7 +75,7 @@ def _custom_call(target, operands, call, attributes, results, dtypes, shapes):
     optional = native_op.optional_inputs(call)
     attributes = {**native_op.attributes(call), **{name: len(given) for name, given in optional.items()}, **attributes}
     operands = operands + [x for given in optional.values() for x in given]
-    return xla.call_module(
+    return place.xla_call()(
         operands,
         version=_VERSION,
         module=_program(target, operands, results, dtypes, attributes),
@@ -95,10 +99,10 @@ def _program(target, operands, results, dtypes, attributes):
     outputs = [_type(len(extents), dtype) for extents, dtype in zip(results, dtypes)]
     # Unknown extents of results are computed from those of operands, and handed over as further operands.
     body = []
-    places = {place for extents in results for place in extents}
-    for extent in sorted(place for place in places if isinstance(place, int)):
+    sources = {source for extents in results for source in extents}
+    for extent in sorted(source for source in sources if isinstance(source, int)):
         body.append(f"{_extent(extent)} = stablehlo.constant dense<{extent}> : tensor<1xi32>")
-    for operand, axis in sorted(place for place in places if not isinstance(place, int)):
+    for operand, axis in sorted(source for source in sources if not isinstance(source, int)):
         body += [
             f"%size{operand}_{axis} = stablehlo.get_dimension_size %in{operand}, dim = {axis}"
             f" : ({inputs[operand]}) -> tensor<i32>",
@@ -135,9 +139,9 @@ def _program(target, operands, results, dtypes, attributes):
     )
 
 
-def _extent(place):
+def _extent(source):
     """The name of a known extent, or of that of an axis of an operand."""
-    return f"%known{place}" if isinstance(place, int) else "%extent{}_{}".format(*place)
+    return f"%known{source}" if isinstance(source, int) else "%extent{}_{}".format(*source)
 
 
 def _type(rank, dtype):

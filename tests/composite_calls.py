@@ -1,11 +1,10 @@
 """Calls of the composite and of the specification on a `reference_cases.Case`."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import tensorflow as tf
 
 from attn_ops import composite, reference
+from attn_ops.arguments import AttentionCall
 from reference_cases import take_mask
 
 MODES = ("eager", "graph", "unknown shapes", "xla", "xla, unknown shapes")
@@ -25,7 +24,7 @@ def make_call(query, key, value, bias=None, **options):
     seed = options.pop("dropout_seed", None)
     if seed is not None:
         seed = tf.constant(seed if np.ndim(seed) else [seed, 0], tf.int64)
-    call = SimpleNamespace(
+    call = AttentionCall(
         query=query,
         key=key,
         value=value,
@@ -40,6 +39,7 @@ def make_call(query, key, value, bias=None, **options):
         dropout_rate=options.pop("dropout_rate", 0.0),
         seed=seed,
         layout=options.pop("layout", "BSHD"),
+        return_lse=True,
     )
     assert not options, options
     return call

@@ -1,0 +1,138 @@
+"""Where a call stands in TensorFlow: traced for XLA, for an export, under a ForwardAccumulator, on which device.
+
+The one module with names that TensorFlow keeps to itself. Each is looked up when it is needed and has a fallback, so
+that a TensorFlow without it costs speed at most; `missing` says what is gone and what happens instead, for
+`attn_ops.explain`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import operator
+import sys
+
+import tensorflow as tf
+
+_XLA = "tensorflow.compiler.tf2xla.python.xla"
+
+# What is used, by path, and what happens without it.
+_WITHOUT = {
+    "tf.__internal__.get_enclosing_xla_context": "functions compiled by XLA hold the kernels in both forms, as others do",
+    "tf.__internal__.eager_context.get_device_name": "the device of an eager call is told by where a constant lands",
+    "tf.Operation._set_attr": "in graphs the composite takes all query rows at once",
+    f"{_XLA}.call_module": "functions compiled by XLA hold the composite",
+    f"{_XLA}.remove_dynamic_dimension_size": (
+        "functions compiled by XLA hold the composite where the batch or a length is unknown"
+    ),
+}
+
+
+def missing() -> tuple[str, ...]:
+    """What this TensorFlow lacks of the names above, one sentence each."""
+    return tuple(f"this TensorFlow has no {path}: {without}" for path, without in _WITHOUT.items() if not _get(path))
+
+
+def in_xla() -> bool:
+    """Whether this code is being traced for XLA, at any depth of nested functions and control flow.
+
+    False too where that cannot be told; the graph then holds both forms of the kernels, and XLA takes its own.
+    """
+    if tf.executing_eagerly():
+        return False
+    enclosing = _get("tf.__internal__.get_enclosing_xla_context")
+    return enclosing is not None and enclosing() is not None
+
+
+def in_forward_mode(tensors) -> bool:
+    """Whether a `tf.autodiff.ForwardAccumulator` of the graph that is being made watches one of ``tensors``.
+
+    An accumulator, and nothing else, asks for the gradient of an operation as soon as it is made.
+    """
+    asked = []
+
+    @tf.custom_gradient
+    def probe(*inputs):
+        def gradient(*d):
+            asked.append(True)
+            return d
+
+        return [tf.identity(x) for x in inputs], gradient
+
+    probe(*tensors)
+    return bool(asked)
+
+
+def exporting() -> bool:
+    """Whether this is the trace of an export.
+
+    Neither Keras nor TensorFlow says so: what is looked for is a function on the stack of the modules in which their
+    public exporters live.
+    """
+    if tf.executing_eagerly():
+        return False
+    exporters = (tf.saved_model.save.__module__, *_keras_exporters())
+    frame = inspect.currentframe()
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name in exporters or name.rpartition(".")[0] in exporters:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _keras_exporters():
+    """The package of Keras's exporters, if there is a Keras that has them."""
+    archive = getattr(getattr(sys.modules.get("keras"), "export", None), "ExportArchive", None)
+    return () if archive is None else (archive.__module__.rpartition(".")[0],)
+
+
+def device() -> str:
+    """The device of what is made here, by TensorFlow's name; "" where TensorFlow chooses."""
+    if tf.executing_eagerly():
+        name = _get("tf.__internal__.eager_context.get_device_name")
+        if name is not None:
+            return name() or ""
+    # TensorFlow offers no question for the device of a graph: see where a constant lands.
+    return tf.constant(0.0).device
+
+
+def unwatched_inputs(op) -> tuple[int, ...]:
+    """The inputs of ``op``, handed to a gradient function, whose gradients nobody wants; tapes tell, `tf.gradients` not."""
+    return getattr(op, "skip_input_indices", None) or ()
+
+
+def xla_call():
+    """The function that puts a program in StableHLO into a graph, or None."""
+    return _get(f"{_XLA}.call_module")
+
+
+def xla_call_missing_reason() -> str | None:
+    """Why `xla_call` is None; None when it is there."""
+    return None if xla_call() else f"this TensorFlow has no {_XLA}.call_module"
+
+
+def with_static_size():
+    """The function (tensor, axis) that, inside XLA, gives an axis of bounded size all its room, or None."""
+    return _get(f"{_XLA}.remove_dynamic_dimension_size")
+
+
+def can_set_attributes() -> bool:
+    """Whether `set_attribute` can."""
+    return _get("tf.Operation._set_attr") is not None
+
+
+def set_attribute(op, name) -> None:
+    """Gives an operation of a graph the attribute ``name``, true."""
+    op._set_attr(name, tf.compat.v1.AttrValue(b=True))
+
+
+def _get(path):
+    """What this path leads to, or None."""
+    try:
+        if path.startswith("tf."):
+            return operator.attrgetter(path.partition(".")[2])(tf)
+        module, _, name = path.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return None
