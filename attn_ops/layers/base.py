@@ -13,6 +13,10 @@ from keras import tree
 _IMPLEMENTATIONS = {None: None, True: "fused", False: "composite"}
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
+# Keras before 3.10 leaves the scores of a row without keys, which its softmax layer made, as they are: not 0.
+EMPTY_SCORES_ARE_UNIFORM = tuple(int(part) for part in keras.__version__.split(".")[:2]) < (3, 10)
+DENSE_AS_IN_KERAS = "as_in_keras=True, and this Keras spreads the scores of a row without keys over all of them"
+
 
 class FlashAttention:
     """Mixin that reads `flash_attention` before the stock constructor does, and means it.
@@ -36,7 +40,12 @@ class FlashAttention:
         cls.__signature__ = _signature(cls)
 
     def __init__(self, *args, flash_attention=None, **kwargs):
-        args, flash_attention = _taken(super().__init__, args, "flash_attention", flash_attention)
+        given = _given(super().__init__, args, kwargs)
+        if "flash_attention" in given:  # by position: Keras's own place for it
+            place = list(given).index("flash_attention")
+            flash_attention, args = args[place], (*args[:place], None, *args[place + 1 :])
+        if "dropout" in given:
+            checked_dropout(type(self).__name__, given["dropout"])
         if flash_attention not in (None, True, False):
             raise ValueError(
                 f"{type(self).__name__}: flash_attention must be None, True or False, not {flash_attention!r}"
@@ -69,10 +78,10 @@ class FlashAttention:
             where = [i for i, x in enumerate(flat) if _is_floating_tensor(x)]
 
             def function_of_tensors(*tensors):
-                for i, x in zip(where, tensors):
-                    flat[i] = x
-                args_again, kwargs_again = tree.pack_sequence_as((args, kwargs), flat)
-                return layer_call(*args_again, **kwargs_again)
+                given = dict(zip(where, tensors))
+                given = [given.get(i, x) for i, x in enumerate(flat)]
+                given_args, given_kwargs = tree.pack_sequence_as((args, kwargs), given)
+                return layer_call(*given_args, **given_kwargs)
 
             function = super(FlashAttention, self).rematerialized_call(function_of_tensors, *args, **kwargs)
             return function(*(flat[i] for i in where))
@@ -102,7 +111,6 @@ class DropIn(FlashAttention):
         if as_in_keras not in (True, False):
             raise ValueError(f"{type(self).__name__}: as_in_keras must be True or False, not {as_in_keras!r}")
         super().__init__(*args, **kwargs)
-        checked_dropout(type(self).__name__, inspect.getattr_static(self, "_dropout", self.dropout))
         self.as_in_keras = as_in_keras
 
     def get_config(self):
@@ -142,6 +150,12 @@ def overridden(layer, cls, *names):
     return None
 
 
+def refuse_if_forced(layer, reason):
+    """Raises ValueError where `layer` must run fused and, for this `reason`, runs Keras's code."""
+    if layer.implementation == "fused":
+        raise ValueError(f"{type(layer).__name__}(flash_attention=True) cannot run fused: {reason}")
+
+
 def checked_dropout(name, rate):
     """``rate`` as a float in [0, 1)."""
     rate = checked_number(name, "dropout", rate)
@@ -159,13 +173,12 @@ def checked_number(name, what, value):
     return float(value)
 
 
-def _taken(constructor, args, name, value):
-    """``args`` of a stock ``constructor`` with None for ``name`` where that is among them, and what it was."""
-    names = list(inspect.signature(constructor).parameters)
-    place = names.index(name) if name in names else len(args)
-    if place >= len(args):
-        return args, value
-    return (*args[:place], None, *args[place + 1 :]), args[place]
+def _given(constructor, args, kwargs):
+    """The arguments that a call of ``constructor`` gives, by name; none where it does not fit, which is its affair."""
+    try:
+        return inspect.signature(constructor).bind(*args, **kwargs).arguments
+    except TypeError:
+        return {}
 
 
 def _signature(cls):

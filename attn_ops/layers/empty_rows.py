@@ -9,6 +9,9 @@ from keras import ops
 from attn_ops.layers.axes import dims
 
 
+_FAR = 2**30  # beyond every key, and positions stay within 32 bits
+
+
 def empty_rows(mask, seqlen_q, seqlen_k):
     """Which rows an :class:`attn_ops.masks.Mask` (top left, without lengths) leaves without a key, as bool
     `[batch | 1, num_heads | 1, seqlen_q | 1, 1]`.
@@ -19,7 +22,7 @@ def empty_rows(mask, seqlen_q, seqlen_k):
     for part in mask.tensors():
         extents = part.shape
         (by_row if extents[3] == 1 and seqlen_k != 1 else by_key if extents[2] == 1 else by_both).append(part)
-    left, right = mask.window_left, mask.window_right
+    left, right = (min(end, _FAR) for end in (mask.window_left, mask.window_right))
     if by_both:
         visible = _all(by_both + by_key)
         rows, keys = ops.arange(seqlen_q)[:, None], ops.arange(seqlen_k)
