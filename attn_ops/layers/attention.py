@@ -64,8 +64,10 @@ class Attention(DropIn, _Stock):
             return in_keras()
         visible = combine([masks.causal() if use_causal_mask else None, _value_mask(value_mask, value)])
 
+        seed = dropout_seed(self, self.dropout, training)
+
         def here():
-            return self._attend(query, key, value, query_mask, visible, training, return_attention_scores)
+            return self._attend(query, key, value, query_mask, visible, seed, return_attention_scores)
 
         if self.as_in_keras and value_mask is not None:
             # Keras takes 1e9 from every score of such a row, and what is left of them decides: only its code has that.
@@ -73,14 +75,14 @@ class Attention(DropIn, _Stock):
             return ops.cond(any_empty, in_keras, here)
         return here()
 
-    def _attend(self, query, key, value, query_mask, visible, training, return_attention_scores):
+    def _attend(self, query, key, value, query_mask, visible, seed, return_attention_scores):
         out, scores = attend_one_head(
             *(_one_batch_axis(x, 2) for x in (query, key, value)),
             mask=visible,
             scale=1.0 if self.scale is None else ops.convert_to_tensor(self.scale),
             implementation=self.implementation,
             dropout_rate=self.dropout,
-            dropout_seed=dropout_seed(self, self.dropout, training),
+            dropout_seed=seed,
             scores="dropped" if return_attention_scores else None,
         )
         leading = dims(query)[:-1]

@@ -37,7 +37,8 @@ class FlashAttention:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        cls.__signature__ = _signature(cls)
+        if issubclass(cls, keras.layers.Layer):
+            cls.__signature__ = _signature(cls)
 
     def __init__(self, *args, flash_attention=None, **kwargs):
         given = _given(super().__init__, args, kwargs)
