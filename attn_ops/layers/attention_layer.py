@@ -124,7 +124,11 @@ class AttentionLayer(_QueryKeyValue):
 class AttentionLayerWithWeights(_QueryKeyValue):
     """:class:`AttentionLayer` that also returns the attention weights, for plots.
 
-    Arguments and call arguments are those of :class:`AttentionLayer`.
+    Args:
+        scale, dropout, seed, flash_attention: As for :class:`AttentionLayer`.
+
+    Call arguments:
+        inputs, mask, training, use_causal_mask: As for :class:`AttentionLayer`.
 
     Returns:
         The context `[batch, seqlen_q, value_features]` and the weights `[batch, seqlen_q, seqlen_k]`, those that
