@@ -17,8 +17,10 @@ import threading
 import keras
 import tensorflow as tf
 
-from attn_ops import layers
+from attn_ops import layers, masks
 from attn_ops.functional import scaled_dot_product_attention
+from attn_ops.layers.axes import dims
+from attn_ops.layers.empty_rows import empty_rows, with_means
 
 _HOOK = "keras.src.backend.tensorflow.nn"
 _NAME = "dot_product_attention"
@@ -34,6 +36,8 @@ _KNOWN = (
     "flash_attention",
     "attn_logits_soft_cap",
 )
+# Masked scores are -2.4e38 in Keras. A bias below this may leave a visible one behind them.
+_BELOW_MASKED = -1e38
 _lock = threading.Lock()
 
 _PAIRS = (
@@ -50,8 +54,9 @@ def patch():
     direct calls reach it, in the functions that are traced or run eagerly while it is in place. A call runs fused where
     the fused op can, otherwise in the composite; `flash_attention=True` runs fused or raises ValueError with the
     reasons. Keras's own function still serves `flash_attention=False`, a soft cap, and everything that
-    :func:`attn_ops.scaled_dot_product_attention` does not take. Queries that see no key give 0 instead of the mean of
-    all values. Patching twice is patching once.
+    :func:`attn_ops.scaled_dot_product_attention` does not take. Queries that see no key give the mean of all values, as
+    there: a stock model may read them as keys later. Beside a mask, a bias with values below `-1e38` (`finfo.min`, `-inf`)
+    is left to Keras as well, when it runs: there such a key counts less than a masked one. Patching twice is patching once.
 
     Raises:
         RuntimeError: This Keras has no such function, calls it in another way, or does not use TensorFlow; the message
@@ -94,6 +99,9 @@ def convert(model):
     wrappers and nested models. They stay the same objects with the same weights, names and connections; so optimizers,
     callbacks and shared layers keep working. Only exactly the stock classes are converted, not subclasses of them. The
     model's traced functions are dropped, to be traced again.
+
+    The layers get `as_in_keras=True`: the model's answers stay those of the stock layers wherever a mask hides what no
+    model should read, and where Keras forgets it. Set `layer.as_in_keras = False` for what our layers do instead.
 
     A converted model saves layers of attn_ops, which need attn_ops to be loaded (weights files do not): :func:`revert`
     it before saving for others.
@@ -167,16 +175,31 @@ def _replacement(original):
         soft_cap = {} if attn_logits_soft_cap is None else {"attn_logits_soft_cap": attn_logits_soft_cap}
         if flash_attention is False or soft_cap or not _is_taken(query, key, value, bias, mask):
             return original(query, key, value, bias, mask, scale, is_causal, flash_attention, **soft_cap)
-        return scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            bias=_rank_4(bias),
-            mask=_rank_4(mask),
-            scale=scale,
-            is_causal=is_causal,
-            implementation="fused" if flash_attention else None,
-        )
+        bias, mask = _rank_4(bias), _rank_4(mask)
+
+        def here():
+            out = scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                bias=bias,
+                mask=mask,
+                scale=scale,
+                is_causal=is_causal,
+                implementation="fused" if flash_attention else None,
+            )
+            if mask is None or value.shape[1] == 0:
+                return out
+            visible = masks.combined(mask, is_causal=is_causal)
+            return with_means(out, value, empty_rows(visible, dims(query)[1], dims(key)[1]))
+
+        if bias is None or (mask is None and not is_causal) or flash_attention:
+            return here()
+
+        def in_keras():
+            return original(query, key, value, bias, mask, scale, is_causal, flash_attention)
+
+        return tf.cond(tf.reduce_min(tf.cast(bias, tf.float32)) < _BELOW_MASKED, in_keras, here)
 
     dot_product_attention.original = original
     return dot_product_attention
@@ -210,8 +233,9 @@ def _change_classes(name, model, classes):
             continue
         if getattr(layer, "flash_attention", None):
             layer.flash_attention = layer._flash_attention = None
-        # Keras stores no attribute that equals the class's own, and the stock classes have no such default.
+        # Keras stores no attribute that equals the class's own, and the stock classes have no such defaults.
         vars(layer).setdefault("_flash_attention", None)
+        vars(layer)["as_in_keras"] = issubclass(target, layers.base.DropIn)
         layer.__class__ = target
         changed = True
     if changed:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from . import rematerialization
+
 FLOATS = frozenset([tf.float32, tf.bfloat16, tf.float16, tf.float64])
 
 float32 = tf.float32
@@ -66,8 +68,10 @@ def as_int32(x):
 
 
 def fresh_seed(name):
-    """A random seed and offset, new at every run."""
-    return tf.random.uniform([2], tf.int64.min, tf.int64.max, tf.int64)
+    """A random seed and offset, new at every run; the same again in the recomputation of a run."""
+    return rematerialization.same_in_recomputation(
+        lambda: tf.random.uniform([2], tf.int64.min, tf.int64.max, tf.int64)
+    )
 
 
 def seed_of_words(words):

@@ -113,8 +113,23 @@ def masked_inputs_of_grouped_heads_give_no_warning(cls):
         _gqa(cls)(x, x)
 
 
+def given_query_masks_count(cls):
+    """Keras: ignored."""
+    mask = np.array([[True, True, False, False, True]] * 2)
+    assert not _mha(cls)(X, X, query_mask=mask, return_attention_scores=True)[0].numpy()[:, 2:4].any()
+
+
+def inputs_keep_their_masks(cls):
+    """Keras: deleted, so that an addition to the output has none."""
+    x = tf.identity(X)
+    x._keras_mask = tf.ones((2, 5), tf.bool)
+    assert keras.layers.Add()([x, _mha(cls)(x, x)])._keras_mask is not None
+
+
 CASES = {
     "MultiHeadAttention": [
+        given_query_masks_count,
+        inputs_keep_their_masks,
         empty_rows_give_zeros,
         hidden_nan_does_not_leak,
         half_precision_logits_do_not_overflow,

@@ -1,6 +1,7 @@
 """Config, files and tools of Keras: our layers and the stock ones stand in for each other."""
 
 import re
+import warnings
 
 import keras
 import numpy as np
@@ -147,3 +148,98 @@ def test_clone_model_keeps_our_class():
     clone = keras.models.clone_model(model)
     [layer] = [layer for layer in clone.layers if isinstance(layer, ours("MultiHeadAttention"))]
     assert layer.flash_attention is False
+
+
+# Quantized projections and LoRA: what loads back
+
+FILES = {"MultiHeadAttention": "_query_dense", "GroupedQueryAttention": "_query_dense"}
+
+
+def quantized(cls, name):
+    model = functional(cls, name)
+    randomize(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about layers that have nothing to quantize
+        model.quantize("int8")
+    return model
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_quantized_models_load_back(tmp_path, name):
+    model = quantized(ours(name), name)
+    for i in range(2):  # and what was loaded can be saved
+        model.save(tmp_path / f"{i}.keras")
+        loaded = keras.saving.load_model(tmp_path / f"{i}.keras")
+        [layer] = [layer for layer in loaded.layers if isinstance(layer, ours(name))]
+        assert all(projection.quantization_mode == "int8" for projection in layer._projections().values())
+        np.testing.assert_array_equal(loaded(X), model(X))
+        model = loaded
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_models_with_some_quantized_projections_load_back(tmp_path, name):
+    model = functional(ours(name), name)
+    randomize(model)
+    [layer] = [layer for layer in model.layers if isinstance(layer, ours(name))]
+    layer._value_dense.quantize("int8")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    [layer] = [layer for layer in loaded.layers if isinstance(layer, ours(name))]
+    assert layer._value_dense.quantization_mode == "int8" and layer._query_dense.quantization_mode is None
+    np.testing.assert_array_equal(loaded(X), model(X))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_weights_files_of_quantized_models_need_a_quantized_one(tmp_path, name):
+    model = quantized(ours(name), name)
+    model.save_weights(tmp_path / "model.weights.h5")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        functional(ours(name), name).load_weights(tmp_path / "model.weights.h5")
+    other = quantized(ours(name), name)
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(other(X), model(X))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_stock_layers_still_lose_their_quantization(tmp_path, name):
+    """Why ours save it with what they were built of. When this fails, files of either load into the other."""
+    model = quantized(STOCK[name], name)
+    model.save(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        keras.saving.load_model(tmp_path / "model.keras")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_lora_is_merged_into_what_is_saved(tmp_path, name):
+    model = functional(ours(name), name)
+    randomize(model)
+    [layer] = [layer for layer in model.layers if isinstance(layer, ours(name))]
+    layer._query_dense.enable_lora(2)
+    rng = np.random.default_rng(0)
+    for factor in (layer._query_dense.lora_kernel_a, layer._query_dense.lora_kernel_b):
+        factor.assign(rng.normal(size=factor.shape))
+    expected = model(X)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    [layer] = [layer for layer in loaded.layers if isinstance(layer, ours(name))]
+    assert not layer._query_dense.lora_enabled
+    np.testing.assert_allclose(loaded(X), expected, rtol=1e-5, atol=1e-5)
+    model.save_weights(tmp_path / "model.weights.h5")
+    plain = functional(ours(name), name)
+    plain.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_allclose(plain(X), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_without_projections_stay_as_they_are_in_quantized_models(tmp_path):
+    """Their weights are no layers of Keras's: `quantize` leaves them, and files load."""
+    inputs = keras.Input((5, 6))
+    x = ours("SelfAttention")(4)(inputs)
+    x = ours("Attention")(use_scale=True)([x, x])
+    x = ours("AttentionLayer")()([x, x, x])
+    model = keras.Model(inputs, keras.layers.Dense(3)(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.quantize("int8")
+    assert keras.backend.standardize_dtype(model.layers[1].W_q.dtype) == "float32"
+    model.save(tmp_path / "model.keras")
+    np.testing.assert_array_equal(keras.saving.load_model(tmp_path / "model.keras")(X), model(X))

@@ -56,7 +56,7 @@ def test_gate(flash):
 
 
 def test_explicit_query_mask_is_used(flash):
-    """As in Keras, and unlike in MultiHeadAttention."""
+    """As in Keras."""
     x, mask = random(2, 5, 6), np.arange(5) < np.array([[5], [3]])
     layer = built(flash, dtype="float64", use_bias=False)
     out = layer(x, x, query_mask=mask)

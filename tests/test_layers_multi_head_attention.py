@@ -79,21 +79,14 @@ def test_masks_go_through_a_functional_model(flash):
     np.testing.assert_allclose(mine.predict(TOKENS, verbose=0), stock.predict(TOKENS, verbose=0), atol=1e-5)
 
 
-def test_explicit_query_mask_is_treated_as_in_keras(flash):
-    x, mask = random(2, 5, 6), np.arange(5) < np.array([[5], [3]])
-    stock, mine = twins("MultiHeadAttention", (2, 5, 6), (2, 5, 6), num_heads=2, key_dim=4, flash_attention=flash)
-    rows = mask.astype("float64")[..., None]
-    assert_same(stock, mine, [x], lambda layer, x: layer(x[0], x[0], query_mask=mask), [rows])
-
-
-def test_caller_tensors_lose_their_mask_as_in_keras(flash):
-    marks = []
-    for layer in (keras.layers.MultiHeadAttention(2, 4), built(flash)):
-        x = random(2, 5, 6, dtype="float32")
-        x._keras_mask = tf.ones((2, 5), tf.bool)
-        layer(x, x)
-        marks.append(getattr(x, "_keras_mask", None) is None)
-    assert marks[0] == marks[1]
+def test_caller_tensors_keep_their_mask(flash):
+    """Keras deletes it, and what is added to the output then hides nothing; see test_layers_padding.py."""
+    x = random(2, 5, 6, dtype="float32")
+    x._keras_mask = tf.ones((2, 5), tf.bool)
+    layer = built(flash)
+    out = layer(x, x)
+    assert x._keras_mask is not None
+    assert keras.layers.Add()([x, out])._keras_mask is not None
 
 
 def test_two_axes_are_query_and_key_not_padding(flash):

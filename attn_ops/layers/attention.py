@@ -10,13 +10,15 @@ from keras import ops
 from attn_ops import masks
 from attn_ops.arrays import compatible
 from attn_ops.layers.axes import dims
-from attn_ops.layers.common import FlashAttention, attend_one_head, boolean, combine, dropout_seed, hide_rows
+from attn_ops.layers.base import DropIn, overridden, refuse_if_forced
+from attn_ops.layers.common import attend_one_head, boolean, combine, dropout_seed, hide_rows, refuse_ragged
+from attn_ops.layers.empty_rows import empty_rows
 
 _Stock = keras.layers.Attention
 
 
 @keras.saving.register_keras_serializable(package="attn_ops")
-class Attention(FlashAttention, _Stock):
+class Attention(DropIn, _Stock):
     """`keras.layers.Attention` (Luong, unscaled) whose attention runs in
     :func:`attn_ops.scaled_dot_product_attention`.
 
@@ -24,8 +26,9 @@ class Attention(FlashAttention, _Stock):
     `[query, value, key]` of float `[batch, *dims, seqlen, features]`, a mask list) and has its weights, config and
     outputs. The scores are not divided by sqrt(features); `use_scale=True` learns a scalar factor instead. What differs:
 
-    - `flash_attention` (by keyword), as in :class:`attn_ops.layers.MultiHeadAttention`.
-    - A query whose keys are all masked gives 0, where Keras gives the mean of all values.
+    - `flash_attention`, as in :class:`attn_ops.layers.MultiHeadAttention`.
+    - A query whose keys are all masked gives 0, where Keras gives about the mean of all values;
+      `as_in_keras=True`, which `attn_ops.convert` sets, computes batches with such a query by Keras's code.
     - A value mask may accompany more than one axis before the sequence, and a `[batch, seqlen_q, seqlen_k]` one a causal
       mask.
     - `score_mode="concat"` and subclasses that override a step of the computation run Keras's code; with
@@ -43,25 +46,43 @@ class Attention(FlashAttention, _Stock):
         self._validate_inputs(inputs=inputs, mask=mask)
         query, value = inputs[0], inputs[1]
         key = inputs[2] if len(inputs) > 2 else value
+        refuse_ragged(self, query=query, value=value, key=key)
         query_mask, value_mask = mask[:2] if mask else (None, None)
-        reason = self._stock_reason(query, key, value, value_mask)
-        if reason:
-            if self.implementation == "fused":
-                raise ValueError(f"{type(self).__name__}(flash_attention=True) cannot run fused: {reason}")
-            return super().call(
+
+        def in_keras():
+            return super(Attention, self).call(
                 inputs,
                 mask=mask,
                 training=training,
                 return_attention_scores=return_attention_scores,
                 use_causal_mask=use_causal_mask,
             )
+
+        reason = self._stock_reason(query, key, value, value_mask)
+        if reason:
+            refuse_if_forced(self, reason)
+            return in_keras()
+        visible = combine([masks.causal() if use_causal_mask else None, _value_mask(value_mask, value)])
+
+        seed = dropout_seed(self, self.dropout, training)
+
+        def here():
+            return self._attend(query, key, value, query_mask, visible, seed, return_attention_scores)
+
+        if self.as_in_keras and value_mask is not None:
+            # Keras takes 1e9 from every score of such a row, and what is left of them decides: only its code has that.
+            any_empty = ops.any(empty_rows(visible, dims(query)[-2], dims(key)[-2]))
+            return ops.cond(any_empty, in_keras, here)
+        return here()
+
+    def _attend(self, query, key, value, query_mask, visible, seed, return_attention_scores):
         out, scores = attend_one_head(
             *(_one_batch_axis(x, 2) for x in (query, key, value)),
-            mask=combine([masks.causal() if use_causal_mask else None, _value_mask(value_mask, value)]),
+            mask=visible,
             scale=1.0 if self.scale is None else ops.convert_to_tensor(self.scale),
             implementation=self.implementation,
             dropout_rate=self.dropout,
-            dropout_seed=dropout_seed(self, self.dropout, training),
+            dropout_seed=seed,
             scores="dropped" if return_attention_scores else None,
         )
         leading = dims(query)[:-1]
@@ -76,9 +97,9 @@ class Attention(FlashAttention, _Stock):
         """Why this call has to run Keras's own code, or None."""
         if self.score_mode != "dot":
             return f"score_mode is {self.score_mode!r}, only 'dot' is a dot product"
-        for step in ("_calculate_scores", "_apply_scores", "_calculate_score_mask"):
-            if getattr(type(self), step) is not getattr(_Stock, step):
-                return f"{type(self).__name__} overrides {step}()"
+        step = overridden(self, _Stock, "_calculate_scores", "_apply_scores", "_calculate_score_mask")
+        if step:
+            return f"{type(self).__name__} overrides {step}()"
         batch = tuple(query.shape[:-2])
         for x in (key, value):
             other = tuple(x.shape[:-2])

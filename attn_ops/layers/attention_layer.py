@@ -5,13 +5,18 @@ from __future__ import annotations
 import keras
 
 from attn_ops import masks
-from attn_ops.layers.common import FlashAttention, attend_one_head, boolean, combine, dropout_seed, hide_rows
+from attn_ops.arrays import compatible
+from attn_ops.layers.base import FlashAttention, checked_dropout, checked_number
+from attn_ops.layers.common import attend_one_head, boolean, combine, dropout_seed, hide_rows, refuse_ragged
 
 
 class _QueryKeyValue(FlashAttention, keras.layers.Layer):
     """What the two layers below share: everything but what they return."""
 
     def __init__(self, scale=None, dropout=0.0, seed=None, **kwargs):
+        name = type(self).__name__
+        scale = None if scale is None else checked_number(name, "scale", scale)
+        dropout = checked_dropout(name, dropout)
         super().__init__(**kwargs)
         self.supports_masking = True
         self.scale = scale
@@ -20,9 +25,14 @@ class _QueryKeyValue(FlashAttention, keras.layers.Layer):
         if dropout > 0:
             self.seed_generator = keras.random.SeedGenerator(seed)
 
+    def build(self, input_shape):
+        self._check_shapes(input_shape)
+
     def _attend(self, inputs, mask, training, use_causal_mask, scores):
-        self._check(inputs, mask)
+        self._check_three(inputs, mask)
         query, key, value = inputs
+        refuse_ragged(self, query=query, key=key, value=value)
+        self._check_shapes([x.shape for x in inputs])
         query_mask, *key_masks = mask or (None, None, None)
         parts = [masks.causal() if use_causal_mask else None]
         parts += [masks.key_padding(boolean(m, "a mask")) for m in key_masks if m is not None]
@@ -41,19 +51,34 @@ class _QueryKeyValue(FlashAttention, keras.layers.Layer):
             out = hide_rows(out, boolean(query_mask, "a mask"))
         return out, weights
 
-    def _check(self, inputs, mask=None):
+    def _check_three(self, inputs, mask=None):
         name = type(self).__name__
         if not isinstance(inputs, (list, tuple)) or len(inputs) != 3:
-            raise ValueError(f"{name} must be called on [query, key, value], got {inputs!r}")
+            raise ValueError(f"{name} must be called on [query, key, value], got {_shapes(inputs)}")
         if mask is not None and (not isinstance(mask, (list, tuple)) or len(mask) != 3):
-            raise ValueError(f"{name} takes the masks [query_mask, key_mask, value_mask], got {mask!r}")
+            raise ValueError(f"{name} takes the masks [query_mask, key_mask, value_mask], got {_shapes(mask)}")
+
+    def _check_shapes(self, shapes):
+        """The shapes of query, key and value as tuples."""
+        name = type(self).__name__
+        if not isinstance(shapes, (list, tuple)) or len(shapes) != 3 or not all(map(_is_shape, shapes)):
+            raise ValueError(f"{name} must be called on [query, key, value], got shapes {shapes}")
+        query, key, value = shapes = [tuple(shape) for shape in shapes]
+        for rule, holds in (
+            ("query, key and value must be [batch, seqlen, features]", all(len(shape) == 3 for shape in shapes)),
+            ("query, key and value must have the same batch size", _agree(query[:1], key[:1], value[:1])),
+            ("query and key must have the same features", _agree(query[-1:], key[-1:])),
+            ("key and value must have the same length", _agree(key[1:-1], value[1:-1])),
+        ):
+            if not holds:
+                raise ValueError(f"{name}: {rule}, got shapes query {query}, key {key}, value {value}")
+        return shapes
 
     def compute_mask(self, inputs, mask=None):
         return None if mask is None else mask[0]
 
     def compute_output_shape(self, input_shape):
-        self._check(input_shape)
-        query, _, value = input_shape
+        query, _, value = self._check_shapes(input_shape)
         return (*query[:-1], value[-1])
 
     def get_config(self):
@@ -86,7 +111,9 @@ class AttentionLayer(_QueryKeyValue):
         The context `[batch, seqlen_q, value_features]`, with the mask of the query.
 
     Raises:
-        ValueError: `inputs` or `mask` has not three elements, or the shapes do not agree.
+        ValueError: `inputs` or `mask` has not three elements, or the shapes do not agree; `dropout` is outside [0, 1) or
+            `scale` not finite.
+        TypeError: `dropout` or `scale` is not a number, or an input is ragged.
     """
 
     def call(self, inputs, mask=None, training=False, use_causal_mask=False):
@@ -97,7 +124,11 @@ class AttentionLayer(_QueryKeyValue):
 class AttentionLayerWithWeights(_QueryKeyValue):
     """:class:`AttentionLayer` that also returns the attention weights, for plots.
 
-    Arguments and call arguments are those of :class:`AttentionLayer`.
+    Args:
+        scale, dropout, seed, flash_attention: As for :class:`AttentionLayer`.
+
+    Call arguments:
+        inputs, mask, training, use_causal_mask: As for :class:`AttentionLayer`.
 
     Returns:
         The context `[batch, seqlen_q, value_features]` and the weights `[batch, seqlen_q, seqlen_k]`, those that
@@ -111,5 +142,21 @@ class AttentionLayerWithWeights(_QueryKeyValue):
         return super().compute_mask(inputs, mask), None
 
     def compute_output_shape(self, input_shape):
-        query, key, _ = input_shape
+        query, key, _ = self._check_shapes(input_shape)
         return super().compute_output_shape(input_shape), (*query[:-1], key[-2])
+
+
+def _is_shape(x):
+    return not isinstance(x, (int, str)) and hasattr(x, "__len__")
+
+
+def _agree(*extents):
+    """Whether extents, None where unknown, can be the same."""
+    return all(compatible(a, b) for i, a in enumerate(extents) for b in extents[:i])
+
+
+def _shapes(x):
+    """What an error shows of arrays: their shapes."""
+    if isinstance(x, (list, tuple)):
+        return f"[{', '.join(map(_shapes, x))}]"
+    return f"shape {tuple(x.shape)}" if hasattr(x, "shape") else repr(x)

@@ -1,4 +1,5 @@
-"""What the layers cannot ask `keras.ops` for: the functions of `on_tensorflow` or `on_jax`, by the backend of Keras."""
+"""What the layers cannot ask `keras.ops` for: the functions of `on_tensorflow` or `on_jax`, by the backend of Keras, and
+how Keras keeps the mask of a tensor."""
 
 from __future__ import annotations
 
@@ -15,3 +16,14 @@ if keras.config.backend() not in _MODULES:
     )
 
 backend = importlib.import_module(_MODULES[keras.config.backend()])
+
+try:
+    from keras.src.backend import set_keras_mask
+except ImportError:
+
+    def set_keras_mask(x, mask):
+        """Gives `x` a Keras mask; arrays that take no attributes get the one that Keras gives them after the call."""
+        try:
+            x._keras_mask = mask
+        except AttributeError:
+            pass

@@ -1,4 +1,4 @@
-"""What the layers share: the choice of implementation, Keras masks as one :class:`attn_ops.masks.Mask`, the call."""
+"""What the calls of the layers share: Keras masks as one :class:`attn_ops.masks.Mask`, dropout seeds, the attention."""
 
 from __future__ import annotations
 
@@ -11,47 +11,6 @@ from keras import ops
 from attn_ops import masks
 from attn_ops.layers.axes import dims
 from attn_ops.layers.backend import backend
-
-_IMPLEMENTATIONS = {None: None, True: "fused", False: "composite"}
-
-
-class FlashAttention:
-    """Mixin that reads `flash_attention` before the stock constructor does, and means it.
-
-    `None` runs the fused op wherever it can and the composite elsewhere; `True` runs the fused op or raises ValueError
-    with every reason why it cannot, with dropout and with scores too; `False` runs the composite. As in Keras, a layer
-    made with `None` after `keras.config.disable_flash_attention()` behaves as with `False`: the switch is read by the
-    constructor, since it is a setting of the thread and a replica may call the layer on another one.
-
-    The argument is saved in the config only when it was given, so that the configs of the stock layers stay theirs.
-    """
-
-    # The defaults of a stock layer whose class was changed to ours (`attn_ops.convert`).
-    flash_attention = None
-    _flash_attention = None
-
-    def __init__(self, *args, flash_attention=None, **kwargs):
-        if flash_attention not in (None, True, False):
-            raise ValueError(
-                f"{type(self).__name__}: flash_attention must be None, True or False, not {flash_attention!r}"
-            )
-        super().__init__(*args, **kwargs)
-        self.flash_attention = flash_attention
-        enabled = keras.config.is_flash_attention_enabled()  # None or False
-        self._flash_attention = enabled if flash_attention is None else flash_attention
-
-    @property
-    def implementation(self):
-        """What the layer asks of :func:`attn_ops.scaled_dot_product_attention`: None (automatic), "fused" or
-        "composite"."""
-        return _IMPLEMENTATIONS[self._flash_attention]
-
-    def get_config(self):
-        config = super().get_config()
-        if self.flash_attention is not None:
-            config["flash_attention"] = self.flash_attention
-        return config
-
 
 def boolean(mask, name):
     """`mask` as a bool tensor. Integers are true where not 0, as in Keras; floats must all be 0 or 1.
@@ -69,6 +28,16 @@ def boolean(mask, name):
             f"`{name} > -1` instead, or attn_ops.scaled_dot_product_attention(bias=...). Received:",
         )
     return mask if dtype == "bool" else ops.cast(mask, "bool")
+
+
+def refuse_ragged(layer, **inputs):
+    """Raises TypeError where one of the `inputs` is ragged: Keras 3 has no ragged tensors, and says so nowhere."""
+    for name, x in inputs.items():
+        if type(x).__name__ == "RaggedTensor":
+            raise TypeError(
+                f"{type(layer).__name__}: {name} is a RaggedTensor, and Keras's layers take dense tensors: pass "
+                f"{name}.to_tensor(), and tf.sequence_mask({name}.row_lengths()) as its mask"
+            )
 
 
 def combine(parts):
@@ -120,10 +89,10 @@ def keras_mask(
 
 def dropout_seed(owner, rate, training):
     """The next seed of `owner.seed_generator` where dropout is to run, else None. Only a run with dropout advances the
-    generator, as in Keras."""
+    generator, as in Keras, and a recomputation of it does not: it gets the same seed."""
     if not training or not rate:
         return None
-    return backend.seed(owner.seed_generator.next())
+    return backend.draw_seed(owner.seed_generator)
 
 
 def without_keras_mask(x):

@@ -6,15 +6,21 @@ import keras
 from keras import ops
 
 from attn_ops import masks
-from attn_ops.layers.axes import AttentionAxes
-from attn_ops.layers.common import FlashAttention, attend, combine, dropout_seed, keras_mask, without_keras_mask
+from attn_ops.layers.axes import AttentionAxes, dims
+from attn_ops.layers.backend import set_keras_mask
+from attn_ops.layers.base import DENSE_AS_IN_KERAS, EMPTY_SCORES_ARE_UNIFORM, DropIn, overridden, refuse_if_forced
+from attn_ops.layers.common import attend, boolean, combine, dropout_seed, keras_mask, refuse_ragged, without_keras_mask
+from attn_ops.layers.empty_rows import empty_rows, with_means
 
 _Stock = keras.layers.GroupQueryAttention
 _AXES = AttentionAxes((1,), 2)
+# A subclass with its own one of these gets Keras's dense mask, and the second pair repeated keys and values too.
+_MASK_STEPS = ("call", "_compute_attention_mask", "_compute_causal_mask", "_compute_sliding_window_mask")
+_ATTENTION_STEPS = ("_compute_attention", "_masked_softmax")
 
 
 @keras.saving.register_keras_serializable(package="attn_ops")
-class GroupedQueryAttention(FlashAttention, _Stock):
+class GroupedQueryAttention(DropIn, _Stock):
     """`keras.layers.GroupQueryAttention` whose attention runs in :func:`attn_ops.scaled_dot_product_attention`.
 
     Takes the constructor and call arguments of the installed Keras's layer (`query, value, key`, in this order; float
@@ -23,7 +29,8 @@ class GroupedQueryAttention(FlashAttention, _Stock):
 
     - Keys and values keep `num_key_value_heads` heads: query head h reads head `h // (num_query_heads //
       num_key_value_heads)`. Keras repeats them, once per query head.
-    - No warning that the projections destroy the mask of an input; the output has the query's, as in Keras.
+    - No warning that the projections destroy the mask of an input. The output has the mask of the query, a given
+      `query_mask` included.
     - A subclass that overrides `_compute_attention` gets Keras's call: a dense mask, keys and values repeated.
     """
 
@@ -40,43 +47,63 @@ class GroupedQueryAttention(FlashAttention, _Stock):
         training=None,
         use_causal_mask=False,
     ):
-        if type(self)._compute_attention is not GroupedQueryAttention._compute_attention:
-            return super().call(
+        self._return_attention_scores = return_attention_scores
+        key = value if key is None else key
+        refuse_ragged(self, query=query, value=value, key=key)
+        query_mask = None if query_mask is None else boolean(query_mask, "query_mask")
+        attention_mask = self._compute_attention_mask(
+            query,
+            value,
+            query_mask=query_mask,
+            value_mask=value_mask,
+            key_mask=key_mask,
+            attention_mask=attention_mask,
+            use_causal_mask=use_causal_mask,
+        )
+        query, key, value = (without_keras_mask(x) for x in (query, key, value))
+        keys, values = self._key_dense(key), self._value_dense(value)
+        if self._stock_reason(*_ATTENTION_STEPS):
+            keys, values = (ops.repeat(x, self.num_repeats, axis=2) for x in (keys, values))
+        output, scores = self._compute_attention(
+            self._query_dense(query), keys, values, attention_mask=attention_mask, training=training
+        )
+        if getattr(self, "use_gate", False):  # Keras >= 3.14
+            output = output * self._gate_dense(query)
+        output = self._output_dense(output)
+        if query_mask is not None and not self.as_in_keras:
+            set_keras_mask(output, query_mask)
+        return (output, scores) if return_attention_scores else output
+
+    def _compute_attention_mask(
+        self,
+        query,
+        value,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        use_causal_mask=False,
+    ):
+        if self._stock_reason(*_MASK_STEPS, *_ATTENTION_STEPS):
+            return super()._compute_attention_mask(
                 query,
                 value,
-                key=key,
                 query_mask=query_mask,
                 value_mask=value_mask,
                 key_mask=key_mask,
                 attention_mask=attention_mask,
-                return_attention_scores=return_attention_scores,
-                training=training,
                 use_causal_mask=use_causal_mask,
             )
-        self._return_attention_scores = return_attention_scores
-        key = value if key is None else key
-        attention_mask = keras_mask(
+        return keras_mask(
             _AXES,
             query,
-            key,
+            value,
             query_mask=query_mask,
             key_masks=(value_mask, key_mask),
             attention_mask=attention_mask,
             is_causal=use_causal_mask,
             sliding_window=getattr(self, "sliding_window", None),  # Keras >= 3.15
         )
-        query, key, value = (without_keras_mask(x) for x in (query, key, value))
-        output, scores = self._compute_attention(
-            self._query_dense(query),
-            self._key_dense(key),
-            self._value_dense(value),
-            attention_mask=attention_mask,
-            training=training,
-        )
-        if getattr(self, "use_gate", False):  # Keras >= 3.14
-            output = output * self._gate_dense(query)
-        output = self._output_dense(output)
-        return (output, scores) if return_attention_scores else output
 
     def _compute_attention(
         self, query, key, value, attention_mask=None, training=None, use_causal_mask=False
@@ -88,16 +115,62 @@ class GroupedQueryAttention(FlashAttention, _Stock):
         scores `[batch, num_query_heads, seqlen_q, seqlen_k]`, otherwise None.
         """
         query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
+        in_softmax = self.dropout > 0 or self._return_attention_scores  # in Keras: beside its op
+        reason = self._stock_reason("_masked_softmax") if in_softmax else None
+        if reason:
+            refuse_if_forced(self, reason)
+            options = {"use_causal_mask": True} if use_causal_mask else {}
+            return super()._compute_attention(query, key, value, attention_mask, training, **options)
         if not isinstance(attention_mask, masks.Mask):
             attention_mask = keras_mask(_AXES, query, key, attention_mask=attention_mask)
-        return attend(
+        attention_mask = combine([attention_mask, masks.causal() if use_causal_mask else None])
+        out, scores = attend(
             query,
             key,
             value,
-            mask=combine([attention_mask, masks.causal() if use_causal_mask else None]),
+            mask=attention_mask,
             scale=self._inverse_sqrt_head_dim,
             implementation=self.implementation,
             dropout_rate=self.dropout,
             dropout_seed=dropout_seed(self._dropout_layer, self.dropout, training),
             scores="undropped" if self._return_attention_scores else None,
         )
+        if self.as_in_keras and attention_mask is not None and not in_softmax:
+            out = with_means(out, value, empty_rows(attention_mask, dims(query)[1], dims(key)[1]))
+        return out, scores
+
+    def _stock_reason(self, *steps):
+        """Why Keras's own code needs what it computes with: a subclass has one of these `steps`, or None."""
+        step = overridden(self, GroupedQueryAttention, *steps)
+        if step:
+            return f"{type(self).__name__} overrides {step}()"
+        return DENSE_AS_IN_KERAS if self.as_in_keras and EMPTY_SCORES_ARE_UNIFORM else None
+
+    def compute_output_spec(
+        self,
+        query,
+        value,
+        key=None,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        return_attention_scores=False,
+        training=None,
+        use_causal_mask=False,
+    ):
+        spec = super().compute_output_spec(
+            query,
+            value,
+            key=key,
+            query_mask=query_mask,
+            value_mask=value_mask,
+            key_mask=key_mask,
+            attention_mask=attention_mask,
+            return_attention_scores=return_attention_scores,
+            training=training,
+            use_causal_mask=use_causal_mask,
+        )
+        if query_mask is not None and not self.as_in_keras:
+            set_keras_mask(spec[0] if return_attention_scores else spec, query_mask)
+        return spec

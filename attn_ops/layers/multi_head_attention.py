@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
+
 import keras
 from keras import ops
 
 from attn_ops import masks
-from attn_ops.layers.axes import AttentionAxes
-from attn_ops.layers.common import FlashAttention, attend, combine, dropout_seed, keras_mask
+from attn_ops.layers.axes import AttentionAxes, dims
+from attn_ops.layers.backend import set_keras_mask
+from attn_ops.layers.base import DENSE_AS_IN_KERAS, EMPTY_SCORES_ARE_UNIFORM, DropIn, overridden, refuse_if_forced
+from attn_ops.layers.common import attend, boolean, combine, dropout_seed, keras_mask, refuse_ragged, without_keras_mask
+from attn_ops.layers.empty_rows import empty_rows, with_means
 
 _Stock = keras.layers.MultiHeadAttention
+# Keras before 3.8 keeps the request for scores in an attribute, and its subclasses expect no such argument.
+_ASKS_FOR_SCORES = "return_attention_scores" in inspect.signature(_Stock._compute_attention).parameters
+# A subclass with its own one of these gets Keras's dense mask.
+_STEPS = (
+    "call",
+    "_compute_attention",
+    "_compute_attention_mask",
+    "_compute_causal_mask",
+    "_compute_sliding_window_mask",
+    "_masked_softmax",
+)
 
 
 @keras.saving.register_keras_serializable(package="attn_ops")
-class MultiHeadAttention(FlashAttention, _Stock):
+class MultiHeadAttention(DropIn, _Stock):
     """`keras.layers.MultiHeadAttention` whose attention runs in :func:`attn_ops.scaled_dot_product_attention`.
 
     Takes the constructor and call arguments of the installed Keras's layer (`query, value, key`, in this order; float
@@ -21,17 +37,82 @@ class MultiHeadAttention(FlashAttention, _Stock):
     are inherited, and with them LoRA and quantization. What differs:
 
     - `flash_attention`: None runs the fused op where it can and the composite elsewhere; True runs the fused op or raises
-      ValueError with the reasons; False runs the composite. Pass it by keyword.
+      ValueError with the reasons; False runs the composite.
     - Dropout, `return_attention_scores`, masks, windows and several attention axes do not leave the fused op. Scores are
-      recomputed from its log-sum-exp; they are those before dropout, as in Keras.
+      recomputed from its log-sum-exp; they are those before dropout, as in Keras. Rematerialisation drops what the
+      first run dropped.
+    - The inputs keep their Keras masks, so that `Add()([x, layer(x, x)])` has one: Keras deletes them, and what follows
+      attends to padding. A `query_mask`, `value_mask` or `key_mask` that is given counts instead of the input's own;
+      Keras ignores a given `query_mask`. The output has the mask of the query.
     - A query that sees no key gives 0, where Keras gives the mean of all values without dropout and scores.
     - A causal mask or a window over one attention axis that is not the first works; over several axes it raises
       ValueError.
     - A float `attention_mask` must hold only 0 and 1: Keras inverts additive masks silently. Otherwise
       `tf.errors.InvalidArgumentError`, on JAX ValueError; in functions that XLA or JAX traces it goes unnoticed.
-    - Masks stay structured. A subclass that overrides `call` or `_compute_attention` gets Keras's dense mask from
+    - Masks stay structured. A subclass that overrides a step of the computation gets Keras's dense mask from
       `_compute_attention_mask`, and `_compute_attention` accepts it.
+    - `dropout` outside [0, 1) is refused by the constructor.
+    - `as_in_keras=True`, which `attn_ops.convert` sets, keeps Keras's answers where these points change them: masks
+      are deleted, a given `query_mask` is ignored, rows without a key get Keras's mean.
     """
+
+    def call(
+        self,
+        query,
+        value,
+        key=None,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        return_attention_scores=False,
+        training=None,
+        use_causal_mask=False,
+    ):
+        if self.as_in_keras:
+            return super().call(
+                query,
+                value,
+                key=key,
+                query_mask=query_mask,
+                value_mask=value_mask,
+                key_mask=key_mask,
+                attention_mask=attention_mask,
+                return_attention_scores=return_attention_scores,
+                training=training,
+                use_causal_mask=use_causal_mask,
+            )
+        key = value if key is None else key
+        refuse_ragged(self, query=query, value=value, key=key)
+        query_mask = None if query_mask is None else boolean(query_mask, "query_mask")
+        attention_mask = self._compute_attention_mask(
+            query,
+            value,
+            query_mask=query_mask,
+            value_mask=value_mask,
+            key_mask=key_mask,
+            attention_mask=attention_mask,
+            use_causal_mask=use_causal_mask,
+        )
+        query, key, value = (without_keras_mask(x) for x in (query, key, value))
+        if _ASKS_FOR_SCORES:
+            wants_scores = (return_attention_scores,)
+        else:
+            wants_scores, self._return_attention_scores = (), return_attention_scores
+        output, scores = self._compute_attention(
+            self._query_dense(query),
+            self._key_dense(key),
+            self._value_dense(value),
+            attention_mask,
+            training,
+            *wants_scores,
+        )
+        if getattr(self, "_use_gate", False):  # Keras >= 3.14
+            output = output * self._gate_dense(query)
+        output = self._output_dense(output)
+        if query_mask is not None:
+            set_keras_mask(output, query_mask)
+        return (output, scores) if return_attention_scores else output
 
     def _compute_attention_mask(
         self,
@@ -43,8 +124,7 @@ class MultiHeadAttention(FlashAttention, _Stock):
         attention_mask=None,
         use_causal_mask=False,
     ):
-        cls = type(self)
-        if cls.call is not _Stock.call or cls._compute_attention is not MultiHeadAttention._compute_attention:
+        if self._stock_reason(*_STEPS):
             return super()._compute_attention_mask(
                 query,
                 value,
@@ -81,13 +161,19 @@ class MultiHeadAttention(FlashAttention, _Stock):
         *attended dims of query, *attended dims of key]`, or None where they are not asked for.
         """
         query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
+        wants_scores = return_attention_scores or getattr(self, "_return_attention_scores", False)
+        in_softmax = self._dropout > 0 or wants_scores or len(query.shape) != 4  # in Keras: beside its op
+        reason = self._stock_reason("_masked_softmax") if in_softmax else None
+        if reason:
+            refuse_if_forced(self, reason)
+            options = {"return_attention_scores": return_attention_scores} if _ASKS_FOR_SCORES else {}
+            options.update({"use_causal_mask": True} if use_causal_mask else {})
+            return super()._compute_attention(query, key, value, attention_mask, training, **options)
         axes = AttentionAxes(self._attention_axes, len(query.shape) - 2)
         if not isinstance(attention_mask, masks.Mask):
             attention_mask = keras_mask(axes, query, key, attention_mask=attention_mask)
         if use_causal_mask:
             attention_mask = combine([attention_mask, keras_mask(axes, query, key, is_causal=True)])
-        # Keras before 3.8 keeps the request in an attribute.
-        wants_scores = return_attention_scores or getattr(self, "_return_attention_scores", False)
         out, scores = attend(
             axes.flatten(query),
             axes.flatten(key),
@@ -101,7 +187,16 @@ class MultiHeadAttention(FlashAttention, _Stock):
         )
         if scores is not None:
             scores = axes.unflatten_scores(scores, query, key)
+        elif self.as_in_keras and attention_mask is not None and not in_softmax:
+            out = with_means(out, value, empty_rows(attention_mask, dims(query)[1], dims(key)[1]))
         return axes.unflatten(out, query), scores
+
+    def _stock_reason(self, *steps):
+        """Why Keras's own code needs what it computes with: a subclass has one of these `steps`, or None."""
+        step = overridden(self, MultiHeadAttention, *steps)
+        if step:
+            return f"{type(self).__name__} overrides {step}()"
+        return DENSE_AS_IN_KERAS if self.as_in_keras and EMPTY_SCORES_ARE_UNIFORM else None
 
     def compute_output_spec(
         self,
@@ -117,6 +212,8 @@ class MultiHeadAttention(FlashAttention, _Stock):
         use_causal_mask=False,
     ):
         spec = super().compute_output_spec(query, value, key)
+        if query_mask is not None and not self.as_in_keras:
+            set_keras_mask(spec, query_mask)
         if not return_attention_scores:
             return spec
         # Keras's own spec has the length of the query twice, and no more than one attention axis.

@@ -12,9 +12,9 @@ from attn_ops.jax import tensors
 attention = attn_ops.jax  # the module with scaled_dot_product_attention and attention_weights
 
 
-def seed(words):
-    """What a Keras `SeedGenerator` gives, as a `dropout_seed`."""
-    return words
+def draw_seed(generator):
+    """What a Keras `SeedGenerator` gives next, as a `dropout_seed`. JAX recomputes what it traced, this seed included."""
+    return generator.next()
 
 
 def kept(seed, shape, rate):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import tensorflow as tf
 
 import attn_ops
-from attn_ops import philox
+from attn_ops import philox, rematerialization
 
 attention = attn_ops  # the module with scaled_dot_product_attention and attention_weights
 
 
-def seed(words):
-    """What a Keras `SeedGenerator` gives, as a `dropout_seed`."""
-    return tf.cast(words, tf.int64)
+def draw_seed(generator):
+    """What a Keras `SeedGenerator` gives next, as a `dropout_seed`; the same again where this run is a recomputation."""
+    return rematerialization.same_in_recomputation(lambda: tf.cast(generator.next(), tf.int64))
 
 
 def kept(seed, shape, rate):

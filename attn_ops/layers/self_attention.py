@@ -5,7 +5,9 @@ from __future__ import annotations
 import keras
 
 from attn_ops import masks
-from attn_ops.layers.common import FlashAttention, attend_one_head, boolean, combine, dropout_seed
+from attn_ops.layers.base import FlashAttention, checked_dropout, checked_number
+from attn_ops.layers.common import attend_one_head, boolean, combine, dropout_seed, refuse_ragged
+from attn_ops.options import is_integer
 
 
 @keras.saving.register_keras_serializable(package="attn_ops")
@@ -40,7 +42,9 @@ class SelfAttention(FlashAttention, keras.layers.Layer):
         `W_q`, `W_k`, `W_v`: `[features, units]`.
 
     Raises:
-        ValueError: `units` is not a positive integer, or the input has not rank 3.
+        ValueError: `units` is not a positive integer, `dropout` outside [0, 1), `scale` not finite, or the input not of
+            rank 3 with known features.
+        TypeError: `dropout` or `scale` is not a number, or the input is ragged.
     """
 
     def __init__(
@@ -54,9 +58,13 @@ class SelfAttention(FlashAttention, keras.layers.Layer):
         seed=None,
         **kwargs,
     ):
+        name = type(self).__name__
+        if units is not None and (not is_integer(units) or units <= 0):
+            raise ValueError(f"{name}: units must be None or a positive integer, got {units!r}")
+        units = None if units is None else int(units)
+        scale = None if scale is None else checked_number(name, "scale", scale)
+        dropout = checked_dropout(name, dropout)
         super().__init__(**kwargs)
-        if units is not None and (not isinstance(units, int) or units <= 0):
-            raise ValueError(f"SelfAttention: units must be None or a positive integer, got {units!r}")
         self.supports_masking = True
         self.input_spec = keras.layers.InputSpec(ndim=3)
         self.units = units
@@ -71,6 +79,11 @@ class SelfAttention(FlashAttention, keras.layers.Layer):
 
     def build(self, input_shape):
         features = input_shape[-1]
+        if len(input_shape) != 3 or features is None:
+            raise ValueError(
+                f"{type(self).__name__}: the input must be [batch, seqlen, features] with known features, got shape "
+                f"{tuple(input_shape)}"
+            )
         for name in ("W_q", "W_k", "W_v"):
             weight = self.add_weight(
                 name=name,
@@ -83,6 +96,7 @@ class SelfAttention(FlashAttention, keras.layers.Layer):
             setattr(self, name, weight)
 
     def call(self, inputs, mask=None, training=False, use_causal_mask=False, return_attention_scores=False):
+        refuse_ragged(self, inputs=inputs)
         parts = [masks.causal() if use_causal_mask else None]
         if mask is not None:
             mask = boolean(mask, "mask")
