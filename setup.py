@@ -2,11 +2,14 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -19,6 +22,14 @@ def cmake(*arguments):
         raise SystemExit("attn_ops: building without isolation needs CMake and Ninja: pip install cmake ninja") from None
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"attn_ops: `cmake {shlex.join(arguments)}` failed ({error.returncode}); it says why above") from None
+
+
+class CleanBuild(build):
+    """A wheel is all that lies in the build directory, where earlier builds leave modules and libraries of their own."""
+
+    def run(self):
+        shutil.rmtree(Path(self.build_lib) / "attn_ops", ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -46,11 +57,15 @@ class CMakeBuild(build_ext):
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         )
         cmake("--build", str(build))
+        # An earlier build may have made more of them: with CUDA, or under another name.
+        for pattern in ("libattn_ops*.so", f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"):
+            for old in package.glob(pattern):
+                old.unlink()
         cmake("--install", str(build), "--prefix", str(package), "--strip")
 
 
 setup(
     # Names the extension so that the wheel is known to be for one Python and one platform; CMake has the sources.
     ext_modules=[Extension("attn_ops._core", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
 )

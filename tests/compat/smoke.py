@@ -149,4 +149,5 @@ close(_native.core().forward(q, k, v), reference.attention(q, k, v))
 for check in CHECKS:
     check()
     print("  passed:", check.__name__)
-print(json.dumps({"tensorflow": tf.__version__, "keras": keras.__version__, "under_xla": implementation_under_xla()}))
+versions = {"tensorflow": tf.__version__, "keras": keras.__version__}
+print(json.dumps({"result": "passed", **versions, "under_xla": implementation_under_xla()}))

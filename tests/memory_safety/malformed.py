@@ -1,0 +1,219 @@
+"""Malformed calls, in a process of its own (test_memory_safety.py): a good call with one thing changed must end in an
+error. One that is believed writes where it may not, and may end the process.
+
+    python malformed.py core         of attn_ops._core
+    python malformed.py tensorflow   of the operators
+    python malformed.py xla          of the custom calls for XLA, through jax.ffi
+
+The good calls have every kind of array there is.
+"""
+
+import sys
+
+import numpy as np
+
+BATCH, QUERIES, KEYS, HEADS, KV_HEADS, DIM, VALUE_DIM = 2, 5, 7, 4, 2, 8, 3
+SHAPES = {
+    "q": (BATCH, QUERIES, HEADS, DIM),
+    "k": (BATCH, KEYS, KV_HEADS, DIM),
+    "v": (BATCH, KEYS, KV_HEADS, VALUE_DIM),
+    "d_out": (BATCH, QUERIES, HEADS, VALUE_DIM),
+    "d_lse": (BATCH, HEADS, QUERIES),
+    "bias": (BATCH, HEADS, QUERIES, KEYS),
+}
+
+
+def tensors():
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(size=shape).astype("float32") for name, shape in SHAPES.items()}
+
+
+def extras():
+    return {
+        "mask": np.ones((BATCH, 1, 1, KEYS), bool),
+        "query_lengths": np.int32([5, 2]),
+        "key_lengths": np.int32([7, 3]),
+    }
+
+
+def replaced(x):
+    """(what was changed, the array so changed)."""
+    for dtype in ("bool", "int32", "int8", "float16", "float32", "float64", "complex64"):
+        if dtype != x.dtype:
+            yield f"as {dtype}", x.astype(dtype)
+    yield "of a lower rank", x.reshape(-1) if x.ndim > 1 else x[0]
+    yield "of a higher rank", x[None]
+    for axis in range(x.ndim):
+        shape = list(x.shape)
+        shape[axis] = x.shape[axis] * 3 + 4
+        yield f"of shape {shape}", np.zeros(shape, x.dtype)
+        shape[axis] = 0
+        yield f"of shape {shape}", np.zeros(shape, x.dtype)
+    if x.dtype == np.int32 and x.ndim == 1:  # lengths
+        yield "too large", np.full_like(x, 2**31 - 1)
+        yield "negative", np.full_like(x, -1)
+
+
+def malformed(arrays, legal):
+    """(what was changed, the arrays of a call), without those that are `legal(name, array)` all the same."""
+    for name, x in arrays.items():
+        for what, new in replaced(x):
+            if not legal(name, new):
+                yield f"{name} {what}", {**arrays, name: new}
+    floats = {name: x for name, x in arrays.items() if x.dtype == np.float32 and x.ndim == 4}
+    yield "every tensor bool", {**arrays, **{name: x.astype(bool) for name, x in floats.items()}}
+
+
+def core_calls():
+    from attn_ops import _core
+
+    def options(a):
+        return dict(
+            bias=a["bias"], masks=[a["mask"]], query_lengths=a["query_lengths"], key_lengths=a["key_lengths"],
+            dropout_rate=0.2, dropout_seed=3,
+        )  # fmt: skip
+
+    def forward(a):
+        return _core.forward(a["q"], a["k"], a["v"], **options(a))
+
+    def backward(a):
+        arrays = (a[name] for name in ("q", "k", "v", "out", "statistics", "d_out"))
+        return _core.backward(*arrays, d_lse=a["d_lse"], **options(a))
+
+    return _two_calls(forward, backward, extras(), lambda name, x: "lengths" in name and x.dtype == np.int8)
+
+
+def tensorflow_calls():
+    import tensorflow as tf
+    from attn_ops import _native
+
+    library = _native.library()
+
+    def lists(a):
+        return [a["bias"]], [a["mask"]], [a["query_lengths"]], [a["key_lengths"]], [a["seed"]]
+
+    def forward(a):
+        a = {name: tf.constant(x) for name, x in a.items()}  # arrays of NumPy would be cast to each other's type
+        return library.attn_ops_forward(a["q"], a["k"], a["v"], *lists(a), dropout_rate="0.2")
+
+    def backward(a):
+        a = {name: tf.constant(x) for name, x in a.items()}
+        arrays = (a[name] for name in ("q", "k", "v", "out", "statistics", "d_out"))
+        return library.attn_ops_backward(*arrays, [a["d_lse"]], *lists(a), dropout_rate="0.2")
+
+    return _two_calls(forward, backward, {**extras(), "seed": np.int64([3, 4])}, lambda name, x: False)
+
+
+def _two_calls(forward, backward, more, legal):
+    """(name, call, arguments) of a good call of each and of every malformed one; those come later."""
+    arrays = {**tensors(), **more}
+    results = forward(arrays)
+    statistics = getattr(results, "statistics", results[-1])  # _core gives a tuple without names
+    arrays |= {"out": np.asarray(results[0]), "statistics": np.asarray(statistics)}
+    read = {name: arrays[name] for name in ("q", "k", "v", "bias", *more)}
+
+    def legal_forward(name, x):  # only backward has been told of value_dim
+        return legal(name, x) or (name == "v" and x.ndim == 4 and x.shape[:3] == SHAPES["v"][:3] and x.dtype == "float32")
+
+    yield "forward", forward, arrays, malformed(read, legal_forward)
+    yield "backward", backward, arrays, malformed(arrays, legal)
+
+
+def xla_calls():
+    for target, results, operands, attributes in recorded():
+        parts = results, operands, attributes
+
+        def call(parts, target=target):
+            import jax
+
+            results, operands, attributes = parts
+            jax.clear_caches()  # int32(1) would find what was compiled for int64(1)
+            kernel = jax.ffi.ffi_call(target, results, vmap_method="sequential")
+            return jax.block_until_ready(kernel(*operands, **attributes))
+
+        yield target, call, parts, malformed_custom_calls(*parts)
+
+
+def recorded():
+    """[(target, results, operands, attributes)]: what attn_ops.jax hands to the kernels."""
+    import attn_ops.jax
+    import jax
+    import jax.numpy as jnp
+    from attn_ops.jax import fused
+
+    calls, kernel = [], fused._kernel
+
+    def record(target, results):
+        def call(*operands, **attributes):
+            # They were traced: ones are lengths, a seed and a mask as well.
+            calls.append((target, results, tuple(np.ones(x.shape, x.dtype) for x in operands), attributes))
+            return kernel(target, results)(*operands, **attributes)
+
+        return call
+
+    def attend(q, k, v, bias):
+        more = extras()
+        return attn_ops.jax.scaled_dot_product_attention(
+            q, k, v, bias=bias, mask=jnp.asarray(more["mask"]), query_seq_lengths=more["query_lengths"],
+            key_value_seq_lengths=more["key_lengths"], dropout_rate=0.2, dropout_seed=(3, 4), return_lse=True,
+            implementation="fused",
+        )  # fmt: skip
+
+    fused._kernel = record
+    results, pull = jax.vjp(attend, *(jnp.asarray(tensors()[name]) for name in ("q", "k", "v", "bias")))
+    pull(tuple(map(jnp.ones_like, results)))
+    fused._kernel = kernel
+    assert [target for target, *_ in calls] == ["attn_ops.forward", "attn_ops.backward"]
+    return calls
+
+
+def malformed_custom_calls(results, operands, attributes):
+    import jax
+
+    named = {f"operand {i}": x for i, x in enumerate(operands)}
+    for what, new in malformed(named, lambda name, x: x.dtype == np.float64):  # which JAX makes float32
+        as_bool = [jax.ShapeDtypeStruct(x.shape, bool if len(x.shape) == 4 else x.dtype) for x in results]
+        yield what, (as_bool if what == "every tensor bool" else results, tuple(new.values()), attributes)
+    for i, x in enumerate(operands):
+        yield f"operand {i} missing", (results, (*operands[:i], *operands[i + 1 :]), attributes)
+        yield f"operand {i} twice", (results, (*operands[:i], x, *operands[i:]), attributes)
+    for i, x in enumerate(results):
+        others = [(x.shape, "float16"), (x.shape, "bool"), ((int(np.prod(x.shape)),), x.dtype), ((*x.shape, 1), x.dtype)]
+        others += [((*x.shape[:axis], n - 1, *x.shape[axis + 1 :]), x.dtype) for axis, n in enumerate(x.shape)]
+        yield f"result {i} missing", ((*results[:i], *results[i + 1 :]), operands, attributes)
+        for other in others:
+            new = jax.ShapeDtypeStruct(*other)
+            yield f"result {i} as {new}", ((*results[:i], new, *results[i + 1 :]), operands, attributes)
+    for name, value in attributes.items():
+        rest = {other: v for other, v in attributes.items() if other != name}
+        if name != "allow_tf32":  # calls saved earlier do not have it
+            yield f"{name} missing", (results, operands, rest)
+        others = ["text", np.int64(7), np.int64(-7), np.int32(1), np.float32(1), np.array([1, 2], "int64")]
+        if name.startswith("window"):
+            others.remove(np.int64(7))
+        if name.startswith("num_"):
+            others += [np.int64(2**32 + 1), np.int64(1 - value)]
+        for other in others:
+            yield f"{name}={other!r}", (results, operands, {**rest, name: other})
+
+
+def main(binding):
+    for target, call, arguments, bad in {"core": core_calls, "tensorflow": tensorflow_calls, "xla": xla_calls}[binding]():
+        call(arguments)
+        count = 0
+        for name, changed in bad:
+            print(target, name, flush=True)
+            count += 1
+            try:
+                call(changed)
+            except Exception as error:  # noqa: BLE001: every binding has kinds of its own
+                print(" ", type(error).__name__, str(error).split("\n")[0][:200])
+            else:
+                sys.exit(f"{target}: {name} was believed")
+        assert count > 90, count
+        call(arguments)
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
