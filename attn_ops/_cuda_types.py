@@ -36,6 +36,7 @@ class AttentionParams(ctypes.Structure):
         ("v", StridedView),
         ("out", StridedView),
         ("lse", ctypes.c_void_p),
+        ("statistics", ctypes.c_void_p),
         ("mask", Mask),
         ("query_lengths", ctypes.c_void_p),
         ("key_lengths", ctypes.c_void_p),

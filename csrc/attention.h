@@ -17,7 +17,7 @@ static constexpr size_t size_of(DType t) {
   return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : t == DType::kBool ? 1 : 2;
 }
 
-// Softmax statistics (lse) and accumulation: float32, or float64 when the inputs are float64.
+// Softmax statistics, lse and accumulation: float32, or float64 when the inputs are float64.
 static constexpr DType accumulator_of(DType t) { return t == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
 // A 4-d array by pointer and element strides; stride 0 broadcasts. Index order is fixed by the role, not by
@@ -39,7 +39,7 @@ struct Mask {
 constexpr int kMaxMasks = 4;
 
 struct AttentionParams {
-  DType dtype = DType::kFloat32;  // of q, k, v, out, bias and all gradients
+  DType dtype = DType::kFloat32;  // of q, k, v, out and their gradients; a bias and its gradient have bias.dtype
   int64_t batch = 0, seqlen_q = 0, seqlen_k = 0;
   int64_t num_heads = 0, num_kv_heads = 0;  // query head h reads kv head h / (num_heads / num_kv_heads)
   int64_t head_dim = 0, value_dim = 0;
@@ -47,7 +47,8 @@ struct AttentionParams {
 
   StridedView q, k, v;            // [batch, seqlen, heads, dim]
   StridedView out;                // [batch, seqlen_q, num_heads, value_dim]; an input of backward
-  void* lse = nullptr;            // contiguous [batch, num_heads, seqlen_q], accumulator_of(dtype)
+  void* lse = nullptr;            // contiguous [batch, num_heads, seqlen_q], accumulator_of(dtype); null = not wanted
+  void* statistics = nullptr;     // contiguous [batch, num_heads, seqlen_q, 2], accumulator_of(dtype): maximum and sum of a row
 
   Mask mask;
   const int32_t* query_lengths = nullptr;  // [batch] or null: rows at and past it see nothing

@@ -46,6 +46,8 @@ constexpr int forward_shared_bytes(Math m, int dim, bool plain) {
 // heads, where registers are few.
 constexpr Math exact(Math m) { return m == Math::kTf32 ? Math::kFloat32 : m; }
 constexpr Math backward_math(Math m, int dim) { return dim <= 128 ? m : exact(m); }
+// Whether the kernel of dq may be asked for delta: only a forward that was exact leaves an output to make it from.
+constexpr bool may_sum_delta(Math m, int dim) { return m != Math::kFloat32 || backward_math(Math::kTf32, dim) == m; }
 
 // Backward: queries and the gradient of the output stay and keys and values pass (dq), or the reverse (dk, dv).
 constexpr Tile backward_tile(Math m, int dim, bool plain) {
@@ -85,7 +87,7 @@ constexpr int decode_shared_bytes(Math m, int dim) {
          kDecodeStatisticsBytes;
 }
 
-// Rows of the gradient of the output per block of the kernel that prepares the backward.
+// Rows of the gradient of the output per block of the kernel that prepares the backward of float32.
 constexpr int kDeltaWarps = 8;
 
 }  // namespace cuda

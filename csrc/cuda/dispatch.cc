@@ -29,6 +29,9 @@ std::string unsupported_reason(const AttentionParams& p) {
     return "the CUDA kernels take a head_dim (" + number(p.head_dim) + ") and value_dim (" + number(p.value_dim) +
            ") up to " + number(kLargestDim);
   }
+  if (p.bias.data != nullptr && p.bias.dtype != p.dtype && p.bias.dtype != DType::kFloat32) {
+    return "the CUDA kernels take a bias of float32 or of the dtype of the inputs";
+  }
   constexpr int64_t kMost = INT32_MAX - 4096;
   if (num_rows(p) > kMost || p.seqlen_k > kMost) {
     return "the CUDA kernels take up to " + number(kMost) + " query rows (" + number(num_rows(p)) + ") and keys (" +
@@ -124,10 +127,14 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
   args.factors = factors_of(p);
   args.aligned = aligned_of(b);
   args.delta = static_cast<float*>(workspace.data);
+  args.sums_delta = math_of(p) != Math::kFloat32;
 
-  int code = launch(device, {Role::kDelta, exact(math), dim, false},
-                    ceil_div(p.batch * p.num_heads * p.seqlen_q, kDeltaWarps), 32 * kDeltaWarps, 0, stream, &args);
-  if (code != 0) return code;
+  int code = 0;
+  if (!args.sums_delta) {
+    code = launch(device, {Role::kDelta, Math::kFloat32, dim, false},
+                  ceil_div(p.batch * p.num_heads * p.seqlen_q, kDeltaWarps), 32 * kDeltaWarps, 0, stream, &args);
+    if (code != 0) return code;
+  }
 
   const Tile tile = backward_tile(math, dim, plain);
   const int shared = backward_shared_bytes(math, dim, plain);

@@ -50,11 +50,7 @@ FOR_16_BITS(DKDV_PLAIN)
 FOR_EXACT(DECODE)
 FOR_EXACT(DBIAS)
 
-#define DELTA(math, M) \
-  ATTN_KERNEL(attn_ops_delta_##math, 32 * kDeltaWarps, BackwardArgs) { row_delta<M>(args); }
-DELTA(f16, F16)
-DELTA(bf16, BF16)
-DELTA(f32, F32)
+ATTN_KERNEL(attn_ops_delta_f32, 32 * kDeltaWarps, BackwardArgs) { row_delta(args); }
 
 }  // namespace cuda
 }  // namespace attn_ops

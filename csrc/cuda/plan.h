@@ -43,16 +43,17 @@ inline int dim_of(const AttentionParams& p) {
   return 0;
 }
 
-// Nothing to think of but an interval of keys per row: what the fast kernels are made for.
+// Nothing to think of but an interval of keys per row: what the fast kernels are made for. They do not look whether
+// scale makes an infinity of a finite product (which of two float16 is below 2^40).
 inline bool is_plain(const AttentionParams& p) {
-  return size_of(p.dtype) == 2 && p.bias.data == nullptr && p.num_masks == 0 && p.dropout_rate == 0 && p.scale > 0;
+  const double largest_scale = p.dtype == DType::kFloat16 ? 1e20 : 1.0;
+  return size_of(p.dtype) == 2 && p.bias.data == nullptr && p.num_masks == 0 && p.dropout_rate == 0 && p.scale > 0 &&
+         p.scale <= largest_scale;
 }
 
 inline Factors factors_of(const AttentionParams& p) {
-  constexpr double kLog2E = 1.4426950408889634;
   Factors f;
   f.scale = static_cast<float>(p.scale);
-  f.scale_log2e = static_cast<float>(p.scale * kLog2E);
   f.keep = static_cast<float>(1.0 / (1.0 - p.dropout_rate));
   f.drop_below = static_cast<uint32_t>(p.dropout_rate * 4294967296.0);
   return f;
