@@ -55,7 +55,9 @@ def start(device: bool) -> None:
 
 def run(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.ndarray | None]:
     """Forward and backward: out, lse, dq, dk, dv, d_bias by name. `more` are options of the launches alone."""
-    return {name: array for name, array in run_all(query, key, value, d_out, d_lse, options, **more).items() if name != "statistics"}
+    results = run_all(query, key, value, d_out, d_lse, options, **more)
+    del results["statistics"]
+    return results
 
 
 def run_all(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.ndarray | None]:
