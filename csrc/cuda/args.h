@@ -58,7 +58,6 @@ struct BackwardArgs {
   Rows rows;
   Aligned aligned;
   float* delta = nullptr;  // [batch, num_heads, seqlen_q]: rowsum(p * dp) - d_lse
-  bool sums_delta = false;  // whether that sum is made, in the kernel of dq; else delta.cuh has made it of d_out and out
 };
 
 }  // namespace cuda

@@ -27,20 +27,20 @@ inline Divisor make_divisor(uint32_t d) {
   return result;
 }
 
-inline Math math_of(const AttentionParams& p) {
-  switch (p.dtype) {
-    case DType::kFloat16: return Math::kFloat16;
-    case DType::kBFloat16: return Math::kBFloat16;
-    default: return p.allow_tf32 ? Math::kTf32 : Math::kFloat32;
-  }
-}
-
 // The bucket of the head dimensions, 0 if they are too large.
 inline int dim_of(const AttentionParams& p) {
   const int64_t largest = std::max(p.head_dim, p.value_dim);
   for (int dim : kDims)
     if (largest <= dim) return dim;
   return 0;
+}
+
+inline Math math_of(const AttentionParams& p, bool decodes) {
+  switch (p.dtype) {
+    case DType::kFloat16: return Math::kFloat16;
+    case DType::kBFloat16: return Math::kBFloat16;
+    default: return p.allow_tf32 && !decodes && has_tf32(dim_of(p)) ? Math::kTf32 : Math::kFloat32;
+  }
 }
 
 // Nothing to think of but an interval of keys per row: what the fast kernels are made for. They do not look whether
@@ -107,7 +107,7 @@ struct DecodePlan {
   size_t workspace_bytes() const { return partial_out_bytes + partial_stats_bytes + ticket_bytes; }
 
   DecodePlan(const AttentionParams& p, const Device& device) {
-    const Math math = exact(math_of(p));
+    const Math math = math_of(p, true);
     tiles_per_head = static_cast<int>(ceil_div(num_rows(p), kDecodeRows));
     tiles = p.batch * p.num_kv_heads * tiles_per_head;
     splits = choose_splits(p, device, math);

@@ -140,7 +140,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const auto keys = [&](int first) { return KeyRows<const Element>(p.k, head, first, head.length_k, args.aligned.k); };
 
-  RowGradients<kM> rows(args, head, first_row, !args.sums_delta);
+  RowGradients<kM> rows(args, head, first_row, !sums_delta(M::kMath));
   const int begin = round_down(block.any.begin, kKeys);
   if (begin < block.any.end) {
     const int limit = head.rows_in_length();
@@ -166,7 +166,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
           use(s, dp, key, kPlain && block.sees_all(key, kKeys), k);
         });
   };
-  if (may_sum_delta(M::kMath, kDim) && args.sums_delta) {
+  if constexpr (sums_delta(M::kMath)) {
     pass([&](auto& s, const auto& dp, int key, bool sees_all, const auto&) {
       add_to_delta<M, kPlain, kM, kN>(rows, s, dp, head, first_row, key, sees_all);
     });
