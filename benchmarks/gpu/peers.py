@@ -67,7 +67,7 @@ class Ours(Peer):
 
         if device.kind != "cuda":
             return "there is no CUDA device"
-        return _cuda.unavailable_reason(-1)
+        return _cuda.unavailable_reason(device.ordinal)
 
     def prepare(self, device, workload, mode, inputs):
         import torch
@@ -81,7 +81,7 @@ class Ours(Peer):
         stream = device.stream()
         workspace = _workspace(q, forward)
 
-        def attend():
+        def attend(kept=(q, k, v, statistics)):  # which the call knows by their addresses alone
             forward(workspace, stream)
             return [out]
 
@@ -92,7 +92,7 @@ class Ours(Peer):
         backward = _cuda.Backward(q, k, v, out, statistics, d_out, *gradients, **options)
         space = _workspace(q, backward)
 
-        def differentiate(kept=(attend, q, k, v, d_out)):
+        def differentiate(kept=(attend, d_out)):
             backward(space, stream)
             return gradients
 
