@@ -1,8 +1,8 @@
 """libattn_ops_cuda.so from Python, without any framework: attention on arrays that are in device memory already.
 
-    launch = _cuda.Forward(q, k, v, out, lse, window_right=0)
+    launch = _cuda.Forward(q, k, v, out, statistics, window_right=0)
     launch(workspace, stream)                   # as often as wanted: nothing is looked at again
-    _cuda.forward(q, k, v, out, lse, window_right=0, workspace=workspace)  # once
+    _cuda.forward(q, k, v, out, statistics, window_right=0, workspace=workspace)  # once
 
 Arrays are PyTorch tensors, anything with `__cuda_array_interface__`, or `DeviceArray`. They must be on the device of
 the current context. A launch does not wait: arrays and workspace must live until the stream is done with them.
@@ -124,8 +124,9 @@ class Forward(_Launch):
         k,
         v,
         out,
-        lse,
+        statistics,
         *,
+        lse=None,
         layout: str = "BSHD",
         scale: float | None = None,
         window_left: int = -1,
@@ -143,13 +144,15 @@ class Forward(_Launch):
 
         Args:
             q, k, v, out: `[batch, seqlen, heads, dim]`, or as `layout` says, of any strides. `out` is written.
-            lse: contiguous float32 `[batch, num_heads, seqlen_q]`; float64 for float64. Written.
+            statistics: contiguous float32 `[batch, num_heads, seqlen_q, 2]`; float64 for float64. Written: for each row
+                the maximum of its scores and the sum of e^(score - maximum), both 0 where it sees no key.
+            lse: like statistics but for the 2; written: maximum + log(sum). None where it is not wanted.
             layout: "BSHD" or "BHSD".
             scale: of the scores; by default 1/sqrt(head_dim).
             window_left, window_right: keys seen before and after a row's own; -1 is all, causal is (-1, 0).
             bottom_right: whether the last query is aligned with the last key, and not the first with the first.
             masks: up to 4 bool arrays that broadcast to `[batch, num_heads, seqlen_q, seqlen_k]`; true = may see.
-            bias: added to the scores, of the dtype of q, broadcast likewise.
+            bias: added to the scores, of the dtype of q or float32, broadcast likewise.
             query_lengths, key_lengths: contiguous int32 `[batch]`.
             dropout_rate, dropout_words: probability of dropping a weight; contiguous uint64 `[2]`: seed and offset.
             allow_tf32: whether products of float32 may be made in TF32.
@@ -171,8 +174,10 @@ class Forward(_Launch):
         p.dtype = DTYPES.index(dtype)
         for name, array in arrays.items():
             setattr(p, name, _view(array))
-        statistics = "float64" if dtype == "float64" else "float32"
-        p.lse = _dense("lse", lse, statistics, (p.batch, p.num_heads, p.seqlen_q))
+        exact, rows = _accumulator_of(dtype), (p.batch, p.num_heads, p.seqlen_q)
+        p.statistics = _dense("statistics", statistics, exact, (*rows, 2))
+        if lse is not None:
+            p.lse = _dense("lse", lse, exact, rows)
         if p.head_dim == 0:
             raise ValueError("head_dim must be at least 1")
         p.scale = 1 / math.sqrt(p.head_dim) if scale is None else float(scale)
@@ -187,7 +192,7 @@ class Forward(_Launch):
         for index, mask in enumerate(masks):
             p.masks[index] = self._score_shaped(f"masks[{index}]", mask, "bool")
         if bias is not None:
-            p.bias = self._score_shaped("bias", bias, dtype)
+            p.bias = self._score_shaped("bias", bias, dtype, _accumulator_of(dtype))
         if query_lengths is not None:
             p.query_lengths = _dense("query_lengths", query_lengths, "int32", (p.batch,))
         if key_lengths is not None:
@@ -200,36 +205,38 @@ class Forward(_Launch):
         elif dropout_rate > 0:
             raise ValueError("dropout_rate > 0 needs dropout_words")
 
-    def _score_shaped(self, name, array, dtype) -> StridedView:
+    def _score_shaped(self, name, array, *dtypes) -> StridedView:
         array = describe(name, array)
         p = self._forward
         full = (p.batch, p.num_heads, p.seqlen_q, p.seqlen_k)
-        if array.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype}, not {array.dtype}")
+        if array.dtype not in dtypes:
+            raise TypeError(f"{name} must be {' or '.join(dict.fromkeys(dtypes))}, not {array.dtype}")
         missing = 4 - len(array.shape)
         shape, strides = (1,) * missing + array.shape, (0,) * missing + array.strides
         if missing < 0 or any(extent not in (1, wanted) for extent, wanted in zip(shape, full, strict=True)):
             raise ValueError(f"{name} must broadcast to {full}, but has shape {array.shape}")
         strides = tuple(0 if extent == 1 else stride for extent, stride in zip(shape, strides, strict=True))
-        return _view(DeviceArray(array.pointer, dtype, shape, strides))
+        return _view(DeviceArray(array.pointer, array.dtype, shape, strides))
 
 
 class Backward(_Launch):
-    """The gradients of a `Forward`, from its `out` and `lse`, into arrays that are there."""
+    """The gradients of a `Forward`, from its `out` and `statistics`, into arrays that are there."""
 
     _name = "backward"
 
-    def __init__(self, q, k, v, out, lse, d_out, dq, dk, dv, *, d_lse=None, d_bias=None, layout="BSHD", **options):
+    def __init__(
+        self, q, k, v, out, statistics, d_out, dq, dk, dv, *, d_lse=None, d_bias=None, layout="BSHD", **options
+    ):
         """Describes the call.
 
         Args:
-            q, k, v, out, lse, layout, options: as of the forward call, whose `out` and `lse` are read.
+            q, k, v, out, statistics, layout, options: as of the forward call, whose `out` and `statistics` are read.
             d_out: the gradient of `out`, of its shape.
             dq, dk, dv: written; of the shapes of q, k and v.
             d_lse: the gradient of `lse`, like it; None for zero.
-            d_bias: written; contiguous, of the shape of the bias. None where it is not wanted.
+            d_bias: written; contiguous, of the shape and dtype of the bias. None where it is not wanted.
         """
-        forward = Forward(q, k, v, out, lse, layout=layout, **options)
+        forward = Forward(q, k, v, out, statistics, layout=layout, **options)
         b = self._params = BackwardParams(forward=forward._forward)
         p = self._forward = b.forward
         dtype = DTYPES[p.dtype]
@@ -244,24 +251,23 @@ class Backward(_Launch):
             _require(array, name, dtype, shape)
             setattr(b, name, _view(array))
         if d_lse is not None:
-            statistics = "float64" if dtype == "float64" else "float32"
-            b.d_lse = _dense("d_lse", d_lse, statistics, (p.batch, p.num_heads, p.seqlen_q))
+            b.d_lse = _dense("d_lse", d_lse, _accumulator_of(dtype), (p.batch, p.num_heads, p.seqlen_q))
         if d_bias is not None:
             if options.get("bias") is None:
                 raise ValueError("d_bias without a bias")
             shape = describe("bias", options["bias"]).shape
-            b.d_bias = _dense("d_bias", d_bias, dtype, shape)
+            b.d_bias = _dense("d_bias", d_bias, DTYPES[p.bias.dtype], shape)
             b.d_bias_shape[:] = (1,) * (4 - len(shape)) + shape
 
 
-def forward(q, k, v, out, lse, *, workspace=None, stream: int = 0, **options) -> None:
+def forward(q, k, v, out, statistics, *, workspace=None, stream: int = 0, **options) -> None:
     """One launch of `Forward`."""
-    Forward(q, k, v, out, lse, **options)(workspace, stream)
+    Forward(q, k, v, out, statistics, **options)(workspace, stream)
 
 
-def backward(q, k, v, out, lse, d_out, dq, dk, dv, *, workspace=None, stream: int = 0, **options) -> None:
+def backward(q, k, v, out, statistics, d_out, dq, dk, dv, *, workspace=None, stream: int = 0, **options) -> None:
     """One launch of `Backward`."""
-    Backward(q, k, v, out, lse, d_out, dq, dk, dv, **options)(workspace, stream)
+    Backward(q, k, v, out, statistics, d_out, dq, dk, dv, **options)(workspace, stream)
 
 
 def _loaded() -> ctypes.CDLL:
@@ -269,6 +275,11 @@ def _loaded() -> ctypes.CDLL:
     if library is None:
         raise RuntimeError(reason)
     return library
+
+
+def _accumulator_of(dtype: str) -> str:
+    """See csrc/attention.h."""
+    return "float64" if dtype == "float64" else "float32"
 
 
 def _axes(layout: str) -> tuple[int, ...]:

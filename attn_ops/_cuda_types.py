@@ -35,6 +35,7 @@ class AttentionParams(ctypes.Structure):
         ("k", StridedView),
         ("v", StridedView),
         ("out", StridedView),
+        ("statistics", ctypes.c_void_p),
         ("lse", ctypes.c_void_p),
         ("mask", Mask),
         ("query_lengths", ctypes.c_void_p),

@@ -7,6 +7,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import cuda_run
 import pytest
 
+from device_runs import missing_packages
 from implementations import Cuda, all_implementations
 
 IMPLEMENTATIONS = []
@@ -16,8 +17,18 @@ def pytest_configure(config):
     IMPLEMENTATIONS.extend(all_implementations(cuda_run.on_device(config)))
 
 
-def pytest_report_header():
-    return "implementations: " + ", ".join(map(repr, IMPLEMENTATIONS))
+def pytest_report_header(config):
+    lines = ["implementations: " + ", ".join(map(repr, IMPLEMENTATIONS))]
+    if cuda_run.on_device(config):
+        needed = {path.name: missing_packages(path) for path in sorted(config.rootpath.glob("tests/test_*.py"))}
+        lines += [f"left out: {name}, for want of {', '.join(sorted(names))}" for name, names in needed.items() if names]
+    return lines
+
+
+def pytest_ignore_collect(collection_path, config):
+    """See device_runs.py. (None: as pytest thinks.)"""
+    is_module = collection_path.suffix == ".py" and collection_path.is_file()
+    return True if is_module and cuda_run.on_device(config) and missing_packages(collection_path) else None
 
 
 def pytest_generate_tests(metafunc):

@@ -55,17 +55,26 @@ def start(device: bool) -> None:
 
 def run(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.ndarray | None]:
     """Forward and backward: out, lse, dq, dk, dv, d_bias by name. `more` are options of the launches alone."""
+    results = run_all(query, key, value, d_out, d_lse, options, **more)
+    del results["statistics"]
+    return results
+
+
+def run_all(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.ndarray | None]:
+    """The same, with statistics."""
     options, arrays = launch_options(query, dict(options))
     options |= more
     inputs = {name: Array(x) for name, x in zip("qkv", (query, key, value), strict=True)}
     batch, seqlen_q, num_heads, _ = query.shape if options["layout"] == "BSHD" else query.swapaxes(1, 2).shape
     out = Array.unwritten(d_out.shape, query.dtype)
     lse = Array.unwritten((batch, num_heads, seqlen_q), "float32")
-    shared = (*(x.view for x in inputs.values()), out.view, lse.view)
-    forward = launch(_cuda.Forward(*shared, **options))
+    statistics = Array.unwritten((batch, num_heads, seqlen_q, 2), "float32")
+    shared = (*(x.view for x in inputs.values()), out.view, statistics.view)
+    forward = launch(_cuda.Forward(*shared, lse=lse.view, **options))
 
     gradients = {f"d{name}": Array.unwritten(x.shape, query.dtype) for name, x in zip("qkv", (query, key, value))}
-    d_bias = Array.unwritten(arrays["bias"].numpy().shape, query.dtype) if "bias" in arrays else None
+    bias = arrays["bias"].numpy() if "bias" in arrays else None
+    d_bias = None if bias is None else Array.unwritten(bias.shape, bias.dtype)
     d_out = Array(d_out)
     d_lse = None if d_lse is None else Array(d_lse.astype("float32"))
     backward = launch(
@@ -81,7 +90,7 @@ def run(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.ndarra
     for array in (*inputs.values(), *arrays.values(), d_out, forward, backward):
         if array is not None:
             array.numpy()  # nothing was written beside it
-    results = {"out": out, "lse": lse, **gradients, "d_bias": d_bias}
+    results = {"out": out, "lse": lse, "statistics": statistics, **gradients, "d_bias": d_bias}
     return {name: array and array.numpy() for name, array in results.items()}
 
 
@@ -96,7 +105,8 @@ def launch_options(query, options):
             arrays[name] = Array(np.asarray(getattr(structure, name), np.int32))
             named[name] = arrays[name].view
     if options.get("bias") is not None:
-        arrays["bias"] = Array(np.asarray(options.pop("bias"), query.dtype))
+        bias = np.asarray(options.pop("bias"))
+        arrays["bias"] = Array(bias if bias.dtype == np.float32 else bias.astype(query.dtype))
         named["bias"] = arrays["bias"].view
     seed = options.pop("dropout_seed", None)
     if seed is not None:

@@ -64,6 +64,11 @@ def specification(query, key, value, d_out, d_lse=None, **options) -> Result:
     return Result(out, lse, *gradients)
 
 
+def isas():
+    """Those that can run here, for parameters of tests; where the kernels were not built, one that fails."""
+    return _native.core().isas() if _native.core() else ["missing"]
+
+
 def run_core(isa, query, key, value, d_out, d_lse, options, num_threads=0):
     core = _native.core()
     options = dict(options)

@@ -133,10 +133,11 @@ def test_strides(cuda, dtype, how, seqlen_q):
     made |= {name: strided(np.full_like(x, np.nan), how) for name, x in (("dk", key), ("dv", value))}
     views = {name: view for name, (_, view) in made.items()}
     lse, d_lse_there = Array.unwritten(d_lse.shape, "float32"), Array(d_lse)
+    statistics = Array.unwritten((*d_lse.shape, 2), "float32")
     qkv = views["q"], views["k"], views["v"]
-    kept = [cuda_run.launch(_cuda.Forward(*qkv, views["out"], lse.view))]
+    kept = [cuda_run.launch(_cuda.Forward(*qkv, views["out"], statistics.view, lse=lse.view))]
     written = (views[name] for name in ("dq", "dk", "dv"))
-    call = _cuda.Backward(*qkv, views["out"], lse.view, views["d_out"], *written, d_lse=d_lse_there.view)
+    call = _cuda.Backward(*qkv, views["out"], statistics.view, views["d_out"], *written, d_lse=d_lse_there.view)
     kept.append(cuda_run.launch(call))
     found = {name: read(*made[name]) for name in ("out", "dq", "dk", "dv")}
     expected = specification(*inputs)
@@ -163,10 +164,10 @@ def test_lengths_beyond_the_arrays_are_clamped(attend):
 
 def test_a_workspace_that_is_too_small_is_refused(cuda):
     inputs = [Array(x) for x in make_inputs("float16", 1, 20, 30, 2, 2, 16)[:4]]
-    out, lse = Array.unwritten((1, 20, 2, 16), "float16"), Array.unwritten((1, 2, 20), "float32")
+    out, statistics = Array.unwritten((1, 20, 2, 16), "float16"), Array.unwritten((1, 2, 20, 2), "float32")
     q, k, v, d_out = (x.view for x in inputs)
     gradients = [Array.unwritten(x._values.shape, "float16") for x in inputs[:3]]
-    call = _cuda.Backward(q, k, v, out.view, lse.view, d_out, *(x.view for x in gradients))
+    call = _cuda.Backward(q, k, v, out.view, statistics.view, d_out, *(x.view for x in gradients))
     assert call.workspace_bytes() > 0
     with pytest.raises(_cuda.CudaError, match="workspace"):
         call(None)
@@ -182,10 +183,10 @@ def test_a_head_dim_that_no_kernel_has_is_explained(cuda):
 
 
 def described(dtype="float32", batch=2, seqlen_q=3, seqlen_k=5, num_heads=4, num_kv_heads=2, head_dim=8):
-    """q, k, v, out, lse that are nowhere."""
+    """q, k, v, out, statistics that are nowhere."""
     query, keys = (batch, seqlen_q, num_heads, head_dim), (batch, seqlen_k, num_kv_heads, head_dim)
     arrays = [nowhere(shape, dtype) for shape in (query, keys, keys, query)]
-    return [*arrays, nowhere((batch, num_heads, seqlen_q), "float32")]
+    return [*arrays, nowhere((batch, num_heads, seqlen_q, 2), "float32")]
 
 
 def nowhere(shape, dtype="float32", strides=None):
@@ -193,9 +194,10 @@ def nowhere(shape, dtype="float32", strides=None):
 
 
 def test_views_have_the_strides_that_were_given():
-    q, k, v, out, lse = described()
+    q, k, v, out, statistics = described()
     swapped = [nowhere((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), x.dtype) for x in (q, k, v, out)]
-    params = _cuda.Forward(*swapped, lse, layout="BHSD", bias=nowhere((4, 1, 5)), masks=[nowhere((5,), "bool")])._params
+    masked = {"bias": nowhere((4, 1, 5)), "masks": [nowhere((5,), "bool")]}
+    params = _cuda.Forward(*swapped, statistics, layout="BHSD", **masked)._params
     assert (params.batch, params.seqlen_q, params.num_heads, params.head_dim) == q.shape
     assert list(params.q.stride) == [96, 8, 24, 1]
     assert list(params.bias.stride) == [0, 5, 0, 1] and params.bias.data == 4096
@@ -210,10 +212,14 @@ def test_views_have_the_strides_that_were_given():
         ({"k": nowhere((2, 5, 2, 9))}, ValueError, r"k must have the extents \(2, 5, 2, 8\)"),
         ({"v": nowhere((2, 5, 2, 8), "float16")}, TypeError, "v must be float32, not float16"),
         ({"q": nowhere((2, 3, 3, 8))}, ValueError, r"num_heads \(3\) must be a multiple of num_kv_heads \(2\)"),
+        ({"statistics": nowhere((2, 4, 3))}, ValueError, "statistics must have the extents"),
+        ({"statistics": nowhere((2, 4, 3, 2), strides=(48, 12, 4, 2))}, ValueError, "statistics must be contiguous"),
+        ({"lse": nowhere((2, 4, 3))}, None, None),
         ({"lse": nowhere((2, 3, 4))}, ValueError, "lse must have the extents"),
         ({"lse": nowhere((2, 4, 3), strides=(24, 6, 2))}, ValueError, "lse must be contiguous"),
         ({"bias": nowhere((3, 5))}, None, None),
         ({"bias": nowhere((2, 5))}, ValueError, "bias must broadcast to"),
+        ({"bias": nowhere((3, 5), "float16")}, TypeError, "bias must be float32, not float16"),
         ({"masks": [nowhere((5,), "uint8")]}, TypeError, r"masks\[0\] must be bool"),
         ({"masks": [nowhere((5,), "bool")] * 5}, ValueError, "there may be 4, got 5"),
         ({"key_lengths": nowhere((2,), "int32")}, None, None),
@@ -227,7 +233,7 @@ def test_views_have_the_strides_that_were_given():
     ],
 )
 def test_arguments(changes, error, message):
-    arguments = dict(zip(("q", "k", "v", "out", "lse"), described())) | changes
+    arguments = dict(zip(("q", "k", "v", "out", "statistics"), described())) | changes
     if error is None:
         _cuda.Forward(**arguments)
         return
@@ -236,14 +242,26 @@ def test_arguments(changes, error, message):
 
 
 def test_gradient_of_a_bias_has_its_shape():
-    q, k, v, out, lse = described()
-    arguments = (q, k, v, out, lse, out, q, k, v)
+    q, k, v, out, statistics = described()
+    arguments = (q, k, v, out, statistics, out, q, k, v)
     params = _cuda.Backward(*arguments, bias=nowhere((4, 1, 5)), d_bias=nowhere((4, 1, 5)))._params
     assert list(params.d_bias_shape) == [1, 4, 1, 5]
     with pytest.raises(ValueError, match="d_bias must have the extents"):
         _cuda.Backward(*arguments, bias=nowhere((4, 1, 5)), d_bias=nowhere((4, 3, 5)))
     with pytest.raises(ValueError, match="d_bias without a bias"):
         _cuda.Backward(*arguments, d_bias=nowhere((4, 1, 5)))
+
+
+@pytest.mark.parametrize("of", ["float16", "float32"])
+def test_gradient_of_a_bias_has_its_dtype(of):
+    q, k, v, out, statistics = described("float16")
+    arguments = (q, k, v, out, statistics, out, q, k, v)
+    bias, other = nowhere((4, 1, 5), of), "float16" if of == "float32" else "float32"
+    assert _cuda.Backward(*arguments, bias=bias, d_bias=bias)._params.forward.bias.dtype == _cuda_types.DTYPES.index(of)
+    with pytest.raises(TypeError, match=f"d_bias must be {of}, not {other}"):
+        _cuda.Backward(*arguments, bias=bias, d_bias=nowhere((4, 1, 5), other))
+    with pytest.raises(TypeError, match="bias must be float16 or float32, not bfloat16"):
+        _cuda.Forward(*arguments[:5], bias=nowhere((4, 1, 5), "bfloat16"))
 
 
 def test_the_array_interface():

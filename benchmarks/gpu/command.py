@@ -1,7 +1,7 @@
 """python -m attn_ops bench --device cuda: measures the CUDA kernels and every installed peer on this machine's GPU.
 
 Needs PyTorch (memory, events, most of the peers), not TensorFlow. Prints tables; with --report DIR also writes
-gpu_report.md, gpu_results.csv and charts (PNG). All peers take turns in the rounds of a workload, with a product of
+gpu_report.md, gpu_results.csv and, where matplotlib is installed, charts (PNG). All peers take turns in the rounds of a workload, with a product of
 matrices and a copy among them, on normal inputs that rotate through more memory than the cache holds. Every answer is
 first checked against the float64 reference. Times are by the device's events, and medians over the rounds.
 """
@@ -27,7 +27,6 @@ from .peers import TRITON_PATH, all_peers
 from .workloads import TITLES, section
 
 _BAD_OPTIONS = 2  # exit status
-_NEEDED = {"rich": "rich", "matplotlib": "matplotlib"}  # module: what pip installs
 _QUICK = measure.Effort(rounds=3, seconds=0.2, turn=0.002)
 _QUICK_NOTE = "**Quick run: short shapes and few rounds. These figures are not to be quoted.**"
 
@@ -80,9 +79,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(arguments, peers) -> None:
     """Raises ValueError for options that are none."""
-    missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} must be installed: pip install {' '.join(missing)}")
     for option, found, known in (("sections", arguments.sections, TITLES), ("peers", arguments.peers or (), peers)):
         unknown = [name for name in found if name not in known]
         if unknown:
@@ -151,11 +147,15 @@ def _tell(arguments, device, measured, notes, conditions, old) -> int:
     if arguments.compare:
         status, told = comparison.tell(arguments, old, measured, cpu_tables.changes, "--sections and --quick")
     body = [*head, *told, "## Limits", tables.limits(measured), "## All rows", tables.details(measured)]
+    if arguments.report and importlib.util.find_spec("matplotlib") is None:
+        notes = [*notes, "no charts were drawn: matplotlib is not installed"]
     body += ["## Not measured", *(f"- {note}" for note in notes)] if notes else []
     if arguments.report:
-        from . import charts
+        drawn = []
+        if importlib.util.find_spec("matplotlib"):
+            from . import charts
 
-        drawn = charts.draw(arguments.report, measured)
+            drawn = charts.draw(arguments.report, measured)
         more = ["## Charts", *(f"![{name}]({name})" for name in drawn)] if drawn else []
         more += ["## Clocks (SM, memory), power, temperature", *(f"- {x}" for x in conditions)] if conditions else []
         text = "# attn_ops on a GPU: speed\n\n" + "\n\n".join([*body, *more]) + "\n"

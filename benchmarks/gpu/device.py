@@ -20,7 +20,10 @@ class Cuda:
     def __init__(self):
         import torch
 
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        # PyTorch makes the context with the first tensor, and the kernels want one that is current.
+        torch.zeros(1, device=self.kind)
+        self.ordinal = torch.cuda.current_device()
+        properties = torch.cuda.get_device_properties(self.ordinal)
         self.name = f"{properties.name}, {properties.multi_processor_count} SMs, CUDA {torch.version.cuda}"
         self.cache_bytes = properties.L2_cache_size
         self.matmul_size, self.copy_bytes = _MATMUL, _COPY_BYTES
@@ -54,7 +57,7 @@ class Cuda:
         if shutil.which("nvidia-smi") is None:
             return ""
         fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
-        command = ["nvidia-smi", f"--id={self._torch.cuda.current_device()}", f"--query-gpu={fields}"]
+        command = ["nvidia-smi", f"--id={self.ordinal}", f"--query-gpu={fields}"]
         done = subprocess.run([*command, "--format=csv,noheader"], capture_output=True, text=True)
         return done.stdout.strip() + " C" if done.returncode == 0 else ""
 

@@ -67,7 +67,7 @@ class Ours(Peer):
 
         if device.kind != "cuda":
             return "there is no CUDA device"
-        return _cuda.unavailable_reason(-1)
+        return _cuda.unavailable_reason(device.ordinal)
 
     def prepare(self, device, workload, mode, inputs):
         import torch
@@ -75,13 +75,13 @@ class Ours(Peer):
 
         q, k, v, d_out = (inputs[name] for name in ("query", "key", "value", "d_out"))
         out = torch.empty_like(q)
-        lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], device=q.device, dtype=torch.float32)
+        statistics = torch.empty(q.shape[0], q.shape[2], q.shape[1], 2, device=q.device, dtype=torch.float32)
         options = {"window_right": 0 if workload.is_causal else -1}
-        forward = _cuda.Forward(q, k, v, out, lse, **options)
+        forward = _cuda.Forward(q, k, v, out, statistics, **options)
         stream = device.stream()
         workspace = _workspace(q, forward)
 
-        def attend():
+        def attend(kept=(q, k, v, statistics)):  # which the call knows by their addresses alone
             forward(workspace, stream)
             return [out]
 
@@ -89,10 +89,10 @@ class Ours(Peer):
             return attend
         attend()
         gradients = [torch.empty_like(x) for x in (q, k, v)]
-        backward = _cuda.Backward(q, k, v, out, lse, d_out, *gradients, **options)
+        backward = _cuda.Backward(q, k, v, out, statistics, d_out, *gradients, **options)
         space = _workspace(q, backward)
 
-        def differentiate(kept=(attend, q, k, v, d_out)):
+        def differentiate(kept=(attend, d_out)):
             backward(space, stream)
             return gradients
 

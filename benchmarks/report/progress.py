@@ -1,7 +1,8 @@
-"""How far a run is: a bar with the time left on a terminal, plain lines elsewhere."""
+"""How far a run is: a bar with the time left on a terminal (where rich is installed), plain lines elsewhere."""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 
@@ -17,7 +18,7 @@ class Progress:
         self._bar = None
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and importlib.util.find_spec("rich"):
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.table import Column

@@ -27,7 +27,7 @@ struct Rows {
 
 // What would be computed by every thread, and in double precision, which many cards hardly have.
 struct Factors {
-  float scale = 1.0f, scale_log2e = 1.0f;  // of the scores; times log2(e)
+  float scale = 1.0f;  // of the scores
   float keep = 1.0f;  // 1 / (1 - dropout_rate)
   uint32_t drop_below = 0;  // dropout_rate * 2^32; 0: no dropout
 };
@@ -47,7 +47,7 @@ struct DecodeArgs {
   Aligned aligned;
   int32_t splits = 1;
   float* partial_out = nullptr;  // [batch, num_kv_heads, tiles, splits, kDecodeRows, value_dim]
-  float* partial_stats = nullptr;  // [batch, num_kv_heads, tiles, splits, kDecodeRows, 2]: maximum (base 2), sum
+  float* partial_stats = nullptr;  // [batch, num_kv_heads, tiles, splits, kDecodeRows, 2]: maximum, sum
   uint64_t* tickets = nullptr;  // [batch, num_kv_heads, tiles]: launch << 16 | parts done. Not initialised
   uint64_t launch = 0;  // 48 bits that no other launch has
 };
@@ -57,7 +57,7 @@ struct BackwardArgs {
   Factors factors;
   Rows rows;
   Aligned aligned;
-  float* delta = nullptr;  // [batch, num_heads, seqlen_q]: rowsum(d_out * out) - d_lse
+  float* delta = nullptr;  // [batch, num_heads, seqlen_q]: rowsum(p * dp) - d_lse
 };
 
 }  // namespace cuda

@@ -1,6 +1,6 @@
 // Backward, what its kernels share:
 //
-//   s = scale q k^T + bias    p = e^(s - lse)    dp = d_out v^T    ds = p (dp - delta)    delta = rowsum(d_out * out) - d_lse
+//   s = scale q k^T + bias    p = e^(s - m) / l    dp = d_out v^T    ds = p (dp - delta)    delta = rowsum(p * dp) - d_lse
 //   dq = scale ds k           dk = scale ds^T q           dv = p^T d_out           d_bias = ds
 //
 // Scores are computed anew: once by the blocks that keep query rows and make dq (query_gradient.cuh), once by those
@@ -67,14 +67,23 @@ ATTN_DEVICE void stream(int begin, int end, Load load, Compute compute) {
   copy_async_wait<0>();
 }
 
-// From what finish_scores gives for one pair of query and key.
-struct PairGradient {
-  float p, ds;
+// What forward left of a row, and the row's delta.
+struct RowGradient {
+  float maximum = 0.0f, inverse_sum = 0.0f, delta = 0.0f;
 
-  ATTN_DEVICE PairGradient(float x, float lse, float dp, float delta) {
-    p = bits_of(x) == 0xff800000u ? float_of(kHiddenBits) : recomputed_probability(x, lse);
-    ds = is_hidden(p) ? p : p * (dp - delta);
+  ATTN_DEVICE RowGradient() {}
+  ATTN_DEVICE RowGradient(const AttentionParams& p, int64_t row, float delta) : delta(delta) {
+    const float* statistics = static_cast<const float*>(p.statistics) + 2 * row;
+    maximum = statistics[0];
+    inverse_sum = statistics[1] == 0.0f ? 0.0f : 1.0f / statistics[1];
   }
+
+  ATTN_DEVICE float probability(float x) const { return recomputed_probability(x, maximum, inverse_sum); }
+  // The same of what finish_scores gives.
+  ATTN_DEVICE float probability_or_hidden(float x) const {
+    return is_minus_infinity(x) ? float_of(kHiddenBits) : probability(x);
+  }
+  ATTN_DEVICE float of_score(float p, float dp) const { return p * (dp - delta); }
 };
 
 }  // namespace cuda

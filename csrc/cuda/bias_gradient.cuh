@@ -65,8 +65,8 @@ ATTN_DEVICE void bias_gradient(const BackwardArgs& args) {
     Results<kM, kN> s, dp;
     multiply_rows<M, kDim, kM, kN>(s, q, own_row, k);
     multiply_rows<M, kDim, kM, kN>(dp, d_out, own_row, v);
-    const QueryStatistics<kM> statistics(args, head, row + own_row);
-    score_gradients<M, false, kM, kN>(s, dp, statistics, head, row + own_row, key, false);
+    const RowGradients<kM> gradients(args, head, row + own_row, true);
+    score_gradients<M, false, kM, kN>(s, dp, gradients, head, row + own_row, key, false);
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -115,8 +115,12 @@ ATTN_DEVICE void bias_gradient(const BackwardArgs& args) {
     const int64_t key_index = sums_keys ? 0 : key_tiles.begin * kKeys + key;
     if (position >= shape[2] || key_index >= shape[3]) continue;
     const int64_t batch = shape[0] == 1 ? 0 : batches.begin, head = shape[1] == 1 ? 0 : heads.begin;
-    static_cast<Element*>(b.d_bias)[((batch * shape[1] + head) * shape[2] + position) * shape[3] + key_index] =
-        M::from_float(total);
+    const int64_t target = ((batch * shape[1] + head) * shape[2] + position) * shape[3] + key_index;
+    if (sizeof(Element) == 4 || p.bias.dtype == DType::kFloat32) {
+      static_cast<float*>(b.d_bias)[target] = total;
+    } else {
+      static_cast<Element*>(b.d_bias)[target] = M::from_float(total);
+    }
   }
 }
 

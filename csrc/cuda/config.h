@@ -42,10 +42,13 @@ constexpr int forward_shared_bytes(Math m, int dim, bool plain) {
   return (t.rows + 2 * t.columns) * dim * element_bytes(m) + 64;
 }
 
-// Kernels that have no TF32 mode of their own are exact: decode, the gradient of a bias, and the backward of large
-// heads, where registers are few.
-constexpr Math exact(Math m) { return m == Math::kTf32 ? Math::kFloat32 : m; }
-constexpr Math backward_math(Math m, int dim) { return dim <= 128 ? m : exact(m); }
+// Larger heads are exact, since their backward has no registers for TF32, and so is decode. What forward was computed
+// with, backward is: of other products, the statistics that forward left would be another row's.
+constexpr bool has_tf32(int dim) { return dim <= 128; }
+
+// Whether the kernel of dq makes delta, since what forward left of the output is not exact enough to make it from
+// (delta.cuh).
+constexpr bool sums_delta(Math m) { return m != Math::kFloat32; }
 
 // Backward: queries and the gradient of the output stay and keys and values pass (dq), or the reverse (dk, dv).
 constexpr Tile backward_tile(Math m, int dim, bool plain) {
@@ -85,7 +88,7 @@ constexpr int decode_shared_bytes(Math m, int dim) {
          kDecodeStatisticsBytes;
 }
 
-// Rows of the gradient of the output per block of the kernel that prepares the backward.
+// Rows of the gradient of the output per block of the kernel that prepares the backward of float32.
 constexpr int kDeltaWarps = 8;
 
 }  // namespace cuda

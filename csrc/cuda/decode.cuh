@@ -4,7 +4,7 @@
 // tiles with the softmax of its own, and no barrier stands in the stream. The warps' results are put together at the
 // end,
 //
-//   m = max m_i      l = sum 2^(m_i - m) l_i      out = sum 2^(m_i - m) o_i / l
+//   m = max m_i      l = sum e^(m_i - m) l_i      out = sum e^(m_i - m) o_i / l
 //
 // and likewise the parts of blocks that share the keys of a head, by the last of them to finish.
 #pragma once
@@ -29,7 +29,7 @@ ATTN_DEVICE bool arrives_last(uint64_t* ticket, uint64_t launch, int parts) {
   return arrived + 1 == parts;
 }
 
-// Weights 2^(m_i - m) of parts, whose maxima are maximum(i); the sum over them is sum(i).
+// Weights e^(m_i - m) of parts, whose maxima are maximum(i); the sum over them is sum(i).
 struct Merged {
   float maximum, sum;
 
@@ -41,7 +41,7 @@ struct Merged {
     for (int i = 0; i < parts; ++i) sum += weight(maximum_of(i)) * sum_of(i);
   }
   ATTN_DEVICE float weight(float part_maximum) const {
-    return bits_of(part_maximum) == 0xff800000u ? 0.0f : exp2_fast(part_maximum - maximum);
+    return part_maximum == maximum ? 1.0f : exponential(part_maximum - maximum);
   }
 };
 
@@ -63,10 +63,11 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
   const Head head(p, args.factors, args.rows, part_of / args.rows.tiles);
   const RowBlock block(head, part_of % args.rows.tiles * kDecodeRows, kDecodeRows);
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
-  const float scale = args.factors.scale_log2e;
+  const float scale = args.factors.scale;
   // In float32, values are looked through in any case: infinities do not survive 3xTF32.
   const bool plain =
-      M::kStep == 16 && p.bias.data == nullptr && p.num_masks == 0 && args.factors.drop_below == 0 && scale > 0;
+      M::kStep == 16 && p.bias.data == nullptr && p.num_masks == 0 && args.factors.drop_below == 0 && scale > 0 &&
+      scale <= 1;
 
   // The block's share of the keys, in steps of one tile for each warp.
   constexpr int kStepKeys = kDecodeWarps * kKeys;
@@ -157,8 +158,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
     }
     if (d > 0) return;
     const int position = head.position(block.first + row);
-    static_cast<float*>(p.lse)[head.statistic(head.head(block.first + row, position), position)] =
-        RowStatistics<1>::lse(merged.maximum, merged.sum);
+    write_statistics(p, head.statistic(head.head(block.first + row, position), position), merged.maximum, merged.sum);
   };
   const int own_rows = block.end - block.first;
   const int columns = max(value_dim, 1);  // one even without values, for the statistics

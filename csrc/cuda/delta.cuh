@@ -1,4 +1,7 @@
-// delta = rowsum(d_out * out) - d_lse, one warp for each row of each head.
+// delta = rowsum(d_out * out) - d_lse, one warp for each row of each head: where `out` is exact, that is rowsum(p * dp).
+//
+// Of an output with 8 or 11 bits it is not. Where keys have a large number in common, ds must cancel to the last bit of p
+// and dp, so there the kernel of dq sums these themselves (query_gradient.cuh).
 #pragma once
 
 #include "args.h"
@@ -12,10 +15,8 @@ ATTN_DEVICE int64_t quotient(int64_t x, int64_t y) {
   return (x | y) >> 32 == 0 ? static_cast<uint32_t>(x) / static_cast<uint32_t>(y) : x / y;
 }
 
-template <class M>
 ATTN_DEVICE void row_delta(const BackwardArgs& args) {
-  using Element = typename M::Element;
-  constexpr int kPerChunk = 16 / sizeof(Element);
+  constexpr int kPerChunk = 4;
   const BackwardParams& b = args.b;
   const AttentionParams& p = b.forward;
   const int64_t index = int64_t{block_index()} * kDeltaWarps + warp_index();
@@ -24,25 +25,20 @@ ATTN_DEVICE void row_delta(const BackwardArgs& args) {
   const int64_t line = quotient(index, p.num_heads), head = index - line * p.num_heads;
   const int64_t batch = quotient(line, p.seqlen_q), position = line - batch * p.seqlen_q;
   const auto row = [=](const StridedView& view) {
-    return static_cast<const Element*>(view.data) + batch * view.stride[0] + position * view.stride[1] +
+    return static_cast<const float*>(view.data) + batch * view.stride[0] + position * view.stride[1] +
            head * view.stride[2];
   };
-  const Element *out = row(p.out), *d_out = row(b.d_out);
+  const float *out = row(p.out), *d_out = row(b.d_out);
   const int dim = static_cast<int>(p.value_dim);
   float sum = 0.0f;
   if (args.aligned.out && args.aligned.d_out) {
     for (int d = lane_index() * kPerChunk; d < dim; d += 32 * kPerChunk) {
       const Bytes16 x = *reinterpret_cast<const Bytes16*>(out + d), y = *reinterpret_cast<const Bytes16*>(d_out + d);
 #pragma unroll
-      for (int i = 0; i < kPerChunk; ++i) {
-        sum +=
-            M::to_float(reinterpret_cast<const Element*>(&x)[i]) * M::to_float(reinterpret_cast<const Element*>(&y)[i]);
-      }
+      for (int i = 0; i < kPerChunk; ++i) sum += float_of(x.word[i]) * float_of(y.word[i]);
     }
   } else {
-    for (int d = lane_index(); d < dim; d += 32) {
-      sum += M::to_float(out[d * p.out.stride[3]]) * M::to_float(d_out[d * b.d_out.stride[3]]);
-    }
+    for (int d = lane_index(); d < dim; d += 32) sum += out[d * p.out.stride[3]] * d_out[d * b.d_out.stride[3]];
   }
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);

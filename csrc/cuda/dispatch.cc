@@ -29,6 +29,9 @@ std::string unsupported_reason(const AttentionParams& p) {
     return "the CUDA kernels take a head_dim (" + number(p.head_dim) + ") and value_dim (" + number(p.value_dim) +
            ") up to " + number(kLargestDim);
   }
+  if (p.bias.data != nullptr && p.bias.dtype != p.dtype && p.bias.dtype != DType::kFloat32) {
+    return "the CUDA kernels take a bias of float32 or of the dtype of the inputs";
+  }
   constexpr int64_t kMost = INT32_MAX - 4096;
   if (num_rows(p) > kMost || p.seqlen_k > kMost) {
     return "the CUDA kernels take up to " + number(kMost) + " query rows (" + number(num_rows(p)) + ") and keys (" +
@@ -71,10 +74,14 @@ uint64_t next_launch() {
   return launch != 0 ? launch : next_launch();  // 0 is what a finished ticket holds
 }
 
+std::atomic<int64_t> most_decode_rows{kMostDecodeRows};
+
+bool is_decode(const AttentionParams& p) { return num_rows(p) <= most_decode_rows.load(std::memory_order_relaxed); }
+
 int launch_decode(const AttentionParams& p, const Device& device, void* stream, Workspace workspace) {
   const DecodePlan plan(p, device);
   if (const int code = check(workspace, plan.workspace_bytes())) return code;
-  const Math math = exact(math_of(p));
+  const Math math = math_of(p, true);
   const int dim = dim_of(p);
   DecodeArgs args;
   args.p = p;
@@ -94,7 +101,7 @@ int launch_decode(const AttentionParams& p, const Device& device, void* stream, 
 }
 
 int launch_forward(const AttentionParams& p, const Device& device, void* stream) {
-  const Math math = math_of(p);
+  const Math math = math_of(p, false);
   const int dim = dim_of(p);
   const bool plain = is_plain(p);
   const Tile tile = forward_tile(math, dim, plain);
@@ -116,7 +123,7 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
   const AttentionParams& p = b.forward;
   if (const int code = check(workspace, delta_bytes(p))) return code;
   const int dim = dim_of(p);
-  const Math math = backward_math(math_of(p), dim);
+  const Math math = math_of(p, is_decode(p));
   const bool plain = is_plain(p);
   const int64_t heads = p.batch * p.num_kv_heads;
   BackwardArgs args;
@@ -125,9 +132,12 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
   args.aligned = aligned_of(b);
   args.delta = static_cast<float*>(workspace.data);
 
-  int code = launch(device, {Role::kDelta, exact(math), dim, false},
-                    ceil_div(p.batch * p.num_heads * p.seqlen_q, kDeltaWarps), 32 * kDeltaWarps, 0, stream, &args);
-  if (code != 0) return code;
+  int code = 0;
+  if (!sums_delta(math)) {
+    code = launch(device, {Role::kDelta, math, dim, false},
+                  ceil_div(p.batch * p.num_heads * p.seqlen_q, kDeltaWarps), 32 * kDeltaWarps, 0, stream, &args);
+    if (code != 0) return code;
+  }
 
   const Tile tile = backward_tile(math, dim, plain);
   const int shared = backward_shared_bytes(math, dim, plain);
@@ -141,18 +151,13 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
                 tile.threads(), shared, stream, &args);
   if (code != 0 || b.d_bias == nullptr) return code;
 
-  const Math bias_math = exact(math);
-  const Tile bias_tile = backward_tile(bias_math, dim, false);
+  const Tile bias_tile = backward_tile(math, dim, false);
   const int64_t* shape = b.d_bias_shape;
   const int64_t owners = shape[0] * shape[1] * (shape[2] == 1 ? 1 : ceil_div(shape[2], bias_tile.rows)) *
                          (shape[3] == 1 ? 1 : ceil_div(shape[3], bias_tile.columns));
-  return launch(device, {Role::kBiasGradient, bias_math, dim, false}, owners, bias_tile.threads(),
-                backward_shared_bytes(bias_math, dim, false), stream, &args);
+  return launch(device, {Role::kBiasGradient, math, dim, false}, owners, bias_tile.threads(),
+                backward_shared_bytes(math, dim, false), stream, &args);
 }
-
-std::atomic<int64_t> most_decode_rows{kMostDecodeRows};
-
-bool is_decode(const AttentionParams& p) { return num_rows(p) <= most_decode_rows.load(std::memory_order_relaxed); }
 
 bool is_empty(const AttentionParams& p) { return p.batch == 0 || p.num_heads == 0; }
 

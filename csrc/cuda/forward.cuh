@@ -1,7 +1,7 @@
 // Forward: a block keeps a tile of query rows, and all their keys and values pass.
 //
-//   s = scale q k^T + bias      m' = max(m, s)     p = 2^(s - m')     l = 2^(m - m') l + sum p     o = 2^(m - m') o + p v
-//   out = o / l                 lse = ln 2 (m + log2 l)                              (s and m in base 2, as in cpu/)
+//   s = scale q k^T + bias      m' = max(m, s)     p = e^(s - m')     l = e^(m - m') l + sum p     o = e^(m - m') o + p v
+//   out = o / l                 lse = m + log l
 //
 // Each warp owns 16 or 32 rows from the scores to the output, so the statistics of a row never leave a quad of lanes.
 // The values of a tile are fetched while its scores are computed, the next keys while its values are used.
@@ -13,7 +13,16 @@
 namespace attn_ops {
 namespace cuda {
 
-// The running softmax of a warp's rows: maximum (base 2) and this lane's part of the sum.
+// What forward leaves of a row for backward, and for the user where that is wanted. (Of lse alone, a weight could not be
+// computed again as it was: e^(s - lse) has the rounding of lse, which is all there is left of scores far from zero.)
+ATTN_DEVICE void write_statistics(const AttentionParams& p, int64_t row, float maximum, float sum) {
+  float* statistics = static_cast<float*>(p.statistics) + 2 * row;
+  statistics[0] = is_minus_infinity(maximum) ? 0.0f : maximum;  // of a row that sees no key
+  statistics[1] = sum;
+  if (p.lse != nullptr) static_cast<float*>(p.lse)[row] = sum == 0.0f ? minus_infinity() : maximum + log_of(sum);
+}
+
+// The running softmax of a warp's rows: maximum and this lane's part of the sum.
 template <int kM>
 struct RowStatistics {
   float maximum[kM][2], sum[kM][2];
@@ -31,13 +40,13 @@ struct RowStatistics {
     largest = fmaxf(largest, shuffle_xor(largest, 2));
     const float before = maximum[m][half], now = fmaxf(before, largest);
     maximum[m][half] = now;
-    const float factor = before == now ? 1.0f : exp2_fast(before - now);
+    const float factor = before == now ? 1.0f : exponential(before - now);
     sum[m][half] *= factor;
     return factor;
   }
   // What is subtracted from scores: of a row that has seen nothing, 0.
   ATTN_DEVICE float subtrahend(int m, int half) const {
-    return bits_of(maximum[m][half]) == 0xff800000u ? 0.0f : maximum[m][half];
+    return is_minus_infinity(maximum[m][half]) ? 0.0f : maximum[m][half];
   }
   ATTN_DEVICE void finish() {
 #pragma unroll
@@ -47,9 +56,6 @@ struct RowStatistics {
         sum[m][half] += shuffle_xor(sum[m][half], 1);
         sum[m][half] += shuffle_xor(sum[m][half], 2);
       }
-  }
-  ATTN_DEVICE static float lse(float maximum, float sum) {
-    return sum == 0.0f ? minus_infinity() : maximum * kLn2 + log_of(sum);
   }
 };
 
@@ -77,13 +83,15 @@ ATTN_DEVICE void softmax_of_all(Results<kM, kN>& s, RowStatistics<kM>& rows, Res
       // Multiplied apart, the largest score becomes exactly the maximum; fused, one of 10^9 would be off by 2^6.
       scale_row<kM, kO>(o, m, half, rows.raise(m, half, product(largest, scale)));
       const float maximum = rows.subtrahend(m, half);
+      float sum = 0.0f;  // of this tile: one sum of all would lose the last bits of each
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          s[m][n][i] = exp2_fast(product(s[m][n][i], scale) - maximum);
-          rows.sum[m][half] += s[m][n][i];
+          s[m][n][i] = exponential(product(s[m][n][i], scale) - maximum);
+          sum += s[m][n][i];
         }
+      rows.sum[m][half] += sum;
     }
 }
 
@@ -109,11 +117,13 @@ ATTN_DEVICE void softmax_of_some(Results<kM, kN>& s, RowStatistics<kM>& rows, Re
       for (int i = 1; i < 2 * kN; ++i) largest = fmaxf(largest, x[i]);
       scale_row<kM, kO>(o, m, half, rows.raise(m, half, largest));
       const float maximum = rows.subtrahend(m, half);
+      float sum = 0.0f;
 #pragma unroll
       for (int i = 0; i < 2 * kN; ++i) {
         x[i] = probability(x[i], maximum);
-        rows.sum[m][half] += x[i];
+        sum += x[i];
       }
+      rows.sum[m][half] += sum;
       if (!kPlain && head.factors.drop_below > 0) {
         const KeptOfRow<kN> kept(head, first_key, position, query_head);
 #pragma unroll
@@ -175,7 +185,7 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
       copy_async_commit();
     }
     if (kPlain && block.sees_all(key, kKeys)) {
-      softmax_of_all<kM, kN, kDim / 8>(s, rows, o, args.factors.scale_log2e);
+      softmax_of_all<kM, kN, kDim / 8>(s, rows, o, args.factors.scale);
       accumulate<M, kDim, kM, kN>(o, s, v, value_dim);
     } else {
       softmax_of_some<M, kPlain, kM, kN, kDim / 8>(s, rows, o, head, first_row, key);
@@ -197,8 +207,7 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
       const int row = first_row + 16 * m + 8 * half + g;
       if ((lane_index() & 3) != 0 || row >= block.end) continue;
       const int position = head.position(row);
-      static_cast<float*>(p.lse)[head.statistic(head.head(row, position), position)] =
-          RowStatistics<kM>::lse(rows.maximum[m][half], sum);
+      write_statistics(p, head.statistic(head.head(row, position), position), rows.maximum[m][half], sum);
     }
   // Only this warp reads these rows of the query tile, and it has done so.
   sync_warp();

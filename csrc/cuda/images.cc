@@ -31,7 +31,14 @@ namespace {
 struct Built {
   Image image;
   int first, last;  // the capabilities it runs on
+  bool is_code = true;  // and not PTX
 };
+
+// Orin (8.7, 8.8) and Thor (10.1, which CUDA 13 calls 11.0) do not take code for other cards of their generation: "binary
+// compatibility is supported only for the desktop" (CUDA C++ Programming Guide).
+constexpr bool is_tegra(int capability) {
+  return capability == 87 || capability == 88 || capability == 101 || capability == 110;
+}
 
 // Code for 8.0 runs on 8.x, code for 9.0a on 9.0 alone, PTX on everything newer. The first that fits is taken.
 constexpr Built kBuilt[] = {
@@ -48,7 +55,7 @@ constexpr Built kBuilt[] = {
     {{"sm_120", attn_ops_image_sm_120}, 120, 129},
 #endif
 #ifdef ATTN_OPS_IMAGE_compute_80
-    {{"compute_80", attn_ops_image_compute_80}, 80, INT32_MAX},
+    {{"compute_80", attn_ops_image_compute_80}, 80, INT32_MAX, false},
 #endif
 };
 constexpr int kNumBuilt = sizeof kBuilt / sizeof kBuilt[0];
@@ -57,8 +64,11 @@ static_assert(kNumBuilt <= kMostImages, "kMostImages");
 }  // namespace
 
 int image_for(int capability) {
-  for (int i = 0; i < kNumBuilt; ++i)
-    if (kBuilt[i].first <= capability && capability <= kBuilt[i].last) return i;
+  for (int i = 0; i < kNumBuilt; ++i) {
+    const Built& built = kBuilt[i];
+    if (built.is_code && is_tegra(capability)) continue;
+    if (built.first <= capability && capability <= built.last) return i;
+  }
   return -1;
 }
 

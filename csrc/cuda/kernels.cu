@@ -23,9 +23,8 @@ namespace cuda {
   KERNEL(math, M, 64) KERNEL(math, M, 96) KERNEL(math, M, 128) KERNEL(math, M, 192) KERNEL(math, M, 256)
 #define FOR_16_BITS(KERNEL) FOR_EACH_DIM(KERNEL, f16, F16) FOR_EACH_DIM(KERNEL, bf16, BF16)
 #define FOR_EXACT(KERNEL) FOR_16_BITS(KERNEL) FOR_EACH_DIM(KERNEL, f32, F32)
-#define FOR_ALL(KERNEL) FOR_EXACT(KERNEL) FOR_EACH_DIM(KERNEL, tf32, TF32)
-// backward_math() of config.h
-#define FOR_BACKWARD(KERNEL) FOR_EXACT(KERNEL) KERNEL(tf32, TF32, 64) KERNEL(tf32, TF32, 96) KERNEL(tf32, TF32, 128)
+// has_tf32() of config.h
+#define FOR_ALL(KERNEL) FOR_EXACT(KERNEL) KERNEL(tf32, TF32, 64) KERNEL(tf32, TF32, 96) KERNEL(tf32, TF32, 128)
 
 #define BACKWARD(name, function, math, M, dim, plain) \
   ATTN_KERNEL(name, backward_tile(M::kMath, dim, plain).threads(), BackwardArgs) { function<M, dim, plain>(args); }
@@ -36,9 +35,9 @@ namespace cuda {
 
 FOR_ALL(FORWARD)
 FOR_16_BITS(FORWARD_PLAIN)
-FOR_BACKWARD(DQ)
+FOR_ALL(DQ)
 FOR_16_BITS(DQ_PLAIN)
-FOR_BACKWARD(DKDV)
+FOR_ALL(DKDV)
 FOR_16_BITS(DKDV_PLAIN)
 
 #define DECODE(math, M, dim) \
@@ -48,13 +47,9 @@ FOR_16_BITS(DKDV_PLAIN)
     bias_gradient<M, dim>(args);                                                                            \
   }
 FOR_EXACT(DECODE)
-FOR_EXACT(DBIAS)
+FOR_ALL(DBIAS)
 
-#define DELTA(math, M) \
-  ATTN_KERNEL(attn_ops_delta_##math, 32 * kDeltaWarps, BackwardArgs) { row_delta<M>(args); }
-DELTA(f16, F16)
-DELTA(bf16, BF16)
-DELTA(f32, F32)
+ATTN_KERNEL(attn_ops_delta_f32, 32 * kDeltaWarps, BackwardArgs) { row_delta(args); }
 
 }  // namespace cuda
 }  // namespace attn_ops

@@ -12,7 +12,7 @@ namespace cuda {
 
 // What is known of a passing query row, in shared memory.
 struct PassingRow {
-  float lse, delta;  // lse times log2(e)
+  RowGradient row;
   Interval seen;
 };
 
@@ -36,7 +36,7 @@ template <class M, bool kPlain, bool kWithDp, int kM, int kN>
 ATTN_DEVICE void pair_gradients(Results<kM, kN>& s, Results<kM, kN>& dp, const PassingRow* rows, const Head& head,
                                 int first_row, int first_key, bool sees_all) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
-  const float scale = head.factors.scale_log2e;
+  const float scale = head.factors.scale;
   static_assert(kPlain || kM == 1, "KeptOfKeys knows 16 keys");
   const bool drops = !kPlain && head.factors.drop_below > 0;
   KeptOfKeys<kN> kept;
@@ -46,16 +46,16 @@ ATTN_DEVICE void pair_gradients(Results<kM, kN>& s, Results<kM, kN>& dp, const P
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int column = 8 * n + 2 * t + i;
-      const PassingRow& row = rows[column];
+      const PassingRow& passing = rows[column];
       if (kPlain && sees_all) {
-        const float lse = row.lse, delta = row.delta;
+        const RowGradient row = passing.row;
 #pragma unroll
         for (int m = 0; m < kM; ++m)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float& x = s[m][n][2 * half + i];
-            x = recomputed_probability(product(x, scale), lse);
-            if (kWithDp) dp[m][n][2 * half + i] = x * (dp[m][n][2 * half + i] - delta);
+            x = row.probability(product(x, scale));
+            if (kWithDp) dp[m][n][2 * half + i] = row.of_score(x, dp[m][n][2 * half + i]);
           }
         continue;
       }
@@ -65,16 +65,17 @@ ATTN_DEVICE void pair_gradients(Results<kM, kN>& s, Results<kM, kN>& dp, const P
       float x[2 * kM];
 #pragma unroll
       for (int j = 0; j < 2 * kM; ++j) x[j] = s[j >> 1][n][2 * (j & 1) + i];
-      hide_or_scale<M, kPlain>(x, head, query_head, position, row.seen, key);
+      hide_or_scale<M, kPlain>(x, head, query_head, position, passing.seen, key);
 #pragma unroll
       for (int j = 0; j < 2 * kM; ++j) {
         float& own_p = s[j >> 1][n][2 * (j & 1) + i];
         float& own_dp = dp[j >> 1][n][2 * (j & 1) + i];
         const bool keeps = !drops || kept(j, n, i);
         const float d = !kWithDp || !keeps ? 0.0f : drops ? own_dp * head.factors.keep : own_dp;
-        const PairGradient gradient(x[j], row.lse, d, row.delta);
-        own_p = keeps || is_hidden(gradient.p) ? gradient.p : 0.0f;
-        if (kWithDp) own_dp = gradient.ds;
+        const float probability = passing.row.probability_or_hidden(x[j]);
+        const bool hidden = is_hidden(probability);
+        own_p = keeps || hidden ? probability : 0.0f;
+        if (kWithDp) own_dp = hidden ? probability : passing.row.of_score(probability, d);
       }
     }
 }
@@ -122,12 +123,11 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
         load_tile<M, kDim, kRows, kThreads>(tiles.passing(0, stage), queries(row), head_dim);
         load_tile<M, kDim, kRows, kThreads>(tiles.passing(1, stage), d_outs(row), value_dim);
         for (int i = thread_index(); i < kRows; i += kThreads) {
-          PassingRow passing{0.0f, 0.0f, {0, 0}};
+          PassingRow passing{{}, {0, 0}};
           if (row + i < limit) {
             const int position = head.position(row + i);
             const int64_t statistic = head.statistic(head.head(row + i, position), position);
-            passing = {static_cast<const float*>(p.lse)[statistic] * kLog2E, args.delta[statistic],
-                       head.seen_at(position)};
+            passing = {{p, statistic, args.delta[statistic]}, head.seen_at(position)};
           }
           passing_rows(stage)[i] = passing;
         }

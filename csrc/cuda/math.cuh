@@ -12,11 +12,13 @@ namespace attn_ops {
 namespace cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 ATTN_DEVICE float minus_infinity() { return float_of(0xff800000u); }
+ATTN_DEVICE bool is_minus_infinity(float x) { return bits_of(x) == 0xff800000u; }
 
 // 16-bit elements: two to a register, as they come from memory.
+//
+// kPartsOfFloat elements have a sum that is a float32, but for its last bit or two.
 struct Bits16 {
   using Element = uint16_t;
   static constexpr int kStep = 16;  // elements summed by one mma
@@ -32,23 +34,30 @@ struct Bits16 {
 
 struct F16 : Bits16 {
   static constexpr Math kMath = Math::kFloat16;
+  static constexpr int kPartsOfFloat = 2;
   ATTN_DEVICE static void mma(float (&d)[4], const A& a, const B& b) { mma_f16(d, a.x, b.x); }
   ATTN_DEVICE static uint32_t pack(float low, float high) { return pack_f16(low, high); }
   ATTN_DEVICE static float to_float(uint16_t bits) { return from_f16(bits); }
   ATTN_DEVICE static uint16_t from_float(float x) { return static_cast<uint16_t>(pack_f16(x, 0.0f)); }
+  ATTN_DEVICE static float low(uint32_t packed) { return from_f16(static_cast<uint16_t>(packed)); }
+  ATTN_DEVICE static float high(uint32_t packed) { return from_f16(static_cast<uint16_t>(packed >> 16)); }
 };
 
 struct BF16 : Bits16 {
   static constexpr Math kMath = Math::kBFloat16;
+  static constexpr int kPartsOfFloat = 3;
   ATTN_DEVICE static void mma(float (&d)[4], const A& a, const B& b) { mma_bf16(d, a.x, b.x); }
   ATTN_DEVICE static uint32_t pack(float low, float high) { return pack_bf16(low, high); }
   ATTN_DEVICE static float to_float(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
   ATTN_DEVICE static uint16_t from_float(float x) { return static_cast<uint16_t>(pack_bf16(x, 0.0f)); }
+  ATTN_DEVICE static float low(uint32_t packed) { return float_of(packed << 16); }
+  ATTN_DEVICE static float high(uint32_t packed) { return float_of(packed & 0xffff0000u); }
 };
 
 struct Bits32 {
   using Element = float;
   static constexpr int kStep = 8;
+  static constexpr int kPartsOfFloat = 1;
   ATTN_DEVICE static float to_float(float x) { return x; }
   ATTN_DEVICE static float from_float(float x) { return x; }
 };
@@ -57,6 +66,7 @@ struct Bits32 {
 // unless the number is infinite or NaN.
 constexpr uint32_t kHalfOfTf32 = 0x1000, kTf32Bits = 0xffffe000u, kInfinityBits = 0x7f800000u;
 ATTN_DEVICE bool is_finite_bits(uint32_t x) { return (x & kInfinityBits) != kInfinityBits; }
+ATTN_DEVICE bool is_finite(float x) { return is_finite_bits(bits_of(x)); }
 ATTN_DEVICE uint32_t to_tf32(uint32_t x) { return is_finite_bits(x) ? (x + kHalfOfTf32) & kTf32Bits : x; }
 
 // 3xTF32: x = big + small, each with 11 significant bits, and a b = big big + big small + small big, off by about
@@ -119,11 +129,20 @@ struct TF32 : Bits32 {
 
 // Results as the left operand of the next product, without moving between lanes. In 16 bits two neighbours make a step;
 // in float32 one does, if the summed index is read in the order 0 2 4 6 1 3 5 7 on both sides (load_b_transposed does).
-template <class M>
-ATTN_DEVICE typename M::A a_from_results(const float (*d)[4]) {
+//
+// They are rounded to elements. What the rounding leaves may be left in d, for another operand.
+template <class M, bool kLeavesRest>
+ATTN_DEVICE typename M::A a_from_results(float (*d)[4]) {
   if constexpr (M::kStep == 16) {
     const uint32_t r[4] = {M::pack(d[0][0], d[0][1]), M::pack(d[0][2], d[0][3]), M::pack(d[1][0], d[1][1]),
                            M::pack(d[1][2], d[1][3])};
+    if constexpr (kLeavesRest) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        d[i >> 1][2 * (i & 1)] -= M::low(r[i]);
+        d[i >> 1][2 * (i & 1) + 1] -= M::high(r[i]);
+      }
+    }
     return M::a(r);
   } else {
     const uint32_t r[4] = {bits_of(d[0][0]), bits_of(d[0][2]), bits_of(d[0][1]), bits_of(d[0][3])};

@@ -27,14 +27,6 @@ inline Divisor make_divisor(uint32_t d) {
   return result;
 }
 
-inline Math math_of(const AttentionParams& p) {
-  switch (p.dtype) {
-    case DType::kFloat16: return Math::kFloat16;
-    case DType::kBFloat16: return Math::kBFloat16;
-    default: return p.allow_tf32 ? Math::kTf32 : Math::kFloat32;
-  }
-}
-
 // The bucket of the head dimensions, 0 if they are too large.
 inline int dim_of(const AttentionParams& p) {
   const int64_t largest = std::max(p.head_dim, p.value_dim);
@@ -43,16 +35,25 @@ inline int dim_of(const AttentionParams& p) {
   return 0;
 }
 
-// Nothing to think of but an interval of keys per row: what the fast kernels are made for.
+inline Math math_of(const AttentionParams& p, bool decodes) {
+  switch (p.dtype) {
+    case DType::kFloat16: return Math::kFloat16;
+    case DType::kBFloat16: return Math::kBFloat16;
+    default: return p.allow_tf32 && !decodes && has_tf32(dim_of(p)) ? Math::kTf32 : Math::kFloat32;
+  }
+}
+
+// Nothing to think of but an interval of keys per row: what the fast kernels are made for. They do not look whether
+// scale makes an infinity of a finite product (which of two float16 is below 2^40).
 inline bool is_plain(const AttentionParams& p) {
-  return size_of(p.dtype) == 2 && p.bias.data == nullptr && p.num_masks == 0 && p.dropout_rate == 0 && p.scale > 0;
+  const double largest_scale = p.dtype == DType::kFloat16 ? 1e20 : 1.0;
+  return size_of(p.dtype) == 2 && p.bias.data == nullptr && p.num_masks == 0 && p.dropout_rate == 0 && p.scale > 0 &&
+         p.scale <= largest_scale;
 }
 
 inline Factors factors_of(const AttentionParams& p) {
-  constexpr double kLog2E = 1.4426950408889634;
   Factors f;
   f.scale = static_cast<float>(p.scale);
-  f.scale_log2e = static_cast<float>(p.scale * kLog2E);
   f.keep = static_cast<float>(1.0 / (1.0 - p.dropout_rate));
   f.drop_below = static_cast<uint32_t>(p.dropout_rate * 4294967296.0);
   return f;
@@ -106,7 +107,7 @@ struct DecodePlan {
   size_t workspace_bytes() const { return partial_out_bytes + partial_stats_bytes + ticket_bytes; }
 
   DecodePlan(const AttentionParams& p, const Device& device) {
-    const Math math = exact(math_of(p));
+    const Math math = math_of(p, true);
     tiles_per_head = static_cast<int>(ceil_div(num_rows(p), kDecodeRows));
     tiles = p.batch * p.num_kv_heads * tiles_per_head;
     splits = choose_splits(p, device, math);

@@ -1,5 +1,5 @@
 // dq = scale ds k: a block keeps a tile of query rows (and their gradients of the output), all their keys and values
-// pass.
+// pass: twice where delta is not known, as it is needed before the first ds.
 #pragma once
 
 #include "backward.cuh"
@@ -7,44 +7,50 @@
 namespace attn_ops {
 namespace cuda {
 
-// The statistics of a warp's query rows: log2(e) lse, and delta.
+// Of a warp's query rows.
 template <int kM>
-struct QueryStatistics {
-  float lse[kM][2], delta[kM][2];
+struct RowGradients {
+  RowGradient row[kM][2];
 
-  ATTN_DEVICE QueryStatistics(const BackwardArgs& args, const Head& head, int first_row) {
+  ATTN_DEVICE RowGradients(const BackwardArgs& args, const Head& head, int first_row, bool knows_delta) {
+    for_each(head, first_row, [&](RowGradient& own, int64_t i) {
+      own = RowGradient(head.p, i, knows_delta ? args.delta[i] : 0.0f);
+    });
+  }
+
+  // body(row, its number in [batch, num_heads, seqlen_q]) of those that may see something.
+  template <class Body>
+  ATTN_DEVICE void for_each(const Head& head, int first_row, Body body) {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = first_row + 16 * m + 8 * half + (lane_index() >> 2);
-        lse[m][half] = delta[m][half] = 0.0f;
-        if (row >= head.rows_in_length()) continue;
-        const int position = head.position(row);
-        const int64_t i = head.statistic(head.head(row, position), position);
-        lse[m][half] = static_cast<const float*>(head.p.lse)[i] * kLog2E;
-        delta[m][half] = args.delta[i];
+        const int index = first_row + 16 * m + 8 * half + (lane_index() >> 2);
+        if (index >= head.rows_in_length()) continue;
+        const int position = head.position(index);
+        body(row[m][half], head.statistic(head.head(index, position), position));
       }
   }
 };
 
-// s becomes ds, with query rows down and keys across.
-template <class M, bool kPlain, int kM, int kN>
-ATTN_DEVICE void score_gradients(Results<kM, kN>& s, const Results<kM, kN>& dp, const QueryStatistics<kM>& rows,
-                                 const Head& head, int first_row, int first_key, bool sees_all) {
+// use(m, half, s, p, hidden, dp) for each pair of a query row and a key, with query rows down and keys across: where the
+// row is among the lane's, the product, of it the probability, whether that is hidden, and what dropout leaves of dp.
+template <class M, bool kPlain, int kM, int kN, class Use>
+ATTN_DEVICE void for_each_pair(Results<kM, kN>& s, const Results<kM, kN>& dp, const RowGradients<kM>& rows,
+                               const Head& head, int first_row, int first_key, bool sees_all, Use use) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
-  const float scale = head.factors.scale_log2e;
+  const float scale = head.factors.scale;
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float lse = rows.lse[m][half], delta = rows.delta[m][half];
+      const RowGradient& own = rows.row[m][half];
       if (kPlain && sees_all) {
 #pragma unroll
         for (int n = 0; n < kN; ++n)
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            s[m][n][i] = recomputed_probability(product(s[m][n][i], scale), lse) * (dp[m][n][i] - delta);
+            use(m, half, s[m][n][i], own.probability(product(s[m][n][i], scale)), false, dp[m][n][i]);
           }
         continue;
       }
@@ -66,9 +72,53 @@ ATTN_DEVICE void score_gradients(Results<kM, kN>& s, const Results<kM, kN>& dp, 
       }
 #pragma unroll
       for (int i = 0; i < 2 * kN; ++i) {
-        s[m][i >> 1][2 * half + (i & 1)] = PairGradient(x[i], lse, d[i], delta).ds;
+        const float p = own.probability_or_hidden(x[i]);
+        use(m, half, s[m][i >> 1][2 * half + (i & 1)], p, is_hidden(p), d[i]);
       }
     }
+}
+
+// s becomes ds.
+template <class M, bool kPlain, int kM, int kN>
+ATTN_DEVICE void score_gradients(Results<kM, kN>& s, const Results<kM, kN>& dp, const RowGradients<kM>& rows,
+                                 const Head& head, int first_row, int first_key, bool sees_all) {
+  for_each_pair<M, kPlain, kM, kN>(
+      s, dp, rows, head, first_row, first_key, sees_all,
+      [&](int m, int half, float& s, float p, bool hidden, float dp) {
+        s = hidden ? p : rows.row[m][half].of_score(p, dp);
+      });
+}
+
+// The sum of p dp over the keys of a tile, as far as this lane has them, is added to delta.
+template <class M, bool kPlain, int kM, int kN>
+ATTN_DEVICE void add_to_delta(RowGradients<kM>& rows, Results<kM, kN>& s, const Results<kM, kN>& dp, const Head& head,
+                              int first_row, int first_key, bool sees_all) {
+  float sum[kM][2] = {};
+  for_each_pair<M, kPlain, kM, kN>(
+      s, dp, rows, head, first_row, first_key, sees_all,
+      [&](int m, int half, float&, float p, bool hidden, float dp) { sum[m][half] += hidden ? 0.0f : p * dp; });
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) rows.row[m][half].delta += sum[m][half];
+}
+
+// The lanes' parts of delta become delta, which is stored for the kernels to come.
+template <int kM>
+ATTN_DEVICE void finish_delta(RowGradients<kM>& rows, const BackwardArgs& args, const Head& head, int first_row) {
+  const float* d_lse = static_cast<const float*>(args.b.d_lse);
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& delta = rows.row[m][half].delta;
+      delta += shuffle_xor(delta, 1);
+      delta += shuffle_xor(delta, 2);
+    }
+  rows.for_each(head, first_row, [&](RowGradient& row, int64_t i) {
+    if (d_lse != nullptr) row.delta -= d_lse[i];
+    if ((lane_index() & 3) == 0) args.delta[i] = row.delta;
+  });
 }
 
 template <class M, int kDim, bool kPlain>
@@ -90,9 +140,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const auto keys = [&](int first) { return KeyRows<const Element>(p.k, head, first, head.length_k, args.aligned.k); };
 
-  Results<kM, kDim / 8> dq;
-  clear<kM, kDim / 8>(dq);
-  const QueryStatistics<kM> rows(args, head, first_row);
+  RowGradients<kM> rows(args, head, first_row, !sums_delta(M::kMath));
   const int begin = round_down(block.any.begin, kKeys);
   if (begin < block.any.end) {
     const int limit = head.rows_in_length();
@@ -101,24 +149,38 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
     load_tile<M, kDim, kRows, kThreads>(
         d_out, QueryRows<const Element>(b.d_out, head, block.first, limit, args.aligned.d_out), value_dim);
   }
-  stream<Shape::kStages, kKeys>(
-      begin, block.any.end,
-      [&](int key, int stage) {
-        load_tile<M, kDim, kKeys, kThreads>(tiles.passing(0, stage), keys(key), head_dim);
-        const KeyRows<const Element> values(p.v, head, key, head.length_k, args.aligned.v);
-        load_tile<M, kDim, kKeys, kThreads>(tiles.passing(1, stage), values, value_dim);
-      },
-      [&](int key, int stage) {
-        const auto k = tiles.passing(0, stage), v = tiles.passing(1, stage);
-        Results<kM, kN> s, dp;
-        multiply_rows<M, kDim, kM, kN>(s, q, own_row, k);
-        multiply_rows<M, kDim, kM, kN>(dp, d_out, own_row, v);
-        const bool sees_all = kPlain && block.sees_all(key, kKeys);
-        score_gradients<M, kPlain, kM, kN>(s, dp, rows, head, first_row, key, sees_all);
-        const bool nonfinite = !sees_all && take_out_nonfinite<M, kDim, kKeys, kThreads>(k, tiles.flags());
-        accumulate<M, kDim, kM, kN>(dq, s, k, head_dim);
-        if (nonfinite) add_nonfinite<M, kDim, kM, kN>(dq, s, tiles.flags(), keys(key), head_dim);
-      });
+  // use(s, dp, key, sees_all, the tile of keys) for each tile of keys.
+  const auto pass = [&](auto use) {
+    stream<Shape::kStages, kKeys>(
+        begin, block.any.end,
+        [&](int key, int stage) {
+          load_tile<M, kDim, kKeys, kThreads>(tiles.passing(0, stage), keys(key), head_dim);
+          const KeyRows<const Element> values(p.v, head, key, head.length_k, args.aligned.v);
+          load_tile<M, kDim, kKeys, kThreads>(tiles.passing(1, stage), values, value_dim);
+        },
+        [&](int key, int stage) {
+          const auto k = tiles.passing(0, stage), v = tiles.passing(1, stage);
+          Results<kM, kN> s, dp;
+          multiply_rows<M, kDim, kM, kN>(s, q, own_row, k);
+          multiply_rows<M, kDim, kM, kN>(dp, d_out, own_row, v);
+          use(s, dp, key, kPlain && block.sees_all(key, kKeys), k);
+        });
+  };
+  if constexpr (sums_delta(M::kMath)) {
+    pass([&](auto& s, const auto& dp, int key, bool sees_all, const auto&) {
+      add_to_delta<M, kPlain, kM, kN>(rows, s, dp, head, first_row, key, sees_all);
+    });
+    finish_delta<kM>(rows, args, head, first_row);
+  }
+  Results<kM, kDim / 8> dq;
+  clear<kM, kDim / 8>(dq);
+  pass([&](auto& s, const auto& dp, int key, bool sees_all, const auto& k) {
+    score_gradients<M, kPlain, kM, kN>(s, dp, rows, head, first_row, key, sees_all);
+    const bool nonfinite = !sees_all && take_out_nonfinite<M, kDim, kKeys, kThreads>(k, tiles.flags());
+    // All of ds: what keys have in common cancels, however large it is.
+    accumulate<M, kDim, kM, kN, M::kPartsOfFloat>(dq, s, k, head_dim);
+    if (nonfinite) add_nonfinite<M, kDim, kM, kN>(dq, s, tiles.flags(), keys(key), head_dim);
+  });
 
   float factor[kM][2];
 #pragma unroll

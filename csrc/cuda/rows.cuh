@@ -54,7 +54,7 @@ struct Head {
   ATTN_DEVICE int head(int row, int position) const { return first_head + row - position * group_size(); }
   // How many rows there are that may see something.
   ATTN_DEVICE int rows_in_length() const { return min(rows.count, length_q * group_size()); }
-  // Where the statistics of a row are in an array [batch, num_heads, seqlen_q].
+  // Which row of an array [batch, num_heads, seqlen_q, ...] is this one's.
   ATTN_DEVICE int64_t statistic(int head, int position) const {
     return (batch * p.num_heads + head) * p.seqlen_q + position;
   }

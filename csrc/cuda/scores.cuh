@@ -1,5 +1,8 @@
-// From products q k^T to what the softmax is taken of, in base 2, where there is more than an interval of keys per row:
-// bias and boolean masks.
+// From products q k^T to what the softmax is taken of, where there is more than an interval of keys per row: bias and
+// boolean masks.
+//
+// Scores are in natural units, and only what is left when a row's maximum is subtracted is multiplied by log2(e): a score
+// of up to the largest float32 is one, where log2(e) times it would be infinite.
 //
 // A hidden score is -inf, and its probability is -0: no visible one is ever that, so the sign tells them apart.
 #pragma once
@@ -13,42 +16,53 @@ namespace cuda {
 constexpr uint32_t kHiddenBits = 0x80000000u;
 ATTN_DEVICE bool is_hidden(float probability) { return bits_of(probability) == kHiddenBits; }
 
-// 2^(x - maximum); -0 when hidden.
+// e^x, for x <= 0 or hardly more.
+ATTN_DEVICE float exponential(float x) { return exp2_fast(x * kLog2E); }
+
+// e^(x - maximum); -0 when hidden.
 ATTN_DEVICE float probability(float x, float maximum) {
-  return bits_of(x) == 0xff800000u ? float_of(kHiddenBits) : exp2_fast(x - maximum);
+  return is_minus_infinity(x) ? float_of(kHiddenBits) : exponential(x - maximum);
 }
 
-// The same in the backward, where lse has been rounded: beside it, scores of thousands may be larger by a little, and
-// their probabilities by much. None exceeds 1.
-ATTN_DEVICE float recomputed_probability(float x, float lse) { return exp2_fast(min_or_nan(x - lse, 0.0f)); }
+// The same in the backward, divided by the row's sum. Its scores may differ from those of the forward by their own
+// rounding, and so be larger than the maximum, if those of thousands by much: no probability exceeds 1.
+ATTN_DEVICE float recomputed_probability(float x, float maximum, float inverse_sum) {
+  return exp2_fast(min_or_nan((x - maximum) * kLog2E, 0.0f)) * inverse_sum;
+}
+
+// scale x + bias, of which finite numbers make a finite score, beyond the largest float32 the largest.
+ATTN_DEVICE float score(float x, float scale, float bias) {
+  constexpr uint32_t kLargest = 0x7f7fffffu;
+  const float sum = product(x, scale) + bias;
+  const bool overflows = !is_finite(sum) && is_finite(x) && is_finite(bias);
+  return overflows ? float_of(kLargest | (bits_of(sum) & kHiddenBits)) : sum;
+}
 
 // One query row's line of a score-shaped view [batch, num_heads, seqlen_q, seqlen_k].
 ATTN_DEVICE int64_t line(const StridedView& view, int batch, int head, int position) {
   return batch * view.stride[0] + head * view.stride[1] + position * view.stride[2];
 }
 
-//   x[i] = log2(e) (scale x[i] + bias)      or -inf where key(i) is not seen
+//   x[i] = scale x[i] + bias      or -inf where key(i) is not seen
 //
 // for `count` keys of one query row. Nothing outside the row's interval is read.
 template <class M, int kCount, class Key>
 ATTN_DEVICE void finish_scores(float (&x)[kCount], const Head& h, int head, int position, Interval seen, Key key) {
   using Element = typename M::Element;
   const AttentionParams& p = h.p;
+  const auto is_seen = [=](int i) { return key(i) >= seen.begin && key(i) < seen.end; };
+  const int64_t bias_line = line(p.bias, h.batch, head, position);
+  const bool has_bias = p.bias.data != nullptr, is_float = sizeof(Element) == 4 || p.bias.dtype == DType::kFloat32;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const int j = key(i);
-    x[i] = j >= seen.begin && j < seen.end ? product(x[i], h.factors.scale_log2e) : minus_infinity();
-  }
-  if (p.bias.data != nullptr) {
-    const Element* bias = static_cast<const Element*>(p.bias.data) + line(p.bias, h.batch, head, position);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int j = key(i);
-      if (j < seen.begin || j >= seen.end) continue;
-      const float b = M::to_float(bias[j * p.bias.stride[3]]);
-      // -inf hides, even a score of +inf or NaN.
-      x[i] = bits_of(b) == 0xff800000u ? b : x[i] + b * kLog2E;
+    float bias = is_seen(i) ? 0.0f : minus_infinity();
+    if (has_bias && is_seen(i)) {
+      const int64_t place = bias_line + key(i) * p.bias.stride[3];
+      bias = is_float ? static_cast<const float*>(p.bias.data)[place]
+                      : M::to_float(static_cast<const Element*>(p.bias.data)[place]);
     }
+    // -inf hides, even a score of +inf or NaN.
+    x[i] = is_minus_infinity(bias) ? bias : score(x[i], h.factors.scale, bias);
   }
 #pragma unroll
   for (int m = 0; m < kMaxMasks; ++m) {
@@ -56,8 +70,7 @@ ATTN_DEVICE void finish_scores(float (&x)[kCount], const Head& h, int head, int 
     const uint8_t* mask = static_cast<const uint8_t*>(p.masks[m].data) + line(p.masks[m], h.batch, head, position);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int j = key(i);
-      if (j >= seen.begin && j < seen.end && !mask[j * p.masks[m].stride[3]]) x[i] = minus_infinity();
+      if (is_seen(i) && !mask[key(i) * p.masks[m].stride[3]]) x[i] = minus_infinity();
     }
   }
 }
@@ -68,7 +81,7 @@ ATTN_DEVICE void hide_or_scale(float (&x)[kCount], const Head& h, int head, int 
   if constexpr (kPlain) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      x[i] = key(i) >= seen.begin && key(i) < seen.end ? product(x[i], h.factors.scale_log2e) : minus_infinity();
+      x[i] = key(i) >= seen.begin && key(i) < seen.end ? product(x[i], h.factors.scale) : minus_infinity();
     }
   } else {
     finish_scores<M>(x, h, head, position, seen, key);

@@ -267,24 +267,34 @@ ATTN_DEVICE constexpr bool asks_for_columns(int n) {
 }
 
 //   d[i][c] += sum over j of p[i][j] b[j][c]     for c < columns, and for some of the zeros beyond
-template <class M, int kDim, int kM, int kN>
+//
+// p is rounded to an element, or is the sum of kParts of them.
+template <class M, int kDim, int kM, int kN, int kParts = 1>
 ATTN_DEVICE void accumulate(Results<kM, kDim / 8>& d, const Results<kM, kN>& p, const SharedTile<M, kDim>& b,
                             int columns, int lane = own_lane<M>()) {
 #pragma unroll
   for (int k = 0; k < 8 * kN / M::kStep; ++k) {
-    typename M::A left[kM];
+    typename M::A left[kM][kParts];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) left[m] = a_from_results<M>(p[m] + k * (M::kStep / 8));
+    for (int m = 0; m < kM; ++m) {
+      float rest[M::kStep / 8][4];
+#pragma unroll
+      for (int i = 0; i < M::kStep / 2; ++i) rest[i >> 2][i & 3] = p[m][k * (M::kStep / 8) + (i >> 2)][i & 3];
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) left[m][part] = a_from_results<M, (kParts > 1)>(rest);
+    }
 #pragma unroll
     for (int n = 0; n < kDim / 16; ++n) {
       if (asks_for_columns<M, kDim>(n) && 16 * n >= columns) break;
       typename M::B right[2];
       load_b_transposed<M>(right, b, k * M::kStep, n, lane);
 #pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        M::mma(d[m][2 * n], left[m], right[0]);
-        M::mma(d[m][2 * n + 1], left[m], right[1]);
-      }
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          M::mma(d[m][2 * n], left[m][part], right[0]);
+          M::mma(d[m][2 * n + 1], left[m][part], right[1]);
+        }
     }
   }
 }

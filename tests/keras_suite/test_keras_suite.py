@@ -6,6 +6,7 @@ import unittest
 import pytest
 
 pytest.importorskip("absl.testing.parameterized", reason="Keras's test files need absl-py")
+pytest.importorskip("keras")
 if importlib.util.find_spec("keras.src.layers.attention.attention_test") is None:
     pytest.skip("the wheel of this Keras has no tests in it", allow_module_level=True)
 
