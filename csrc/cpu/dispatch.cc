@@ -191,7 +191,7 @@ void bias_gradient(const BackwardParams& params, const TypedKernels& k, const Th
   const int64_t per_head = shape[2] == 1 ? min(1, tiles) : tiles;
   if (shape[0] * shape[1] * shape[2] * shape[3] == 0) return;
   if (tiles == 0 || params.forward.batch == 0 || params.forward.num_heads == 0) {  // no row ever used the bias
-    memset(params.d_bias, 0, shape[0] * shape[1] * shape[2] * shape[3] * size_of(params.forward.dtype));
+    memset(params.d_bias, 0, shape[0] * shape[1] * shape[2] * shape[3] * size_of(params.forward.bias.dtype));
     return;
   }
   run_tasks(threads, shape[0] * shape[1] * per_head, [&](int64_t i, int slot) {
