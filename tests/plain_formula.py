@@ -12,8 +12,22 @@ def plain_attention(query, key, value, dtype, d_out=None, *, bias=None, visible=
 
     `bias` and `visible` (bool) broadcast to `[batch, num_heads, seqlen_q, seqlen_k]`; every row must see a key.
     """
+    results = plain_results(query, key, value, dtype, d_out, bias=bias, visible=visible, scale=scale)
+    return results["out"] if d_out is None else tuple(results[name] for name in ("out", "dq", "dk", "dv"))
+
+
+def plain_results(
+    query, key, value, dtype, d_out=None, d_lse=None, *, bias=None, visible=None, factors=None, scale=None
+):
+    """`out`, `lse` and `maximum`, and with d_out also `dq`, `dk`, `dv` and `ds`, by name.
+
+    As `plain_attention`, and rows may see no key. `factors` multiply the weights (dropout). A finite score that would
+    be beyond the range of the dtype is its largest finite number. `lse`, `maximum` (`[batch, num_heads, seqlen_q]`) and `ds`,
+    the gradient of the scores, are of the dtype that sums have.
+    """
     dtype = np.dtype(dtype)
     wide = np.result_type(dtype, np.float32) if dtype.kind == "f" else np.float32
+    largest = np.finfo(wide).max
 
     def rounded(x):
         return x.astype(dtype).astype(wide)
@@ -29,25 +43,38 @@ def plain_attention(query, key, value, dtype, d_out=None, *, bias=None, visible=
     k, v = (np.repeat(x, group_size, axis=1) for x in (k, v))
     scale = rounded(np.asarray(1 / np.sqrt(q.shape[-1]) if scale is None else scale))
 
-    s = rounded(matmul(q, k.swapaxes(-1, -2)) * scale)
-    if bias is not None:
-        s = rounded(s + np.asarray(bias).astype(wide))
-    if visible is not None:
-        s = np.where(visible, s, -np.inf)
-    e = rounded(np.exp(s - s.max(axis=-1, keepdims=True)))
-    p = rounded(e / rounded(e.sum(axis=-1, keepdims=True)))
-    out = matmul(p, v)
-    if d_out is None:
-        return out.swapaxes(1, 2).astype(dtype)
+    with np.errstate(over="ignore", under="ignore", divide="ignore"):
+        s = rounded(matmul(q, k.swapaxes(-1, -2)) * scale)
+        if bias is not None:
+            s = rounded(s + np.asarray(bias).astype(wide))
+            s = np.clip(s, -largest, largest)
+        if visible is not None:
+            s = np.where(visible, s, -np.inf)
+        maximum = s.max(axis=-1, keepdims=True, initial=-np.inf)
+        base = np.where(maximum == -np.inf, 0, maximum)
+        e = rounded(np.exp(s - base))
+        total = rounded(e.sum(axis=-1, keepdims=True))
+        p = rounded(e / np.where(total == 0, 1, total))
+        z = 1 if factors is None else np.asarray(factors).astype(wide)
+        out = matmul(rounded(p * z), v)
+        lse = (base + np.log(total))[..., 0]
+        results = {"out": out.swapaxes(1, 2).astype(dtype), "lse": lse, "maximum": base[..., 0]}
+        if d_out is None:
+            return results
 
-    d_out = heads_first(d_out)
-    dp = matmul(d_out, v.swapaxes(-1, -2))
-    ds = rounded(p * rounded(dp - rounded((p * dp).sum(axis=-1, keepdims=True))))
-    dq = rounded(matmul(ds, k) * scale)
-    dk = rounded(matmul(ds.swapaxes(-1, -2), q) * scale)
-    dv = matmul(p.swapaxes(-1, -2), d_out)
+        d_out = heads_first(d_out)
+        dp = rounded(matmul(d_out, v.swapaxes(-1, -2)) * z)
+        delta = rounded((p * dp).sum(axis=-1, keepdims=True))
+        if d_lse is not None:
+            delta = delta - np.asarray(d_lse).astype(wide)[..., None]
+        ds = rounded(p * rounded(dp - delta))
+        dq = rounded(matmul(ds, k) * scale)
+        dk = rounded(matmul(ds.swapaxes(-1, -2), q) * scale)
+        dv = matmul(rounded(p * z).swapaxes(-1, -2), d_out)
 
     def sum_groups(x):
-        return rounded(x.reshape(x.shape[0], -1, group_size, *x.shape[2:]).sum(axis=2))
+        return rounded(x.reshape(x.shape[0], x.shape[1] // group_size, group_size, *x.shape[2:]).sum(axis=2))
 
-    return tuple(x.swapaxes(1, 2).astype(dtype) for x in (out, dq, sum_groups(dk), sum_groups(dv)))
+    gradients = {"dq": dq, "dk": sum_groups(dk), "dv": sum_groups(dv)}
+    results |= {name: x.swapaxes(1, 2).astype(dtype) for name, x in gradients.items()}
+    return results | {"ds": ds}

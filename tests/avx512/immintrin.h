@@ -1,0 +1,131 @@
+// Stands before the compiler's <immintrin.h> and gives the AVX-512 intrinsics that csrc/cpu uses to a processor which has
+// only AVX2, FMA and F16C: the same results bit by bit, by halves. See run.py.
+//
+// The types are the compiler's own, which has 64-byte vectors for every processor. An intrinsic that is missing here
+// fails to compile ("target specific option mismatch") and has to be added.
+#pragma once
+
+#include_next <immintrin.h>
+
+#ifdef __AVX512F__
+#error "emulation of AVX-512 for a compiler that may use AVX-512"
+#endif
+
+#define EMULATED static inline __attribute__((always_inline))
+
+namespace attn_ops_emulated {
+namespace {
+
+template <class Whole, class Half>
+union Halves {
+  Whole whole;
+  Half half[2];
+};
+typedef Halves<__m512, __m256> Floats;
+typedef Halves<__m512d, __m256d> Doubles;
+typedef Halves<__m512i, __m256i> Integers;
+
+// f of the lower and of the upper halves.
+template <class Pair, class F, class... Whole>
+EMULATED auto by_halves(const F& f, const Whole&... x) {
+  Pair result;
+  for (int i = 0; i < 2; ++i) result.half[i] = f(Pair{x}.half[i]...);
+  return result.whole;
+}
+
+// The 128-bit lanes `control` names, two of a and then two of b, two bits each.
+template <class Vector>
+EMULATED Vector shuffle_lanes(Vector a, Vector b, int control) {
+  typedef long long Lane __attribute__((vector_size(16)));
+  union {
+    Vector whole;
+    Lane lane[4];
+  } x{a}, y{b}, result;
+  for (int i = 0; i < 4; ++i) result.lane[i] = (i < 2 ? x : y).lane[control >> 2 * i & 3];
+  return result.whole;
+}
+
+EMULATED __m512 max_ps(__m512 a, __m512 b) { return a > b ? a : b; }
+EMULATED __m512 min_ps(__m512 a, __m512 b) { return a < b ? a : b; }
+EMULATED __m512d max_pd(__m512d a, __m512d b) { return a > b ? a : b; }
+EMULATED __m512d min_pd(__m512d a, __m512d b) { return a < b ? a : b; }
+
+EMULATED __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
+  return by_halves<Floats>([](__m256 x, __m256 y, __m256 z) { return _mm256_fmadd_ps(x, y, z); }, a, b, c);
+}
+EMULATED __m512d fmadd_pd(__m512d a, __m512d b, __m512d c) {
+  return by_halves<Doubles>([](__m256d x, __m256d y, __m256d z) { return _mm256_fmadd_pd(x, y, z); }, a, b, c);
+}
+
+EMULATED __m512 set1_ps(float x) { return x - __m512{}; }
+EMULATED __m512d set1_pd(double x) { return x - __m512d{}; }
+EMULATED __m512i set1_epi64(long long x) { return x - __m512i{}; }
+
+EMULATED unsigned movepi32_mask(__m512i a) {
+  const Integers x{a};
+  return _mm256_movemask_ps((__m256)x.half[0]) | _mm256_movemask_ps((__m256)x.half[1]) << 8;
+}
+EMULATED unsigned movepi64_mask(__m512i a) {
+  const Integers x{a};
+  return _mm256_movemask_pd((__m256d)x.half[0]) | _mm256_movemask_pd((__m256d)x.half[1]) << 4;
+}
+EMULATED __m512i mul_epu32(__m512i a, __m512i b) {
+  return by_halves<Integers>([](__m256i x, __m256i y) { return _mm256_mul_epu32(x, y); }, a, b);
+}
+
+EMULATED __m512 cvtph_ps(__m256i a) {
+  return Floats{.half = {_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1))}}
+      .whole;
+}
+template <int kRounding>
+EMULATED __m256i cvtps_ph(__m512 a) {
+  const Floats x{a};
+  return _mm256_set_m128i(_mm256_cvtps_ph(x.half[1], kRounding), _mm256_cvtps_ph(x.half[0], kRounding));
+}
+
+EMULATED __m512 unpacklo_ps(__m512 a, __m512 b) {
+  return by_halves<Floats>([](__m256 x, __m256 y) { return _mm256_unpacklo_ps(x, y); }, a, b);
+}
+EMULATED __m512 unpackhi_ps(__m512 a, __m512 b) {
+  return by_halves<Floats>([](__m256 x, __m256 y) { return _mm256_unpackhi_ps(x, y); }, a, b);
+}
+EMULATED __m512d unpacklo_pd(__m512d a, __m512d b) {
+  return by_halves<Doubles>([](__m256d x, __m256d y) { return _mm256_unpacklo_pd(x, y); }, a, b);
+}
+EMULATED __m512d unpackhi_pd(__m512d a, __m512d b) {
+  return by_halves<Doubles>([](__m256d x, __m256d y) { return _mm256_unpackhi_pd(x, y); }, a, b);
+}
+template <int kControl>
+EMULATED __m512 shuffle_ps(__m512 a, __m512 b) {
+  return by_halves<Floats>([](__m256 x, __m256 y) { return _mm256_shuffle_ps(x, y, kControl); }, a, b);
+}
+
+}  // namespace
+}  // namespace attn_ops_emulated
+
+#undef EMULATED
+#undef _mm512_cvtps_ph
+#undef _mm512_shuffle_f32x4
+#undef _mm512_shuffle_f64x2
+#undef _mm512_shuffle_ps
+#define _mm512_cvtph_ps attn_ops_emulated::cvtph_ps
+#define _mm512_cvtps_ph(a, rounding) attn_ops_emulated::cvtps_ph<rounding>(a)
+#define _mm512_fmadd_pd attn_ops_emulated::fmadd_pd
+#define _mm512_fmadd_ps attn_ops_emulated::fmadd_ps
+#define _mm512_max_pd attn_ops_emulated::max_pd
+#define _mm512_max_ps attn_ops_emulated::max_ps
+#define _mm512_min_pd attn_ops_emulated::min_pd
+#define _mm512_min_ps attn_ops_emulated::min_ps
+#define _mm512_movepi32_mask attn_ops_emulated::movepi32_mask
+#define _mm512_movepi64_mask attn_ops_emulated::movepi64_mask
+#define _mm512_mul_epu32 attn_ops_emulated::mul_epu32
+#define _mm512_set1_epi64 attn_ops_emulated::set1_epi64
+#define _mm512_set1_pd attn_ops_emulated::set1_pd
+#define _mm512_set1_ps attn_ops_emulated::set1_ps
+#define _mm512_shuffle_f32x4(a, b, control) attn_ops_emulated::shuffle_lanes<__m512>(a, b, control)
+#define _mm512_shuffle_f64x2(a, b, control) attn_ops_emulated::shuffle_lanes<__m512d>(a, b, control)
+#define _mm512_shuffle_ps(a, b, control) attn_ops_emulated::shuffle_ps<control>(a, b)
+#define _mm512_unpackhi_pd attn_ops_emulated::unpackhi_pd
+#define _mm512_unpackhi_ps attn_ops_emulated::unpackhi_ps
+#define _mm512_unpacklo_pd attn_ops_emulated::unpacklo_pd
+#define _mm512_unpacklo_ps attn_ops_emulated::unpacklo_ps

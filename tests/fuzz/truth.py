@@ -1,0 +1,170 @@
+"""What a case should give: attention in a precision above that of the case, written apart from attn_ops.reference.
+
+float64 for 16- and 32-bit cases, `np.longdouble` for float64 ones. It shares with the package only the random bits of
+dropout, which test_philox.py compares with the published generator. Beside every result stands the sum of the absolute
+values of the terms it is made of, `sizes`: the unit in which rounding errors are counted.
+"""
+
+import functools
+
+import numpy as np
+
+from attn_ops import philox
+
+
+def visible(case):
+    """Which pairs count: bool `[batch, num_heads, seqlen_q, seqlen_k]`."""
+    options = case.options
+    batch, num_heads, seqlen_q, seqlen_k = case.scores_shape
+    seen = np.zeros(case.scores_shape, bool)
+    left, right = options.get("window") or (None, None)
+    if options.get("is_causal"):
+        right = 0
+    bottom_right = options.get("causal_alignment") == "bottom_right"
+    rows, keys = np.arange(seqlen_q)[:, None], np.arange(seqlen_k)
+    for b in range(batch):
+        length_q, length_k = (
+            extent if options.get(name) is None else int(options[name][b])
+            for name, extent in (("query_seq_lengths", seqlen_q), ("key_value_seq_lengths", seqlen_k))
+        )
+        distance = keys - rows - (length_k - length_q if bottom_right else 0)  # from the row's own key
+        band = (rows < length_q) & (keys < length_k)
+        if left is not None and left != -1:
+            band &= distance >= -left
+        if right is not None and right != -1:
+            band &= distance <= right
+        seen[b] = band
+    for mask in options.get("mask") or ():
+        seen &= mask
+    if options.get("bias") is not None:
+        seen &= options["bias"] != -np.inf
+    return seen
+
+
+def wide_dtype(case):
+    return np.longdouble if case.dtype == "float64" else np.float64
+
+
+def heads_first(case, x):
+    return x if case.options["layout"] == "BHSD" else x.swapaxes(1, 2)
+
+
+def keep_factors(case):
+    """What dropout multiplies the weights with, or None."""
+    rate = case.options.get("dropout_rate", 0.0)
+    if not rate:
+        return None
+    return philox.keep(*case.options["dropout_seed"], *case.scores_shape, rate) / (1.0 - rate)
+
+
+def scale_of(case):
+    scale = case.options.get("scale")
+    return 1 / np.sqrt(np.float64(case.query.shape[-1])) if scale is None else scale
+
+
+class Truth:
+    """The results for a case without its garbage, in the case's layout and as `results()` names them."""
+
+    def __init__(self, case):
+        self.case = case
+        wide = wide_dtype(case)
+        self.dtype = wide
+        self.seen = case.seen
+        self.empty_rows = ~self.seen.any(axis=-1)
+        q, k, v, g = (heads_first(case, x).astype(wide) for x in (case.query, case.key, case.value, case.d_out))
+        self.group = q.shape[1] // k.shape[1]
+        k, v = (np.repeat(x, self.group, axis=1) for x in (k, v))
+        self._arrays = q, k, v, g
+        self.scale = scale_of(case)
+        bias = case.options.get("bias")
+        h = np.zeros(q.shape[:3], wide) if case.d_lse is None else case.d_lse.astype(wide)
+        z = keep_factors(case)
+        self.z = np.ones((1, 1, 1, 1)) if z is None else z
+
+        with np.errstate(over="ignore", under="ignore", divide="ignore"):
+            s = wide(self.scale) * (q @ k.swapaxes(-1, -2))
+            if bias is not None:
+                s = s + np.where(bias == -np.inf, 0, bias).astype(wide)
+            s = np.where(self.seen, s, -np.inf)
+            maximum = s.max(axis=-1, initial=-np.inf)
+            self.maximum = np.where(self.empty_rows, 0, maximum)
+            e = np.exp(s - self.maximum[..., None])
+            total = e.sum(axis=-1)
+            self.lse = np.where(self.empty_rows, -np.inf, self.maximum + np.log(total))
+            self.p = e / np.where(self.empty_rows, 1, total)[..., None]
+            self.sum = total
+            zp = self.z * self.p
+            self.out = zp @ v
+            dp = self.z * (g @ v.swapaxes(-1, -2))
+            delta = (self.p * dp).sum(axis=-1)
+            self.ds = self.p * (dp - (delta - h)[..., None])
+            self.dq = wide(self.scale) * (self.ds @ k)
+            self.dk = self._sum_groups(wide(self.scale) * (self.ds.swapaxes(-1, -2) @ q))
+            self.dv = self._sum_groups(zp.swapaxes(-1, -2) @ g)
+        self._h = h
+
+    def results(self):
+        """Those that implementations give, by name."""
+        found = {"out": self._to_layout(self.out), "lse": self.lse, "maximum": self.maximum, "sum": self.sum}
+        found |= {name: self._to_layout(getattr(self, name)) for name in ("dq", "dk", "dv")}
+        bias = self.case.options.get("bias")
+        return found if bias is None else found | {"d_bias": sum_to(bias.shape, self.ds)}
+
+    @functools.cached_property
+    def score_sizes(self):
+        """`[batch, num_heads, seqlen_q]`: the largest sum of absolute terms in a score that the row sees."""
+        q, k, _, _ = (np.abs(x).astype(np.float64) for x in self._arrays)
+        terms = abs(self.scale) * (q @ k.swapaxes(-1, -2))
+        bias = self.case.options.get("bias")
+        if bias is not None:
+            terms = terms + np.abs(np.where(bias == -np.inf, 0, bias)).astype(np.float64)
+        return np.where(self.seen, terms, 0).max(axis=-1, initial=0)
+
+    def sizes(self, epsilon):
+        """By name: for every element the sum of the absolute values of its terms.
+
+        The weights among them are as large as scores that are off by a few roundings (`epsilon` of their own terms)
+        allow; beyond 1e6 in float32 that is no more than "at most 1".
+        """
+        with np.errstate(over="ignore"):
+            slack = np.exp(np.minimum(4 * epsilon * self.score_sizes, 700))
+            p = np.minimum(self.p.astype(np.float64) * slack[..., None], 1)
+        sizes = self._sums(p, 0.0)
+        log = np.log(np.where(self.empty_rows, 1, self.sum)).astype(np.float64)
+        sizes["lse"] = sizes["maximum"] = 1 + self.score_sizes + log
+        return sizes
+
+    def underflow(self, tiny, smallest):
+        """By name: what numbers below `tiny`, the smallest that is normal, can amount to when they are lost."""
+        terms = sum(self.case.scores_shape[2:]) + self.case.query.shape[-1] + self.case.value.shape[-1]
+        lost = self._sums(np.where(self.seen, np.float64(tiny), 0), smallest * terms)
+        lost["lse"] = lost["maximum"] = np.full(self.lse.shape, tiny)
+        return {name: x + smallest * terms for name, x in lost.items()}
+
+    def _sums(self, p, ds):
+        q, k, v, g = (np.abs(x).astype(np.float64) for x in self._arrays)
+        zp = self.z * p
+        dp = self.z * (g @ v.swapaxes(-1, -2))
+        delta = (p * dp).sum(axis=-1) + np.abs(self._h).astype(np.float64)
+        a = p * (dp + delta[..., None]) + np.where(self.seen, ds, 0)
+        scale = abs(self.scale)
+        sums = {
+            "out": zp @ v,
+            "dq": scale * (a @ k),
+            "dk": self._sum_groups(scale * (a.swapaxes(-1, -2) @ q)),
+            "dv": self._sum_groups(zp.swapaxes(-1, -2) @ g),
+        }
+        sums = {name: self._to_layout(x) for name, x in sums.items()}
+        bias = self.case.options.get("bias")
+        return sums if bias is None else sums | {"d_bias": sum_to(bias.shape, a)}
+
+    def _to_layout(self, x):
+        return heads_first(self.case, x)
+
+    def _sum_groups(self, x):
+        return x.reshape(x.shape[0], x.shape[1] // self.group, self.group, *x.shape[2:]).sum(axis=2)
+
+
+def sum_to(shape, x):
+    axes = tuple(axis for axis in range(4) if shape[axis] == 1)
+    return x.sum(axis=axes, keepdims=True)

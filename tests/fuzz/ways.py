@@ -1,0 +1,140 @@
+"""The ways to compute a case: `attn_ops._core` with its views of memory and threads, and what the other tests run."""
+
+import functools
+
+import numpy as np
+from attn_ops import _native
+
+from fuzz import cases
+
+
+class Core:
+    """The kernels of one instruction set on NumPy arrays, which may lie in memory in any way."""
+
+    share = 1.0  # of the cases
+    rounds = True  # results have the dtypes of the case
+
+    def __init__(self, isa):
+        self.name, self.isa = f"core-{isa}", isa
+
+    def precision(self, case):
+        """The dtype in which it computes."""
+        return case.accumulator
+
+    def __call__(self, case, turn=0, threads=None):
+        """Results by name. `turn`: which garbage of the case, and on how many threads if `threads` does not say."""
+        core = _native.core()
+        query, key, value, d_out, d_lse, options = case.arguments(turn)
+        left, right = options.get("window") or (-1, -1)
+        seed, offset = options.get("dropout_seed", (0, 0))
+        named = dict(
+            masks=[self._seen_as(case, "mask", mask) for mask in options.get("mask", ())],
+            bias=self._seen_as(case, "bias", options.get("bias")),
+            scale=options.get("scale"),
+            window_left=left,
+            window_right=0 if options.get("is_causal") else right,
+            bottom_right=options.get("causal_alignment") == "bottom_right",
+            query_lengths=options.get("query_seq_lengths"),
+            key_lengths=options.get("key_value_seq_lengths"),
+            dropout_rate=options.get("dropout_rate", 0.0),
+            dropout_seed=seed,
+            dropout_offset=offset,
+            layout=options["layout"],
+            isa=self.isa,
+            num_threads=threads or case.threads[turn],
+        )
+        inputs = [self._seen_as(case, name, x) for name, x in (("query", query), ("key", key), ("value", value))]
+        out, lse, statistics = core.forward(*inputs, **named)
+        out_again, d_out = self._seen_as(case, "out", out), self._seen_as(case, "d_out", d_out)
+        gradients = core.backward(*inputs, out_again, statistics, d_out, d_lse=d_lse, **named)
+        results = {"out": out, "lse": lse, "maximum": statistics[..., 0], "sum": statistics[..., 1]}
+        results |= dict(zip(("dq", "dk", "dv", "d_bias"), gradients))
+        return {name: x for name, x in results.items() if x is not None}
+
+    @staticmethod
+    def _seen_as(case, name, x):
+        """The same array, lying in memory as the case wants it."""
+        return x if x is None or name not in case.views else view(case.views[name], x)
+
+
+class Other:
+    """An implementation of the other tests (implementations.py)."""
+
+    rounds = True
+
+    def __init__(self, name, share):
+        self.name, self.share = name, share
+
+    def precision(self, case):
+        return case.accumulator
+
+    def __call__(self, case):
+        query, key, value, d_out, d_lse, options = case.arguments()
+        if "dropout_seed" in options and not self.name.startswith("jax"):  # as a tensor: one trace serves many seeds
+            options["dropout_seed"] = np.array(options["dropout_seed"], np.int64)
+        result = _implementations()[self.name](query, key, value, d_out, d_lse, **options)
+        return dict(result.items())
+
+
+class Reference(Other):
+    """The specification, which computes in float64 whatever it is given."""
+
+    rounds = False
+
+    def precision(self, case):
+        return np.dtype(np.float64)
+
+    def __call__(self, case):
+        from implementations import specification
+
+        query, key, value, d_out, d_lse, options = case.arguments()
+        return dict(specification(query, key, value, d_out, d_lse, **options).items())
+
+
+class Cuda(Other):
+    """The CUDA kernels, whose matrix units want weights of 16 bits where the inputs are."""
+
+    def precision(self, case):
+        return case.query.dtype
+
+
+@functools.cache
+def _implementations():
+    from implementations import all_implementations
+
+    return {repr(implementation): implementation for implementation in all_implementations()}
+
+
+# By the names of run.py; the share is of the cases that run when nothing is asked for.
+OTHERS = {
+    "reference": Reference("reference", 1.0),
+    "op": Other("fused-eager", 0.1),
+    "graph": Other("fused-graph", 0.03),
+    "xla": Other("fused-xla", 0.01),
+    "composite": Other("composite-eager", 0.05),
+    "jax-fused": Other("jax-fused", 0.02),
+    "jax-composite": Other("jax-composite", 0.01),
+    "cuda": Cuda("cuda", 0.03),
+}
+
+
+def view(kind, x):
+    """An array equal to `x` that lies otherwise in memory."""
+    if kind == "fortran":
+        return np.asfortranarray(x)
+    if kind == "reversed":
+        back = (slice(None, None, -1),) * x.ndim
+        return np.ascontiguousarray(x[back])[back]
+    if kind == "gaps":
+        spread = np.zeros([2 * n for n in x.shape], x.dtype)
+        spread[(slice(None, None, 2),) * x.ndim] = x
+        return spread[(slice(None, None, 2),) * x.ndim]
+    if kind == "permuted":
+        axes = (2, 0, 3, 1)
+        return np.ascontiguousarray(x.transpose(axes)).transpose(np.argsort(axes))
+    if kind == "swapped bytes":
+        return x.astype(x.dtype.newbyteorder()) if x.dtype.kind == "f" else x
+    assert kind == "misaligned" and kind in cases.VIEWS
+    beside = np.ndarray(x.shape, x.dtype, buffer=np.empty(x.nbytes + 1, np.uint8), offset=1)
+    beside[...] = x
+    return beside
