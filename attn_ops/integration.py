@@ -175,6 +175,7 @@ def _replacement(original):
             mask=_rank_4(mask),
             scale=scale,
             is_causal=is_causal,
+            causal_alignment="top_left",  # said, so that nobody is warned of it: Keras's answer is wanted
             implementation="fused" if flash_attention else None,
         )
 

@@ -26,11 +26,17 @@ def as_tensor(name, what, x):
             "query_seq_lengths and key_value_seq_lengths"
         )
     if x is None or isinstance(x, (tf.SparseTensor, tf.IndexedSlices)):
-        raise TypeError(f"{name}: {what} must be a dense tensor or an array, got {type(x).__name__}")
+        hint = "; tf.sparse.to_dense makes it one" if isinstance(x, tf.SparseTensor) else ""
+        raise TypeError(f"{name}: {what} must be a dense tensor or an array, got {type(x).__name__}{hint}")
     try:
         return tf.convert_to_tensor(x)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: {what} must be a dense tensor or an array, got {type(x).__name__}: {error}") from None
+
+
+def cast_text(what):
+    """How a user casts the argument ``what`` to a float."""
+    return f"tf.cast({what}, tf.float32)"
 
 
 def extents(x):

@@ -57,7 +57,7 @@ class Attention(FlashAttention, _Stock):
             )
         out, scores = attend_one_head(
             *(_one_batch_axis(x, 2) for x in (query, key, value)),
-            mask=combine([masks.causal() if use_causal_mask else None, _value_mask(value_mask, value)]),
+            mask=combine([masks.causal("top_left") if use_causal_mask else None, _value_mask(value_mask, value)]),
             scale=1.0 if self.scale is None else ops.convert_to_tensor(self.scale),
             implementation=self.implementation,
             dropout_rate=self.dropout,
