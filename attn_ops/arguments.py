@@ -9,6 +9,7 @@ The rules are the same for TensorFlow and JAX: ``xp`` is the module with the few
 
 from __future__ import annotations
 
+import sys
 import typing
 
 from . import arrays, options, precision
@@ -275,6 +276,20 @@ def _fit(layout, q, k, v):
 
 def _shapes(q, k, v):
     return f"query {arrays.shape_text(q)}, key {arrays.shape_text(k)}, value {arrays.shape_text(v)}"
+
+
+def any_keras_tensor(*arguments):
+    """Whether one of the ``arguments``, or of those in a list among them, stands for a tensor of a Keras model."""
+    keras = sys.modules.get("keras")  # without it there can be none
+    if keras is None:
+        return False
+    kind = getattr(keras, "KerasTensor", ())
+    for x in arguments:
+        if isinstance(x, kind):
+            return True
+        if isinstance(x, (list, tuple)) and any(isinstance(y, kind) for y in x):
+            return True
+    return False
 
 
 def split_masks(name, mask):

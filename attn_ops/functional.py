@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import tensorflow as tf
 
 from . import composite, fused, habits, numpy_op, support, tensors
-from .arguments import normalize
+from .arguments import any_keras_tensor, normalize
 from .options import TOP_LEFT
 
 _RUN = {"fused": fused.attention, "composite": composite.attention, "reference": numpy_op.attention}
@@ -94,7 +92,7 @@ def scaled_dot_product_attention(
     from inside XLA, with TensorFlow 2.18 or newer; other graphs hold what either needs, so they may be called by
     functions that XLA compiles. What Keras exports holds the composite: see `attn_ops.export`.
     """
-    if _any_keras_tensor(query, key, value, bias, mask, scale, query_seq_lengths, key_value_seq_lengths, dropout_seed):
+    if any_keras_tensor(query, key, value, bias, mask, scale, query_seq_lengths, key_value_seq_lengths, dropout_seed):
         from . import symbolic
 
         return symbolic.attention(
@@ -167,6 +165,24 @@ def attention_weights(
     see no key are 0. Arguments and errors are those of `scaled_dot_product_attention`, and `KerasTensor`s are taken as
     there; ``lse`` is what that returned for the same arguments, and is computed when not given. Differentiable.
     """
+    if any_keras_tensor(query, key, bias, mask, scale, query_seq_lengths, key_value_seq_lengths, lse):
+        from . import symbolic
+
+        return symbolic.attention_weights(
+            query,
+            key,
+            bias=bias,
+            mask=mask,
+            scale=scale,
+            is_causal=is_causal,
+            causal_alignment=causal_alignment,
+            window=window,
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+            layout=layout,
+            lse=lse,
+            implementation=implementation,
+        )
     name = "attention_weights"
     key = tensors.as_tensor(name, "key", key)
     # One column of anything will do for the values: only lse is wanted.
@@ -199,16 +215,3 @@ def attention_weights(
             raise ValueError(f"{name}: lse must be what the attention returned, of shape {expected}, got {lse.shape}")
     weights = composite.attention_weights(call, lse)
     return tf.squeeze(weights, call.added_axes(1)) if call.squeeze else weights
-
-
-def _any_keras_tensor(*arguments):
-    keras = sys.modules.get("keras")  # without it there can be none
-    if keras is None:
-        return False
-    kind = getattr(keras, "KerasTensor", ())
-    for x in arguments:
-        if isinstance(x, kind):
-            return True
-        if isinstance(x, (list, tuple)) and any(isinstance(y, kind) for y in x):
-            return True
-    return False

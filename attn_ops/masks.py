@@ -300,7 +300,8 @@ class _Segments:
     kv_ids: Any
 
     def tensor(self):
-        return self.q_ids[:, None, :, None] == self.kv_ids[:, None, None, :]
+        q_ids, kv_ids = self.q_ids[:, None, :, None], self.kv_ids[:, None, None, :]
+        return _namespace((q_ids, kv_ids)).equal(q_ids, kv_ids)
 
     def __repr__(self):
         return f"segments({_extents(self.q_ids)}, {_extents(self.kv_ids)})"
@@ -386,6 +387,7 @@ class _NumPy:
 
     arange = staticmethod(np.arange)
     minimum = staticmethod(np.minimum)
+    equal = staticmethod(np.equal)
 
     def int64(self, x):
         return np.asarray(x).astype(np.int64)
@@ -407,6 +409,7 @@ class _TensorFlow:
         self.tf = tf
         self.arange = tf.range
         self.minimum = tf.minimum
+        self.equal = tf.equal
 
     def int64(self, x):
         return self.tf.cast(x, self.tf.int64)
@@ -426,6 +429,7 @@ class _Jax:
         self.jnp = jax.numpy
         self.arange = jax.numpy.arange
         self.minimum = jax.numpy.minimum
+        self.equal = jax.numpy.equal
 
     def int64(self, x):
         """In JAX's default integers: int32, unless 64 bits are enabled. An integer stays one, since extents must."""
@@ -441,7 +445,23 @@ class _Jax:
         """Values of a traced array are not known here; the attention checks them where it can."""
 
 
+class _Keras:
+    """KerasTensors: what a mask of them needs to be combined with others and handed to the attention."""
+
+    def __init__(self, keras):
+        self.keras = keras
+        self.minimum = keras.ops.minimum
+        self.equal = keras.ops.equal
+
+    def int64(self, x):
+        return self.keras.ops.cast(x, "int64")
+
+
 def _namespace(values):
+    keras = sys.modules.get("keras")
+    kind = getattr(keras, "KerasTensor", ())
+    if any(isinstance(value, kind) for value in values):
+        return _Keras(keras)
     tf = sys.modules.get("tensorflow")
     if tf is not None and any(tf.is_tensor(value) for value in values):
         return _TensorFlow(tf)

@@ -12,7 +12,10 @@ REINSTALL = "build and install it again: in a checkout, pip install ."
 _OLDEST_KERAS = (3, 7)
 _FRAMEWORKS = {
     "tensorflow": ("TensorFlow 2.16 or newer", "pip install tensorflow keras"),
-    "keras": ("Keras 3.7 or newer", "pip install keras"),
+    "keras": (
+        "TensorFlow 2.16 or newer, or JAX, with Keras 3.7 or newer",
+        "pip install tensorflow keras (or jax keras)",
+    ),
     "jax": ("JAX 0.5 or newer", "pip install jax"),
     "jaxlib": ("JAX 0.5 or newer", "pip install jax"),
     "matplotlib": ("matplotlib", "pip install matplotlib"),

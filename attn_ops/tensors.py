@@ -6,6 +6,8 @@ import tensorflow as tf
 
 FLOATS = frozenset([tf.float32, tf.bfloat16, tf.float16, tf.float64])
 
+has_random_state = True  # `fresh_seed` is to be had
+
 float32 = tf.float32
 float64 = tf.float64
 bool_ = tf.bool

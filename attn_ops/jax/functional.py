@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attn_ops import explanation, habits
-from attn_ops.arguments import normalize
+from attn_ops.arguments import any_keras_tensor, normalize
 from attn_ops.explanation import Explanation
 from attn_ops.jax import call as calls
 from attn_ops.jax import composite, derivatives, fused, tensors
@@ -38,7 +38,7 @@ def scaled_dot_product_attention(
     """softmax(scale * query @ key^T + bias, masked) @ value, without ever storing the scores.
 
     The function of `attn_ops.scaled_dot_product_attention` on JAX arrays: the same arguments, defaults, promotion of
-    dtypes and results. Works under `jax.jit`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`. The gradient reaches
+    dtypes and results, also on `KerasTensor`s. Works under `jax.jit`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`. The gradient reaches
     query, key, value, bias, an array ``scale``, and flows through ``lse``, to any order; forward mode (`jax.jvp`,
     `jax.jacfwd`, `jax.hessian`) needs ``implementation="composite"``.
 
@@ -82,6 +82,27 @@ def scaled_dot_product_attention(
         jax.errors.JaxRuntimeError: traced lengths out of range, which only the running kernel can know. The composite
             does not find those.
     """
+    if any_keras_tensor(query, key, value, bias, mask, scale, query_seq_lengths, key_value_seq_lengths, dropout_seed):
+        from attn_ops import symbolic
+
+        return symbolic.attention(
+            query,
+            key,
+            value,
+            bias=bias,
+            mask=mask,
+            scale=scale,
+            is_causal=is_causal,
+            causal_alignment=causal_alignment,
+            window=window,
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+            dropout_rate=dropout_rate,
+            dropout_seed=dropout_seed,
+            layout=layout,
+            return_lse=return_lse,
+            implementation=implementation,
+        )
     name = "scaled_dot_product_attention"
     call = normalize(
         tensors,
@@ -132,6 +153,24 @@ def attention_weights(
     see no key are 0. Arguments and errors are those of `scaled_dot_product_attention`; ``lse`` is what that returned for
     the same arguments, and is computed when not given. Differentiable.
     """
+    if any_keras_tensor(query, key, bias, mask, scale, query_seq_lengths, key_value_seq_lengths, lse):
+        from attn_ops import symbolic
+
+        return symbolic.attention_weights(
+            query,
+            key,
+            bias=bias,
+            mask=mask,
+            scale=scale,
+            is_causal=is_causal,
+            causal_alignment=causal_alignment,
+            window=window,
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+            layout=layout,
+            lse=lse,
+            implementation=implementation,
+        )
     name = "attention_weights"
     key = tensors.as_tensor(name, "key", key)
     # One column of anything will do for the values: only lse is wanted.

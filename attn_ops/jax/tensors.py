@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+has_random_state = False  # see `fresh_seed`
+
 float32 = np.dtype("float32")
 float64 = np.dtype("float64")
 bool_ = np.dtype("bool")
