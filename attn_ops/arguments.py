@@ -243,14 +243,16 @@ def _score_dims(name, layout, q, k, v, given):
         head_dim = agree("query and key must have the same head_dim", head_dim, head_dim_k)
     if head_dim == 0:
         raise ValueError(f"{name}: head_dim must be at least 1, got 0 {where()}")
-    if num_heads != num_kv_heads and num_heads is not None and num_kv_heads is not None:
+    if (num_heads != num_kv_heads or num_heads == 0) and num_heads is not None and num_kv_heads is not None:
         if num_kv_heads == 0 or num_heads % num_kv_heads:
             raise ValueError(
                 f"{name}: num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads}) {where()}"
             )
     # A dimension of 0 does not save an array whose other dimensions overflow: partial products are taken in any order.
-    rows = 8 * (batch or 1) * (num_heads or 1) * (seqlen_q or 1)
-    if rows * (value_dim or 1) >= 2**63 or rows * (seqlen_k or 1) >= 2**63:
+    batch_size, heads, rows, keys, dim = (
+        n if isinstance(n, int) and n else 1 for n in (batch, num_heads, seqlen_q, seqlen_k, value_dim)
+    )
+    if 8 * batch_size * heads * rows * max(keys, dim) >= 2**63:
         raise ValueError(f"{name}: the sizes of output and scores must not overflow 64 bits {where()}")
     return batch, num_heads, seqlen_q, seqlen_k, num_kv_heads
 
@@ -264,7 +266,7 @@ def _fit(layout, q, k, v):
     def same(*extents):
         return len({n for n in extents if n is not None}) <= 1
 
-    multiple = None in (heads, heads_k) or heads == heads_k or (heads_k != 0 and heads % heads_k == 0)
+    multiple = None in (heads, heads_k) or (heads_k != 0 and heads % heads_k == 0)
     return (
         same(batch, batch_k, batch_v)
         and same(seqlen_k, seqlen_v)

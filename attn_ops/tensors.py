@@ -25,7 +25,7 @@ def as_tensor(name, what, x):
     if isinstance(x, tf.RaggedTensor):
         raise TypeError(
             f"{name}: {what} is a RaggedTensor; pass the dense {what}.to_tensor() and tell the lengths by "
-            "query_seq_lengths and key_value_seq_lengths"
+            "query_seq_lengths and key_value_seq_lengths, or to a layer by masks"
         )
     if x is None or isinstance(x, (tf.SparseTensor, tf.IndexedSlices)):
         hint = "; tf.sparse.to_dense makes it one" if isinstance(x, tf.SparseTensor) else ""

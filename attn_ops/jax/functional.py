@@ -40,7 +40,8 @@ def scaled_dot_product_attention(
     The function of `attn_ops.scaled_dot_product_attention` on JAX arrays: the same arguments, defaults, promotion of
     dtypes and results, also on `KerasTensor`s. Works under `jax.jit`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`. The gradient reaches
     query, key, value, bias, an array ``scale``, and flows through ``lse``, to any order; forward mode (`jax.jvp`,
-    `jax.jacfwd`, `jax.hessian`) needs ``implementation="composite"``.
+    `jax.jacfwd`, `jax.hessian`) needs ``implementation="composite"``: without, there is a TypeError, which inside
+    `jax.jit` is JAX's own and speaks of a custom_vjp function.
 
     Args:
         query: [batch, seqlen_q, num_heads, head_dim]; float16, bfloat16, float32 or float64. Different dtypes of
@@ -245,7 +246,15 @@ def _run(name, call, implementation):
     if implementation != "composite":
         missing = fused.unavailable_reason()
         if missing is None:
-            return derivatives.attention(implementation == "fused", options, arrays)
+            try:
+                return derivatives.attention(implementation == "fused", options, arrays)
+            except TypeError as error:
+                if "custom_vjp" not in str(error):
+                    raise
+                raise TypeError(
+                    f"{name}: the kernels have no forward mode (jax.jvp, jax.jacfwd, jax.hessian): "
+                    'implementation="composite" has it'
+                ) from error
         if implementation == "fused":
             explanation.check_can_run(name, implementation, [missing])
     return _composite(options, arrays)
