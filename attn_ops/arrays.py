@@ -82,6 +82,8 @@ def _what_it_may_be(what, rank, full, dims):
 
 
 def boolean(xp, name, mask, dims):
+    if isinstance(mask, str):  # MLX's "causal"
+        raise TypeError(masks.not_boolean(name, "mask", "str"))
     mask = xp.as_tensor(name, "mask", mask)
     if mask.dtype != xp.bool_:
         raise TypeError(masks.not_boolean(name, "mask", mask.dtype.name))

@@ -265,7 +265,7 @@ def not_boolean(name, what, dtype, numbers=False):
         )
     elif "int" in dtype:
         hint = f"; cast it when its nonzero elements mean visible: {what} != 0"
-    elif dtype in ("string", "object") or dtype.startswith("str"):
+    elif dtype.startswith("str"):
         hint = "; a causal mask is is_causal=True, or attn_ops.masks.causal()"
     also = ", or hold only 0 and 1 (an additive mask would be inverted)" if numbers else ""
     return f"{name}: {what} must be boolean (True = may be seen){also}, got {dtype}{hint}"

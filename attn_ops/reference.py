@@ -36,8 +36,8 @@ def attention(query, key, value, **options):
       value: `[batch, seqlen_k, num_kv_heads, value_dim]`.
         All three may have rank 3, `[batch, seqlen, dim]` for a single head, or rank 2, `[seqlen, dim]` for a single
         sequence; so do the results then.
-      bias: None or an array added to the scores, rank 4, broadcastable to `[batch, num_heads, seqlen_q, seqlen_k]`, or
-        without the axes that the inputs lack; -inf hides a key.
+      bias: None or an array added to the scores, rank 4, broadcastable to `[batch, num_heads, seqlen_q, seqlen_k]`; for
+        inputs of lower rank also `[batch, seqlen_q, seqlen_k]` or `[seqlen_q, seqlen_k]`. -inf hides a key.
       mask: None, a bool array (true = may see; see `masks.boolean`), a `masks.Mask`, or a list of them, ANDed.
       scale: multiplies q.k; None is 1/sqrt(head_dim).
       is_causal, causal_alignment, window: see `masks.Mask`.
@@ -139,8 +139,8 @@ class _Call:
         self.scale = 1 / np.sqrt(head_dim) if scale is None else float(scale)
         self.bias = None if bias is None else self._float64("bias", bias)
         self.bias_shape = np.shape(bias)
-        if self.bias is not None and self.bias.ndim == self.rank < 4:
-            self.bias = self.bias[None, None] if self.rank == 2 else self.bias[:, None]
+        if self.bias is not None and 2 <= self.bias.ndim <= self.rank < 4:
+            self.bias = self.bias[None, None] if self.bias.ndim == 2 else self.bias[:, None]
 
         weights_shape = (batch, num_heads, seqlen_q, seqlen_k)
         mask = masks.combined(
