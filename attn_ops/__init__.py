@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import importlib
 
+from . import registration as _registration
+
 __version__ = "0.1.0"
 
 _MODULES = ("integration", "jax", "layers", "masks", "reference", "visualize")
@@ -38,23 +40,12 @@ def _load(module: str, wanted: str):
     try:
         return importlib.import_module(f"{__name__}.{module}")
     except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if missing in ("tensorflow", "keras"):
-            raise ImportError(
-                f"attn_ops.{wanted} needs TensorFlow 2.16 or newer, and {missing} is not installed: "
-                'pip install "attn_ops[tf]"'
-            ) from error
-        if missing in ("jax", "jaxlib"):
-            raise ImportError(
-                f'attn_ops.{wanted} needs JAX 0.5 or newer, and {missing} is not installed: pip install "attn_ops[jax]"'
-            ) from error
-        framework = missing.partition(".")[0]
-        if framework in ("tensorflow", "keras", "jax", "jaxlib"):
-            raise ImportError(
-                f"attn_ops.{wanted} needs the module {missing}, which the installed {framework} lacks: it is incomplete, "
-                "or of a version that attn_ops does not know"
-            ) from error
-        raise
+        from . import requirements
+
+        reason = requirements.missing(f"attn_ops.{wanted}", error.name or "")
+        if reason is None:
+            raise
+        raise ImportError(reason) from error
 
 
 def __getattr__(name: str):
@@ -63,8 +54,18 @@ def __getattr__(name: str):
     if name in _ATTRIBUTES:
         value = globals()[name] = getattr(_load(_ATTRIBUTES[name], name), name)
         return value
+    if name == "_core":
+        from . import _native
+
+        core = _native.core()
+        if core is None:
+            raise ImportError(_native.core_unavailable_reason())
+        return core
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)
+
+
+_registration.register()

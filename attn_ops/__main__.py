@@ -36,7 +36,10 @@ def info() -> dict:
     core = _native.core()
     return {
         "versions": versions,
-        "cpu kernels": {"built and usable": core.isas(), "default": core.default_isa()}
+        "cpu kernels": {
+            "built and usable": core.isas(),
+            "default": _native.unknown_isa_reason() or core.default_isa(),
+        }
         if core
         else _native.core_unavailable_reason(),
         "cuda kernels": _native.cuda_unavailable_reason() or "usable on device 0",

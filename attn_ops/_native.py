@@ -14,6 +14,8 @@ import os
 from pathlib import Path
 from types import ModuleType
 
+from . import requirements
+
 _LIBRARY = Path(__file__).with_name("libattn_ops.so")
 _OLDEST_TENSORFLOW = (2, 16)
 
@@ -70,6 +72,16 @@ def disabled_reason() -> str | None:
 
 
 @functools.cache
+def unknown_isa_reason() -> str | None:
+    """That the user asked the CPU kernels for an instruction set that they do not have here, or None."""
+    wanted = os.environ.get("ATTN_OPS_ISA")
+    if not wanted or core() is None or wanted in core().isas():
+        return None
+    usable = ", ".join(core().isas())
+    return f"the environment variable ATTN_OPS_ISA ({wanted!r}) must name an instruction set that is usable here: {usable}"
+
+
+@functools.cache
 def _library() -> tuple[ModuleType | None, str | None]:
     disabled = disabled_reason()
     if disabled is not None:
@@ -77,13 +89,13 @@ def _library() -> tuple[ModuleType | None, str | None]:
     try:
         import tensorflow as tf
     except ImportError as error:
-        return None, f'TensorFlow cannot be imported ({error}): pip install "attn_ops[tf]" (or "attn_ops[tf-cpu]")'
+        return None, f"TensorFlow cannot be imported ({error}): pip install tensorflow (or tensorflow-cpu)"
     if tuple(int(part) for part in tf.__version__.split(".")[:2]) < _OLDEST_TENSORFLOW:
         return None, f"TensorFlow {tf.__version__} is older than 2.16, the oldest that the fused op supports"
     # The real path, since a library loaded under two names would register its operators twice.
     path = os.path.realpath(_LIBRARY)
     if not os.path.exists(path):
-        return None, f"{_LIBRARY} does not exist: the package was not built; reinstall it (pip install .)"
+        return None, f"{_LIBRARY} does not exist: the package was not built; {requirements.REINSTALL}"
     others = _mapped_copies() - {path}
     if others:
         return None, (
@@ -115,4 +127,4 @@ def _core() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("attn_ops._core"), None
     except ImportError as error:
-        return None, f"attn_ops._core cannot be imported ({error}); reinstall the package (pip install .)"
+        return None, f"attn_ops._core cannot be imported ({error}); {requirements.REINSTALL}"

@@ -9,6 +9,7 @@ The rules are the same for TensorFlow and JAX: ``xp`` is the module with the few
 
 from __future__ import annotations
 
+import sys
 import typing
 
 from . import arrays, options, precision
@@ -21,11 +22,11 @@ class AttentionCall(typing.NamedTuple):
     """One attention call in the form that every implementation takes.
 
     ``query``, ``key`` and ``value`` have rank 4 in ``layout`` and one floating dtype; ``bias`` has that dtype or is
-    float32, beside inputs of 16 bits; ``bias`` and ``masks`` (bool, at most four) have rank 4 with extents that are 1 or full. ``scale`` None is
-    1/sqrt(head_dim). A window of -1 is unbounded; causal is ``window_right`` 0. Lengths are int32 [batch], ``seed`` is
+    float32, beside inputs of 16 bits; ``bias`` and ``masks`` (bool, at most four) have rank 4 with extents that are 1
+    or full. ``scale`` None is 1/sqrt(head_dim). A window of -1 is unbounded; causal is ``window_right`` 0. Lengths are int32 [batch], ``seed`` is
     int64 [2] in TensorFlow and uint32 [4] in JAX (words of seed and offset, low ones first), present only with dropout.
-    ``squeeze`` tells that the caller's tensors had rank 3. A named tuple because it is made at every eager call, and a
-    frozen dataclass costs several times as much.
+    ``squeeze`` tells how many axes the caller's tensors lacked: 1 for rank 3, 2 for rank 2. A named tuple because it is
+    made at every eager call, and a frozen dataclass costs several times as much.
     """
 
     query: typing.Any
@@ -42,7 +43,7 @@ class AttentionCall(typing.NamedTuple):
     dropout_rate: float = 0.0
     seed: typing.Any = None
     layout: str = "BSHD"
-    squeeze: bool = False
+    squeeze: int = 0
     return_lse: bool = False
     lse_dtype: typing.Any = None
     allow_tf32: bool = False
@@ -61,6 +62,14 @@ class AttentionCall(typing.NamedTuple):
         if lse is not None:
             lse.set_shape(lse_shape)
 
+    def added_axes(self, heads):
+        """The axes that a result in the caller's rank lacks, where its heads are at ``heads``, in ascending order."""
+        return (0, heads)[2 - self.squeeze :]
+
+    def heads_axis(self):
+        """Where query, key, value and out have their heads."""
+        return 2 if self.layout == "BSHD" else 1
+
 
 def normalize(
     xp,
@@ -73,7 +82,7 @@ def normalize(
     mask=None,
     scale=None,
     is_causal=False,
-    causal_alignment="top_left",
+    causal_alignment=options.TOP_LEFT,
     window=None,
     query_seq_lengths=None,
     key_value_seq_lengths=None,
@@ -88,13 +97,16 @@ def normalize(
     ValueError for a wrong value or shape.
     """
     if layout not in ("BSHD", "BHSD"):
-        raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}")
-    query, key, value, squeeze, *extents = _inputs(xp, name, query, key, value, 2 if layout == "BSHD" else 1)
-    dims = _score_dims(name, layout, *extents)
+        raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}; {arrays.LAYOUTS}")
+    query, key, value, squeeze, given, *extents = _inputs(xp, name, query, key, value, 2 if layout == "BSHD" else 1)
+    dims = _score_dims(name, layout, *extents, given)
+    batch, _, seqlen_q, seqlen_k, _ = dims
     dtype = query.dtype
 
     window = options.window(name, window)
+    is_causal = options.flag(name, "is_causal", is_causal)
     bottom_right = options.bottom_right(name, causal_alignment)
+    alignment_is_said = not isinstance(causal_alignment, options.Unsaid)
     masks = ()
     if mask is not None:
         structure, masks = split_masks(name, mask)
@@ -106,18 +118,23 @@ def normalize(
                     is_causal=is_causal,
                     causal_alignment=causal_alignment,
                     window=window,
-                    query_lengths=arrays.lengths(xp, name, "query_seq_lengths", query_seq_lengths, *dims[0::2]),
-                    key_lengths=arrays.lengths(xp, name, "key_value_seq_lengths", key_value_seq_lengths, *dims[0::3]),
+                    query_lengths=arrays.lengths(xp, name, "query_seq_lengths", query_seq_lengths, batch, seqlen_q),
+                    key_lengths=arrays.lengths(
+                        xp, name, "key_value_seq_lengths", key_value_seq_lengths, batch, seqlen_k
+                    ),
                 ),
             )
             masks += structure.tensors()
             window, is_causal = (structure.window_left, structure.window_right), structure.is_causal
             bottom_right = structure.bottom_right
+            alignment_is_said |= not isinstance(structure.causal_alignment, options.Unsaid)
             query_seq_lengths, key_value_seq_lengths = structure.query_lengths, structure.key_lengths
         masks = _at_most_four(xp, [arrays.boolean(xp, name, m, dims) for m in masks])
     window_left, window_right = window
     if is_causal:
         window_right = 0
+        if seqlen_q == 1 and isinstance(seqlen_k, int) and seqlen_k > 1 and not (bottom_right or alignment_is_said):
+            options.warn_of_top_left(name, seqlen_k)
 
     if bias is not None:
         bias = arrays.bias(xp, name, bias, dims, dtype)
@@ -135,20 +152,23 @@ def normalize(
         window_left,
         window_right,
         bottom_right,
-        arrays.lengths(xp, name, "query_seq_lengths", query_seq_lengths, *dims[0::2]),
-        arrays.lengths(xp, name, "key_value_seq_lengths", key_value_seq_lengths, *dims[0::3]),
+        arrays.lengths(xp, name, "query_seq_lengths", query_seq_lengths, batch, seqlen_q),
+        arrays.lengths(xp, name, "key_value_seq_lengths", key_value_seq_lengths, batch, seqlen_k),
         dropout_rate,
         arrays.seed(xp, name, dropout_seed) if dropout_rate else None,
         layout,
         squeeze,
-        bool(return_lse),
+        options.flag(name, "return_lse", return_lse),
         xp.float64 if dtype is xp.float64 else xp.float32,
         precision.allow_tf32(),
     )
 
 
 def _inputs(xp, name, query, key, value, heads_axis):
-    """The three inputs with one dtype and rank 4, whether they had rank 3, and the extents of each."""
+    """The three inputs with one dtype and rank 4, how many axes they lacked, and the extents of each.
+
+    Between the two the text of the extents they came with, None for those of rank 4.
+    """
     query = xp.as_tensor(name, "query", query)
     key = xp.as_tensor(name, "key", key)
     value = xp.as_tensor(name, "value", value)
@@ -158,36 +178,44 @@ def _inputs(xp, name, query, key, value, heads_axis):
         query, key, value = (xp.cast(x, dtype) for x in (query, key, value))
     q, k, v = xp.extents(query), xp.extents(key), xp.extents(value)
     if q and k and v and len(q) == len(k) == len(v) == 4:
-        return query, key, value, False, q, k, v
+        return query, key, value, 0, None, q, k, v
     known = {len(extents) for extents in (q, k, v) if extents is not None}
-    if len(known) > 1 or not known <= {3, 4}:
+    if len(known) > 1 or not known <= {2, 3, 4}:
         raise ValueError(
-            f"{name}: query, key and value must all have rank 4, or all rank 3 for a single head, got shapes "
-            + _shapes(q, k, v)
+            f"{name}: query, key and value must all have rank 4, or all rank 3 for a single head ([batch, seqlen, dim]), "
+            f"or all rank 2 for a single sequence too ([seqlen, dim]), got shapes {_shapes(q, k, v)}"
         )
     rank = known.pop() if known else 4
 
     def with_heads(x, extents):
         if extents is None:
             x = xp.ensure_rank(x, rank, f"{name}_needs_rank_{rank}")
+        if rank == 2:
+            x = xp.expand_dims(x, 0)
         return x if rank == 4 else xp.expand_dims(x, heads_axis)
 
     query, key, value = (with_heads(x, extents) for x, extents in ((query, q), (key, k), (value, v)))
-    return query, key, value, rank == 3, *map(xp.extents, (query, key, value))
+    given = None if rank == 4 else _shapes(q, k, v)
+    return query, key, value, 4 - rank, given, *map(xp.extents, (query, key, value))
 
 
 def _promoted(xp, name, dtypes):
     """The common dtype of Keras's promotion: the wider one, and float32 for float16 with bfloat16."""
     for what, dtype in zip(("query", "key", "value"), dtypes):
         if dtype not in xp.FLOATS:
-            raise TypeError(f"{name}: {what} must be float16, bfloat16, float32 or float64, got {dtype.name}")
+            hint = f"; cast it: {xp.cast_text(what)}" if xp.is_integer(dtype) or dtype == xp.bool_ else ""
+            raise TypeError(f"{name}: {what} must be float16, bfloat16, float32 or float64, got {dtype.name}{hint}")
     if xp.float64 in dtypes:
         return xp.float64
     return dtypes[0] if len(set(dtypes)) == 1 else xp.float32
 
 
-def _score_dims(name, layout, q, k, v):
-    """(batch, num_heads, seqlen_q, seqlen_k), None where unknown, after checking the extents against each other."""
+def _score_dims(name, layout, q, k, v, given):
+    """(batch, num_heads, seqlen_q, seqlen_k) of the scores and num_kv_heads, None where unknown.
+
+    The extents are checked against each other. ``given`` is the text of those that the caller's tensors have, if those
+    are others.
+    """
     if layout == "BSHD":
         batch, seqlen_q, num_heads, head_dim = q
         batch_k, seqlen_k, num_kv_heads, head_dim_k = k
@@ -197,11 +225,22 @@ def _score_dims(name, layout, q, k, v):
         batch_k, num_kv_heads, seqlen_k, head_dim_k = k
         batch_v, num_kv_heads_v, seqlen_v, value_dim = v
 
+    def where():
+        """The end of each message: the shapes, how they were read, and what else they may mean."""
+        if given is not None:
+            return (
+                f"({given}); without heads, rank 3 is [batch, seqlen, dim] and rank 2 [seqlen, dim]: "
+                "[seqlen, num_heads, head_dim], as jax.nn takes it, needs an axis for the batch, x[None]"
+            )
+        other = "BHSD" if layout == "BSHD" else "BSHD"
+        hint = f'; they fit as layout="{other}": {arrays.LAYOUTS}' if _fit(other, q, k, v) else ""
+        return f"({_shapes(q, k, v)}, layout {layout}){hint}"
+
     def agree(rule, *extents):
         known = [n for n in extents if n is not None]
         if known and known.count(known[0]) != len(known):
             got = ", ".join("?" if n is None else str(n) for n in extents)
-            raise ValueError(f"{name}: {rule}, got {got} ({_shapes(q, k, v)}, layout {layout})")
+            raise ValueError(f"{name}: {rule}, got {got} {where()}")
         return known[0] if known else None
 
     if not (batch == batch_k == batch_v and seqlen_k == seqlen_v and num_kv_heads == num_kv_heads_v
@@ -211,25 +250,56 @@ def _score_dims(name, layout, q, k, v):
         num_kv_heads = agree("key and value must have the same number of heads", num_kv_heads, num_kv_heads_v)
         head_dim = agree("query and key must have the same head_dim", head_dim, head_dim_k)
     if head_dim == 0:
-        raise ValueError(f"{name}: head_dim must be at least 1, got 0 ({_shapes(q, k, v)}, layout {layout})")
-    if num_heads != num_kv_heads and num_heads is not None and num_kv_heads is not None:
+        raise ValueError(f"{name}: head_dim must be at least 1, got 0 {where()}")
+    if (num_heads != num_kv_heads or num_heads == 0) and num_heads is not None and num_kv_heads is not None:
         if num_kv_heads == 0 or num_heads % num_kv_heads:
             raise ValueError(
-                f"{name}: num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads}) "
-                f"({_shapes(q, k, v)}, layout {layout})"
+                f"{name}: num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads}) {where()}"
             )
     # A dimension of 0 does not save an array whose other dimensions overflow: partial products are taken in any order.
-    rows = 8 * (batch or 1) * (num_heads or 1) * (seqlen_q or 1)
-    if rows * (value_dim or 1) >= 2**63 or rows * (seqlen_k or 1) >= 2**63:
-        raise ValueError(
-            f"{name}: the sizes of output and scores must not overflow 64 bits ({_shapes(q, k, v)}, "
-            f"layout {layout})"
-        )
-    return batch, num_heads, seqlen_q, seqlen_k
+    batch_size, heads, rows, keys, dim = (
+        n if isinstance(n, int) and n else 1 for n in (batch, num_heads, seqlen_q, seqlen_k, value_dim)
+    )
+    if 8 * batch_size * heads * rows * max(keys, dim) >= 2**63:
+        raise ValueError(f"{name}: the sizes of output and scores must not overflow 64 bits {where()}")
+    return batch, num_heads, seqlen_q, seqlen_k, num_kv_heads
+
+
+def _fit(layout, q, k, v):
+    """Whether these extents would do in ``layout``."""
+    (batch, heads, _, dim), (batch_k, heads_k, seqlen_k, dim_k), (batch_v, heads_v, seqlen_v, _) = (
+        x if layout == "BHSD" else (x[0], x[2], x[1], x[3]) for x in (q, k, v)
+    )
+
+    def same(*extents):
+        return len({n for n in extents if n is not None}) <= 1
+
+    multiple = None in (heads, heads_k) or (heads_k != 0 and heads % heads_k == 0)
+    return (
+        same(batch, batch_k, batch_v)
+        and same(seqlen_k, seqlen_v)
+        and same(heads_k, heads_v)
+        and same(dim, dim_k)
+        and multiple
+    )
 
 
 def _shapes(q, k, v):
     return f"query {arrays.shape_text(q)}, key {arrays.shape_text(k)}, value {arrays.shape_text(v)}"
+
+
+def any_keras_tensor(*arguments):
+    """Whether one of the ``arguments``, or of those in a list among them, stands for a tensor of a Keras model."""
+    keras = sys.modules.get("keras")  # without it there can be none
+    if keras is None:
+        return False
+    kind = getattr(keras, "KerasTensor", ())
+    for x in arguments:
+        if isinstance(x, kind):
+            return True
+        if isinstance(x, (list, tuple)) and any(isinstance(y, kind) for y in x):
+            return True
+    return False
 
 
 def split_masks(name, mask):

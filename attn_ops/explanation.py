@@ -41,11 +41,20 @@ class Explanation:
         return "\n".join(lines)
 
 
+_DEVICE = "; the device is that of the tensors, or of tf.device or jax.default_device around the call"
+_HINTS = {
+    **dict.fromkeys(("cpu", "gpu", "cuda", "tpu"), _DEVICE),
+    **dict.fromkeys(("flash", "flash_attention", "cudnn", "efficient"), "; the kernels that keep no scores are 'fused'"),
+    **dict.fromkeys(("xla", "math", "plain"), "; the framework's own operations are 'composite'"),
+}
+
+
 def check_name(name: str, implementation: str | None, known: tuple[str, ...]) -> None:
     """ValueError unless ``implementation`` is None or one of the ``known`` ones."""
     if implementation is not None and implementation not in known:
+        hint = _HINTS.get(implementation, "") if isinstance(implementation, str) else ""
         raise ValueError(
-            f"{name}: implementation must be None or one of {', '.join(map(repr, known))}, got {implementation!r}"
+            f"{name}: implementation must be None or one of {', '.join(map(repr, known))}, got {implementation!r}{hint}"
         )
 
 

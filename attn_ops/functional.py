@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-
 import tensorflow as tf
 
-from . import composite, fused, numpy_op, support, tensors
-from .arguments import normalize
+from . import composite, fused, habits, numpy_op, support, tensors
+from .arguments import any_keras_tensor, normalize
+from .options import TOP_LEFT
 
 _RUN = {"fused": fused.attention, "composite": composite.attention, "reference": numpy_op.attention}
 
 
 @tf.autograph.experimental.do_not_convert
+@habits.told
 def scaled_dot_product_attention(
     query,
     key,
@@ -22,7 +22,7 @@ def scaled_dot_product_attention(
     mask=None,
     scale=None,
     is_causal=False,
-    causal_alignment="top_left",
+    causal_alignment=TOP_LEFT,
     window=None,
     query_seq_lengths=None,
     key_value_seq_lengths=None,
@@ -46,17 +46,21 @@ def scaled_dot_product_attention(
         key: [batch, seqlen_k, num_kv_heads, head_dim]. num_heads must be a multiple of num_kv_heads; query head h
             attends to key head h // (num_heads // num_kv_heads).
         value: [batch, seqlen_k, num_kv_heads, value_dim].
-            All three may have rank 3, without the axis of heads; so do the results then.
+            All three may have rank 3, without the axis of heads, or rank 2, without that of the batch either; so do
+            the results then.
         bias: added to the scaled scores; broadcastable to [batch, num_heads, seqlen_q, seqlen_k], of rank 4, 3 (no
             num_heads) or 2 (no batch either). -inf hides a key like a mask. Cast to the common dtype.
         mask: True where a query may see a key: a boolean tensor of the shapes that bias may have, an
             `attn_ops.masks.Mask`, or a list of these, all of which must allow. Float masks are refused: additive
-            values go to ``bias``. Masks stay apart and broadcast, so [batch, 1, 1, seqlen_k] costs only itself.
+            values go to ``bias``. Masks stay apart and broadcast, so [batch, 1, 1, seqlen_k] costs only itself. Rank 2
+            is [seqlen_q, seqlen_k] even where the batch is as large as seqlen_q: a mask [batch, seqlen_k] of the keys
+            goes through `attn_ops.masks.key_padding`.
         scale: of the scores; None means 1/sqrt(head_dim). A Python number keeps double precision. A scalar tensor is
             multiplied into the query.
         is_causal: row i sees no key after its own position.
         causal_alignment: where row i stands among the keys: "top_left" at key i (Keras, PyTorch), "bottom_right" at
-            key i + length_k - length_q, so that the last row stands at the last key (FlashAttention, decoding).
+            key i + length_k - length_q, so that the last row stands at the last key (FlashAttention, decoding). Where
+            one query meets many keys and "top_left" is not said but the default, a warning tells so once.
         window: (left, right), how many keys a row sees before and after its own; None or -1 for all. Keras's
             ``sliding_window=w`` is (w - 1, w - 1).
         query_seq_lengths: integers [batch]; rows from there on are padding and see nothing.
@@ -88,7 +92,7 @@ def scaled_dot_product_attention(
     from inside XLA, with TensorFlow 2.18 or newer; other graphs hold what either needs, so they may be called by
     functions that XLA compiles. What Keras exports holds the composite: see `attn_ops.export`.
     """
-    if _any_keras_tensor(query, key, value, bias, mask, scale, query_seq_lengths, key_value_seq_lengths, dropout_seed):
+    if any_keras_tensor(query, key, value, bias, mask, scale, query_seq_lengths, key_value_seq_lengths, dropout_seed):
         from . import symbolic
 
         return symbolic.attention(
@@ -131,12 +135,13 @@ def scaled_dot_product_attention(
     )
     out, lse = _RUN[support.choose(name, call, implementation)](call)
     if call.squeeze:
-        out = tf.squeeze(out, 2 if layout == "BSHD" else 1)
-        lse = tf.squeeze(lse, 1) if return_lse else None
-    return (out, lse) if return_lse else out
+        out = tf.squeeze(out, call.added_axes(call.heads_axis()))
+        lse = tf.squeeze(lse, call.added_axes(1)) if call.return_lse else None
+    return (out, lse) if call.return_lse else out
 
 
 @tf.autograph.experimental.do_not_convert
+@habits.told
 def attention_weights(
     query,
     key,
@@ -145,7 +150,7 @@ def attention_weights(
     mask=None,
     scale=None,
     is_causal=False,
-    causal_alignment="top_left",
+    causal_alignment=TOP_LEFT,
     window=None,
     query_seq_lengths=None,
     key_value_seq_lengths=None,
@@ -155,11 +160,29 @@ def attention_weights(
 ):
     """The probabilities that `scaled_dot_product_attention` weighs the values with, before dropout.
 
-    A dense [batch, num_heads, seqlen_q, seqlen_k] tensor ([batch, seqlen_q, seqlen_k] for rank 3), for plots and for
-    looking into a model: this is the memory that the attention itself avoids. Rows that see no key are 0. Arguments
-    and errors are those of `scaled_dot_product_attention`; ``lse`` is what that returned for the same arguments, and
-    is not needed. Differentiable.
+    A dense [batch, num_heads, seqlen_q, seqlen_k] tensor ([batch, seqlen_q, seqlen_k] for rank 3, [seqlen_q, seqlen_k]
+    for rank 2), for plots and for looking into a model: this is the memory that the attention itself avoids. Rows that
+    see no key are 0. Arguments and errors are those of `scaled_dot_product_attention`, and `KerasTensor`s are taken as
+    there; ``lse`` is what that returned for the same arguments, and is not needed. Differentiable.
     """
+    if any_keras_tensor(query, key, bias, mask, scale, query_seq_lengths, key_value_seq_lengths, lse):
+        from . import symbolic
+
+        return symbolic.attention_weights(
+            query,
+            key,
+            bias=bias,
+            mask=mask,
+            scale=scale,
+            is_causal=is_causal,
+            causal_alignment=causal_alignment,
+            window=window,
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+            layout=layout,
+            lse=lse,
+            implementation=implementation,
+        )
     name = "attention_weights"
     key = tensors.as_tensor(name, "key", key)
     # One column of anything will do for the values: only lse is wanted.
@@ -183,23 +206,10 @@ def attention_weights(
     support.choose(name, call, implementation)  # refuses what cannot run
     if lse is not None:
         lse = tensors.as_tensor(name, "lse", lse)
-        if call.squeeze:
-            lse = tf.expand_dims(lse, 1)
+        for axis in call.added_axes(1) if call.squeeze else ():
+            lse = tf.expand_dims(lse, axis)
         _, expected = call.result_shapes()
         if not lse.shape.is_compatible_with(expected):
             raise ValueError(f"{name}: lse must be what the attention returned, of shape {expected}, got {lse.shape}")
     weights = composite.attention_weights(call, lse)
-    return tf.squeeze(weights, 1) if call.squeeze else weights
-
-
-def _any_keras_tensor(*arguments):
-    keras = sys.modules.get("keras")  # without it there can be none
-    if keras is None:
-        return False
-    kind = getattr(keras, "KerasTensor", ())
-    for x in arguments:
-        if isinstance(x, kind):
-            return True
-        if isinstance(x, (list, tuple)) and any(isinstance(y, kind) for y in x):
-            return True
-    return False
+    return tf.squeeze(weights, call.added_axes(1)) if call.squeeze else weights

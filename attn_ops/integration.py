@@ -186,6 +186,7 @@ def _replacement(original):
                 mask=mask,
                 scale=scale,
                 is_causal=is_causal,
+                causal_alignment="top_left",  # said, so that nobody is warned of it: Keras's answer is wanted
                 implementation="fused" if flash_attention else None,
             )
             if mask is None or value.shape[1] == 0:

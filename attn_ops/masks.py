@@ -15,6 +15,8 @@ from typing import Any, Optional
 
 import numpy as np
 
+from attn_ops import options
+
 ALIGNMENTS = ("top_left", "bottom_right")
 
 
@@ -34,7 +36,7 @@ class Mask:
     """
 
     is_causal: bool = False
-    causal_alignment: str = "top_left"
+    causal_alignment: str = options.TOP_LEFT
     window: Optional[tuple] = None
     query_lengths: Any = None
     key_lengths: Any = None
@@ -47,6 +49,18 @@ class Mask:
         object.__setattr__(self, "window", _normalized_window(self.window))
         for name in ("query_lengths", "key_lengths"):
             object.__setattr__(self, name, _normalized_lengths(name, getattr(self, name)))
+
+    def __repr__(self):
+        """What the mask is made of, with the shapes of arrays: `Mask: causal & key_padding[2, 6]`."""
+        alignment = f"({self.causal_alignment})" if self.bottom_right else ""
+        parts = [f"causal{alignment}"] if self.is_causal else []
+        if self.window:
+            left, right = ("all" if end < 0 else end for end in self.window)
+            parts.append(f"window(left={left}, right={right}{', ' + self.causal_alignment if self.bottom_right else ''})")
+        for name in ("query_lengths", "key_lengths"):
+            if getattr(self, name) is not None:
+                parts.append(f"{name}{_extents(getattr(self, name))}")
+        return f"<Mask: {' & '.join([*parts, *map(repr, self.dense)]) or 'everything is visible'}>"
 
     @property
     def window_left(self):
@@ -73,8 +87,8 @@ class Mask:
         """
         if not isinstance(other, Mask):
             return NotImplemented
-        alignments = {m.causal_alignment for m in (self, other) if m.is_causal or m.window}
-        if len(alignments) > 1:
+        alignments = [m.causal_alignment for m in (self, other) if m.is_causal or m.window]
+        if len(set(alignments)) > 1:
             raise ValueError(
                 "Mask &: both sides have a causal or window part, with causal_alignment "
                 f"{self.causal_alignment!r} and {other.causal_alignment!r}; make one of them dense: "
@@ -86,7 +100,7 @@ class Mask:
             window = tuple(min(ends) if min(ends) >= 0 else max(ends) for ends in pairs)
         return Mask(
             is_causal=self.is_causal or other.is_causal,
-            causal_alignment=alignments.pop() if alignments else "top_left",
+            causal_alignment=min(alignments, key=lambda a: isinstance(a, options.Unsaid), default=options.TOP_LEFT),
             window=window,
             query_lengths=_minimum(self.query_lengths, other.query_lengths),
             key_lengths=_minimum(self.key_lengths, other.key_lengths),
@@ -167,12 +181,12 @@ def interval(
     return terms
 
 
-def causal(alignment="top_left"):
+def causal(alignment=options.TOP_LEFT):
     """A row sees no key after its own position. `alignment`: see `Mask.causal_alignment`."""
     return Mask(is_causal=True, causal_alignment=alignment)
 
 
-def window(left=None, right=None, alignment="top_left"):
+def window(left=None, right=None, alignment=options.TOP_LEFT):
     """A row sees `left` keys before and `right` keys after its own position; None or -1 is all.
 
     Keras's `sliding_window=w` is `window(w - 1, w - 1)`. `alignment`: see `Mask.causal_alignment`.
@@ -187,12 +201,15 @@ def padding(query_lengths=None, key_lengths=None):
 
 def query_padding(mask):
     """Bool `[batch, seqlen_q]`, true for real rows, as Keras's `Embedding(mask_zero=True)` makes it."""
-    return Mask(dense=(_Boolean(_checked("query_padding", mask, 2, "bool")[:, None, :, None]),))
+    return Mask(dense=(_Boolean(_checked("query_padding", mask, 2, "bool")[:, None, :, None], "query_padding"),))
 
 
 def key_padding(mask):
-    """Bool `[batch, seqlen_k]`, true for real keys, as Keras's `Embedding(mask_zero=True)` makes it."""
-    return Mask(dense=(_Boolean(_checked("key_padding", mask, 2, "bool")[:, None, None, :]),))
+    """Bool `[batch, seqlen_k]`, true for real keys, as Keras's `Embedding(mask_zero=True)` makes it.
+
+    PyTorch's `key_padding_mask` is true for the hidden ones: pass `~key_padding_mask`.
+    """
+    return Mask(dense=(_Boolean(_checked("key_padding", mask, 2, "bool")[:, None, None, :], "key_padding"),))
 
 
 def segments(q_ids, kv_ids):
@@ -204,6 +221,7 @@ def boolean(mask):
     """A bool mask, true = may see: `[seqlen_q, seqlen_k]`, `[batch, seqlen_q, seqlen_k]`, or `[batch, num_heads,
     seqlen_q, seqlen_k]`; every extent may be 1.
 
+    Two axes are always `[seqlen_q, seqlen_k]`: a mask `[batch, seqlen_k]` of the keys goes through `key_padding`.
     Raises TypeError for other dtypes: floats are a `bias`, and integers are ambiguous.
     """
     mask = _checked("boolean", mask, (2, 3, 4), "bool")
@@ -212,7 +230,13 @@ def boolean(mask):
 
 
 def combined(
-    mask=None, *, is_causal=False, causal_alignment="top_left", window=None, query_lengths=None, key_lengths=None
+    mask=None,
+    *,
+    is_causal=False,
+    causal_alignment=options.TOP_LEFT,
+    window=None,
+    query_lengths=None,
+    key_lengths=None,
 ):
     """One `Mask` from the arguments of an attention call.
 
@@ -224,12 +248,50 @@ def combined(
     return result
 
 
+def not_boolean(name, what, dtype, numbers=False):
+    """The text of the TypeError for a mask of another dtype, here, in the op and in the layers.
+
+    Args:
+      name: of the function that refuses it.
+      what: the argument.
+      dtype: its name.
+      numbers: whether the function would take 0 and 1, so that it refuses what looks added to the scores.
+    """
+    hint = ""
+    if "float" in dtype or numbers:
+        hint = (
+            "; pass values that are added to the scores as bias= of the attention function, or where those are 0 and a "
+            f"large negative number what is visible, {what} > -1"
+        )
+    elif "int" in dtype:
+        hint = f"; cast it when its nonzero elements mean visible: {what} != 0"
+    elif dtype.startswith("str"):
+        hint = "; a causal mask is is_causal=True, or attn_ops.masks.causal()"
+    also = ", or hold only 0 and 1 (an additive mask would be inverted)" if numbers else ""
+    return f"{name}: {what} must be boolean (True = may be seen){also}, got {dtype}{hint}"
+
+
+def tells_visible(mask, dtype):
+    """Where a numeric mask of this dtype (its name) can mean "may be seen" and "hidden", elementwise.
+
+    For the layers, which take numbers as Keras does: floats are 0 or 1, integers are hidden at 0 and never negative.
+    What is added to scores is 0 where visible, and would be inverted.
+    """
+    return (mask == 0) | (mask == 1) if "float" in dtype else mask >= 0
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Boolean:
     array: Any
+    kind: str = "boolean"  # the constructor's name
 
     def tensor(self):
         return self.array
+
+    def __repr__(self):
+        extents = _extents(self.array)
+        given = {"query_padding": (0, 2), "key_padding": (0, 3)}.get(self.kind)
+        return self.kind + (extents if given is None else _extents(self.array, given))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -238,14 +300,29 @@ class _Segments:
     kv_ids: Any
 
     def tensor(self):
-        return self.q_ids[:, None, :, None] == self.kv_ids[:, None, None, :]
+        q_ids, kv_ids = self.q_ids[:, None, :, None], self.kv_ids[:, None, None, :]
+        return _namespace((q_ids, kv_ids)).equal(q_ids, kv_ids)
+
+    def __repr__(self):
+        return f"segments({_extents(self.q_ids)}, {_extents(self.kv_ids)})"
+
+
+def _extents(array, axes=None):
+    """The shape as text, of these axes only: `[2, ?, 6]`."""
+    shape = getattr(array, "shape", None)
+    if shape is None or getattr(shape, "rank", 0) is None:  # a list of Python's, or nothing known
+        return "[?]"
+    shape = [shape[axis] for axis in range(len(shape)) if axes is None or axis in axes]
+    return f"[{', '.join('?' if extent is None else str(extent) for extent in shape)}]"
 
 
 def _normalized_window(window):
     if window is None:
         return None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"Mask: window must be a pair (left, right) of integers or None, got {window!r}")
+        raise TypeError(
+            f"Mask: window must be a pair (left, right) of integers or None, got {window!r}{options.window_hint(window)}"
+        )
     ends = []
     for end in window:
         try:
@@ -259,19 +336,28 @@ def _normalized_window(window):
 
 def _checked(name, array, ranks, kind):
     """`array` with the rank and dtype a constructor takes; Python lists become NumPy arrays."""
-    if type(array).__name__ == "RaggedTensor":
-        raise TypeError(f"{name}: ragged tensors are not supported, got {array!r}; pad it and pass lengths")
+    if type(array).__name__ in ("RaggedTensor", "SparseTensor"):
+        kind = type(array).__name__.removesuffix("Tensor").lower()
+        raise TypeError(f"{name}: {kind} tensors are not supported; make it dense, and pass lengths")
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-        array = np.asarray(array)
+        array = _array(name, array)
     dtype = getattr(array.dtype, "name", str(array.dtype))
-    if not (dtype == "bool" if kind == "bool" else "int" in dtype):
-        hint = "; an additive mask is a `bias`" if "float" in dtype else ""
-        raise TypeError(f"{name}: dtype must be {kind}, got {dtype}{hint}")
+    if kind == "bool" and dtype != "bool":
+        raise TypeError(not_boolean(name, "mask", dtype))
+    if kind == "int" and "int" not in dtype:
+        raise TypeError(f"{name}: dtype must be int, got {dtype}")
     rank = array.shape.rank if hasattr(array.shape, "rank") else len(array.shape)
     ranks = ranks if isinstance(ranks, tuple) else (ranks,)
     if rank not in ranks:
         raise ValueError(f"{name}: rank must be {' or '.join(map(str, ranks))}, got shape {array.shape}")
     return array
+
+
+def _array(name, sequence):
+    try:
+        return np.asarray(sequence)
+    except ValueError as error:  # lists of different lengths
+        raise TypeError(f"{name}: an array is needed, or lists that make one: {error}") from None
 
 
 def _normalized_lengths(name, lengths):
@@ -301,6 +387,7 @@ class _NumPy:
 
     arange = staticmethod(np.arange)
     minimum = staticmethod(np.minimum)
+    equal = staticmethod(np.equal)
 
     def int64(self, x):
         return np.asarray(x).astype(np.int64)
@@ -322,6 +409,7 @@ class _TensorFlow:
         self.tf = tf
         self.arange = tf.range
         self.minimum = tf.minimum
+        self.equal = tf.equal
 
     def int64(self, x):
         return self.tf.cast(x, self.tf.int64)
@@ -341,6 +429,7 @@ class _Jax:
         self.jnp = jax.numpy
         self.arange = jax.numpy.arange
         self.minimum = jax.numpy.minimum
+        self.equal = jax.numpy.equal
 
     def int64(self, x):
         """In JAX's default integers: int32, unless 64 bits are enabled. An integer stays one, since extents must."""
@@ -356,7 +445,23 @@ class _Jax:
         """Values of a traced array are not known here; the attention checks them where it can."""
 
 
+class _Keras:
+    """KerasTensors: what a mask of them needs to be combined with others and handed to the attention."""
+
+    def __init__(self, keras):
+        self.keras = keras
+        self.minimum = keras.ops.minimum
+        self.equal = keras.ops.equal
+
+    def int64(self, x):
+        return self.keras.ops.cast(x, "int64")
+
+
 def _namespace(values):
+    keras = sys.modules.get("keras")
+    kind = getattr(keras, "KerasTensor", ())
+    if any(isinstance(value, kind) for value in values):
+        return _Keras(keras)
     tf = sys.modules.get("tensorflow")
     if tf is not None and any(tf.is_tensor(value) for value in values):
         return _TensorFlow(tf)

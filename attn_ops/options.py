@@ -5,8 +5,18 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import sys
+import warnings
 
 _LARGEST_WINDOW = 2**63 - 1  # the ops take int64
+_warned_under = None  # the filters of warnings when `warn_of_top_left` spoke last
+
+
+class Unsaid(str):
+    """A default, told from the same word that somebody chose."""
+
+
+TOP_LEFT = Unsaid("top_left")  # the default causal_alignment
 
 
 def is_number(x) -> bool:
@@ -31,9 +41,23 @@ def scale(name, value):
     return number
 
 
+def flag(name, what, value) -> bool:
+    """``value``, which is True or False (or None, for False) and no tensor: it is fixed when a call is traced."""
+    if value is True or value is False:
+        return value
+    if value is None or type(value).__name__ in ("bool", "bool_", "int"):
+        return bool(value)
+    raise TypeError(
+        f"{name}: {what} must be True or False, fixed when the call is made or traced, got {type(value).__name__}"
+    )
+
+
 def dropout_rate(name, rate):
     if not is_number(rate):
-        raise TypeError(f"{name}: dropout_rate must be a Python number, got {type(rate).__name__}")
+        raise TypeError(
+            f"{name}: dropout_rate must be a Python number, fixed when the call is made or traced, "
+            f"got {type(rate).__name__}"
+        )
     rate = float(rate)
     if not 0.0 <= rate < 1.0:  # NaN fails too
         raise ValueError(f"{name}: dropout_rate must be in [0, 1), got {rate}")
@@ -45,8 +69,15 @@ def window(name, pair):
     if pair is None:
         return -1, -1
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise TypeError(f"{name}: window must be a pair (left, right), got {pair!r}")
+        raise TypeError(f"{name}: window must be a pair (left, right), got {pair!r}{window_hint(pair)}")
     return _window_side(name, pair, pair[0]), _window_side(name, pair, pair[1])
+
+
+def window_hint(given) -> str:
+    """For those who give a window in the one number of other libraries: what it is here."""
+    if not is_integer(given):
+        return ""
+    return f": Keras's sliding_window={given} is ({given - 1}, {given - 1}), JAX's local_window_size={given} is ({given}, {given})"
 
 
 def _window_side(name, pair, side):
@@ -67,6 +98,26 @@ def bottom_right(name, causal_alignment) -> bool:
     if causal_alignment == "bottom_right":
         return True
     raise ValueError(f"{name}: causal_alignment must be 'top_left' or 'bottom_right', got {causal_alignment!r}")
+
+
+def warn_of_top_left(name, seqlen_k) -> None:
+    """Tells, once, whoever decodes with ``is_causal`` and the default alignment that the row sees the first key only.
+
+    Once as Python counts, which forgets what it has warned of where the filters of warnings are changed.
+    """
+    global _warned_under
+    if _warned_under is warnings.filters:
+        return
+    _warned_under = warnings.filters
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("attn_ops.", "tensorflow.")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"{name}: is_causal=True, one query and {seqlen_k} keys: the query stands at the first key and sees no other. For "
+        'the last one of a sequence (decoding) pass causal_alignment="bottom_right"; causal_alignment="top_left" says '
+        "that this is meant",
+        stacklevel=level,
+    )
 
 
 def seed_words(name, seed):

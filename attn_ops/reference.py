@@ -30,12 +30,14 @@ def attention(query, key, value, **options):
     """Scaled dot-product attention in float64.
 
     Args:
-      query: `[batch, seqlen_q, num_heads, head_dim]`, any float dtype.
+      query: `[batch, seqlen_q, num_heads, head_dim]`, floats or integers.
       key: `[batch, seqlen_k, num_kv_heads, head_dim]`; num_heads must be a multiple of num_kv_heads, and query head h
         reads key head `h // (num_heads // num_kv_heads)`.
       value: `[batch, seqlen_k, num_kv_heads, value_dim]`.
-      bias: None or an array added to the scores, rank 4, broadcastable to `[batch, num_heads, seqlen_q, seqlen_k]`;
-        -inf hides a key.
+        All three may have rank 3, `[batch, seqlen, dim]` for a single head, or rank 2, `[seqlen, dim]` for a single
+        sequence; so do the results then.
+      bias: None or an array added to the scores, rank 4, broadcastable to `[batch, num_heads, seqlen_q, seqlen_k]`; for
+        inputs of lower rank also `[batch, seqlen_q, seqlen_k]` or `[seqlen_q, seqlen_k]`. -inf hides a key.
       mask: None, a bool array (true = may see; see `masks.boolean`), a `masks.Mask`, or a list of them, ANDed.
       scale: multiplies q.k; None is 1/sqrt(head_dim).
       is_causal, causal_alignment, window: see `masks.Mask`.
@@ -44,17 +46,19 @@ def attention(query, key, value, **options):
       dropout_seed: an integer or a pair (seed, offset); needed when dropout_rate > 0.
       layout: "BSHD" as above, or "BHSD": `[batch, heads, seqlen, dim]` for query, key, value and out.
     Returns:
-      (out, lse): float64 `[batch, seqlen_q, num_heads, value_dim]` (in `layout`) and `[batch, num_heads, seqlen_q]`.
+      (out, lse): float64 `[batch, seqlen_q, num_heads, value_dim]` (in `layout`) and `[batch, num_heads, seqlen_q]`;
+        without the axes that the inputs lack.
     Raises:
       ValueError, TypeError: arguments that do not fit together.
     """
     c = _Call("reference.attention", query, key, value, **options)
-    return c.to_layout(c.out), c.lse
+    return c.to_caller(c.out), c.without_added(c.lse)
 
 
 def attention_weights(query, key, **options):
     """The softmax before dropout: float64 `[batch, num_heads, seqlen_q, seqlen_k]`. Arguments as in `attention`."""
-    return _Call("reference.attention_weights", query, key, key, **options).p
+    c = _Call("reference.attention_weights", query, key, key, **options)
+    return c.without_added(c.p)
 
 
 def attention_gradients(query, key, value, d_out, d_lse=None, **options):
@@ -68,12 +72,10 @@ def attention_gradients(query, key, value, d_out, d_lse=None, **options):
       (dq, dk, dv, dbias): float64, of the shapes of query, key, value and bias; dbias None without a bias.
     """
     c = _Call("reference.attention_gradients", query, key, value, **options)
-    d_out = c.from_layout(d_out)
-    if d_out.shape != c.out.shape:
-        raise ValueError(f"{c.name}: d_out must be shaped like out {c.out.shape}, got {d_out.shape}")
-    d_lse = np.zeros(c.lse.shape) if d_lse is None else _float64(d_lse)
-    if d_lse.shape != c.lse.shape:
-        raise ValueError(f"{c.name}: d_lse must be shaped like lse {c.lse.shape}, got {d_lse.shape}")
+    d_out = c.cotangent("d_out", d_out, c.to_caller(c.out).shape)
+    d_out = c.to_layout(d_out.reshape(c.to_layout(c.out).shape))
+    lse_shape = c.without_added(c.lse).shape
+    d_lse = c.cotangent("d_lse", np.zeros(lse_shape) if d_lse is None else d_lse, lse_shape).reshape(c.lse.shape)
 
     with np.errstate(invalid="ignore", over="ignore"):
         weighed = c.p != 0
@@ -86,8 +88,8 @@ def attention_gradients(query, key, value, d_out, d_lse=None, **options):
     dbias = None
     if c.bias is not None:
         axes = tuple(axis for axis in range(4) if c.bias.shape[axis] == 1)
-        dbias = ds.sum(axis=axes, keepdims=True)
-    return c.to_layout(dq), c.to_layout(dk), c.to_layout(dv), dbias
+        dbias = ds.sum(axis=axes, keepdims=True).reshape(c.bias_shape)
+    return c.to_caller(dq), c.to_caller(dk), c.to_caller(dv), dbias
 
 
 class _Call:
@@ -115,7 +117,14 @@ class _Call:
         if layout not in ("BSHD", "BHSD"):
             raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}")
         self.name, self.layout = name, layout
-        self.q, k, v = (self.from_layout(x) for x in (query, key, value))
+        ranks = {np.ndim(x) for x in (query, key, value)}
+        if len(ranks) > 1 or not ranks <= {2, 3, 4}:
+            raise ValueError(
+                f"{name}: rank must be 4 (layout {layout}), 3 ([batch, seqlen, dim]) or 2 ([seqlen, dim]), the same of "
+                f"query, key and value, got shapes {np.shape(query)}, {np.shape(key)} and {np.shape(value)}"
+            )
+        self.rank = ranks.pop()
+        self.q, k, v = (self.from_caller(what, x) for what, x in (("query", query), ("key", key), ("value", value)))
         batch, num_heads, seqlen_q, head_dim = self.q.shape
         num_kv_heads, seqlen_k = k.shape[1:3]
         if k.shape != (batch, num_kv_heads, seqlen_k, head_dim) or v.shape[:3] != k.shape[:3]:
@@ -128,7 +137,10 @@ class _Call:
         self.num_kv_heads = num_kv_heads
         self.k, self.v = (np.repeat(x, num_heads // num_kv_heads, axis=1) for x in (k, v))
         self.scale = 1 / np.sqrt(head_dim) if scale is None else float(scale)
-        self.bias = None if bias is None else _float64(bias)
+        self.bias = None if bias is None else self._float64("bias", bias)
+        self.bias_shape = np.shape(bias)
+        if self.bias is not None and 2 <= self.bias.ndim <= self.rank < 4:
+            self.bias = self.bias[None, None] if self.bias.ndim == 2 else self.bias[:, None]
 
         weights_shape = (batch, num_heads, seqlen_q, seqlen_k)
         mask = masks.combined(
@@ -159,11 +171,24 @@ class _Call:
             self.z = self._dropout_factors(dropout_rate, dropout_seed, weights_shape)
             self.out = _weighted_sum(self.z * self.p, self.v)
 
-    def from_layout(self, x):
-        x = _float64(x)
-        if x.ndim != 4:
-            raise ValueError(f"{self.name}: rank must be 4 (layout {self.layout}), got shape {x.shape}")
-        return self.to_layout(x)
+    def from_caller(self, what, x):
+        """query, key or value as `[batch, heads, seqlen, dim]`."""
+        x = self._float64(what, x)
+        return self.to_layout(x) if self.rank == 4 else x.reshape(-1, 1, *x.shape[-2:])
+
+    def to_caller(self, x):
+        """The inverse of `from_caller`."""
+        return self.to_layout(x) if self.rank == 4 else self.without_added(x)
+
+    def without_added(self, x):
+        """`[batch, heads, ...]` without the axes that the caller's arrays lack."""
+        return x if self.rank == 4 else x[:, 0] if self.rank == 3 else x[0, 0]
+
+    def cotangent(self, what, x, shape):
+        x = self._float64(what, x)
+        if x.shape != shape:
+            raise ValueError(f"{self.name}: {what} must be shaped like {what[2:]} {shape}, got {x.shape}")
+        return x
 
     def to_layout(self, x):
         """Between `layout` and `[batch, heads, seqlen, dim]`, either way."""
@@ -173,6 +198,12 @@ class _Call:
         """Sums `[batch, num_heads, ...]` over the query heads of each key head."""
         batch, num_heads = x.shape[:2]
         return x.reshape(batch, self.num_kv_heads, num_heads // self.num_kv_heads, *x.shape[2:]).sum(axis=2)
+
+    def _float64(self, what, x):
+        x = np.asarray(x)
+        if x.dtype.kind not in "fiu" and x.dtype.name != "bfloat16":
+            raise TypeError(f"{self.name}: {what} must hold floats or integers, got {x.dtype.name}")
+        return x.astype(np.float64)
 
     def _broadcast(self, what, x, shape):
         if x.ndim != 4 or any(extent not in (1, full) for extent, full in zip(x.shape, shape)):
@@ -186,13 +217,6 @@ class _Call:
             raise ValueError(f"{self.name}: dropout_rate={rate} needs a dropout_seed")
         seed, offset = (seed, 0) if np.ndim(seed) == 0 else seed
         return philox.keep(seed, offset, *shape, rate) / (1.0 - rate)
-
-
-def _float64(x):
-    x = np.asarray(x)
-    if x.dtype.kind != "f" and x.dtype.name != "bfloat16":
-        raise TypeError(f"reference: float arrays expected, got dtype {x.dtype.name}")
-    return x.astype(np.float64)
 
 
 def _transposed(x):

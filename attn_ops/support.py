@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from . import explanation, fused, gpu, place, tensors
+from . import _native, explanation, fused, gpu, place, tensors
 from .arguments import AttentionCall, normalize
 from .explanation import Explanation, Support
 
@@ -19,7 +19,7 @@ def check_name(name: str, implementation: str | None) -> None:
 def reasons_against(implementation: str, call: AttentionCall) -> list[str]:
     """Why ``implementation`` cannot run ``call`` here and now."""
     if implementation == "fused":
-        return fused.unsupported_reasons(call, forced=True)
+        return fused.unsupported_reasons(call, forced=True)  # a misspelt instruction set is an error of the op itself
     if implementation == "reference" and place.in_xla():
         return ["the reference is NumPy, which XLA cannot compile"]
     return []
@@ -29,9 +29,15 @@ def choose(name: str, call: AttentionCall, implementation: str | None) -> str:
     """The implementation that runs ``call``; the forced one, or ValueError with all the reasons why it cannot run."""
     check_name(name, implementation)
     if implementation is None:
-        return "composite" if fused.unsupported_reasons(call) else "fused"
+        return "composite" if _reasons_against_fused(call) else "fused"
     explanation.check_can_run(name, implementation, reasons_against(implementation, call))
     return implementation
+
+
+def _reasons_against_fused(call: AttentionCall) -> list[str]:
+    """Why a call that leaves the choice open is not to run fused here and now."""
+    isa = _native.unknown_isa_reason()
+    return fused.unsupported_reasons(call) + ([isa] if isa is not None and not gpu.in_use(call) else [])
 
 
 @tf.autograph.experimental.do_not_convert
@@ -44,7 +50,7 @@ def explain(query, key, value, *, implementation=None, **options) -> Explanation
     """
     call = described("explain", query, key, value, options)
     chosen = choose("explain", call, implementation)
-    reasons = tuple(fused.unsupported_reasons(call))
+    reasons = tuple(_reasons_against_fused(call))
     notes = place.missing()
     if chosen != "fused":
         return Explanation(chosen, reasons, notes=notes)
@@ -57,7 +63,7 @@ def can_use_fused(query, key, value, **options) -> Support:
 
     Bad arguments raise as they do there; `explain` tells which specifications are taken in place of tensors.
     """
-    reasons = fused.unsupported_reasons(described("can_use_fused", query, key, value, options))
+    reasons = _reasons_against_fused(described("can_use_fused", query, key, value, options))
     return Support(not reasons, tuple(reasons))
 
 

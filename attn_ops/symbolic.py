@@ -1,24 +1,46 @@
-"""scaled_dot_product_attention on KerasTensors: the Keras operation of functional models."""
+"""The attention functions on KerasTensors: the Keras operations of functional models, on any backend that has ours."""
 
 from __future__ import annotations
 
 import keras
 
-from . import functional, options, support
-from .arguments import split_masks
+from . import explanation, options, specs
+from .arguments import normalize, split_masks
+from .arrays import compatible
 from .masks import Mask
 
-_TENSORS = ("bias", "query_seq_lengths", "key_value_seq_lengths", "dropout_seed")
+if keras.config.backend() == "jax":
+    from attn_ops.jax import functional, tensors
+    from attn_ops.jax.functional import IMPLEMENTATIONS
+else:
+    from . import functional, tensors
+    from .support import IMPLEMENTATIONS
+
+_SPECS = specs.of_backend(tensors)
+_TENSORS = ("bias", "query_seq_lengths", "key_value_seq_lengths", "dropout_seed", "lse")
 
 
-def attention(query, key, value, *, mask=None, **arguments):
+def attention(query, key, value, **arguments):
     """The symbolic result of `scaled_dot_product_attention` for arguments among which are KerasTensors."""
-    tensors = {name: arguments.pop(name) for name in _TENSORS}
+    own, tensors = _sorted("scaled_dot_product_attention", arguments)
+    return ScaledDotProductAttention(**own)(query, key, value, **tensors)
+
+
+def attention_weights(query, key, **arguments):
+    """The symbolic result of `attention_weights` for arguments among which are KerasTensors."""
+    own, tensors = _sorted("attention_weights", arguments)
+    return AttentionWeights(**own)(query, key, **tensors)
+
+
+def _sorted(name, arguments):
+    """The arguments of a function as those of an operation, plain values, and those of its call, tensors."""
+    arguments = dict(arguments)
+    tensors = {what: arguments.pop(what) for what in _TENSORS if what in arguments}
     if not (arguments["scale"] is None or options.is_number(arguments["scale"])):
         tensors["scale_tensor"] = arguments.pop("scale")
-    structure, arrays = split_masks("scaled_dot_product_attention", mask)
+    structure, arrays = split_masks(name, arguments.pop("mask"))
     if structure is not None:
-        # The options of an operation must be plain values, and tensors its arguments: take the mask apart.
+        # Take the mask apart.
         arguments["mask_structure"] = {
             "is_causal": structure.is_causal,
             "causal_alignment": structure.causal_alignment,
@@ -26,44 +48,22 @@ def attention(query, key, value, *, mask=None, **arguments):
         }
         tensors["mask_lengths"] = [structure.query_lengths, structure.key_lengths]
         arrays += structure.tensors()
-    operation = ScaledDotProductAttention(**arguments)
-    return operation(query, key, value, mask=list(arrays) or None, **tensors)
+    tensors["mask"] = list(arrays) or None
+    return arguments, tensors
 
 
-@keras.saving.register_keras_serializable(package="attn_ops")
-class ScaledDotProductAttention(keras.Operation):
-    """`scaled_dot_product_attention` as a node of a functional Keras model; made by calling that on KerasTensors."""
+class _Operation(keras.Operation):
+    """What both operations share: their options, which are the functions' own, and the mask put together again."""
 
-    def __init__(
-        self,
-        scale=None,
-        is_causal=False,
-        causal_alignment="top_left",
-        window=None,
-        dropout_rate=0.0,
-        layout="BSHD",
-        return_lse=False,
-        implementation=None,
-        mask_structure=None,
-        name=None,
-    ):
+    def __init__(self, *, mask_structure=None, name=None, **options):
         super().__init__(name=name)
-        self._options = {
-            "scale": scale,
-            "is_causal": is_causal,
-            "causal_alignment": causal_alignment,
-            "window": window,
-            "dropout_rate": dropout_rate,
-            "layout": layout,
-            "return_lse": return_lse,
-            "implementation": implementation,
-        }
+        self._options = options
         self._mask_structure = mask_structure
 
     def get_config(self):
         return {**self._options, "mask_structure": self._mask_structure, "name": self.name}
 
-    def _arguments(self, mask, scale_tensor, mask_lengths, tensors):
+    def _arguments(self, *, mask=None, scale_tensor=None, mask_lengths=None, **tensors):
         arguments = {**self._options, **tensors, "mask": mask}
         if scale_tensor is not None:
             arguments["scale"] = scale_tensor
@@ -73,18 +73,50 @@ class ScaledDotProductAttention(keras.Operation):
             arguments["mask"] = [structure, *(mask or ())]
         return arguments
 
-    def call(self, query, key, value, mask=None, scale_tensor=None, mask_lengths=None, **tensors):
-        arguments = self._arguments(mask, scale_tensor, mask_lengths, tensors)
-        return functional.scaled_dot_product_attention(query, key, value, **arguments)
+    def _described(self, name, query, key, value, arguments):
+        """The normalised call of specifications, without an ``lse`` among the ``arguments``."""
+        explanation.check_name(name, arguments["implementation"], IMPLEMENTATIONS)
+        arguments = {what: x for what, x in arguments.items() if what not in ("implementation", "lse")}
+        return normalize(_SPECS, name, query, key, value, **arguments)
 
-    def compute_output_spec(self, query, key, value, mask=None, scale_tensor=None, mask_lengths=None, **tensors):
-        arguments = self._arguments(mask, scale_tensor, mask_lengths, tensors)
-        implementation = arguments.pop("implementation")
+
+@keras.saving.register_keras_serializable(package="attn_ops")
+class ScaledDotProductAttention(_Operation):
+    """`scaled_dot_product_attention` as a node of a functional Keras model; made by calling that on KerasTensors."""
+
+    def call(self, query, key, value, **tensors):
+        return functional.scaled_dot_product_attention(query, key, value, **self._arguments(**tensors))
+
+    def compute_output_spec(self, query, key, value, **tensors):
         name = "scaled_dot_product_attention"
-        call = support.described(name, query, key, value, arguments)
-        support.check_name(name, implementation)
+        call = self._described(name, query, key, value, self._arguments(**tensors))
         out, lse = call.result_shapes()
-        if call.squeeze:
-            del out[2 if call.layout == "BSHD" else 1], lse[1]
-        out = keras.KerasTensor(out, call.query.dtype.name)
-        return (out, keras.KerasTensor(lse, call.lse_dtype.name)) if call.return_lse else out
+        out = keras.KerasTensor(_in_rank_of_caller(call, out, call.heads_axis()), call.query.dtype.name)
+        if not call.return_lse:
+            return out
+        return out, keras.KerasTensor(_in_rank_of_caller(call, lse, 1), call.lse_dtype.name)
+
+
+@keras.saving.register_keras_serializable(package="attn_ops")
+class AttentionWeights(_Operation):
+    """`attention_weights` as a node of a functional Keras model; made by calling that on KerasTensors."""
+
+    def call(self, query, key, **tensors):
+        return functional.attention_weights(query, key, **self._arguments(**tensors))
+
+    def compute_output_spec(self, query, key, **tensors):
+        name = "attention_weights"
+        arguments = self._arguments(**tensors)
+        call = self._described(name, query, key, key, arguments)
+        lse = call.result_shapes()[1]
+        keys = call.key.shape[3 - call.heads_axis()]
+        expected, given = _in_rank_of_caller(call, lse, 1), arguments.get("lse")
+        if given is not None and not compatible(list(given.shape), expected):
+            raise ValueError(f"{name}: lse must be what the attention returned, of shape {expected}, got {given.shape}")
+        return keras.KerasTensor([*expected, keys], call.query.dtype.name)
+
+
+def _in_rank_of_caller(call, extents, heads):
+    """``extents``, whose heads are at ``heads``, without those that the caller's tensors lack."""
+    added = call.added_axes(heads) if call.squeeze else ()
+    return [extent for axis, extent in enumerate(extents) if axis not in added]

@@ -8,6 +8,8 @@ from . import rematerialization
 
 FLOATS = frozenset([tf.float32, tf.bfloat16, tf.float16, tf.float64])
 
+has_random_state = True  # `fresh_seed` is to be had
+
 float32 = tf.float32
 float64 = tf.float64
 bool_ = tf.bool
@@ -25,14 +27,20 @@ def as_tensor(name, what, x):
     if isinstance(x, tf.RaggedTensor):
         raise TypeError(
             f"{name}: {what} is a RaggedTensor; pass the dense {what}.to_tensor() and tell the lengths by "
-            "query_seq_lengths and key_value_seq_lengths"
+            "query_seq_lengths and key_value_seq_lengths, or to a layer by masks"
         )
     if x is None or isinstance(x, (tf.SparseTensor, tf.IndexedSlices)):
-        raise TypeError(f"{name}: {what} must be a dense tensor or an array, got {type(x).__name__}")
+        hint = "; tf.sparse.to_dense makes it one" if isinstance(x, tf.SparseTensor) else ""
+        raise TypeError(f"{name}: {what} must be a dense tensor or an array, got {type(x).__name__}{hint}")
     try:
         return tf.convert_to_tensor(x)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: {what} must be a dense tensor or an array, got {type(x).__name__}: {error}") from None
+
+
+def cast_text(what):
+    """How a user casts the argument ``what`` to a float."""
+    return f"tf.cast({what}, tf.float32)"
 
 
 def extents(x):

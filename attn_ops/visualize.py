@@ -1,4 +1,4 @@
-"""Pictures of attention weights. Needs matplotlib: `pip install attn_ops[viz]`."""
+"""Pictures of attention weights. Needs matplotlib: `pip install matplotlib`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+
+from attn_ops import requirements
 
 _MAX_COLUMNS = 4
 _LABELS_PER_INCH = 7  # more cannot be read
@@ -162,7 +164,7 @@ def _figure(figure, width: float, height: float):
             from matplotlib import pyplot
         except ImportError as error:
             raise ImportError(
-                "plot_attention_weights needs matplotlib, which is not installed: pip install attn_ops[viz]"
+                requirements.missing("attn_ops.visualize.plot_attention_weights", "matplotlib")
             ) from error
         figure = pyplot.figure(figsize=(width, height))
     figure.set_layout_engine("compressed")  # constrained layout for panels of fixed aspect

@@ -144,11 +144,62 @@ def test_mixed_precision():
     assert_same(np.array(out, "float32"), exact(x, x), 5e-2)
 
 
-def test_an_additive_mask_is_refused():
+def attend(layer, mask):
+    x = np.ones((1, 3, 4), "float32")
+    return layer(x, x, attention_mask=mask)
+
+
+@pytest.mark.parametrize("hidden", [-1e9, -np.inf, np.finfo("float32").min, -(10**9), 2.0])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", [np.asarray, jax.numpy.asarray])
+def test_an_additive_mask_is_refused(hidden, compiled, kind):
+    """Also where the mask is a constant of a function that JAX traces."""
     layer = layers.MultiHeadAttention(2, 8)
-    x = random(1, 3, 4)
-    with pytest.raises(ValueError, match="additive mask would be inverted"):
-        layer(x, x, attention_mask=np.where(np.eye(3), 0.0, -1e9)[None])
+    mask = kind(np.where(np.eye(3), type(hidden)(0), hidden)[None])
+    call = jax.jit(lambda: attend(layer, mask)) if compiled else lambda: attend(layer, mask)
+    with pytest.raises(TypeError, match="attention_mask must be boolean .* additive mask would be inverted"):
+        call()
+
+
+def test_an_additive_mask_that_the_data_decide_goes_unnoticed_in_what_jax_compiles():
+    """As documented; 0 and 1 mean what they mean."""
+    layer = layers.MultiHeadAttention(2, 8)
+    attend(layer, np.eye(3, dtype=bool)[None])
+    compiled = jax.jit(lambda mask: attend(layer, mask))
+    compiled(np.where(np.eye(3), 0.0, -1e9)[None])
+    assert_same(compiled(np.eye(3)[None]), attend(layer, np.eye(3, dtype=bool)[None]))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "float32", "float16"])
+def test_masks_of_zeros_and_ones(dtype):
+    layer = layers.MultiHeadAttention(2, 8)
+    expected = attend(layer, np.eye(3, dtype=bool)[None])
+    assert_same(attend(layer, np.eye(3, dtype=dtype)[None]), expected)
+    assert_same(jax.jit(lambda: attend(layer, np.eye(3, dtype=dtype)[None]))(), expected)
+
+
+def test_a_function_of_keras_tensors():
+    """By itself, and inside a layer whose shapes Keras infers: the batch has any size."""
+
+    class Layer(keras.layers.Layer):
+        def call(self, x):
+            return attn_ops.jax.scaled_dot_product_attention(x, x, x[..., :3])
+
+    x = keras.Input((5, 2, 8))
+    assert Layer()(x).shape == (None, 5, 2, 3)
+    padding = keras.Input((5,), dtype="int32")
+    mask = attn_ops.masks.segments(padding, padding)
+    out, lse = attn_ops.jax.scaled_dot_product_attention(x, x, x, mask=mask, return_lse=True)
+    weights = attn_ops.jax.attention_weights(x, x, mask=mask, lse=lse)
+    assert (out.shape, lse.shape, weights.shape) == ((None, 5, 2, 8), (None, 2, 5), (None, 2, 5, 5))
+    model = keras.Model([x, padding], [out, weights])
+    arrays = [random(2, 5, 2, 8), np.array([[1, 1, 2, 2, 2], [1, 1, 1, 1, 3]])]
+    exact = attn_ops.masks.segments(arrays[1], arrays[1])
+    expected = attn_ops.reference.attention(*[arrays[0]] * 3, mask=exact)[0]
+    expected_weights = attn_ops.reference.attention_weights(*[arrays[0]] * 2, mask=exact)
+    assert_same(model.predict(arrays, verbose=0), [expected, expected_weights])
+    with pytest.raises(ValueError, match="dropout_seed"):
+        attn_ops.jax.scaled_dot_product_attention(x, x, x, dropout_rate=0.1)
 
 
 def test_kernels_are_used():

@@ -396,7 +396,7 @@ def test_reasons_for_no_library(tmp_path, monkeypatch, why_not):
         assert "TensorFlow 2.15.1 is older than 2.16" in why_not()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "tensorflow", None)
-        assert 'pip install "attn_ops[tf]"' in why_not()
+        assert "pip install tensorflow" in why_not() and "attn_ops[" not in why_not()
     with monkeypatch.context() as patch:
         patch.setenv("ATTN_OPS_DISABLE", "1")
         assert "ATTN_OPS_DISABLE switches the fused op off" in why_not()

@@ -222,14 +222,15 @@ BAD = [
     (ValueError, r"bias of shape \(4, 5\) does not broadcast to", {"bias": np.zeros((4, 5))}),
     (ValueError, r"does not broadcast to \[batch, num_heads, 4, 5\]", {"mask": np.ones((1, 1, 4, 6), bool)}),
     (ValueError, r"mask of shape \(3, 1, 4, 5\) does not broadcast to", {"mask": np.ones((3, 1, 1, 1), bool)}),
-    (TypeError, r"boolean: dtype must be bool, got float64; an additive mask is a `bias`", {"mask": np.zeros((4, 5))}),
+    (TypeError, r"boolean: mask must be boolean .*, got float64; pass .* as bias=", {"mask": np.zeros((4, 5))}),
     (ValueError, r"key_lengths must be in \[0, 5\], got \[6 1\]", {"key_value_seq_lengths": [6, 1]}),
     (ValueError, r"query_lengths must be in \[0, 4\], got \[-1  1\]", {"query_seq_lengths": [-1, 1]}),
     (ValueError, r"dropout_rate=0\.5 needs a dropout_seed", {"dropout_rate": 0.5}),
     (ValueError, r"rate must be in \[0, 1\), got 1\.0", {"dropout_rate": 1.0, "dropout_seed": 1}),
     (ValueError, r"layout must be 'BSHD' or 'BHSD', got 'SBHD'", {"layout": "SBHD"}),
     (ValueError, r"causal_alignment must be one of .*, got 'left'", {"causal_alignment": "left"}),
-    (TypeError, r"float arrays expected, got dtype int64", {"query": np.ones((2, 4, 2, 3), int)}),
+    (TypeError, r"query must hold floats or integers, got complex128", {"query": np.ones((2, 4, 2, 3), complex)}),
+    (TypeError, r"value must hold floats or integers, got bool", {"value": np.ones((2, 5, 2, 3), bool)}),
 ]
 
 

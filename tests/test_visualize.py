@@ -174,5 +174,5 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ImportError, match=r"pip install attn_ops\[viz\]"):
+    with pytest.raises(ImportError, match="matplotlib is not installed: pip install matplotlib"):
         plot_attention_weights(np.eye(2))

@@ -40,13 +40,14 @@ def with_statistics(options: Options, arrays: Arrays, chunk_rows: int | None = N
     2]`: the maximum of a row's scores and the sum of exp(score - maximum), both 0 where it sees no key.
 
     ``chunk_rows`` is how many query rows to take at a time; None for all, unless that is more than `UNCHUNKED_SCORES`
-    scores.
+    scores. Extents that `jax.export` leaves open, or Keras for a batch of any size, are taken in one piece.
     """
     batch, num_heads, seqlen_q, _ = canonical_extents(arrays.query, options.layout)
     seqlen_k = canonical_extents(arrays.key, options.layout)[2]
     if chunk_rows is None:
         row = batch * num_heads * seqlen_k
-        chunk_rows = seqlen_q if row * seqlen_q <= UNCHUNKED_SCORES else max(CHUNK_SCORES // row, 1)
+        whole = not isinstance(row * seqlen_q, int) or row * seqlen_q <= UNCHUNKED_SCORES
+        chunk_rows = 0 if whole else max(CHUNK_SCORES // row, 1)
     q, k, v = _inputs(options, arrays)
 
     # What has rows is an argument, and cut; bias and masks that broadcast along the rows are not.
@@ -68,7 +69,7 @@ def with_statistics(options: Options, arrays: Arrays, chunk_rows: int | None = N
         chunks = [x if x is None else _chunks(x, count, chunk_rows) for x in cut]
         results.append([_joined(x) for x in jax.lax.map(lambda xs: block(xs[0], k, v, *xs[1:]), (starts, *chunks))])
     start = count * chunk_rows
-    if start < seqlen_q or not count:
+    if not count or start < seqlen_q:
         results.append(block(start, k, v, *(x if x is None else x[:, :, start:] for x in cut)))
     out, m, total = (jnp.concatenate(parts, 2) if len(parts) > 1 else parts[0] for parts in zip(*results))
     lse = None

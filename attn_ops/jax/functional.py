@@ -5,15 +5,17 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attn_ops import explanation
-from attn_ops.arguments import normalize
+from attn_ops import explanation, habits
+from attn_ops.arguments import any_keras_tensor, normalize
 from attn_ops.explanation import Explanation
 from attn_ops.jax import call as calls
 from attn_ops.jax import composite, derivatives, fused, tensors
+from attn_ops.options import TOP_LEFT
 
 IMPLEMENTATIONS = ("fused", "composite")
 
 
+@habits.told
 def scaled_dot_product_attention(
     query,
     key,
@@ -23,7 +25,7 @@ def scaled_dot_product_attention(
     mask=None,
     scale=None,
     is_causal=False,
-    causal_alignment="top_left",
+    causal_alignment=TOP_LEFT,
     window=None,
     query_seq_lengths=None,
     key_value_seq_lengths=None,
@@ -36,20 +38,23 @@ def scaled_dot_product_attention(
     """softmax(scale * query @ key^T + bias, masked) @ value, without ever storing the scores.
 
     The function of `attn_ops.scaled_dot_product_attention` on JAX arrays: the same arguments, defaults, promotion of
-    dtypes and results. Works under `jax.jit`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`. The gradient reaches
+    dtypes and results, also on `KerasTensor`s. Works under `jax.jit`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`. The gradient reaches
     query, key, value, bias, an array ``scale``, and flows through ``lse``, to any order; forward mode (`jax.jvp`,
-    `jax.jacfwd`, `jax.hessian`) needs ``implementation="composite"``.
+    `jax.jacfwd`, `jax.hessian`) needs ``implementation="composite"``: without, there is a TypeError, which inside
+    `jax.jit` is JAX's own and speaks of a custom_vjp function.
 
     Args:
         query: [batch, seqlen_q, num_heads, head_dim]; float16, bfloat16, float32 or float64. Different dtypes of
             query, key and value are promoted to the widest (float16 with bfloat16: float32).
         key: [batch, seqlen_k, num_kv_heads, head_dim]; num_heads must be a multiple of num_kv_heads.
         value: [batch, seqlen_k, num_kv_heads, value_dim].
-            All three may have rank 3, without the axis of heads; so do the results then.
+            All three may have rank 3, without the axis of heads ([batch, seqlen, dim]; `jax.nn` leaves out the batch
+            instead), or rank 2, without that of the batch either; so do the results then.
         bias: added to the scaled scores; broadcastable to [batch, num_heads, seqlen_q, seqlen_k], of rank 4, 3 (no
             num_heads) or 2 (no batch either). -inf hides a key like a mask. Cast to the common dtype.
         mask: True where a query may see a key: a boolean array of the shapes that bias may have, an
-            `attn_ops.masks.Mask`, or a list of these, all of which must allow.
+            `attn_ops.masks.Mask`, or a list of these, all of which must allow. Rank 2 is [seqlen_q, seqlen_k]; a mask
+            [batch, seqlen_k] of the keys goes through `attn_ops.masks.key_padding`.
         scale: of the scores; None means 1/sqrt(head_dim). A Python number keeps double precision. A scalar array is
             multiplied into the query.
         is_causal: row i sees no key after its own position.
@@ -78,6 +83,27 @@ def scaled_dot_product_attention(
         jax.errors.JaxRuntimeError: traced lengths out of range, which only the running kernel can know. The composite
             does not find those.
     """
+    if any_keras_tensor(query, key, value, bias, mask, scale, query_seq_lengths, key_value_seq_lengths, dropout_seed):
+        from attn_ops import symbolic
+
+        return symbolic.attention(
+            query,
+            key,
+            value,
+            bias=bias,
+            mask=mask,
+            scale=scale,
+            is_causal=is_causal,
+            causal_alignment=causal_alignment,
+            window=window,
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+            dropout_rate=dropout_rate,
+            dropout_seed=dropout_seed,
+            layout=layout,
+            return_lse=return_lse,
+            implementation=implementation,
+        )
     name = "scaled_dot_product_attention"
     call = normalize(
         tensors,
@@ -100,11 +126,12 @@ def scaled_dot_product_attention(
     )
     out, lse = _run(name, call, implementation)
     if call.squeeze:
-        out = out.squeeze(2 if layout == "BSHD" else 1)
-        lse = lse.squeeze(1) if return_lse else None
-    return (out, lse) if return_lse else out
+        out = out.squeeze(call.added_axes(call.heads_axis()))
+        lse = lse.squeeze(call.added_axes(1)) if call.return_lse else None
+    return (out, lse) if call.return_lse else out
 
 
+@habits.told
 def attention_weights(
     query,
     key,
@@ -113,7 +140,7 @@ def attention_weights(
     mask=None,
     scale=None,
     is_causal=False,
-    causal_alignment="top_left",
+    causal_alignment=TOP_LEFT,
     window=None,
     query_seq_lengths=None,
     key_value_seq_lengths=None,
@@ -123,11 +150,29 @@ def attention_weights(
 ):
     """The probabilities that `scaled_dot_product_attention` weighs the values with, before dropout.
 
-    A dense [batch, num_heads, seqlen_q, seqlen_k] array ([batch, seqlen_q, seqlen_k] for rank 3), for plots and for
-    looking into a model: this is the memory that the attention itself avoids. Rows that see no key are 0. Arguments
-    and errors are those of `scaled_dot_product_attention`; ``lse`` is what that returned for the same arguments, and
-    is computed when not given. Differentiable.
+    A dense [batch, num_heads, seqlen_q, seqlen_k] array ([batch, seqlen_q, seqlen_k] for rank 3, [seqlen_q, seqlen_k]
+    for rank 2), for plots and for looking into a model: this is the memory that the attention itself avoids. Rows that
+    see no key are 0. Arguments and errors are those of `scaled_dot_product_attention`; ``lse`` is what that returned for
+    the same arguments, and is computed when not given. Differentiable.
     """
+    if any_keras_tensor(query, key, bias, mask, scale, query_seq_lengths, key_value_seq_lengths, lse):
+        from attn_ops import symbolic
+
+        return symbolic.attention_weights(
+            query,
+            key,
+            bias=bias,
+            mask=mask,
+            scale=scale,
+            is_causal=is_causal,
+            causal_alignment=causal_alignment,
+            window=window,
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+            layout=layout,
+            lse=lse,
+            implementation=implementation,
+        )
     name = "attention_weights"
     key = tensors.as_tensor(name, "key", key)
     # One column of anything will do for the values: only lse is wanted.
@@ -154,12 +199,12 @@ def attention_weights(
         explanation.check_name(name, implementation, IMPLEMENTATIONS)
         lse = tensors.as_tensor(name, "lse", lse)
         if call.squeeze:
-            lse = jnp.expand_dims(lse, 1)
+            lse = jnp.expand_dims(lse, call.added_axes(1))
         expected = tuple(call.result_shapes()[1])
         if lse.shape != expected:
             raise ValueError(f"{name}: lse must be what the attention returned, of shape {expected}, got {lse.shape}")
     weights = _weights(*calls.split(call), lse)
-    return weights.squeeze(1) if call.squeeze else weights
+    return weights.squeeze(call.added_axes(1)) if call.squeeze else weights
 
 
 def explain(query, key, value, *, implementation=None, **options) -> Explanation:
@@ -203,7 +248,15 @@ def _run(name, call, implementation):
     if implementation != "composite":
         missing = fused.unavailable_reason()
         if missing is None:
-            return derivatives.attention(implementation == "fused", options, arrays)[:2]
+            try:
+                return derivatives.attention(implementation == "fused", options, arrays)[:2]
+            except TypeError as error:
+                if "custom_vjp" not in str(error):
+                    raise
+                raise TypeError(
+                    f"{name}: the kernels have no forward mode (jax.jvp, jax.jacfwd, jax.hessian): "
+                    'implementation="composite" has it'
+                ) from error
         if implementation == "fused":
             explanation.check_can_run(name, implementation, [missing])
     return _composite(options, arrays)

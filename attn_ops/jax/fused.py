@@ -19,7 +19,7 @@ _PLATFORMS = {"Host": "cpu", "CUDA": "CUDA"}  # of XLA, and what JAX calls them 
 @functools.cache
 def unavailable_reason() -> str | None:
     """Why there are no kernels in this process, for any platform; None when there are. Registers them."""
-    reason = _native.disabled_reason() or _native.core_unavailable_reason()
+    reason = _native.disabled_reason() or _native.core_unavailable_reason() or _native.unknown_isa_reason()
     if reason is not None:
         return reason
     for platform, handlers in _native.core().xla_handlers().items():

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+has_random_state = False  # see `fresh_seed`
+
 float32 = np.dtype("float32")
 float64 = np.dtype("float64")
 bool_ = np.dtype("bool")
@@ -19,6 +21,8 @@ def as_tensor(name, what, x):
     """``x`` as a jax.Array; TypeError naming ``what`` when it cannot be one."""
     if isinstance(x, jax.Array):
         return x
+    if type(x).__name__ in ("RaggedTensor", "SparseTensor"):
+        raise TypeError(f"{name}: {what} must be an array, got {type(x).__name__}; make it dense and pass the lengths")
     try:
         array = np.asarray(x)
         if array.dtype.kind in "iu" and array.dtype.itemsize == 8 and not jax.config.jax_enable_x64:
@@ -27,6 +31,11 @@ def as_tensor(name, what, x):
         return jnp.asarray(array)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: {what} must be an array, got {type(x).__name__}: {error}") from None
+
+
+def cast_text(what):
+    """How a user casts the argument ``what`` to a float."""
+    return f'{what}.astype("float32")'
 
 
 def cast(x, dtype):

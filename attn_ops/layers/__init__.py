@@ -6,6 +6,11 @@
 ``SelfAttention``, ``AttentionLayer`` and ``AttentionLayerWithWeights`` are the small single-head layers of tutorials.
 """
 
+from attn_ops import requirements
+
+requirements.check_keras("attn_ops.layers")
+
+# The rest uses what older versions of Keras do not have.
 from attn_ops.layers.attention import Attention
 from attn_ops.layers.attention_layer import AttentionLayer, AttentionLayerWithWeights
 from attn_ops.layers.grouped_query_attention import GroupedQueryAttention

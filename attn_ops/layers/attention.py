@@ -62,7 +62,7 @@ class Attention(DropIn, _Stock):
         if reason:
             refuse_if_forced(self, reason)
             return in_keras()
-        visible = combine([masks.causal() if use_causal_mask else None, _value_mask(value_mask, value)])
+        visible = combine([masks.causal("top_left") if use_causal_mask else None, _value_mask(value_mask, value)])
 
         seed = dropout_seed(self, self.dropout, training)
 

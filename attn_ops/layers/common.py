@@ -13,21 +13,26 @@ from attn_ops.layers.axes import dims
 from attn_ops.layers.backend import backend
 
 def boolean(mask, name):
-    """`mask` as a bool tensor. Integers are true where not 0, as in Keras; floats must all be 0 or 1.
+    """`mask` as a bool tensor, from booleans, or numbers that tell as much: floats 0 and 1, integers from 0.
 
-    Keras would cast an additive mask of zeros and large negative numbers to bool, which inverts it. Raises instead:
-    tf.errors.InvalidArgumentError, on JAX ValueError. Not inside XLA, which drops assertions, nor for what JAX traces
-    (`jit`, and so `fit` and `predict`): there the mask is cast as Keras does.
+    Keras would cast an additive mask of zeros and large negative numbers to bool, which inverts it. Raises TypeError
+    instead, as the op does, where the values are known: eagerly, and those of constants in what TensorFlow or JAX
+    trace. Graphs of TensorFlow check the others as they run (tf.errors.InvalidArgumentError). XLA cannot, in functions
+    of JAX, and of TensorFlow with `jit_compile=True` (and so in `fit` and `predict`, for the most part): there what only
+    the data decide is cast as Keras does.
     """
     mask = ops.convert_to_tensor(mask)
     dtype = keras.backend.standardize_dtype(mask.dtype)
-    if "float" in dtype:
-        mask = backend.with_0_and_1_only(
-            mask,
-            f"attn_ops.layers: {name} must be boolean, or hold only 0 and 1. An additive mask would be inverted: pass "
-            f"`{name} > -1` instead, or attn_ops.scaled_dot_product_attention(bias=...). Received:",
-        )
-    return mask if dtype == "bool" else ops.cast(mask, "bool")
+    if dtype == "bool":
+        return mask
+    if "float" in dtype or not dtype.startswith("u"):
+        message = masks.not_boolean("attn_ops.layers", name, dtype, numbers=True)
+        values = backend.known_values(mask)
+        if values is None:
+            mask = backend.asserted(mask, masks.tells_visible(mask, dtype), message)
+        elif not masks.tells_visible(values, dtype).all():
+            raise TypeError(message)
+    return ops.cast(mask, "bool")
 
 
 def refuse_ragged(layer, **inputs):
@@ -73,7 +78,7 @@ def keras_mask(
             f"{len(axes.attended)}: {axes.attended}"
         )
     parts = [
-        masks.causal() if is_causal else None,
+        masks.causal("top_left") if is_causal else None,
         None if sliding_window is None else masks.window(sliding_window - 1, sliding_window - 1),
     ]
     if query_mask is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import attn_ops.jax
 from attn_ops import philox
@@ -23,11 +24,20 @@ def kept(seed, shape, rate):
     return philox.keep_jax(tensors.seed_of_array(seed), batch, num_heads, jnp.arange(seqlen_q), seqlen_k, rate)
 
 
-def with_0_and_1_only(mask, message):
-    """`mask`, or ValueError; under a transformation that traces it (`jit`, and so `fit`) always `mask`."""
-    if not isinstance(mask, jax.core.Tracer) and not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(f"{message} {mask}")
-    return mask
+def known_values(x):
+    """The values of `x` as a NumPy array, None where only the compiled function knows them."""
+    if not isinstance(x, jax.core.Tracer):
+        return np.asarray(x)
+    try:  # a constant of the function that is traced, as which Keras hands over a NumPy array
+        value = x._trace.frame.constvar_to_val.get(x.val)
+    except AttributeError:  # JAX keeps this to itself
+        return None
+    return None if value is None or isinstance(value, jax.core.Tracer) else np.asarray(value)
+
+
+def asserted(x, condition, message):
+    """`x`: JAX asserts nothing in what it compiles."""
+    return x
 
 
 def without_keras_mask(x):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 import attn_ops
-from attn_ops import philox, rematerialization
+from attn_ops import constants, philox, rematerialization
 
 attention = attn_ops  # the module with scaled_dot_product_attention and attention_weights
 
@@ -21,11 +21,15 @@ def kept(seed, shape, rate):
     return philox.keep_tensor(seed, batch, num_heads, tf.range(seqlen_q), seqlen_k, rate)
 
 
-def with_0_and_1_only(mask, message):
-    """`mask`, or tf.errors.InvalidArgumentError; inside XLA always `mask`, since that drops assertions."""
-    check = tf.debugging.Assert(tf.reduce_all((mask == 0) | (mask == 1)), [message, mask])
-    with tf.control_dependencies([] if check is None else [check]):
-        return tf.identity(mask)
+def known_values(x):
+    """The values of `x` as a NumPy array, None where only the running graph knows them."""
+    return constants.known_value(x)
+
+
+def asserted(x, condition, message):
+    """`x` once `condition` holds everywhere, else tf.errors.InvalidArgumentError; in XLA always, which asserts nothing."""
+    with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(condition), [message])]):
+        return tf.identity(x)
 
 
 def without_keras_mask(x):

@@ -1,0 +1,46 @@
+"""What parts of this package need of others, and what to say where that is not there.
+
+The commands work today: they name packages that are in the index, which this one is not.
+"""
+
+from __future__ import annotations
+
+import re
+
+REINSTALL = "build and install it again: in a checkout, pip install ."
+
+_OLDEST_KERAS = (3, 7)
+_FRAMEWORKS = {
+    "tensorflow": ("TensorFlow 2.16 or newer", "pip install tensorflow keras"),
+    "keras": (
+        "TensorFlow 2.16 or newer, or JAX, with Keras 3.7 or newer",
+        "pip install tensorflow keras (or jax keras)",
+    ),
+    "jax": ("JAX 0.5 or newer", "pip install jax"),
+    "jaxlib": ("JAX 0.5 or newer", "pip install jax"),
+    "matplotlib": ("matplotlib", "pip install matplotlib"),
+}
+
+
+def missing(wanted: str, module: str) -> str | None:
+    """That ``wanted`` needs ``module``, which is a framework or of one, and what to do; None where it is neither."""
+    package = module.partition(".")[0]
+    if package not in _FRAMEWORKS:
+        return None
+    if package != module:
+        return (
+            f"{wanted} needs the module {module}, which the installed {package} lacks: it is incomplete, or of a version "
+            "that attn_ops does not know"
+        )
+    needed, command = _FRAMEWORKS[package]
+    return f"{wanted} needs {needed}, and {package} is not installed: {command}"
+
+
+def check_keras(wanted: str) -> None:
+    """ImportError unless there is a Keras that is new enough for ``wanted``."""
+    import keras
+
+    version = getattr(keras, "__version__", "unknown")
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) < _OLDEST_KERAS:
+        raise ImportError(f"{wanted} needs Keras 3.7 or newer, and {version} is installed: pip install -U keras")
