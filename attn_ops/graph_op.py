@@ -67,7 +67,10 @@ def _composite_forward(call):
 
 def _composite_backward(call, out, statistics, d_out, d_lse):
     del out, statistics  # computed anew
-    inputs = [call.query, call.key, call.value, *([] if call.bias is None else [call.bias])]
+    # Copies: one tensor may be key and value at once, and the tape would give each of them the gradient of both.
+    given = [call.query, call.key, call.value, *([] if call.bias is None else [call.bias])]
+    inputs = [tf.identity(x) for x in given]
+    call = call._replace(**dict(zip(("query", "key", "value", "bias"), inputs)))
     with tf.GradientTape() as tape:
         tape.watch(inputs)
         outputs = composite.attention(call, in_xla=True)

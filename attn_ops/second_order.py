@@ -20,7 +20,9 @@ def gradients(call: AttentionCall, cotangents, incoming, with_bias):
     Returns:
         Two lists: for query, key, value (and bias), and for the cotangents. None where nothing depends.
     """
-    inputs = [call.query, call.key, call.value, *([call.bias] if with_bias else ())]
+    # Copies: one tensor may be key and value at once, and a tape would give each of them the gradient of both.
+    inputs = [tf.identity(x) for x in (call.query, call.key, call.value, *([call.bias] if with_bias else ()))]
+    call = call._replace(**dict(zip(("query", "key", "value", "bias"), inputs)))
     with tf.GradientTape() as second:
         second.watch(inputs + list(cotangents))
         with tf.GradientTape() as first:

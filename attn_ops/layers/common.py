@@ -126,13 +126,13 @@ def attend(query, key, value, *, mask, scale, implementation, dropout_rate, drop
     """
     options = {"mask": mask, "scale": scale}
     dropout = {} if dropout_seed is None else {"dropout_rate": dropout_rate, "dropout_seed": dropout_seed}
-    result = backend.attention.scaled_dot_product_attention(
-        query, key, value, **options, **dropout, implementation=implementation, return_lse=scores is not None
+    out = backend.attention.scaled_dot_product_attention(
+        query, key, value, **options, **dropout, implementation=implementation
     )
     if scores is None:
-        return result, None
-    out, lse = result
-    weights = backend.attention.attention_weights(query, key, lse=lse, **options)
+        return out, None
+    # Not from the log-sum-exp: -inf for a row that sees no key is what `tf.debugging.enable_check_numerics` looks for.
+    weights = backend.attention.attention_weights(query, key, **options)
     if scores == "dropped" and dropout:
         keep = backend.kept(dropout_seed, dims(weights), dropout_rate)
         weights = ops.where(keep, weights / (1.0 - dropout_rate), ops.zeros((), weights.dtype))

@@ -1,0 +1,241 @@
+"""Several derivatives inside one traced function: persistent and nested tapes, in every form, loop and layer.
+
+The values are those of the plain formula in TensorFlow's own operations, eagerly and in float64.
+"""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import attn_ops
+from attn_ops import layers
+
+
+def plain(x, y, bias):
+    scores = tf.einsum("bqhd,bkhd->bhqk", x, y) / np.sqrt(x.shape[-1]) + bias
+    return tf.einsum("bhqk,bkhd->bqhd", tf.nn.softmax(scores), y)
+
+
+def fused(x, y, bias):
+    return attn_ops.scaled_dot_product_attention(x, y, y, bias=bias, implementation="fused")
+
+
+def inputs():
+    random = np.random.default_rng(0)
+    return [tf.constant(random.standard_normal(shape)) for shape in [(2, 3, 2, 4), (2, 5, 2, 4), (1, 2, 1, 5)]]
+
+
+def two_losses(attend, *x):
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        out = attend(*x)
+        first, second = tf.reduce_sum(tf.sin(out)), tf.reduce_sum(out**3)
+    return [*tape.gradient(first, x), *tape.gradient(second, x)]
+
+
+def penalty(attend, *x):
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            loss = tf.reduce_sum(tf.sin(attend(*x)))
+        norm = tf.add_n([tf.reduce_sum(g**2) for g in inner.gradient(loss, x)])
+        total = loss + norm
+    return outer.gradient(total, x)
+
+
+def persistent_penalty(attend, *x):
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        loss = tf.reduce_sum(tf.sin(attend(*x)))
+        norm = tf.reduce_sum(tape.gradient(loss, x[0]) ** 2)
+    return [*tape.gradient(norm, x), *tape.gradient(loss, x)]
+
+
+def maml(attend, x, y, bias):
+    with tf.GradientTape() as outer:
+        outer.watch([x, bias])
+        fast = x
+        for _ in range(2):
+            with tf.GradientTape() as inner:
+                inner.watch(fast)
+                loss = tf.reduce_sum(attend(fast, y, bias) ** 2)
+            fast -= 0.1 * inner.gradient(loss, fast)
+        loss = tf.reduce_sum(tf.sin(attend(fast, y, bias)))
+    return outer.gradient(loss, [x, bias])
+
+
+def penalty_in_a_loop(attend, x, y, bias):
+    def body(i, total, x):
+        return i + 1, total + tf.add_n([tf.reduce_sum(g**2) for g in two_losses(attend, x, y, bias)]), x + 0.1
+
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        _, total, _ = tf.while_loop(
+            lambda i, *_: i < 2, body, (0, tf.zeros((), x.dtype), x), maximum_iterations=2
+        )
+    return [tape.gradient(total, x)]
+
+
+def penalty_in_map_fn(attend, x, y, bias):
+    return tf.map_fn(lambda one: penalty(attend, one[0][None], one[1][None], bias)[0][0], (x, y), x.dtype)
+
+
+def recomputed(attend, *x):
+    return persistent_penalty(tf.recompute_grad(attend), *x)
+
+
+JOBS = (two_losses, penalty, persistent_penalty, maml, penalty_in_a_loop, penalty_in_map_fn, recomputed)
+
+
+def eagerly(job, attend):
+    return lambda *x: job(attend, *x)
+
+
+def in_a_graph(job, attend):
+    return tf.function(lambda *x: job(attend, *x), autograph=False)
+
+
+def in_xla(job, attend):
+    return tf.function(lambda *x: job(attend, *x), autograph=False, jit_compile=True)
+
+
+def around_a_function(job, attend):
+    function = tf.function(attend, autograph=False)
+    return lambda *x: job(function, *x)
+
+
+def around_a_compiled_function(job, attend):
+    function = tf.function(attend, autograph=False, jit_compile=True)
+    return tf.function(lambda *x: job(function, *x), autograph=False)
+
+
+def compiled_around_a_graph(job, attend):
+    graph = in_a_graph(job, attend)
+    graph.get_concrete_function(*inputs())  # made before XLA has it
+    return tf.function(lambda *x: graph(*x), autograph=False, jit_compile=True)
+
+
+def assert_right(job, found):
+    expected = job(plain, *inputs())
+    for x, y in zip(tf.nest.flatten(found), tf.nest.flatten(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
+@pytest.mark.parametrize("form", [eagerly, in_a_graph, in_xla], ids=lambda form: form.__name__)
+def test_in_one_place(form, job):
+    assert_right(job, form(job, fused)(*inputs()))
+
+
+@pytest.mark.parametrize("form", [around_a_function, around_a_compiled_function, compiled_around_a_graph])
+@pytest.mark.parametrize("job", [two_losses, penalty, persistent_penalty])
+def test_across_functions(form, job):
+    assert_right(job, form(job, fused)(*inputs()))
+
+
+@pytest.mark.parametrize("pfor", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_batch_jacobian(jit_compile, pfor):
+    x, y, bias = inputs()
+
+    def jacobian(attend):
+        with tf.GradientTape(persistent=not pfor) as tape:
+            tape.watch(x)
+            out = attend(x, y, bias)
+        return tape.batch_jacobian(out, x, experimental_use_pfor=pfor)
+
+    found = tf.function(lambda: jacobian(fused), jit_compile=jit_compile, autograph=False)()
+    np.testing.assert_allclose(found, jacobian(plain), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_hidden_keys_dropout_and_lse(jit_compile):
+    """What only the composite can be asked about: the same function of the same bits."""
+    x, y, bias = inputs()
+
+    def second(implementation):
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch([x, y])
+            out, lse = attn_ops.scaled_dot_product_attention(
+                x, y, y, bias=bias, is_causal=True, key_value_seq_lengths=[3, 5], dropout_rate=0.4, dropout_seed=5,
+                return_lse=True, implementation=implementation,
+            )  # fmt: skip
+            first = tape.gradient([out**2, lse], [x, y])
+            norm = tf.add_n([tf.reduce_sum(g**2) for g in first])
+        return [*first, *tape.gradient(norm, [x, y])]
+
+    found = tf.function(lambda: second("fused"), jit_compile=jit_compile, autograph=False)()
+    for a, b in zip(found, second("composite"), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+LAYERS = {
+    "MultiHeadAttention": (lambda: layers.MultiHeadAttention(2, 4), lambda layer, x: layer(x, x)),
+    "GroupedQueryAttention": (lambda: layers.GroupedQueryAttention(4, 4, 2), lambda layer, x: layer(x, x)),
+    "Attention": (lambda: layers.Attention(use_scale=True), lambda layer, x: layer([x, x])),
+    "AttentionLayer": (layers.AttentionLayer, lambda layer, x: layer([x, x, x])),
+    "SelfAttention": (lambda: layers.SelfAttention(4), lambda layer, x: layer(x)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_gradient_penalty_of_a_layer(name, jit_compile):
+    """Against the eager layer, whose gradients have tests of their own."""
+    make, call = LAYERS[name]
+    layer = make()
+    x = tf.constant(np.random.default_rng(0).standard_normal((2, 5, 8)), tf.float32)
+    call(layer, x)
+
+    def step(x):
+        return penalty(lambda x: call(layer, x), x)[0]
+
+    found = tf.function(step, jit_compile=jit_compile, autograph=False)(x)
+    np.testing.assert_allclose(found, step(x), rtol=1e-3, atol=1e-4)
+
+
+class Penalised(keras.Model):
+    """Trains with a gradient penalty, and keeps one tape for both losses."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+        self.head = keras.layers.Dense(1, kernel_initializer="ones")
+
+    def call(self, x):
+        return self.head(self.attention(x, x))
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape(persistent=True) as tape:
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                predicted = self(x, training=True)
+            loss = tf.reduce_mean((predicted - y) ** 2)
+            norm = tf.reduce_mean(inner.gradient(predicted, x) ** 2)
+        gradients = [
+            a + 0.1 * b
+            for a, b in zip(
+                tape.gradient(loss, self.trainable_variables),
+                tape.gradient(norm, self.trainable_variables, unconnected_gradients=tf.UnconnectedGradients.ZERO),
+            )
+        ]
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
+        return {"loss": loss, "norm": norm}
+
+
+@pytest.mark.parametrize("jit_compile", [False, "auto", True])
+def test_fit_with_a_gradient_penalty(jit_compile):
+    random = np.random.default_rng(0)
+    x, y = random.standard_normal((8, 5, 8)).astype("f4"), random.standard_normal((8, 5, 1)).astype("f4")
+    weights = []
+    for kind in (keras.layers.MultiHeadAttention, layers.MultiHeadAttention):
+        keras.utils.set_random_seed(0)
+        model = Penalised(kind(2, 4))
+        model.compile(optimizer=keras.optimizers.SGD(0.1), jit_compile=jit_compile)
+        model.fit(x, y, batch_size=4, epochs=2, verbose=0, shuffle=False)
+        weights.append(model.get_weights())
+    for stock, ours in zip(*weights, strict=True):
+        np.testing.assert_allclose(ours, stock, rtol=1e-3, atol=1e-4)
