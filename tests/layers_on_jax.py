@@ -207,3 +207,49 @@ def test_kernels_are_used():
     x = random(1, 3, 4)
     layer(x, x)
     assert "attn_ops.forward" in str(jax.make_jaxpr(lambda x: layer(x, x))(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_recomputation_drops_the_same(compiled):
+    """By Euler: the output is linear in the values."""
+    layer = layers.AttentionLayer(dropout=0.5, seed=1)
+    q, k, v, weight = (random(2, 12, 8) for _ in range(4))
+    layer([q, k, v])
+    state = [x.value for x in layer.non_trainable_variables]
+
+    @jax.checkpoint
+    def total(v):
+        out, _ = layer.stateless_call([], state, [q, k, v], training=True)
+        return (out * weight).sum()
+
+    run = jax.value_and_grad(total)
+    value, gradient = (jax.jit(run) if compiled else run)(v)
+    np.testing.assert_allclose((v * gradient).sum(), value, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name, config", [("MultiHeadAttention", (2, 8)), ("GroupedQueryAttention", (8, 4, 2))])
+def test_padding_changes_no_real_token(name, config):
+    inputs = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(5, 16, mask_zero=True)(inputs)
+    for _ in range(2):
+        x = keras.layers.LayerNormalization()(keras.layers.Add()([x, getattr(layers, name)(*config)(x, x)]))
+    model = keras.Model(inputs, x)
+    tokens = np.array([[1, 2, 3, 0], [4, 3, 2, 1]])
+    longer = np.pad(tokens, ((0, 0), (0, 5)))
+    for run in (model, lambda x: model.predict(x, verbose=0)):
+        short = np.array(run(tokens))[tokens != 0]
+        np.testing.assert_allclose(np.array(run(longer))[:, :4][tokens != 0], short, atol=5e-6)
+
+
+def test_a_given_query_mask_counts_and_is_passed_on():
+    x, mask = jax.numpy.asarray(random(2, 5, 16)), np.arange(5) < [[5], [3]]
+    out = layers.MultiHeadAttention(2, 8, use_bias=False)(x, x, query_mask=mask)
+    assert not np.array(out)[~mask].any() and np.array(out)[mask].all()
+    np.testing.assert_array_equal(keras.src.backend.get_keras_mask(out), mask)
+
+
+def test_as_in_keras_gives_the_means_of_keras():
+    x, visible = random(2, 5, 16), np.tril(np.ones((2, 5, 5), bool), -1)
+    stock, mine = twins("MultiHeadAttention", lambda layer: layer(x, x), num_heads=2, key_dim=8)
+    mine.as_in_keras = True
+    assert_same(mine(x, x, attention_mask=visible), stock(x, x, attention_mask=visible))

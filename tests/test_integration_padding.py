@@ -93,9 +93,9 @@ def test_the_op_with_few_heads_or_no_keys(seqlen_k, heads):
     q, k, v = random(2, 5, 4, 8), random(2, seqlen_k, heads, 8, seed=1), random(2, seqlen_k, heads, 3, seed=2)
     mask = MASKS["rows"]
     repeated = [tf.repeat(x, 4 // heads, axis=2) for x in (k, v)]
-    expected = keras.ops.dot_product_attention(q, *repeated, mask=mask)
+    expected = keras.ops.dot_product_attention(q, *repeated, mask=mask, scale=0.5)
     with attn_ops.patched():
-        actual = keras.ops.dot_product_attention(q, k, v, mask=mask)
+        actual = keras.ops.dot_product_attention(q, k, v, mask=mask, scale=0.5)
     np.testing.assert_allclose(actual, expected, atol=1e-9)
     assert np.isfinite(actual).all()
 
