@@ -1,8 +1,10 @@
 """Which implementation runs, what the user is told about it, and how to force one."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,6 +164,52 @@ assert "tensorflow" not in sys.modules
 def test_import_does_not_load_tensorflow():
     result = run("import attn_ops, sys; assert attn_ops.__version__ and 'tensorflow' not in sys.modules")
     assert result.returncode == 0, result.stderr
+
+
+def test_dir_is_what_is_public():
+    assert dir(attn_ops) == sorted(attn_ops.__all__)
+
+
+def test_the_kernels_for_numpy_are_an_attribute():
+    result = run("import attn_ops; print(attn_ops._core.isas())")
+    assert result.returncode == 0 and "generic" in result.stdout, result.stderr
+    without = "import sys, attn_ops; sys.modules['attn_ops._core'] = None; attn_ops._core"
+    result = run(without)
+    assert "ImportError: attn_ops._core cannot be imported" in result.stderr
+    assert "in a checkout, pip install ." in result.stderr
+
+
+@pytest.mark.parametrize("framework", ["tensorflow", "jax"])
+def test_a_misspelt_instruction_set_is_a_reason(framework):
+    """Not the fused op, and not an error before anybody asked for it."""
+    code = {
+        "tensorflow": "import attn_ops as a, numpy as np; x = np.ones((1, 3, 2, 8), 'float32')\n",
+        "jax": "import attn_ops.jax as a, numpy as np; x = np.ones((1, 3, 2, 8), 'float32')\n",
+    }[framework] + "print(a.explain(x, x, x)); print(float(a.scaled_dot_product_attention(x, x, x)[0, 0, 0, 0]))"
+    result = run(code, ATTN_OPS_ISA="sse9")
+    assert result.returncode == 0, result.stderr
+    assert "implementation: composite" in result.stdout and result.stdout.endswith("1.0\n")
+    usable = ", ".join(_native.core().isas())
+    assert f"ATTN_OPS_ISA ('sse9') must name an instruction set that is usable here: {usable}" in result.stdout
+    good = run(code, ATTN_OPS_ISA="generic")
+    assert "implementation: fused" in good.stdout
+
+
+def test_command_info_shows_a_misspelt_instruction_set():
+    result = run(None, "-m", "attn_ops", "info", ATTN_OPS_ISA="sse9")
+    assert "default: the environment variable ATTN_OPS_ISA ('sse9') must name" in result.stdout
+
+
+def test_messages_name_commands_that_work():
+    """This package is in no index: what to install is a framework, or a checkout."""
+    package = Path(attn_ops.__file__).parent
+    named = [
+        (path.name, command)
+        for path in package.rglob("*.py")
+        for command in re.findall(r"pip install ([^\n`;]*)", path.read_text())
+    ]
+    assert named
+    assert not [(name, command) for name, command in named if "attn_ops" in command or "attn-ops" in command]
 
 
 def test_unknown_name():

@@ -121,6 +121,60 @@ def test_functional_model_saves_and_loads(tmp_path):
     assert_everything(keras.models.load_model(path))
 
 
+def test_attention_weights_in_a_functional_model(tmp_path):
+    query, key, _ = symbols()
+    padding, lengths = keras.Input((7,), dtype="bool"), keras.Input((), dtype="int32")
+    bias = keras.Input((4, 5, 7))
+    scale = keras.Input(batch_shape=())
+    mask = [masks.causal() & masks.key_padding(padding), np.arange(7)[None, None, None] != 4]
+    options = dict(bias=bias, mask=mask, window=(4, None), query_seq_lengths=lengths, scale=scale)
+    weights = attn_ops.attention_weights(query, key, **options)
+    assert (weights.shape, weights.dtype) == ((None, 4, 5, 7), "float32")
+    assert attn_ops.attention_weights(*symbols(dtype="bfloat16")[:2]).dtype == "bfloat16"
+    model = keras.Model([query, key, padding, lengths, bias, scale], weights)
+    arrays = make_inputs("float32", 2, 5, 7, 4, 2, 8, 3)[:2]
+    rng = np.random.default_rng(0)
+    rest = [rng.random((2, 7)) < 0.8, np.array([5, 3]), rng.standard_normal((2, 4, 5, 7)).astype("float32"), np.float32(0.3)]
+    expected = reference.attention_weights(
+        *arrays,
+        bias=rest[2],
+        mask=[masks.causal() & masks.key_padding(rest[0]), np.arange(7)[None, None, None] != 4],
+        window=(4, None),
+        query_seq_lengths=rest[1],
+        scale=0.3,
+    )
+    np.testing.assert_allclose(model([*arrays, *rest]), expected, rtol=1e-5, atol=1e-6)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(loaded([*arrays, *rest]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_weights_by_the_lse_of_the_attention():
+    query, key, value = symbols((4, None, 8), (2, 7, 8), (2, 7, 3))
+    out, lse = scaled_dot_product_attention(query, key, value, layout="BHSD", return_lse=True)
+    weights = attn_ops.attention_weights(query, key, layout="BHSD", lse=lse)
+    assert weights.shape == (None, 4, None, 7)
+    with pytest.raises(ValueError, match="attention_weights: lse must be what the attention returned, of shape"):
+        attn_ops.attention_weights(query, key, layout="BHSD", lse=keras.Input((5, 4)))
+    with pytest.raises(ValueError, match="attention_weights: query and key must have the same head_dim, got 8, 9"):
+        attn_ops.attention_weights(query, keras.Input((2, 7, 9)), layout="BHSD")
+
+
+def test_masks_of_keras_tensors_combine():
+    """Segments, and lengths of both sides of an `&`."""
+    query, key, value = symbols()
+    ids = keras.Input((5,), dtype="int32"), keras.Input((7,), dtype="int32")
+    lengths = keras.Input((), dtype="int32"), keras.Input((), dtype="int32")
+    mask = masks.segments(*ids) & masks.padding(None, lengths[0]) & masks.padding(None, lengths[1])
+    model = keras.Model([query, key, value, *ids, *lengths], scaled_dot_product_attention(query, key, value, mask=mask))
+    arrays = make_inputs("float32", 2, 5, 7, 4, 2, 8, 3)[:3]
+    rng = np.random.default_rng(0)
+    rest = [rng.integers(0, 2, (2, 5)), rng.integers(0, 2, (2, 7)), np.array([7, 3]), np.array([5, 6])]
+    exact = masks.segments(*rest[:2]) & masks.padding(None, np.minimum(*rest[2:]))
+    expected = reference.attention(*arrays, mask=exact)[0]
+    np.testing.assert_allclose(model([*arrays, *rest]), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_scale_that_is_a_tensor():
     query, key, value = symbols()
     scale = keras.Input(batch_shape=())

@@ -328,6 +328,23 @@ def test_explain():
         attn_ops.jax.explain(shape, jax.ShapeDtypeStruct((1, 4, 3, 8), "float32"), shape)
 
 
+@pytest.mark.parametrize("implementation", [None, "composite"])
+def test_an_export_leaves_the_batch_and_the_lengths_open(implementation):
+    batch, seqlen = jax.export.symbolic_shape("batch, seqlen")
+
+    def attend(x):
+        return scaled_dot_product_attention(x, x, x, is_causal=True, implementation=implementation)
+
+    allowed = [jax.export.DisabledSafetyCheck.custom_call("attn_ops.forward")]
+    exported = jax.export.export(jax.jit(attend), disabled_checks=allowed)(
+        jax.ShapeDtypeStruct((batch, seqlen, 2, 8), "float32")
+    )
+    for shape in (2, 5, 2, 8), (1, 9, 2, 8):
+        x = np.random.default_rng(0).standard_normal(shape).astype("float32")
+        expected = attn_ops.reference.attention(x, x, x, is_causal=True)[0]
+        np.testing.assert_allclose(exported.call(x), expected, rtol=1e-5, atol=1e-5)
+
+
 DISABLED = """
 import sys
 sys.modules["tensorflow"] = None

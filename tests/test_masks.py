@@ -274,6 +274,36 @@ def test_bad_input(error, message, call):
         call()
 
 
+def test_reprs_are_short():
+    padding = masks.key_padding(np.ones((2, 600), bool))
+    assert repr(masks.causal() & padding) == "<Mask: causal & key_padding[2, 600]>"
+    assert repr(masks.causal("bottom_right")) == "<Mask: causal(bottom_right)>"
+    assert repr(masks.window(3)) == "<Mask: window(left=3, right=all)>"
+    assert repr(masks.query_padding(np.ones((2, 5), bool))) == "<Mask: query_padding[2, 5]>"
+    assert repr(masks.segments(np.ones((2, 5), int), np.ones((2, 7), int))) == "<Mask: segments([2, 5], [2, 7])>"
+    assert repr(masks.boolean(np.ones((5, 7), bool))) == "<Mask: boolean[1, 1, 5, 7]>"
+    assert repr(masks.padding([1, 2], None)) == "<Mask: query_lengths[2]>"
+    assert repr(masks.Mask()) == "<Mask: everything is visible>"
+
+
+def test_reprs_of_tensors_whose_shape_is_not_known():
+    import tensorflow as tf
+
+    seen = []
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 4], "bool")], autograph=False)
+    def function(mask):
+        seen.append(repr(masks.key_padding(mask)))
+
+    function(np.ones((2, 4), bool))
+    assert seen == ["<Mask: key_padding[?, 4]>"]
+
+
+def test_lists_of_different_lengths_are_refused():
+    with pytest.raises(TypeError, match="key_padding: an array is needed, or lists that make one"):
+        masks.key_padding([[True], [True, False]])
+
+
 def test_ragged_tensors_are_refused():
     import tensorflow as tf
 
