@@ -11,14 +11,14 @@ import functools
 
 import tensorflow as tf
 
-from . import bounded_op, composite, native_op, saved_models
+from . import bounded_op, composite, dynamic_sizes, native_op, saved_models
 from .arguments import AttentionCall
 
 
 def forward(call: AttentionCall):
     """(out, lse, statistics), without a gradient of their own; lse is None unless ``call.return_lse``."""
     in_xla = _composite_forward if bounded_op.unavailable_reason(call) else bounded_op.forward
-    out, statistics, *lse = _native_or(lambda: _present(native_op.forward(call)), lambda: _present(in_xla(call)))
+    out, statistics, *lse = _native_or(call, lambda: _present(native_op.forward(call)), lambda: _present(in_xla(call)))
     lse = lse[0] if lse else None
     call.set_result_shapes(out, lse, statistics)
     return out, lse, statistics
@@ -28,14 +28,17 @@ def backward(call: AttentionCall, out, statistics, d_out, d_lse):
     """[d_query, d_key, d_value], and the gradient of the bias where ``call`` has one; ``d_lse`` may be None."""
     in_xla = _composite_backward if bounded_op.unavailable_reason(call) else bounded_op.backward
     arguments = (call, out, statistics, d_out, d_lse)
-    return list(_native_or(lambda: tuple(native_op.backward(*arguments)), lambda: tuple(in_xla(*arguments))))
+    return list(_native_or(call, lambda: tuple(native_op.backward(*arguments)), lambda: tuple(in_xla(*arguments))))
 
 
-def _native_or(operator, in_xla):
+def _native_or(call, operator, in_xla):
     def native():
         saved_models.leave_hint()
         return operator()
 
+    if dynamic_sizes.any_unknown(call):
+        # Some of its operations exist for XLA alone. Inlined, as branches are where they run, they would have to find a place.
+        in_xla = tf.function(in_xla, autograph=False, experimental_attributes={"_noinline": True})
     # Called as a function without state: `DeviceIndex` counts as one that has it, of which `tf.vectorized_map` would
     # want a value for each iteration.
     (device,) = tf.raw_ops.PartitionedCall(args=[], Tout=[tf.int32], f=_device_index())
