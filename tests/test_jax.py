@@ -328,12 +328,12 @@ def test_explain():
         attn_ops.jax.explain(shape, jax.ShapeDtypeStruct((1, 4, 3, 8), "float32"), shape)
 
 
-@pytest.mark.parametrize("implementation", [None, "composite"])
-def test_an_export_leaves_the_batch_and_the_lengths_open(implementation):
+@pytest.mark.parametrize("chosen", [None, "composite"])
+def test_an_export_leaves_the_batch_and_the_lengths_open(chosen):
     batch, seqlen = jax.export.symbolic_shape("batch, seqlen")
 
     def attend(x):
-        return scaled_dot_product_attention(x, x, x, is_causal=True, implementation=implementation)
+        return scaled_dot_product_attention(x, x, x, is_causal=True, implementation=chosen)
 
     allowed = [jax.export.DisabledSafetyCheck.custom_call("attn_ops.forward")]
     exported = jax.export.export(jax.jit(attend), disabled_checks=allowed)(

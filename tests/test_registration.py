@@ -35,8 +35,7 @@ for path, x in ("op", "x"), ("layers", "y"):
 ORDERS = {
     "before keras": "import attn_ops, keras",
     "after keras": "import keras, attn_ops",
-    "before tensorflow": "import attn_ops\nimport tensorflow",
-    "a module of it": "from attn_ops import masks",
+    "a module of it, before tensorflow": "from attn_ops import masks\nimport tensorflow",
 }
 
 
@@ -159,7 +158,7 @@ assert "attn_ops>Attention" in keras.saving.get_custom_objects()
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("version", ["3.3.3", "3.6.0", "2.15.0"])
+@pytest.mark.parametrize("version", ["3.3.3", "2.15.0"])
 def test_an_older_keras_is_named(version):
     code = f"""
 import sys, types
