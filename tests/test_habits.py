@@ -192,7 +192,7 @@ def test_ragged_and_sparse_tensors(kind):
 
 def test_attention_on_ragged_tensors():
     x = tf.ragged.constant([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0]]], ragged_rank=1)
-    with pytest.raises(TypeError, match="a RaggedTensor is not taken; pass the dense x.to_tensor.*masks"):
+    with pytest.raises(TypeError, match="is a RaggedTensor.*to_tensor.*mask"):
         attn_ops.layers.Attention()([x, x])
 
 

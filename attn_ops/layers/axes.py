@@ -15,10 +15,6 @@ from keras import ops
 
 def dims(x):
     """The extents of `x`: ints where they are static, scalar tensors where not."""
-    if type(x).__name__ == "RaggedTensor":
-        raise TypeError(
-            "attn_ops.layers: a RaggedTensor is not taken; pass the dense x.to_tensor(), and tell what is padding by masks"
-        )
     extents = list(x.shape)
     return list(ops.shape(x)) if None in extents else extents
 
