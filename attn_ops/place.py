@@ -18,7 +18,9 @@ _XLA = "tensorflow.compiler.tf2xla.python.xla"
 
 # What is used, by path, and what happens without it.
 _WITHOUT = {
-    "tf.__internal__.get_enclosing_xla_context": "functions compiled by XLA hold the kernels in both forms, as others do",
+    "tf.__internal__.get_enclosing_xla_context": (
+        "functions compiled by XLA hold the kernels in both forms, as others do"
+    ),
     "tf.__internal__.eager_context.get_device_name": "the device of an eager call is told by where a constant lands",
     "tf.Operation._set_attr": "in graphs the composite takes all query rows at once",
     f"{_XLA}.call_module": "functions compiled by XLA hold the composite",
@@ -98,7 +100,7 @@ def device() -> str:
 
 
 def unwatched_inputs(op) -> tuple[int, ...]:
-    """The inputs of ``op``, handed to a gradient function, whose gradients nobody wants; tapes tell, `tf.gradients` not."""
+    """The inputs of ``op``, handed to a gradient function, whose gradients nobody wants, as far as tapes tell."""
     return getattr(op, "skip_input_indices", None) or ()
 
 
