@@ -14,6 +14,7 @@ import sys
 
 import tensorflow as tf
 
+_TANGENTS = "tensorflow.python.eager.forwardprop_util.pack_tangents"
 _XLA = "tensorflow.compiler.tf2xla.python.xla"
 
 # What is used, by path, and what happens without it.
@@ -22,6 +23,7 @@ _WITHOUT = {
         "functions compiled by XLA hold the kernels in both forms, as others do"
     ),
     "tf.__internal__.eager_context.get_device_name": "the device of an eager call is told by where a constant lands",
+    _TANGENTS: "a ForwardAccumulator around a function that holds the kernels finds no derivative",
     "tf.Operation._set_attr": "in graphs the composite takes all query rows at once",
     f"{_XLA}.call_module": "functions compiled by XLA hold the composite",
     f"{_XLA}.remove_dynamic_dimension_size": (
@@ -47,10 +49,13 @@ def in_xla() -> bool:
 
 
 def in_forward_mode(tensors) -> bool:
-    """Whether a `tf.autodiff.ForwardAccumulator` of the graph that is being made watches one of ``tensors``.
-
-    An accumulator, and nothing else, asks for the gradient of an operation as soon as it is made.
+    """Whether a `tf.autodiff.ForwardAccumulator` is at work, or where that cannot be told: whether one watches
+    ``tensors`` in the graph that is being made.
     """
+    pack = _get(_TANGENTS)
+    if pack is not None:
+        return bool(pack(list(tensors)).indices)  # one entry for each accumulator, also for those around a function
+    # An accumulator, and nothing else, asks for the gradient of an operation as soon as it is made.
     asked = []
 
     @tf.custom_gradient
