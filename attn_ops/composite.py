@@ -382,8 +382,8 @@ def _biased(s, bias):
 
 
 def _softmax_terms(s, seen):
-    """exp(s - m) with m the largest score of a row, 0 where hidden; their sum (1 for an empty row), m, and which rows are
-    empty, `[..., 1]` each.
+    """exp(s - m) with m the largest score of a row, 0 where hidden; and, `[..., 1]` each, their sum (1 for an empty
+    row), m, and which rows are empty.
 
     Without infinities, which `tf.debugging.enable_check_numerics` would take for errors.
     """
@@ -424,7 +424,7 @@ def _select(condition, x):
 
 
 def _above_minus_inf(x):
-    """Where `x` is not -inf, NaN included; without that constant, for the sake of `tf.debugging.enable_check_numerics`."""
+    """Where `x` is not -inf, NaN included; without that constant, which `tf.debugging.enable_check_numerics` finds."""
     return tf.logical_not(x < x.dtype.min)
 
 

@@ -1,9 +1,9 @@
 """Sizes that only the data decide, inside functions that XLA compiles.
 
 There `tf.boolean_mask` gives an axis of bounded size, of which TensorFlow sees only that it is unknown. Custom calls
-take none, nor do loops over rows: the attention is computed with all the room that such axes have, lengths hide what lies
-beyond the sizes, and the results are cut to them. That is done for the batch, the query rows and the keys. Where XLA
-finds an unknown axis fixed when it compiles, only the lengths remain of it.
+take none, nor do loops over rows: the attention is computed with all the room that such axes have, lengths hide what
+lies beyond the sizes, and the results are cut to them. That is done for the batch, the query rows and the keys. Where
+XLA finds an unknown axis fixed when it compiles, only the lengths remain of it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Room:
         self._layout = call.layout
         self._sizes = {name: _size(call, name) for name in (_BATCH, _ROWS, _KEYS)}
         self._rooms = {name: _room(call, name) if n is None else n for name, n in self._sizes.items()}
-        for (x, axes) in _full(call)[:2]:
+        for x, axes in _full(call)[:2]:
             for axis, name in axes.items():
                 if self._sizes[name] is None:
                     self._sizes[name] = tf.shape(x)[axis]
@@ -125,7 +125,8 @@ def _broadcasting(call):
 def _size(call, name):
     """The size of this name, if any tensor tells it; None if not."""
     sizes = [x.shape[axis] for x, axes in _full(call) for axis, n in axes.items() if n == name]
-    sizes += [x.shape[axis] for x, axes in _broadcasting(call) for axis, n in axes.items() if n == name and x.shape[axis] != 1]
+    scores = [x.shape[axis] for x, axes in _broadcasting(call) for axis, n in axes.items() if n == name]
+    sizes += [n for n in scores if n != 1]  # what has one broadcasts
     return next((n for n in sizes if n is not None), None)
 
 
@@ -155,7 +156,8 @@ def _widened(x, rooms):
         for axis, room in rooms.items():
             wide = _with_all_room(wide, axis)
             kept = tf.minimum(tf.shape(wide)[axis], room)
-            wide = tf.pad(_slice(wide, {axis: kept}), [[0, room - kept if i == axis else 0] for i in range(x.shape.rank)])
+            paddings = [[0, room - kept if i == axis else 0] for i in range(x.shape.rank)]
+            wide = tf.pad(_slice(wide, {axis: kept}), paddings)
         wide.set_shape([rooms[i] if isinstance(rooms.get(i), int) else n for i, n in enumerate(wide.shape)])
         return wide, lambda d: _cut(d, {axis: tf.shape(x)[axis] for axis in rooms})
 

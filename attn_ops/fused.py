@@ -82,9 +82,7 @@ def _gradients(form, call, out, statistics, d_out, d_lse):
         d_out, d_lse = (*arguments[num_inputs:], None)[:2]
 
         def gradient(*incoming):
-            d_inputs, d_cotangents = second_order.gradients(
-                own, arguments[num_inputs:], incoming, with_bias=own.bias is not None
-            )
+            d_inputs, d_cotangents = second_order.gradients(own, arguments[num_inputs:], incoming)
             return *d_inputs, *d_cotangents
 
         return form.backward(_unwatched(own), out, statistics, *_unwatched_tensors(d_out, d_lse)), gradient

@@ -137,12 +137,10 @@ def _backward_gradient(op, *gradients):
         op.get_attr("layout").decode(),
         lse_dtype=op.inputs[4].dtype,
     )
-    with_bias = bool(bias) and op.get_attr("d_bias")
-    d_inputs, d_cotangents = second_order.gradients(call, [d_out, *d_lse], gradients, with_bias)
-    d_bias = d_inputs[3:] if with_bias else [None] * len(bias)
+    d_inputs, d_cotangents = second_order.gradients(call, [d_out, *d_lse], gradients)
     rest = len(op.inputs) - 6 - num_d_lse - len(bias)
     d_d_out, *d_d_lse = d_cotangents
-    return [*d_inputs[:3], None, None, d_d_out, *d_d_lse, *d_bias] + [None] * rest
+    return [*d_inputs[:3], None, None, d_d_out, *d_d_lse, *d_inputs[3:]] + [None] * rest
 
 
 # Registers the ops, so that a saved model which holds them can be loaded from here on.

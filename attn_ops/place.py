@@ -14,12 +14,16 @@ import sys
 
 import tensorflow as tf
 
+_TANGENTS = "tensorflow.python.eager.forwardprop_util.pack_tangents"
 _XLA = "tensorflow.compiler.tf2xla.python.xla"
 
 # What is used, by path, and what happens without it.
 _WITHOUT = {
-    "tf.__internal__.get_enclosing_xla_context": "functions compiled by XLA hold the kernels in both forms, as others do",
+    "tf.__internal__.get_enclosing_xla_context": (
+        "functions compiled by XLA hold the kernels in both forms, as others do"
+    ),
     "tf.__internal__.eager_context.get_device_name": "the device of an eager call is told by where a constant lands",
+    _TANGENTS: "a ForwardAccumulator around a function that holds the kernels finds no derivative",
     "tf.Operation._set_attr": "in graphs the composite takes all query rows at once",
     f"{_XLA}.call_module": "functions compiled by XLA hold the composite",
     f"{_XLA}.remove_dynamic_dimension_size": (
@@ -45,10 +49,13 @@ def in_xla() -> bool:
 
 
 def in_forward_mode(tensors) -> bool:
-    """Whether a `tf.autodiff.ForwardAccumulator` of the graph that is being made watches one of ``tensors``.
-
-    An accumulator, and nothing else, asks for the gradient of an operation as soon as it is made.
+    """Whether a `tf.autodiff.ForwardAccumulator` is at work, or where that cannot be told: whether one watches
+    ``tensors`` in the graph that is being made.
     """
+    pack = _get(_TANGENTS)
+    if pack is not None:
+        return bool(pack(list(tensors)).indices)  # one entry for each accumulator, also for those around a function
+    # An accumulator, and nothing else, asks for the gradient of an operation as soon as it is made.
     asked = []
 
     @tf.custom_gradient
@@ -98,7 +105,7 @@ def device() -> str:
 
 
 def unwatched_inputs(op) -> tuple[int, ...]:
-    """The inputs of ``op``, handed to a gradient function, whose gradients nobody wants; tapes tell, `tf.gradients` not."""
+    """The inputs of ``op``, handed to a gradient function, whose gradients nobody wants, as far as tapes tell."""
     return getattr(op, "skip_input_indices", None) or ()
 
 

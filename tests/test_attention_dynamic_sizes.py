@@ -1,0 +1,145 @@
+"""Sizes that only the data decide, in functions that XLA compiles: what stock Keras compiles, the op and layers do too.
+
+The values are those of the plain formula, eagerly.
+"""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import attn_ops
+from attn_ops import layers
+
+KEPT_ROWS = np.array([1, 0, 1, 1, 0, 1, 1], bool)
+KEPT_KEYS = np.array([1, 0, 1, 1, 0, 1, 1, 0, 1], bool)
+KEPT_ENTRIES = np.array([0, 1, 1], bool)
+
+
+def tensors():
+    random = np.random.default_rng(0)
+    shapes = [(3, 7, 2, 4), (3, 9, 2, 4), (3, 9, 2, 3), (3, 2, 7, 9)]
+    return [tf.constant(random.standard_normal(shape), tf.float32) for shape in shapes]
+
+
+def keep_rows(query, key, value, bias):
+    return tf.boolean_mask(query, KEPT_ROWS, axis=1), key, value, tf.boolean_mask(bias, KEPT_ROWS, axis=2)
+
+
+def keep_keys(query, key, value, bias):
+    key, value = (tf.boolean_mask(x, KEPT_KEYS, axis=1) for x in (key, value))
+    return query, key, value, tf.boolean_mask(bias, KEPT_KEYS, axis=3)
+
+
+def keep_entries(*x):
+    return tuple(tf.boolean_mask(x, KEPT_ENTRIES, axis=0) for x in x)
+
+
+def keep_some_of_each(*x):
+    return keep_entries(*keep_keys(*keep_rows(*x)))
+
+
+def keep_rows_of_the_query_alone(query, key, value, bias):
+    return tf.boolean_mask(query, KEPT_ROWS, axis=1), key, value, tf.reduce_sum(bias, 2, keepdims=True)
+
+
+def plain(query, key, value, bias):
+    """With a window that stands at the last key, and a mask."""
+    scores = tf.einsum("bqhd,bkhd->bhqk", query, key) / 2 + bias
+    rows, keys = tf.range(tf.shape(query)[1])[:, None], tf.range(tf.shape(key)[1])
+    own = rows + tf.shape(key)[1] - tf.shape(query)[1]
+    scores = tf.where((keys <= own + 2) & (bias > -1.5), scores, -1e9)
+    weights = tf.nn.softmax(scores)
+    return tf.einsum("bhqk,bkhd->bqhd", weights, value), tf.reduce_logsumexp(scores, -1), weights
+
+
+def ours(chosen):
+    def attend(query, key, value, bias):
+        options = {"mask": bias > -1.5, "window": (None, 2), "causal_alignment": "bottom_right"}
+        out, lse = attn_ops.scaled_dot_product_attention(
+            query, key, value, bias=bias, return_lse=True, implementation=chosen, **options
+        )
+        return out, lse, attn_ops.attention_weights(query, key, bias=bias, **options)
+
+    return attend
+
+
+def with_gradients(attend, select, *x):
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        results = attend(*select(*x))
+        loss = tf.add_n([tf.reduce_sum(tf.sin(y)) for y in results])
+    return [*results, *tape.gradient(loss, x)]
+
+
+SELECTIONS = (keep_rows, keep_keys, keep_entries, keep_some_of_each, keep_rows_of_the_query_alone)
+
+
+@pytest.mark.parametrize("select", SELECTIONS, ids=lambda select: select.__name__)
+@pytest.mark.parametrize("chosen", ["fused", "composite"])
+def test_boolean_masks(chosen, select):
+    found = tf.function(lambda *x: with_gradients(ours(chosen), select, *x), jit_compile=True, autograph=False)(
+        *tensors()
+    )
+    for x, y in zip(found, with_gradients(plain, select, *tensors()), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_of_the_composite(monkeypatch):
+    monkeypatch.setattr(attn_ops._load("composite", "composite"), "UNCHUNKED_SCORES", 8)
+    monkeypatch.setattr(attn_ops._load("composite", "composite"), "CHUNK_SCORES", 100)
+    test_boolean_masks("composite", keep_some_of_each)
+
+
+def test_a_graph_that_a_compiled_function_calls():
+    specs = [tf.TensorSpec([None, None, 2, n]) for n in (4, 4, 3)] + [tf.TensorSpec([None, 2, None, None])]
+    graph = tf.function(ours("fused"), autograph=False, input_signature=specs)
+    graph.get_concrete_function()
+    found = tf.function(lambda *x: with_gradients(graph, keep_rows, *x), jit_compile=True, autograph=False)(*tensors())
+    for x, y in zip(found, with_gradients(plain, keep_rows, *tensors()), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_slices_in_a_loop():
+    query, key, value, _ = tensors()
+
+    def decode(query, key, value):
+        def body(i, total):
+            out = attn_ops.scaled_dot_product_attention(query[:, i : i + 1], key[:, : i + 1], value[:, : i + 1])
+            return i + 1, total + out
+
+        return tf.while_loop(lambda i, _: i < 7, body, (0, tf.zeros([3, 1, 2, 3])), maximum_iterations=7)[1]
+
+    found = tf.function(decode, jit_compile=True, autograph=False)(query, key, value)
+    expected = attn_ops.reference.attention(*(x.numpy() for x in (query, key, value)), is_causal=True)[0]
+    np.testing.assert_allclose(found, expected.sum(1, keepdims=True), rtol=1e-4, atol=1e-5)
+
+
+LAYERS = {
+    "MultiHeadAttention": (layers.MultiHeadAttention, keras.layers.MultiHeadAttention, (2, 4)),
+    "GroupedQueryAttention": (layers.GroupedQueryAttention, keras.layers.GroupQueryAttention, (4, 4, 2)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_layers(axis, name):
+    kind, stock, arguments = LAYERS[name]
+    x = tf.constant(np.random.default_rng(0).standard_normal((3, 7, 8)), tf.float32)
+    kept = KEPT_ROWS if axis else KEPT_ENTRIES
+    layer, other = kind(*arguments), stock(*arguments)
+    layer.build(x.shape, x.shape)
+    other.build(x.shape, x.shape)
+    layer.set_weights(other.get_weights())
+
+    def step(layer, x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.boolean_mask(x, kept, axis=axis)
+            out = layer(y, y, use_causal_mask=True)
+            loss = tf.reduce_sum(tf.sin(out))
+        return out, tape.gradient(loss, x)
+
+    found = tf.function(lambda x: step(layer, x), jit_compile=True, autograph=False)(x)
+    for a, b in zip(found, step(other, x), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
