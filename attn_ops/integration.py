@@ -55,8 +55,9 @@ def patch():
     the fused op can, otherwise in the composite; `flash_attention=True` runs fused or raises ValueError with the
     reasons. Keras's own function still serves `flash_attention=False`, a soft cap, and everything that
     :func:`attn_ops.scaled_dot_product_attention` does not take. Queries that see no key give the mean of all values, as
-    there: a stock model may read them as keys later. Beside a mask, a bias with values below `-1e38` (`finfo.min`, `-inf`)
-    is left to Keras as well, when it runs: there such a key counts less than a masked one. Patching twice is patching once.
+    there: a stock model may read them as keys later. Beside a mask, a bias with values below `-1e38` (`finfo.min`,
+    `-inf`) is left to Keras as well, when it runs: there such a key counts less than a masked one. Patching twice is
+    patching once.
 
     Raises:
         RuntimeError: This Keras has no such function, calls it in another way, or does not use TensorFlow; the message

@@ -60,7 +60,7 @@ def unavailable_reason() -> str | None:
 
 
 def same_in_recomputation(draw):
-    """``draw()``; in the recomputation of a region of `tf.recompute_grad`, what that gave at this point of the first run.
+    """``draw()``; in the recomputation of a region of `tf.recompute_grad`, what that gave here in the first run.
 
     Regions may be nested, and a recomputation may run any number of times.
 

@@ -107,7 +107,9 @@ def test_predict(layer, jit_compile):
     assert_same_at_real_tokens(lambda ids: model.predict(ids, verbose=0))
 
 
-@pytest.mark.parametrize("layer, jit_compile", [*((layer, False) for layer in LAYERS), (mha, True), (self_attention, True)])
+@pytest.mark.parametrize(
+    "layer, jit_compile", [*((layer, False) for layer in LAYERS), (mha, True), (self_attention, True)]
+)
 def test_fit(layer, jit_compile):
     """A step on longer batches changes the weights in the same way; the loss of padding does not count."""
     targets = random(*LONGER.shape, WIDTH, dtype="float32").numpy()

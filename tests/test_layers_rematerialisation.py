@@ -1,4 +1,5 @@
-"""Dropout under `tf.recompute_grad`, `keras.remat` and `keras.RematScope`: the recomputation drops what the first run did.
+"""Dropout under `tf.recompute_grad`, `keras.remat` and `keras.RematScope`: the recomputation drops what the first run
+did.
 
 The output is of degree 1 in the values, so by Euler sum(v * dL/dv) = L for a linear L, whatever was dropped, if both
 runs dropped the same. A recomputation with another mask misses that by several per cent.
@@ -191,7 +192,11 @@ def test_regions_in_the_body_of_a_loop(jit_compile):
 def test_what_cannot_be_kept_is_refused():
     layer, call = mha()
     call(QUERY, KEY, VALUE)
-    for function in (tf.function(call), lambda q, k, v: tf.cond(tf.reduce_sum(q) > 0, lambda: call(q, k, v), lambda: v)):
+
+    def branch(q, k, v):
+        return tf.cond(tf.reduce_sum(q) > 0, lambda: call(q, k, v), lambda: v)
+
+    for function in (tf.function(call), branch):
         with pytest.raises(ValueError, match="dropout inside tf.recompute_grad"):
             value_and_gradients(tf.recompute_grad(function), form="graph")
     calls = []

@@ -24,7 +24,8 @@ class Attention(DropIn, _Stock):
 
     Takes the constructor and call arguments of the installed Keras's layer (a list `[query, value]` or
     `[query, value, key]` of float `[batch, *dims, seqlen, features]`, a mask list) and has its weights, config and
-    outputs. The scores are not divided by sqrt(features); `use_scale=True` learns a scalar factor instead. What differs:
+    outputs. The scores are not divided by sqrt(features); `use_scale=True` learns a scalar factor instead.
+    What differs:
 
     - `flash_attention`, as in :class:`attn_ops.layers.MultiHeadAttention`.
     - A query whose keys are all masked gives 0, where Keras gives about the mean of all values;

@@ -111,8 +111,8 @@ class AttentionLayer(_QueryKeyValue):
         The context `[batch, seqlen_q, value_features]`, with the mask of the query.
 
     Raises:
-        ValueError: `inputs` or `mask` has not three elements, or the shapes do not agree; `dropout` is outside [0, 1) or
-            `scale` not finite.
+        ValueError: `inputs` or `mask` has not three elements, or the shapes do not agree; `dropout` is outside [0, 1)
+            or `scale` not finite.
         TypeError: `dropout` or `scale` is not a number, or an input is ragged.
     """
 

@@ -1,5 +1,5 @@
-"""What the layers cannot ask `keras.ops` for: the functions of `on_tensorflow` or `on_jax`, by the backend of Keras, and
-how Keras keeps the mask of a tensor."""
+"""What the layers cannot ask `keras.ops` for: the functions of `on_tensorflow` or `on_jax`, by the backend of Keras,
+and how Keras keeps the mask of a tensor."""
 
 from __future__ import annotations
 

@@ -94,7 +94,8 @@ class DropIn(FlashAttention):
     """Mixin of the layers that stand in for a stock one, whose class follows this one among their bases.
 
     `as_in_keras=True`, which `attn_ops.convert` sets, gives Keras's own answers where ours differ on purpose about
-    masks: rows without keys get what the installed Keras gives them, masks of the caller's tensors are treated as there.
+    masks: rows without keys get what the installed Keras gives them, and the caller's tensors keep or lose their masks
+    as there.
     """
 
     as_in_keras = False
@@ -120,8 +121,8 @@ class DropIn(FlashAttention):
             config["as_in_keras"] = True
         return config
 
-    # Keras quantizes the projections, which are layers of their own, but saves only the policy of this one: a model that
-    # is loaded would have float projections and find int8 weights.
+    # Keras quantizes the projections, which are layers of their own, but saves only the policy of this one: a model
+    # that is loaded would have float projections and find int8 weights.
 
     def get_build_config(self):
         config = super().get_build_config()

@@ -36,11 +36,10 @@ class MultiHeadAttention(DropIn, _Stock):
     `[batch, *dims, features]`) and has its weights, config and outputs; files of one load into the other. Projections
     are inherited, and with them LoRA and quantization. What differs:
 
-    - `flash_attention`: None runs the fused op where it can and the composite elsewhere; True runs the fused op or raises
-      ValueError with the reasons; False runs the composite.
-    - Dropout, `return_attention_scores`, masks, windows and several attention axes do not leave the fused op. Scores are
-      recomputed from its log-sum-exp; they are those before dropout, as in Keras. Rematerialisation drops what the
-      first run dropped.
+    - `flash_attention`: None runs the fused op where it can and the composite elsewhere; True runs the fused op or
+      raises ValueError with the reasons; False runs the composite.
+    - Dropout, `return_attention_scores`, masks, windows and several attention axes do not leave the fused op. Scores
+      are recomputed; they are those before dropout, as in Keras. Rematerialisation drops what the first run dropped.
     - The inputs keep their Keras masks, so that `Add()([x, layer(x, x)])` has one: Keras deletes them, and what follows
       attends to padding. A `query_mask`, `value_mask` or `key_mask` that is given counts instead of the input's own;
       Keras ignores a given `query_mask`. The output has the mask of the query.

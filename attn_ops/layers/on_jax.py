@@ -14,7 +14,7 @@ attention = attn_ops.jax  # the module with scaled_dot_product_attention and att
 
 
 def draw_seed(generator):
-    """What a Keras `SeedGenerator` gives next, as a `dropout_seed`. JAX recomputes what it traced, this seed included."""
+    """What a Keras `SeedGenerator` gives next, as a `dropout_seed`. JAX recomputes what it traced, with this seed."""
     return generator.next()
 
 

@@ -11,7 +11,7 @@ attention = attn_ops  # the module with scaled_dot_product_attention and attenti
 
 
 def draw_seed(generator):
-    """What a Keras `SeedGenerator` gives next, as a `dropout_seed`; the same again where this run is a recomputation."""
+    """What a Keras `SeedGenerator` gives next, as a `dropout_seed`; the same again in the recomputation of a run."""
     return rematerialization.same_in_recomputation(lambda: tf.cast(generator.next(), tf.int64))
 
 
