@@ -20,8 +20,8 @@ MAX_MASKS = 4  # boolean masks the kernels AND on the fly (kMaxMasks in csrc/att
 class AttentionCall(typing.NamedTuple):
     """One attention call in the form that every implementation takes.
 
-    ``query``, ``key`` and ``value`` have rank 4 in ``layout`` and one floating dtype, which is also the dtype of
-    ``bias``; ``bias`` and ``masks`` (bool, at most four) have rank 4 with extents that are 1 or full. ``scale`` None is
+    ``query``, ``key`` and ``value`` have rank 4 in ``layout`` and one floating dtype; ``bias`` has that dtype or is
+    float32, beside inputs of 16 bits; ``bias`` and ``masks`` (bool, at most four) have rank 4 with extents that are 1 or full. ``scale`` None is
     1/sqrt(head_dim). A window of -1 is unbounded; causal is ``window_right`` 0. Lengths are int32 [batch], ``seed`` is
     int64 [2] in TensorFlow and uint32 [4] in JAX (words of seed and offset, low ones first), present only with dropout.
     ``squeeze`` tells that the caller's tensors had rank 3. A named tuple because it is made at every eager call, and a
@@ -52,6 +52,14 @@ class AttentionCall(typing.NamedTuple):
         batch, second, third, _ = self.query.shape
         lse = [batch, third, second] if self.layout == "BSHD" else [batch, second, third]
         return [batch, second, third, self.value.shape[3]], lse
+
+    def set_result_shapes(self, out, lse, statistics):
+        """Tells tensors of a TensorFlow graph what is known of their shapes; ``lse`` may be None."""
+        out_shape, lse_shape = self.result_shapes()
+        out.set_shape(out_shape)
+        statistics.set_shape([*lse_shape, 2])
+        if lse is not None:
+            lse.set_shape(lse_shape)
 
 
 def normalize(

@@ -68,7 +68,10 @@ def bias(xp, name, bias, dims, dtype):
         hint = "; a boolean mask goes to mask=" if bias.dtype == xp.bool_ else ""
         raise TypeError(f"{name}: bias must be floating, got {bias.dtype.name}{hint}")
     bias = score_shaped(xp, name, "bias", bias, dims)
-    return bias if bias.dtype == dtype else xp.cast(bias, dtype)
+    if bias.dtype == dtype:
+        return bias
+    # Beside 16-bit inputs float32 holds any bias as it is: 16 bits would round long ALiBi distances away.
+    return xp.cast(bias, dtype if dtype == xp.float64 else xp.float32)
 
 
 def lengths(xp, name, what, lengths, batch, limit):

@@ -189,7 +189,7 @@ class _Problem:
         visible += block.masks
         if block.bias is not None:
             bias = tf.cast(block.bias, self.dtype)
-            s += bias
+            s = _biased(s, bias)
             visible.append(tf.not_equal(bias, -math.inf))
         if visible:
             s = tf.where(functools.reduce(tf.logical_and, visible), s, tf.constant(-math.inf, self.dtype))
@@ -335,6 +335,13 @@ def _chunk_rows(problem, query_chunk):
 def _lengths(lengths):
     """As int64 `[batch, 1, 1, 1]`."""
     return None if lengths is None else tf.cast(lengths, tf.int64)[:, None, None, None]
+
+
+def _biased(s, bias):
+    """s + bias. A sum of finite numbers stays finite: -inf would hide a key, inf would make the row NaN."""
+    total = s + bias
+    overflowed = ~tf.math.is_finite(total) & tf.math.is_finite(s) & tf.math.is_finite(bias)
+    return tf.where(overflowed, tf.sign(total) * total.dtype.max, total)
 
 
 def _softmax_terms(s):

@@ -53,9 +53,9 @@ def _in_forward_mode(call):
 
 
 def attention(call: AttentionCall):
-    """(out, lse), differentiable; lse is None in graphs unless ``call.return_lse``."""
+    """(out, lse), differentiable; lse is None unless ``call.return_lse``."""
     if tf.executing_eagerly():
-        return native_op.forward(call)
+        return native_op.forward(call)[:2]
     saved_models.leave_hint()  # again in the branches of `graph_op`: which loader looks where first is its affair
     return _differentiable(xla_op if in_xla() else graph_op, call)
 
@@ -68,10 +68,10 @@ def _differentiable(form, call):
     @tf.custom_gradient
     def forward(*inputs):
         own = _with_inputs(call, inputs)
-        out, lse = form.forward(own)
+        out, lse, statistics = form.forward(own)
 
         def gradient(d_out, d_lse=None):
-            return _gradients(form, own, out, lse, d_out, d_lse)
+            return _gradients(form, own, out, statistics, d_out, d_lse)
 
         return ((out, lse) if call.return_lse else out), gradient
 
@@ -79,7 +79,7 @@ def _differentiable(form, call):
     return result if call.return_lse else (result, None)
 
 
-def _gradients(form, call, out, lse, d_out, d_lse):
+def _gradients(form, call, out, statistics, d_out, d_lse):
     cotangents = [d_out] if d_lse is None else [d_out, d_lse]
     num_inputs = len(_inputs(call))
 
@@ -94,7 +94,7 @@ def _gradients(form, call, out, lse, d_out, d_lse):
             )
             return *d_inputs, *d_cotangents
 
-        return form.backward(own, out, lse, d_out, d_lse), gradient
+        return form.backward(own, out, statistics, d_out, d_lse), gradient
 
     return backward(*_inputs(call), *cotangents)
 

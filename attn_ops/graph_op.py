@@ -15,19 +15,18 @@ from .arguments import AttentionCall
 
 
 def forward(call: AttentionCall):
-    """(out, lse), without a gradient of their own."""
-    in_xla = composite.attention if _native.xla_unavailable_reason() else xla_op.forward
-    out, lse = _native_or(lambda: native_op.forward(call), lambda: tuple(in_xla(call)))
-    out_shape, lse_shape = call.result_shapes()
-    out.set_shape(out_shape)
-    lse.set_shape(lse_shape)
-    return out, lse
+    """(out, lse, statistics), without a gradient of their own; lse is None unless ``call.return_lse``."""
+    in_xla = _composite_forward if _native.xla_unavailable_reason() else xla_op.forward
+    out, statistics, *lse = _native_or(lambda: _present(native_op.forward(call)), lambda: _present(in_xla(call)))
+    lse = lse[0] if lse else None
+    call.set_result_shapes(out, lse, statistics)
+    return out, lse, statistics
 
 
-def backward(call: AttentionCall, out, lse, d_out, d_lse):
+def backward(call: AttentionCall, out, statistics, d_out, d_lse):
     """[d_query, d_key, d_value], and the gradient of the bias where ``call`` has one; ``d_lse`` may be None."""
     in_xla = _composite_backward if _native.xla_unavailable_reason() else xla_op.backward
-    arguments = (call, out, lse, d_out, d_lse)
+    arguments = (call, out, statistics, d_out, d_lse)
     return list(_native_or(lambda: tuple(native_op.backward(*arguments)), lambda: tuple(in_xla(*arguments))))
 
 
@@ -48,8 +47,20 @@ def _native_or(operator, in_xla):
     return tf.switch_case(device, [native, native, in_xla])
 
 
-def _composite_backward(call, out, lse, d_out, d_lse):
-    del out, lse  # computed anew
+def _present(results):
+    """What a branch of a Case can return: (out, statistics), and lse where there is one."""
+    out, lse, statistics = results
+    return (out, statistics) if lse is None else (out, statistics, lse)
+
+
+def _composite_forward(call):
+    out, lse = composite.attention(call)
+    # Of the form that the kernels' have; `_composite_backward` computes its own.
+    return out, lse if call.return_lse else None, tf.zeros([*tf.unstack(tf.shape(lse)), 2], call.lse_dtype)
+
+
+def _composite_backward(call, out, statistics, d_out, d_lse):
+    del out, statistics  # computed anew
     inputs = [call.query, call.key, call.value, *([] if call.bias is None else [call.bias])]
     with tf.GradientTape() as tape:
         tape.watch(inputs)

@@ -40,26 +40,31 @@ def optional_inputs(call: AttentionCall) -> dict:
 
 
 def forward(call: AttentionCall):
-    """(out, lse), differentiable."""
-    out, lse = _native.library().attn_ops_forward(
-        call.query, call.key, call.value, *optional_inputs(call).values(), Tlse=call.lse_dtype, **attributes(call)
+    """(out, lse, statistics), differentiable; lse is None unless ``call.return_lse``."""
+    out, statistics, lse = _native.library().attn_ops_forward(
+        call.query,
+        call.key,
+        call.value,
+        *optional_inputs(call).values(),
+        num_lse=int(call.return_lse),
+        Tlse=call.lse_dtype,
+        **attributes(call),
     )
+    lse = lse[0] if call.return_lse else None
     if not tf.executing_eagerly():
         # The op's shape function cannot read attributes, and so not tell the heads from the rows.
-        out_shape, lse_shape = call.result_shapes()
-        out.set_shape(out_shape)
-        lse.set_shape(lse_shape)
-    return out, lse
+        call.set_result_shapes(out, lse, statistics)
+    return out, lse, statistics
 
 
-def backward(call: AttentionCall, out, lse, d_out, d_lse):
+def backward(call: AttentionCall, out, statistics, d_out, d_lse):
     """[d_query, d_key, d_value], and the gradient of the bias where ``call`` has one; ``d_lse`` may be None."""
     d_query, d_key, d_value, d_bias = _native.library().attn_ops_backward(
         call.query,
         call.key,
         call.value,
         out,
-        lse,
+        statistics,
         d_out,
         () if d_lse is None else (d_lse,),
         *optional_inputs(call).values(),
@@ -81,9 +86,9 @@ def _split(op, inputs):
 
 
 @tf.RegisterGradient("AttnOps>Forward")
-def _forward_gradient(op, d_out, d_lse):
+def _forward_gradient(op, d_out, _, *d_lse):
     query, key, value = op.inputs[:3]
-    out, lse = op.outputs
+    out, statistics = op.outputs[:2]
     bias, masks, query_lengths, key_lengths, seed = _split(op, op.inputs[3:])
     # Eager tapes and those of tf.function tell which inputs nobody watches; a constant bias then costs nothing.
     unwanted = getattr(op, "skip_input_indices", None) or ()
@@ -92,9 +97,9 @@ def _forward_gradient(op, d_out, d_lse):
         key,
         value,
         out,
-        lse,
+        statistics,
         tf.zeros_like(out) if d_out is None else d_out,
-        () if d_lse is None else (d_lse,),
+        [d for d in d_lse if d is not None],
         bias,
         masks,
         query_lengths,
@@ -109,7 +114,7 @@ def _forward_gradient(op, d_out, d_lse):
 
 @tf.RegisterGradient("AttnOps>Backward")
 def _backward_gradient(op, *gradients):
-    """Second order. `out` and `lse` are inputs of the op but functions of the others, which get it all."""
+    """Second order. `out` and `statistics` are inputs of the op but functions of the others, which get it all."""
     query, key, value, _, _, d_out = op.inputs[:6]
     num_d_lse = op.get_attr("num_d_lse")
     d_lse = list(op.inputs[6 : 6 + num_d_lse])

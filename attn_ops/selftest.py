@@ -40,8 +40,8 @@ def _core(isa):
             "masks": [options.pop("mask")] if "mask" in options else [],
             **options,
         }
-        out, lse = core.forward(query, key, value, **named)
-        return out, *core.backward(query, key, value, out, lse, d_out, **named)[:3]
+        out, _, statistics = core.forward(query, key, value, **named)
+        return out, *core.backward(query, key, value, out, statistics, d_out, **named)[:3]
 
     return run
 

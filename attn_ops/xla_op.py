@@ -27,23 +27,29 @@ _PLATFORMS = ("CPU", "CUDA")  # more than one: the function is not bound to the 
 
 
 def forward(call: AttentionCall):
-    """(out, lse), without a gradient of their own."""
+    """(out, lse, statistics), without a gradient of their own; lse is None unless ``call.return_lse``."""
     query, key, value = range(3)
     heads, rows = (2, 1) if call.layout == "BSHD" else (1, 2)
-    return _custom_call(
+    out_shape, lse_shape = call.result_shapes()
+    row = [(query, 0), (query, heads), (query, rows)]
+    results = [
+        ([(query, 0), (query, 1), (query, 2), (value, 3)], call.query.dtype, out_shape),
+        ([*row, 2], call.lse_dtype, [*lse_shape, 2]),
+        *([(row, call.lse_dtype, lse_shape)] if call.return_lse else []),
+    ]
+    out, statistics, *lse = _custom_call(
         "attn_ops.forward",
         [call.query, call.key, call.value],
         call,
-        {},
-        results=[[(query, 0), (query, 1), (query, 2), (value, 3)], [(query, 0), (query, heads), (query, rows)]],
-        dtypes=[call.query.dtype, call.lse_dtype],
-        shapes=call.result_shapes(),
+        {"num_lse": int(call.return_lse)},
+        *map(list, zip(*results)),
     )
+    return out, lse[0] if lse else None, statistics
 
 
-def backward(call: AttentionCall, out, lse, d_out, d_lse):
+def backward(call: AttentionCall, out, statistics, d_out, d_lse):
     """[d_query, d_key, d_value], and the gradient of the bias where ``call`` has one; ``d_lse`` may be None."""
-    operands = [call.query, call.key, call.value, out, lse, d_out, *([] if d_lse is None else [d_lse])]
+    operands = [call.query, call.key, call.value, out, statistics, d_out, *([] if d_lse is None else [d_lse])]
     wanted = [call.query, call.key, call.value]
     places = [0, 1, 2]
     if call.bias is not None:
@@ -81,7 +87,7 @@ def _program(target, operands, results, dtypes, attributes):
     Args:
         target: Its name.
         operands: Tensors, of which dtypes and ranks count.
-        results: For each result, and each of its axes, which (operand, axis) has that extent.
+        results: For each result, and each of its axes, its extent, or which (operand, axis) has it.
         dtypes: Of the results.
         attributes: Strings, integers and booleans.
     """
@@ -89,14 +95,17 @@ def _program(target, operands, results, dtypes, attributes):
     outputs = [_type(len(extents), dtype) for extents, dtype in zip(results, dtypes)]
     # Unknown extents of results are computed from those of operands, and handed over as further operands.
     body = []
-    for operand, axis in sorted({place for extents in results for place in extents}):
+    places = {place for extents in results for place in extents}
+    for extent in sorted(place for place in places if isinstance(place, int)):
+        body.append(f"{_extent(extent)} = stablehlo.constant dense<{extent}> : tensor<1xi32>")
+    for operand, axis in sorted(place for place in places if not isinstance(place, int)):
         body += [
             f"%size{operand}_{axis} = stablehlo.get_dimension_size %in{operand}, dim = {axis}"
             f" : ({inputs[operand]}) -> tensor<i32>",
-            f"%extent{operand}_{axis} = stablehlo.reshape %size{operand}_{axis} : (tensor<i32>) -> tensor<1xi32>",
+            f"{_extent((operand, axis))} = stablehlo.reshape %size{operand}_{axis} : (tensor<i32>) -> tensor<1xi32>",
         ]
     for i, extents in enumerate(results):
-        parts = ", ".join(f"%extent{operand}_{axis}" for operand, axis in extents)
+        parts = ", ".join(map(_extent, extents))
         types = ", ".join(["tensor<1xi32>"] * len(extents))
         body.append(f"%shape{i} = stablehlo.concatenate {parts}, dim = 0 : ({types}) -> tensor<{len(extents)}xi32>")
     names = [f"%in{i}" for i in range(len(inputs))]
@@ -124,6 +133,11 @@ def _program(target, operands, results, dtypes, attributes):
             "}",
         ]
     )
+
+
+def _extent(place):
+    """The name of a known extent, or of that of an axis of an operand."""
+    return f"%known{place}" if isinstance(place, int) else "%extent{}_{}".format(*place)
 
 
 def _type(rank, dtype):

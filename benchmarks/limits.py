@@ -9,7 +9,7 @@ _SECONDS = {"fma_float32": 0.02, "fma_float64": 0.02, "read": 0.01}
 TITLES = {  # what `survey` measures
     "fma_float32": "FMA float32, GFLOP/s",
     "fma_float64": "FMA float64, GFLOP/s",
-    "exp2_float32": "2^x float32, Gelements/s",
+    "exp_float32": "e^x float32, Gelements/s",
     "read normal pages": "read, normal pages, GB/s",
     "read huge pages": "read, huge pages, GB/s",
 }

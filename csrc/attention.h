@@ -1,6 +1,6 @@
 // The vocabulary shared by the kernels and their callers: plain data, no framework, no allocation.
 //
-//   out = softmax(scale * q k^T + bias, masked) v          lse = log(sum(exp(scale * q k^T + bias)))
+//   s = scale * q k^T + bias        out = softmax(s, masked) v        lse = log(sum(exp(s)))
 //
 // Kernels are stateless: the caller lends the threads (`Threads`) and the workspace, and has validated the
 // parameters (bindings/validate.h). Everything here may be shared between threads.
@@ -17,7 +17,7 @@ static constexpr size_t size_of(DType t) {
   return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : t == DType::kBool ? 1 : 2;
 }
 
-// Softmax statistics (lse) and accumulation: float32, or float64 when the inputs are float64.
+// Softmax statistics, lse and accumulation: float32, or float64 when the inputs are float64.
 static constexpr DType accumulator_of(DType t) { return t == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
 // A 4-d array by pointer and element strides; stride 0 broadcasts. Index order is fixed by the role, not by
@@ -45,7 +45,7 @@ constexpr int64_t kMaxExtent = INT32_MAX;      // of seqlen_q, seqlen_k, num_hea
 constexpr int64_t kMaxStreams = UINT32_MAX;    // of dropout: batch * num_heads
 
 struct AttentionParams {
-  DType dtype = DType::kFloat32;  // of q, k, v, out, bias and all gradients
+  DType dtype = DType::kFloat32;  // of q, k, v, out and their gradients
   int64_t batch = 0, seqlen_q = 0, seqlen_k = 0;
   int64_t num_heads = 0, num_kv_heads = 0;  // query head h reads kv head h / (num_heads / num_kv_heads)
   int64_t head_dim = 0, value_dim = 0;
@@ -53,14 +53,18 @@ struct AttentionParams {
 
   StridedView q, k, v;            // [batch, seqlen, heads, dim]
   StridedView out;                // [batch, seqlen_q, num_heads, value_dim]; an input of backward
-  void* lse = nullptr;            // contiguous [batch, num_heads, seqlen_q], accumulator_of(dtype)
+  // What backward needs of every row, contiguous [batch, num_heads, seqlen_q, 2], accumulator_of(dtype): the maximum of
+  // its scores and sum(exp(s - maximum)); 0 and 0 where it sees no key. Their logarithm is lse, but once that is rounded
+  // the weights can no longer be had from it: with scores near 1e4, float32 has lse to 1e-3.
+  void* statistics = nullptr;
+  void* lse = nullptr;  // null where nobody wants it; contiguous [batch, num_heads, seqlen_q], accumulator_of(dtype)
 
   Mask mask;
   const int32_t* query_lengths = nullptr;  // [batch] or null: rows at and past it see nothing
   const int32_t* key_lengths = nullptr;    // [batch] or null: keys at and past it are never read
   StridedView masks[kMaxMasks];            // bool, true = may see; ANDed
   int32_t num_masks = 0;
-  StridedView bias;                        // data null = none; -inf hides a key like a mask
+  StridedView bias;                        // data null = none; of dtype or float32; -inf hides a key like a mask
 
   double dropout_rate = 0.0;
   uint64_t dropout_seed = 0, dropout_offset = 0;
@@ -78,11 +82,11 @@ static inline int64_t group_size(const AttentionParams& p) {
 }
 
 struct BackwardParams {
-  AttentionParams forward;      // with out and lse as forward left them
+  AttentionParams forward;      // with out and statistics as forward left them
   StridedView d_out;            // [batch, seqlen_q, num_heads, value_dim]
   const void* d_lse = nullptr;  // contiguous like lse, or null for zero
   StridedView dq, dk, dv;
-  // Gradient of the bias, contiguous, of the shape the bias has before broadcasting: an extent is 1 or full.
+  // Gradient of the bias, contiguous, of its dtype and the shape it has before broadcasting: an extent is 1 or full.
   // Null when not wanted.
   void* d_bias = nullptr;
   int64_t d_bias_shape[4] = {1, 1, 1, 1};
@@ -105,7 +109,7 @@ struct Workspace {
 namespace cpu {
 
 // The limits of the machine that benchmarks measure kernels against.
-enum class Probe : int32_t { kFmaFloat32, kFmaFloat64, kExp2Float32, kExp2Float64, kRead };
+enum class Probe : int32_t { kFmaFloat32, kFmaFloat64, kExpFloat32, kExpFloat64, kRead };
 
 constexpr int kReadVariants = 8;  // ways to read memory: how many streams, prefetched how far ahead
 

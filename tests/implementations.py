@@ -82,10 +82,10 @@ def run_core(isa, query, key, value, d_out, d_lse, options, num_threads=0):
         num_threads=num_threads,
         **options,
     )
-    out, lse = core.forward(query, key, value, **named)
+    out, lse, statistics = core.forward(query, key, value, **named)
     if d_lse is not None:
         d_lse = d_lse.astype(lse.dtype)
-    return Result(out, lse, *core.backward(query, key, value, out, lse, d_out, d_lse=d_lse, **named))
+    return Result(out, lse, *core.backward(query, key, value, out, statistics, d_out, d_lse=d_lse, **named))
 
 
 # Arguments that are arrays: they become inputs of the traced functions, so that one trace serves many values.

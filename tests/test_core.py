@@ -28,8 +28,8 @@ def arrays(rng, dtype="float32"):
 def run(a, **options):
     """out, lse, dq, dk, dv, d_bias."""
     d_lse = options.pop("d_lse", None)
-    out, lse = core.forward(a["q"], a["k"], a["v"], **options)
-    return out, lse, *core.backward(a["q"], a["k"], a["v"], out, lse, a["d_out"], d_lse=d_lse, **options)
+    out, lse, statistics = core.forward(a["q"], a["k"], a["v"], **options)
+    return out, lse, *core.backward(a["q"], a["k"], a["v"], out, statistics, a["d_out"], d_lse=d_lse, **options)
 
 
 def expected(a, d_lse=None, **options):
@@ -95,7 +95,7 @@ def test_layouts_agree(rng):
 
 
 def test_what_has_to_be_copied(rng):
-    """Another byte order, elements which are not whole strides apart, lists, an lse with strides."""
+    """Another byte order, elements which are not whole strides apart, lists, statistics with strides."""
     a = arrays(rng)
     plain = run(a)
     foreign = run({name: x.astype(x.dtype.newbyteorder()) for name, x in a.items()})
@@ -109,8 +109,8 @@ def test_what_has_to_be_copied(rng):
     lists = {name: x.astype("float64").tolist() for name, x in a.items()}
     assert_same(run(lists), run({name: np.array(x) for name, x in lists.items()}))
 
-    out, lse = plain[:2]
-    strided = np.repeat(lse, 2, axis=2)[:, :, ::2]
+    out, _, statistics = core.forward(a["q"], a["k"], a["v"])
+    strided = np.repeat(statistics, 2, axis=2)[:, :, ::2]
     gradients = core.backward(a["q"], a["k"], a["v"], out, strided, a["d_out"])
     assert_same(gradients, plain[2:])
 
@@ -211,9 +211,9 @@ FORKED = """
 import os, numpy as np
 from attn_ops import _core
 x = np.ones((1, 300, 4, 16), "float32")
-wanted, _ = _core.forward(x, x, x, num_threads=3)
+wanted, *_ = _core.forward(x, x, x, num_threads=3)
 child = os.fork()
-out, _ = _core.forward(x, x, x, num_threads=3)
+out, *_ = _core.forward(x, x, x, num_threads=3)
 assert np.array_equal(out, wanted)
 if child:
     assert os.waitpid(child, 0)[1] == 0
@@ -305,8 +305,8 @@ def test_bad_input(rng, function, error, message, changes):
         if function == "forward":
             core.forward(a["q"], a["k"], a["v"], **options)
         else:
-            lse = np.zeros(STATISTICS, "float32")
-            core.backward(a["q"], a["k"], a["v"], a["d_out"], lse, a["d_out"], **options)
+            statistics = np.zeros((*STATISTICS, 2), "float32")
+            core.backward(a["q"], a["k"], a["v"], a["d_out"], statistics, a["d_out"], **options)
     assert f"attn_ops._core.{function}: " in str(raised.value)
     assert message in str(raised.value)
 
@@ -314,18 +314,21 @@ def test_bad_input(rng, function, error, message, changes):
 @pytest.mark.parametrize("message, changes", [
     ("out must have the shape [2,7,4,13] of the forward output, got [2,7,4,12]", dict(out=(2, 7, 4, 12))),
     ("d_out must have the shape [2,7,4,13] of the forward output, got [2,4,7,13]", dict(d_out=(2, 4, 7, 13))),
-    ("lse must have the shape [2,4,7] of [batch, num_heads, seqlen_q], got [2,7,4]", dict(lse=(2, 7, 4))),
+    (
+        "statistics must have the shape [2,4,7,2] of [batch, num_heads, seqlen_q, 2], got [2,7,4,2]",
+        dict(statistics=(2, 7, 4, 2)),
+    ),
     ("d_lse must have the shape [2,4,7] of [batch, num_heads, seqlen_q], got [2,4,7,1]", dict(d_lse=(2, 4, 7, 1))),
 ])  # fmt: skip
 def test_bad_input_of_backward(rng, message, changes):
-    shapes = dict(out=SHAPES["d_out"], lse=STATISTICS, d_out=SHAPES["d_out"], d_lse=STATISTICS) | changes
+    shapes = dict(out=SHAPES["d_out"], statistics=(*STATISTICS, 2), d_out=SHAPES["d_out"], d_lse=STATISTICS) | changes
     given = {name: np.zeros(shape, "float32") for name, shape in shapes.items()}
     a = arrays(rng)
     with pytest.raises(ValueError) as raised:
         core.backward(a["q"], a["k"], a["v"], **given)
     assert message in str(raised.value)
-    with pytest.raises(ValueError, match="lse must be float32, float64 when q is float64, else float32, got float64"):
-        core.backward(a["q"], a["k"], a["v"], a["d_out"], np.zeros(STATISTICS), a["d_out"])
+    with pytest.raises(ValueError, match="statistics must be float32, float64 when q is float64, else float32, got float64"):
+        core.backward(a["q"], a["k"], a["v"], a["d_out"], np.zeros((*STATISTICS, 2)), a["d_out"])
 
 
 def test_sizes_that_overflow():

@@ -23,7 +23,7 @@ def tensors(rng, batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, v
 
 def check(isa, q, k, v, options=None, **reference_options):
     """Compares with the reference; returns out."""
-    out, lse = core.forward(q, k, v, isa=isa, **(options or {}))
+    out, lse, _ = core.forward(q, k, v, isa=isa, **(options or {}))
     wide = (x.astype("float64") for x in (q, k, v))
     expected_out, expected_lse = reference.attention(*wide, **reference_options)
     tolerance = TOLERANCE[q.dtype.name]
@@ -74,7 +74,7 @@ def test_hidden_keys_hide_nan_from_each_row(rng, dtype, isa):
     assert not out[:, :, 3].any()
 
     mask[:, 1, :, 7] = True  # one row sees the NaN
-    out, _ = core.forward(q, k, v, masks=(mask,), isa=isa)
+    out, _, _ = core.forward(q, k, v, masks=(mask,), isa=isa)
     assert np.isnan(out[:, :, 1]).all()
     assert np.isfinite(out[:, :, [0, 2, 3]].astype("float32")).all()
 

@@ -62,7 +62,7 @@ def test_composite_in_chunks(name, chunk_rows):
 
     def attend(chunk_rows, query, key, value, *bias):
         bias = dict(zip(["bias"], bias))
-        parts = call.split(normalize(tensors, "test", query, key, value, **bias, **options))
+        parts = call.split(normalize(tensors, "test", query, key, value, **bias, **options, return_lse=True))
         return composite.attention(*parts, chunk_rows)
 
     expected = attend(None, *arrays)

@@ -27,9 +27,9 @@ def forward(q, k, v, **options):
     return library.attn_ops_forward(q, k, v, *lists, **options)
 
 
-def backward(q, k, v, out, lse, d_out, d_lse=(), **options):
+def backward(q, k, v, out, statistics, d_out, d_lse=(), **options):
     lists = [options.pop(name, ()) for name in LISTS]
-    return library.attn_ops_backward(q, k, v, out, lse, d_out, d_lse, *lists, **options)
+    return library.attn_ops_backward(q, k, v, out, statistics, d_out, d_lse, *lists, **options)
 
 
 def arrays(rng, dtype="float32"):
@@ -43,9 +43,9 @@ def expected(a, **options):
 
 
 def run(a, **options):
-    out, lse = forward(a["q"], a["k"], a["v"], **options)
-    options.pop("Tlse", None)  # follows from lse
-    *gradients, d_bias = backward(a["q"], a["k"], a["v"], out, lse, a["d_out"], **options)
+    out, statistics, (lse,) = forward(a["q"], a["k"], a["v"], num_lse=1, **options)
+    options.pop("Tlse", None)  # follows from the statistics
+    *gradients, d_bias = backward(a["q"], a["k"], a["v"], out, statistics, a["d_out"], **options)
     return out, lse, *gradients, *d_bias
 
 
@@ -61,7 +61,7 @@ def test_all_inputs_and_attributes(rng):
     bias = rng.normal(size=(1, 4, 1, 11))
     results = run(
         a,
-        bias=[bias],
+        bias=[tf.constant(bias)],
         masks=masks,
         query_lengths=[np.int32([7, 5])],
         key_lengths=[np.int32([11, 6])],
@@ -110,8 +110,9 @@ def test_layout(rng):
 def test_bias_gradient_only_when_wanted(rng):
     a = arrays(rng)
     bias = [rng.normal(size=(1, 4, 7, 11)).astype("float32")]
-    out, lse = forward(a["q"], a["k"], a["v"], bias=bias)
-    results = [a[name] for name in ("q", "k", "v")] + [out, lse, a["d_out"]]
+    out, statistics, lse = forward(a["q"], a["k"], a["v"], bias=bias)
+    assert lse == []
+    results = [a[name] for name in ("q", "k", "v")] + [out, statistics, a["d_out"]]
     assert backward(*results, bias=bias).grad_bias[0].shape == bias[0].shape
     assert backward(*results, bias=bias, d_bias=False).grad_bias[0].shape == [0]
     assert backward(*results).grad_bias == []
@@ -230,7 +231,7 @@ def test_bad_input_in_a_graph(found, message, changes):
             with pytest.raises(ValueError) as raised:
                 forward(**given)
         else:
-            out, _ = forward(**given)
+            out, *_ = forward(**given)
             with pytest.raises(tf.errors.InvalidArgumentError) as raised:
                 session.run(out)
     assert "AttnOps>Forward: " in str(raised.value) and message in str(raised.value)
@@ -252,14 +253,17 @@ def test_bad_shapes_known_only_at_run_time(changes):
     ("out must have", dict(out=zeros(2, 7, 4, 12))),
     ("d_out must have", dict(d_out=zeros(2, 4, 7, 13))),
     ("d_out must have rank 4", dict(d_out=zeros(2, 7, 13))),
-    ("lse must have the shape [2,4,7] of [batch, num_heads, seqlen_q], got [2,7,4]", dict(lse=zeros(2, 7, 4))),
+    (
+        "statistics must have the shape [2,4,7,2] of [batch, num_heads, seqlen_q, 2], got [2,7,4,2]",
+        dict(statistics=zeros(2, 7, 4, 2)),
+    ),
     ("d_lse must have the shape [2,4,7]", dict(d_lse=[zeros(2, 4, 8)])),
     ("num_d_lse (2) must be from 0 to 1", dict(d_lse=[zeros(2, 4, 7)] * 2)),
     ("num_heads (4) must be a multiple of num_kv_heads (3)", dict(k=zeros(2, 11, 3, 19), v=zeros(2, 11, 3, 13))),
 ])  # fmt: skip
 @pytest.mark.parametrize("mode", ("eager", "graph"))
 def test_bad_input_of_backward(mode, message, changes):
-    given = changed(dict(out=zeros(2, 7, 4, 13), lse=zeros(*STATISTICS), d_out=zeros(2, 7, 4, 13)) | changes)
+    given = changed(dict(out=zeros(2, 7, 4, 13), statistics=zeros(*STATISTICS, 2), d_out=zeros(2, 7, 4, 13)) | changes)
     call = backward if mode == "eager" else tf.function(backward)
     with pytest.raises((tf.errors.InvalidArgumentError, ValueError)) as raised:
         call(**given)
@@ -302,7 +306,7 @@ def test_memory_stays_flat_over_errors():
             if index % 2:
                 forward(q, k, k)  # num_heads
             else:
-                backward(q, q, q, q, zeros(1, 3, 2), q)  # lse
+                backward(q, q, q, q, zeros(1, 3, 2, 2), q)  # statistics
 
     def resident():
         with open("/proc/self/statm") as statm:

@@ -31,6 +31,7 @@ class Options(typing.NamedTuple):
     bottom_right: bool
     dropout_rate: float
     layout: str
+    return_lse: bool
     allow_tf32: bool
 
 

@@ -30,7 +30,14 @@ CHUNK_SCORES = 2**22
 
 
 def attention(options: Options, arrays: Arrays, chunk_rows: int | None = None):
-    """out in the shape and dtype of query (with value_dim), and lse `[batch, num_heads, seqlen_q]`.
+    """out in the shape and dtype of query (with value_dim), and lse `[batch, num_heads, seqlen_q]`, or None unless
+    ``options.return_lse``; ``chunk_rows`` as in `with_statistics`."""
+    return with_statistics(options, arrays, chunk_rows)[:2]
+
+
+def with_statistics(options: Options, arrays: Arrays, chunk_rows: int | None = None):
+    """(out, lse, statistics): as `attention`, and what the kernels leave for their backward, `[batch, num_heads, seqlen_q,
+    2]`: the maximum of a row's scores and the sum of exp(score - maximum), both 0 where it sees no key.
 
     ``chunk_rows`` is how many query rows to take at a time; None for all, unless that is more than `UNCHUNKED_SCORES`
     scores.
@@ -63,8 +70,12 @@ def attention(options: Options, arrays: Arrays, chunk_rows: int | None = None):
     start = count * chunk_rows
     if start < seqlen_q or not count:
         results.append(block(start, k, v, *(x if x is None else x[:, :, start:] for x in cut)))
-    out, lse = (jnp.concatenate(parts, 2) if len(parts) > 1 else parts[0] for parts in zip(*results))
-    return _to_layout(options, out.astype(arrays.query.dtype)), lse
+    out, m, total = (jnp.concatenate(parts, 2) if len(parts) > 1 else parts[0] for parts in zip(*results))
+    lse = None
+    if options.return_lse:
+        empty = total == 0.0
+        lse = jnp.where(empty, -math.inf, m + jnp.log(jnp.where(empty, 1.0, total)))
+    return _to_layout(options, out.astype(arrays.query.dtype)), lse, jnp.stack([m, total], -1)
 
 
 def attention_weights(options: Options, arrays: Arrays, lse):
@@ -111,17 +122,18 @@ def _scores(options, arrays, seqlens, start, q, k, bias, dense):
     s = product(_grouped(q, k.shape[1]), k)
     s = s.reshape(*q.shape[:3], seqlens[1])
     if bias is not None:
-        s = s + bias
+        s = _biased(s, bias)
     if visible:
         s = jnp.where(functools.reduce(operator.and_, visible), s, -math.inf)
     return s, bool(visible)
 
 
 def _softmax(options, arrays, start, s, masked, v):
-    """out and lse of these scores."""
+    """out of these scores, and the two statistics of each row."""
     # m is only a shift: its derivative cancels.
     m = jax.lax.stop_gradient(jnp.max(s, -1, keepdims=True, initial=-math.inf))
-    difference = s - _select(m != -math.inf, m)
+    m = _select(m != -math.inf, m)
+    difference = s - m
     if masked:
         # Selected before and after each step: in a row of NaN even hidden weights would be NaN, and so would the
         # derivatives of what is selected only afterwards.
@@ -131,9 +143,7 @@ def _softmax(options, arrays, start, s, masked, v):
         e = jnp.exp(difference)
     total = e.sum(-1, keepdims=True)
     empty = total == 0.0
-    total = jnp.where(empty, 1.0, total)
-    lse = jnp.where(empty, -math.inf, m + jnp.log(total))[..., 0]
-    p = e / total
+    p = e / jnp.where(empty, 1.0, total)
     if masked:
         p = _select(seen, p)
     if options.dropout_rate:
@@ -144,7 +154,14 @@ def _softmax(options, arrays, start, s, masked, v):
     weigh = _masked_sum if masked or options.dropout_rate else _weighted_sum
     out = weigh(_grouped(p, v.shape[1]), v).reshape(*s.shape[:3], v.shape[3])
     # Selected, since the gradient of out may be NaN in padded rows.
-    return _select(~empty, out), lse
+    return _select(~empty, out), m[..., 0], total[..., 0]
+
+
+def _biased(s, bias):
+    """s + bias. A sum of finite numbers stays finite: -inf would hide a key, inf would make the row NaN."""
+    total = s + bias
+    overflowed = ~jnp.isfinite(total) & jnp.isfinite(s) & jnp.isfinite(bias)
+    return jnp.where(overflowed, jnp.copysign(jnp.finfo(s.dtype).max, total), total)
 
 
 def _lengths(lengths):

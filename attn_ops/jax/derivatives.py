@@ -18,7 +18,9 @@ from attn_ops.jax.call import Arrays, Options
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attention(forced: bool, options: Options, arrays: Arrays):
-    """(out, lse) of the kernels; unless ``forced``, of the composite on platforms that have none.
+    """(out, lse, statistics) of the kernels; unless ``forced``, of the composite on platforms that have none.
+
+    ``lse`` is None unless ``options.return_lse``; ``statistics`` are for the backward, and have no derivative.
 
     Reverse mode, to any order: first derivatives are the kernels', higher ones go through the composite.
     """
@@ -28,19 +30,20 @@ def attention(forced: bool, options: Options, arrays: Arrays):
 def _attention_forward(forced, options, primals):
     arrays = jax.custom_derivatives.custom_vjp_primal_tree_values(primals)
     # Itself, not `_forward`, here and below: for higher orders the rules are differentiated in turn.
-    out, lse = attention(forced, options, arrays)
+    out, lse, statistics = attention(forced, options, arrays)
     # A constant bias costs the backward pass nothing. Told by structure, since a bool among residuals would be traced.
     constant_bias = () if arrays.bias is None or not primals.bias.perturbed else None
-    return (out, lse), (arrays, jax.lax.stop_gradient(out), jax.lax.stop_gradient(lse), constant_bias)
+    return (out, lse, statistics), (arrays, *map(jax.lax.stop_gradient, (out, statistics)), constant_bias)
 
 
 def _attention_backward(forced, options, residuals, cotangents):
-    arrays, out, lse, constant_bias = residuals
-    d_out, d_lse = (
-        jnp.zeros_like(x) if isinstance(d, jax.custom_derivatives.SymbolicZero) else d
-        for d, x in zip(cotangents, (out, lse))
-    )
-    d = gradients(forced, options, constant_bias is None, arrays, out, lse, d_out, d_lse)
+    arrays, out, statistics, constant_bias = residuals
+    d_out, d_lse, _ = cotangents
+    if isinstance(d_out, jax.custom_derivatives.SymbolicZero):
+        d_out = jnp.zeros_like(out)
+    if isinstance(d_lse, jax.custom_derivatives.SymbolicZero):
+        d_lse = jnp.zeros_like(statistics[..., 0])
+    d = gradients(forced, options, constant_bias is None, arrays, out, statistics, d_out, d_lse)
     return (_cotangents(arrays, d),)
 
 
@@ -48,19 +51,19 @@ attention.defvjp(_attention_forward, _attention_backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def gradients(forced, options, d_bias, arrays, out, lse, d_out, d_lse):
+def gradients(forced, options, d_bias, arrays, out, statistics, d_out, d_lse):
     """The cotangents of query, key, value and, with ``d_bias``, bias."""
-    return _backward(forced, options, d_bias, arrays, out, lse, d_out, d_lse)
+    return _backward(forced, options, d_bias, arrays, out, statistics, d_out, d_lse)
 
 
-def _gradients_forward(forced, options, d_bias, arrays, out, lse, d_out, d_lse):
-    return gradients(forced, options, d_bias, arrays, out, lse, d_out, d_lse), (arrays, d_out, d_lse)
+def _gradients_forward(forced, options, d_bias, arrays, out, statistics, d_out, d_lse):
+    return gradients(forced, options, d_bias, arrays, out, statistics, d_out, d_lse), (arrays, d_out, d_lse)
 
 
 def _gradients_backward(forced, options, d_bias, residuals, cotangents):
     """Second order: the derivative of the composite's gradient.
 
-    `out` and `lse` are arguments of `gradients` but functions of the others; the composite computes them anew, so that
+    `out` and `statistics` are arguments of `gradients` but functions of the others; the composite computes them anew, so that
     the whole derivative goes to the others and these two get none.
     """
     arrays, d_out, d_lse = residuals
@@ -81,7 +84,7 @@ def _forward(forced, options, arrays):
     kernels = functools.partial(fused.forward, options)
     if forced:
         return kernels(arrays)
-    others = functools.partial(composite.attention, options)
+    others = functools.partial(composite.with_statistics, options)
     return jax.lax.platform_dependent(
         arrays, default=others, **dict.fromkeys(fused.platforms(options, arrays), kernels)
     )
@@ -92,7 +95,7 @@ def _backward(forced, options, d_bias, *arguments):
     def kernels(*arguments):
         return fused.backward(options, *arguments, d_bias)
 
-    def others(arrays, out, lse, d_out, d_lse):
+    def others(arrays, out, statistics, d_out, d_lse):
         return _composite_gradients(options, d_bias, arrays, d_out, d_lse)
 
     if forced:

@@ -100,7 +100,8 @@ def scaled_dot_product_attention(
     )
     out, lse = _run(name, call, implementation)
     if call.squeeze:
-        out, lse = out.squeeze(2 if layout == "BSHD" else 1), lse.squeeze(1)
+        out = out.squeeze(2 if layout == "BSHD" else 1)
+        lse = lse.squeeze(1) if return_lse else None
     return (out, lse) if return_lse else out
 
 
@@ -145,6 +146,7 @@ def attention_weights(
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
         layout=layout,
+        return_lse=True,
     )
     if lse is None:
         _, lse = _run(name, call, implementation)
@@ -201,7 +203,7 @@ def _run(name, call, implementation):
     if implementation != "composite":
         missing = fused.unavailable_reason()
         if missing is None:
-            return derivatives.attention(implementation == "fused", options, arrays)
+            return derivatives.attention(implementation == "fused", options, arrays)[:2]
         if implementation == "fused":
             explanation.check_can_run(name, implementation, [missing])
     return _composite(options, arrays)

@@ -56,25 +56,37 @@ def _cuda_device_reason() -> str | None:
 
 
 def forward(options: Options, arrays: Arrays):
-    """(out, lse)."""
+    """(out, lse, statistics); lse is None unless ``options.return_lse``."""
     query, key, value = arrays[:3]
-    batch, num_heads, seqlen_q, _ = canonical_extents(query, options.layout)
+    rows = canonical_extents(query, options.layout)[:3]
     results = (
         jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
-        jax.ShapeDtypeStruct((batch, num_heads, seqlen_q), accumulator(query.dtype)),
+        jax.ShapeDtypeStruct((*rows, 2), accumulator(query.dtype)),
+        *([jax.ShapeDtypeStruct(rows, accumulator(query.dtype))] if options.return_lse else []),
     )
     optional, attributes = _optional(options, arrays)
-    return tuple(_kernel("attn_ops.forward", results)(query, key, value, *optional, **attributes))
+    out, statistics, *lse = _kernel("attn_ops.forward", results)(
+        query, key, value, *optional, **attributes, num_lse=np.int64(options.return_lse)
+    )
+    return out, lse[0] if lse else None, statistics
 
 
-def backward(options: Options, arrays: Arrays, out, lse, d_out, d_lse, d_bias: bool):
+def backward(options: Options, arrays: Arrays, out, statistics, d_out, d_lse, d_bias: bool):
     """(d_query, d_key, d_value), and with ``d_bias`` the gradient of the bias after them."""
     differentiable = arrays[: 4 if d_bias else 3]
     results = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in differentiable)
     optional, attributes = _optional(options, arrays)
     return tuple(
         _kernel("attn_ops.backward", results)(
-            *arrays[:3], out, lse, d_out, d_lse, *optional, **attributes, num_d_lse=np.int64(1), d_bias=d_bias
+            *arrays[:3],
+            out,
+            statistics,
+            d_out,
+            *(() if d_lse is None else (d_lse,)),
+            *optional,
+            **attributes,
+            num_d_lse=np.int64(d_lse is not None),
+            d_bias=d_bias,
         )
     )
 

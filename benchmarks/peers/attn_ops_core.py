@@ -29,10 +29,10 @@ class Core(Peer):
             options["window_right"] = 0
 
         def step():
-            out, lse = _core.forward(q, k, v, **options)
+            out, _, statistics = _core.forward(q, k, v, **options)
             if mode == FORWARD:
                 return (out,)
-            return out, *_core.backward(q, k, v, out, lse, d_out, **options)[:3]
+            return out, *_core.backward(q, k, v, out, statistics, d_out, **options)[:3]
 
         return step
 

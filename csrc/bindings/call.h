@@ -45,7 +45,7 @@ struct Call {
   bool allow_tf32 = false;
 
   bool backward = false;  // the arrays below count only then
-  Array out, lse, d_out, d_lse;
+  Array out, statistics, d_out, d_lse;
 };
 
 struct Sizes {
@@ -55,6 +55,8 @@ struct Sizes {
     const int64_t extent[4] = {batch, num_heads, seqlen_q, seqlen_k};
     return extent[axis];
   }
+  Shape4 statistics() const { return {batch, num_heads, seqlen_q, 2}; }
+  std::array<int64_t, 3> lse() const { return {batch, num_heads, seqlen_q}; }
   Shape4 output(Layout layout) const {
     return layout == Layout::kBSHD ? Shape4{batch, seqlen_q, num_heads, value_dim}
                                    : Shape4{batch, num_heads, seqlen_q, value_dim};
@@ -97,7 +99,7 @@ inline StridedView score_view(const Array& a) {
   return view;
 }
 
-// The parameters of a valid forward call. `out` and `lse` are left for the binding, which allocates them.
+// The parameters of a valid forward call. The results are left for the binding, which allocates them.
 inline AttentionParams to_params(const Call& c) {
   const Sizes n = sizes_of(c);
   AttentionParams p;
@@ -127,7 +129,7 @@ inline BackwardParams to_backward_params(const Call& c) {
   BackwardParams p;
   p.forward = to_params(c);
   p.forward.out = tensor_view(c.out, c.layout);
-  p.forward.lse = c.lse.data;
+  p.forward.statistics = c.statistics.data;
   p.d_out = tensor_view(c.d_out, c.layout);
   if (c.d_lse.present) p.d_lse = c.d_lse.data;
   if (c.bias.present) {

@@ -27,6 +27,7 @@ class OpCall {
     }
     options_.place = place;
     options_.backward = backward;
+    num_lse_ = backward ? 0 : count(attributes, "num_lse", 1);
     num_d_lse_ = backward ? count(attributes, "num_d_lse", 1) : 0;
     num_bias_ = count(attributes, "num_bias", 1);
     options_.num_masks = count(attributes, "num_masks", kMaxMasks);
@@ -51,6 +52,7 @@ class OpCall {
     if (!reason.empty()) throw std::invalid_argument(reason);
   }
 
+  bool wants_lse() const { return num_lse_ > 0; }
   bool has_bias() const { return num_bias_ > 0; }
   bool wants_d_bias() const { return wants_d_bias_; }
 
@@ -63,7 +65,7 @@ class OpCall {
     call.v = next("v", Element::kValue);
     if (call.backward) {
       call.out = next("out", Element::kValue);
-      call.lse = next("lse", Element::kValue);
+      call.statistics = next("statistics", Element::kValue);
       call.d_out = next("d_out", Element::kValue);
       if (num_d_lse_) call.d_lse = next("d_lse", Element::kValue);
     }
@@ -115,7 +117,7 @@ class OpCall {
   }
 
   Call options_;  // each execution adds the arrays
-  int num_d_lse_, num_bias_, num_query_lengths_, num_key_lengths_, num_seed_;
+  int num_lse_, num_d_lse_, num_bias_, num_query_lengths_, num_key_lengths_, num_seed_;
   bool wants_d_bias_;
 };
 

@@ -138,23 +138,23 @@ py::tuple forward(const py::object& q, const py::object& k, const py::object& v,
   const Sizes n = sizes_of(call);
   AttentionParams params = to_params(call);
   const py::array out = empty_tensor(arrays.result_dtype(), n.output(call.layout), call, &params.out);
-  const int64_t statistics[3] = {n.batch, n.num_heads, n.seqlen_q};
-  py::array lse =
-      empty(accumulator_of(params.dtype) == DType::kFloat64 ? py::dtype::of<double>() : py::dtype::of<float>(),
-            statistics, 3);
+  const py::dtype accumulator =
+      accumulator_of(params.dtype) == DType::kFloat64 ? py::dtype::of<double>() : py::dtype::of<float>();
+  py::array lse = empty(accumulator, n.lse().data(), 3), statistics = empty(accumulator, n.statistics().data(), 4);
   params.lse = lse.mutable_data();
+  params.statistics = statistics.mutable_data();
   run(params, cpu::forward_workspace_bytes, cpu::forward);
-  return py::make_tuple(out, lse);
+  return py::make_tuple(out, lse, statistics);
 }
 
 py::tuple backward(const py::object& q, const py::object& k, const py::object& v, const py::object& out,
-                   const py::object& lse, const py::object& d_out, const py::kwargs& given) {
+                   const py::object& statistics, const py::object& d_out, const py::kwargs& given) {
   Keywords keywords("backward", given);
   Arrays arrays("backward");
   Call call = read("backward", q, k, v, &keywords, &arrays);
   call.backward = true;
   call.out = arrays.array("out", out);
-  call.lse = arrays.contiguous("lse", lse);
+  call.statistics = arrays.contiguous("statistics", statistics);
   call.d_out = arrays.array("d_out", d_out);
   if (const py::object d_lse = keywords.take("d_lse"); !d_lse.is_none()) call.d_lse = arrays.contiguous("d_lse", d_lse);
   require("backward", invalid_reason(call));
@@ -168,7 +168,8 @@ py::tuple backward(const py::object& q, const py::object& k, const py::object& v
   const py::array dv = empty_tensor(dtype, call.v.shape, call, &params.dv);
   py::object d_bias = py::none();
   if (call.bias.present) {
-    py::array a = empty(dtype, call.bias.shape.data(), 4);
+    const bool wider = call.bias.dtype == DType::kFloat32;
+    py::array a = empty(wider ? py::dtype::of<float>() : dtype, call.bias.shape.data(), 4);
     params.d_bias = a.mutable_data();
     d_bias = a;
   }
@@ -179,8 +180,8 @@ py::tuple backward(const py::object& q, const py::object& k, const py::object& v
 double probe(const py::object& what, const py::kwargs& given) {
   const std::map<std::string, cpu::Probe> kinds = {{"fma_float32", cpu::Probe::kFmaFloat32},
                                                    {"fma_float64", cpu::Probe::kFmaFloat64},
-                                                   {"exp2_float32", cpu::Probe::kExp2Float32},
-                                                   {"exp2_float64", cpu::Probe::kExp2Float64},
+                                                   {"exp_float32", cpu::Probe::kExpFloat32},
+                                                   {"exp_float64", cpu::Probe::kExpFloat64},
                                                    {"read", cpu::Probe::kRead}};
   const auto kind = py::isinstance<py::str>(what) ? kinds.find(py::cast<std::string>(what)) : kinds.end();
   if (kind == kinds.end()) {
@@ -232,28 +233,29 @@ std::map<std::string, std::map<std::string, py::capsule>> xla_handlers() {
 constexpr const char* kForward = R"(
 forward(q, k, v, *, bias=None, masks=(), scale=None, window_left=-1, window_right=-1, bottom_right=False,
         query_lengths=None, key_lengths=None, dropout_rate=0.0, dropout_seed=0, dropout_offset=0, layout='BSHD',
-        isa=None, num_threads=0) -> (out, lse)
+        isa=None, num_threads=0) -> (out, lse, statistics)
 
-softmax(scale * q k^T + bias, masked) v and the log-sum-exp of the scores.
+softmax(scale * q k^T + bias, masked) v, the log-sum-exp of the scores, and what backward needs of them.
 
 q: [batch, seqlen_q, num_heads, head_dim]; k: [batch, seqlen_k, num_kv_heads, head_dim]; v: [batch, seqlen_k,
 num_kv_heads, value_dim]; with layout='BHSD' the two middle axes change places. All of one dtype: float32, float64,
 float16 or ml_dtypes' bfloat16. Any strides, read in place.
-bias (their dtype) and up to four bool masks (True: may be seen): [batch, num_heads, seqlen_q, seqlen_k], where any
+bias (their dtype or float32) and up to four bool masks (True: may be seen): [batch, num_heads, seqlen_q, seqlen_k], where any
 extent may be 1. window_left, window_right: keys seen before and after a query's own position, -1 for all; that
 position is the query's, or with bottom_right counted from the last key. query_lengths, key_lengths: [batch] integers.
 scale: None is 1/sqrt(head_dim). isa: one of isas(). num_threads: 0 is all CPUs of this process.
 
-out is like q with value_dim for head_dim; lse: [batch, num_heads, seqlen_q], float64 when q is, else float32. A query
-that sees no key gets 0 and -inf.
+out is like q with value_dim for head_dim; lse: [batch, num_heads, seqlen_q] and statistics: [batch, num_heads, seqlen_q,
+2], float64 when q is, else float32. The two statistics of a query are the maximum m of its scores and the sum of
+exp(score - m), so that lse = m + log(sum). A query that sees no key gets 0, -inf, and 0 twice.
 
 Raises ValueError or TypeError which names the rule and the values.)";
 
 constexpr const char* kBackward = R"(
-backward(q, k, v, out, lse, d_out, *, d_lse=None, <keywords of forward>) -> (dq, dk, dv, d_bias)
+backward(q, k, v, out, statistics, d_out, *, d_lse=None, <keywords of forward>) -> (dq, dk, dv, d_bias)
 
 The gradients for d_out (like out) and d_lse (like lse; None is zero), given what forward returned for the same
-arguments. d_bias has the shape of bias, and is None without one.
+arguments. d_bias has the shape and dtype of bias, and is None without one.
 
 Raises ValueError or TypeError which names the rule and the values.)";
 
@@ -263,7 +265,7 @@ probe(what, *, isa=None, num_threads=0, seconds=0.02, bytes=0, huge_pages=False)
 A limit of this machine, by the clock, of all threads together: what the kernels' speed is measured against.
 
 what: 'fma_float32', 'fma_float64' (floating-point operations per second of independent multiply-adds in registers),
-'exp2_float32', 'exp2_float64' (the kernels' 2^x per second, from the L1 cache), or 'read' (bytes per second from
+'exp_float32', 'exp_float64' (the kernels' e^x per second, from the L1 cache), or 'read' (bytes per second from
 memory: the best of several ways, with one to four streams and prefetches). isa, num_threads: as in forward. seconds: how
 long, for each of the ways. For 'read', bytes is the size of the memory read round and round, 0 being four times the
 last-level cache and at least 256 MiB; huge_pages asks the system for huge pages, else it is asked for normal ones.
@@ -281,7 +283,7 @@ PYBIND11_MODULE(_core, m) {
       "The instruction set used where none is named: the best, or that of the environment variable ATTN_OPS_ISA.");
   m.def("cpu_features", cpu_features, "Which of the features that kernels look for this machine has.");
   m.def("forward", forward, py::arg("q"), py::arg("k"), py::arg("v"), kForward);
-  m.def("backward", backward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
+  m.def("backward", backward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("statistics"),
         py::arg("d_out"), kBackward);
   m.def("xla_handlers", xla_handlers,
         "The custom calls for XLA by platform (\"Host\", \"CUDA\") and name, as capsules for "

@@ -33,7 +33,8 @@ template <bool backward>
 void register_operator() {
   TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(operator_name(backward));
   for (const char* attribute :
-       {"T: {float, double, half, bfloat16}", "Tlse: {float, double} = DT_FLOAT", "num_bias: int >= 0",
+       {"T: {float, double, half, bfloat16}", "Tlse: {float, double} = DT_FLOAT",
+        "Tbias: {float, double, half, bfloat16} = DT_FLOAT", "num_bias: int >= 0",
         "num_masks: int >= 0", "num_query_lengths: int >= 0", "num_key_lengths: int >= 0", "num_seed: int >= 0",
         "scale: string = ''", "dropout_rate: string = '0'", "window_left: int = -1", "window_right: int = -1",
         "bottom_right: bool = false", "layout: {'BSHD', 'BHSD'} = 'BSHD'", "allow_tf32: bool = false"}) {
@@ -43,20 +44,23 @@ void register_operator() {
   if (backward) {
     TF_OpDefinitionBuilderAddAttr(op, "num_d_lse: int >= 0");
     TF_OpDefinitionBuilderAddAttr(op, "d_bias: bool = true");
-    for (const char* input : {"out: T", "lse: Tlse", "d_out: T", "d_lse: num_d_lse * Tlse"}) {
+    for (const char* input : {"out: T", "statistics: Tlse", "d_out: T", "d_lse: num_d_lse * Tlse"}) {
       TF_OpDefinitionBuilderAddInput(op, input);
     }
   }
-  for (const char* input : {"bias: num_bias * T", "masks: num_masks * bool", "query_lengths: num_query_lengths * int32",
+  for (const char* input : {"bias: num_bias * Tbias", "masks: num_masks * bool", "query_lengths: num_query_lengths * int32",
                             "key_lengths: num_key_lengths * int32", "seed: num_seed * int64"}) {
     TF_OpDefinitionBuilderAddInput(op, input);
   }
   if (backward) {
-    for (const char* output : {"dq: T", "dk: T", "dv: T", "grad_bias: num_bias * T"}) {
+    for (const char* output : {"dq: T", "dk: T", "dv: T", "grad_bias: num_bias * Tbias"}) {
       TF_OpDefinitionBuilderAddOutput(op, output);
     }
   } else {
-    for (const char* output : {"out: T", "lse: Tlse"}) TF_OpDefinitionBuilderAddOutput(op, output);
+    TF_OpDefinitionBuilderAddAttr(op, "num_lse: int >= 0 = 0");
+    for (const char* output : {"out: T", "statistics: Tlse", "lse: num_lse * Tlse"}) {
+      TF_OpDefinitionBuilderAddOutput(op, output);
+    }
   }
   TF_OpDefinitionBuilderSetShapeInferenceFunction(op, infer_shapes<backward>);
   Status status;

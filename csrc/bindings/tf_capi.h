@@ -155,15 +155,21 @@ class Inference {
     return whole;
   }
 
-  // One axis of unknown extent.
-  ShapeHandle unknown_axis() const {
-    return ShapeHandle(TF_ShapeInferenceContextVectorFromSize(context_, static_cast<size_t>(-1)));
+  // One axis; -1: of unknown extent.
+  ShapeHandle axis(int64_t extent) const {
+    return ShapeHandle(TF_ShapeInferenceContextVectorFromSize(context_, static_cast<size_t>(extent)));
   }
 
   void set_output(int index, const ShapeHandle& shape) const {
     Status status;
     TF_ShapeInferenceContextSetOutput(context_, index, shape.get(), status);
     status.check();
+  }
+
+  // How many outputs a list has is an attribute, and attributes are not to be seen here.
+  void set_output_if_there(int index, const ShapeHandle& shape) const {
+    Status ignored;
+    TF_ShapeInferenceContextSetOutput(context_, index, shape.get(), ignored);
   }
 
   void set_all_outputs_unknown() const {

@@ -50,7 +50,10 @@ template <class Device>
 class Kernel {
  public:
   Kernel(const Attributes& attributes, bool backward)
-      : node_(attributes, Device::kPlace, backward), type_(attributes.type("T")), lse_type_(attributes.type("Tlse")) {
+      : node_(attributes, Device::kPlace, backward),
+        type_(attributes.type("T")),
+        bias_type_(attributes.type("Tbias")),
+        lse_type_(attributes.type("Tlse")) {
     if (dtype_of(lse_type_) != accumulator_of(dtype_of(type_))) {
       throw std::invalid_argument("Tlse must be double when T is double, else float");
     }
@@ -86,7 +89,7 @@ class Kernel {
 
    private:
     Execution execution_;
-    Tensor tensors_[11 + kMaxMasks];  // q k v out lse d_out d_lse bias masks lengths seed
+    Tensor tensors_[11 + kMaxMasks];  // q k v out statistics d_out d_lse bias masks lengths seed
     int count_ = 0;
   };
 
@@ -94,12 +97,16 @@ class Kernel {
   void run_forward(const Execution& execution, const Call& call, const Kernels& kernels) const {
     const Sizes n = sizes_of(call);
     const Shape4 shape = n.output(call.layout);
-    const int64_t statistics[3] = {n.batch, n.num_heads, n.seqlen_q};
     const Tensor out = execution.output(0, type_, shape.data(), 4);
-    const Tensor lse = execution.output(1, lse_type_, statistics, 3);
+    const Tensor statistics = execution.output(1, lse_type_, n.statistics().data(), 4);
     AttentionParams params = to_params(call);
     params.out = output_view(TF_TensorData(out.get()), params.dtype, shape, call.layout);
-    params.lse = TF_TensorData(lse.get());
+    params.statistics = TF_TensorData(statistics.get());
+    Tensor lse;
+    if (node_.wants_lse()) {
+      lse = execution.output(2, lse_type_, n.lse().data(), 3);
+      params.lse = TF_TensorData(lse.get());
+    }
     const Scratch scratch(execution, kernels.workspace_bytes(params));
     kernels.run(params, scratch.workspace());
   }
@@ -115,11 +122,11 @@ class Kernel {
     params.dv = output_view(TF_TensorData(dv.get()), call.v.dtype, call.v.shape, call.layout);
     Tensor d_bias;
     if (node_.wants_d_bias()) {
-      d_bias = execution.output(3, type_, call.bias.shape.data(), 4);
+      d_bias = execution.output(3, bias_type_, call.bias.shape.data(), 4);
       params.d_bias = TF_TensorData(d_bias.get());
     } else if (node_.has_bias()) {
       const int64_t none = 0;
-      d_bias = execution.output(3, type_, &none, 1);
+      d_bias = execution.output(3, bias_type_, &none, 1);
     }
     const Scratch scratch(execution, kernels.workspace_bytes(params));
     kernels.run(params, scratch.workspace());
@@ -143,7 +150,7 @@ class Kernel {
   };
 
   OpCall node_;
-  TF_DataType type_, lse_type_;
+  TF_DataType type_, bias_type_, lse_type_;
 };
 
 template <class Device, bool backward>

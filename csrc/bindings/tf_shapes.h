@@ -16,19 +16,19 @@ class ShapeFunction {
     qkv();
     rest(3, false);
     set_out(0);
-    set_lse(1);
+    set_rows();
   }
 
   void backward() {
     inference_.set_all_outputs_unknown();
     qkv();
     const Array out = read(3, "out", 4, kTensor), d_out = read(5, "d_out", 4, kTensor);
-    const Array lse = read(4, "lse", 3, "[batch, num_heads, seqlen_q]");
+    const Array statistics = read(4, "statistics", 4, "[batch, num_heads, seqlen_q, 2]");
     for (int axis = 0; axis < 4; ++axis) {
       require(equal_reason("shape", out, axis, d_out, axis));
     }
     require(equal_reason("batch", q_, 0, out, 0));
-    require(equal_reason("batch", q_, 0, lse, 0));
+    require(equal_reason("batch", q_, 0, statistics, 0));
     rest(6, true);
     for (int i = 0; i < 3; ++i) inference_.set_output(i, inference_.input(i));
     // The gradient of the bias has its shape, or is empty when not wanted: an attribute, so unknown here.
@@ -77,16 +77,19 @@ class ShapeFunction {
   void set_out(int output) const {
     const ShapeHandle q = inference_.input(0), v = inference_.input(2);
     if (inference_.rank(q) == -1) return;
-    const ShapeHandle value_dim = inference_.rank(v) == -1 ? inference_.unknown_axis() : inference_.slice(v, 3, 4);
+    const ShapeHandle value_dim = inference_.rank(v) == -1 ? inference_.axis(kUnknown) : inference_.slice(v, 3, 4);
     inference_.set_output(output, inference_.concatenate(inference_.slice(q, 0, 3), value_dim));
   }
 
-  // [batch, num_heads, seqlen_q]: which axes of q the last two are is up to the layout.
-  void set_lse(int output) const {
+  // statistics [batch, num_heads, seqlen_q, 2], and lse without the last where it is asked for: which axes of q the middle
+  // two are is up to the layout.
+  void set_rows() const {
     const ShapeHandle q = inference_.input(0);
-    const ShapeHandle unknown = inference_.unknown_axis();
-    const ShapeHandle batch = inference_.rank(q) == -1 ? inference_.unknown_axis() : inference_.slice(q, 0, 1);
-    inference_.set_output(output, inference_.concatenate(inference_.concatenate(batch, unknown), unknown));
+    const ShapeHandle unknown = inference_.axis(kUnknown);
+    const ShapeHandle batch = inference_.rank(q) == -1 ? inference_.axis(kUnknown) : inference_.slice(q, 0, 1);
+    const ShapeHandle rows = inference_.concatenate(inference_.concatenate(batch, unknown), unknown);
+    inference_.set_output(1, inference_.concatenate(rows, inference_.axis(2)));
+    inference_.set_output_if_there(2, rows);
   }
 
   Inference inference_;

@@ -162,12 +162,13 @@ inline std::string lengths_array_reason(Place place, const Array& a, const Sizes
 
 inline std::string backward_reason(const Call& c, const Sizes& n) {
   const Shape4 output = n.output(c.layout);
-  const int64_t statistics[3] = {n.batch, n.num_heads, n.seqlen_q};
   std::string reason = same_shape_reason(c.out, 4, output.data(), "the forward output");
   if (reason.empty()) reason = same_shape_reason(c.d_out, 4, output.data(), "the forward output");
-  if (reason.empty()) reason = same_shape_reason(c.lse, 3, statistics, "[batch, num_heads, seqlen_q]");
+  if (reason.empty()) {
+    reason = same_shape_reason(c.statistics, 4, n.statistics().data(), "[batch, num_heads, seqlen_q, 2]");
+  }
   if (reason.empty() && c.d_lse.present) {
-    reason = same_shape_reason(c.d_lse, 3, statistics, "[batch, num_heads, seqlen_q]");
+    reason = same_shape_reason(c.d_lse, 3, n.lse().data(), "[batch, num_heads, seqlen_q]");
   }
   return reason;
 }
@@ -175,10 +176,14 @@ inline std::string backward_reason(const Call& c, const Sizes& n) {
 inline std::string dtypes_reason(const Call& c) {
   if (c.q.dtype == DType::kBool) return "q must be float32, float64, float16 or bfloat16, got bool";
   std::string reason;
-  for (const Array* a : {&c.k, &c.v, &c.bias, &c.out, &c.d_out}) {
+  for (const Array* a : {&c.k, &c.v, &c.out, &c.d_out}) {
     if (a->present && reason.empty()) reason = dtype_reason(*a, c.q.dtype, "the dtype of q");
   }
-  for (const Array* a : {&c.lse, &c.d_lse}) {
+  const bool wide_bias = size_of(c.q.dtype) == 2;
+  if (reason.empty() && c.bias.present && !(wide_bias && c.bias.dtype == DType::kFloat32)) {
+    reason = dtype_reason(c.bias, c.q.dtype, wide_bias ? "the dtype of q, or float32" : "the dtype of q");
+  }
+  for (const Array* a : {&c.statistics, &c.d_lse}) {
     if (a->present && reason.empty()) {
       reason = dtype_reason(*a, accumulator_of(c.q.dtype), "float64 when q is float64, else float32");
     }
@@ -212,7 +217,7 @@ inline std::string invalid_reason(const Call& c) {
   check([&] { return size_reason("k", {n.batch, n.seqlen_k, n.num_kv_heads, n.head_dim}, element); });
   check([&] { return size_reason("v", {n.batch, n.seqlen_k, n.num_kv_heads, n.value_dim}, element); });
   check([&] { return size_reason("out", {n.batch, n.seqlen_q, n.num_heads, n.value_dim}, element); });
-  check([&] { return size_reason("lse", {n.batch, n.num_heads, n.seqlen_q}, statistic); });
+  check([&] { return size_reason("statistics", {n.batch, n.num_heads, n.seqlen_q, 2}, statistic); });
   check([&] { return size_reason("scores", {n.batch, n.num_heads, n.seqlen_q, n.seqlen_k}, 1); });
   check([&] { return limits_reason(c, n); });
   if (c.bias.present) check([&] { return score_shaped_reason(c.bias, n); });

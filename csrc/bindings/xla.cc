@@ -23,13 +23,13 @@ void run(const XLA_FFI_CallFrame& frame, const Params& params) {
 }
 
 template <class Device>
-void forward(const XLA_FFI_CallFrame& frame, const Call& call) {
+void forward(const XLA_FFI_CallFrame& frame, const Call& call, bool wants_lse) {
   const Sizes n = sizes_of(call);
-  const int64_t statistics[3] = {n.batch, n.num_heads, n.seqlen_q};
   Results results(frame.rets);
   AttentionParams params = to_params(call);
   params.out = results.next_view("out", params.dtype, n.output(call.layout), call.layout);
-  params.lse = results.next("lse", accumulator_of(params.dtype), statistics, 3);
+  params.statistics = results.next("statistics", accumulator_of(params.dtype), n.statistics().data(), 4);
+  if (wants_lse) params.lse = results.next("lse", accumulator_of(params.dtype), n.lse().data(), 3);
   run<Device>(frame, params);
 }
 
@@ -70,7 +70,8 @@ XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame) {
     const Call call =
         node.with_arrays([&operands](const char* name, Element element) { return operands.next(name, element); });
     operands.finish();
-    is_backward ? backward<Device>(*frame, call, node.wants_d_bias()) : forward<Device>(*frame, call);
+    is_backward ? backward<Device>(*frame, call, node.wants_d_bias())
+                : forward<Device>(*frame, call, node.wants_lse());
     return nullptr;
   } catch (const Unsupported& e) {
     return fail(XLA_FFI_Error_Code_UNIMPLEMENTED, e.what());

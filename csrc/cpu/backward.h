@@ -1,10 +1,13 @@
 // Backward: dq, dk, dv from d_out, with the probabilities recomputed block by block, transposed like forward.
 //
-//   p  = 2^(s - log2(e) lse)              s recomputed exactly as forward computed it
+//   p  = e^(s - m) / l                    s recomputed exactly as forward computed it
 //   dp[j][i] = sum_d v[j][d] d_out[d][i]
-//   ds = p (dp - delta)                   delta[i] = sum_d d_out out - d_lse
+//   ds = p (dp - delta)                   delta[i] = sum_d d_out out - d_lse = sum_j p dp - d_lse
 //   dv[j] += sum_i p[j][i] d_out[i]       dk[j] += scale sum_i ds[j][i] q[i]       dq[i] = scale sum_j ds[j][i] k[j]
 // With dropout factors f (0 or 1 / (1 - rate)): p f in dv, dp f in ds.
+//
+// m and l of a row are what forward left in `statistics`, and delta is the first of its two sums, unless what forward left
+// will not do (recomputes_statistics): then a pass over the keys finds all three first.
 //
 // A task owns a chunk of rows: its dq is final, its dk, dv are partial sums over its rows that reduce() adds up in
 // chunk order. So there are no atomics, and the bits do not depend on who ran what.
@@ -12,8 +15,9 @@
 
 #include "kernels.h"
 #include "row_tile.h"
+#include "few_rows.h"
 #include "rows_ahead.h"
-#include "visibility.h"
+#include "scores.h"
 
 namespace attn_ops {
 namespace cpu {
@@ -21,10 +25,10 @@ namespace {
 
 template <class T>
 struct BackwardTile : RowTile<T> {
-  T *q, *d_out, *dq;             // transposed: [head_dim or value_dim][lanes]; q holds scale log2(e) q
+  T *q, *d_out, *dq;             // transposed: [head_dim or value_dim][lanes]; q holds scale q
   T *q_rows, *d_out_rows;        // row major, padded to whole vectors: [lanes][padded dim]
-  T lse2[RowTile<T>::max_lanes];  // log2(e) lse, +inf for rows that see nothing: their p is 0
-  T delta[RowTile<T>::max_lanes];
+  // p = e^(s - m) inverse_l; a row that sees nothing has 0, 0 and delta 0.
+  T m[RowTile<T>::max_lanes], inverse_l[RowTile<T>::max_lanes], delta[RowTile<T>::max_lanes];
   bool q_finite, d_out_finite;
 };
 
@@ -69,7 +73,16 @@ struct BackwardScratch {
   }
 };
 
-// Reads the rows of `tile` (its geometry is set up) into the scratch and computes delta.
+// Whether what forward left is too coarse, or not of these scores:
+// - `out` of 16 bits. delta must cancel what the dp of a row have in common; where one channel of the keys is huge, as
+//   trained models have it, what the rounding of `out` leaves of that is many times the gradient of the query.
+// - Few rows. Forward summed their scores in another order (few_rows.h).
+template <class T>
+bool recomputes_statistics(const AttentionParams& p) {
+  return size_of(p.dtype) == 2 || few_rows<T>(p);
+}
+
+// Reads the rows of `tile` (its geometry is set up) into the scratch, and their statistics where those will do.
 template <class T>
 void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>& tile) {
   using S = Simd<T>;
@@ -81,7 +94,7 @@ void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>
   tile.tensor_rows(r, p.out, out);
   tile.tensor_rows(r, params.d_out, d_out);
 
-  const Vec<T> factor = S::set1(static_cast<T>(p.scale * kLog2E));
+  const Vec<T> factor = S::set1(static_cast<T>(p.scale));
   load_transposed<T>(p.dtype, q, tile.rows, tile.lanes, p.q.stride[3] * size, p.head_dim, tile.q,
                      tile.lanes, [=](T* at, Vec<T> x) { S::store(at, x * factor); });
   load_transposed<T>(p.dtype, d_out, tile.rows, tile.lanes, params.d_out.stride[3] * size, p.value_dim, tile.d_out,
@@ -90,18 +103,20 @@ void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>
   memset(tile.q_rows, 0, sizeof(T) * tile.lanes * padded_d);
   memset(tile.d_out_rows, 0, sizeof(T) * tile.lanes * padded_dv);
 
-  const T* const lse = static_cast<const T*>(p.lse);
+  const bool recomputes = recomputes_statistics<T>(p);
+  const T* const statistics = static_cast<const T*>(p.statistics);
   const T* const d_lse = static_cast<const T*>(params.d_lse);
   for (int i = 0; i < tile.lanes; ++i) {
-    tile.lse2[i] = kInfinity<T>;
-    tile.delta[i] = 0;
+    tile.m[i] = recomputes ? -kInfinity<T> : T{0};
+    tile.inverse_l[i] = tile.delta[i] = 0;
     if (i >= tile.rows) continue;
     T* const d_out_row = tile.d_out_rows + i * padded_dv;
     load_row<T>(p.dtype, q[i], p.q.stride[3] * size, p.head_dim, true, tile.q_rows + i * padded_d);
     load_row<T>(p.dtype, d_out[i], params.d_out.stride[3] * size, p.value_dim, true, d_out_row);
     const int64_t at = r.statistic(tile.position[i], tile.head[i]);
-    if (lse[at] == -kInfinity<T>) continue;
-    tile.lse2[i] = lse[at] * static_cast<T>(kLog2E);
+    if (recomputes || statistics[2 * at + 1] == 0) continue;
+    tile.m[i] = statistics[2 * at];
+    tile.inverse_l[i] = 1 / statistics[2 * at + 1];
     Vec<T> sum = S::zero();
     with_storage(T{}, p.dtype, [&](auto storage) {
       for (int64_t d = 0; d < p.value_dim; d += S::width)
@@ -115,6 +130,82 @@ void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>
   }
   tile.q_finite = all_finite(tile.q_rows, padded_d, tile.lanes, padded_d);
   tile.d_out_finite = all_finite(tile.d_out_rows, padded_dv, tile.lanes, padded_dv);
+}
+
+// One tile of recompute_statistics meets keys k0 .. k1. As long as that lasts, m is the maximum so far, inverse_l holds the
+// sum of e^(s - m), and delta that of e^(s - m) dp.
+template <class T, int NV>
+__attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<T>& tile, const KeyBlock<T>& keys,
+                                                const KeyBlock<T>& values, int64_t k0, int64_t k1,
+                                                const BackwardScratch<T>& scratch) {
+  using S = Simd<T>;
+  constexpr int W = S::width, lanes = NV * W;
+  const AttentionParams& p = r.p;
+  const int64_t n = k1 - k0;
+  T *const s = scratch.p, *const dp = scratch.ds;
+  Vec<T> m_old[NV], m[NV];
+  for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
+  const Seen seen = score_block<T, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.visible, s, lanes,
+                                       [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
+  if (seen == Seen::kNothing) return;
+  gemm<T, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, p.value_dim,
+                           [=](int64_t j, int v, Vec<T> x) { S::store(dp + j * lanes + v * W, x); });
+  const bool dropout = p.dropout_rate > 0;
+  if (dropout) dropout_factors<T>(Dropout(p, r.batch), tile.position, tile.head, lanes, k0, n, scratch.factors);
+
+  Vec<T> base[NV], l[NV], delta[NV];
+  for (int v = 0; v < NV; ++v) {
+    base[v] = softmax_base<T>(m[v]);
+    l[v] = delta[v] = S::zero();
+  }
+  for (int64_t j = 0; j < n; ++j)
+    for (int v = 0; v < NV; ++v) {
+      const Vec<T> e = exp<T>(S::load(s + j * lanes + v * W) - base[v]);
+      Vec<T> weighted = e * S::load(dp + j * lanes + v * W);
+      if (dropout) weighted *= S::load(scratch.factors + j * lanes + v * W);
+      l[v] += e;
+      delta[v] += S::select(e == S::zero(), S::zero(), weighted);  // a hidden key may hold NaN
+    }
+  for (int v = 0; v < NV; ++v) {
+    const Vec<T> correction = exp<T>(m_old[v] - base[v]);
+    S::store(tile.m + v * W, m[v]);
+    S::store(tile.inverse_l + v * W, S::fma(S::load(tile.inverse_l + v * W), correction, l[v]));
+    S::store(tile.delta + v * W, S::fma(S::load(tile.delta + v * W), correction, delta[v]));
+  }
+}
+
+// m, 1 / l and delta of `count` tiles that see keys in begin .. end, from the scores.
+template <class T>
+void recompute_statistics(const BackwardParams& params, const HeadRows& r, BackwardTile<T>* tiles, int64_t count,
+                          int64_t begin, int64_t end, KeyBlock<T>& keys, KeyBlock<T>& values,
+                          const BackwardScratch<T>& scratch) {
+  for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
+    // Key 4 n starts a group of random numbers.
+    const int64_t block_begin = block < begin ? begin / 4 * 4 : block;
+    const int64_t block_end = block + kBlockKeys < end ? block + kBlockKeys : end;
+    keys.load(block_begin, block_end);
+    values.load(block_begin, block_end);
+    for (BackwardTile<T>* t = tiles; t < tiles + count; ++t) {
+      const int64_t k0 = t->begin > block_begin ? t->begin / 4 * 4 : block_begin;
+      const int64_t k1 = t->end < block_end ? t->end : block_end;
+      if (k0 >= k1 || t->begin >= t->end) continue;
+      with_vectors(t->nv, [&](auto nv) {
+        statistics_block<T, decltype(nv)::value>(r, *t, keys, values, k0, k1, scratch);
+      });
+    }
+  }
+  const T* const d_lse = static_cast<const T*>(params.d_lse);
+  for (BackwardTile<T>* t = tiles; t < tiles + count; ++t)
+    for (int i = 0; i < t->lanes; ++i) {
+      const T l = t->inverse_l[i];
+      if (l == 0 || i >= t->rows) {
+        t->m[i] = t->inverse_l[i] = t->delta[i] = 0;
+        continue;
+      }
+      t->inverse_l[i] = 1 / l;
+      t->delta[i] *= t->inverse_l[i];
+      if (d_lse) t->delta[i] -= d_lse[r.statistic(t->position[i], t->head[i])];
+    }
 }
 
 // p (with dropout) and ds of one tile against keys k0 .. k1, into [key][ld]; zeros where nothing is seen.
@@ -136,22 +227,19 @@ __attribute__((noinline)) Seen score_gradients(const HeadRows& r, const Backward
     return Seen::kNothing;
   };
   if (k0 >= tile.end || k1 <= tile.begin) return zeros();
-  const Seen seen = visible_keys<T>(r, tile, k0, n, scratch.visible);
+  const Seen seen =
+      score_block<T, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.visible, prob, ld, [](int, Vec<T>) {});
   if (seen == Seen::kNothing) return zeros();
-
-  gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), tile.q, lanes, p.head_dim,
-                           [=](int64_t j, int v, Vec<T> x) { S::store(prob + j * ld + v * W, x); });
-  const bool masked = p.bias.data || seen == Seen::kSome;
-  if (p.bias.data) add_bias<T>(r, tile, k0, n, prob, ld);
-  if (seen == Seen::kSome) hide_scores<T, NV>(tile, scratch.visible, n, prob, ld, [](int, Vec<T>) {});
+  const bool masked = seen == Seen::kSome;
   gemm<T, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, p.value_dim,
                            [=](int64_t j, int v, Vec<T> x) { S::store(ds + j * ld + v * W, x); });
   const bool dropout = p.dropout_rate > 0;
   if (dropout) dropout_factors<T>(Dropout(p, r.batch), tile.position, tile.head, lanes, k0, n, scratch.factors);
 
-  Vec<T> lse2[NV], delta[NV];
+  Vec<T> m[NV], inverse_l[NV], delta[NV];
   for (int v = 0; v < NV; ++v) {
-    lse2[v] = S::load(tile.lse2 + v * W);
+    m[v] = S::load(tile.m + v * W);
+    inverse_l[v] = S::load(tile.inverse_l + v * W);
     delta[v] = S::load(tile.delta + v * W);
   }
   const auto elementwise = [&](auto may_hide, auto may_drop) {
@@ -159,8 +247,8 @@ __attribute__((noinline)) Seen score_gradients(const HeadRows& r, const Backward
       for (int v = 0; v < NV; ++v) {
         T *const p_at = prob + j * ld + v * W, *const ds_at = ds + j * ld + v * W;
         const Vec<T> s = S::load(p_at);
-        // lse is rounded, so s - lse can exceed 0 for huge scores; a probability cannot exceed 1.
-        Vec<T> e = exp2<T>(S::min(S::zero(), s - lse2[v]));
+        // No score exceeds its maximum; whoever brings the statistics of other scores gets at most a wrong gradient.
+        const Vec<T> e = exp<T>(S::min(S::zero(), s - m[v])) * inverse_l[v];
         Vec<T> dp = S::load(ds_at), kept = e;
         if (decltype(may_drop)::value) {
           const Vec<T> f = S::load(scratch.factors + j * lanes + v * W);
@@ -181,7 +269,7 @@ __attribute__((noinline)) Seen score_gradients(const HeadRows& r, const Backward
   else if (masked) elementwise(Flag<true>{}, Flag<false>{});
   else if (dropout) elementwise(Flag<false>{}, Flag<true>{});
   else elementwise(Flag<false>{}, Flag<false>{});
-  return masked ? Seen::kSome : Seen::kAll;
+  return seen;
 }
 
 // Joint tiles [t0, t1) of the scratch against keys k0 .. k1. dk, dv point to the task's key 0.
@@ -247,7 +335,7 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
   next.reads_keys(p.k, p.head_dim);
   next.reads_keys(p.v, p.value_dim);
   next.reads_rows(p.q, p.head_dim);
-  next.reads_rows(p.out, p.value_dim);
+  if (!recomputes_statistics<T>(p)) next.reads_rows(p.out, p.value_dim);
   next.reads_rows(params.d_out, p.value_dim);
   next.reads_rows(params.dq, p.head_dim);
   next.reads_keys(params.dk, p.head_dim);
@@ -271,6 +359,8 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
       if (tiles[t].begin < begin) begin = tiles[t].begin;
       if (tiles[t].end > end) end = tiles[t].end;
     }
+    if (recomputes_statistics<T>(p))
+      recompute_statistics<T>(params, r, tiles, count, begin, end, keys, values, scratch);
 
     for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
       const int64_t block_begin = block < begin ? begin : block;

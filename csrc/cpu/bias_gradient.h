@@ -27,6 +27,8 @@ void add_score_gradients(const BackwardParams& params, const HeadRows& r, Backwa
   const int64_t key_ld = params.d_bias_shape[3] == 1 ? 0 : ld;
   start_tile<T>(params, r, tile);
   KeyBlock<T> keys(r, p.k, p.head_dim, false, &arena), values(r, p.v, p.value_dim, false, &arena);
+  if (recomputes_statistics<T>(p))
+    recompute_statistics<T>(params, r, &tile, 1, tile.begin, tile.end, keys, values, scratch);
   for (int64_t k0 = tile.begin / 4 * 4; k0 < tile.end; k0 += kBlockKeys) {
     const int64_t k1 = k0 + kBlockKeys < tile.end ? k0 + kBlockKeys : tile.end;
     keys.load(k0, k1);
@@ -47,7 +49,7 @@ template <class T>
 void bias_gradient(const BackwardParams& params, const BiasGradientTask& task, void* memory) {
   const AttentionParams& p = params.forward;
   const int64_t* const shape = params.d_bias_shape;
-  const int64_t size = static_cast<int64_t>(size_of(p.dtype)), keys = shape[3];
+  const int64_t size = static_cast<int64_t>(size_of(p.bias.dtype)), keys = shape[3];
   constexpr int lanes = RowTile<T>::max_lanes;
   Arena arena(memory);
   BackwardScratch<T> scratch(p, arena);
@@ -71,7 +73,7 @@ void bias_gradient(const BackwardParams& params, const BiasGradientTask& task, v
     if (all_rows) continue;
     char* row[lanes];
     for (int i = 0; i < tile.rows; ++i) row[i] = base + (tile.first + i) * keys * size;
-    store_transposed<T>(p.dtype, row, tile.rows, lanes, size, keys, sum,
+    store_transposed<T>(p.bias.dtype, row, tile.rows, lanes, size, keys, sum,
                         [](const T* at, int) { return Simd<T>::load(at); });
     memset(sum, 0, sizeof(T) * lanes * keys);
   }
@@ -79,7 +81,7 @@ void bias_gradient(const BackwardParams& params, const BiasGradientTask& task, v
   for (int64_t j = 0; j < keys; ++j) {
     T total = 0;
     for (int i = 0; i < lanes; ++i) total += sum[j * lanes + i];
-    store_row<T>(p.dtype, base + j * size, size, 1, &total, T{1});
+    store_row<T>(p.bias.dtype, base + j * size, size, 1, &total, T{1});
   }
 }
 

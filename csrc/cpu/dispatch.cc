@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include <algorithm>
 #include <atomic>
 
 #include "blocking.h"
@@ -70,6 +71,19 @@ int64_t plus(int64_t a, int64_t b) { return min(a + b, kNoMemory); }  // a, b up
 bool within_limits(const AttentionParams& p) {
   return p.seqlen_q <= kMaxExtent && p.seqlen_k <= kMaxExtent && p.num_heads <= kMaxExtent && p.head_dim <= kMaxDim &&
          p.value_dim <= kMaxDim;
+}
+
+// As many threads as find enough to do, of those lent. `passes` is the number of products of queries and keys.
+Threads worth_waking(Threads threads, const AttentionParams& p, double passes) {
+  double keys = static_cast<double>(p.seqlen_k);
+  if (p.mask.window_left >= 0 && p.mask.window_right >= 0)
+    keys = std::min(keys, static_cast<double>(p.mask.window_left) + static_cast<double>(p.mask.window_right) + 1);
+  const double dims = static_cast<double>(p.head_dim + p.value_dim), rows = 1.0 * p.batch * p.num_heads * p.seqlen_q;
+  const double flops = passes * rows * keys * dims;  // 2 for each of dims, of which a product has half
+  const double bytes = 1.0 * p.batch * p.num_kv_heads * keys * dims * size_of(p.dtype);
+  const double most = 1 + std::max(flops / kHelperFlops, bytes / kHelperBytes);
+  if (most < threads.count) threads.count = static_cast<int>(most);
+  return threads;
 }
 
 // task(i, slot) for i = 0 .. count - 1, handed out one by one: rows near the end of a causal matrix cost more.
@@ -202,7 +216,7 @@ void bias_gradient(const BackwardParams& params, const TypedKernels& k, const Th
   const int64_t per_head = shape[2] == 1 ? min(1, tiles) : tiles;
   if (shape[0] * shape[1] * shape[2] * shape[3] == 0) return;
   if (tiles == 0 || params.forward.batch == 0 || params.forward.num_heads == 0) {  // no row ever used the bias
-    memset(params.d_bias, 0, shape[0] * shape[1] * shape[2] * shape[3] * size_of(params.forward.dtype));
+    memset(params.d_bias, 0, shape[0] * shape[1] * shape[2] * shape[3] * size_of(params.forward.bias.dtype));
     return;
   }
   run_tasks(threads, shape[0] * shape[1] * per_head, [&](int64_t i, int slot) {
@@ -273,6 +287,7 @@ bool forward(const AttentionParams& p, Threads threads, Workspace workspace, con
   if (!has_rows(p)) return true;
   if (!within_limits(p)) return false;
   const TypedKernels& k = typed(*chosen, p.dtype);
+  threads = worth_waking(threads, p, 2);
   const ForwardPlan plan(p, k, threads.count);
   if (workspace.bytes < static_cast<size_t>(plan.bytes(threads.count))) return false;
   char* const scratch = static_cast<char*>(workspace.data);
@@ -304,6 +319,7 @@ bool backward(const BackwardParams& params, Threads threads, Workspace workspace
     return true;
   }
   if (!within_limits(p)) return false;
+  threads = worth_waking(threads, p, 5);
   const BackwardPlan plan(params, k, threads.count);
   if (workspace.bytes < static_cast<size_t>(plan.bytes(threads.count))) return false;
   char* const scratch = static_cast<char*>(workspace.data);

@@ -2,8 +2,8 @@
 //
 // A row tile (forward.h) would have most of its lanes empty. Here, for up to 4 rows i and a block of keys j,
 //   s[i][j] = sum_d q'[i][d] k[j][d]                 vectors along d, `width` sums at a time reduced by a transposition
-//   m' = max(m, max_j s),  p = 2^(s - m')            vectors along the keys
-//   o[i][d] = 2^(m - m') o + sum_j p[i][j] v[j][d]   vectors along d
+//   m' = max(m, max_j s),  p = e^(s - m')            vectors along the keys
+//   o[i][d] = e^(m - m') o + sum_j p[i][j] v[j][d]   vectors along d
 // Memory is the limit, so a task takes a block of keys for all its heads before the next block, and asks for the next
 // block in the order it lies in memory: DRAM and TLB see one long read, whatever the layout. Half precision is widened in
 // registers, and half as many bytes are read.
@@ -14,7 +14,7 @@
 #include "kernels.h"
 #include "row_tile.h"
 #include "rows_ahead.h"
-#include "visibility.h"
+#include "scores.h"
 
 namespace attn_ops {
 namespace cpu {
@@ -46,7 +46,7 @@ struct FewRows {
   void start(const HeadRows& r, int64_t first_row) {
     using S = Simd<T>;
     const AttentionParams& p = r.p;
-    const Vec<T> factor = S::set1(static_cast<T>(p.scale * kLog2E));
+    const Vec<T> factor = S::set1(static_cast<T>(p.scale));
     const int64_t stride = p.q.stride[3] * static_cast<int64_t>(size_of(p.q.dtype));
     const int64_t head_size = round_to_width<T>(p.head_dim), value_size = round_to_width<T>(p.value_dim);
     head_rows = &r;
@@ -197,13 +197,12 @@ ATTN_INLINE void few_values(Storage storage, const FewRows<T>& f, int64_t k0, in
   }
 }
 
-// added[i][j] = bias log2(e), or -inf where the key is hidden from the row, whatever hides it.
+// added[i][j] = bias, or -inf where the key is hidden from the row, whatever hides it.
 template <class T>
 Seen few_added(const FewRows<T>& f, int64_t k0, int64_t n, T* all_added) {
   using S = Simd<T>;
   const HeadRows& r = *f.head_rows;
   const AttentionParams& p = r.p;
-  const Vec<T> log2e = S::set1(static_cast<T>(kLog2E));
   bool nothing = true, visible = false;
   for (int i = 0; i < f.rows; ++i) {
     T* const added = all_added + i * kFewRowsKeys;
@@ -214,7 +213,7 @@ Seen few_added(const FewRows<T>& f, int64_t k0, int64_t n, T* all_added) {
       load_row<T>(v.dtype, r.score_row(v, f.position[i], f.head[i]) + k0 * stride, stride, n, false, values);
       for (int64_t j = 0; j < n; j += S::width) S::store(added + j, combine(S::load(added + j), S::load(values + j)));
     };
-    if (p.bias.data) add(p.bias, [=](Vec<T> sum, Vec<T> bias) { return S::fma(bias, log2e, sum); });
+    if (p.bias.data) add(p.bias, [](Vec<T>, Vec<T> bias) { return bias; });
     for (int m = 0; m < p.num_masks; ++m)
       add(p.masks[m], [](Vec<T> sum, Vec<T> hidden) { return S::select(hidden < S::zero(), hidden, sum); });
     for (int64_t j = 0; j < n; ++j) {
@@ -231,7 +230,6 @@ template <class T>
 ATTN_INLINE void few_softmax(FewRows<T>& f, const T* added, int64_t n, T* scores) {
   using S = Simd<T>;
   constexpr int W = S::width;
-  const Vec<T> hidden = S::set1(-kInfinity<T>);
   for (int i = 0; i < f.rows; ++i) {
     T* const s = scores + i * kFewRowsKeys;
     for (int64_t j = n; j % W != 0; ++j) s[j] = -kInfinity<T>;
@@ -239,25 +237,23 @@ ATTN_INLINE void few_softmax(FewRows<T>& f, const T* added, int64_t n, T* scores
     for (int64_t j = 0; j < n; j += W) {
       Vec<T> x = S::load(s + j);
       if (added) {
-        const Vec<T> a = S::load(added + i * kFewRowsKeys + j);
-        x = S::select(a == hidden, hidden, x + a);
+        x = biased<T>(x, S::load(added + i * kFewRowsKeys + j));
         S::store(s + j, x);
       }
       highest = S::max(highest, x);
     }
     T m = highest[0];
     for (int lane = 1; lane < W; ++lane) m = highest[lane] > m || m != m ? highest[lane] : m;
-    // Nothing seen yet: -inf - (-inf) would be NaN, so it is compared with 0 instead.
-    const Vec<T> base = S::set1(m == -kInfinity<T> ? T{0} : m);
-    const Vec<T> correction = exp2<T>(S::set1(f.m[i]) - base);
-    Vec<T> sum = f.l[i] * correction;
+    const Vec<T> base = softmax_base<T>(S::set1(m));
+    const Vec<T> correction = exp<T>(S::set1(f.m[i]) - base);
+    Vec<T> sum = S::zero();
     for (int64_t j = 0; j < n; j += W) {
-      const Vec<T> e = exp2<T>(S::load(s + j) - base);
+      const Vec<T> e = exp<T>(S::load(s + j) - base);
       sum += e;
       S::store(s + j, e);
     }
     f.m[i] = m;
-    f.l[i] = sum;
+    f.l[i] = S::fma(f.l[i], correction, sum);
     f.correction[i] = correction[0];
   }
 }
@@ -285,7 +281,7 @@ __attribute__((noinline)) void few_rows_block(Storage storage, FewRows<T>& f, in
   else few_values<T, R, false>(storage, f, k0, n, values_ahead, s);
 }
 
-// Writes out and lse, or m, l and the unnormalised o of a key split.
+// Writes out and the statistics, or m, l and the unnormalised o of a key split.
 template <class T>
 void finish_few_rows(const FewRows<T>& f, T* partial) {
   const AttentionParams& p = f.head_rows->p;
@@ -318,14 +314,16 @@ void forward_few_rows(const AttentionParams& p, const FewRowsTask& task, void* m
   if (seen.begin < task.key_begin) seen.begin = task.key_begin;
   if (seen.end > task.key_end) seen.end = task.key_end;
 
+  const int64_t block_bytes = kFewRowsKeys * heads * (p.head_dim + p.value_dim) * static_cast<int64_t>(size_of(p.dtype));
+  const bool fits_l1 = block_bytes <= kL1Bytes / 2;
   with_storage(T{}, p.dtype, [&](auto storage) {
     int64_t n;
     // From a multiple of 4 on: key 4 n starts a group of random numbers.
     for (int64_t k0 = seen.begin / 4 * 4; k0 < seen.end; k0 += n) {
       n = seen.end - k0 < kFewRowsKeys ? seen.end - k0 : kFewRowsKeys;
       const int64_t next = k0 + n, next_keys = seen.end - next < kFewRowsKeys ? seen.end - next : kFewRowsKeys;
-      RowsAhead keys_ahead(p.k, task.batch, next, next_keys, task.head_begin, heads, p.head_dim);
-      RowsAhead values_ahead(p.v, task.batch, next, next_keys, task.head_begin, heads, p.value_dim);
+      RowsAhead keys_ahead(p.k, task.batch, next, next_keys, task.head_begin, heads, p.head_dim, fits_l1);
+      RowsAhead values_ahead(p.v, task.batch, next, next_keys, task.head_begin, heads, p.value_dim, fits_l1);
       for (int64_t g = 0; g < heads * per_head; ++g) {
         FewRows<T>& f = scratch.groups[g];
         if (f.rows == 1) few_rows_block<T, 1>(storage, f, k0, n, keys_ahead, values_ahead, scratch);

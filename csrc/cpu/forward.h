@@ -1,18 +1,18 @@
 // Forward: out = softmax(scale q k^T + bias, masked) v, one pass over the keys, transposed.
 //
 // For a tile of rows (one per vector lane) and a block of keys:
-//   s[j][i]  = sum_d k[j][d] q'[d][i]            q' = scale log2(e) q, packed once per tile
-//   m'       = max(m, max_j s)                    c = 2^(m - m')
-//   p[j][i]  = 2^(s - m')                         l = c l + sum_j p
+//   s[j][i]  = sum_d k[j][d] q'[d][i] + bias     q' = scale q, packed once per tile
+//   m'       = max(m, max_j s)                    c = e^(m - m')
+//   p[j][i]  = e^(s - m')                         l = c l + sum_j p
 //   o[d][i]  = c o + sum_j v[j][d] p[j][i]
-// and at the end out = o / l, lse = ln 2 (m + log2 l). Maxima, sums and corrections are plain vectors: nothing is
+// and at the end out = o / l, lse = m + ln l. Maxima, sums and corrections are plain vectors: nothing is
 // ever reduced across lanes.
 #pragma once
 
 #include "kernels.h"
 #include "row_tile.h"
 #include "rows_ahead.h"
-#include "visibility.h"
+#include "scores.h"
 
 namespace attn_ops {
 namespace cpu {
@@ -20,13 +20,14 @@ namespace {
 
 template <class T>
 struct ForwardTile : RowTile<T> {
-  T *q, *out;                                        // [head_dim][lanes], [value_dim][lanes]
+  T *q, *out;  // [head_dim][ld], [value_dim][ld]
+  int64_t ld;  // the lanes, but for a part of a tile those of the whole
   T m[RowTile<T>::max_lanes], l[RowTile<T>::max_lanes];
 };
 
 template <class T>
 struct ForwardScratch {
-  ForwardTile<T> tiles[kForwardTiles];
+  ForwardTile<T> tiles[kForwardTiles], part;
   T *scores, *factors;
   uint64_t* visible;
 
@@ -56,7 +57,8 @@ void start_tile(const HeadRows& r, ForwardTile<T>& tile) {
   const AttentionParams& p = r.p;
   char* row[RowTile<T>::max_lanes];
   tile.tensor_rows(r, p.q, row);
-  const Vec<T> factor = S::set1(static_cast<T>(p.scale * kLog2E));
+  tile.ld = tile.lanes;
+  const Vec<T> factor = S::set1(static_cast<T>(p.scale));
   load_transposed<T>(p.q.dtype, row, tile.rows, tile.lanes, p.q.stride[3] * static_cast<int64_t>(size_of(p.q.dtype)),
                      p.head_dim, tile.q, tile.lanes, [=](T* at, Vec<T> x) { S::store(at, x * factor); });
   memset(tile.out, 0, sizeof(T) * tile.lanes * p.value_dim);
@@ -76,43 +78,30 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
   const AttentionParams& p = r.p;
   const int64_t n = k1 - k0;
   T* const s = scratch.scores;
-  const Seen seen = visible_keys<T>(r, tile, k0, n, scratch.visible);
-  if (seen == Seen::kNothing) return;
-
   Vec<T> m_old[NV], m[NV];
   for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
-  const bool masked = p.bias.data || seen == Seen::kSome;
-  if (masked) {
-    gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), tile.q, lanes, p.head_dim,
-                             [=](int64_t j, int v, Vec<T> x) { S::store(s + j * lanes + v * W, x); });
-    if (p.bias.data) add_bias<T>(r, tile, k0, n, s, lanes);
-    hide_scores<T, NV>(tile, seen == Seen::kSome ? scratch.visible : nullptr, n, s, lanes,
-                       [&](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
-  } else {
-    gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), tile.q, lanes, p.head_dim,
-                             [=, &m](int64_t j, int v, Vec<T> x) {
-                               S::store(s + j * lanes + v * W, x);
-                               m[v] = S::max(m[v], x);
-                             });
-  }
+  const Seen seen = score_block<T, NV>(r, tile, tile.q, tile.ld, keys, k0, n, scratch.visible, s, lanes,
+                                       [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
+  if (seen == Seen::kNothing) return;
+  const bool masked = seen == Seen::kSome;
 
-  // A row that has seen nothing yet has m = -inf; -inf - (-inf) would be NaN, so it is compared with 0 instead.
+  // A sum per block: one chain of additions over all keys would lose digits with their number.
   Vec<T> base[NV], correction[NV], sum[NV];
   for (int v = 0; v < NV; ++v) {
-    base[v] = S::select(m[v] == S::set1(-kInfinity<T>), S::zero(), m[v]);
-    correction[v] = exp2<T>(m_old[v] - base[v]);
-    sum[v] = S::load(tile.l + v * W) * correction[v];
+    base[v] = softmax_base<T>(m[v]);
+    correction[v] = exp<T>(m_old[v] - base[v]);
+    sum[v] = S::zero();
   }
 #pragma GCC unroll 2
   for (int64_t j = 0; j < n; ++j)
     for (int v = 0; v < NV; ++v) {
-      const Vec<T> e = exp2<T>(S::load(s + j * lanes + v * W) - base[v]);
+      const Vec<T> e = exp<T>(S::load(s + j * lanes + v * W) - base[v]);
       sum[v] += e;
       S::store(s + j * lanes + v * W, e);
     }
   for (int v = 0; v < NV; ++v) {
     S::store(tile.m + v * W, m[v]);
-    S::store(tile.l + v * W, sum[v]);
+    S::store(tile.l + v * W, S::fma(S::load(tile.l + v * W), correction[v], sum[v]));
   }
   if (p.dropout_rate > 0) {  // after the sum: dropout acts on the normalised probabilities
     dropout_factors<T>(Dropout(p, r.batch), tile.position, tile.head, lanes, k0, n, scratch.factors);
@@ -120,14 +109,66 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
   }
 
   T* const out = tile.out;
+  const int64_t ld = tile.ld;
   const auto accumulate = [=](int64_t d, int v, Vec<T> x) {
-    T* const at = out + d * lanes + v * W;
+    T* const at = out + d * ld + v * W;
     S::store(at, S::fma(S::load(at), correction[v], x));
   };
   if (masked && !values.finite())
     gemm_hiding<T, NV, Major::kDepth, ZeroHides::kB>(p.value_dim, values.at(k0), values.ld(), s, lanes, n, accumulate);
   else
     gemm<T, NV, Major::kDepth>(p.value_dim, values.at(k0), values.ld(), s, lanes, n, accumulate);
+}
+
+// The vectors of a tile from `first` on as a tile of their own, in place: q and out are shared, m and l copied.
+template <class T>
+void part_of_tile(const ForwardTile<T>& tile, int first, ForwardTile<T>& part) {
+  const int skipped = first * Simd<T>::width;
+  part.nv = tile.nv - first;
+  part.lanes = tile.lanes - skipped;
+  part.rows = tile.rows - skipped;
+  part.first = tile.first + skipped;
+  part.all_begin = 0, part.all_end = INT64_MAX;
+  for (int i = 0; i < part.lanes; ++i) {
+    part.lo[i] = tile.lo[i + skipped], part.hi[i] = tile.hi[i + skipped];
+    part.position[i] = tile.position[i + skipped], part.head[i] = tile.head[i + skipped];
+    part.m[i] = tile.m[i + skipped], part.l[i] = tile.l[i + skipped];
+    if (i >= part.rows) continue;
+    if (part.lo[i] > part.all_begin) part.all_begin = part.lo[i];
+    if (part.hi[i] < part.all_end) part.all_end = part.hi[i];
+  }
+  part.begin = part.lo[0];
+  part.end = part.hi[part.rows - 1];
+  part.q = tile.q + skipped;
+  part.out = tile.out + skipped;
+  part.ld = tile.ld;
+}
+
+// A tile meets the keys k0 .. k1 of a block. Where intervals end in it, as on a causal diagonal, only the vectors that
+// still see keys go on: of 48 rows and as many keys past the first, a third of the products is nobody's.
+template <class T>
+void forward_tile_block(const HeadRows& r, ForwardTile<T>& tile, const KeyBlock<T>& keys, KeyBlock<T>& values, int64_t k0,
+                        int64_t k1, ForwardScratch<T>& scratch) {
+  constexpr int W = Simd<T>::width;
+  const auto meet = [&](ForwardTile<T>& t, int64_t begin, int64_t end) {
+    with_vectors(t.nv, [&](auto nv) { forward_block<T, decltype(nv)::value>(r, t, keys, values, begin, end, scratch); });
+  };
+  for (int v = 0; v < tile.nv; ++v) {
+    const int last = (v + 1) * W <= tile.rows ? (v + 1) * W - 1 : tile.rows - 1;
+    // Key 4 n starts a group of random numbers.
+    const int64_t seen_end = (tile.hi[last] + 3) / 4 * 4, end = v + 1 < tile.nv && seen_end < k1 ? seen_end : k1;
+    if (end <= k0) continue;
+    if (v == 0) {
+      meet(tile, k0, end);
+    } else {
+      ForwardTile<T>& part = scratch.part;
+      part_of_tile(tile, v, part);
+      meet(part, k0, end);
+      memcpy(tile.m + v * W, part.m, sizeof(T) * part.lanes);
+      memcpy(tile.l + v * W, part.l, sizeof(T) * part.lanes);
+    }
+    k0 = end;
+  }
 }
 
 // finish_row() for all rows of a tile.
@@ -145,9 +186,8 @@ void finish_tile(const HeadRows& r, const ForwardTile<T>& tile) {
   store_transposed<T>(p.out.dtype, row, tile.rows, tile.lanes,
                       p.out.stride[3] * static_cast<int64_t>(size_of(p.out.dtype)), p.value_dim, tile.out,
                       [&](const T* at, int lane) { return S::load(at) * S::load(inverse + lane); });
-  T* const lse = static_cast<T*>(p.lse);
   for (int i = 0; i < tile.rows; ++i)
-    lse[r.statistic(tile.position[i], tile.head[i])] = log_sum_exp(tile.m[i], tile.l[i]);
+    store_statistics(r, tile.position[i], tile.head[i], tile.m[i], tile.l[i]);
 }
 
 // A key split leaves m, l and the unnormalised o of its rows: [row][value_dim + 2].
@@ -194,9 +234,7 @@ void forward_tiles(const HeadRows& r, const Tiling<T>& tiling, const ForwardTask
       const int64_t k1 = tile.end < block_end ? tile.end : block_end;
       if (k0 >= k1 || tile.begin >= tile.end) continue;
       next.ask();
-      with_vectors(tile.nv, [&](auto nv) {
-        forward_block<T, decltype(nv)::value>(r, tile, keys, values, k0, k1, scratch);
-      });
+      forward_tile_block<T>(r, tile, keys, values, k0, k1, scratch);
     }
   }
   for (int64_t t = 0; t < count; ++t) {
@@ -224,7 +262,7 @@ void forward(const AttentionParams& p, const ForwardTask& task, void* memory) {
   }
 }
 
-// Merges the splits of one row:  m = max m_s,  w_s = 2^(m_s - m),  l = sum w_s l_s,  out = sum w_s o_s / l.
+// Merges the splits of one row:  m = max m_s,  w_s = e^(m_s - m),  l = sum w_s l_s,  out = sum w_s o_s / l.
 template <class T>
 void combine(const AttentionParams& p, const CombineTask& task) {
   const HeadRows r(p, task.batch, task.kv_head);
@@ -236,10 +274,10 @@ void combine(const AttentionParams& p, const CombineTask& task) {
       const T m_s = first[s * split_size];
       if (m_s > m || m_s != m_s) m = m_s;
     }
-    const T base = m == -kInfinity<T> ? T{0} : m;
+    const T base = softmax_base<T>(Simd<T>::set1(m))[0];
     for (int64_t s = 0; s < task.splits; ++s) {
       T* const part = first + s * split_size;
-      const T weight = exp2<T>(Simd<T>::set1(part[0] - base))[0];
+      const T weight = exp<T>(Simd<T>::set1(part[0] - base))[0];
       l += weight * part[1];
       for (int64_t d = 0; d < p.value_dim; ++d)  // into the first split's row
         first[2 + d] = s == 0 ? weight * part[2 + d] : first[2 + d] + weight * part[2 + d];

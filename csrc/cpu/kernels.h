@@ -11,7 +11,7 @@ namespace cpu {
 struct ForwardTask {
   int64_t batch, kv_head, tile_begin, tile_end, key_begin, key_end;
   int64_t next_head;  // batch * num_kv_heads + kv_head of what this thread will probably do next, or -1
-  void* partial;  // null: write out and lse. Else this split's [row][value_dim + 2] of the accumulator type
+  void* partial;  // null: write out and statistics. Else this split's [row][value_dim + 2] of the accumulator type
 };
 
 // The few rows of the kv heads [head_begin, head_end) of one batch against keys [key_begin, key_end).
@@ -21,7 +21,7 @@ struct FewRowsTask {
   int64_t head_bytes;
 };
 
-// The splits of one (batch, kv head) into out and lse. The partials are overwritten.
+// The splits of one (batch, kv head) into out and statistics. The partials are overwritten.
 struct CombineTask {
   int64_t batch, kv_head, splits, split_bytes;
   void* partials;  // [split][row][value_dim + 2]

@@ -1,7 +1,8 @@
-// 2^x on vectors. The kernels work in base 2: the factor log2(e) is folded into the scale once per query.
+// e^x on vectors.
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "simd.h"
 
@@ -10,20 +11,24 @@ namespace cpu {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634074;
-constexpr double kLn2 = 0.69314718055994530942;
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
-
-// x = n + r with n integer, |r| <= 1/2:   2^x = 2^n 2^r,   2^r by a minimax polynomial (own Remez run).
-// Adding 1.5 * 2^mantissa_bits + bias rounds x to n and leaves n + bias in the low bits; shifted into the exponent
-// field that is 2^n, and n = -bias gives 0. So everything below 2^-126.5 (2^-1022.5) is flushed to exactly 0:
-// masked scores (-inf) need no special case. The polynomial is 1 at r = 0, so 2^0 is exactly 1.
 template <class T>
-struct Exp2;
+constexpr T kLargest = std::numeric_limits<T>::max();
+
+// x log2(e) = n + r with n integer, |r| <= 1/2:   e^x = 2^n 2^r,   2^r by a minimax polynomial (own Remez run).
+// Adding 1.5 * 2^mantissa_bits + bias rounds to n and leaves n + bias in the low bits; shifted into the exponent
+// field that is 2^n, and n = -bias gives 0. So everything below 2^-126.5 (2^-1022.5) is flushed to exactly 0:
+// masked scores (-inf) need no special case. The polynomial is 1 at r = 0, so e^0 is exactly 1.
+//
+// Scores keep their natural unit, and log2(e) enters only here, in the two fused steps that base 2 would spend on
+// rounding anyway. (Folded into the queries it made scores from 2.36e38 on overflow.)
+template <class T>
+struct Exp;
 
 template <>
-struct Exp2<float> {
-  static constexpr float lowest = -127.0f, rounder = 12582912.0f + 127.0f;
+struct Exp<float> {
+  static constexpr float lowest = -88.0f, rounder = 12582912.0f + 127.0f;  // lowest: n is -127
   static constexpr int mantissa_bits = 23;
   // relative error 1.9e-9 before rounding
   static constexpr float coefficients[] = {1.5345812158740182e-4f, 1.3399931209474140e-3f, 9.6184889565227916e-3f,
@@ -32,8 +37,8 @@ struct Exp2<float> {
 };
 
 template <>
-struct Exp2<double> {
-  static constexpr double lowest = -1023.0, rounder = 6755399441055744.0 + 1023.0;
+struct Exp<double> {
+  static constexpr double lowest = -709.0, rounder = 6755399441055744.0 + 1023.0;
   static constexpr int mantissa_bits = 52;
   // relative error 3.1e-18 before rounding
   static constexpr double coefficients[] = {
@@ -42,14 +47,16 @@ struct Exp2<double> {
       5.5504108664819921483e-2,  2.4022650695910156205e-1, 6.9314718055994533046e-1, 1.0};
 };
 
-// NaN stays NaN: max() keeps its second operand, and the factor 2^n multiplies (an integer add would not).
+// For x <= 0 (and a little above). NaN stays NaN: max() keeps its second operand, and the factor 2^n multiplies (an
+// integer add would not).
 template <class T>
-ATTN_INLINE Vec<T> exp2(Vec<T> x) {
+ATTN_INLINE Vec<T> exp(Vec<T> x) {
   using S = Simd<T>;
-  using E = Exp2<T>;
+  using E = Exp<T>;
+  const Vec<T> log2e = S::set1(static_cast<T>(kLog2E));
   x = S::max(S::set1(E::lowest), x);
-  const Vec<T> shifted = x + S::set1(E::rounder);
-  const Vec<T> r = x - (shifted - S::set1(E::rounder));
+  const Vec<T> shifted = S::fma(x, log2e, S::set1(E::rounder));
+  const Vec<T> r = S::fma(x, log2e, S::set1(E::rounder) - shifted);
   const Vec<T> two_n = (Vec<T>)((typename S::I)shifted << E::mantissa_bits);
   Vec<T> p = S::set1(E::coefficients[0]);
   for (size_t i = 1; i < sizeof(E::coefficients) / sizeof(T); ++i) p = S::fma(p, r, S::set1(E::coefficients[i]));

@@ -31,9 +31,9 @@ double probe_fma(double* sink) {
   return 2.0 * kRounds * kChains * S::width;
 }
 
-// 2^x of values in the L1 cache, and their sum: the part of the softmax that is not a product.
+// e^x of values in the L1 cache, and their sum: the part of the softmax that is not a product.
 template <class T>
-double probe_exp2(double* sink) {
+double probe_exp(double* sink) {
   using S = Simd<T>;
   constexpr int64_t kBytes = 8 << 10, kRounds = 16;
   constexpr int kVectors = kBytes / sizeof(Vec<T>), kSums = 4;
@@ -44,7 +44,7 @@ double probe_exp2(double* sink) {
     // The compiler must believe that the scores are new ones.
     __asm__ volatile("" : : "r"(scores) : "memory");
     for (int i = 0; i < kVectors; i += kSums)
-      for (int s = 0; s < kSums; ++s) sums[s] += exp2<T>(S::load(scores + (i + s) * S::width));
+      for (int s = 0; s < kSums; ++s) sums[s] += exp<T>(S::load(scores + (i + s) * S::width));
   }
   *sink = (sums[0] + sums[1] + sums[2] + sums[3])[0];
   return static_cast<double>(kRounds) * kVectors * S::width;
@@ -81,8 +81,8 @@ double probe_slice(const ProbeSlice& slice, double* sink) {
   switch (slice.what) {
     case Probe::kFmaFloat32: return probe_fma<float>(sink);
     case Probe::kFmaFloat64: return probe_fma<double>(sink);
-    case Probe::kExp2Float32: return probe_exp2<float>(sink);
-    case Probe::kExp2Float64: return probe_exp2<double>(sink);
+    case Probe::kExpFloat32: return probe_exp<float>(sink);
+    case Probe::kExpFloat64: return probe_exp<double>(sink);
     case Probe::kRead: return probe_read(slice, sink);
   }
   return 0.0;

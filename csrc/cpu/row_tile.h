@@ -29,7 +29,7 @@ struct HeadRows {
 
   int64_t position(int64_t row) const { return row / group; }
   int64_t head(int64_t row) const { return first_head + row % group; }
-  int64_t statistic(int64_t position, int64_t head) const {  // index into lse
+  int64_t statistic(int64_t position, int64_t head) const {  // index into lse, and of a pair in statistics
     return (batch * p.num_heads + head) * p.seqlen_q + position;
   }
   char* tensor_row(const StridedView& v, int64_t position, int64_t head) const {
@@ -54,10 +54,17 @@ struct HeadRows {
   }
 };
 
-// out = o / l, lse = ln 2 (m + log2 l) of one row; a row without a key has l = 0 and gets 0 and -inf.
+// What forward leaves of a row besides out = o / l: m, l, and lse = m + ln l if it is wanted. A row without a key has
+// l = 0 and gets out 0, lse -inf, and 0 for m, so that no infinity appears which nobody asked for.
 template <class T>
-T log_sum_exp(T m, T l) {
-  return l == 0 ? -kInfinity<T> : static_cast<T>((m + std::log2(static_cast<double>(l))) * kLn2);
+void store_statistics(const HeadRows& r, int64_t position, int64_t head, T m, T l) {
+  const int64_t at = r.statistic(position, head);
+  if (T* const statistics = static_cast<T*>(r.p.statistics)) {
+    statistics[2 * at] = l == 0 ? T{0} : m;
+    statistics[2 * at + 1] = l;
+  }
+  if (T* const lse = static_cast<T*>(r.p.lse))
+    lse[at] = l == 0 ? -kInfinity<T> : static_cast<T>(static_cast<double>(m) + std::log(static_cast<double>(l)));
 }
 
 template <class T>
@@ -65,7 +72,7 @@ void finish_row(const HeadRows& r, int64_t position, int64_t head, T m, T l, con
   const AttentionParams& p = r.p;
   store_row<T>(p.out.dtype, r.tensor_row(p.out, position, head),
                p.out.stride[3] * static_cast<int64_t>(size_of(p.out.dtype)), p.value_dim, o, l == 0 ? T{0} : T{1} / l);
-  static_cast<T*>(p.lse)[r.statistic(position, head)] = log_sum_exp(m, l);
+  store_statistics(r, position, head, m, l);
 }
 
 // How many tiles of 1 to kMaxVectors vectors the rows are cut into, as evenly as possible: a lone narrow tile at the

@@ -1,4 +1,4 @@
-// What masks and bias do to the scores of a tile.
+// Which keys of a block the rows of a tile see.
 //
 // Visibility is bits: bit i of visible[j] tells whether lane i sees key k0 + j. Boolean masks are read along the keys, as
 // they lie, 64 to a word, ANDed there, and only a block that is seen in part has its words transposed. A mask of bytes
@@ -164,34 +164,6 @@ ATTN_INLINE void hide_scores(const RowTile<T>& tile, const uint64_t* visible, in
       see(v, s);
     }
   }
-}
-
-// scores[j * ld + lane] += bias log2(e). A bias of -inf is put, not added: it hides, whatever the score is.
-template <class T>
-__attribute__((noinline)) void add_bias(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys, T* scores,
-                                        int64_t ld) {
-  using S = Simd<T>;
-  const StridedView& bias = r.p.bias;
-  const int64_t stride = bias.stride[3] * static_cast<int64_t>(size_of(bias.dtype));
-  const Vec<T> log2e = S::set1(static_cast<T>(kLog2E)), hidden = S::set1(-kInfinity<T>);
-  const auto add = [=](T* at, Vec<T> x) {
-    S::store(at, S::select(x == hidden, hidden, S::fma(x, log2e, S::load(at))));
-  };
-  const auto row_of = [&](int lane) { return r.score_row(bias, tile.position[lane], tile.head[lane]) + k0 * stride; };
-  if (same_for_all_rows(r, tile, bias)) {
-    T column[kBlockKeys];
-    load_row<T>(bias.dtype, row_of(0), stride, keys, false, column);
-    for (int64_t j = 0; j < keys; ++j)
-      for (int i = 0; i < tile.lanes; i += S::width) add(scores + j * ld + i, S::set1(column[j]));
-    return;
-  }
-  const char* row[RowTile<T>::max_lanes];
-  for (int i = 0; i < tile.rows; ++i) {
-    row[i] = row_of(i);
-    const char* const next_block = row[i] + keys * stride;
-    for (int64_t b = 0; b < keys * stride; b += 64) __builtin_prefetch(next_block + b);
-  }
-  load_transposed<T>(bias.dtype, row, tile.rows, tile.lanes, stride, keys, scores, ld, add);
 }
 
 }  // namespace
