@@ -30,6 +30,7 @@ void forward(const XLA_FFI_CallFrame& frame, const Call& call, bool wants_lse) {
   params.out = results.next_view("out", params.dtype, n.output(call.layout), call.layout);
   params.statistics = results.next("statistics", accumulator_of(params.dtype), n.statistics().data(), 4);
   if (wants_lse) params.lse = results.next("lse", accumulator_of(params.dtype), n.lse().data(), 3);
+  results.finish();
   run<Device>(frame, params);
 }
 
@@ -41,6 +42,7 @@ void backward(const XLA_FFI_CallFrame& frame, const Call& call, bool wants_d_bia
   params.dk = results.next_view("dk", call.k.dtype, call.k.shape, call.layout);
   params.dv = results.next_view("dv", call.v.dtype, call.v.shape, call.layout);
   if (wants_d_bias) params.d_bias = results.next("d_bias", call.bias.dtype, call.bias.shape.data(), 4);
+  results.finish();
   run<Device>(frame, params);
 }
 

@@ -146,6 +146,14 @@ class Results {
     return output_view(next(name, dtype, shape.data(), 4), dtype, shape, layout);
   }
 
+  // A result that is not ours would be handed on as it is: memory that nobody wrote.
+  void finish() const {
+    if (count_ != rets_.size) {
+      throw std::invalid_argument("there are " + text(rets_.size) + " results, of which the attributes announce " +
+                                  text(count_));
+    }
+  }
+
  private:
   const XLA_FFI_Rets& rets_;
   int64_t count_ = 0;

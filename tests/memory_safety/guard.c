@@ -22,7 +22,7 @@ EXPORT size_t guard_workspaces;        /* how many there were */
 extern void __libc_free(void*);
 extern void* __libc_memalign(size_t alignment, size_t size);
 
-enum { kPage = 4096 };
+enum { kPage = 1 << 16 };  /* a multiple of every machine's */
 static const size_t kArena = (size_t)1 << 38;  /* of addresses: no memory until it is used */
 static char *arena, *next_free;
 
@@ -34,7 +34,8 @@ static void* allocate(size_t size) {
   if (arena == NULL) {
     void* made = mmap(NULL, kArena, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (made == MAP_FAILED) return NULL;
-    arena = next_free = made;
+    arena = made;
+    next_free = (char*)(((uintptr_t)made + kPage - 1) / kPage * kPage);
   }
   if (bytes > kArena || next_free + pages + 3 * kPage > arena + kArena) return NULL;
   char* const header = __atomic_fetch_add(&next_free, pages + 2 * kPage, __ATOMIC_RELAXED);

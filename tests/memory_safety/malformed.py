@@ -94,7 +94,7 @@ def tensorflow_calls():
 
     def forward(a):
         a = {name: tf.constant(x) for name, x in a.items()}  # arrays of NumPy would be cast to each other's type
-        return library.attn_ops_forward(a["q"], a["k"], a["v"], *lists(a), dropout_rate="0.2")
+        return library.attn_ops_forward(a["q"], a["k"], a["v"], *lists(a), num_lse=1, dropout_rate="0.2")
 
     def backward(a):
         a = {name: tf.constant(x) for name, x in a.items()}
@@ -181,6 +181,7 @@ def malformed_custom_calls(results, operands, attributes):
         others = [(x.shape, "float16"), (x.shape, "bool"), ((int(np.prod(x.shape)),), x.dtype), ((*x.shape, 1), x.dtype)]
         others += [((*x.shape[:axis], n - 1, *x.shape[axis + 1 :]), x.dtype) for axis, n in enumerate(x.shape)]
         yield f"result {i} missing", ((*results[:i], *results[i + 1 :]), operands, attributes)
+        yield f"result {i} twice", ((*results[:i], x, *results[i:]), operands, attributes)
         for other in others:
             new = jax.ShapeDtypeStruct(*other)
             yield f"result {i} as {new}", ((*results[:i], new, *results[i + 1 :]), operands, attributes)
