@@ -38,6 +38,12 @@ struct Mask {
 
 constexpr int kMaxMasks = 4;
 
+// What the arithmetic of kernels and plans is made for; validate.h says so in words. Dimensions small enough that no sum
+// of scratch memory overflows, with any number of threads; positions, heads and lengths that 32 bits hold.
+constexpr int64_t kMaxDim = int64_t{1} << 24;
+constexpr int64_t kMaxExtent = INT32_MAX;      // of seqlen_q, seqlen_k, num_heads
+constexpr int64_t kMaxStreams = UINT32_MAX;    // of dropout: batch * num_heads
+
 struct AttentionParams {
   DType dtype = DType::kFloat32;  // of q, k, v, out and their gradients
   int64_t batch = 0, seqlen_q = 0, seqlen_k = 0;
@@ -66,6 +72,9 @@ struct AttentionParams {
   const uint64_t* dropout_words = nullptr;
   bool allow_tf32 = false;  // GPUs: products of float32 in TF32, with 10 bits of mantissa, instead of 3xTF32
 };
+
+// Whether there is anything to compute: without a row there are at most gradients of zero to write.
+static inline bool has_rows(const AttentionParams& p) { return p.batch > 0 && p.seqlen_q > 0 && p.num_heads > 0; }
 
 // Query heads per key/value head. (Static: code compiled per ISA must not be shared through the linker.)
 static inline int64_t group_size(const AttentionParams& p) {

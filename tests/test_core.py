@@ -266,7 +266,8 @@ FLOATS = np.zeros((2, 1, 1, 11), "float32")
     (ValueError, "k must be float32, the dtype of q, got float64", dict(k=np.zeros(SHAPES["k"]))),
     (TypeError, "q must hold float32, float64, float16, bfloat16 or bool, got int32",
      dict(q=np.zeros(SHAPES["q"], "int32"))),
-    (ValueError, "k must be bool, the dtype of q, got float32", dict(q=np.zeros(SHAPES["q"], bool))),
+    (ValueError, "q must be float32, float64, float16 or bfloat16, got bool", dict(q=np.zeros(SHAPES["q"], bool))),
+    (ValueError, "k must be float32, the dtype of q, got bool", dict(k=np.zeros(SHAPES["k"], bool))),
     (TypeError, "q must hold float32", dict(q="text")),
     (ValueError, "bias must be float32, the dtype of q, got float64", dict(bias=np.zeros((2, 4, 7, 11)))),
     (ValueError, "bias must have rank 4", dict(bias=FLOATS[0])),
@@ -343,4 +344,4 @@ def test_sizes_that_overflow():
     with pytest.raises(ValueError, match="the size of scores .* overflows 64 bits"):
         core.forward(claim(1, 2**40, 1, 1), claim(1, 2**40, 1, 1), claim(1, 2**40, 1, 1))
     with pytest.raises(MemoryError):
-        core.forward(claim(1, 2**50, 1, 1), claim(1, 1, 1, 1), claim(1, 1, 1, 1))
+        core.forward(claim(2**50, 1, 1, 1), claim(2**50, 1, 1, 1), claim(2**50, 1, 1, 1))

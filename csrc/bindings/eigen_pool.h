@@ -37,7 +37,7 @@ class KernelThreads {
     const EigenDevice* device =
         attn_ops_eigen_device == nullptr || disabled ? nullptr : attn_ops_eigen_device(op_kernel_context);
     if (device != nullptr && device->pool != nullptr) {
-      count_ = device->num_threads;
+      count_ = thread_count(device->num_threads);
       scheduler_ = {device->pool, [](void* pool, Scheduler::Task task, void* arg) {
                       static_cast<EigenPool*>(pool)->Schedule([task, arg] { task(arg); });
                     }};

@@ -120,10 +120,10 @@ class Arrays {
  public:
   explicit Arrays(const char* function) : function_(function) {}
 
-  // Floats or bools, in place where their strides are whole elements in this machine's byte order.
+  // Floats or bools, in place where they are elements of this machine and their strides are whole elements.
   Array array(const char* name, const py::object& object) {
     const py::array a = as_array(name, object);
-    bool in_place = py::cast<bool>(a.dtype().attr("isnative"));
+    bool in_place = readable(a);
     for (py::ssize_t i = 0; i < a.ndim(); ++i) in_place &= a.strides(i) % a.itemsize() == 0;
     return describe(name, in_place ? a : copy(a), dtype(name, a));
   }
@@ -131,7 +131,7 @@ class Arrays {
   // The same for what kernels read without strides.
   Array contiguous(const char* name, const py::object& object) {
     const py::array a = as_array(name, object);
-    const bool in_place = py::cast<bool>(a.dtype().attr("isnative")) && (a.flags() & py::array::c_style) != 0;
+    const bool in_place = readable(a) && (a.flags() & py::array::c_style) != 0;
     return describe(name, in_place ? a : copy(a), dtype(name, a));
   }
 
@@ -141,7 +141,7 @@ class Arrays {
     if (a.dtype().kind() != 'i' && a.dtype().kind() != 'u') {
       fail<py::type_error>(function_, std::string(name) + " must hold integers, got " + dtype_name(a));
     }
-    const auto wide = py::array_t<int64_t, py::array::c_style | py::array::forcecast>(a);
+    const auto wide = py::array_t<int64_t, py::array::c_style | py::array::forcecast | kAligned>(a);
     const std::string reason = lengths_reason(name, wide.data(), wide.size(), limit_name, limit);
     if (!reason.empty()) fail<py::value_error>(function_, reason);
     return describe(name, py::array_t<int32_t, py::array::c_style | py::array::forcecast>(wide), DType::kFloat32);
@@ -151,6 +151,12 @@ class Arrays {
   py::dtype result_dtype() const { return native_dtype(alive_.front()); }
 
  private:
+  static constexpr int kAligned = py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+
+  // In this machine's byte order, and where a number of its type may lie: fields of structured arrays may lie anywhere.
+  static bool readable(const py::array& a) {
+    return py::cast<bool>(a.dtype().attr("isnative")) && (a.flags() & kAligned) != 0;
+  }
   static std::string dtype_name(const py::array& a) { return to_string(a.dtype().attr("name")); }
   static py::array copy(const py::array& a) { return a.attr("astype")(native_dtype(a), py::arg("order") = "C"); }
   static py::dtype native_dtype(const py::array& a) { return a.dtype().attr("newbyteorder")("="); }

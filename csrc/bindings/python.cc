@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "../cpu/cpu_features.h"
 #include "cuda_library.h"
 #include "heap_workspace.h"
 #include "numpy_call.h"
@@ -14,8 +15,6 @@
 namespace attn_ops::numpy {
 namespace {
 
-constexpr int64_t kMaxThreads = 1024;
-
 std::vector<std::string> isas() {
   const char* names[16];
   const int count = cpu::isas(names, 16);
@@ -25,17 +24,10 @@ std::vector<std::string> isas() {
 std::map<std::string, bool> cpu_features() {
   std::map<std::string, bool> features;
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  // A macro, for the compiler wants literals.
-#define ATTN_OPS_FEATURE(name) features[name] = __builtin_cpu_supports(name) != 0
-  ATTN_OPS_FEATURE("avx2");
-  ATTN_OPS_FEATURE("fma");
-  ATTN_OPS_FEATURE("f16c");
-  ATTN_OPS_FEATURE("avx512f");
-  ATTN_OPS_FEATURE("avx512bw");
-  ATTN_OPS_FEATURE("avx512vl");
-  ATTN_OPS_FEATURE("avx512dq");
-#undef ATTN_OPS_FEATURE
+  const cpu::CpuFeatures has;
+  features = {{"avx2", has.avx2},         {"fma", has.fma},           {"f16c", has.f16c},
+              {"avx512f", has.avx512f},   {"avx512bw", has.avx512bw}, {"avx512vl", has.avx512vl},
+              {"avx512dq", has.avx512dq}};
 #endif
   return features;
 }

@@ -8,6 +8,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <new>
@@ -19,8 +20,14 @@ namespace attn_ops {
 struct Scheduler {
   using Task = void (*)(void* arg);
   void* self = nullptr;
-  void (*schedule)(void* self, Task task, void* arg) = nullptr;  // asynchronous; every task runs some day
+  // Asynchronous; every task runs some day. Where it throws, it has not taken the task.
+  void (*schedule)(void* self, Task task, void* arg) = nullptr;
 };
+
+constexpr int64_t kMaxThreads = 1024;
+
+// A number of threads from outside: workspaces are sized by it.
+inline int thread_count(int64_t told) { return static_cast<int>(std::clamp<int64_t>(told, 1, kMaxThreads)); }
 
 // A condition variable. That of the standard library would ask for a newer libstdc++ than wheels may.
 class Signal {
@@ -44,20 +51,30 @@ class Job {
       for (int slot = 0; slot < slots; ++slot) body(arg, slot);
       return;
     }
-    const Scheduler& helpers = *static_cast<Scheduler*>(scheduler);
-    for (int i = 1; i < slots; ++i) helpers.schedule(helpers.self, help, job);
+    const int helpers = job->call_helpers(*static_cast<Scheduler*>(scheduler));
     job->work();
     job->wait();
-    job->release();
+    job->release(slots - helpers);  // the caller's, and those of helpers that will never come
   }
 
  private:
   Job(int slots, void (*body)(void*, int), void* arg)
       : body_(body), arg_(arg), slots_(slots), unfinished_(slots), references_(slots) {}
 
+  // Returns how many will come, where memory runs out fewer than there are slots for: nothing may leave run() before
+  // those that came are done with what lies on the caller's stack.
+  int call_helpers(const Scheduler& scheduler) {
+    int called = 0;
+    try {
+      for (; called + 1 < slots_; ++called) scheduler.schedule(scheduler.self, help, this);
+    } catch (...) {
+    }
+    return called;
+  }
+
   static void help(void* self) {
     static_cast<Job*>(self)->work();
-    static_cast<Job*>(self)->release();
+    static_cast<Job*>(self)->release(1);
   }
 
   void work() {
@@ -75,8 +92,8 @@ class Job {
     done_.wait(lock, [this] { return unfinished_.load() == 0; });
   }
 
-  void release() {
-    if (references_.fetch_sub(1) == 1) delete this;
+  void release(int references) {
+    if (references_.fetch_sub(references) == references) delete this;
   }
 
   void (*const body_)(void*, int);

@@ -81,6 +81,28 @@ inline std::string size_reason(const char* name, std::initializer_list<int64_t> 
   return "";
 }
 
+// What kernels have room for: positions, heads and lengths have 32 bits, and scratch memory is many times a dimension. The
+// extents of a call without a row are free: nothing is computed.
+inline std::string limits_reason(const Call& c, const Sizes& n) {
+  if (n.batch == 0 || n.seqlen_q == 0 || n.num_heads == 0) return "";
+  const struct {
+    const char* name;
+    int64_t value, most;
+  } limits[] = {{"seqlen_q", n.seqlen_q, kMaxExtent}, {"seqlen_k", n.seqlen_k, kMaxExtent},
+                {"num_heads", n.num_heads, kMaxExtent}, {"head_dim", n.head_dim, kMaxDim},
+                {"value_dim", n.value_dim, kMaxDim}};
+  for (const auto& limit : limits) {
+    if (limit.value > limit.most) {
+      return std::string(limit.name) + " (" + text(limit.value) + ") must be at most " + text(limit.most);
+    }
+  }
+  if (c.dropout_rate > 0 && n.batch > kMaxStreams / n.num_heads) {
+    return "batch (" + text(n.batch) + ") times num_heads (" + text(n.num_heads) + ") must be at most " +
+           text(kMaxStreams) + " with dropout";
+  }
+  return "";
+}
+
 inline std::string score_shaped_reason(const Array& a, const Sizes& n) {
   std::string reason = rank_reason(a.name, a.rank, 4, "[batch, num_heads, seqlen_q, seqlen_k]");
   for (int i = 0; i < 4 && reason.empty(); ++i) {
@@ -152,6 +174,7 @@ inline std::string backward_reason(const Call& c, const Sizes& n) {
 }
 
 inline std::string dtypes_reason(const Call& c) {
+  if (c.q.dtype == DType::kBool) return "q must be float32, float64, float16 or bfloat16, got bool";
   std::string reason;
   for (const Array* a : {&c.k, &c.v, &c.out, &c.d_out}) {
     if (a->present && reason.empty()) reason = dtype_reason(*a, c.q.dtype, "the dtype of q");
@@ -196,6 +219,7 @@ inline std::string invalid_reason(const Call& c) {
   check([&] { return size_reason("out", {n.batch, n.seqlen_q, n.num_heads, n.value_dim}, element); });
   check([&] { return size_reason("statistics", {n.batch, n.num_heads, n.seqlen_q, 2}, statistic); });
   check([&] { return size_reason("scores", {n.batch, n.num_heads, n.seqlen_q, n.seqlen_k}, 1); });
+  check([&] { return limits_reason(c, n); });
   if (c.bias.present) check([&] { return score_shaped_reason(c.bias, n); });
   for (int i = 0; i < c.num_masks; ++i) check([&] { return score_shaped_reason(c.masks[i], n); });
   check([&] { return lengths_array_reason(c.place, c.query_lengths, n, "seqlen_q", n.seqlen_q); });

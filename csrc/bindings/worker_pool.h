@@ -17,8 +17,8 @@ namespace attn_ops {
 
 inline int available_cpus() {
   cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));  // more CPUs than the set has room for
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return thread_count(CPU_COUNT(&set));
+  return thread_count(std::thread::hardware_concurrency());  // more CPUs than the set has room for
 }
 
 // The threads sleep between calls and live as long as the process.

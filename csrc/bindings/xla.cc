@@ -44,11 +44,17 @@ void backward(const XLA_FFI_CallFrame& frame, const Call& call, bool wants_d_bia
   run<Device>(frame, params);
 }
 
+// XLA asks once, without arrays, which version the handler was written for: where to answer. Null in a call.
+XLA_FFI_Metadata* metadata_wanted(const XLA_FFI_CallFrame& frame) {
+  for (XLA_FFI_Extension_Base* e = frame.extension_start; e != nullptr; e = e->next) {
+    if (e->type == XLA_FFI_Extension_Metadata) return reinterpret_cast<XLA_FFI_Metadata_Extension*>(e)->metadata;
+  }
+  return nullptr;
+}
+
 template <class Device, bool is_backward>
 XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame) {
-  // XLA asks once, without arrays, which version the handler was written for.
-  if (frame->extension_start != nullptr && frame->extension_start->type == XLA_FFI_Extension_Metadata) {
-    XLA_FFI_Metadata* metadata = reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start)->metadata;
+  if (XLA_FFI_Metadata* metadata = metadata_wanted(*frame)) {
     metadata->api_version.major_version = XLA_FFI_API_MAJOR;
     metadata->api_version.minor_version = XLA_FFI_API_MINOR;
     // Not fit for CUDA graphs: the workspace is given back before a captured graph runs.

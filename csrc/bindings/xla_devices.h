@@ -34,7 +34,7 @@ class PoolThreads {
         destroy(frame_.api, e);
         return false;
       }
-      count_ = static_cast<int>(std::max<int64_t>(threads, 1));
+      count_ = thread_count(threads);
     }
     scheduler_ = {this, [](void* self, Scheduler::Task task, void* arg) {
                     const XLA_FFI_CallFrame& frame = static_cast<PoolThreads*>(self)->frame_;

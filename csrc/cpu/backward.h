@@ -145,7 +145,7 @@ __attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<
   T *const s = scratch.p, *const dp = scratch.ds;
   Vec<T> m_old[NV], m[NV];
   for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
-  const Seen seen = score_block<T, NV>(r, tile, tile.q, keys, k0, n, scratch.visible, s, lanes,
+  const Seen seen = score_block<T, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.visible, s, lanes,
                                        [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
   if (seen == Seen::kNothing) return;
   gemm<T, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, p.value_dim,
@@ -228,7 +228,7 @@ __attribute__((noinline)) Seen score_gradients(const HeadRows& r, const Backward
   };
   if (k0 >= tile.end || k1 <= tile.begin) return zeros();
   const Seen seen =
-      score_block<T, NV>(r, tile, tile.q, keys, k0, n, scratch.visible, prob, ld, [](int, Vec<T>) {});
+      score_block<T, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.visible, prob, ld, [](int, Vec<T>) {});
   if (seen == Seen::kNothing) return zeros();
   const bool masked = seen == Seen::kSome;
   gemm<T, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, p.value_dim,

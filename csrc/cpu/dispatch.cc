@@ -5,9 +5,11 @@
 #include <cstdlib>
 #include <cstring>
 
+#include <algorithm>
 #include <atomic>
 
 #include "blocking.h"
+#include "cpu_features.h"
 #include "kernels.h"
 
 namespace attn_ops {
@@ -31,13 +33,9 @@ const Kernels* const kBuilt[] = {  // best first
 
 bool runs_here(const Kernels* k) {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (!strcmp(k->name, "avx512"))
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("fma");
-  if (!strcmp(k->name, "avx2"))
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const CpuFeatures cpu;
+  if (!strcmp(k->name, "avx512")) return cpu.avx512f && cpu.avx512bw && cpu.avx512vl && cpu.avx512dq && cpu.fma;
+  if (!strcmp(k->name, "avx2")) return cpu.avx2 && cpu.fma && cpu.f16c;
 #elif defined(__aarch64__)
   if (!strcmp(k->name, "neon")) return true;  // part of the architecture
 #endif
@@ -60,6 +58,33 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
+
+// Sums of bytes. What overflows, or comes near it, is a size that no memory has.
+constexpr int64_t kNoMemory = int64_t{1} << 62;
+int64_t times(int64_t a, int64_t b) {
+  int64_t product;
+  return __builtin_mul_overflow(a, b, &product) ? kNoMemory : min(product, kNoMemory);
+}
+int64_t plus(int64_t a, int64_t b) { return min(a + b, kNoMemory); }  // a, b up to kNoMemory
+
+// Within the limits of attention.h, for which the sums of one thread's scratch cannot overflow.
+bool within_limits(const AttentionParams& p) {
+  return p.seqlen_q <= kMaxExtent && p.seqlen_k <= kMaxExtent && p.num_heads <= kMaxExtent && p.head_dim <= kMaxDim &&
+         p.value_dim <= kMaxDim;
+}
+
+// As many threads as find enough to do, of those lent. `passes` is the number of products of queries and keys.
+Threads worth_waking(Threads threads, const AttentionParams& p, double passes) {
+  double keys = static_cast<double>(p.seqlen_k);
+  if (p.mask.window_left >= 0 && p.mask.window_right >= 0)
+    keys = std::min(keys, static_cast<double>(p.mask.window_left) + static_cast<double>(p.mask.window_right) + 1);
+  const double dims = static_cast<double>(p.head_dim + p.value_dim), rows = 1.0 * p.batch * p.num_heads * p.seqlen_q;
+  const double flops = passes * rows * keys * dims;  // 2 for each of dims, of which a product has half
+  const double bytes = 1.0 * p.batch * p.num_kv_heads * keys * dims * size_of(p.dtype);
+  const double most = 1 + std::max(flops / kHelperFlops, bytes / kHelperBytes);
+  if (most < threads.count) threads.count = static_cast<int>(most);
+  return threads;
+}
 
 // task(i, slot) for i = 0 .. count - 1, handed out one by one: rows near the end of a causal matrix cost more.
 template <class Task>
@@ -111,7 +136,7 @@ struct ForwardPlan {
 
   int64_t first_tile(int64_t block) const { return block * tiles / blocks; }
   int64_t bytes(int threads) const {
-    return threads * scratch_bytes + (splits > 1 ? heads * splits * partial_bytes : 0);
+    return plus(times(threads, scratch_bytes), splits > 1 ? times(heads * splits, partial_bytes) : 0);
   }
 };
 
@@ -169,7 +194,7 @@ struct BackwardPlan {
     dk_bytes = aligned(p.seqlen_k * k.padded(p.head_dim) * size);
     chunk_bytes = dk_bytes + aligned(p.seqlen_k * k.padded(p.value_dim) * size);
     // At least one head, and two tasks per thread, even where that needs more than kWaveBytes.
-    wave = max(ceil_div(2 * threads, chunks), kWaveBytes / max(1, chunks * chunk_bytes));
+    wave = max(ceil_div(2 * threads, chunks), kWaveBytes / max(1, times(chunks, chunk_bytes)));
     wave = max(1, min(wave, heads));
     scratch_bytes = k.backward_scratch(params);
     scratch_bytes = max(scratch_bytes, size * max(k.padded(p.head_dim), k.padded(p.value_dim)));  // reduce
@@ -180,7 +205,7 @@ struct BackwardPlan {
   int64_t first_tile(int64_t chunk) const { return chunk * tiles / chunks; }
   // A head in one chunk is reduced by the task that made it.
   int64_t bytes(int threads) const {
-    return threads * scratch_bytes + (chunks == 1 ? threads : wave * chunks) * chunk_bytes;
+    return plus(times(threads, scratch_bytes), times(chunks == 1 ? threads : wave * chunks, chunk_bytes));
   }
 };
 
@@ -199,6 +224,28 @@ void bias_gradient(const BackwardParams& params, const TypedKernels& k, const Th
     const BiasGradientTask task{head / shape[1], head % shape[1], tile, shape[2] == 1 ? tiles : tile + 1};
     k.bias_gradient(params, task, scratch + slot * scratch_bytes);
   });
+}
+
+// Zeros in a [batch, seqlen, heads, dim] array, which may be empty.
+void fill_zeros(const StridedView& view, int64_t batch, int64_t seqlen, int64_t heads, int64_t dim) {
+  const int64_t size = size_of(view.dtype);
+  if (batch == 0 || seqlen == 0 || heads == 0 || dim == 0) return;
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t s = 0; s < seqlen; ++s)
+      for (int64_t h = 0; h < heads; ++h) {
+        char* const row = static_cast<char*>(view.data) +
+                          (b * view.stride[0] + s * view.stride[1] + h * view.stride[2]) * size;
+        if (view.stride[3] == 1) memset(row, 0, dim * size);
+        else for (int64_t d = 0; d < dim; ++d) memset(row + d * view.stride[3] * size, 0, size);
+      }
+}
+
+// The gradients where there is no row: none of queries, and no key or bias was used.
+void gradients_of_nothing(const BackwardParams& params, const TypedKernels& k) {
+  const AttentionParams& p = params.forward;
+  fill_zeros(params.dk, p.batch, p.seqlen_k, p.num_kv_heads, p.head_dim);
+  fill_zeros(params.dv, p.batch, p.seqlen_k, p.num_kv_heads, p.value_dim);
+  if (params.d_bias) bias_gradient(params, k, Threads{}, nullptr, 0);
 }
 
 }  // namespace
@@ -230,13 +277,17 @@ double probe(const ProbeSlice& slice, double* sink, const char* isa) {
 
 size_t forward_workspace_bytes(const AttentionParams& p, int num_threads, const char* isa) {
   const Kernels* const k = choose(isa);
-  return k ? ForwardPlan(p, typed(*k, p.dtype), num_threads).bytes(num_threads) : 0;
+  if (!k || !has_rows(p)) return 0;
+  return within_limits(p) ? ForwardPlan(p, typed(*k, p.dtype), num_threads).bytes(num_threads) : kNoMemory;
 }
 
 bool forward(const AttentionParams& p, Threads threads, Workspace workspace, const char* isa) {
   const Kernels* const chosen = choose(isa);
   if (!chosen) return false;
+  if (!has_rows(p)) return true;
+  if (!within_limits(p)) return false;
   const TypedKernels& k = typed(*chosen, p.dtype);
+  threads = worth_waking(threads, p, 2);
   const ForwardPlan plan(p, k, threads.count);
   if (workspace.bytes < static_cast<size_t>(plan.bytes(threads.count))) return false;
   char* const scratch = static_cast<char*>(workspace.data);
@@ -253,7 +304,9 @@ bool forward(const AttentionParams& p, Threads threads, Workspace workspace, con
 
 size_t backward_workspace_bytes(const BackwardParams& params, int num_threads, const char* isa) {
   const Kernels* const k = choose(isa);
-  return k ? BackwardPlan(params, typed(*k, params.forward.dtype), num_threads).bytes(num_threads) : 0;
+  if (!k || !has_rows(params.forward)) return 0;
+  if (!within_limits(params.forward)) return kNoMemory;
+  return BackwardPlan(params, typed(*k, params.forward.dtype), num_threads).bytes(num_threads);
 }
 
 bool backward(const BackwardParams& params, Threads threads, Workspace workspace, const char* isa) {
@@ -261,6 +314,12 @@ bool backward(const BackwardParams& params, Threads threads, Workspace workspace
   const Kernels* const chosen = choose(isa);
   if (!chosen) return false;
   const TypedKernels& k = typed(*chosen, p.dtype);
+  if (!has_rows(p)) {
+    gradients_of_nothing(params, k);
+    return true;
+  }
+  if (!within_limits(p)) return false;
+  threads = worth_waking(threads, p, 5);
   const BackwardPlan plan(params, k, threads.count);
   if (workspace.bytes < static_cast<size_t>(plan.bytes(threads.count))) return false;
   char* const scratch = static_cast<char*>(workspace.data);

@@ -314,14 +314,16 @@ void forward_few_rows(const AttentionParams& p, const FewRowsTask& task, void* m
   if (seen.begin < task.key_begin) seen.begin = task.key_begin;
   if (seen.end > task.key_end) seen.end = task.key_end;
 
+  const int64_t block_bytes = kFewRowsKeys * heads * (p.head_dim + p.value_dim) * static_cast<int64_t>(size_of(p.dtype));
+  const bool fits_l1 = block_bytes <= kL1Bytes / 2;
   with_storage(T{}, p.dtype, [&](auto storage) {
     int64_t n;
     // From a multiple of 4 on: key 4 n starts a group of random numbers.
     for (int64_t k0 = seen.begin / 4 * 4; k0 < seen.end; k0 += n) {
       n = seen.end - k0 < kFewRowsKeys ? seen.end - k0 : kFewRowsKeys;
       const int64_t next = k0 + n, next_keys = seen.end - next < kFewRowsKeys ? seen.end - next : kFewRowsKeys;
-      RowsAhead keys_ahead(p.k, task.batch, next, next_keys, task.head_begin, heads, p.head_dim);
-      RowsAhead values_ahead(p.v, task.batch, next, next_keys, task.head_begin, heads, p.value_dim);
+      RowsAhead keys_ahead(p.k, task.batch, next, next_keys, task.head_begin, heads, p.head_dim, fits_l1);
+      RowsAhead values_ahead(p.v, task.batch, next, next_keys, task.head_begin, heads, p.value_dim, fits_l1);
       for (int64_t g = 0; g < heads * per_head; ++g) {
         FewRows<T>& f = scratch.groups[g];
         if (f.rows == 1) few_rows_block<T, 1>(storage, f, k0, n, keys_ahead, values_ahead, scratch);

@@ -20,13 +20,14 @@ namespace {
 
 template <class T>
 struct ForwardTile : RowTile<T> {
-  T *q, *out;                                        // [head_dim][lanes], [value_dim][lanes]
+  T *q, *out;  // [head_dim][ld], [value_dim][ld]
+  int64_t ld;  // the lanes, but for a part of a tile those of the whole
   T m[RowTile<T>::max_lanes], l[RowTile<T>::max_lanes];
 };
 
 template <class T>
 struct ForwardScratch {
-  ForwardTile<T> tiles[kForwardTiles];
+  ForwardTile<T> tiles[kForwardTiles], part;
   T *scores, *factors;
   uint64_t* visible;
 
@@ -56,6 +57,7 @@ void start_tile(const HeadRows& r, ForwardTile<T>& tile) {
   const AttentionParams& p = r.p;
   char* row[RowTile<T>::max_lanes];
   tile.tensor_rows(r, p.q, row);
+  tile.ld = tile.lanes;
   const Vec<T> factor = S::set1(static_cast<T>(p.scale));
   load_transposed<T>(p.q.dtype, row, tile.rows, tile.lanes, p.q.stride[3] * static_cast<int64_t>(size_of(p.q.dtype)),
                      p.head_dim, tile.q, tile.lanes, [=](T* at, Vec<T> x) { S::store(at, x * factor); });
@@ -78,7 +80,7 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
   T* const s = scratch.scores;
   Vec<T> m_old[NV], m[NV];
   for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
-  const Seen seen = score_block<T, NV>(r, tile, tile.q, keys, k0, n, scratch.visible, s, lanes,
+  const Seen seen = score_block<T, NV>(r, tile, tile.q, tile.ld, keys, k0, n, scratch.visible, s, lanes,
                                        [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
   if (seen == Seen::kNothing) return;
   const bool masked = seen == Seen::kSome;
@@ -107,14 +109,66 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
   }
 
   T* const out = tile.out;
+  const int64_t ld = tile.ld;
   const auto accumulate = [=](int64_t d, int v, Vec<T> x) {
-    T* const at = out + d * lanes + v * W;
+    T* const at = out + d * ld + v * W;
     S::store(at, S::fma(S::load(at), correction[v], x));
   };
   if (masked && !values.finite())
     gemm_hiding<T, NV, Major::kDepth, ZeroHides::kB>(p.value_dim, values.at(k0), values.ld(), s, lanes, n, accumulate);
   else
     gemm<T, NV, Major::kDepth>(p.value_dim, values.at(k0), values.ld(), s, lanes, n, accumulate);
+}
+
+// The vectors of a tile from `first` on as a tile of their own, in place: q and out are shared, m and l copied.
+template <class T>
+void part_of_tile(const ForwardTile<T>& tile, int first, ForwardTile<T>& part) {
+  const int skipped = first * Simd<T>::width;
+  part.nv = tile.nv - first;
+  part.lanes = tile.lanes - skipped;
+  part.rows = tile.rows - skipped;
+  part.first = tile.first + skipped;
+  part.all_begin = 0, part.all_end = INT64_MAX;
+  for (int i = 0; i < part.lanes; ++i) {
+    part.lo[i] = tile.lo[i + skipped], part.hi[i] = tile.hi[i + skipped];
+    part.position[i] = tile.position[i + skipped], part.head[i] = tile.head[i + skipped];
+    part.m[i] = tile.m[i + skipped], part.l[i] = tile.l[i + skipped];
+    if (i >= part.rows) continue;
+    if (part.lo[i] > part.all_begin) part.all_begin = part.lo[i];
+    if (part.hi[i] < part.all_end) part.all_end = part.hi[i];
+  }
+  part.begin = part.lo[0];
+  part.end = part.hi[part.rows - 1];
+  part.q = tile.q + skipped;
+  part.out = tile.out + skipped;
+  part.ld = tile.ld;
+}
+
+// A tile meets the keys k0 .. k1 of a block. Where intervals end in it, as on a causal diagonal, only the vectors that
+// still see keys go on: of 48 rows and as many keys past the first, a third of the products is nobody's.
+template <class T>
+void forward_tile_block(const HeadRows& r, ForwardTile<T>& tile, const KeyBlock<T>& keys, KeyBlock<T>& values, int64_t k0,
+                        int64_t k1, ForwardScratch<T>& scratch) {
+  constexpr int W = Simd<T>::width;
+  const auto meet = [&](ForwardTile<T>& t, int64_t begin, int64_t end) {
+    with_vectors(t.nv, [&](auto nv) { forward_block<T, decltype(nv)::value>(r, t, keys, values, begin, end, scratch); });
+  };
+  for (int v = 0; v < tile.nv; ++v) {
+    const int last = (v + 1) * W <= tile.rows ? (v + 1) * W - 1 : tile.rows - 1;
+    // Key 4 n starts a group of random numbers.
+    const int64_t seen_end = (tile.hi[last] + 3) / 4 * 4, end = v + 1 < tile.nv && seen_end < k1 ? seen_end : k1;
+    if (end <= k0) continue;
+    if (v == 0) {
+      meet(tile, k0, end);
+    } else {
+      ForwardTile<T>& part = scratch.part;
+      part_of_tile(tile, v, part);
+      meet(part, k0, end);
+      memcpy(tile.m + v * W, part.m, sizeof(T) * part.lanes);
+      memcpy(tile.l + v * W, part.l, sizeof(T) * part.lanes);
+    }
+    k0 = end;
+  }
 }
 
 // finish_row() for all rows of a tile.
@@ -180,9 +234,7 @@ void forward_tiles(const HeadRows& r, const Tiling<T>& tiling, const ForwardTask
       const int64_t k1 = tile.end < block_end ? tile.end : block_end;
       if (k0 >= k1 || tile.begin >= tile.end) continue;
       next.ask();
-      with_vectors(tile.nv, [&](auto nv) {
-        forward_block<T, decltype(nv)::value>(r, tile, keys, values, k0, k1, scratch);
-      });
+      forward_tile_block<T>(r, tile, keys, values, k0, k1, scratch);
     }
   }
   for (int64_t t = 0; t < count; ++t) {

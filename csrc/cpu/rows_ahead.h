@@ -10,12 +10,14 @@ namespace cpu {
 namespace {
 
 // A walk over the rows [begin, begin + count) of `heads` heads of one batch, in the order they lie in memory. Each ask()
-// prefetches one row; there is no harm in rows that do not exist.
+// prefetches one row, to the L1 cache or, where all that is asked for in one go would not fit, to L2; there is no harm in
+// rows that do not exist.
 class RowsAhead {
  public:
   RowsAhead() = default;
   RowsAhead(const StridedView& v, int64_t batch, int64_t begin, int64_t count, int64_t first_head, int64_t heads,
-            int64_t dim) {
+            int64_t dim, bool fits_l1)
+      : fits_l1_(fits_l1) {
     const int64_t size = size_of(v.dtype), by_row = v.stride[1] * size, by_head = v.stride[2] * size;
     const bool heads_inside = v.stride[2] < v.stride[1];
     at_ = static_cast<const char*>(v.data) + batch * v.stride[0] * size + begin * by_row + first_head * by_head;
@@ -29,7 +31,10 @@ class RowsAhead {
   ATTN_INLINE void ask() {
     if (left_ == 0) return;
     --left_;
-    for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(at_ + i);
+    if (fits_l1_)
+      for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(at_ + i);
+    else
+      for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(at_ + i, 0, 2);
     at_ += --inside_left_ ? step_ : carry_;
     if (inside_left_ == 0) inside_left_ = inside_;
   }
@@ -40,6 +45,7 @@ class RowsAhead {
  private:
   const char* at_ = nullptr;
   int64_t left_ = 0, bytes_ = 0, inside_ = 0, inside_left_ = 0, step_ = 0, carry_ = 0;
+  bool fits_l1_ = true;
 };
 
 // What a thread's next task will read or write, asked for a little at each of the `steps` of the current one. Short
@@ -61,7 +67,7 @@ class NextTask {
   void add(const StridedView& v, int64_t count, int64_t heads_each, int64_t dim) {
     if (head_ < 0 || steps_ == 0) return;
     const int64_t head = head_ % p_.num_kv_heads * heads_each;
-    const RowsAhead rows(v, head_ / p_.num_kv_heads, 0, count, head, heads_each, dim);
+    const RowsAhead rows(v, head_ / p_.num_kv_heads, 0, count, head, heads_each, dim, true);
     room_ -= rows.bytes();
     if (room_ < 0) return;
     rows_[count_] = rows;

@@ -54,25 +54,25 @@ __attribute__((noinline)) void add_bias(const HeadRows& r, const RowTile<T>& til
   load_transposed<T>(bias.dtype, row, tile.rows, tile.lanes, stride, keys, scores, ld, add);
 }
 
-// scores[j * ld + lane] of a tile, whose scaled queries are q [head_dim][lanes], against keys k0 .. k0 + n. see(v, scores)
+// scores[j * ld + lane] of a tile, whose scaled queries are q [head_dim][ldq], against keys k0 .. k0 + n. see(v, scores)
 // is told every vector. Nothing is written where the tile sees nothing; kSome also where there is a bias, which can
 // hide: only after kAll may a loop do without looking for -inf.
 template <class T, int NV, class See>
-ATTN_INLINE Seen score_block(const HeadRows& r, const RowTile<T>& tile, const T* q, const KeyBlock<T>& keys, int64_t k0,
-                             int64_t n, uint64_t* visible, T* scores, int64_t ld, const See& see) {
+ATTN_INLINE Seen score_block(const HeadRows& r, const RowTile<T>& tile, const T* q, int64_t ldq, const KeyBlock<T>& keys,
+                             int64_t k0, int64_t n, uint64_t* visible, T* scores, int64_t ld, const See& see) {
   using S = Simd<T>;
-  constexpr int W = S::width, lanes = NV * W;
+  constexpr int W = S::width;
   const bool bias = r.p.bias.data;
   const Seen seen = visible_keys<T>(r, tile, k0, n, visible);
   if (seen == Seen::kNothing) return seen;
   if (seen == Seen::kAll && !bias) {
-    gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), q, lanes, r.p.head_dim, [=, &see](int64_t j, int v, Vec<T> x) {
+    gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), q, ldq, r.p.head_dim, [=, &see](int64_t j, int v, Vec<T> x) {
       S::store(scores + j * ld + v * W, x);
       see(v, x);
     });
     return seen;
   }
-  gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), q, lanes, r.p.head_dim,
+  gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), q, ldq, r.p.head_dim,
                            [=](int64_t j, int v, Vec<T> x) { S::store(scores + j * ld + v * W, x); });
   if (bias) add_bias<T>(r, tile, k0, n, scores, ld);
   hide_scores<T, NV>(tile, seen == Seen::kSome ? visible : nullptr, n, scores, ld, see);

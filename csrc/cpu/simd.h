@@ -38,6 +38,17 @@ struct SimdBase {
   static ATTN_INLINE V set1(T x) { return x - V{}; }  // "- 0" keeps the sign of -0.0, "+ 0" would not
   static ATTN_INLINE V load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static ATTN_INLINE void store(T* p, V x) { *reinterpret_cast<Unaligned*>(p) = x; }
+  // The first n elements, 0 <= n < width, and zeros. Nothing past them is read: they may end where memory does.
+  static ATTN_INLINE V load_first(const T* p, int64_t n) {
+    T first[width] = {};
+    memcpy(first, p, n * sizeof(T));
+    return load(first);
+  }
+  // The same of halves, into `first` of `width`.
+  static ATTN_INLINE void first_halves(const uint16_t* p, int64_t n, uint16_t* first) {
+    memset(first, 0, width * sizeof(uint16_t));
+    memcpy(first, p, n * sizeof(uint16_t));
+  }
   static ATTN_INLINE V select(I mask, V yes, V no) { return mask ? yes : no; }
   static ATTN_INLINE V fma(V a, V b, V c) { return a * b + c; }  // contracted to one instruction where there is one
 

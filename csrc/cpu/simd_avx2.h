@@ -25,6 +25,30 @@ struct Simd<float> : SimdBase<float, int32_t, 32> {
     return (Longs)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
   }
 
+  static ATTN_INLINE V load_first(const float* p, int64_t n) {
+    const I index = {0, 1, 2, 3, 4, 5, 6, 7};
+    return _mm256_maskload_ps(p, (__m256i)(index < static_cast<int32_t>(n)));
+  }
+  // In registers: what the stack got in pieces cannot be forwarded to a load of the whole.
+  static ATTN_INLINE void first_halves(const uint16_t* p, int64_t n, uint16_t* first) {
+    uint64_t low = 0, high = 0;
+    if (n >= 4) {
+      memcpy(&low, p, 8);
+      if (n > 4) {
+        memcpy(&high, p + n - 4, 8);
+        high >>= 16 * (8 - n);
+      }
+    } else if (n >= 2) {
+      uint32_t two;
+      memcpy(&two, p, 4);
+      low = two | (n == 3 ? uint64_t{p[2]} << 32 : 0);
+    } else if (n == 1) {
+      low = p[0];
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(first),
+                     _mm_set_epi64x(static_cast<int64_t>(high), static_cast<int64_t>(low)));
+  }
+
   static ATTN_INLINE V load_half(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
@@ -53,6 +77,10 @@ struct Simd<float> : SimdBase<float, int32_t, 32> {
 
 template <>
 struct Simd<double> : SimdBase<double, int64_t, 32> {
+  static ATTN_INLINE V load_first(const double* p, int64_t n) {
+    const I index = {0, 1, 2, 3};
+    return _mm256_maskload_pd(p, (__m256i)(index < n));
+  }
   static ATTN_INLINE V max(V a, V b) { return _mm256_max_pd(a, b); }
   static ATTN_INLINE V min(V a, V b) { return _mm256_min_pd(a, b); }
   static ATTN_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }

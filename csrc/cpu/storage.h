@@ -16,6 +16,9 @@ template <class T>
 struct Same {
   static constexpr int size = sizeof(T);
   static ATTN_INLINE Vec<T> load(const char* p) { return Simd<T>::load(reinterpret_cast<const T*>(p)); }
+  static ATTN_INLINE Vec<T> load_first(const char* p, int64_t n) {
+    return Simd<T>::load_first(reinterpret_cast<const T*>(p), n);
+  }
   static ATTN_INLINE void store(char* p, Vec<T> x) { Simd<T>::store(reinterpret_cast<T*>(p), x); }
 };
 
@@ -23,6 +26,11 @@ struct Half {
   static constexpr int size = 2;
   static ATTN_INLINE Vec<float> load(const char* p) {
     return Simd<float>::load_half(reinterpret_cast<const uint16_t*>(p));
+  }
+  static ATTN_INLINE Vec<float> load_first(const char* p, int64_t n) {
+    uint16_t first[Simd<float>::width];
+    Simd<float>::first_halves(reinterpret_cast<const uint16_t*>(p), n, first);
+    return Simd<float>::load_half(first);
   }
   static ATTN_INLINE void store(char* p, Vec<float> x) {
     Simd<float>::store_half(reinterpret_cast<uint16_t*>(p), x);
@@ -38,6 +46,11 @@ struct BFloat16 {
     Halves h;
     memcpy(&h, p, sizeof h);
     return (Vec<float>)(__builtin_convertvector(h, Words) << 16);
+  }
+  static ATTN_INLINE Vec<float> load_first(const char* p, int64_t n) {
+    uint16_t first[Simd<float>::width];
+    Simd<float>::first_halves(reinterpret_cast<const uint16_t*>(p), n, first);
+    return load(reinterpret_cast<const char*>(first));
   }
   // To nearest even; NaN stays NaN (rounding could carry its mantissa away).
   static ATTN_INLINE void store(char* p, Vec<float> x) {
@@ -59,14 +72,20 @@ struct Bool {
     const typename Simd<T>::I visible = __builtin_convertvector(b, typename Simd<T>::I) != 0;
     return Simd<T>::select(visible, Simd<T>::zero(), Simd<T>::set1(-kInfinity<T>));
   }
+  static ATTN_INLINE Vec<T> load_first(const char* p, int64_t n) {
+    char first[Simd<T>::width] = {};
+    memcpy(first, p, n);
+    return load(first);
+  }
 };
 
-// Calls f with the storage of dtype t, one that T (told by the tag) can come from and go to.
+// Calls f with the storage of dtype t, one that T (told by the tag) can come from and go to. Any other dtype has another
+// element size: then nothing is read or written.
 template <class F>
 ATTN_INLINE void with_storage(float, DType t, const F& f) {
   if (t == DType::kFloat32) f(Same<float>{});
   else if (t == DType::kFloat16) f(Half{});
-  else f(BFloat16{});
+  else if (t == DType::kBFloat16) f(BFloat16{});
 }
 
 template <class F>
@@ -85,7 +104,7 @@ ATTN_INLINE void with_readable(T tag, DType t, const F& f) {
 template <class T, class Storage>
 ATTN_INLINE Vec<T> load_some(Storage, const char* p, int64_t stride, int64_t n) {
   constexpr int width = Simd<T>::width;
-  if (n >= width && stride == Storage::size) return Storage::load(p);
+  if (stride == Storage::size) return n >= width ? Storage::load(p) : Storage::load_first(p, n);
   char gathered[width * Storage::size] = {};
   for (int64_t i = 0; i < n && i < width; ++i) memcpy(gathered + i * Storage::size, p + i * stride, Storage::size);
   return Storage::load(gathered);
