@@ -34,8 +34,8 @@ struct RowGradients {
   }
 };
 
-// use(m, half, s, p, hidden, dp) for each pair of a query row and a key, with query rows down and keys across: where the
-// row is among the lane's, the product, of it the probability, whether that is hidden, and what dropout leaves of dp.
+// use(m, half, s, p, hidden, dp) for each pair of a query row and a key, with query rows down and keys across: where
+// the row is among the lane's, the product, of it the probability, whether that is hidden, what dropout leaves of dp.
 template <class M, bool kPlain, int kM, int kN, class Use>
 ATTN_DEVICE void for_each_pair(Results<kM, kN>& s, const Results<kM, kN>& dp, const RowGradients<kM>& rows,
                                const Head& head, int first_row, int first_key, bool sees_all, Use use) {
@@ -127,8 +127,8 @@ ATTN_DEVICE void finish_delta(RowGradients<kM>& rows, const BackwardArgs& args, 
   });
 }
 
-// float16 ends at 65504 and has no more than 2^-24: the gradients of a row are brought near the upper end, by a power of
-// two that its weights are multiplied with, or the small parts of ds were nothing. Returns what undoes it.
+// float16 ends at 65504, and at 2^-24 below: the gradients of a row are brought near the upper end, by a power of two
+// that its weights are multiplied with, or the small parts of ds were nothing. Returns what undoes it.
 ATTN_DEVICE float widen(RowGradient& row, float largest_dp) {
   largest_dp = fmaxf(largest_dp, shuffle_xor(largest_dp, 1));
   largest_dp = fmaxf(largest_dp, shuffle_xor(largest_dp, 2));
