@@ -1,6 +1,6 @@
 // Forward: a block keeps a tile of query rows, and all their keys and values pass.
 //
-//   s = scale q k^T + bias     m' = max(m, s)     p = e^(s - m')     l = e^(m - m') l + sum p     o = e^(m - m') o + p v
+//   s = scale q k^T + bias    m' = max(m, s)    p = e^(s - m')     l = e^(m - m') l + sum p     o = e^(m - m') o + p v
 //   out = o / l                 lse = m + log l
 //
 // Each warp owns 16 or 32 rows from the scores to the output, so the statistics of a row never leave a quad of lanes.
