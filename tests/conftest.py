@@ -21,7 +21,8 @@ def pytest_report_header(config):
     lines = ["implementations: " + ", ".join(map(repr, IMPLEMENTATIONS))]
     if cuda_run.on_device(config):
         needed = {path.name: missing_packages(path) for path in sorted(config.rootpath.glob("tests/test_*.py"))}
-        lines += [f"left out: {name}, for want of {', '.join(sorted(names))}" for name, names in needed.items() if names]
+        for name, missing in needed.items():
+            lines += [f"left out: {name}, for want of {', '.join(sorted(missing))}"] if missing else []
     return lines
 
 

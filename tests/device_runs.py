@@ -1,5 +1,5 @@
-"""What `pytest -m gpu` leaves out: modules that need packages which are not here. A machine that is lent for trying kernels
-has PyTorch and NumPy, and neither TensorFlow nor what needs its headers to be built (`attn_ops._core`).
+"""What `pytest -m gpu` leaves out: modules that need packages which are not here. A machine that is lent for trying
+kernels has PyTorch and NumPy, and neither TensorFlow nor what needs its headers to be built (`attn_ops._core`).
 
 Other runs import every module, so that nothing goes untested unnoticed.
 """

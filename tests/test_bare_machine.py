@@ -83,6 +83,10 @@ def test_the_benchmark_goes_through(standin, tmp_path):
 
 def test_the_command_starts(standin):
     """As users start it: `attn_ops_cuda` is found usable, so that what stops it is another option."""
-    code = "import runpy\nsys.argv = ['attn_ops', 'bench', '--device', 'cuda', '--rounds', '0']\nrunpy.run_module('attn_ops', run_name='__main__')"
+    code = """
+import runpy
+sys.argv = ["attn_ops", "bench", "--device", "cuda", "--rounds", "0"]
+runpy.run_module("attn_ops", run_name="__main__")
+"""
     done = on_a_bare_machine(code, **standin)
     assert "--rounds (0) must be at least 1" in done.stderr, done.stderr

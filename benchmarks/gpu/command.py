@@ -1,9 +1,10 @@
 """python -m attn_ops bench --device cuda: measures the CUDA kernels and every installed peer on this machine's GPU.
 
 Needs PyTorch (memory, events, most of the peers), not TensorFlow. Prints tables; with --report DIR also writes
-gpu_report.md, gpu_results.csv and, where matplotlib is installed, charts (PNG). All peers take turns in the rounds of a workload, with a product of
-matrices and a copy among them, on normal inputs that rotate through more memory than the cache holds. Every answer is
-first checked against the float64 reference. Times are by the device's events, and medians over the rounds.
+gpu_report.md, gpu_results.csv and, where matplotlib is installed, charts (PNG). All peers take turns in the rounds of
+a workload, with a product of matrices and a copy among them, on normal inputs that rotate through more memory than
+the cache holds. Every answer is first checked against the float64 reference. Times are by the device's events, and
+medians over the rounds.
 """
 
 from __future__ import annotations

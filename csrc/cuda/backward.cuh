@@ -1,6 +1,7 @@
 // Backward, what its kernels share:
 //
-//   s = scale q k^T + bias    p = e^(s - m) / l    dp = d_out v^T    ds = p (dp - delta)    delta = rowsum(p * dp) - d_lse
+//   s = scale q k^T + bias    p = e^(s - m) / l    dp = d_out v^T
+//   ds = p (dp - delta)       delta = rowsum(p * dp) - d_lse
 //   dq = scale ds k           dk = scale ds^T q           dv = p^T d_out           d_bias = ds
 //
 // Scores are computed anew: once by the blocks that keep query rows and make dq (query_gradient.cuh), once by those

@@ -1,7 +1,7 @@
-// delta = rowsum(d_out * out) - d_lse, one warp for each row of each head: where `out` is exact, that is rowsum(p * dp).
+// delta = rowsum(d_out * out) - d_lse, one warp for each row of each head: where `out` is exact, rowsum(p dp) - d_lse.
 //
-// Of an output with 8 or 11 bits it is not. Where keys have a large number in common, ds must cancel to the last bit of p
-// and dp, so there the kernel of dq sums these themselves (query_gradient.cuh).
+// Of an output with 8 or 11 bits it is not. Where keys have a large number in common, ds must cancel to the last bit of
+// p and dp, so there the kernel of dq sums these themselves (query_gradient.cuh).
 #pragma once
 
 #include "args.h"

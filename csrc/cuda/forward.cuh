@@ -1,6 +1,6 @@
 // Forward: a block keeps a tile of query rows, and all their keys and values pass.
 //
-//   s = scale q k^T + bias      m' = max(m, s)     p = e^(s - m')     l = e^(m - m') l + sum p     o = e^(m - m') o + p v
+//   s = scale q k^T + bias    m' = max(m, s)    p = e^(s - m')     l = e^(m - m') l + sum p     o = e^(m - m') o + p v
 //   out = o / l                 lse = m + log l
 //
 // Each warp owns 16 or 32 rows from the scores to the output, so the statistics of a row never leave a quad of lanes.
@@ -13,8 +13,8 @@
 namespace attn_ops {
 namespace cuda {
 
-// What forward leaves of a row for backward, and for the user where that is wanted. (Of lse alone, a weight could not be
-// computed again as it was: e^(s - lse) has the rounding of lse, which is all there is left of scores far from zero.)
+// What forward leaves of a row for backward, and for the user where that is wanted. (Of lse alone, a weight could not
+// be computed again as it was: e^(s - lse) has the rounding of lse, which counts where scores are far from zero.)
 ATTN_DEVICE void write_statistics(const AttentionParams& p, int64_t row, float maximum, float sum) {
   float* statistics = static_cast<float*>(p.statistics) + 2 * row;
   statistics[0] = is_minus_infinity(maximum) ? 0.0f : maximum;  // of a row that sees no key

@@ -34,8 +34,8 @@ struct Built {
   bool is_code = true;  // and not PTX
 };
 
-// Orin (8.7, 8.8) and Thor (10.1, which CUDA 13 calls 11.0) do not take code for other cards of their generation: "binary
-// compatibility is supported only for the desktop" (CUDA C++ Programming Guide).
+// Orin (8.7, 8.8) and Thor (10.1, which CUDA 13 calls 11.0) do not take code for other cards of their generation:
+// "binary compatibility is supported only for the desktop" (CUDA C++ Programming Guide).
 constexpr bool is_tegra(int capability) {
   return capability == 87 || capability == 88 || capability == 101 || capability == 110;
 }

@@ -11,6 +11,7 @@ namespace cuda {
 template <int kM>
 struct RowGradients {
   RowGradient row[kM][2];
+  float largest_dp[kM][2] = {};  // the largest |dp|, as far as this lane has seen it: of delta's pass
 
   ATTN_DEVICE RowGradients(const BackwardArgs& args, const Head& head, int first_row, bool knows_delta) {
     for_each(head, first_row, [&](RowGradient& own, int64_t i) {
@@ -33,8 +34,8 @@ struct RowGradients {
   }
 };
 
-// use(m, half, s, p, hidden, dp) for each pair of a query row and a key, with query rows down and keys across: where the
-// row is among the lane's, the product, of it the probability, whether that is hidden, and what dropout leaves of dp.
+// use(m, half, s, p, hidden, dp) for each pair of a query row and a key, with query rows down and keys across: where
+// the row is among the lane's, the product, of it the probability, whether that is hidden, what dropout leaves of dp.
 template <class M, bool kPlain, int kM, int kN, class Use>
 ATTN_DEVICE void for_each_pair(Results<kM, kN>& s, const Results<kM, kN>& dp, const RowGradients<kM>& rows,
                                const Head& head, int first_row, int first_key, bool sees_all, Use use) {
@@ -96,7 +97,12 @@ ATTN_DEVICE void add_to_delta(RowGradients<kM>& rows, Results<kM, kN>& s, const 
   float sum[kM][2] = {};
   for_each_pair<M, kPlain, kM, kN>(
       s, dp, rows, head, first_row, first_key, sees_all,
-      [&](int m, int half, float&, float p, bool hidden, float dp) { sum[m][half] += hidden ? 0.0f : p * dp; });
+      [&](int m, int half, float&, float p, bool hidden, float dp) {
+        sum[m][half] += hidden ? 0.0f : p * dp;
+        if constexpr (M::kMath == Math::kFloat16) {
+          rows.largest_dp[m][half] = fmaxf(rows.largest_dp[m][half], hidden ? 0.0f : fabsf(dp));
+        }
+      });
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -119,6 +125,18 @@ ATTN_DEVICE void finish_delta(RowGradients<kM>& rows, const BackwardArgs& args, 
     if (d_lse != nullptr) row.delta -= d_lse[i];
     if ((lane_index() & 3) == 0) args.delta[i] = row.delta;
   });
+}
+
+// float16 ends at 65504, and at 2^-24 below: the gradients of a row are brought near the upper end, by a power of two
+// that its weights are multiplied with, or the small parts of ds were nothing. Returns what undoes it.
+ATTN_DEVICE float widen(RowGradient& row, float largest_dp) {
+  largest_dp = fmaxf(largest_dp, shuffle_xor(largest_dp, 1));
+  largest_dp = fmaxf(largest_dp, shuffle_xor(largest_dp, 2));
+  const float largest = fmaxf(largest_dp, fabsf(row.delta));  // d_lse is in delta
+  // A power of two, and |ds| < 4 power.
+  const float power = float_of(bits_of(fminf(fmaxf(largest, 0x1p-100f), 0x1p100f)) & kInfinityBits);
+  row.inverse_sum *= 0x1p13f / power;
+  return power * 0x1p-13f;
 }
 
 template <class M, int kDim, bool kPlain>
@@ -172,6 +190,14 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
     });
     finish_delta<kM>(rows, args, head, first_row);
   }
+  float factor[kM][2];
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      factor[m][half] = args.factors.scale;
+      if constexpr (M::kMath == Math::kFloat16) factor[m][half] *= widen(rows.row[m][half], rows.largest_dp[m][half]);
+    }
   Results<kM, kDim / 8> dq;
   clear<kM, kDim / 8>(dq);
   pass([&](auto& s, const auto& dp, int key, bool sees_all, const auto& k) {
@@ -182,9 +208,6 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
     if (nonfinite) add_nonfinite<M, kDim, kM, kN>(dq, s, tiles.flags(), keys(key), head_dim);
   });
 
-  float factor[kM][2];
-#pragma unroll
-  for (int m = 0; m < kM; ++m) factor[m][0] = factor[m][1] = args.factors.scale;
   // Only this warp reads these rows of the query tile, and it has done so.
   sync_warp();
   write_results<M, kDim, kM>(q, own_row, dq, factor);

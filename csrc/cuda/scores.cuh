@@ -1,8 +1,8 @@
 // From products q k^T to what the softmax is taken of, where there is more than an interval of keys per row: bias and
 // boolean masks.
 //
-// Scores are in natural units, and only what is left when a row's maximum is subtracted is multiplied by log2(e): a score
-// of up to the largest float32 is one, where log2(e) times it would be infinite.
+// Scores are in natural units, and only what is left when a row's maximum is subtracted is multiplied by log2(e): a
+// score of up to the largest float32 is one, where log2(e) times it would be infinite.
 //
 // A hidden score is -inf, and its probability is -0: no visible one is ever that, so the sign tells them apart.
 #pragma once

@@ -1,9 +1,10 @@
-"""On PYTHONPATH, makes of a development environment the machine that is lent for an hour: PyTorch (torch.py beside this),
-NumPy, pytest and ml_dtypes, and nothing else of what this package knows. Child processes inherit it."""
+"""On PYTHONPATH, makes of a development environment the machine that is lent for an hour: PyTorch (torch.py beside
+this), NumPy, pytest and ml_dtypes, and nothing else of what this package knows. Child processes inherit it."""
 
 import sys
 
-_HIDDEN = {"elftools", "jax", "jaxlib", "keras", "matplotlib", "pytest_benchmark", "rich", "scipy", "sklearn", "tensorflow"}
+_HIDDEN = {"elftools", "jax", "jaxlib", "keras", "matplotlib", "pytest_benchmark", "rich", "sklearn"}
+_HIDDEN |= {"scipy", "tensorflow"}
 
 
 class _Hiding:

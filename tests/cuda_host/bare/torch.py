@@ -1,5 +1,5 @@
-"""As much of PyTorch as benchmarks/gpu needs for attn_ops itself, with tensors in the memory of the stand-in driver, which
-ATTN_OPS_CUDA_DRIVER names. Its peers do not run on it.
+"""As much of PyTorch as benchmarks/gpu needs for attn_ops itself, with tensors in the memory of the stand-in driver,
+which ATTN_OPS_CUDA_DRIVER names. Its peers do not run on it.
 
 As in PyTorch, asking for properties makes no context; the first tensor does.
 """
