@@ -16,12 +16,32 @@ def plain_attention(query, key, value, dtype, d_out=None, *, bias=None, visible=
     return results["out"] if d_out is None else tuple(results[name] for name in ("out", "dq", "dk", "dv"))
 
 
+def serial_products(a, b):
+    """`a @ b`, one term after the other."""
+    total = np.zeros((*a.shape[:-1], b.shape[-1]), a.dtype)
+    for i in range(a.shape[-1]):
+        total += a[..., i, None] * b[..., i, None, :]
+    return total
+
+
 def plain_results(
-    query, key, value, dtype, d_out=None, d_lse=None, *, bias=None, visible=None, factors=None, scale=None
+    query,
+    key,
+    value,
+    dtype,
+    d_out=None,
+    d_lse=None,
+    *,
+    bias=None,
+    visible=None,
+    factors=None,
+    scale=None,
+    products=np.matmul,
 ):
     """`out`, `lse` and `maximum`, and with d_out also `dq`, `dk`, `dv` and `ds`, by name.
 
-    As `plain_attention`, and rows may see no key. `factors` multiply the weights (dropout). A finite score that would
+    As `plain_attention`, and rows may see no key. `factors` multiply the weights (dropout). `products` computes those
+    over a head's dimensions. A finite score that would
     be beyond the range of the dtype is its largest finite number. `lse`, `maximum` (`[batch, num_heads, seqlen_q]`) and `ds`,
     the gradient of the scores, are of the dtype that sums have.
     """
@@ -44,7 +64,7 @@ def plain_results(
     scale = rounded(np.asarray(1 / np.sqrt(q.shape[-1]) if scale is None else scale))
 
     with np.errstate(over="ignore", under="ignore", divide="ignore"):
-        s = rounded(matmul(q, k.swapaxes(-1, -2)) * scale)
+        s = rounded(rounded(products(q, k.swapaxes(-1, -2))) * scale)
         if bias is not None:
             s = rounded(s + np.asarray(bias).astype(wide))
             s = np.clip(s, -largest, largest)
@@ -63,7 +83,7 @@ def plain_results(
             return results
 
         d_out = heads_first(d_out)
-        dp = rounded(matmul(d_out, v.swapaxes(-1, -2)) * z)
+        dp = rounded(rounded(products(d_out, v.swapaxes(-1, -2))) * z)
         delta = rounded((p * dp).sum(axis=-1, keepdims=True))
         if d_lse is not None:
             delta = delta - np.asarray(d_lse).astype(wide)[..., None]

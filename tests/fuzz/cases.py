@@ -202,8 +202,10 @@ def _sizes(rng, dtype):
             group = -(-group // 2)
         elif head_dim + value_dim > 16:
             head_dim, value_dim = -(-head_dim // 2), -(-value_dim // 2)
-        else:
+        elif seqlen_q > seqlen_k:
             seqlen_q = -(-seqlen_q // 2)
+        else:
+            seqlen_k = -(-seqlen_k // 2)
     return batch, seqlen_q, seqlen_k, kv_heads, group, head_dim, value_dim
 
 

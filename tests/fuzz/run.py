@@ -10,6 +10,7 @@ that repeats each case that fails; the exit status is 1 if any did.
 """
 
 import argparse
+import os
 import sys
 import time
 import traceback
@@ -18,6 +19,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # as pytest has it
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for products this small its threads only wait for each other
 
 from attn_ops import _native
 

@@ -88,11 +88,12 @@ class Truth:
             s = np.where(self.seen, s, -np.inf)
             maximum = s.max(axis=-1, initial=-np.inf)
             self.maximum = np.where(self.empty_rows, 0, maximum)
-            e = np.exp(s - self.maximum[..., None])
-            total = e.sum(axis=-1)
+            below = s - self.maximum[..., None]
+            e = np.exp(below)
+            self.sum = total = e.sum(axis=-1)
             self.lse = np.where(self.empty_rows, -np.inf, self.maximum + np.log(total))
             self.p = e / np.where(self.empty_rows, 1, total)[..., None]
-            self.sum = total
+            self._log_p = below - np.log(np.where(self.empty_rows, 1, total))[..., None]
             zp = self.z * self.p
             self.out = zp @ v
             dp = self.z * (g @ v.swapaxes(-1, -2))
@@ -111,14 +112,21 @@ class Truth:
         return found if bias is None else found | {"d_bias": sum_to(bias.shape, self.ds)}
 
     @functools.cached_property
-    def score_sizes(self):
-        """`[batch, num_heads, seqlen_q]`: the largest sum of absolute terms in a score that the row sees."""
+    def product_sizes(self):
+        """`[batch, num_heads, seqlen_q]`: the largest sum of absolute terms in a product q.k that the row sees, scaled."""
         q, k, _, _ = (np.abs(x).astype(np.float64) for x in self._arrays)
-        terms = abs(self.scale) * (q @ k.swapaxes(-1, -2))
+        return self._largest_seen(abs(self.scale) * (q @ k.swapaxes(-1, -2)))
+
+    @functools.cached_property
+    def score_sizes(self):
+        """The same and the largest bias that the row sees."""
         bias = self.case.options.get("bias")
-        if bias is not None:
-            terms = terms + np.abs(np.where(bias == -np.inf, 0, bias)).astype(np.float64)
-        return np.where(self.seen, terms, 0).max(axis=-1, initial=0)
+        if bias is None:
+            return self.product_sizes
+        return self.product_sizes + self._largest_seen(np.abs(np.where(bias == -np.inf, 0, bias)).astype(np.float64))
+
+    def _largest_seen(self, x):
+        return np.where(self.seen, x, 0).max(axis=-1, initial=0)
 
     def sizes(self, epsilon):
         """By name: for every element the sum of the absolute values of its terms.
@@ -126,9 +134,9 @@ class Truth:
         The weights among them are as large as scores that are off by a few roundings (`epsilon` of their own terms)
         allow; beyond 1e6 in float32 that is no more than "at most 1".
         """
-        with np.errstate(over="ignore"):
-            slack = np.exp(np.minimum(4 * epsilon * self.score_sizes, 700))
-            p = np.minimum(self.p.astype(np.float64) * slack[..., None], 1)
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            log_p = np.where(self.seen, self._log_p.astype(np.float64) + 4 * epsilon * self.score_sizes[..., None], -np.inf)
+            p = np.exp(np.minimum(log_p, 0))
         sizes = self._sums(p, 0.0)
         log = np.log(np.where(self.empty_rows, 1, self.sum)).astype(np.float64)
         sizes["lse"] = sizes["maximum"] = 1 + self.score_sizes + log
