@@ -11,11 +11,11 @@ from attn_ops import requirements
 requirements.check_keras("attn_ops.layers")
 
 # The rest uses what older versions of Keras do not have.
-from attn_ops.layers.attention import Attention
-from attn_ops.layers.attention_layer import AttentionLayer, AttentionLayerWithWeights
-from attn_ops.layers.grouped_query_attention import GroupedQueryAttention
-from attn_ops.layers.multi_head_attention import MultiHeadAttention
-from attn_ops.layers.self_attention import SelfAttention
+from attn_ops.layers.attention import Attention  # noqa: E402
+from attn_ops.layers.attention_layer import AttentionLayer, AttentionLayerWithWeights  # noqa: E402
+from attn_ops.layers.grouped_query_attention import GroupedQueryAttention  # noqa: E402
+from attn_ops.layers.multi_head_attention import MultiHeadAttention  # noqa: E402
+from attn_ops.layers.self_attention import SelfAttention  # noqa: E402
 
 GroupQueryAttention = GroupedQueryAttention
 

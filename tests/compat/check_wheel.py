@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from wheel_rules import LIBRARY_RULES, is_cuda
+from wheel_rules import LIBRARY_RULES, is_cuda  # noqa: E402
 
 MAX_BYTES = 5_000_000  # without the CUDA kernels
 

@@ -15,7 +15,7 @@ from attn_ops import reference
 
 print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}, NumPy {np.__version__}, {attn_ops.__file__}")
 try:
-    attn_ops.layers  # noqa: B018: loaded by this
+    attn_ops.layers  # noqa: B018 - loaded by this
 except ImportError as error:
     wanted = f"attn_ops.layers needs Keras 3.7 or newer, and {keras.__version__} is installed: pip install -U keras"
     assert wanted in str(error), error

@@ -7,7 +7,7 @@ bits as on ordinary memory, whatever lies around the arrays and in the workspace
 import sys
 
 import guarded
-import ml_dtypes  # noqa: F401: NumPy knows bfloat16 then
+import ml_dtypes  # noqa: F401 - NumPy knows bfloat16 then
 import numpy as np
 from attn_ops import _core as core
 

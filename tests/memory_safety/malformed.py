@@ -207,7 +207,7 @@ def main(binding):
             count += 1
             try:
                 call(changed)
-            except Exception as error:  # noqa: BLE001: every binding has kinds of its own
+            except Exception as error:  # noqa: BLE001 - every binding has kinds of its own
                 print(" ", type(error).__name__, str(error).split("\n")[0][:200])
             else:
                 sys.exit(f"{target}: {name} was believed")
