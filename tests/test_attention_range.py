@@ -112,6 +112,19 @@ def test_a_bias_beside_16_bits_keeps_its_own(implementation, of):
     assert np.abs(result.d_bias - expected.d_bias).max() <= 5e-5 * np.abs(expected.d_bias).max()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_a_bias_hides_from_rows_of_their_own_never_counts(implementation, dtype, value):
+    """Nine rows leave lanes of the kernels' tiles without one: no mask speaks of those."""
+    query, key, value_, d_out, d_lse = make_inputs(dtype, 1, 9, 40, 2, 2, 8)
+    bias = np.zeros((1, 1, 9, 40), dtype)
+    bias[..., 0] = -np.inf
+    expected = implementation(query, key, value_, d_out, d_lse, bias=bias)
+    key[:, 0], value_[:, 0] = value, value
+    result = implementation(query, key, value_, d_out, d_lse, bias=bias)
+    for (name, array), (_, wanted) in zip(result.items(), expected.items()):
+        np.testing.assert_array_equal(array, wanted, name)
+
+
 @pytest.mark.parametrize("seqlen_q", [1, 20])
 def test_long_sums_keep_their_digits(implementation, seqlen_q):
     if isinstance(implementation, Cuda) or not implementation.name.startswith(("core", "fused", "jax-fused")):

@@ -237,10 +237,12 @@ __attribute__((noinline)) Seen score_gradients(const HeadRows& r, const Backward
   if (dropout) dropout_factors<T>(Dropout(p, r.batch), tile.position, tile.head, lanes, k0, n, scratch.factors);
 
   Vec<T> m[NV], inverse_l[NV], delta[NV];
+  typename S::I nobody[NV];  // lanes not in use, which no mask hides, and rows without keys
   for (int v = 0; v < NV; ++v) {
     m[v] = S::load(tile.m + v * W);
     inverse_l[v] = S::load(tile.inverse_l + v * W);
     delta[v] = S::load(tile.delta + v * W);
+    nobody[v] = inverse_l[v] == S::zero();
   }
   const auto elementwise = [&](auto may_hide, auto may_drop) {
     for (int64_t j = 0; j < n; ++j)
@@ -257,7 +259,7 @@ __attribute__((noinline)) Seen score_gradients(const HeadRows& r, const Backward
         }
         Vec<T> g = e * (dp - delta[v]);
         if (decltype(may_hide)::value) {
-          const typename S::I hidden = s == S::set1(-kInfinity<T>);
+          const typename S::I hidden = (s == S::set1(-kInfinity<T>)) | nobody[v];
           g = S::select(hidden, S::zero(), g);
           kept = S::select(hidden, S::zero(), kept);
         }
