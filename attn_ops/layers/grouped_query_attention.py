@@ -123,7 +123,7 @@ class GroupedQueryAttention(DropIn, _Stock):
             return super()._compute_attention(query, key, value, attention_mask, training, **options)
         if not isinstance(attention_mask, masks.Mask):
             attention_mask = keras_mask(_AXES, query, key, attention_mask=attention_mask)
-        attention_mask = combine([attention_mask, masks.causal() if use_causal_mask else None])
+        attention_mask = combine([attention_mask, masks.causal("top_left") if use_causal_mask else None])
         out, scores = attend(
             query,
             key,
