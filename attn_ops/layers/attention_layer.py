@@ -34,7 +34,7 @@ class _QueryKeyValue(FlashAttention, keras.layers.Layer):
         refuse_ragged(self, query=query, key=key, value=value)
         self._check_shapes([x.shape for x in inputs])
         query_mask, *key_masks = mask or (None, None, None)
-        parts = [masks.causal() if use_causal_mask else None]
+        parts = [masks.causal("top_left") if use_causal_mask else None]
         parts += [masks.key_padding(boolean(m, "a mask")) for m in key_masks if m is not None]
         out, weights = attend_one_head(
             query,

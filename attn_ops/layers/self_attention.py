@@ -97,7 +97,7 @@ class SelfAttention(FlashAttention, keras.layers.Layer):
 
     def call(self, inputs, mask=None, training=False, use_causal_mask=False, return_attention_scores=False):
         refuse_ragged(self, inputs=inputs)
-        parts = [masks.causal() if use_causal_mask else None]
+        parts = [masks.causal("top_left") if use_causal_mask else None]
         if mask is not None:
             mask = boolean(mask, "mask")
             parts += [masks.query_padding(mask), masks.key_padding(mask)]
