@@ -137,7 +137,8 @@ def _backward_gradient(op, *gradients):
         op.get_attr("layout").decode(),
         lse_dtype=op.inputs[4].dtype,
     )
-    d_inputs, d_cotangents = second_order.gradients(call, [d_out, *d_lse], gradients)
+    computed = 4 if bias and op.get_attr("d_bias") else 3  # a gradient of the bias that nobody wanted is empty
+    d_inputs, d_cotangents = second_order.gradients(call, [d_out, *d_lse], gradients[:computed])
     rest = len(op.inputs) - 6 - num_d_lse - len(bias)
     d_d_out, *d_d_lse = d_cotangents
     return [*d_inputs[:3], None, None, d_d_out, *d_d_lse, *d_inputs[3:]] + [None] * rest

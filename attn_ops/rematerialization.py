@@ -15,11 +15,12 @@ import types
 
 import tensorflow as tf
 
+from . import place
+
 _MARK = "attn_ops.rematerialization"  # an additional name among the locals of TensorFlow's frames: ours alone
 _LARGEST_HISTORY = 4096  # rematerialised regions whose gradient may still come
 
-# The functions that trace a graph inside another, and Keras's that traces a layer for its shapes alone.
-_TRACE = ("func_graph_from_py_func", "tensorflow.python.framework.func_graph")
+# Keras's function that traces a layer for its shapes alone.
 _SHAPES = ("compute_output_spec", "keras.src.backend.")
 
 _drawn = collections.OrderedDict()  # what the first run of a region drew, by the identity of its region
@@ -92,7 +93,7 @@ def _regions(frame):
             if code is _RECOMPUTATION:
                 return first_runs, frame
             first_runs.append(frame)
-        elif code.co_name == _TRACE[0] and frame.f_globals.get("__name__") == _TRACE[1]:
+        elif place.traces_a_graph(frame):
             in_other_graph = True
         elif code.co_name == _SHAPES[0] and frame.f_globals.get("__name__", "").startswith(_SHAPES[1]):
             break  # Keras asks for shapes: nothing runs
