@@ -105,7 +105,7 @@ def test_slices_in_a_loop():
 
     def decode(query, key, value):
         def body(i, total):
-            row = tf.slice(query, [0, i, 0, 0], [3, 1, 2, 3])
+            row = tf.slice(query, [0, i, 0, 0], [3, 1, 2, 4])
             return i + 1, total + attn_ops.scaled_dot_product_attention(row, key[:, : i + 1], value[:, : i + 1])
 
         return tf.while_loop(lambda i, _: i < 7, body, (0, tf.zeros([3, 1, 2, 3])), maximum_iterations=7)[1]
