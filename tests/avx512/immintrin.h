@@ -61,6 +61,19 @@ EMULATED __m512 set1_ps(float x) { return x - __m512{}; }
 EMULATED __m512d set1_pd(double x) { return x - __m512d{}; }
 EMULATED __m512i set1_epi64(long long x) { return x - __m512i{}; }
 
+// Reads the elements whose bit is set, and nothing beside them; the others are 0.
+template <class Vector, class T>
+EMULATED Vector masked_load(unsigned mask, const void* from) {
+  union {
+    Vector whole;
+    T element[sizeof(Vector) / sizeof(T)];
+  } result{};
+  for (unsigned i = 0; i < sizeof(Vector) / sizeof(T); ++i) {
+    if (mask >> i & 1) __builtin_memcpy(&result.element[i], static_cast<const char*>(from) + i * sizeof(T), sizeof(T));
+  }
+  return result.whole;
+}
+
 EMULATED unsigned movepi32_mask(__m512i a) {
   const Integers x{a};
   return _mm256_movemask_ps((__m256)x.half[0]) | _mm256_movemask_ps((__m256)x.half[1]) << 8;
@@ -108,10 +121,13 @@ EMULATED __m512 shuffle_ps(__m512 a, __m512 b) {
 #undef _mm512_shuffle_f32x4
 #undef _mm512_shuffle_f64x2
 #undef _mm512_shuffle_ps
+#define _mm256_maskz_loadu_epi16(mask, p) attn_ops_emulated::masked_load<__m256i, short>(mask, p)
 #define _mm512_cvtph_ps attn_ops_emulated::cvtph_ps
 #define _mm512_cvtps_ph(a, rounding) attn_ops_emulated::cvtps_ph<rounding>(a)
 #define _mm512_fmadd_pd attn_ops_emulated::fmadd_pd
 #define _mm512_fmadd_ps attn_ops_emulated::fmadd_ps
+#define _mm512_maskz_loadu_pd(mask, p) attn_ops_emulated::masked_load<__m512d, double>(mask, p)
+#define _mm512_maskz_loadu_ps(mask, p) attn_ops_emulated::masked_load<__m512, float>(mask, p)
 #define _mm512_max_pd attn_ops_emulated::max_pd
 #define _mm512_max_ps attn_ops_emulated::max_ps
 #define _mm512_min_pd attn_ops_emulated::min_pd

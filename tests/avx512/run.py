@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""Tests the AVX-512 kernels on an x86-64 processor that has only AVX2, FMA and F16C: immintrin.h emulates by halves.
+
+Builds `attn_ops._core` below build/avx512 with the emulation and beside it the instruction sets of any other build, and
+runs there test_core.py and test_few_rows.py (all instruction sets) and a share of the fuzz with AVX-512 alone. What
+follows -- goes to pytest instead of the two files.
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "avx512"
+PACKAGES = BUILD / "packages"
+FILES = ("test_core.py", "test_few_rows.py")
+
+
+def run(*command, **options):
+    print("+", *command, flush=True)
+    return subprocess.run([str(part) for part in command], check=True, **options)
+
+
+def tensorflow_headers():
+    spec = importlib.util.find_spec("tensorflow")
+    if spec is None:
+        sys.exit("needs TensorFlow's headers: --tf-include, or a Python that has TensorFlow")
+    return Path(spec.submodule_search_locations[0]) / "include"
+
+
+def build(tf_include: Path, jobs: int):
+    """A package of its own, so that nothing takes the emulation for what users get."""
+    options = {
+        "Python_EXECUTABLE": sys.executable,
+        "ATTN_OPS_TF_INCLUDE_DIR": tf_include,
+        "ATTN_OPS_CUDA": "OFF",
+        "ATTN_OPS_EMULATE_AVX512": "ON",
+    }
+    run("cmake", f"-S{ROOT}", f"-B{BUILD}", *(f"-D{name}={value}" for name, value in options.items()))
+    run("cmake", "--build", BUILD, "--target", "_core", "--parallel", jobs)
+    sources = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "attn_ops", PACKAGES / "attn_ops", dirs_exist_ok=True, ignore=sources)
+    (library,) = BUILD.glob("_core.*.so")
+    shutil.copy2(library, PACKAGES / "attn_ops")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tf-include", type=Path, help="TensorFlow's include directory")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
+    parser.add_argument("--seed", type=int, default=0, help="of the fuzz")
+    parser.add_argument("--count", type=int, default=500, help="cases of the fuzz")
+    parser.add_argument("pytest", nargs="*", help="arguments for pytest, relative to tests/")
+    arguments = parser.parse_args()
+    build(arguments.tf_include or tensorflow_headers(), arguments.jobs)
+    tests = ROOT / "tests"  # not from the checkout's root, where the package of this machine lies
+    environment = dict(os.environ, PYTHONPATH=str(PACKAGES))
+    run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(arguments.pytest or FILES), cwd=tests, env=environment)
+    fuzz = ("fuzz/run.py", "--isa", "avx512", "--implementations", "core")
+    run(sys.executable, *fuzz, "--seed", arguments.seed, "--count", arguments.count, cwd=tests, env=environment)
+
+
+if __name__ == "__main__":
+    main()
