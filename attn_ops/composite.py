@@ -425,7 +425,8 @@ def _select(condition, x):
 
 def _above_minus_inf(x):
     """Where `x` is not -inf, NaN included; without that constant, which `tf.debugging.enable_check_numerics` finds."""
-    return tf.logical_not(x < x.dtype.min)
+    # Not the negation of "below": TensorFlow's optimiser turns that into "at least", and NaN with it.
+    return (x >= x.dtype.min) | tf.math.is_nan(x)
 
 
 def _finite(x):

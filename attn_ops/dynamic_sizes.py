@@ -42,7 +42,7 @@ class Room:
                     self._sizes[name] = tf.shape(x)[axis]
         rows, keys = _input_axes(call.layout)
         self.call = call._replace(
-            query=self._widened(call.query, rows),
+            query=self._widened(call.query + tf.cast(_nothing_unless_equal(call), call.query.dtype), rows),
             key=self._widened(call.key, keys),
             value=self._widened(call.value, keys),
             bias=None if call.bias is None else self._broadcasting(call.bias),
@@ -120,6 +120,25 @@ def _full(call):
 
 def _broadcasting(call):
     return [(x, _SCORES) for x in (call.bias, *call.masks) if x is not None]
+
+
+def _nothing_unless_equal(call):
+    """0. Where sizes differ that must be the same, XLA refuses to compile it: widened to the largest, no operation would
+    notice. (Stacked, since one of 1 would broadcast.)"""
+    sides = []
+    for name in (_BATCH, _ROWS, _KEYS):
+        same = [(x, axis) for x, axes in _full(call) for axis, n in axes.items() if n == name]
+        like = [(x, axis) for x, axes in _broadcasting(call) for axis, n in axes.items() if n == name]
+        if any(x.shape[axis] is None for x, axis in same + like):
+            zeros = [_zeros_along(x, axis) for x, axis in same]
+            zeros += [zeros[0] + _zeros_along(x, axis) for x, axis in like]  # of masks and bias, one broadcasts
+            sides.append(tf.reduce_sum(tf.stack(zeros)))
+    return tf.add_n(sides) if sides else tf.zeros(())
+
+
+def _zeros_along(x, axis):
+    zeros = tf.zeros_like(x, tf.float32)
+    return tf.reduce_sum(zeros, [i for i in range(x.shape.rank) if i != axis])
 
 
 def _size(call, name):

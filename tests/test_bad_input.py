@@ -147,12 +147,12 @@ CASES = {
         ["implementation", "'fused', 'composite', 'reference'", "'cuda'"],
     ),
     "overflowing output": (
-        dict(query=zeros(2**21, 2**21, 0, 8), key=zeros(2**21, 0, 0, 8), value=zeros(2**21, 0, 0, 2**21)),
+        dict(query=zeros(2**40, 0, 2**21, 8), key=zeros(2**40, 0, 1, 8), value=zeros(2**40, 0, 1, 2**21)),
         ValueError,
         ["overflow 64 bits", str(2**21)],
     ),
     "overflowing scores": (
-        dict(query=zeros(2**21, 2**21, 0, 1), key=zeros(2**21, 2**21, 0, 1), value=zeros(2**21, 2**21, 0, 1)),
+        dict(query=zeros(2**40, 0, 2**21, 1), key=zeros(2**40, 0, 1, 1), value=zeros(2**40, 0, 1, 1)),
         ValueError,
         ["overflow 64 bits", str(2**21)],
     ),

@@ -29,6 +29,7 @@ class GroupedQueryAttention(DropIn, _Stock):
 
     - Keys and values keep `num_key_value_heads` heads: query head h reads head `h // (num_query_heads //
       num_key_value_heads)`. Keras repeats them, once per query head.
+    - `as_in_keras=True`, which `attn_ops.convert` sets, keeps Keras's answers where masks make a difference.
     - No warning that the projections destroy the mask of an input. The output has the mask of the query, a given
       `query_mask` included.
     - A subclass that overrides `_compute_attention` gets Keras's call: a dense mask, keys and values repeated.
