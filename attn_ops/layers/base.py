@@ -14,8 +14,8 @@ _IMPLEMENTATIONS = {None: None, True: "fused", False: "composite"}
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 # Keras before 3.10 leaves the scores of a row without keys, which its softmax layer made, as they are: not 0.
-EMPTY_SCORES_ARE_UNIFORM = tuple(int(part) for part in keras.__version__.split(".")[:2]) < (3, 10)
-DENSE_AS_IN_KERAS = "as_in_keras=True, and this Keras spreads the scores of a row without keys over all of them"
+_EMPTY_SCORES_ARE_UNIFORM = tuple(int(part) for part in keras.__version__.split(".")[:2]) < (3, 10)
+_DENSE_AS_IN_KERAS = "as_in_keras=True, and this Keras spreads the scores of a row without keys over all of them"
 
 
 class FlashAttention:
@@ -150,6 +150,14 @@ def overridden(layer, cls, *names):
         if getattr(type(layer), name, None) is not getattr(cls, name, None):
             return name
     return None
+
+
+def dense_reason(layer, cls, *steps):
+    """Why Keras's own code needs what `layer`, a ``cls``, computes with: a subclass has one of these `steps`, or None."""
+    step = overridden(layer, cls, *steps)
+    if step:
+        return f"{type(layer).__name__} overrides {step}()"
+    return _DENSE_AS_IN_KERAS if layer.as_in_keras and _EMPTY_SCORES_ARE_UNIFORM else None
 
 
 def refuse_if_forced(layer, reason):

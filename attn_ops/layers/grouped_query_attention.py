@@ -8,7 +8,7 @@ from keras import ops
 from attn_ops import masks
 from attn_ops.layers.axes import AttentionAxes, dims
 from attn_ops.layers.backend import set_keras_mask
-from attn_ops.layers.base import DENSE_AS_IN_KERAS, EMPTY_SCORES_ARE_UNIFORM, DropIn, overridden, refuse_if_forced
+from attn_ops.layers.base import DropIn, dense_reason, refuse_if_forced
 from attn_ops.layers.common import attend, boolean, combine, dropout_seed, keras_mask, refuse_ragged, without_keras_mask
 from attn_ops.layers.empty_rows import empty_rows, with_means
 
@@ -63,7 +63,7 @@ class GroupedQueryAttention(DropIn, _Stock):
         )
         query, key, value = (without_keras_mask(x) for x in (query, key, value))
         keys, values = self._key_dense(key), self._value_dense(value)
-        if self._stock_reason(*_ATTENTION_STEPS):
+        if dense_reason(self, GroupedQueryAttention, *_ATTENTION_STEPS):
             keys, values = (ops.repeat(x, self.num_repeats, axis=2) for x in (keys, values))
         output, scores = self._compute_attention(
             self._query_dense(query), keys, values, attention_mask=attention_mask, training=training
@@ -85,7 +85,7 @@ class GroupedQueryAttention(DropIn, _Stock):
         attention_mask=None,
         use_causal_mask=False,
     ):
-        if self._stock_reason(*_MASK_STEPS, *_ATTENTION_STEPS):
+        if dense_reason(self, GroupedQueryAttention, *_MASK_STEPS, *_ATTENTION_STEPS):
             return super()._compute_attention_mask(
                 query,
                 value,
@@ -117,7 +117,7 @@ class GroupedQueryAttention(DropIn, _Stock):
         """
         query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
         in_softmax = self.dropout > 0 or self._return_attention_scores  # in Keras: beside its op
-        reason = self._stock_reason("_masked_softmax") if in_softmax else None
+        reason = dense_reason(self, GroupedQueryAttention, "_masked_softmax") if in_softmax else None
         if reason:
             refuse_if_forced(self, reason)
             options = {"use_causal_mask": True} if use_causal_mask else {}
@@ -139,13 +139,6 @@ class GroupedQueryAttention(DropIn, _Stock):
         if self.as_in_keras and attention_mask is not None and not in_softmax:
             out = with_means(out, value, empty_rows(attention_mask, dims(query)[1], dims(key)[1]))
         return out, scores
-
-    def _stock_reason(self, *steps):
-        """Why Keras's own code needs what it computes with: a subclass has one of these `steps`, or None."""
-        step = overridden(self, GroupedQueryAttention, *steps)
-        if step:
-            return f"{type(self).__name__} overrides {step}()"
-        return DENSE_AS_IN_KERAS if self.as_in_keras and EMPTY_SCORES_ARE_UNIFORM else None
 
     def compute_output_spec(
         self,

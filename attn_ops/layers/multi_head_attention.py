@@ -10,7 +10,7 @@ from keras import ops
 from attn_ops import masks
 from attn_ops.layers.axes import AttentionAxes, dims
 from attn_ops.layers.backend import set_keras_mask
-from attn_ops.layers.base import DENSE_AS_IN_KERAS, EMPTY_SCORES_ARE_UNIFORM, DropIn, overridden, refuse_if_forced
+from attn_ops.layers.base import DropIn, dense_reason, refuse_if_forced
 from attn_ops.layers.common import attend, boolean, combine, dropout_seed, keras_mask, refuse_ragged, without_keras_mask
 from attn_ops.layers.empty_rows import empty_rows, with_means
 
@@ -123,7 +123,7 @@ class MultiHeadAttention(DropIn, _Stock):
         attention_mask=None,
         use_causal_mask=False,
     ):
-        if self._stock_reason(*_STEPS):
+        if dense_reason(self, MultiHeadAttention, *_STEPS):
             return super()._compute_attention_mask(
                 query,
                 value,
@@ -162,7 +162,7 @@ class MultiHeadAttention(DropIn, _Stock):
         query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
         wants_scores = return_attention_scores or getattr(self, "_return_attention_scores", False)
         in_softmax = self._dropout > 0 or wants_scores or len(query.shape) != 4  # in Keras: beside its op
-        reason = self._stock_reason("_masked_softmax") if in_softmax else None
+        reason = dense_reason(self, MultiHeadAttention, "_masked_softmax") if in_softmax else None
         if reason:
             refuse_if_forced(self, reason)
             options = {"return_attention_scores": return_attention_scores} if _ASKS_FOR_SCORES else {}
@@ -189,13 +189,6 @@ class MultiHeadAttention(DropIn, _Stock):
         elif self.as_in_keras and attention_mask is not None and not in_softmax:
             out = with_means(out, value, empty_rows(attention_mask, dims(query)[1], dims(key)[1]))
         return axes.unflatten(out, query), scores
-
-    def _stock_reason(self, *steps):
-        """Why Keras's own code needs what it computes with: a subclass has one of these `steps`, or None."""
-        step = overridden(self, MultiHeadAttention, *steps)
-        if step:
-            return f"{type(self).__name__} overrides {step}()"
-        return DENSE_AS_IN_KERAS if self.as_in_keras and EMPTY_SCORES_ARE_UNIFORM else None
 
     def compute_output_spec(
         self,
