@@ -21,8 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def library() -> Path | None:
     """The installed library; where there was no compiler for its kernels, the one that was built without them: the
     stand-in has kernels of its own."""
-    if _cuda.LIBRARY.exists():
-        return _cuda.LIBRARY
+    return _cuda.LIBRARY if _cuda.LIBRARY.exists() else library_without_kernels()
+
+
+def library_without_kernels() -> Path | None:
+    """With an image of every architecture, which is no more than its name."""
     built = ROOT.glob("build/**/libattn_ops_cuda_without_kernels.so")
     return max(built, key=lambda path: path.stat().st_mtime, default=None)
 

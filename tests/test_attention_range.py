@@ -14,7 +14,10 @@ import pytest
 from cases import DTYPES, make_inputs
 from implementations import Cuda, specification
 
-ENDS = {"float32": np.finfo(np.float32), "float64": np.finfo(np.float64)}
+# A bias beside 16 bits is float32, and so are their scores.
+BIAS = {"float64": np.float64, "float32": np.float32, "float16": np.float32, "bfloat16": np.float32}
+ENDS = {dtype: np.finfo(of) for dtype, of in BIAS.items()}
+ROUNDING = {"float64": 1e-14, "float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}
 
 
 def assert_gradients_close(result, expected, tolerance):
@@ -30,28 +33,30 @@ def assert_gradients_close(result, expected, tolerance):
 def test_the_lowest_bias_everywhere_is_no_mask(implementation, dtype, seqlen_q):
     query, key, value, d_out, _ = make_inputs(dtype, 1, seqlen_q, 50, 2, 2, 16)
     lowest = ENDS[dtype].min
-    bias = np.full((1, 1, seqlen_q, 50), lowest, dtype)
+    bias = np.full((1, 1, seqlen_q, 50), lowest, BIAS[dtype])
     result = implementation(query, key, value, d_out, bias=bias)
     mean = value.astype(np.float64).mean(axis=1, keepdims=True)
-    tolerance = 1e-6 if dtype == "float32" else 1e-14
-    np.testing.assert_allclose(result.out, np.broadcast_to(mean, result.out.shape), atol=tolerance)
+    tolerance = ROUNDING[dtype]
+    out, dv = (np.asarray(x, np.float64) for x in (result.out, result.dv))
+    np.testing.assert_allclose(out, np.broadcast_to(mean, out.shape), atol=tolerance)
     np.testing.assert_array_equal(result.lse, lowest)
     # The weights are 1 / 50 whatever the query is, but dv and d_bias know of them.
     rows = np.swapaxes(d_out.astype(np.float64), 1, 2).sum(axis=2) / 50
-    np.testing.assert_allclose(result.dv, np.broadcast_to(rows[:, None], value.shape), atol=tolerance)
+    np.testing.assert_allclose(dv, np.broadcast_to(rows[:, None], value.shape), atol=tolerance)
 
 
 @pytest.mark.parametrize("seqlen_q", [2, 40])
 def test_the_largest_bias_wins(implementation, dtype, seqlen_q):
     query, key, value, d_out, _ = make_inputs(dtype, 1, seqlen_q, 50, 2, 2, 16)
     ends = ENDS[dtype]
-    bias = np.full((1, 1, seqlen_q, 50), ends.min, dtype)
+    bias = np.full((1, 1, seqlen_q, 50), ends.min, BIAS[dtype])
     bias[..., 31] = ends.max
     bias[..., 7] = ends.max / 2
     result = implementation(query, key, value, d_out, bias=bias)
     for name, array in result.items():
-        assert np.isfinite(array).all(), name
-    np.testing.assert_allclose(result.out, np.broadcast_to(value[:, 31:32], result.out.shape), rtol=1e-6)
+        assert np.isfinite(array.astype(np.float64)).all(), name
+    out, wanted = (np.asarray(x, np.float64) for x in (result.out, value[:, 31:32]))
+    np.testing.assert_allclose(out, np.broadcast_to(wanted, out.shape), rtol=max(1e-6, ROUNDING[dtype]))
     assert np.abs(result.dq).max() < 1e-5 and np.abs(np.delete(result.dv, 31, axis=1)).max() == 0
 
 
@@ -61,13 +66,14 @@ def test_scores_and_biases_that_add_up_to_more_than_there_is(implementation, dty
     """Every sum of a score and its bias is beyond the largest number: all of them count the same."""
     query, key, value, d_out, _ = make_inputs(dtype, 1, seqlen_q, 50, 2, 2, 16)
     ends = ENDS[dtype]
-    root = np.sqrt(ends.max) / 8
-    query[:], key[:] = sign * root, root  # scores of sign * max / 4
-    bias = np.full((1, 1, seqlen_q, 50), 0.9 * sign * ends.max, dtype)
-    result = implementation(query, key, value, d_out, bias=bias, scale=1.0)
+    root = np.sqrt(ends.max) / 8 if dtype == BIAS[dtype] else np.float32(1.0)  # 16 bits have no such numbers
+    query[:], key[:] = sign * root, root
+    bias = np.full((1, 1, seqlen_q, 50), 0.9 * sign * ends.max, BIAS[dtype])
+    scale = float(ends.max / 64 / root**2)  # scores of sign * max / 4
+    result = implementation(query, key, value, d_out, bias=bias, scale=scale)
     mean = np.broadcast_to(value.astype(np.float64).mean(axis=1, keepdims=True), result.out.shape)
-    np.testing.assert_allclose(result.out, mean, atol=1e-6)
-    assert np.isfinite(result.dv).all() and not np.isnan(result.lse).any()  # which is beyond the range too
+    np.testing.assert_allclose(np.asarray(result.out, np.float64), mean, atol=max(1e-6, ROUNDING[dtype]))
+    assert np.isfinite(result.dv.astype(np.float64)).all() and not np.isnan(result.lse).any()  # which is beyond the range too
 
 
 @pytest.mark.parametrize("seqlen_q", [2, 40])
@@ -76,12 +82,12 @@ def test_rows_far_from_zero_have_the_gradients_of_rows_near_it(implementation, d
     """Scores are multiples of 1/4, and so small that adding the shift is exact in either dtype."""
     query, key, value, d_out, d_lse = make_inputs(dtype, 1, seqlen_q, 60, 4, 2, 16)
     query, key = (np.round(2 * x).clip(-2, 2) / 2 for x in (query, key))
-    far = np.full((1, 1, 1, 1), shift * {"float32": 2.0**20, "float64": 2.0**49}[dtype], dtype)
+    far = np.full((1, 1, 1, 1), shift * (2.0**49 if dtype == "float64" else 2.0**20), BIAS[dtype])
     options = dict(scale=1.0, is_causal=True, causal_alignment="bottom_right")
     result = implementation(query, key, value, d_out, d_lse, bias=far, **options)
     expected = specification(query, key, value, d_out, d_lse, bias=np.zeros_like(far), **options)
     expected.d_bias = result.d_bias  # the sum of numbers that cancel
-    assert_gradients_close(result, expected, 1e-5 if dtype == "float32" else 1e-12)
+    assert_gradients_close(result, expected, 10 * ROUNDING[dtype] if dtype in ("float32", "float64") else ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("of, tolerance", [("float16", 2e-3), ("bfloat16", 1e-2)])
@@ -116,7 +122,7 @@ def test_a_bias_beside_16_bits_keeps_its_own(implementation, of):
 def test_what_a_bias_hides_from_rows_of_their_own_never_counts(implementation, dtype, value):
     """Nine rows leave lanes of the kernels' tiles without one: no mask speaks of those."""
     query, key, value_, d_out, d_lse = make_inputs(dtype, 1, 9, 40, 2, 2, 8)
-    bias = np.zeros((1, 1, 9, 40), dtype)
+    bias = np.zeros((1, 1, 9, 40), BIAS[dtype])
     bias[..., 0] = -np.inf
     expected = implementation(query, key, value_, d_out, d_lse, bias=bias)
     key[:, 0], value_[:, 0] = value, value

@@ -7,6 +7,7 @@
     compile.py sm_90a compute_80.ptx -o sm_90a.image        of the time goes into it (--ptx says which one it is)
     compile.py sm_90a kernels.cu -o sm_90a.image --nvrtc    NVRTC: a cubin; of CUDA 12, for drivers from 525 on
     compile.py sm_90a kernels.cu --report                   the registers of each kernel
+    compile.py --native                                     the architectures that a build for this machine needs
 
 Fails where a kernel keeps anything in local memory (spilled registers, a stack frame): that is many times slower, and
 nothing else would tell.
@@ -123,6 +124,19 @@ def ptx_of(architecture: str) -> str:
     return "compute_100" if int(re.sub(r"\D", "", architecture)) >= 100 else "compute_80"
 
 
+# By the major version of its compute capability, what a card runs (images.cc).
+CODE = {8: "sm_80", 9: "sm_90a", 10: "sm_100", 12: "sm_120"}
+
+
+def native() -> list[str]:
+    """What the cards here run, if there are any, and for all others Ampere's code, which most run and which takes the
+    least time to compile, and PTX."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=False).stdout if shutil.which(query[0]) else ""
+    majors = {8, *(int(major) for major in re.findall(r"^\s*(\d+)\.\d+\s*$", found, re.MULTILINE))}
+    return [*(code for major, code in CODE.items() if major in majors), "compute_80"]
+
+
 def run_nvcc(nvcc: Path, source: Path, architecture: str, target: Path) -> str:
     kind = ["-ptx"] if target.suffix == ".ptx" else ["-fatbin", "--compress-mode=size"]
     command = [
@@ -212,12 +226,16 @@ def main(arguments=None) -> int:
     parser.add_argument("--nvcc", type=Path, metavar="PATH", help="compile with this nvcc")
     parser.add_argument("--report", action="store_true", help="list the registers of each kernel")
     parser.add_argument("--ptx", action="store_true", help="print which PTX it is made from, and nothing else")
+    parser.add_argument("--native", action="store_true", help="print the architectures for this machine, and nothing else")
     parser.add_argument("--find", action="store_true", help="print where the compiler is, and nothing else")
     chosen = parser.parse_args(arguments)
     if chosen.nvrtc is None:
         run, compiler = run_nvcc, chosen.nvcc or find_nvcc()
     else:
         run, compiler = run_nvrtc, Path(chosen.nvrtc) if chosen.nvrtc else find_nvrtc()
+    if chosen.native:
+        print(";".join(native()), end="")
+        return 0
     if chosen.ptx:
         print(ptx_of(chosen.architecture), end="")
         return 0
