@@ -10,27 +10,27 @@ from __future__ import annotations
 
 import importlib
 
-from . import registration as _registration
+from attn_ops.models import registration as _registration
 
 __version__ = "0.1.0"
 
 _MODULES = ("integration", "jax", "layers", "masks", "reference", "visualize")
 _ATTRIBUTES = {
-    "scaled_dot_product_attention": "functional",
-    "attention_weights": "functional",
-    "explain": "support",
-    "can_use_fused": "support",
-    "Explanation": "support",
-    "Support": "support",
-    "allow_tf32": "precision",
-    "set_allow_tf32": "precision",
-    "patch": "integration",
-    "unpatch": "integration",
-    "patched": "integration",
-    "convert": "integration",
-    "revert": "integration",
-    "export": "saved_models",
-    "load_library": "saved_models",
+    "scaled_dot_product_attention": "tensorflow.attention",
+    "attention_weights": "tensorflow.attention",
+    "explain": "tensorflow.explain",
+    "can_use_fused": "tensorflow.explain",
+    "Explanation": "call.explanation",
+    "Support": "call.explanation",
+    "allow_tf32": "call.precision",
+    "set_allow_tf32": "call.precision",
+    "patch": "models.patched",
+    "unpatch": "models.patched",
+    "patched": "models.patched",
+    "convert": "models.convert",
+    "revert": "models.convert",
+    "export": "tensorflow.export",
+    "load_library": "tensorflow.load",
 }
 
 __all__ = ["__version__", *_MODULES, *_ATTRIBUTES]
@@ -40,7 +40,7 @@ def _load(module: str, wanted: str):
     try:
         return importlib.import_module(f"{__name__}.{module}")
     except ModuleNotFoundError as error:
-        from . import requirements
+        from attn_ops import requirements
 
         reason = requirements.missing(f"attn_ops.{wanted}", error.name or "")
         if reason is None:
@@ -55,11 +55,11 @@ def __getattr__(name: str):
         value = globals()[name] = getattr(_load(_ATTRIBUTES[name], name), name)
         return value
     if name == "_core":
-        from . import _native
+        from attn_ops import kernels
 
-        core = _native.core()
+        core = kernels.core()
         if core is None:
-            raise ImportError(_native.core_unavailable_reason())
+            raise ImportError(kernels.core_unavailable_reason())
         return core
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from attn_ops import options
+from attn_ops.call import options
 
 ALIGNMENTS = ("top_left", "bottom_right")
 

@@ -23,10 +23,13 @@ Inputs of any float dtype are computed in float64; nothing here is fast or small
 
 import numpy as np
 
-from attn_ops import masks, philox
+from attn_ops import masks
+from attn_ops.call import philox, public
+from attn_ops.call.options import Options
 
 
-def attention(query, key, value, **options):
+@public.function(without=("return_lse",))
+def attention(query, key, value, **given):
     """Scaled dot-product attention in float64.
 
     Args:
@@ -51,17 +54,19 @@ def attention(query, key, value, **options):
     Raises:
       ValueError, TypeError: arguments that do not fit together.
     """
-    c = _Call("reference.attention", query, key, value, **options)
+    c = _Call("reference.attention", query, key, value, given)
     return c.to_caller(c.out), c.without_added(c.lse)
 
 
-def attention_weights(query, key, **options):
+@public.function(without=("dropout_rate", "dropout_seed", "return_lse"))
+def attention_weights(query, key, **given):
     """The softmax before dropout: float64 `[batch, num_heads, seqlen_q, seqlen_k]`. Arguments as in `attention`."""
-    c = _Call("reference.attention_weights", query, key, key, **options)
+    c = _Call("reference.attention_weights", query, key, key, given)
     return c.without_added(c.p)
 
 
-def attention_gradients(query, key, value, d_out, d_lse=None, **options):
+@public.function(without=("return_lse",))
+def attention_gradients(query, key, value, d_out, d_lse=None, **given):
     """Gradients of `sum(d_out * out) + sum(d_lse * lse)`; entries of lse that are -inf are constants.
 
     Args:
@@ -71,7 +76,7 @@ def attention_gradients(query, key, value, d_out, d_lse=None, **options):
     Returns:
       (dq, dk, dv, dbias): float64, of the shapes of query, key, value and bias; dbias None without a bias.
     """
-    c = _Call("reference.attention_gradients", query, key, value, **options)
+    c = _Call("reference.attention_gradients", query, key, value, given)
     d_out = c.cotangent("d_out", d_out, c.to_caller(c.out).shape)
     d_out = c.to_layout(d_out.reshape(c.to_layout(c.out).shape))
     lse_shape = c.without_added(c.lse).shape
@@ -95,25 +100,9 @@ def attention_gradients(query, key, value, d_out, d_lse=None, **options):
 class _Call:
     """One attention call: its inputs as float64 `[batch, num_heads, seqlen, dim]`, and what forward computes."""
 
-    def __init__(
-        self,
-        name,
-        query,
-        key,
-        value,
-        *,
-        bias=None,
-        mask=None,
-        scale=None,
-        is_causal=False,
-        causal_alignment="top_left",
-        window=None,
-        query_seq_lengths=None,
-        key_value_seq_lengths=None,
-        dropout_rate=0.0,
-        dropout_seed=None,
-        layout="BSHD",
-    ):
+    def __init__(self, name, query, key, value, given):
+        options = Options(**given)
+        layout = options.layout
         if layout not in ("BSHD", "BHSD"):
             raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}")
         self.name, self.layout = name, layout
@@ -136,20 +125,20 @@ class _Call:
             raise ValueError(f"{name}: num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})")
         self.num_kv_heads = num_kv_heads
         self.k, self.v = (np.repeat(x, num_heads // num_kv_heads, axis=1) for x in (k, v))
-        self.scale = 1 / np.sqrt(head_dim) if scale is None else float(scale)
-        self.bias = None if bias is None else self._float64("bias", bias)
-        self.bias_shape = np.shape(bias)
+        self.scale = 1 / np.sqrt(head_dim) if options.scale is None else float(options.scale)
+        self.bias = None if options.bias is None else self._float64("bias", options.bias)
+        self.bias_shape = np.shape(options.bias)
         if self.bias is not None and 2 <= self.bias.ndim <= self.rank < 4:
             self.bias = self.bias[None, None] if self.bias.ndim == 2 else self.bias[:, None]
 
         weights_shape = (batch, num_heads, seqlen_q, seqlen_k)
         mask = masks.combined(
-            mask,
-            is_causal=is_causal,
-            causal_alignment=causal_alignment,
-            window=window,
-            query_lengths=query_seq_lengths,
-            key_lengths=key_value_seq_lengths,
+            options.mask,
+            is_causal=options.is_causal,
+            causal_alignment=options.causal_alignment,
+            window=options.window,
+            query_lengths=options.query_seq_lengths,
+            key_lengths=options.key_value_seq_lengths,
         )
         visible = self._broadcast("mask", np.asarray(mask.materialize(seqlen_q, seqlen_k)), weights_shape)
 
@@ -168,7 +157,7 @@ class _Call:
             self.p = np.where(s == -np.inf, 0.0, e / np.where(total == 0, 1.0, total))
             with np.errstate(divide="ignore"):
                 self.lse = (m + np.log(total))[..., 0]
-            self.z = self._dropout_factors(dropout_rate, dropout_seed, weights_shape)
+            self.z = self._dropout_factors(options.dropout_rate, options.dropout_seed, weights_shape)
             self.out = _weighted_sum(self.z * self.p, self.v)
 
     def from_caller(self, what, x):

@@ -3,8 +3,9 @@
 import numpy as np
 import tensorflow as tf
 
-from attn_ops import composite, reference
-from attn_ops.arguments import AttentionCall
+from attn_ops import reference
+from attn_ops.tensorflow import composite
+from attn_ops.call.attention_call import AttentionCall
 from reference_cases import take_mask
 
 MODES = ("eager", "graph", "unknown shapes", "xla", "xla, unknown shapes")

@@ -11,7 +11,7 @@ import functools
 import os
 
 import numpy as np
-from attn_ops._cuda_types import DeviceArray
+from attn_ops.kernels.cuda_types import DeviceArray
 from cuda_host.driver import Driver
 
 _MARGIN = 256  # bytes before and after an array on a device; as many as allocations are aligned to

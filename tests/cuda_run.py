@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from attn_ops import _cuda
+from attn_ops.kernels import cuda
 from cuda_arrays import Array, driver, missing_reason
 from reference_cases import take_mask
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def library() -> Path | None:
     """The installed library; where there was no compiler for its kernels, the one that was built without them: the
     stand-in has kernels of its own."""
-    return _cuda.LIBRARY if _cuda.LIBRARY.exists() else library_without_kernels()
+    return cuda.LIBRARY if cuda.LIBRARY.exists() else library_without_kernels()
 
 
 def library_without_kernels() -> Path | None:
@@ -38,21 +38,21 @@ def on_device(config) -> bool:
 
 def skip_reason(device: bool) -> str | None:
     """Why there is nothing to run the kernels on; None when there is. Builds nothing."""
-    if library() is None or (device and library() != _cuda.LIBRARY):
-        return _cuda.unavailable_reason()
-    return (missing_reason() or _cuda.unavailable_reason()) if device else None
+    if library() is None or (device and library() != cuda.LIBRARY):
+        return cuda.unavailable_reason()
+    return (missing_reason() or cuda.unavailable_reason()) if device else None
 
 
 @functools.cache
 def start(device: bool) -> None:
     """Makes the stand-in the driver of this process, unless it is for the device or the user named another."""
-    _cuda.LIBRARY = library()
+    cuda.LIBRARY = library()
     if not device and "ATTN_OPS_CUDA_DRIVER" not in os.environ:
         from cuda_host import build
 
         os.environ["ATTN_OPS_CUDA_DRIVER"] = str(build.library())
     driver()
-    reason = _cuda.unavailable_reason()
+    reason = cuda.unavailable_reason()
     assert reason is None, reason
 
 
@@ -73,7 +73,7 @@ def run_all(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.nd
     lse = Array.unwritten((batch, num_heads, seqlen_q), "float32")
     statistics = Array.unwritten((batch, num_heads, seqlen_q, 2), "float32")
     shared = (*(x.view for x in inputs.values()), out.view, statistics.view)
-    forward = launch(_cuda.Forward(*shared, lse=lse.view, **options))
+    forward = launch(cuda.Forward(*shared, lse=lse.view, **options))
 
     gradients = {f"d{name}": Array.unwritten(x.shape, query.dtype) for name, x in zip("qkv", (query, key, value))}
     bias = arrays["bias"].numpy() if "bias" in arrays else None
@@ -81,7 +81,7 @@ def run_all(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.nd
     d_out = Array(d_out)
     d_lse = None if d_lse is None else Array(d_lse.astype("float32"))
     backward = launch(
-        _cuda.Backward(
+        cuda.Backward(
             *shared,
             d_out.view,
             *(x.view for x in gradients.values()),
@@ -98,7 +98,7 @@ def run_all(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.nd
 
 
 def launch_options(query, options):
-    """Public arguments of the attention as those of `_cuda.Forward`, and the device arrays that they describe."""
+    """Public arguments of the attention as those of `cuda.Forward`, and the device arrays that they describe."""
     structure = take_mask(options)
     arrays = {f"mask {i}": Array(np.asarray(mask, bool)) for i, mask in enumerate(structure.tensors())}
     named = {"layout": "BSHD", "masks": [array.view for array in arrays.values()]}

@@ -34,13 +34,13 @@ def _exists(name: str) -> bool:
 
 
 def _imports(module: ast.Module):
-    """Names of packages that are imported at once; of attn_ops, only `_core`, which `_native.core()` imports too."""
+    """Names of packages that are imported at once; of attn_ops, only `_core`, which `kernels.core()` imports too."""
     for node in _at_once(module):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "_native.core":
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "kernels.core":
             names = [_CORE]
         else:
             continue

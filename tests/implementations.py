@@ -12,7 +12,8 @@ import importlib.util
 import cuda_run
 import numpy as np
 import pytest
-from attn_ops import _cuda, _native, reference
+from attn_ops import kernels, reference
+from attn_ops.kernels import cuda
 from reference_cases import take_mask
 
 GRADIENTS = ("dq", "dk", "dv", "d_bias")
@@ -66,11 +67,11 @@ def specification(query, key, value, d_out, d_lse=None, **options) -> Result:
 
 def isas():
     """Those that can run here, for parameters of tests; where the kernels were not built, one that fails."""
-    return _native.core().isas() if _native.core() else ["missing"]
+    return kernels.core().isas() if kernels.core() else ["missing"]
 
 
 def run_core(isa, query, key, value, d_out, d_lse, options, num_threads=0):
-    core = _native.core()
+    core = kernels.core()
     options = dict(options)
     structure = take_mask(options)
     seed = options.pop("dropout_seed", None)
@@ -175,9 +176,9 @@ def _jax_missing(implementation):
         return "JAX is not installed"
     if implementation == "composite":
         return None
-    from attn_ops.jax import fused
+    from attn_ops.jax import forms
 
-    return fused.unavailable_reason()
+    return forms.unavailable_reason()
 
 
 class Cuda(Implementation):
@@ -195,18 +196,18 @@ class Cuda(Implementation):
         if query.dtype == np.float64 or max(query.shape[-1], value.shape[-1]) > self.largest_head_dim:
             pytest.skip("the CUDA kernels leave float64 and head dimensions above 256 to the composite")
         cuda_run.start(self.on_device)
-        _cuda.set_most_decode_rows(self.most_decode_rows)
+        cuda.set_most_decode_rows(self.most_decode_rows)
         return Result(**cuda_run.run(query, key, value, d_out, d_lse, options))
 
 
 def all_implementations(on_device=False):
-    core = _native.core()
+    core = kernels.core()
     if core is None:
-        yield Implementation("core", None, _native.core_unavailable_reason())
+        yield Implementation("core", None, kernels.core_unavailable_reason())
     else:
         for isa in core.isas():
             yield Implementation(f"core-{isa}", functools.partial(run_core, isa))
-    for implementation, missing in (("composite", None), ("fused", _native.unavailable_reason())):
+    for implementation, missing in (("composite", None), ("fused", kernels.unavailable_reason())):
         for mode, thinning in (("eager", 1), ("graph", 4), ("xla", 6)):
             run = functools.partial(_run_tensorflow, mode, implementation)
             yield Implementation(f"{implementation}-{mode}", run, missing, thinning)

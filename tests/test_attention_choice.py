@@ -11,7 +11,8 @@ import pytest
 import tensorflow as tf
 
 import attn_ops
-from attn_ops import _native, composite, functional, gpu, masks, scaled_dot_product_attention
+from attn_ops import kernels, masks, scaled_dot_product_attention
+from attn_ops.tensorflow import attention, composite, gpu
 from cases import make_inputs
 
 
@@ -21,15 +22,15 @@ def tensors(**sizes):
 
 @pytest.fixture
 def without_library(monkeypatch):
-    monkeypatch.setattr(_native, "unavailable_reason", lambda: "the library is hidden by a test")
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda: "the library is hidden by a test")
 
 
 @pytest.fixture
 def ran(monkeypatch):
     """The names of the implementations that ran."""
     names = []
-    for name, function in list(functional._RUN.items()):
-        monkeypatch.setitem(functional._RUN, name, lambda call, n=name, f=function: (names.append(n), f(call))[1])
+    for name, function in list(attention._RUN.items()):
+        monkeypatch.setitem(attention._RUN, name, lambda call, n=name, f=function: (names.append(n), f(call))[1])
     return names
 
 
@@ -63,7 +64,7 @@ def test_forced_fused_raises_with_all_reasons(without_library, monkeypatch):
 
 
 def test_forced_fused_where_xla_takes_no_custom_call(monkeypatch):
-    monkeypatch.setattr(_native, "xla_unavailable_reason", lambda: "it is hidden by a test")
+    monkeypatch.setattr(kernels, "xla_unavailable_reason", lambda: "it is hidden by a test")
 
     @tf.function(jit_compile=True)
     def function(*inputs):
@@ -189,7 +190,7 @@ def test_a_misspelt_instruction_set_is_a_reason(framework):
     result = run(code, ATTN_OPS_ISA="sse9")
     assert result.returncode == 0, result.stderr
     assert "implementation: composite" in result.stdout and result.stdout.endswith("1.0\n")
-    usable = ", ".join(_native.core().isas())
+    usable = ", ".join(kernels.core().isas())
     assert f"ATTN_OPS_ISA ('sse9') must name an instruction set that is usable here: {usable}" in result.stdout
     good = run(code, ATTN_OPS_ISA="generic")
     assert "implementation: fused" in good.stdout
@@ -238,7 +239,7 @@ def test_command_info_without_tensorflow():
 
 
 def test_command_explain(capsys):
-    from attn_ops.__main__ import main
+    from attn_ops.cli.app import main
 
     assert main(["explain", "1,?,8,64", "1,?,2,64", "--is-causal", "--dtype", "bfloat16"]) == 0
     assert capsys.readouterr().out == "implementation: fused (op)\n"
@@ -250,7 +251,7 @@ def test_command_explain(capsys):
 
 
 def test_command_selftest(capsys):
-    from attn_ops.__main__ import main
+    from attn_ops.cli.app import main
 
     assert main(["selftest"]) == 0
     printed = capsys.readouterr().out
@@ -259,7 +260,7 @@ def test_command_selftest(capsys):
 
 
 def test_selftest_finds_a_wrong_implementation(monkeypatch, capsys):
-    from attn_ops import selftest
+    from attn_ops.cli import selftest
 
     monkeypatch.setattr(selftest, "_implementations", lambda: [("broken", lambda q, k, v, d, o: [d, q, k, v], None)])
     assert selftest.run() == 1
@@ -267,15 +268,15 @@ def test_selftest_finds_a_wrong_implementation(monkeypatch, capsys):
 
 
 def test_command_bench_outside_of_a_checkout(monkeypatch, capsys, tmp_path):
-    from attn_ops import __main__
+    from attn_ops.cli import app
 
-    monkeypatch.setattr(__main__, "__file__", str(tmp_path / "attn_ops" / "__main__.py"))
-    assert __main__.main(["bench"]) == 2
+    monkeypatch.setattr(app, "__file__", str(tmp_path / "attn_ops" / "__main__.py"))
+    assert app.main(["bench"]) == 2
     assert "from a checkout" in capsys.readouterr().err
 
 
 def test_command_bench_gives_its_arguments_to_pytest(monkeypatch):
-    from attn_ops.__main__ import main
+    from attn_ops.cli.app import main
 
     seen = []
     monkeypatch.setattr(pytest, "main", lambda arguments: seen.extend(arguments) or 0)

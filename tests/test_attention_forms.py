@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attn_ops import attention_weights, masks, reference, scaled_dot_product_attention, tensors
-from attn_ops.arguments import normalize
+from attn_ops import attention_weights, masks, reference, scaled_dot_product_attention
+from attn_ops.tensorflow import xp
+from attn_ops.call.normalize import normalize
 from cases import make_inputs
 
 both = pytest.mark.parametrize("chosen", ["fused", "composite"])
@@ -103,7 +104,7 @@ def test_lists_of_masks_nest_every_kind():
 
 def test_more_masks_than_the_kernels_take_are_combined_in_the_last():
     parts = [np.random.default_rng(i).random((2, 1, 13, 17)) < 0.95 for i in range(7)]
-    call = normalize(tensors, "test", *make_inputs()[:3], mask=parts)
+    call = normalize(xp, "test", *make_inputs()[:3], mask=parts)
     assert len(call.masks) == 4
     np.testing.assert_array_equal(np.all(call.masks, axis=0), np.all(parts, axis=0))
 

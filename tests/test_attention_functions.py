@@ -140,7 +140,7 @@ def test_saved_model_loads_in_another_process(tmp_path):
     )
     tf.saved_model.save(model, str(tmp_path))
     code = (
-        "import sys, attn_ops.functional, tensorflow as tf\n"
+        "import sys, attn_ops.tensorflow.attention, tensorflow as tf\n"
         "attend = tf.saved_model.load(sys.argv[1]).attend\n"
         "tf.debugging.assert_near(attend(*[tf.ones([1, 2, 3, 4])] * 3), tf.ones([1, 2, 3, 4]))\n"
     )

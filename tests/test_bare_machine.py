@@ -15,8 +15,8 @@ from cuda_host import build
 ROOT = Path(__file__).resolve().parents[1]
 PREPARE = """
 import pathlib, sys
-from attn_ops import _cuda
-_cuda.LIBRARY = pathlib.Path({library!r})
+from attn_ops.kernels import cuda
+cuda.LIBRARY = pathlib.Path({library!r})
 """
 
 
@@ -39,8 +39,8 @@ def test_it_has_nothing():
 import importlib.util
 for name in ("tensorflow", "keras", "jax", "rich", "matplotlib", "attn_ops._core"):
     assert importlib.util.find_spec(name) is None, name
-from attn_ops import _native
-assert _native.core() is None
+from attn_ops import kernels
+assert kernels.core() is None
 """
     done = on_a_bare_machine(code)
     assert done.returncode == 0, done.stderr

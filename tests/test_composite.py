@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attn_ops import composite, reference
+from attn_ops import reference
+from attn_ops.tensorflow import composite
 from composite_calls import MODES, assert_same, compiled, make_call, run, specification, split
 from reference_cases import CASES, Case
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attn_ops import composite, reference
+from attn_ops import reference
+from attn_ops.tensorflow import composite
 from composite_calls import compiled, make_call, split
 from reference_cases import Case
 

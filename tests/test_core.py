@@ -9,10 +9,10 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
-from attn_ops import _native, reference
+from attn_ops import kernels, reference
 
-core = _native.core()
-assert core is not None, _native.core_unavailable_reason()
+core = kernels.core()
+assert core is not None, kernels.core_unavailable_reason()
 
 DTYPES = ("float32", "float64", "float16", ml_dtypes.bfloat16)
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "float16": 4e-3, "bfloat16": 3e-2}

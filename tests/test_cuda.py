@@ -5,7 +5,8 @@ On the stand-in driver, or with `pytest -m gpu` on a device. Shapes are small be
 
 import numpy as np
 import pytest
-from attn_ops import _cuda, _cuda_types, philox
+from attn_ops.call import philox
+from attn_ops.kernels import cuda, cuda_types
 
 import cuda_run
 from cases import DTYPES, TOLERANCES, assert_close, check, make_inputs
@@ -122,10 +123,11 @@ def strided(x, how):
     return array, array.part(lambda values: values[..., ::2])
 
 
+@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("seqlen_q", [1, 20])
 @pytest.mark.parametrize("how", ["heads before rows", "unaligned", "slices", "every other"])
 @pytest.mark.parametrize("dtype", KINDS)
-def test_strides(cuda, dtype, how, seqlen_q):
+def test_strides(dtype, how, seqlen_q):
     inputs = make_inputs(dtype, 1, seqlen_q, 30, 4, 2, 16)
     query, key, value, d_out, d_lse = inputs
     made = {name: strided(x, how) for name, x in zip(("q", "k", "v", "d_out"), inputs[:4])}
@@ -135,9 +137,9 @@ def test_strides(cuda, dtype, how, seqlen_q):
     lse, d_lse_there = Array.unwritten(d_lse.shape, "float32"), Array(d_lse)
     statistics = Array.unwritten((*d_lse.shape, 2), "float32")
     qkv = views["q"], views["k"], views["v"]
-    kept = [cuda_run.launch(_cuda.Forward(*qkv, views["out"], statistics.view, lse=lse.view))]
+    kept = [cuda_run.launch(cuda.Forward(*qkv, views["out"], statistics.view, lse=lse.view))]
     written = (views[name] for name in ("dq", "dk", "dv"))
-    call = _cuda.Backward(*qkv, views["out"], statistics.view, views["d_out"], *written, d_lse=d_lse_there.view)
+    call = cuda.Backward(*qkv, views["out"], statistics.view, views["d_out"], *written, d_lse=d_lse_there.view)
     kept.append(cuda_run.launch(call))
     found = {name: read(*made[name]) for name in ("out", "dq", "dk", "dv")}
     expected = specification(*inputs)
@@ -162,21 +164,23 @@ def test_lengths_beyond_the_arrays_are_clamped(attend):
     assert_close(found, specification(*inputs, **within), TOLERANCES["float32"], "clamped")
 
 
-def test_a_workspace_that_is_too_small_is_refused(cuda):
+@pytest.mark.usefixtures("cuda")
+def test_a_workspace_that_is_too_small_is_refused():
     inputs = [Array(x) for x in make_inputs("float16", 1, 20, 30, 2, 2, 16)[:4]]
     out, statistics = Array.unwritten((1, 20, 2, 16), "float16"), Array.unwritten((1, 2, 20, 2), "float32")
     q, k, v, d_out = (x.view for x in inputs)
     gradients = [Array.unwritten(x._values.shape, "float16") for x in inputs[:3]]
-    call = _cuda.Backward(q, k, v, out.view, statistics.view, d_out, *(x.view for x in gradients))
+    call = cuda.Backward(q, k, v, out.view, statistics.view, d_out, *(x.view for x in gradients))
     assert call.workspace_bytes() > 0
-    with pytest.raises(_cuda.CudaError, match="workspace"):
+    with pytest.raises(cuda.CudaError, match="workspace"):
         call(None)
 
 
-def test_a_head_dim_that_no_kernel_has_is_explained(cuda):
-    call = _cuda.Forward(*described("float16", head_dim=264))
+@pytest.mark.usefixtures("cuda")
+def test_a_head_dim_that_no_kernel_has_is_explained():
+    call = cuda.Forward(*described("float16", head_dim=264))
     assert "264" in call.unsupported_reason()
-    assert _cuda.Forward(*described("float16", head_dim=256)).unsupported_reason() is None
+    assert cuda.Forward(*described("float16", head_dim=256)).unsupported_reason() is None
 
 
 # ------------------------------------------------------------------------------------- arguments: nothing is launched
@@ -190,14 +194,14 @@ def described(dtype="float32", batch=2, seqlen_q=3, seqlen_k=5, num_heads=4, num
 
 
 def nowhere(shape, dtype="float32", strides=None):
-    return _cuda.DeviceArray(4096, dtype, shape, strides or _cuda_types.contiguous_strides(shape))
+    return cuda.DeviceArray(4096, dtype, shape, strides or cuda_types.contiguous_strides(shape))
 
 
 def test_views_have_the_strides_that_were_given():
     q, k, v, out, statistics = described()
     swapped = [nowhere((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), x.dtype) for x in (q, k, v, out)]
     masked = {"bias": nowhere((4, 1, 5)), "masks": [nowhere((5,), "bool")]}
-    params = _cuda.Forward(*swapped, statistics, layout="BHSD", **masked)._params
+    params = cuda.Forward(*swapped, statistics, layout="BHSD", **masked)._params
     assert (params.batch, params.seqlen_q, params.num_heads, params.head_dim) == q.shape
     assert list(params.q.stride) == [96, 8, 24, 1]
     assert list(params.bias.stride) == [0, 5, 0, 1] and params.bias.data == 4096
@@ -235,21 +239,21 @@ def test_views_have_the_strides_that_were_given():
 def test_arguments(changes, error, message):
     arguments = dict(zip(("q", "k", "v", "out", "statistics"), described())) | changes
     if error is None:
-        _cuda.Forward(**arguments)
+        cuda.Forward(**arguments)
         return
     with pytest.raises(error, match=message):
-        _cuda.Forward(**arguments)
+        cuda.Forward(**arguments)
 
 
 def test_gradient_of_a_bias_has_its_shape():
     q, k, v, out, statistics = described()
     arguments = (q, k, v, out, statistics, out, q, k, v)
-    params = _cuda.Backward(*arguments, bias=nowhere((4, 1, 5)), d_bias=nowhere((4, 1, 5)))._params
+    params = cuda.Backward(*arguments, bias=nowhere((4, 1, 5)), d_bias=nowhere((4, 1, 5)))._params
     assert list(params.d_bias_shape) == [1, 4, 1, 5]
     with pytest.raises(ValueError, match="d_bias must have the extents"):
-        _cuda.Backward(*arguments, bias=nowhere((4, 1, 5)), d_bias=nowhere((4, 3, 5)))
+        cuda.Backward(*arguments, bias=nowhere((4, 1, 5)), d_bias=nowhere((4, 3, 5)))
     with pytest.raises(ValueError, match="d_bias without a bias"):
-        _cuda.Backward(*arguments, d_bias=nowhere((4, 1, 5)))
+        cuda.Backward(*arguments, d_bias=nowhere((4, 1, 5)))
 
 
 @pytest.mark.parametrize("of", ["float16", "float32"])
@@ -257,26 +261,26 @@ def test_gradient_of_a_bias_has_its_dtype(of):
     q, k, v, out, statistics = described("float16")
     arguments = (q, k, v, out, statistics, out, q, k, v)
     bias, other = nowhere((4, 1, 5), of), "float16" if of == "float32" else "float32"
-    assert _cuda.Backward(*arguments, bias=bias, d_bias=bias)._params.forward.bias.dtype == _cuda_types.DTYPES.index(of)
+    assert cuda.Backward(*arguments, bias=bias, d_bias=bias)._params.forward.bias.dtype == cuda_types.DTYPES.index(of)
     with pytest.raises(TypeError, match=f"d_bias must be {of}, not {other}"):
-        _cuda.Backward(*arguments, bias=bias, d_bias=nowhere((4, 1, 5), other))
+        cuda.Backward(*arguments, bias=bias, d_bias=nowhere((4, 1, 5), other))
     with pytest.raises(TypeError, match="bias must be float16 or float32, not bfloat16"):
-        _cuda.Forward(*arguments[:5], bias=nowhere((4, 1, 5), "bfloat16"))
+        cuda.Forward(*arguments[:5], bias=nowhere((4, 1, 5), "bfloat16"))
 
 
 def test_the_array_interface():
     class Foreign:
         __cuda_array_interface__ = {"data": (64, False), "typestr": "<f4", "shape": (2, 3), "strides": (4, 8)}
 
-    assert _cuda_types.describe("x", Foreign()) == _cuda.DeviceArray(64, "float32", (2, 3), (1, 2))
+    assert cuda_types.describe("x", Foreign()) == cuda.DeviceArray(64, "float32", (2, 3), (1, 2))
 
 
 def test_a_library_that_is_not_there(monkeypatch, tmp_path):
-    monkeypatch.setattr(_cuda, "LIBRARY", tmp_path / "libattn_ops_cuda.so")
-    _cuda._library.cache_clear()
+    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "libattn_ops_cuda.so")
+    cuda._library.cache_clear()
     try:
-        assert "built without its CUDA kernels" in _cuda.unavailable_reason()
+        assert "built without its CUDA kernels" in cuda.unavailable_reason()
         with pytest.raises(RuntimeError, match="built without its CUDA kernels"):
-            _cuda.forward(*described())
+            cuda.forward(*described())
     finally:
-        _cuda._library.cache_clear()
+        cuda._library.cache_clear()

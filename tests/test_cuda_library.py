@@ -53,8 +53,8 @@ except Exception as error:
 # Which library it is that attn_ops asks.
 PREPARE = """
 import pathlib
-from attn_ops import _cuda
-_cuda.LIBRARY = pathlib.Path({library!r})
+from attn_ops.kernels import cuda
+cuda.LIBRARY = pathlib.Path({library!r})
 """
 
 
@@ -80,7 +80,7 @@ def test_rules_of_shipped_libraries(tmp_path, broken):
     assert broken(path) == set()
 
 
-REASON = "print(_cuda.unavailable_reason(0))"
+REASON = "print(cuda.unavailable_reason(0))"
 
 
 @needs_library
@@ -111,18 +111,18 @@ def test_a_driver_that_is_too_old_for_the_kernels_is_a_reason():
 @needs_library
 def test_there_need_be_no_context_but_for_its_device():
     assert in_a_process(REASON) == "None"
-    assert "there is no CUDA device 3" in in_a_process("print(_cuda.unavailable_reason(3))")
-    assert "no CUDA context is current" in in_a_process("print(_cuda.unavailable_reason())")
+    assert "there is no CUDA device 3" in in_a_process("print(cuda.unavailable_reason(3))")
+    assert "no CUDA context is current" in in_a_process("print(cuda.unavailable_reason())")
 
 
 # What the library says of a call that is described by nothing but its extents.
 UNSUPPORTED = """
 import ctypes, json, sys
-from attn_ops._cuda_types import AttentionParams
+from attn_ops.kernels.cuda_types import AttentionParams
 p = AttentionParams()
 for name, x in json.loads(sys.argv[1]).items():
     setattr(p, name, x)
-print(_cuda._loaded().attn_ops_cuda_unsupported_reason(ctypes.byref(p)).decode())
+print(cuda._loaded().attn_ops_cuda_unsupported_reason(ctypes.byref(p)).decode())
 """
 
 

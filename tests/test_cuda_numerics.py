@@ -5,7 +5,7 @@ On the stand-in driver, or with `pytest -m gpu` on a device. What is right comes
 
 import numpy as np
 import pytest
-from attn_ops import _cuda
+from attn_ops.kernels import cuda
 
 import cuda_run
 from cases import DTYPES, TOLERANCES, make_inputs
@@ -51,7 +51,7 @@ def test_lse_need_not_be_written(attend, seqlen_q):
     expected = attend(query, key, value, d_out)
     arrays = [Array(x) for x in (query, key, value)]
     out, statistics = Array.unwritten(query.shape, "float16"), Array.unwritten((1, 2, seqlen_q, 2), "float32")
-    kept = cuda_run.launch(_cuda.Forward(*(x.view for x in arrays), out.view, statistics.view))
+    kept = cuda_run.launch(cuda.Forward(*(x.view for x in arrays), out.view, statistics.view))
     np.testing.assert_array_equal(out.numpy(), expected.out)
     found = statistics.numpy().astype(np.float64)
     np.testing.assert_allclose(found[..., 0] + np.log(found[..., 1]), expected.lse, rtol=1e-6, atol=1e-6)

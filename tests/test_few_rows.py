@@ -4,9 +4,9 @@ hands over to the row tiles, and what only it does. The features themselves are 
 import ml_dtypes
 import numpy as np
 import pytest
-from attn_ops import _native, reference
+from attn_ops import kernels, reference
 
-core = _native.core()
+core = kernels.core()
 pytestmark = pytest.mark.parametrize("isa", core.isas())
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "float16": 4e-3, "bfloat16": 3e-2}

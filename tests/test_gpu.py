@@ -12,11 +12,14 @@ import pytest
 import tensorflow as tf
 
 import attn_ops
-from attn_ops import _native, gpu, native_op, precision, xla_op
+from attn_ops import kernels
+from attn_ops.call import precision
+from attn_ops.tensorflow import gpu
+from attn_ops.tensorflow.forms import eager, custom_call
 from cases import make_inputs
 
-PACKAGE = Path(_native.__file__).parent
-CORE = Path(_native.core().__file__)
+PACKAGE = Path(kernels.__file__).parents[1]
+CORE = Path(kernels.core().__file__)
 
 # The C interface of the CUDA kernels without any: enough to be opened and asked.
 STAND_IN = r"""
@@ -48,14 +51,14 @@ def pretended(monkeypatch):
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["a GPU"])
     monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: [SimpleNamespace(name="/physical_device:GPU:0")])
     monkeypatch.setattr(gpu, "_ordinals", gpu._ordinals.__wrapped__)  # not from the cache, nor into it
-    monkeypatch.setattr(_native, "cuda_library_exists", lambda: state.library)
-    monkeypatch.setattr(_native, "cuda_unavailable_reason", lambda device: state.device_reason)
+    monkeypatch.setattr(kernels, "cuda_library_exists", lambda: state.library)
+    monkeypatch.setattr(kernels, "cuda_unavailable_reason", lambda device: state.device_reason)
 
     def unsupported(dtype, batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, value_dim):
         state.sizes = batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, value_dim
         return "float64 is not for it" if dtype == "float64" else "it is too wide" if head_dim > 256 else None
 
-    monkeypatch.setattr(_native, "cuda_unsupported_reason", unsupported)
+    monkeypatch.setattr(kernels, "cuda_unsupported_reason", unsupported)
     return state
 
 
@@ -195,12 +198,12 @@ print(library.attn_ops_forward(q, q, q, [], [], [], [], [])[0].shape)  # the CPU
 
 
 def test_xla_has_custom_calls_for_both_platforms():
-    assert _native.xla_unavailable_reason() is None  # all of them were taken
-    handlers = _native.core().xla_handlers()
+    assert kernels.xla_unavailable_reason() is None  # all of them were taken
+    handlers = kernels.core().xla_handlers()
     assert {platform: set(names) for platform, names in handlers.items()} == dict.fromkeys(
         ("Host", "CUDA"), {"attn_ops.forward", "attn_ops.backward"}
     )
-    assert "CUDA" in xla_op._PLATFORMS
+    assert "CUDA" in custom_call._PLATFORMS
 
 
 @pytest.fixture(params=[False, True])
@@ -269,9 +272,9 @@ def test_tf32_is_a_bool_and_off_by_default():
 
 def test_what_was_saved_before_there_was_tf32(monkeypatch):
     """Graphs and custom calls without the attribute."""
-    attributes = native_op.attributes
+    attributes = eager.attributes
     monkeypatch.setattr(
-        native_op, "attributes", lambda call: {k: v for k, v in attributes(call).items() if k != "allow_tf32"}
+        eager, "attributes", lambda call: {k: v for k, v in attributes(call).items() if k != "allow_tf32"}
     )
     inputs = tensors()
     expected = step(*inputs)

@@ -6,7 +6,6 @@ import pytest
 import tensorflow as tf
 
 import attn_ops
-from attn_ops import integration
 from layer_twins import FLASH, HAS_WINDOW, KERAS, STOCK, assert_same, ours, random, twins
 
 import keras.src.backend.tensorflow.nn as backend_nn
@@ -18,13 +17,13 @@ X = random(2, 5, 6, dtype="float32")
 def runs(monkeypatch):
     """The implementations that patched calls asked for."""
     seen = []
-    run = integration.scaled_dot_product_attention
+    run = attn_ops.scaled_dot_product_attention
 
     def spy(*args, **kwargs):
         seen.append(kwargs["implementation"])
         return run(*args, **kwargs)
 
-    monkeypatch.setattr(integration, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(attn_ops, "scaled_dot_product_attention", spy)
     return seen
 
 

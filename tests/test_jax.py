@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 import attn_ops.jax
-from attn_ops import _native, masks, philox, reference
-from attn_ops.arguments import normalize
-from attn_ops.explanation import Explanation
-from attn_ops.jax import attention_weights, call, composite, fused, scaled_dot_product_attention, tensors
+from attn_ops import kernels, masks, reference
+from attn_ops.call import philox
+from attn_ops.call.normalize import normalize
+from attn_ops.call.explanation import Explanation
+from attn_ops.jax import philox as jax_philox
+from attn_ops.jax import attention_weights, call, composite, forms, scaled_dot_product_attention, xp
 from reference_cases import CASES
 
 both = pytest.mark.parametrize("forced", ["fused", "composite"])
@@ -62,7 +64,7 @@ def test_composite_in_chunks(name, chunk_rows):
 
     def attend(chunk_rows, query, key, value, *bias):
         bias = dict(zip(["bias"], bias))
-        parts = call.split(normalize(tensors, "test", query, key, value, **bias, **options, return_lse=True))
+        parts = call.split(normalize(xp, "test", query, key, value, **bias, **options, return_lse=True))
         return composite.attention(*parts, chunk_rows)
 
     expected = attend(None, *arrays)
@@ -176,7 +178,7 @@ def test_only_the_platform_of_the_kernels_gets_them():
 def cuda_devices(monkeypatch):
     """CUDA devices that run the kernels, as long as nobody runs anything; a list to put reasons against them into."""
     reasons = []
-    monkeypatch.setattr(fused, "cuda_reason", lambda options, arrays: reasons[0] if reasons else None)
+    monkeypatch.setattr(forms, "cuda_reason", lambda options, arrays: reasons[0] if reasons else None)
     jax.clear_caches()
     yield reasons
     jax.clear_caches()
@@ -195,12 +197,12 @@ def test_cuda_gets_the_kernels_where_they_take_the_call(cuda_devices, monkeypatc
 
 
 def test_reasons_against_cuda(monkeypatch):
-    options, arrays = call.split(normalize(tensors, "test", *inputs(2, 6, 4, 8), layout="BHSD"))
-    assert fused.cuda_reason(options, arrays) == "JAX has no CUDA device here"
+    options, arrays = call.split(normalize(xp, "test", *inputs(2, 6, 4, 8), layout="BHSD"))
+    assert forms.cuda_reason(options, arrays) == "JAX has no CUDA device here"
     sizes = []
-    monkeypatch.setattr(fused, "_cuda_device_reason", lambda: None)
-    monkeypatch.setattr(_native, "cuda_unsupported_reason", lambda *given: sizes.extend(given))
-    assert fused.platforms(options, arrays) == ("cpu", "cuda")
+    monkeypatch.setattr(forms, "_cuda_device_reason", lambda: None)
+    monkeypatch.setattr(kernels, "cuda_unsupported_reason", lambda *given: sizes.extend(given))
+    assert forms.platforms(options, arrays) == ("cpu", "cuda")
     assert sizes == ["float32", 2, 4, 4, 6, 6, 8, 8]
 
 
@@ -236,7 +238,7 @@ def test_seeds(forced):
 
 def test_philox_bits():
     for seed, offset in ((3, 0), (-1, 2**63 - 1), (2**62 + 12345, -(2**40))):
-        bits = philox.keep_jax(tensors.seed_of_words([seed, offset]), 2, 3, jnp.arange(1, 5), 7, 0.3)
+        bits = jax_philox.keep(xp.seed_of_words([seed, offset]), 2, 3, jnp.arange(1, 5), 7, 0.3)
         np.testing.assert_array_equal(bits, philox.keep(seed, offset, 2, 3, 5, 7, 0.3)[:, :, 1:])
 
 

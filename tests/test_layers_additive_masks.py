@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import attn_ops
 from attn_ops import masks
-from attn_ops.constants import known_value
+from attn_ops.tensorflow.constants import known_value
 
 VISIBLE = np.tril(np.ones((5, 5), bool))
 X = np.random.default_rng(0).standard_normal((2, 5, 6)).astype("float32")

@@ -247,7 +247,7 @@ def test_flash_attention_argument_is_kept_and_means_something(monkeypatch):
 
 
 def test_forced_fusion_raises_with_the_reasons(monkeypatch):
-    monkeypatch.setattr("attn_ops._native.unavailable_reason", lambda: "the library is not there")
+    monkeypatch.setattr("attn_ops.kernels.unavailable_reason", lambda: "the library is not there")
     x = random(2, 5, 6, dtype="float32")
     with pytest.raises(ValueError, match="the library is not there"):
         built(True)(x, x)

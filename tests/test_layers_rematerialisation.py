@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 import attn_ops
-from attn_ops import rematerialization
+from attn_ops.tensorflow import rematerialization
 from layer_twins import FLASH, KERAS, ours, random
 
 pytestmark = pytest.mark.skipif(KERAS < (3, 9), reason="this Keras has no remat")

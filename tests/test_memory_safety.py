@@ -10,18 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attn_ops import _native
+from attn_ops import kernels
 
 from memory_safety import guarded
 
 HERE = Path(__file__).parent / "memory_safety"
 ROOT = HERE.parents[1]
-core = _native.core()
+core = kernels.core()
 
 
 def run(script, *arguments, environment=None):
     command = [sys.executable, "-X", "faulthandler", str(HERE / script), *map(str, arguments)]
-    package = Path(_native.__file__).parents[1]
+    package = Path(kernels.__file__).parents[1]
     environment = {**(environment or os.environ), "PYTHONPATH": str(package), "JAX_PLATFORMS": "cpu"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 

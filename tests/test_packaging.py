@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from attn_ops import _native
+from attn_ops import kernels
 from elftools.elf.elffile import ELFFile
 
 from wheel_rules import LIBRARY_RULES, exports_broken, symbols, tensorflow_broken
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = Path(_native.__file__).parent
+PACKAGE = Path(kernels.__file__).parent
 LIBRARY = PACKAGE / "libattn_ops.so"
-CORE = Path(_native.core().__file__)
+CORE = Path(kernels.core().__file__)
 
 
 def machine(path):
@@ -32,7 +32,7 @@ def newest_object(isa):
     return max(objects, key=lambda path: path.stat().st_mtime, default=None)
 
 
-@pytest.mark.parametrize("isa", _native.core().isas())
+@pytest.mark.parametrize("isa", kernels.core().isas())
 def test_no_code_of_an_isa_leaks(isa):
     """A function that several objects define is linked once, from whichever comes first. Were that one compiled for
     AVX-512, an older machine would run it and die. So all that an object for one ISA shows must carry its name."""
@@ -62,7 +62,7 @@ def test_the_rules_see_a_library_that_breaks_them(tmp_path):
 def test_one_version_everywhere():
     declared = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
     built = re.search(r"project\(attn_ops VERSION (\S+)", (ROOT / "CMakeLists.txt").read_text()).group(1)
-    assert declared == built == _native.core().__version__ == __import__("attn_ops").__version__
+    assert declared == built == kernels.core().__version__ == __import__("attn_ops").__version__
 
 
 def test_a_build_without_tensorflows_headers_says_what_to_do(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 import attn_ops
-from attn_ops import place
+from attn_ops.tensorflow import place
 
 _PACKAGE = pathlib.Path(attn_ops.__file__).parent
 

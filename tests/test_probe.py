@@ -3,9 +3,9 @@
 import math
 
 import pytest
-from attn_ops import _native
+from attn_ops import kernels
 
-core = _native.core()
+core = kernels.core()
 MIB = 1 << 20
 SHORT = {"seconds": 0.001, "bytes": 4 * MIB}
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from attn_ops import _native, reference
+from attn_ops import kernels, reference
 
-library = _native.library()
-assert library is not None, _native.unavailable_reason()
+library = kernels.library()
+assert library is not None, kernels.unavailable_reason()
 
 SHAPES = {"q": (2, 7, 4, 19), "k": (2, 11, 2, 19), "v": (2, 11, 2, 13), "d_out": (2, 7, 4, 13)}
 STATISTICS = (2, 4, 7)
@@ -359,11 +359,11 @@ import hashlib, os
 import tensorflow as tf
 if "INTRA_OP_THREADS" in os.environ:
     tf.config.threading.set_intra_op_parallelism_threads(int(os.environ["INTRA_OP_THREADS"]))
-from attn_ops import _native
+from attn_ops import kernels
 
 def digest():
     x = tf.reshape(tf.sin(tf.range(2 * 300 * 4 * 16, dtype="float32")), (2, 300, 4, 16))
-    return hashlib.sha256(_native.library().attn_ops_forward(x, x, x, (), (), (), (), ()).out.numpy()).hexdigest()
+    return hashlib.sha256(kernels.library().attn_ops_forward(x, x, x, (), (), (), (), ()).out.numpy()).hexdigest()
 """
 
 
@@ -374,7 +374,7 @@ def test_threads_with_and_without_tensorflows_pool():
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", ONE_CALL + "print(digest())"],
-            env={**os.environ, "PYTHONPATH": str(Path(_native.__file__).parents[1]), **environment},
+            env={**os.environ, "PYTHONPATH": str(Path(kernels.__file__).parents[1]), **environment},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -385,11 +385,11 @@ def test_threads_with_and_without_tensorflows_pool():
 
 @pytest.fixture
 def why_not(monkeypatch):
-    """What `_native.unavailable_reason` would say if it looked for the library at a path now."""
+    """What `kernels.unavailable_reason` would say if it looked for the library at a path now."""
 
-    def ask(path=_native._LIBRARY):
-        monkeypatch.setattr(_native, "_LIBRARY", Path(path))
-        loaded, reason = _native._library.__wrapped__()
+    def ask(path=kernels._LIBRARY):
+        monkeypatch.setattr(kernels, "_LIBRARY", Path(path))
+        loaded, reason = kernels._library.__wrapped__()
         assert loaded is None
         return reason
 
@@ -414,7 +414,7 @@ def test_reasons_for_no_library(tmp_path, monkeypatch, why_not):
 
 def test_a_second_copy_of_the_library(rng, tmp_path, capfd, why_not):
     """The package refuses to load one; one loaded all the same stays unused, and the first goes on working."""
-    first = os.path.realpath(_native._LIBRARY)
+    first = os.path.realpath(kernels._LIBRARY)
     copy = shutil.copy(first, tmp_path)
     assert f"another copy of the library is already loaded in this process, from {first}" in why_not(copy)
 

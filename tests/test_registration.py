@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import attn_ops
-from attn_ops import registration
+from attn_ops.models import registration
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 5, 4, 8)).astype("float32")
@@ -22,7 +22,7 @@ import sys
 import numpy as np
 files = np.load(sys.argv[1])
 {imports}
-assert not [name for name in sys.modules if name in ("attn_ops.layers", "attn_ops.functional", "attn_ops.symbolic")]
+assert not [name for name in sys.modules if name in ("attn_ops.layers", "attn_ops.tensorflow.attention", "attn_ops.models.operation")]
 import keras
 for path, x in ("op", "x"), ("layers", "y"):
     model = keras.saving.load_model(sys.argv[2] + path + ".keras")

@@ -117,7 +117,7 @@ def test_bad_arguments(tmp_path, monkeypatch):
         attn_ops.export(model, tmp_path, ops="reference")
     with pytest.raises(ValueError, match="'tf_saved_model', the only one that can hold the op, got format 'onnx'"):
         attn_ops.export(model, tmp_path, ops="fused", format="onnx")
-    monkeypatch.setattr("attn_ops._native.unavailable_reason", lambda: "it is switched off")
+    monkeypatch.setattr("attn_ops.kernels.unavailable_reason", lambda: "it is switched off")
     with pytest.raises(ValueError, match="ops='fused' needs the library, and it is switched off"):
         attn_ops.export(model, tmp_path, ops="fused")
     with pytest.raises(ImportError, match="attn_ops.load_library: it is switched off"):

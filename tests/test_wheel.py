@@ -10,11 +10,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from attn_ops import _native
+from attn_ops import kernels
 
 from compat.check_wheel import MAX_BYTES, modules, problems
 
-LIBRARIES = [Path(_native.__file__).with_name("libattn_ops.so"), Path(_native.core().__file__)]
+LIBRARIES = [Path(kernels.__file__).with_name("libattn_ops.so"), Path(kernels.core().__file__)]
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,6 +7,7 @@ Works under `jax.jit`, `jax.grad` (to any order), `jax.vmap`, `jax.lax.scan` and
 needed.
 """
 
-from attn_ops.jax.functional import attention_weights, explain, scaled_dot_product_attention
+from attn_ops.jax.attention import attention_weights, scaled_dot_product_attention
+from attn_ops.jax.explain import explain
 
 __all__ = ["attention_weights", "explain", "scaled_dot_product_attention"]

@@ -6,7 +6,7 @@ import typing
 
 import jax
 
-from attn_ops.arguments import AttentionCall
+from attn_ops.call.attention_call import AttentionCall
 
 
 class Arrays(typing.NamedTuple):
@@ -37,12 +37,6 @@ class Options(typing.NamedTuple):
 
 def split(call: AttentionCall) -> tuple[Options, Arrays]:
     return tuple(part(*(getattr(call, name) for name in part._fields)) for part in (Options, Arrays))
-
-
-def canonical_extents(x, layout):
-    """(batch, heads, seqlen, dim) of an array in ``layout``."""
-    batch, second, third, dim = x.shape
-    return (batch, third, second, dim) if layout == "BSHD" else (batch, second, third, dim)
 
 
 def accumulator(dtype):

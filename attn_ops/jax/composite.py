@@ -1,6 +1,6 @@
 """Attention in JAX operations: runs on every platform, and has derivatives of every order and both modes.
 
-The same function as the fused kernels, and what runs where they cannot, as `attn_ops/composite.py` is in TensorFlow:
+The same function as the fused kernels, and what runs where they cannot, as tensorflow/composite.py is there:
 - scores, softmax and sums are float32 for every 16-bit and float32 input (float64 for float64), with the scale on the
   query before the product;
 - a row that sees no key gives zeros, and NaN or infinity in masked queries, keys and values stays where it is;
@@ -21,8 +21,10 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from attn_ops import masks, philox
-from attn_ops.jax.call import Arrays, Options, accumulator, canonical_extents
+from attn_ops import masks
+from attn_ops.call.attention_call import canonical
+from attn_ops.jax import philox
+from attn_ops.jax.call import Arrays, Options, accumulator
 
 # Scores that are computed in one piece, and the scores of a chunk when there are more.
 UNCHUNKED_SCORES = 2**24
@@ -42,8 +44,8 @@ def with_statistics(options: Options, arrays: Arrays, chunk_rows: int | None = N
     ``chunk_rows`` is how many query rows to take at a time; None for all, unless that is more than `UNCHUNKED_SCORES`
     scores. Extents that `jax.export` leaves open, or Keras for a batch of any size, are taken in one piece.
     """
-    batch, num_heads, seqlen_q, _ = canonical_extents(arrays.query, options.layout)
-    seqlen_k = canonical_extents(arrays.key, options.layout)[2]
+    batch, num_heads, seqlen_q, _ = canonical(arrays.query.shape, options.layout)
+    seqlen_k = canonical(arrays.key.shape, options.layout)[2]
     if chunk_rows is None:
         row = batch * num_heads * seqlen_k
         whole = not isinstance(row * seqlen_q, int) or row * seqlen_q <= UNCHUNKED_SCORES
@@ -150,7 +152,7 @@ def _softmax(options, arrays, start, s, masked, v):
     if options.dropout_rate:
         batch, num_heads, n, seqlen_k = s.shape
         rows = start + jnp.arange(n)
-        keep = philox.keep_jax(arrays.seed, batch, num_heads, rows, seqlen_k, options.dropout_rate)
+        keep = philox.keep(arrays.seed, batch, num_heads, rows, seqlen_k, options.dropout_rate)
         p = _select(keep, p / (1.0 - options.dropout_rate))
     weigh = _masked_sum if masked or options.dropout_rate else _weighted_sum
     out = weigh(_grouped(p, v.shape[1]), v).reshape(*s.shape[:3], v.shape[3])

@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from attn_ops.jax import composite, fused
+from attn_ops.jax import composite, forms
 from attn_ops.jax.call import Arrays, Options
 
 
@@ -81,19 +81,19 @@ gradients.defvjp(_gradients_forward, _gradients_backward)
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward(forced, options, arrays):
-    kernels = functools.partial(fused.forward, options)
+    kernels = functools.partial(forms.forward, options)
     if forced:
         return kernels(arrays)
     others = functools.partial(composite.with_statistics, options)
     return jax.lax.platform_dependent(
-        arrays, default=others, **dict.fromkeys(fused.platforms(options, arrays), kernels)
+        arrays, default=others, **dict.fromkeys(forms.platforms(options, arrays), kernels)
     )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(forced, options, d_bias, *arguments):
     def kernels(*arguments):
-        return fused.backward(options, *arguments, d_bias)
+        return forms.backward(options, *arguments, d_bias)
 
     def others(arrays, out, statistics, d_out, d_lse):
         return _composite_gradients(options, d_bias, arrays, d_out, d_lse)
@@ -101,7 +101,7 @@ def _backward(forced, options, d_bias, *arguments):
     if forced:
         return kernels(*arguments)
     return jax.lax.platform_dependent(
-        *arguments, default=others, **dict.fromkeys(fused.platforms(options, arguments[0]), kernels)
+        *arguments, default=others, **dict.fromkeys(forms.platforms(options, arguments[0]), kernels)
     )
 
 

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from attn_ops import masks
-from attn_ops.arrays import compatible
+from attn_ops.call.arrays import compatible
 from attn_ops.layers.axes import dims
 from attn_ops.layers.base import DropIn, overridden, refuse_if_forced
 from attn_ops.layers.common import attend_one_head, boolean, combine, dropout_seed, hide_rows, refuse_ragged

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 
 from attn_ops import masks
-from attn_ops.arrays import compatible
+from attn_ops.call.arrays import compatible
 from attn_ops.layers.base import FlashAttention, checked_dropout, checked_number
 from attn_ops.layers.common import attend_one_head, boolean, combine, dropout_seed, hide_rows, refuse_ragged
 

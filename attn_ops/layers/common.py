@@ -12,6 +12,7 @@ from attn_ops import masks
 from attn_ops.layers.axes import dims
 from attn_ops.layers.backend import backend
 
+
 def boolean(mask, name):
     """`mask` as a bool tensor, from booleans, or numbers that tell as much: floats 0 and 1, integers from 0.
 

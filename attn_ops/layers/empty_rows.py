@@ -8,7 +8,6 @@ from keras import ops
 
 from attn_ops.layers.axes import dims
 
-
 _FAR = 2**30  # beyond every key, and positions stay within 32 bits
 
 

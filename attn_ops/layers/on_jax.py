@@ -6,11 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import attn_ops.jax
-from attn_ops import philox
-from attn_ops.jax import tensors
-
-attention = attn_ops.jax  # the module with scaled_dot_product_attention and attention_weights
+from attn_ops.jax import attention, philox, xp  # noqa: F401  attention: for the layers, the module with the functions
 
 
 def draw_seed(generator):
@@ -21,7 +17,7 @@ def draw_seed(generator):
 def kept(seed, shape, rate):
     """Which weights of this shape dropout keeps."""
     batch, num_heads, seqlen_q, seqlen_k = shape
-    return philox.keep_jax(tensors.seed_of_array(seed), batch, num_heads, jnp.arange(seqlen_q), seqlen_k, rate)
+    return philox.keep(xp.seed_of_array(seed), batch, num_heads, jnp.arange(seqlen_q), seqlen_k, rate)
 
 
 def known_values(x):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 import attn_ops
-from attn_ops import constants, philox, rematerialization
+from attn_ops.tensorflow import constants, philox, rematerialization
 
 attention = attn_ops  # the module with scaled_dot_product_attention and attention_weights
 
@@ -18,7 +18,7 @@ def draw_seed(generator):
 def kept(seed, shape, rate):
     """Which weights of this shape dropout keeps."""
     batch, num_heads, seqlen_q, seqlen_k = shape
-    return philox.keep_tensor(seed, batch, num_heads, tf.range(seqlen_q), seqlen_k, rate)
+    return philox.keep(seed, batch, num_heads, tf.range(seqlen_q), seqlen_k, rate)
 
 
 def known_values(x):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import keras
 
 from attn_ops import masks
+from attn_ops.call.options import is_integer
 from attn_ops.layers.base import FlashAttention, checked_dropout, checked_number
 from attn_ops.layers.common import attend_one_head, boolean, combine, dropout_seed, refuse_ragged
-from attn_ops.options import is_integer
 
 
 @keras.saving.register_keras_serializable(package="attn_ops")

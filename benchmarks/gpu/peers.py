@@ -63,21 +63,21 @@ class Ours(Peer):
     dtypes = ("bfloat16", "float16", "float32")
 
     def missing(self, device):
-        from attn_ops import _cuda
+        from attn_ops.kernels import cuda
 
         if device.kind != "cuda":
             return "there is no CUDA device"
-        return _cuda.unavailable_reason(device.ordinal)
+        return cuda.unavailable_reason(device.ordinal)
 
     def prepare(self, device, workload, mode, inputs):
         import torch
-        from attn_ops import _cuda
+        from attn_ops.kernels import cuda
 
         q, k, v, d_out = (inputs[name] for name in ("query", "key", "value", "d_out"))
         out = torch.empty_like(q)
         statistics = torch.empty(q.shape[0], q.shape[2], q.shape[1], 2, device=q.device, dtype=torch.float32)
         options = {"window_right": 0 if workload.is_causal else -1}
-        forward = _cuda.Forward(q, k, v, out, statistics, **options)
+        forward = cuda.Forward(q, k, v, out, statistics, **options)
         stream = device.stream()
         workspace = _workspace(q, forward)
 
@@ -89,7 +89,7 @@ class Ours(Peer):
             return attend
         attend()
         gradients = [torch.empty_like(x) for x in (q, k, v)]
-        backward = _cuda.Backward(q, k, v, out, statistics, d_out, *gradients, **options)
+        backward = cuda.Backward(q, k, v, out, statistics, d_out, *gradients, **options)
         space = _workspace(q, backward)
 
         def differentiate(kept=(attend, d_out)):

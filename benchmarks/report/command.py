@@ -21,7 +21,7 @@ import memory
 import peers
 import rows
 import runner
-from attn_ops import _native
+from attn_ops import kernels
 from rows import Row
 from workloads import FORWARD_BACKWARD, WORKLOADS
 
@@ -42,8 +42,8 @@ def main(argv=None) -> int:
         print(f"bench --report needs {', '.join(missing)}: pip install {names}", file=sys.stderr)
         return _BAD_OPTIONS
     arguments = _parser().parse_args(argv)
-    if _native.core() is None:
-        print(f"bench --report: {_native.core_unavailable_reason()}", file=sys.stderr)
+    if kernels.core() is None:
+        print(f"bench --report: {kernels.core_unavailable_reason()}", file=sys.stderr)
         return _BAD_OPTIONS
     try:
         _check(arguments)

@@ -81,7 +81,7 @@ __attribute__((constructor)) void at_load() {
 }  // namespace
 }  // namespace attn_ops::xla
 
-// For attn_ops/_native.py: why functions compiled by XLA cannot call the kernels; "" when they can.
+// For attn_ops/kernels: why functions compiled by XLA cannot call the kernels; "" when they can.
 extern "C" __attribute__((visibility("default"))) const char* attn_ops_xla_unavailable_reason() {
   return attn_ops::xla::reason().c_str();
 }

@@ -15,7 +15,7 @@ import attn_ops
 import keras
 import numpy as np
 import tensorflow as tf
-from attn_ops import _native, reference
+from attn_ops import kernels, reference
 
 rng = np.random.default_rng(0)
 
@@ -71,7 +71,7 @@ def compiled_by_xla_whenever_traced():
 
 
 def errors_name_the_rule():
-    for call in (_native.library().attn_ops_forward, tf.function(_native.library().attn_ops_forward)):
+    for call in (kernels.library().attn_ops_forward, tf.function(kernels.library().attn_ops_forward)):
         try:
             call(q[:, :, :3], k, v, (), (), (), (), ())
         except tf.errors.InvalidArgumentError as error:
@@ -143,9 +143,9 @@ CHECKS = (
 )
 
 print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}, NumPy {np.__version__}, {attn_ops.__file__}")
-assert _native.unavailable_reason() is None, _native.unavailable_reason()
-assert _native.core_unavailable_reason() is None, _native.core_unavailable_reason()
-close(_native.core().forward(q, k, v), reference.attention(q, k, v))
+assert kernels.unavailable_reason() is None, kernels.unavailable_reason()
+assert kernels.core_unavailable_reason() is None, kernels.core_unavailable_reason()
+close(kernels.core().forward(q, k, v), reference.attention(q, k, v))
 for check in CHECKS:
     check()
     print("  passed:", check.__name__)

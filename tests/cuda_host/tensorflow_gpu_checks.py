@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import attn_ops
-from attn_ops import _native, reference
+from attn_ops import kernels, reference
 from tensorflow.python.framework import kernels
 
 RNG = np.random.default_rng(0)
@@ -96,11 +96,11 @@ def test_under_a_cpu_scope_the_cpu_computes():
 
 
 def raw(q):
-    return _native.library().attn_ops_forward(q, q, q, [], [], [], [], [])
+    return kernels.library().attn_ops_forward(q, q, q, [], [], [], [], [])
 
 
 def test_float64_is_put_on_the_cpu():
-    out, _ = _native.library().attn_ops_forward(
+    out, _ = kernels.library().attn_ops_forward(
         *[tf.constant(x.astype("float64")) for x in arrays()[0]], [], [], [], [], [], Tlse=tf.float64
     )
     assert "CPU:0" in out.device
@@ -131,7 +131,7 @@ def test_errors():
 def test_lengths_out_of_range_are_not_looked_at():
     """That would be waiting for the device. The kernels clamp them."""
     q = zeros(1, 2, 1, 8)
-    _native.library().attn_ops_forward(q, q, q, [], [], [], [tf.constant(np.int32([3]))], [])
+    kernels.library().attn_ops_forward(q, q, q, [], [], [], [tf.constant(np.int32([3]))], [])
 
 
 def test_the_libraries_own_errors():

@@ -21,14 +21,14 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # as pytest has it
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for products this small its threads only wait for each other
 
-from attn_ops import _native
+from attn_ops import kernels
 
 from fuzz import cases, check, ways
 
 
 def chosen_ways(implementations, isas):
     """The ways of these names, for `core` one for each of the instruction sets (None: all that run here)."""
-    usable = _native.core().isas()
+    usable = kernels.core().isas()
     unknown = [name for name in isas or () if name not in usable]
     unknown += [name for name in implementations if name not in ("core", *ways.OTHERS)]
     if unknown:

@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 
-from attn_ops import philox
+from attn_ops.call import philox
 
 
 def visible(case):

@@ -3,7 +3,7 @@
 import functools
 
 import numpy as np
-from attn_ops import _native
+from attn_ops import kernels
 
 from fuzz import cases
 
@@ -23,7 +23,7 @@ class Core:
 
     def __call__(self, case, turn=0, threads=None):
         """Results by name. `turn`: which garbage of the case, and on how many threads if `threads` does not say."""
-        core = _native.core()
+        core = kernels.core()
         query, key, value, d_out, d_lse, options = case.arguments(turn)
         left, right = options.get("window") or (-1, -1)
         seed, offset = options.get("dropout_seed", (0, 0))

@@ -10,7 +10,7 @@ pytest.importorskip("keras")
 if importlib.util.find_spec("keras.src.layers.attention.attention_test") is None:
     pytest.skip("the wheel of this Keras has no tests in it", allow_module_level=True)
 
-from attn_ops import _native  # noqa: E402
+from attn_ops import kernels  # noqa: E402
 from keras_suite import runner  # noqa: E402
 from keras_suite.expected_differences import EXPECTED_DIFFERENCES  # noqa: E402
 
@@ -26,7 +26,7 @@ del _cls
 
 
 def test_fused_op_is_present():
-    assert _native.unavailable_reason() is None  # otherwise the *_fused classes test the composite
+    assert kernels.unavailable_reason() is None  # otherwise the *_fused classes test the composite
 
 
 def test_keras_tests_were_found():

@@ -66,9 +66,9 @@ def core(number, seed):
 def tensorflow():
     import attn_ops
     import tensorflow as tf
-    from attn_ops import _native
+    from attn_ops import kernels
 
-    library = _native.library()
+    library = kernels.library()
 
     def attend(q, k):
         return attn_ops.scaled_dot_product_attention(q, k, k, implementation="fused")

@@ -85,9 +85,9 @@ def core_calls():
 
 def tensorflow_calls():
     import tensorflow as tf
-    from attn_ops import _native
+    from attn_ops import kernels
 
-    library = _native.library()
+    library = kernels.library()
 
     def lists(a):
         return [a["bias"]], [a["mask"]], [a["query_lengths"]], [a["key_lengths"]], [a["seed"]]
@@ -139,9 +139,9 @@ def recorded():
     import attn_ops.jax
     import jax
     import jax.numpy as jnp
-    from attn_ops.jax import fused
+    from attn_ops.jax import forms
 
-    calls, kernel = [], fused._kernel
+    calls, kernel = [], forms._kernel
 
     def record(target, results):
         def call(*operands, **attributes):
@@ -159,10 +159,10 @@ def recorded():
             implementation="fused",
         )  # fmt: skip
 
-    fused._kernel = record
+    forms._kernel = record
     results, pull = jax.vjp(attend, *(jnp.asarray(tensors()[name]) for name in ("q", "k", "v", "bias")))
     pull(tuple(map(jnp.ones_like, results)))
-    fused._kernel = kernel
+    forms._kernel = kernel
     assert [target for target, *_ in calls] == ["attn_ops.forward", "attn_ops.backward"]
     return calls
 

@@ -1,0 +1,111 @@
+"""scaled_dot_product_attention on JAX arrays: normalise the arguments, choose an implementation, call it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from attn_ops.call import explanation, public
+from attn_ops.call.normalize import normalize
+from attn_ops.jax import call as calls
+from attn_ops.jax import choice, composite, derivatives, xp
+from attn_ops.models import keras_tensors
+
+
+@public.function(implementation=None)
+def scaled_dot_product_attention(query, key, value, **given):
+    """softmax(scale * query @ key^T + bias, masked) @ value, without ever storing the scores.
+
+    The function of `attn_ops.scaled_dot_product_attention` on JAX arrays: the same arguments, defaults, promotion of
+    dtypes and results, also on `KerasTensor`s. Works under `jax.jit`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`. The gradient reaches
+    query, key, value, bias, an array ``scale``, and flows through ``lse``, to any order; forward mode (`jax.jvp`,
+    `jax.jacfwd`, `jax.hessian`) needs ``implementation="composite"``: without, there is a TypeError, which inside
+    `jax.jit` is JAX's own and speaks of a custom_vjp function.
+
+    Args:
+        query: [batch, seqlen_q, num_heads, head_dim]; float16, bfloat16, float32 or float64. Different dtypes of
+            query, key and value are promoted to the widest (float16 with bfloat16: float32).
+        key: [batch, seqlen_k, num_kv_heads, head_dim]; num_heads must be a multiple of num_kv_heads.
+        value: [batch, seqlen_k, num_kv_heads, value_dim].
+            All three may have rank 3, without the axis of heads ([batch, seqlen, dim]; `jax.nn` leaves out the batch
+            instead), or rank 2, without that of the batch either; so do the results then.
+        {options}
+        implementation: None takes the kernels on CPUs and on the GPUs that have them, and the composite elsewhere,
+            decided when the call is compiled for a device (see `explain`). "fused" or "composite" (JAX operations) forces one.
+
+    Returns:
+        The output [batch, seqlen_q, num_heads, value_dim] in the common dtype, or (output, lse) with lse [batch,
+        num_heads, seqlen_q] in float32 (float64 for float64 inputs), natural logarithm. A row that sees no key has
+        output 0, lse -inf and gradients 0. What is masked never counts, even NaN.
+
+    Raises:
+        TypeError: not arrays, not floating inputs, a mask that is not boolean, lengths or seeds that are not integers,
+            a dropout rate that is not a number.
+        ValueError: shapes that do not fit each other, or any other value out of its range; dropout without a seed;
+            ``implementation="fused"`` where the kernels are missing or disabled.
+        jax.errors.JaxRuntimeError: traced lengths out of range, which only the running kernel can know. The composite
+            does not find those.
+    """
+    if keras_tensors.any_among(query, key, value, given):
+        from attn_ops.models import operation
+
+        return operation.attention(query, key, value, given)
+    name = "scaled_dot_product_attention"
+    implementation = given.pop("implementation", None)
+    call = normalize(xp, name, query, key, value, **given)
+    out, lse = _run(name, call, implementation)
+    if call.squeeze:
+        out = out.squeeze(call.added_axes(call.heads_axis()))
+        lse = lse.squeeze(call.added_axes(1)) if call.return_lse else None
+    return (out, lse) if call.return_lse else out
+
+
+@public.function(without=("dropout_rate", "dropout_seed", "return_lse"), lse=None, implementation=None)
+def attention_weights(query, key, **given):
+    """The probabilities that `scaled_dot_product_attention` weighs the values with, before dropout.
+
+    A dense [batch, num_heads, seqlen_q, seqlen_k] array ([batch, seqlen_q, seqlen_k] for rank 3, [seqlen_q, seqlen_k]
+    for rank 2), for plots and for looking into a model: this is the memory that the attention itself avoids. Rows that
+    see no key are 0. Arguments and errors are those of `scaled_dot_product_attention`; ``lse`` is what that returned for
+    the same arguments, and is computed when not given. Differentiable.
+    """
+    if keras_tensors.any_among(query, key, given):
+        from attn_ops.models import operation
+
+        return operation.attention_weights(query, key, given)
+    name = "attention_weights"
+    implementation, lse = given.pop("implementation", None), given.pop("lse", None)
+    key = xp.as_tensor(name, "key", key)
+    # One column of anything will do for the values: only lse is wanted.
+    call = normalize(xp, name, query, key, key[..., :1], **given, return_lse=True)
+    if lse is None:
+        _, lse = _run(name, call, implementation)
+    else:
+        explanation.check_name(name, implementation, choice.IMPLEMENTATIONS)
+        lse = xp.as_tensor(name, "lse", lse)
+        if call.squeeze:
+            lse = jnp.expand_dims(lse, call.added_axes(1))
+        expected = tuple(call.result_shapes()[1])
+        if lse.shape != expected:
+            raise ValueError(f"{name}: lse must be what the attention returned, of shape {expected}, got {lse.shape}")
+    weights = _weights(*calls.split(call), lse)
+    return weights.squeeze(call.added_axes(1)) if call.squeeze else weights
+
+
+_composite = jax.jit(composite.attention, static_argnums=0)
+_weights = jax.jit(composite.attention_weights, static_argnums=0)
+
+
+def _run(name, call, implementation):
+    options, arrays = calls.split(call)
+    if choice.choose(name, implementation) == "composite":
+        return _composite(options, arrays)
+    try:
+        return derivatives.attention(implementation == "fused", options, arrays)[:2]
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            f"{name}: the kernels have no forward mode (jax.jvp, jax.jacfwd, jax.hessian): "
+            'implementation="composite" has it'
+        ) from error

@@ -1,0 +1,43 @@
+"""What a call would run, and why: asked without computing anything."""
+
+from __future__ import annotations
+
+import jax
+
+from attn_ops.call import explanation, public
+from attn_ops.call.explanation import Explanation
+from attn_ops.call.normalize import normalize
+from attn_ops.jax import call as calls
+from attn_ops.jax import choice, forms, xp
+
+
+@public.function(implementation=None)
+def explain(query, key, value, **given) -> Explanation:
+    """What `scaled_dot_product_attention` would run for these arguments on the default device, and why.
+
+    Takes its arguments and raises the same errors; arrays may be `jax.ShapeDtypeStruct` as well. Nothing is computed.
+    """
+    name, implementation = "explain", given.pop("implementation", None)
+    arguments = {"query": query, "key": key, "value": value, **given}
+    specifications = {k: x for k, x in arguments.items() if isinstance(x, jax.ShapeDtypeStruct)}
+    device = jax.config.jax_default_device or jax.default_backend()
+    platform = getattr(device, "platform", device)
+    reasons = []
+
+    def look(arrays):
+        call = normalize(xp, name, **{**arguments, **arrays})
+        missing = forms.unavailable_reason()
+        if missing is None and platform != "cpu":
+            missing = forms.cuda_reason(*calls.split(call))
+            missing = missing and f"the default device is of the platform {platform}, and {missing}"
+        reasons.extend([] if missing is None else [missing])
+        return call.query
+
+    jax.eval_shape(look, specifications)
+    explanation.check_name(name, implementation, choice.IMPLEMENTATIONS)
+    if implementation == "fused":
+        explanation.check_can_run(name, implementation, reasons)
+    chosen = implementation or ("composite" if reasons else "fused")
+    if chosen != "fused":
+        return Explanation(chosen, tuple(reasons))
+    return Explanation(chosen, tuple(reasons), "xla", "cpu" if platform == "cpu" else "gpu")

@@ -1,0 +1,105 @@
+"""The fused kernels as XLA custom calls, and why they cannot run.
+
+The handlers are compiled into `attn_ops._core` (csrc/bindings/xla.cc).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+
+from attn_ops import kernels
+from attn_ops.call import attention_call
+from attn_ops.call.attention_call import canonical
+from attn_ops.jax.call import Arrays, Options, accumulator
+
+_PLATFORMS = {"Host": "cpu", "CUDA": "CUDA"}  # of XLA, and what JAX calls them where it takes custom calls
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why there are no kernels in this process, for any platform; None when there are. Registers them."""
+    reason = kernels.disabled_reason() or kernels.core_unavailable_reason() or kernels.unknown_isa_reason()
+    if reason is not None:
+        return reason
+    for platform, handlers in kernels.core().xla_handlers().items():
+        for target, handler in handlers.items():
+            jax.ffi.register_ffi_target(target, handler, platform=_PLATFORMS[platform])
+    return None
+
+
+def platforms(options: Options, arrays: Arrays) -> tuple[str, ...]:
+    """Where the kernels take this call, by the names of `jax.lax.platform_dependent`."""
+    return ("cpu",) if cuda_reason(options, arrays) else ("cpu", "cuda")
+
+
+def cuda_reason(options: Options, arrays: Arrays) -> str | None:
+    """Why the kernels do not run this call on the CUDA devices here; None when they do."""
+    reason = _cuda_device_reason()
+    if reason is not None:
+        return reason
+    batch, num_heads, seqlen_q, head_dim = canonical(arrays.query.shape, options.layout)
+    _, num_kv_heads, seqlen_k, value_dim = canonical(arrays.value.shape, options.layout)
+    sizes = (batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, value_dim)
+    known = (n if isinstance(n, int) else 1 for n in sizes)  # jax.export may leave extents open
+    return kernels.cuda_unsupported_reason(arrays.query.dtype.name, *known)
+
+
+@functools.cache
+def _cuda_device_reason() -> str | None:
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return "JAX has no CUDA device here"
+    reasons = (kernels.cuda_unavailable_reason(device.local_hardware_id) for device in devices)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def forward(options: Options, arrays: Arrays):
+    """(out, lse, statistics); lse is None unless ``options.return_lse``."""
+    query, key, value = arrays[:3]
+    rows = canonical(query.shape, options.layout)[:3]
+    results = (
+        jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
+        jax.ShapeDtypeStruct((*rows, 2), accumulator(query.dtype)),
+        *([jax.ShapeDtypeStruct(rows, accumulator(query.dtype))] if options.return_lse else []),
+    )
+    optional, attributes = _optional(options, arrays)
+    out, statistics, *lse = _kernel("attn_ops.forward", results)(
+        query, key, value, *optional, **attributes, num_lse=np.int64(options.return_lse)
+    )
+    return out, lse[0] if lse else None, statistics
+
+
+def backward(options: Options, arrays: Arrays, out, statistics, d_out, d_lse, d_bias: bool):
+    """(d_query, d_key, d_value), and with ``d_bias`` the gradient of the bias after them."""
+    differentiable = arrays[: 4 if d_bias else 3]
+    results = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in differentiable)
+    optional, attributes = _optional(options, arrays)
+    return tuple(
+        _kernel("attn_ops.backward", results)(
+            *arrays[:3],
+            out,
+            statistics,
+            d_out,
+            *(() if d_lse is None else (d_lse,)),
+            *optional,
+            **attributes,
+            num_d_lse=np.int64(d_lse is not None),
+            d_bias=d_bias,
+        )
+    )
+
+
+def _kernel(target, results):
+    return jax.ffi.ffi_call(target, results, vmap_method="sequential")
+
+
+def _optional(options, arrays):
+    """The operands after the obligatory ones, and the attributes that both kernels take."""
+    lists = attention_call.optional_inputs(arrays)
+    attributes = {**attention_call.attributes(options), **{name: len(operands) for name, operands in lists.items()}}
+    attributes = {name: np.int64(x) if type(x) is int else x for name, x in attributes.items()}
+    return [operand for operands in lists.values() for operand in operands], attributes

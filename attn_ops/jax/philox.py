@@ -1,0 +1,45 @@
+"""The dropout mask in JAX."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from attn_ops.call import philox
+
+
+def keep(seed, batch, num_heads, rows, seqlen_k, rate):
+    """Which attention weights dropout keeps, in JAX; the bits of `call.philox.keep`.
+
+    Args:
+      seed: uint32 array `[4]`: low and high word of the seed, low and high word of the offset.
+      batch, num_heads, seqlen_k: extents.
+      rows: integer array `[n]`, the query rows wanted.
+      rate: Python float, probability of dropping a weight, in [0, 1).
+    Returns:
+      bool array `[batch, num_heads, n, seqlen_k]`, true where the weight is kept.
+    """
+    uint32 = jnp.uint32
+
+    def product(x, m):
+        # JAX has no 64-bit integers by default: the high word comes from products of 16-bit halves.
+        x0, x1, m0, m1 = x & 0xFFFF, x >> 16, m & 0xFFFF, m >> 16
+        middle = x1 * m0 + (x0 * m0 >> 16)
+        return x1 * m1 + (middle >> 16) + (x0 * m1 + (middle & 0xFFFF) >> 16), x * m
+
+    limit = philox.threshold(rate)
+    groups = -(-seqlen_k // 4)
+    words = philox.rounds(
+        (
+            jnp.arange(groups, dtype=uint32),
+            rows.astype(uint32)[:, None],
+            jnp.arange(batch * num_heads, dtype=uint32).reshape(batch, num_heads, 1, 1),
+            seed[2],
+        ),
+        (seed[0], seed[1] ^ seed[3]),
+        constant=uint32,
+        product=product,
+        add=jnp.add,
+        xor=jnp.bitwise_xor,
+    )
+    words = jnp.stack(words, axis=-1).reshape(batch, num_heads, rows.size, 4 * groups)
+    return words[..., :seqlen_k] >= uint32(limit)

@@ -1,0 +1,98 @@
+"""What the rules for arguments (call/) need of JAX; tensorflow/xp.py is its twin."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+has_random_state = False  # see `fresh_seed`
+
+float32 = np.dtype("float32")
+float64 = np.dtype("float64")
+bool_ = np.dtype("bool")
+FLOATS = frozenset([float32, float64, np.dtype("float16"), np.dtype(jnp.bfloat16)])
+
+expand_dims = jnp.expand_dims
+logical_and = jnp.logical_and
+
+
+def as_tensor(name, what, x):
+    """``x`` as a jax.Array; TypeError naming ``what`` when it cannot be one."""
+    if isinstance(x, jax.Array):
+        return x
+    if type(x).__name__ in ("RaggedTensor", "SparseTensor"):
+        raise TypeError(f"{name}: {what} must be an array, got {type(x).__name__}; make it dense and pass the lengths")
+    try:
+        array = np.asarray(x)
+        if array.dtype.kind in "iu" and array.dtype.itemsize == 8 and not jax.config.jax_enable_x64:
+            # JAX would wrap values around into the valid range: clipped, they stay out of it.
+            array = np.clip(array, np.iinfo(np.int32).min, np.iinfo(np.int32).max)
+        return jnp.asarray(array)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: {what} must be an array, got {type(x).__name__}: {error}") from None
+
+
+def cast_text(what):
+    """How a user casts the argument ``what`` to a float."""
+    return f'{what}.astype("float32")'
+
+
+def cast(x, dtype):
+    return x.astype(dtype)
+
+
+def extents(x):
+    return list(x.shape)
+
+
+def static_value(x):
+    """The values of ``x`` as a NumPy array, None under a transformation that traces it."""
+    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+
+
+def is_floating(dtype):
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def is_integer(dtype):
+    return jnp.issubdtype(dtype, jnp.integer)
+
+
+def as_int32(x):
+    """Integers cast to int32. A cast would wrap values around into the valid range: clipped, they stay out of it."""
+    if x.dtype.itemsize >= 4 and x.dtype != np.int32:
+        x = jnp.clip(x, max(-1, jnp.iinfo(x.dtype).min), np.iinfo(np.int32).max)
+    return x.astype(np.int32)
+
+
+def fresh_seed(name):
+    raise ValueError(
+        f"{name}: JAX has no hidden random state, so dropout_rate > 0 needs a dropout_seed: an integer, integers [2] or a "
+        "key of jax.random"
+    )
+
+
+def seed_of_words(words):
+    """Two Python integers of 64 bits as the ``seed`` of an AttentionCall."""
+    return jnp.asarray(np.array(words, np.int64).view(np.uint32))
+
+
+def as_seed_array(name, seed):
+    """A ``dropout_seed`` that is no Python integer as something with shape and dtype; of a key the words it holds."""
+    if not isinstance(seed, jax.Array):
+        return np.asarray(seed)  # not yet JAX's, which would cut it to 32 bits
+    if not jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        return seed
+    data = jax.random.key_data(seed)
+    return data if seed.shape or data.shape == (2,) else jax.random.bits(seed, (2,), "uint32")
+
+
+def seed_of_array(seed):
+    """Integers [2] as the ``seed`` of an AttentionCall."""
+    if isinstance(seed, np.ndarray):
+        return jnp.asarray(seed.astype(np.int64).view(np.uint32))
+    wide = seed.dtype.itemsize == 8
+    high = seed >> 32 if wide else jnp.where(seed < 0, -1, 0)
+    low = seed & 0xFFFFFFFF if wide else seed
+    return jnp.stack([low.astype(np.uint32), high.astype(np.uint32)], axis=-1).reshape(4)

@@ -1,0 +1,1 @@
+"""Attention in TensorFlow; jax/ has the same roles under the same names."""

@@ -1,0 +1,206 @@
+"""Sizes that only the data decide, inside functions that XLA compiles.
+
+There `tf.boolean_mask` gives an axis of bounded size, of which TensorFlow sees only that it is unknown. Custom calls
+take none, nor do loops over rows: the attention is computed with all the room that such axes have, lengths hide what
+lies beyond the sizes, and the results are cut to them. That is done for the batch, the query rows and the keys. Where
+XLA finds an unknown axis fixed when it compiles, only the lengths remain of it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import tensorflow as tf
+
+from attn_ops.call.attention_call import AttentionCall
+from attn_ops.tensorflow import place
+
+_BATCH, _ROWS, _KEYS = "batch", "rows", "keys"
+_SCORES = {0: _BATCH, 2: _ROWS, 3: _KEYS}
+_LENGTHS = {0: _BATCH}
+
+
+def any_unknown(call: AttentionCall) -> bool:
+    """Whether the batch, the query rows or the keys of a tensor of ``call`` are unknown."""
+    return any(x.shape[axis] is None for x, axes in _full(call) + _broadcasting(call) for axis in axes)
+
+
+class Room:
+    """A call whose unknown axes have all their room.
+
+    Attributes:
+        call: The call with such tensors. What they hold beyond the sizes may be anything: lengths hide it.
+    """
+
+    def __init__(self, call: AttentionCall):
+        self._layout = call.layout
+        self._sizes = {name: _size(call, name) for name in (_BATCH, _ROWS, _KEYS)}
+        self._rooms = {name: _room(call, name) if n is None else n for name, n in self._sizes.items()}
+        for x, axes in _full(call)[:2]:
+            for axis, name in axes.items():
+                if self._sizes[name] is None:
+                    self._sizes[name] = tf.shape(x)[axis]
+        rows, keys = _input_axes(call.layout)
+        self.call = call._replace(
+            query=self._widened(call.query + tf.cast(_nothing_unless_equal(call), call.query.dtype), rows),
+            key=self._widened(call.key, keys),
+            value=self._widened(call.value, keys),
+            bias=None if call.bias is None else self._broadcasting(call.bias),
+            masks=tuple(map(self._broadcasting, call.masks)),
+            query_lengths=self._lengths(call.query_lengths, _ROWS, _BATCH),
+            key_lengths=self._lengths(call.key_lengths, _KEYS),
+        )
+
+    def like_out(self, x):
+        """``x``, shaped like the given call's output, with all the room."""
+        return self._widened(x, _input_axes(self._layout)[0])
+
+    def like_lse(self, x):
+        """The same of `[batch, num_heads, seqlen_q, ...]`."""
+        return self._widened(x, {0: _BATCH, 2: _ROWS})
+
+    def cut_out(self, out):
+        """The given call's output from that of `call`."""
+        return self._cut(out, _input_axes(self._layout)[0])
+
+    def cut_lse(self, x):
+        """The same of `[batch, num_heads, seqlen_q, ...]`."""
+        return self._cut(x, {0: _BATCH, 2: _ROWS})
+
+    def cut_weights(self, weights):
+        """The same of `[batch, num_heads, seqlen_q, seqlen_k]`."""
+        return self._cut(weights, _SCORES)
+
+    def _widened(self, x, axes):
+        rooms = {axis: self._rooms[name] for axis, name in axes.items() if x.shape[axis] is None}
+        return _widened(x, rooms) if rooms else x
+
+    def _broadcasting(self, x):
+        """Of a mask or bias. An axis with room for one broadcasts, and stays."""
+        rooms = {}
+        for axis, name in _SCORES.items():
+            if x.shape[axis] is None:
+                own = _room_of(x, axis)
+                rooms[axis] = tf.where(tf.equal(own, 1), 1, self._rooms[name])
+        return _widened(x, rooms) if rooms else x
+
+    def _lengths(self, lengths, name, *others):
+        """Lengths that hide what lies beyond the size of ``name`` and, with it or ``others``, beyond the batch."""
+        if all(isinstance(self._sizes[n], int) for n in (name, *others)):
+            return None if lengths is None else self._widened(lengths, _LENGTHS)
+        if lengths is None:
+            lengths = tf.fill([self._rooms[_BATCH]], self._sizes[name])
+        else:
+            lengths = self._widened(lengths, _LENGTHS)
+        return tf.where(tf.range(self._rooms[_BATCH]) < self._sizes[_BATCH], lengths, 0)
+
+    def _cut(self, x, axes):
+        sizes = {axis: self._sizes[name] for axis, name in axes.items() if not isinstance(self._sizes[name], int)}
+        return _cut(x, sizes) if sizes else x
+
+
+def cut_like(gradient, x):
+    """``gradient``, of an input of `Room.call`, with the sizes of the input of the given call that it comes from."""
+    sizes = {axis: tf.shape(x)[axis] for axis, n in enumerate(x.shape) if n is None}
+    return _cut(gradient, sizes) if sizes else gradient
+
+
+def _input_axes(layout):
+    """The axes of the query, which the output shares, and of key and value."""
+    sequence = 1 if layout == "BSHD" else 2
+    return {0: _BATCH, sequence: _ROWS}, {0: _BATCH, sequence: _KEYS}
+
+
+def _full(call):
+    """The tensors of ``call`` that do not broadcast, query and key first, and their axes."""
+    rows, keys = _input_axes(call.layout)
+    lengths = [(x, _LENGTHS) for x in (call.query_lengths, call.key_lengths) if x is not None]
+    return [(call.query, rows), (call.key, keys), (call.value, keys), *lengths]
+
+
+def _broadcasting(call):
+    return [(x, _SCORES) for x in (call.bias, *call.masks) if x is not None]
+
+
+def _nothing_unless_equal(call):
+    """0. Where sizes differ that must be the same, XLA refuses to compile it: widened to the largest, no operation would
+    notice. (Stacked, since one of 1 would broadcast.)"""
+    sides = []
+    for name in (_BATCH, _ROWS, _KEYS):
+        same = [(x, axis) for x, axes in _full(call) for axis, n in axes.items() if n == name]
+        like = [(x, axis) for x, axes in _broadcasting(call) for axis, n in axes.items() if n == name]
+        if any(x.shape[axis] is None for x, axis in same + like):
+            zeros = [_zeros_along(x, axis) for x, axis in same]
+            zeros += [zeros[0] + _zeros_along(x, axis) for x, axis in like]  # of masks and bias, one broadcasts
+            sides.append(tf.reduce_sum(tf.stack(zeros)))
+    return tf.add_n(sides) if sides else tf.zeros(())
+
+
+def _zeros_along(x, axis):
+    zeros = tf.zeros_like(x, tf.float32)
+    return tf.reduce_sum(zeros, [i for i in range(x.shape.rank) if i != axis])
+
+
+def _size(call, name):
+    """The size of this name, if any tensor tells it; None if not."""
+    sizes = [x.shape[axis] for x, axes in _full(call) for axis, n in axes.items() if n == name]
+    scores = [x.shape[axis] for x, axes in _broadcasting(call) for axis, n in axes.items() if n == name]
+    sizes += [n for n in scores if n != 1]  # what has one broadcasts
+    return next((n for n in sizes if n is not None), None)
+
+
+def _room(call, name):
+    """The largest room that a tensor of ``call`` has along the axis of this name."""
+    axes_of = [(x, axis) for x, axes in _full(call) for axis, n in axes.items() if n == name]
+    return functools.reduce(tf.maximum, [_room_of(x, axis) for x, axis in axes_of])
+
+
+def _room_of(x, axis):
+    return tf.shape(_with_all_room(x, axis))[axis]
+
+
+def _with_all_room(x, axis):
+    shape = x.shape.as_list()
+    x = place.with_static_size()(x, axis)
+    x.set_shape(shape[:axis] + [None] + shape[axis + 1 :])  # it forgets the rank
+    return x
+
+
+def _widened(x, rooms):
+    """``x`` with these extents, by axis; cut where it has more. Differentiable."""
+
+    @tf.custom_gradient
+    def run(x):
+        wide = x
+        for axis, room in rooms.items():
+            wide = _with_all_room(wide, axis)
+            kept = tf.minimum(tf.shape(wide)[axis], room)
+            paddings = [[0, room - kept if i == axis else 0] for i in range(x.shape.rank)]
+            wide = tf.pad(_slice(wide, {axis: kept}), paddings)
+        wide.set_shape([rooms[i] if isinstance(rooms.get(i), int) else n for i, n in enumerate(wide.shape)])
+        return wide, lambda d: _cut(d, {axis: tf.shape(x)[axis] for axis in rooms})
+
+    return run(x)
+
+
+def _cut(x, sizes):
+    """The first elements of ``x``, as many as these sizes say, by axis. Differentiable."""
+
+    @tf.custom_gradient
+    def run(x):
+        def gradient(d):
+            d = _widened(d, {axis: tf.shape(x)[axis] for axis in sizes})
+            for axis, size in sizes.items():
+                inside = tf.range(tf.shape(x)[axis]) < size
+                shape = [-1 if i == axis else 1 for i in range(x.shape.rank)]
+                d = tf.where(tf.reshape(inside, shape), d, tf.zeros((), d.dtype))
+            return d
+
+        return _slice(x, sizes), gradient
+
+    return run(x)
+
+
+def _slice(x, sizes):
+    # A strided slice: of both, XLA compiles this one with sizes that it does not know.
+    return x[tuple(slice(sizes.get(axis)) for axis in range(x.shape.rank))]

@@ -1,0 +1,62 @@
+"""What a call would run, and why: asked without computing anything."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from attn_ops.call import public
+from attn_ops.call.explanation import Explanation, Support
+from attn_ops.call.normalize import normalize
+from attn_ops.tensorflow import choice, gpu, place, xp
+
+
+@tf.autograph.experimental.do_not_convert
+@public.function(implementation=None)
+def explain(query, key, value, **given) -> Explanation:
+    """What `scaled_dot_product_attention` would run for these arguments, and why. Nothing is computed.
+
+    Takes the arguments of `scaled_dot_product_attention` and raises the same errors; tensors may be `tf.TensorSpec`
+    (or `KerasTensor`) as well. The answer holds for the place of the call: inside a function traced with
+    ``jit_compile=True`` it differs from outside.
+    """
+    implementation = given.pop("implementation", None)
+    call = described("explain", query, key, value, given)
+    chosen = choice.choose("explain", call, implementation)
+    reasons = tuple(choice.reasons_against_fused(call))
+    notes = place.missing()
+    if chosen != "fused":
+        return Explanation(chosen, reasons, notes=notes)
+    return Explanation(chosen, reasons, choice.form(call), "gpu" if gpu.in_use(call) else "cpu", notes)
+
+
+@tf.autograph.experimental.do_not_convert
+@public.function()
+def can_use_fused(query, key, value, **given) -> Support:
+    """Whether the fused op can run these arguments of `scaled_dot_product_attention` here, with the reasons if not.
+
+    Bad arguments raise as they do there; `explain` tells which specifications are taken in place of tensors.
+    """
+    reasons = choice.reasons_against_fused(described("can_use_fused", query, key, value, given))
+    return Support(not reasons, tuple(reasons))
+
+
+def described(name, query, key, value, given):
+    """The normalised call. Where one of the tensors is only a specification, all of them become placeholders."""
+    arguments = {"query": query, "key": key, "value": value, **given}
+    if not any(_is_specification(x) for x in tf.nest.flatten(arguments)):
+        return normalize(xp, name, **arguments)
+    with tf.Graph().as_default():
+        return normalize(xp, name, **tf.nest.map_structure(_placeholder, arguments))
+
+
+def _is_specification(x):
+    """Whether ``x`` describes a dense tensor; other KerasTensors are left for `normalize` to refuse."""
+    if type(x).__name__ == "KerasTensor":
+        return not (x.sparse or getattr(x, "ragged", False))  # older Keras has no ragged ones
+    return isinstance(x, tf.TensorSpec)
+
+
+def _placeholder(x):
+    if _is_specification(x) or isinstance(x, tf.Tensor):
+        return tf.compat.v1.placeholder(x.dtype, x.shape)
+    return x

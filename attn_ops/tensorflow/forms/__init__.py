@@ -1,0 +1,1 @@
+"""How the kernels, or the reference, are called: eagerly, in graphs, in XLA."""

@@ -1,0 +1,51 @@
+"""The operators `AttnOps>Forward` and `AttnOps>Backward` of the compiled library, as TensorFlow functions.
+
+They are registered by csrc/bindings/tensorflow.cc, and their gradients by derivatives.py.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from attn_ops import kernels
+from attn_ops.call.attention_call import AttentionCall, attributes, optional_inputs
+
+
+def forward(call: AttentionCall):
+    """(out, lse, statistics), differentiable; lse is None unless ``call.return_lse``."""
+    out, statistics, lse = kernels.library().attn_ops_forward(
+        call.query,
+        call.key,
+        call.value,
+        *optional_inputs(call).values(),
+        num_lse=int(call.return_lse),
+        Tlse=call.lse_dtype,
+        **attributes(call),
+    )
+    lse = lse[0] if call.return_lse else None
+    if not tf.executing_eagerly():
+        # The op's shape function cannot read attributes, and so not tell the heads from the rows.
+        call.set_result_shapes(out, lse, statistics)
+    return out, lse, statistics
+
+
+def backward(call: AttentionCall, out, statistics, d_out, d_lse):
+    """[d_query, d_key, d_value], and the gradient of the bias where ``call`` has one; ``d_lse`` may be None."""
+    d_query, d_key, d_value, d_bias = kernels.library().attn_ops_backward(
+        call.query,
+        call.key,
+        call.value,
+        out,
+        statistics,
+        d_out,
+        () if d_lse is None else (d_lse,),
+        *optional_inputs(call).values(),
+        **attributes(call),
+    )
+    for gradient in d_bias:  # the op's shape function cannot tell whether it is wanted
+        gradient.set_shape(call.bias.shape)
+    return [d_query, d_key, d_value, *d_bias]
+
+
+# Registers the ops, so that a saved model which holds them can be loaded from here on.
+kernels.library()

@@ -1,0 +1,33 @@
+"""The kernels inside a function that XLA compiles, also where the data decide sizes: custom_call.py with all the room."""
+
+from __future__ import annotations
+
+from attn_ops.call.attention_call import AttentionCall
+from attn_ops.tensorflow import dynamic_sizes, place
+from attn_ops.tensorflow.forms import custom_call
+
+
+def unavailable_reason(call: AttentionCall) -> str | None:
+    """Why functions compiled by XLA cannot call the kernels, where the library is there; None when they can."""
+    if dynamic_sizes.any_unknown(call) and not place.with_static_size():
+        return "the batch or a length is unknown, and this TensorFlow does not tell how much room there is for it"
+    return custom_call.unavailable_reason()
+
+
+def forward(call: AttentionCall):
+    """(out, lse, statistics), without a gradient of their own; lse is None unless ``call.return_lse``."""
+    if not dynamic_sizes.any_unknown(call):
+        return custom_call.forward(call)
+    room = dynamic_sizes.Room(call)
+    out, lse, statistics = custom_call.forward(room.call)
+    return room.cut_out(out), None if lse is None else room.cut_lse(lse), room.cut_lse(statistics)
+
+
+def backward(call: AttentionCall, out, statistics, d_out, d_lse):
+    """[d_query, d_key, d_value], and the gradient of the bias where ``call`` has one; ``d_lse`` may be None."""
+    if not dynamic_sizes.any_unknown(call):
+        return custom_call.backward(call, out, statistics, d_out, d_lse)
+    room = dynamic_sizes.Room(call)
+    d_lse = None if d_lse is None else room.like_lse(d_lse)
+    gradients = custom_call.backward(room.call, room.like_out(out), room.like_lse(statistics), room.like_out(d_out), d_lse)
+    return [dynamic_sizes.cut_like(d, x) for d, x in zip(gradients, call.differentiable())]

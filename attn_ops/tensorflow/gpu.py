@@ -1,0 +1,58 @@
+"""Whether a call in TensorFlow would run on a GPU, and why the CUDA kernels cannot take it there."""
+
+from __future__ import annotations
+
+import functools
+
+import tensorflow as tf
+
+from attn_ops import kernels
+from attn_ops.call.attention_call import AttentionCall, canonical
+from attn_ops.tensorflow import place
+
+
+def in_use(call: AttentionCall) -> bool:
+    """Whether TensorFlow would put the fused op of ``call``, or the operations in its place, on a GPU."""
+    if not _ordinals():
+        return False
+    if "CPU" in place.device():
+        return False
+    if not tf.executing_eagerly():
+        return True
+    # An eager op goes to the GPU, wherever its inputs are, as soon as it has a kernel there.
+    has_kernel = kernels.cuda_library_exists() and call.query.dtype != tf.float64
+    return has_kernel or "CPU" not in call.query.device
+
+
+def unsupported_reasons(call: AttentionCall, forced: bool) -> list[str]:
+    """Why the fused op cannot run ``call`` on the GPU that it would run on; empty when it can, or when that is a CPU.
+
+    What the kernels think of unknown extents shows when they run: ``forced`` calls take that risk.
+    """
+    if not in_use(call):
+        return []
+    reason = _device_reason() or _call_reason(call, forced)
+    return [f"a GPU is in use, and {reason}; under tf.device('CPU') the fused op runs on the CPU"] if reason else []
+
+
+def _device_reason():
+    """Why one of the visible GPUs has no kernels: which of them a graph will run on is not known when it is made."""
+    reasons = map(kernels.cuda_unavailable_reason, _ordinals())
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+@functools.cache
+def _ordinals() -> tuple[int, ...]:
+    """The GPUs that TensorFlow uses, by their numbers in the driver: fixed as soon as it has been asked for them."""
+    if not tf.config.list_logical_devices("GPU"):
+        return ()
+    return tuple(int(device.name.rpartition(":")[2]) for device in tf.config.get_visible_devices("GPU"))
+
+
+def _call_reason(call, forced):
+    batch, num_heads, seqlen_q, head_dim = canonical(call.query.shape, call.layout)
+    _, num_kv_heads, seqlen_k, value_dim = canonical(call.value.shape, call.layout)
+    if None in (head_dim, value_dim) and not forced:
+        return "head_dim and value_dim are not known, of which its kernels take some"
+    sizes = (batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, value_dim)
+    return kernels.cuda_unsupported_reason(call.query.dtype.name, *(1 if n is None else n for n in sizes))

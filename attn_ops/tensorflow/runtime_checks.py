@@ -1,0 +1,90 @@
+"""What only a running graph can know about a call of the composite, asserted there.
+
+`normalize` has checked whatever was known when the call was made: everything in eager mode, and in a graph
+all but unknown dimensions and the values of lengths. XLA drops assertions: there, shapes that do not fit still fail in
+the operations themselves, but lengths out of range go unnoticed.
+"""
+
+import tensorflow as tf
+
+from attn_ops.call.attention_call import canonical
+
+_NAME = "scaled_dot_product_attention"
+_TENSORS = ("query", "key", "value", "bias", "masks", "query_lengths", "key_lengths")
+
+
+def checked(call):
+    """`call`, with tensors that wait for the checks: tf.errors.InvalidArgumentError where one fails."""
+    assertions = [] if tf.executing_eagerly() else _assertions(call)
+    if not assertions:
+        return call
+    with tf.control_dependencies(assertions):
+        tensors = {name: getattr(call, name) for name in _TENSORS}
+        tensors = tf.nest.map_structure(lambda x: x if x is None else tf.identity(x), tensors)
+    return call._replace(**tensors)
+
+
+def extents(x):
+    """The shape as a list: integers where known and int32 scalars elsewhere."""
+    known = x.shape.as_list()
+    dynamic = tf.shape(x) if None in known else None
+    return [dynamic[axis] if n is None else n for axis, n in enumerate(known)]
+
+
+def canonical_extents(x, layout):
+    """(batch, heads, seqlen, dim) of a tensor in `layout`."""
+    return canonical(extents(x), layout)
+
+
+def at_least_1(n):
+    return max(n, 1) if isinstance(n, int) else tf.maximum(n, 1)
+
+
+def _assertions(call):
+    batch, num_heads, seqlen_q, head_dim = canonical_extents(call.query, call.layout)
+    batch_k, num_kv_heads, seqlen_k, head_dim_k = canonical_extents(call.key, call.layout)
+    batch_v, num_kv_heads_v, seqlen_v, _ = canonical_extents(call.value, call.layout)
+    inputs = (call.query, call.key, call.value)
+    agreements = [
+        _equal(batch_k, batch),
+        _equal(batch_v, batch),
+        _equal(head_dim_k, head_dim),
+        _equal(seqlen_v, seqlen_k),
+        _equal(num_kv_heads_v, num_kv_heads),
+        _equal(num_heads % at_least_1(num_kv_heads), 0),
+    ]
+    rule = "query, key and value must agree in batch, key length, key heads and head_dim, and num_heads must be a "
+    assertions = _assert(agreements, rule + f"multiple of num_kv_heads (layout {call.layout})", inputs)
+    full = (batch, num_heads, seqlen_q, seqlen_k)
+    for x in (*call.masks, *(() if call.bias is None else (call.bias,))):
+        fits = [_one_or(n, m) for n, m in zip(extents(x), full)]
+        rule = "masks and bias must broadcast to [batch, num_heads, seqlen_q, seqlen_k] of the inputs"
+        assertions += _assert(fits, rule, (x, *inputs))
+    for what, lengths, seqlen in (
+        ("query_seq_lengths", call.query_lengths, seqlen_q),
+        ("key_value_seq_lengths", call.key_lengths, seqlen_k),
+    ):
+        if lengths is not None:
+            assertions += _assert([_equal(extents(lengths)[0], batch)], f"{what} must have shape [batch]", (lengths,))
+            legal = tf.reduce_all((lengths >= 0) & (lengths <= seqlen))
+            rule = f"{_NAME}: {what} must be between 0 and the sequence length"
+            assertions.append(tf.debugging.Assert(legal, [rule, seqlen, "got", lengths]))
+    return assertions
+
+
+def _assert(conditions, rule, tensors):
+    conditions = [condition for condition in conditions if condition is not None]
+    if not conditions:
+        return []
+    data = [f"{_NAME}: {rule}; got shapes", *map(tf.shape, tensors)]
+    return [tf.debugging.Assert(tf.reduce_all(conditions), data, summarize=8)]
+
+
+def _equal(a, b):
+    """The condition, or None where it is known to be checked already."""
+    return None if isinstance(a, int) and isinstance(b, int) else tf.equal(a, b)
+
+
+def _one_or(n, full):
+    same = _equal(n, full)
+    return None if same is None or (isinstance(n, int) and n == 1) else same | tf.equal(n, 1)

@@ -1,0 +1,97 @@
+"""What the rules for arguments (call/) need of TensorFlow; jax/xp.py is its twin."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from attn_ops.tensorflow import rematerialization
+
+FLOATS = frozenset([tf.float32, tf.bfloat16, tf.float16, tf.float64])
+
+has_random_state = True  # `fresh_seed` is to be had
+
+float32 = tf.float32
+float64 = tf.float64
+bool_ = tf.bool
+
+cast = tf.cast
+expand_dims = tf.expand_dims
+logical_and = tf.logical_and
+static_value = tf.get_static_value
+
+
+def as_tensor(name, what, x):
+    """``x`` as a dense tf.Tensor; TypeError naming ``what`` when it is something else."""
+    if isinstance(x, tf.Tensor):
+        return x
+    if isinstance(x, tf.RaggedTensor):
+        raise TypeError(
+            f"{name}: {what} is a RaggedTensor; pass the dense {what}.to_tensor() and tell the lengths by "
+            "query_seq_lengths and key_value_seq_lengths, or to a layer by masks"
+        )
+    if x is None or isinstance(x, (tf.SparseTensor, tf.IndexedSlices)):
+        hint = "; tf.sparse.to_dense makes it one" if isinstance(x, tf.SparseTensor) else ""
+        raise TypeError(f"{name}: {what} must be a dense tensor or an array, got {type(x).__name__}{hint}")
+    try:
+        return tf.convert_to_tensor(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: {what} must be a dense tensor or an array, got {type(x).__name__}: {error}") from None
+
+
+def cast_text(what):
+    """How a user casts the argument ``what`` to a float."""
+    return f"tf.cast({what}, tf.float32)"
+
+
+def extents(x):
+    """The extents of ``x``, None where unknown; None when not even the rank is known."""
+    try:
+        return x.shape.as_list()
+    except ValueError:
+        return None
+
+
+def ensure_rank(x, rank, label):
+    """``x`` of unknown rank with this one, which the running op checks."""
+    return tf.ensure_shape(x, [None] * rank, name=label)
+
+
+def is_floating(dtype):
+    return dtype.is_floating
+
+
+def is_integer(dtype):
+    return dtype.is_integer
+
+
+def as_int32(x):
+    """Integers cast to int32. A cast would wrap values around into the valid range: clipped, they stay out of it."""
+    if x.dtype == tf.int32:
+        return x
+    if x.dtype.size >= 4:
+        x = tf.minimum(x, tf.cast(tf.int32.max, x.dtype))
+        if not x.dtype.is_unsigned:
+            x = tf.maximum(x, tf.cast(-1, x.dtype))
+    return tf.cast(x, tf.int32)
+
+
+def fresh_seed(name):
+    """A random seed and offset, new at every run; the same again in the recomputation of a run."""
+    return rematerialization.same_in_recomputation(
+        lambda: tf.random.uniform([2], tf.int64.min, tf.int64.max, tf.int64)
+    )
+
+
+def seed_of_words(words):
+    """Two Python integers of 64 bits as the ``seed`` of an AttentionCall."""
+    return tf.constant(words, tf.int64)
+
+
+def as_seed_array(name, seed):
+    """A ``dropout_seed`` that is no Python integer as something with shape and dtype."""
+    return as_tensor(name, "dropout_seed", seed)
+
+
+def seed_of_array(seed):
+    """Integers [2] as the ``seed`` of an AttentionCall."""
+    return seed if seed.dtype == tf.int64 else tf.cast(seed, tf.int64)
