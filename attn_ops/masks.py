@@ -10,11 +10,11 @@ TensorFlow or JAX; this module needs TensorFlow or JAX only when it is given the
 
 import dataclasses
 import operator
-import sys
 from typing import Any, Optional
 
 import numpy as np
 
+from attn_ops import namespaces
 from attn_ops.call import options
 
 ALIGNMENTS = ("top_left", "bottom_right")
@@ -124,7 +124,7 @@ class Mask:
           ValueError: a dense part does not broadcast, or a length (in NumPy) is outside [0, seqlen].
         """
         parts = self.tensors()
-        xp = _namespace(parts + (seqlen_q, seqlen_k, batch, self.query_lengths, self.key_lengths))
+        xp = namespaces.of(parts + (seqlen_q, seqlen_k, batch, self.query_lengths, self.key_lengths))
         rows, columns = xp.arange(xp.int64(seqlen_q)), xp.arange(xp.int64(seqlen_k))
         rows, columns = rows[None, None, :, None], columns[None, None, None, :]
         lengths = []
@@ -301,7 +301,7 @@ class _Segments:
 
     def tensor(self):
         q_ids, kv_ids = self.q_ids[:, None, :, None], self.kv_ids[:, None, None, :]
-        return _namespace((q_ids, kv_ids)).equal(q_ids, kv_ids)
+        return namespaces.of((q_ids, kv_ids)).equal(q_ids, kv_ids)
 
     def __repr__(self):
         return f"segments({_extents(self.q_ids)}, {_extents(self.kv_ids)})"
@@ -378,94 +378,5 @@ def _check_fits(part, seqlens):
 def _minimum(a, b):
     if a is None or b is None:
         return b if a is None else a
-    xp = _namespace((a, b))
+    xp = namespaces.of((a, b))
     return xp.minimum(xp.int64(a), xp.int64(b))
-
-
-class _NumPy:
-    """The few array functions that NumPy, TensorFlow and JAX name or do differently."""
-
-    arange = staticmethod(np.arange)
-    minimum = staticmethod(np.minimum)
-    equal = staticmethod(np.equal)
-
-    def int64(self, x):
-        return np.asarray(x).astype(np.int64)
-
-    def bool(self, x):
-        return np.asarray(x)
-
-    def repeat_batch(self, visible, batch):
-        return np.broadcast_to(visible, (batch,) + visible.shape[1:])
-
-    def check_lengths(self, name, lengths, seqlen):
-        lengths = np.asarray(lengths)
-        if lengths.size and (lengths.min() < 0 or lengths.max() > seqlen):
-            raise ValueError(f"Mask.materialize: {name} must be in [0, {seqlen}], got {lengths}")
-
-
-class _TensorFlow:
-    def __init__(self, tf):
-        self.tf = tf
-        self.arange = tf.range
-        self.minimum = tf.minimum
-        self.equal = tf.equal
-
-    def int64(self, x):
-        return self.tf.cast(x, self.tf.int64)
-
-    def bool(self, x):
-        return self.tf.convert_to_tensor(x)
-
-    def repeat_batch(self, visible, batch):
-        return self.tf.broadcast_to(visible, self.tf.concat([[batch], self.tf.shape(visible)[1:]], 0))
-
-    def check_lengths(self, name, lengths, seqlen):
-        """Values of a graph tensor are not known here; the attention op checks them when it runs."""
-
-
-class _Jax:
-    def __init__(self, jax):
-        self.jnp = jax.numpy
-        self.arange = jax.numpy.arange
-        self.minimum = jax.numpy.minimum
-        self.equal = jax.numpy.equal
-
-    def int64(self, x):
-        """In JAX's default integers: int32, unless 64 bits are enabled. An integer stays one, since extents must."""
-        return x if isinstance(x, int) else self.jnp.asarray(x).astype(int)
-
-    def bool(self, x):
-        return self.jnp.asarray(x)
-
-    def repeat_batch(self, visible, batch):
-        return self.jnp.broadcast_to(visible, (batch, *visible.shape[1:]))
-
-    def check_lengths(self, name, lengths, seqlen):
-        """Values of a traced array are not known here; the attention checks them where it can."""
-
-
-class _Keras:
-    """KerasTensors: what a mask of them needs to be combined with others and handed to the attention."""
-
-    def __init__(self, keras):
-        self.keras = keras
-        self.minimum = keras.ops.minimum
-        self.equal = keras.ops.equal
-
-    def int64(self, x):
-        return self.keras.ops.cast(x, "int64")
-
-
-def _namespace(values):
-    keras = sys.modules.get("keras")
-    kind = getattr(keras, "KerasTensor", ())
-    if any(isinstance(value, kind) for value in values):
-        return _Keras(keras)
-    tf = sys.modules.get("tensorflow")
-    if tf is not None and any(tf.is_tensor(value) for value in values):
-        return _TensorFlow(tf)
-    jax = sys.modules.get("jax")
-    if jax is not None and any(isinstance(value, jax.Array) for value in values):
-        return _Jax(jax)
-    return _NumPy()

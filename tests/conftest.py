@@ -1,6 +1,7 @@
 """Fixtures of the whole suite."""
 
 import os
+import zlib
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -11,6 +12,10 @@ from device_runs import missing_packages
 from implementations import Cuda, all_implementations
 
 IMPLEMENTATIONS = []
+
+
+def pytest_addoption(parser):
+    parser.addoption("--whole", action="store_true", help="run all cases of the tests marked `wide`, not a share of them")
 
 
 def pytest_configure(config):
@@ -74,6 +79,25 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if cuda_run.on_device(config) and "cuda" in item.fixturenames:
             item.add_marker("gpu")
+    if not config.getoption("whole"):
+        left_out = _left_out(items)
+        config.hook.pytest_deselected(items=left_out)
+        left_out = set(left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _left_out(items):
+    """The cases of `wide` tests that are not among the share that runs: always the same ones, and of each test some run."""
+    wide = {}
+    for item in items:
+        marker = item.get_closest_marker("wide")
+        if marker:
+            wide.setdefault((item.path, item.originalname, marker.args[0]), []).append(item)
+    left_out = []
+    for (_, _, n), cases in wide.items():
+        cases.sort(key=lambda item: zlib.crc32(item.name.encode()))  # as if drawn: no parameter is always the one left out
+        left_out += cases[-(-len(cases) // n) :]
+    return left_out
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_scores_and_biases_that_add_up_to_more_than_there_is(implementation, dty
 def test_rows_far_from_zero_have_the_gradients_of_rows_near_it(implementation, dtype, seqlen_q, shift):
     """Scores are multiples of 1/4, and so small that adding the shift is exact in either dtype."""
     query, key, value, d_out, d_lse = make_inputs(dtype, 1, seqlen_q, 60, 4, 2, 16)
-    query, key = (np.round(2 * x).clip(-2, 2) / 2 for x in (query, key))
+    query, key = ((np.round(2 * x).clip(-2, 2) / 2).astype(x.dtype) for x in (query, key))
     far = np.full((1, 1, 1, 1), shift * (2.0**49 if dtype == "float64" else 2.0**20), BIAS[dtype])
     options = dict(scale=1.0, is_causal=True, causal_alignment="bottom_right")
     result = implementation(query, key, value, d_out, d_lse, bias=far, **options)

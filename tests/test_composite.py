@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 from attn_ops import reference
-from attn_ops.tensorflow import composite
+from attn_ops.tensorflow import composite, rows
 from composite_calls import MODES, assert_same, compiled, make_call, run, specification, split
 from reference_cases import CASES, Case
 
@@ -48,13 +48,13 @@ def test_empty_extents_in_chunks(query_chunk, mode):
 def chunks_taken(monkeypatch, shape, mode):
     """How many rows each block of a forward pass in float32 has."""
     taken = []
-    forward_block = composite._Problem.forward_block
+    forward_block = rows.Problem.forward_block
 
     def spy(self, block, k, v):
         taken.append(block.q.shape[2])
         return forward_block(self, block, k, v)
 
-    monkeypatch.setattr(composite._Problem, "forward_block", spy)
+    monkeypatch.setattr(rows.Problem, "forward_block", spy)
     x = tf.ones(shape)
     step = compiled(lambda x: composite.attention(make_call(x, x, x))[0], mode, x)
     np.testing.assert_allclose(step(x), np.ones(shape), atol=1e-6)

@@ -105,4 +105,8 @@ def _fused(call):
     return derivatives.differentiable(xla if place.in_xla() else graph, call)
 
 
-_RUN = {"fused": _fused, "composite": composite.attention, "reference": reference.attention}
+def _composite(call):
+    return composite.attention(call, exporting=place.exporting())
+
+
+_RUN = {"fused": _fused, "composite": _composite, "reference": reference.attention}
