@@ -1,6 +1,6 @@
 """The arrays beside query, key and value of an attention call, each brought to the dtype and rank of an AttentionCall.
 
-``xp`` is the framework that they belong to: the module `tensors` for TensorFlow, `jax.tensors` for JAX. The rules and
+``xp`` is the framework that they belong to: tensorflow/xp.py or jax/xp.py. The rules and
 the texts of the errors are the same for both.
 """
 

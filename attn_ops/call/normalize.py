@@ -4,7 +4,7 @@ Everything that can be known about a call without running it is checked here, be
 keeps the inputs of failing eager ops alive. Unknown dimensions and ranks pass; the ops check those again.
 
 The rules are the same for TensorFlow and JAX: ``xp`` is the module with the few functions of either that they need,
-`tensors` or `jax.tensors`.
+tensorflow/xp.py or jax/xp.py.
 """
 
 from __future__ import annotations
@@ -15,14 +15,7 @@ from attn_ops.call.options import Options
 from attn_ops.masks import Mask
 
 
-def normalize(
-    xp,
-    name,
-    query,
-    key,
-    value,
-    **given,
-):
+def normalize(xp, name, query, key, value, **given):
     """The `AttentionCall` for the arguments of the public attention functions: query, key, value and the `Options` given.
 
     ``xp`` is the framework, ``name`` the function that errors name. Raises TypeError for a wrong kind or dtype and
@@ -44,8 +37,8 @@ def normalize(
     ) = Options(**given)
     if layout not in ("BSHD", "BHSD"):
         raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}; {arrays.LAYOUTS}")
-    query, key, value, squeeze, given, *extents = _inputs(xp, name, query, key, value, 2 if layout == "BSHD" else 1)
-    dims = _score_dims(name, layout, *extents, given)
+    query, key, value, squeeze, original, *extents = _inputs(xp, name, query, key, value, 2 if layout == "BSHD" else 1)
+    dims = _score_dims(name, layout, *extents, original)
     batch, _, seqlen_q, seqlen_k, _ = dims
     dtype = query.dtype
 

@@ -25,32 +25,32 @@ class Options(typing.NamedTuple):
     """The public functions take these by keyword, and their signatures and documentation from here (public.py).
 
     Args:
-    bias: added to the scaled scores; broadcastable to [batch, num_heads, seqlen_q, seqlen_k], of rank 4, 3 (no
-        num_heads) or 2 (no batch either). -inf hides a key like a mask. It keeps float32 beside
-        inputs of 16 bits, and is cast to their dtype otherwise.
-    mask: True where a query may see a key: a boolean tensor of the shapes that bias may have, an
-        `attn_ops.masks.Mask`, or a list of these, all of which must allow. Float masks are refused: additive
-        values go to ``bias``. Masks stay apart and broadcast, so [batch, 1, 1, seqlen_k] costs only itself. Rank 2
-        is [seqlen_q, seqlen_k] even where the batch is as large as seqlen_q: a mask [batch, seqlen_k] of the keys
-        goes through `attn_ops.masks.key_padding`.
-    scale: of the scores; None means 1/sqrt(head_dim). A Python number keeps double precision. A scalar tensor
-        is multiplied into the query.
-    is_causal: row i sees no key after its own position.
-    causal_alignment: where row i stands among the keys: "top_left" at key i (Keras, PyTorch), "bottom_right" at
-        key i + length_k - length_q, so that the last row stands at the last key (FlashAttention, decoding). Where
-        one query meets many keys and "top_left" is not said but the default, a warning tells so once.
-    window: (left, right), how many keys a row sees before and after its own; None or -1 for all. Keras's
-        ``sliding_window=w`` is (w - 1, w - 1).
-    query_seq_lengths: integers [batch]; rows from there on are padding and see nothing.
-    key_value_seq_lengths: integers [batch]; keys from there on are padding and are never read.
-    dropout_rate: Python number in [0, 1), the share of the probabilities that are dropped; the others grow by
-        1 / (1 - rate).
-    dropout_seed: None for a fresh one at each call, an integer, or integers [2] (seed, offset). The same seed drops
-        the same probabilities in every implementation and framework. Under `tf.recompute_grad` give one, made
-        outside: a fresh one would differ in the recomputation. JAX has no hidden random state: there it must be
-        given where anything is dropped, and may be a key of `jax.random`.
-    layout: "BSHD" as above, or "BHSD": [batch, num_heads, seqlen, head_dim] for query, key, value and the output.
-    return_lse: also return the log of the sum of the exponentials of the scores (before dropout).
+        bias: added to the scaled scores; broadcastable to [batch, num_heads, seqlen_q, seqlen_k], of rank 4, 3 (no
+            num_heads) or 2 (no batch either). -inf hides a key like a mask. It keeps float32 beside inputs of 16 bits,
+            and is cast to their dtype otherwise.
+        mask: True where a query may see a key: a boolean tensor of the shapes that bias may have, an
+            `attn_ops.masks.Mask`, or a list of these, all of which must allow. Float masks are refused: additive
+            values go to ``bias``. Masks stay apart and broadcast, so [batch, 1, 1, seqlen_k] costs only itself. Rank 2
+            is [seqlen_q, seqlen_k] even where the batch is as large as seqlen_q: a mask [batch, seqlen_k] of the keys
+            goes through `attn_ops.masks.key_padding`.
+        scale: of the scores; None means 1/sqrt(head_dim). A Python number keeps double precision. A scalar tensor
+            is multiplied into the query.
+        is_causal: row i sees no key after its own position.
+        causal_alignment: where row i stands among the keys: "top_left" at key i (Keras, PyTorch), "bottom_right" at
+            key i + length_k - length_q, so that the last row stands at the last key (FlashAttention, decoding). Where
+            one query meets many keys and "top_left" is not said but the default, a warning tells so once.
+        window: (left, right), how many keys a row sees before and after its own; None or -1 for all. Keras's
+            ``sliding_window=w`` is (w - 1, w - 1).
+        query_seq_lengths: integers [batch]; rows from there on are padding and see nothing.
+        key_value_seq_lengths: integers [batch]; keys from there on are padding and are never read.
+        dropout_rate: Python number in [0, 1), the share of the probabilities that are dropped; the others grow by
+            1 / (1 - rate).
+        dropout_seed: None for a fresh one at each call, an integer, or integers [2] (seed, offset). The same seed drops
+            the same probabilities in every implementation and framework. Under `tf.recompute_grad` give one, made
+            outside: a fresh one would differ in the recomputation. JAX has no hidden random state: there it must be
+            given where anything is dropped, and may be a key of `jax.random`.
+        layout: "BSHD" as above, or "BHSD": [batch, num_heads, seqlen, head_dim] for query, key, value and the output.
+        return_lse: also return the log of the sum of the exponentials of the scores (before dropout).
     """
 
     bias: typing.Any = None
