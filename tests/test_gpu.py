@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import attn_ops
 from attn_ops import kernels
-from attn_ops.call import precision
+from attn_ops.call import attention_call, precision
 from attn_ops.tensorflow import gpu
 from attn_ops.tensorflow.forms import eager, custom_call
 from cases import make_inputs
@@ -272,10 +272,12 @@ def test_tf32_is_a_bool_and_off_by_default():
 
 def test_what_was_saved_before_there_was_tf32(monkeypatch):
     """Graphs and custom calls without the attribute."""
-    attributes = eager.attributes
-    monkeypatch.setattr(
-        eager, "attributes", lambda call: {k: v for k, v in attributes(call).items() if k != "allow_tf32"}
-    )
+
+    def without(options):
+        return {k: v for k, v in attention_call.attributes(options).items() if k != "allow_tf32"}
+
+    for module in (eager, custom_call):
+        monkeypatch.setattr(module, "attributes", without)
     inputs = tensors()
     expected = step(*inputs)
     graph = tf.function(step).get_concrete_function(*inputs).graph.as_graph_def()

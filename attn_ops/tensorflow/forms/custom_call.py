@@ -10,8 +10,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops import kernels
-from attn_ops.call import attention_call
-from attn_ops.call.attention_call import AttentionCall
+from attn_ops.call.attention_call import AttentionCall, attributes, canonical, optional_inputs
 from attn_ops.tensorflow import place
 
 _TYPES = {
@@ -35,7 +34,7 @@ def unavailable_reason() -> str | None:
 def forward(call: AttentionCall):
     """(out, lse, statistics), without a gradient of their own; lse is None unless ``call.return_lse``."""
     query, key, value = range(3)
-    _, heads, rows, _ = attention_call.canonical(range(4), call.layout)
+    _, heads, rows, _ = canonical(range(4), call.layout)
     out_shape, lse_shape = call.result_shapes()
     row = [(query, 0), (query, heads), (query, rows)]
     results = [
@@ -72,22 +71,23 @@ def backward(call: AttentionCall, out, statistics, d_out, d_lse):
     )
 
 
-def _custom_call(target, operands, call, attributes, results, dtypes, shapes):
-    """Runs the custom call ``target`` on ``operands`` and the optional inputs of ``call``; see `_program`."""
-    optional = attention_call.optional_inputs(call)
-    attributes = {**attention_call.attributes(call), **{name: len(given) for name, given in optional.items()}, **attributes}
+def _custom_call(target, operands, call, own, results, dtypes, shapes):
+    """Runs the custom call ``target`` on ``operands`` and the optional inputs of ``call``, with attributes of its ``own``
+    beside those of the call; see `_program`."""
+    optional = optional_inputs(call)
+    counts = {name: len(given) for name, given in optional.items()}
     operands = operands + [x for given in optional.values() for x in given]
     return place.xla_call()(
         operands,
         version=_VERSION,
-        module=_program(target, operands, results, dtypes, attributes),
+        module=_program(target, operands, results, dtypes, {**attributes(call), **counts, **own}),
         Tout=dtypes,
         Sout=shapes,
         platforms=_PLATFORMS,
     )
 
 
-def _program(target, operands, results, dtypes, attributes):
+def _program(target, operands, results, dtypes, config):
     """The StableHLO of one custom call.
 
     Args:
@@ -95,7 +95,7 @@ def _program(target, operands, results, dtypes, attributes):
         operands: Tensors, of which dtypes and ranks count.
         results: For each result, and each of its axes, its extent, or which (operand, axis) has it.
         dtypes: Of the results.
-        attributes: Strings, integers and booleans.
+        config: Attributes by name: strings, integers and booleans.
     """
     inputs = [_type(x.shape.rank, x.dtype) for x in operands]
     outputs = [_type(len(extents), dtype) for extents, dtype in zip(results, dtypes)]
@@ -119,7 +119,7 @@ def _program(target, operands, results, dtypes, attributes):
     shape_types = [f"tensor<{len(extents)}xi32>" for extents in results]
     # Row-major layouts: XLA may choose others for what is not said.
     operand_layouts = [_layout(x.shape.rank) for x in operands] + [_layout(1)] * len(outputs)
-    config = ", ".join(f"{name} = {_attribute(value)}" for name, value in sorted(attributes.items()))
+    config = ", ".join(f"{name} = {_attribute(value)}" for name, value in sorted(config.items()))
     first_shape = len(names)
     body.append(
         f'%out:{len(outputs)} = stablehlo.custom_call @"{target}"({", ".join(names + shape_names)})'
