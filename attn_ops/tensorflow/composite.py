@@ -56,8 +56,10 @@ def attention(call, query_chunk="auto", in_xla=False, exporting=False):
 def _attention(call, query_chunk, exporting):
     with tf.name_scope("scaled_dot_product_attention"):
         problem = rows.Problem(checked(call))
-        chunk = _chunk_rows(problem, query_chunk, exporting)
-        steps = problem if chunk is None else _Chunks(problem, chunk)
+        steps = _NoRows(problem)
+        if not steps.is_all():
+            chunk = _chunk_rows(problem, query_chunk, exporting)
+            steps = problem if chunk is None else _Chunks(problem, chunk)
 
         @tf.custom_gradient
         def run(q, k, v, *bias):
@@ -110,6 +112,27 @@ def _room(call, in_xla=False):
     if not (in_xla or place.in_xla()) or not dynamic_sizes.any_unknown(call) or not place.with_static_size():
         return None
     return None if place.in_forward_mode(call.differentiable()) else dynamic_sizes.Room(call)
+
+
+class _NoRows:
+    """`forward` and `backward` of `rows.Problem` where nothing is to be computed, beside extents that may be huge."""
+
+    def __init__(self, problem):
+        self.problem = problem
+        self.shape = [problem.batch, problem.num_heads, problem.seqlen_q]
+
+    def is_all(self):
+        return any(isinstance(n, int) and n == 0 for n in self.shape)
+
+    def bias(self):
+        return self.problem.bias()
+
+    def forward(self, *inputs):
+        problem = self.problem
+        return tf.zeros([*self.shape, problem.value_dim], problem.dtype), tf.zeros(self.shape, problem.dtype)
+
+    def backward(self, d_out, d_lse, *inputs):
+        return [tf.zeros_like(x) for x in inputs]
 
 
 class _Chunks:
