@@ -87,12 +87,16 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _left_out(items):
-    """The cases of `wide` tests that are not among the share that runs: always the same ones, and of each test some run."""
+    """The cases of `wide` tests and of slow implementations that are not among the share that runs: always the same ones, and of each test some run."""
     wide = {}
     for item in items:
         marker = item.get_closest_marker("wide")
+        implementation = getattr(item, "callspec", None) and item.callspec.params.get("implementation")
         if marker:
-            wide.setdefault((item.path, item.originalname, marker.args[0]), []).append(item)
+            of = item.originalname if hasattr(item, "callspec") else item.parent.name  # a test, or a class of them
+            wide.setdefault((item.path, of, marker.args[0]), []).append(item)
+        elif implementation is not None and implementation.is_slow:  # of each module the half, another one of each
+            wide.setdefault((item.path, repr(implementation), 2), []).append(item)
     left_out = []
     for (_, _, n), cases in wide.items():
         cases.sort(key=lambda item: zlib.crc32(item.name.encode()))  # as if drawn: no parameter is always the one left out

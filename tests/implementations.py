@@ -53,6 +53,10 @@ class Implementation:
         assert self._missing is None, f"{self.name}: {self._missing}"
         return self._run(query, key, value, d_out, d_lse, options)
 
+    @property
+    def is_slow(self):
+        return self._thinning > 1
+
     def thin(self, cases):
         """All the cases, or a few spread over them."""
         return list(cases)[:: self._thinning]

@@ -75,6 +75,7 @@ def with_gradients(attend, select, *x):
 SELECTIONS = (keep_rows, keep_keys, keep_entries, keep_some_of_each, keep_rows_of_the_query_alone)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("select", SELECTIONS, ids=lambda select: select.__name__)
 @pytest.mark.parametrize("chosen", ["fused", "composite"])
 def test_boolean_masks(chosen, select):
@@ -121,6 +122,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_layers(axis, name):

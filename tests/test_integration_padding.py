@@ -289,6 +289,7 @@ DENSE = some(3, 5, 7)
 DENSE[0, 1] = DENSE[2] = False
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("flash", FLASH)
 @pytest.mark.parametrize("name", CONFIGS)

@@ -37,6 +37,7 @@ def split(case):
     return [jnp.asarray(x) for x in arrays], options
 
 
+@pytest.mark.wide(3)
 @both
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_specification(case, forced):
@@ -56,6 +57,7 @@ def test_specification(case, forced):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-13)
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("chunk_rows", [1, 2, 3])
 @pytest.mark.parametrize("name", ["bias of heads", "bias of keys", "lengths, causal bottom_right", "everything"])
 def test_composite_in_chunks(name, chunk_rows):

@@ -77,6 +77,7 @@ def assert_same(results, expected):
     tf.nest.map_structure(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), results, expected)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("make", LAYERS)
 def test_a_region_around_the_layer(make, form):
@@ -93,6 +94,7 @@ def test_a_region_around_the_layer(make, form):
     np.testing.assert_array_equal(*([v for v in x.variables if "seed" in v.path][0].numpy() for x in (layer, plain)))
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("make", LAYERS)
 def test_a_layer_made_in_a_scope(make, form):

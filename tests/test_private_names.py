@@ -63,6 +63,7 @@ FORMS = {
 }
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_works_without(hidden, form):
     for found, right in zip(FORMS[form](values_and_gradients)(*inputs()), expected(*inputs()), strict=True):
