@@ -183,3 +183,11 @@ def test_as_in_keras_is_a_switch():
         assert "as_in_keras" not in make(name).get_config()
         layer = make(name, as_in_keras=True)
         assert ours(name).from_config(layer.get_config()).as_in_keras is True
+
+
+def test_documentation_without_indentation():
+    """As Python 3.13 leaves it."""
+    stock = type("Stock", (STOCK["Attention"],), {"__doc__": inspect.cleandoc(STOCK["Attention"].__doc__)})
+    mixed = type("Mixed", (attn_ops.layers.base.DropIn, stock), {"__doc__": "One that differs."})
+    assert mixed.__doc__.startswith("One that differs.\n\nWhat follows is of `keras.layers.Stock`.\n\nArgs:\n    use_scale:")
+    assert "\n    What" not in mixed.__doc__

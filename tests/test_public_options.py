@@ -52,9 +52,9 @@ def test_the_documentation_tells_of_every_option(name):
     function, options = FUNCTIONS[name]
     lines = function.__doc__.splitlines()
     for option in options:
-        [at] = [i for i, line in enumerate(lines) if line.startswith(f"        {option}: ")]
-        assert at > lines.index("    Args:") and at < lines.index("    Returns:")
-    assert "            goes through `attn_ops.masks.key_padding`." in lines  # whole, not its first line
+        [at] = [i for i, line in enumerate(lines) if line.startswith(f"    {option}: ")]
+        assert at > lines.index("Args:") and at < lines.index("Returns:")
+    assert "        goes through `attn_ops.masks.key_padding`." in lines  # whole, not its first line
     assert "{options}" not in function.__doc__
 
 

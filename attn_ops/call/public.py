@@ -10,7 +10,7 @@ from attn_ops.call import habits
 from attn_ops.call.options import Options
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
-_HERE = "        {options}\n"
+_HERE = "    {options}\n"
 
 
 def function(without=(), **more):
@@ -39,7 +39,7 @@ def function(without=(), **more):
 
         wrapper.__signature__ = inspect.Signature([*positional, *options])
         if wrapper.__doc__ is not None:  # there are none under python -OO
-            wrapper.__doc__ = wrapper.__doc__.replace(_HERE, _documentation(names))
+            wrapper.__doc__ = inspect.cleandoc(wrapper.__doc__).replace(_HERE, _documentation(names))
         return wrapper
 
     return decorate
@@ -53,6 +53,7 @@ def completed(function, given) -> dict:
 
 def _documentation(names) -> str:
     """The lines on these options in the documentation of `Options`."""
-    pieces = re.finditer(r"^ +(\w+): .*\n(?: {12}.*\n)*", Options.__doc__, re.MULTILINE)
+    lines = inspect.cleandoc(Options.__doc__) + "\n"  # as Python 3.13 has them itself
+    pieces = re.finditer(r"^    (\w+): .*\n(?: {8}.*\n)*", lines, re.MULTILINE)
     by_name = {piece.group(1): piece.group() for piece in pieces}
     return "".join(by_name[name] for name in names)

@@ -106,8 +106,9 @@ class DropIn(FlashAttention):
         super().__init_subclass__(**kwargs)
         stock = cls.__bases__[-1]
         if DropIn in cls.__bases__ and cls.__doc__ and stock.__doc__:
-            arguments = stock.__doc__[stock.__doc__.index("    Args:") :]
-            cls.__doc__ += f"\n    What follows is of `keras.layers.{stock.__name__}`.\n\n{arguments}"
+            ours, theirs = inspect.cleandoc(cls.__doc__), inspect.cleandoc(stock.__doc__)  # Python 3.13 does so itself
+            arguments = theirs[theirs.find("Args:") :]
+            cls.__doc__ = f"{ours}\n\nWhat follows is of `keras.layers.{stock.__name__}`.\n\n{arguments}\n"
 
     def __init__(self, *args, as_in_keras=False, **kwargs):
         if as_in_keras not in (True, False):
