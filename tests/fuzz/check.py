@@ -2,9 +2,11 @@
 
 An element may be off by twice what the plain formula (plain_formula.py), computed in the same precision on the same
 case, is off at most in rows of scores of the same size, and by the rounding of the result. Since a small case may spare
-the plain formula every error, there are a few roundings in any case: `FLOOR` of an element, and one of each product q.k,
-in units of the sum of the absolute values of its terms (`Truth.sizes`, `Truth.product_sizes`). A bias gives no such
-allowance: to add it is one rounding, which the plain formula has too. No limit knows what an implementation does.
+the plain formula every error, there are a few roundings in any case: `FLOOR` of an element, and in what weights are part
+of one of each product q.k, in units of the sum of the absolute values of its terms (`Truth.sizes`,
+`Truth.product_sizes`). That one multiplies a weight p by at most exp(epsilon product), but a weight stays within those
+of `Truth.sizes`, so an output is off by no more than its size and a gradient, p (dp - delta), by twice that. A bias gives
+no such allowance: to add it is one rounding, which the plain formula has too. No limit knows what an implementation does.
 
 Exact are rows without keys, keys without rows, and that what is hidden has no effect.
 """
@@ -161,10 +163,14 @@ class Judge:
         products = self._largest(self.truth.product_sizes)
         limits = {}
         for name, size in sizes.items():
-            off = FACTOR * _largest_of_class(ratios[name], classes[name]) + epsilon * (FLOOR + products[name])
+            off = FACTOR * _largest_of_class(ratios[name], classes[name]) + FLOOR * epsilon
+            if name not in ("lse", "maximum"):
+                off = off + np.minimum(epsilon * products[name], 2)
             kept = _finfo(self._dtype(name))
             rounding = float(kept.eps) * np.abs(self.expected[name]).astype(np.float64)
             limits[name] = off * size + lost[name] + np.minimum(rounding, float(kept.max)) + float(kept.smallest_subnormal)
+            if not np.isfinite(limits[name]).all():  # would accept anything
+                raise FloatingPointError(f"no finite limit for {name} in {precision}")
         return limits
 
     def _plain_ratios(self, precision, sizes, lost):
@@ -189,10 +195,9 @@ class Judge:
 
 
 def _largest_of_class(ratio, classes):
-    result = np.zeros_like(ratio)
-    for c in np.unique(classes):
-        result[classes == c] = ratio[classes == c].max()
-    return result
+    largest = np.zeros(classes.max(initial=0) + 1)
+    np.maximum.at(largest, classes, ratio)
+    return largest[classes]
 
 
 def _plain(case, truth, precision, shuffled):

@@ -123,7 +123,8 @@ class Truth:
         bias = self.case.options.get("bias")
         if bias is None:
             return self.product_sizes
-        return self.product_sizes + self._largest_seen(np.abs(np.where(bias == -np.inf, 0, bias)).astype(np.float64))
+        largest = self._largest_seen(np.abs(np.where(bias == -np.inf, 0, bias)).astype(np.float64))
+        return self.product_sizes + np.minimum(largest, np.finfo(np.float64).max - self.product_sizes)
 
     def _largest_seen(self, x):
         return np.where(self.seen, x, 0).max(axis=-1, initial=0)
