@@ -59,7 +59,16 @@ def main():
     build(arguments.tf_include or tensorflow_headers(), arguments.jobs)
     tests = ROOT / "tests"  # not from the checkout's root, where the package of this machine lies
     environment = dict(os.environ, PYTHONPATH=str(PACKAGES))
-    run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(arguments.pytest or FILES), cwd=tests, env=environment)
+    run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        *(arguments.pytest or FILES),
+        cwd=tests,
+        env=environment,
+    )
     fuzz = ("fuzz/run.py", "--isa", "avx512", "--implementations", "core")
     run(sys.executable, *fuzz, "--seed", arguments.seed, "--count", arguments.count, cwd=tests, env=environment)
 

@@ -8,7 +8,37 @@ from cases import DTYPES
 from fuzz import truth
 
 # Around the sizes at which kernels change: vectors, tiles of rows, blocks of keys, splits of keys.
-LENGTHS = (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 33, 47, 48, 49, 63, 64, 65, 96, 97, 127, 128, 129, 130, 200, 257)
+LENGTHS = (
+    1,
+    2,
+    3,
+    4,
+    7,
+    8,
+    9,
+    15,
+    16,
+    17,
+    23,
+    24,
+    25,
+    31,
+    33,
+    47,
+    48,
+    49,
+    63,
+    64,
+    65,
+    96,
+    97,
+    127,
+    128,
+    129,
+    130,
+    200,
+    257,
+)
 DIMS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 19, 24, 31, 32, 33, 40, 48, 64, 65, 72, 80, 96, 100, 128, 130, 192, 256)
 # Scores times dimensions of most cases; a few have LARGE_FACTOR times that. longdouble has no fast products.
 MOST_WORK = {"float64": 1 << 18, "float32": 1 << 20, "float16": 1 << 20, "bfloat16": 1 << 20}
@@ -238,7 +268,12 @@ def _draw_options(rng, case, head_dim):
 
 def _window_end(rng, most):
     kind = _pick(rng, {"all": 2, "near": 3, "some": 3, "far": 0.5})
-    ends = {"all": -1, "near": rng.integers(0, 4), "some": rng.integers(0, most + 1), "far": 2 ** int(rng.integers(31, 63)) - 1}
+    ends = {
+        "all": -1,
+        "near": rng.integers(0, 4),
+        "some": rng.integers(0, most + 1),
+        "far": 2 ** int(rng.integers(31, 63)) - 1,
+    }
     return int(ends[kind])
 
 

@@ -131,38 +131,51 @@ class Truth:
     def _largest_seen(self, x):
         return np.where(self.seen, x, 0).max(axis=-1, initial=0)
 
-    def sizes(self, epsilon):
-        """By name: for every element the sum of the absolute values of its terms.
+    def _largest_weights(self, epsilon):
+        """As large as scores that are off by a few roundings (`epsilon` of their own terms) allow.
 
-        The weights among them are as large as scores that are off by a few roundings (`epsilon` of their own terms)
-        allow; beyond 1e6 in float32 that is no more than "at most 1". A score beyond the range of the accumulator may as
-        well be the end of the range.
+        Beyond 1e6 in float32 that is no more than "at most 1". A score beyond the range of the accumulator may as well
+        be the end of the range.
         """
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             off = 4 * epsilon * self.score_sizes + self._beyond
             log_p = np.where(self.seen, self._log_p.astype(np.float64) + off[..., None], -np.inf)
-            p = np.exp(np.minimum(log_p, 0))
+            return np.exp(np.minimum(log_p, 0))
+
+    def sizes(self, epsilon):
+        """By name: for every element the sum of the absolute values of its terms, with the largest weights."""
+        p = self._largest_weights(epsilon)
         dp, delta = self._dp_sizes(p)
-        sizes = self._sums(p, p * (dp + delta + np.abs(self._h).astype(np.float64)[..., None]))
+        sizes = self._sums(p, p * (dp + delta))
         log = np.log(np.where(self.empty_rows, 1, self.sum)).astype(np.float64)
         sizes["lse"] = sizes["maximum"] = 1 + self.score_sizes + log
         return sizes
 
-    def underflow(self, tiny, smallest):
-        """By name: what numbers below `tiny`, the smallest that is normal, can amount to when they are lost.
+    def spread(self, epsilon):
+        """By name: what one rounding of each product q.k can do through the weights.
 
-        A weight that is lost takes its p (dp - delta) with it, and its share of delta from the others of its row.
+        It multiplies a weight by at most exp(epsilon product), but adds no more than it takes from the others of the row.
         """
+        p = self._largest_weights(epsilon)
+        others = np.maximum(p.sum(axis=-1, keepdims=True) - p, 0)
+        return self._changes(p, np.minimum(np.minimum(epsilon * self.product_sizes, 1)[..., None] * p, others))
+
+    def underflow(self, tiny, smallest):
+        """By name: what numbers below `tiny`, the smallest that is normal, can amount to when they are lost."""
         terms = sum(self.case.scores_shape[2:]) + self.case.query.shape[-1] + self.case.value.shape[-1]
-        p = self.p.astype(np.float64)
-        lost_p = np.where(self.seen, np.float64(tiny), 0)
-        dp, delta = self._dp_sizes(p)
-        _, lost_delta = self._dp_sizes(lost_p)
-        h = np.abs(self._h).astype(np.float64)[..., None]
-        lost_ds = lost_p * (dp + delta + h) + (p + lost_p) * lost_delta + np.where(self.seen, smallest * terms, 0)
-        lost = self._sums(lost_p, lost_ds)
+        lost = np.where(self.seen, np.float64(tiny), 0)
+        lost = self._changes(self.p.astype(np.float64), lost, np.where(self.seen, smallest * terms, 0))
         lost["lse"] = lost["maximum"] = np.full(self.lse.shape, tiny)
         return {name: x + smallest * terms for name, x in lost.items()}
+
+    def _changes(self, p, changes, ds=0.0):
+        """By name: how far results are off if weights p are by `changes`, and gradients of scores by a further `ds`.
+
+        A gradient p (dp - delta) changes with its own weight, and with all of its row through delta.
+        """
+        dp, delta = self._dp_sizes(p)
+        _, change_of_delta = self._dp_sizes(changes, h=0)
+        return self._sums(changes, changes * (dp + delta) + (p + changes) * change_of_delta + ds)
 
     @functools.cached_property
     def _magnitudes(self):
@@ -173,10 +186,10 @@ class Truth:
         _, _, v, g = self._magnitudes
         return self.z * (g @ v.swapaxes(-1, -2))
 
-    def _dp_sizes(self, p):
-        """Sizes of dp, and of delta, their sum by the weights p."""
+    def _dp_sizes(self, p, h=1):
+        """Sizes of dp, and of delta, their sum by the weights p and the gradient of lse, which counts h times."""
         dp = self._magnitudes_of_dp
-        return dp, (p * dp).sum(axis=-1, keepdims=True)
+        return dp, (p * dp).sum(axis=-1, keepdims=True) + h * np.abs(self._h).astype(np.float64)[..., None]
 
     def _sums(self, p, ds):
         """By name: sums of the magnitudes of the arrays, by weights and by gradients of the scores."""

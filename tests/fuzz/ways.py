@@ -107,7 +107,7 @@ def _implementations():
 
 # By the names of run.py; the share is of the cases that run when nothing is asked for.
 OTHERS = {
-    "reference": Reference("reference", 0.25),
+    "reference": Reference("reference", 0.1),
     "op": Other("fused-eager", 0.1),
     "graph": Other("fused-graph", 0.03),
     "xla": Other("fused-xla", 0.01),
