@@ -81,6 +81,7 @@ def fuzz(seed, numbers, chosen, seconds=float("inf"), whole=False, report=print)
         if not taken:
             continue
         case = cases.draw(seed, number)
+        taken = {name: way for name, way in taken.items() if case.dtype in way.dtypes}
         judge = check.Judge(case)
         wrong = {name: findings(case, way, judge) for name, way in taken.items()}
         wrong = {name: found for name, found in wrong.items() if found}
