@@ -145,6 +145,21 @@ def test_long_sums_keep_their_digits(implementation, seqlen_q):
     np.testing.assert_allclose(result.out, 1.0, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 1, 40, 1), (1, 1, 1, 512), (2, 4, 1, 1), (2, 1, 40, 1)])
+def test_the_gradient_of_a_bias_that_many_scores_share(implementation, shape):
+    """All weights are 1/512 and the gradient of a score is that of lse / 512: equal terms, whose roundings do not cancel."""
+    if isinstance(implementation, Cuda) or not implementation.name.startswith(("core", "fused", "jax-fused")):
+        pytest.skip("sums of the composite are the framework's, the reference is float64, and CUDA adds in float32")
+    batch, num_heads, seqlen_q, seqlen_k = 2, 4, 40, 512
+    query, d_out = np.zeros((2, batch, seqlen_q, num_heads, 8), np.float32)
+    key = value = np.zeros((batch, seqlen_k, num_heads, 8), np.float32)
+    d_lse = np.full((batch, num_heads, seqlen_q), 0.7, np.float32)
+    result = implementation(query, key, value, d_out, d_lse, bias=np.zeros(shape, np.float32))
+    scores = batch * num_heads * seqlen_q * seqlen_k
+    exact = np.float64(d_lse[0, 0, 0]) / seqlen_k * scores / np.prod(shape)
+    np.testing.assert_allclose(result.d_bias, np.full(shape, exact), rtol=3e-7, atol=0)
+
+
 def test_halves_below_the_normal_ones_survive_flushing():
     """TensorFlow runs kernels with subnormals flushed; those of float16 are ordinary numbers of float32."""
     program = """

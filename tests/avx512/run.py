@@ -33,7 +33,7 @@ def tensorflow_headers():
 
 
 def build(tf_include: Path, jobs: int):
-    """A package of its own, so that nothing takes the emulation for what users get."""
+    """The `_core` of a package of its own, so that nothing takes the emulation for what users get. Takes minutes."""
     options = {
         "Python_EXECUTABLE": sys.executable,
         "ATTN_OPS_TF_INCLUDE_DIR": tf_include,
@@ -45,7 +45,7 @@ def build(tf_include: Path, jobs: int):
     sources = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "attn_ops", PACKAGES / "attn_ops", dirs_exist_ok=True, ignore=sources)
     (library,) = BUILD.glob("_core.*.so")
-    shutil.copy2(library, PACKAGES / "attn_ops")
+    return Path(shutil.copy2(library, PACKAGES / "attn_ops"))
 
 
 def main():
@@ -56,10 +56,21 @@ def main():
     parser.add_argument("--count", type=int, default=500, help="cases of the fuzz")
     parser.add_argument("pytest", nargs="*", help="arguments for pytest, relative to tests/")
     arguments = parser.parse_args()
-    build(arguments.tf_include or tensorflow_headers(), arguments.jobs)
+    library = build(arguments.tf_include or tensorflow_headers(), arguments.jobs)
     tests = ROOT / "tests"  # not from the checkout's root, where the package of this machine lies
     environment = dict(os.environ, PYTHONPATH=str(PACKAGES))
-    run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(arguments.pytest or FILES), cwd=tests, env=environment)
+    imported = f"from attn_ops import _native; assert _native.core().__file__ == {str(library)!r}, _native.core()"
+    run(sys.executable, "-c", imported, cwd=tests, env=environment)
+    run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        *(arguments.pytest or FILES),
+        cwd=tests,
+        env=environment,
+    )
     fuzz = ("fuzz/run.py", "--isa", "avx512", "--implementations", "core")
     run(sys.executable, *fuzz, "--seed", arguments.seed, "--count", arguments.count, cwd=tests, env=environment)
 

@@ -8,10 +8,41 @@ from cases import DTYPES
 from fuzz import truth
 
 # Around the sizes at which kernels change: vectors, tiles of rows, blocks of keys, splits of keys.
-LENGTHS = (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 33, 47, 48, 49, 63, 64, 65, 96, 97, 127, 128, 129, 130, 200, 257)
+LENGTHS = (
+    1,
+    2,
+    3,
+    4,
+    7,
+    8,
+    9,
+    15,
+    16,
+    17,
+    23,
+    24,
+    25,
+    31,
+    33,
+    47,
+    48,
+    49,
+    63,
+    64,
+    65,
+    96,
+    97,
+    127,
+    128,
+    129,
+    130,
+    200,
+    257,
+)
 DIMS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 19, 24, 31, 32, 33, 40, 48, 64, 65, 72, 80, 96, 100, 128, 130, 192, 256)
-MOST_WORK = {"float64": 1 << 20}  # scores times dimensions; longdouble has no fast products
-USUAL_WORK = 6 << 20
+# Scores times dimensions of most cases; a few have LARGE_FACTOR times that. longdouble has no fast products.
+MOST_WORK = {"float64": 1 << 18, "float32": 1 << 20, "float16": 1 << 20, "bfloat16": 1 << 20}
+LARGE_FACTOR = 8
 GARBAGE = ("nan", "inf", "-inf", "largest", "mixed")
 VIEWS = ("fortran", "reversed", "gaps", "permuted", "swapped bytes", "misaligned")
 
@@ -165,7 +196,7 @@ def _pick(rng, weights):
 
 def _sizes(rng, dtype):
     """batch, seqlen_q, seqlen_k, num_kv_heads, group size, head_dim, value_dim."""
-    kind = _pick(rng, {"tiny": 3, "tiles": 5, "decode": 3, "rows": 1, "long": 0.3, "empty": 0.7})
+    kind = _pick(rng, {"tiny": 3, "tiles": 6, "decode": 3, "rows": 0.6, "long": 0.2, "empty": 0.6})
     group = int(_pick(rng, {1: 4, 2: 2, 3: 1, 4: 1, 7: 0.5, 8: 0.5}))
     batch, kv_heads = int(rng.integers(1, 4)), int(_pick(rng, {1: 3, 2: 3, 3: 1, 5: 0.5, 17: 0.3}))
     head_dim = int(rng.choice(DIMS))
@@ -190,7 +221,8 @@ def _sizes(rng, dtype):
             0 if name == empty else n
             for name, n in zip(("batch", "seqlen_q", "seqlen_k", "value_dim"), (batch, seqlen_q, seqlen_k, value_dim))
         )
-    most = MOST_WORK.get(dtype, USUAL_WORK)
+    most = MOST_WORK[dtype] * (LARGE_FACTOR if rng.random() < 0.02 else 1)
+    wide = int(rng.choice([16, 128, 512]))  # up to this the dimensions stay, and sequences are halved
 
     def work():
         return batch * kv_heads * group * seqlen_q * seqlen_k * (head_dim + value_dim)
@@ -200,7 +232,7 @@ def _sizes(rng, dtype):
             batch, kv_heads = -(-batch // 2), -(-kv_heads // 2)
         elif group > 1:
             group = -(-group // 2)
-        elif head_dim + value_dim > 16:
+        elif head_dim + value_dim > 16 and (head_dim + value_dim > wide or seqlen_q * seqlen_k < 256):
             head_dim, value_dim = -(-head_dim // 2), -(-value_dim // 2)
         elif seqlen_q > seqlen_k:
             seqlen_q = -(-seqlen_q // 2)
@@ -236,7 +268,12 @@ def _draw_options(rng, case, head_dim):
 
 def _window_end(rng, most):
     kind = _pick(rng, {"all": 2, "near": 3, "some": 3, "far": 0.5})
-    ends = {"all": -1, "near": rng.integers(0, 4), "some": rng.integers(0, most + 1), "far": 2 ** int(rng.integers(31, 63)) - 1}
+    ends = {
+        "all": -1,
+        "near": rng.integers(0, 4),
+        "some": rng.integers(0, most + 1),
+        "far": 2 ** int(rng.integers(31, 63)) - 1,
+    }
     return int(ends[kind])
 
 

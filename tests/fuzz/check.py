@@ -2,8 +2,8 @@
 
 An element may be off by twice what the plain formula (plain_formula.py), computed in the same precision on the same
 case, is off at most in rows of scores of the same size, and by the rounding of the result. Since a small case may spare
-the plain formula every error, there are a few roundings in any case: `FLOOR` of an element, and one of each product q.k,
-in units of the sum of the absolute values of its terms (`Truth.sizes`, `Truth.product_sizes`). A bias gives no such
+the plain formula every error, there are a few roundings in any case: `FLOOR` of an element, in units of the sum of the
+absolute values of its terms (`Truth.sizes`), and one of each product q.k (`Truth.spread`). A bias gives no such
 allowance: to add it is one rounding, which the plain formula has too. No limit knows what an implementation does.
 
 Exact are rows without keys, keys without rows, and that what is hidden has no effect.
@@ -41,7 +41,7 @@ class Judge:
         if set(results) - {"maximum", "sum"} != set(self.expected) - {"maximum", "sum"}:
             return [f"results are {sorted(results)}, expected {sorted(self.expected)}"]
         for name, x in results.items():
-            dtype, shape = self._dtype(name) if rounded else precision, self.expected[name].shape
+            dtype, shape = self.dtype(name) if rounded else precision, self.expected[name].shape
             if (x.dtype, x.shape) != (dtype, shape):
                 found.append(f"{name} is {x.dtype}{list(x.shape)}, expected {dtype}{list(shape)}")
             elif name == "sum":
@@ -51,17 +51,15 @@ class Judge:
         return found
 
     def _findings(self, name, x, limit):
-        expected, x = self.expected[name], x.astype(self.truth.dtype)
+        expected = self.expected[name]
         unseen, unknown, infected = self.unseen[name], self.unknown[name], self.infected[name]
         nothing = -np.inf if name == "lse" else 0
         wrong = {
             "must be exactly what nothing gives": unseen & (x != nothing),
             "must be NaN": infected & ~np.isnan(x),
         }
-        largest = self.truth.dtype(float(_finfo(self._dtype(name)).max))
-        with np.errstate(invalid="ignore"):
-            error = np.abs(np.clip(x, -largest, largest) - np.clip(expected, -largest, largest))
-            wrong["is off"] = ~(error <= limit) & ~unseen & ~unknown
+        error = self._error(name, x)
+        wrong["is off"] = ~(error <= limit) & ~unseen & ~unknown
         texts = []
         for what, places in wrong.items():
             if places.any():
@@ -72,6 +70,14 @@ class Judge:
                     f"{x[at]:.9g}, expected {expected[at]:.9g} within {limit[at]:.3g}"
                 )
         return texts
+
+    def _error(self, name, x):
+        """How far x is off; what is beyond the range of the result is as good as the end of it."""
+        largest = self.truth.dtype(float(_finfo(self.dtype(name)).max))
+        with np.errstate(invalid="ignore"):
+            return np.abs(
+                np.clip(x.astype(self.truth.dtype), -largest, largest) - np.clip(self.expected[name], -largest, largest)
+            )
 
     def _sum_findings(self, results):
         """The sum of exp(score - maximum): at least that of the maximum itself, and the lse together with it."""
@@ -137,7 +143,7 @@ class Judge:
             named["d_bias"] = reduce(pairs, axis=axes, keepdims=True)
         return named
 
-    def _dtype(self, name):
+    def dtype(self, name):
         if name in ("lse", "maximum", "sum"):
             return self.case.accumulator
         return self.case.options["bias"].dtype if name == "d_bias" else DTYPES[self.case.dtype]
@@ -158,13 +164,16 @@ class Judge:
         lost = self.truth.underflow(float(_finfo(wide).tiny), float(_finfo(wide).smallest_subnormal))
         ratios = self._plain_ratios(precision, sizes, lost)
         classes = self._largest(np.log10(np.maximum(self.truth.score_sizes, 1)).astype(int))
-        products = self._largest(self.truth.product_sizes)
+        spread = self.truth.spread(epsilon)
         limits = {}
         for name, size in sizes.items():
-            off = FACTOR * _largest_of_class(ratios[name], classes[name]) + epsilon * (FLOOR + products[name])
-            kept = _finfo(self._dtype(name))
-            rounding = float(kept.eps) * np.abs(self.expected[name]).astype(np.float64)
-            limits[name] = off * size + lost[name] + np.minimum(rounding, float(kept.max)) + float(kept.smallest_subnormal)
+            off = FACTOR * _largest_of_class(ratios[name], classes[name]) + FLOOR * epsilon
+            kept = _finfo(self.dtype(name))
+            rounding = float(kept.eps) * np.minimum(np.abs(self.expected[name]), float(kept.max)).astype(np.float64)
+            rounding += float(kept.smallest_subnormal)
+            limits[name] = off * size + spread.get(name, 0) + lost[name] + rounding
+            if not np.isfinite(limits[name]).all():  # would accept anything
+                raise FloatingPointError(f"no finite limit for {name} in {precision}")
         return limits
 
     def _plain_ratios(self, precision, sizes, lost):
@@ -172,8 +181,8 @@ class Judge:
         ratios = {}
         for results in (_plain(self.case, self.truth, precision, shuffled) for shuffled in (False, True)):
             for name, size in sizes.items():
+                error = self._error(name, results[name]).astype(np.float64)
                 with np.errstate(invalid="ignore", divide="ignore"):
-                    error = np.abs(results[name].astype(self.truth.dtype) - self.expected[name]).astype(np.float64)
                     ratio = np.where(size > 0, (error - lost[name]) / size, 0)
                 ratios[name] = np.fmax(ratios.get(name, 0), np.nan_to_num(ratio, posinf=0))
         return ratios
@@ -189,10 +198,9 @@ class Judge:
 
 
 def _largest_of_class(ratio, classes):
-    result = np.zeros_like(ratio)
-    for c in np.unique(classes):
-        result[classes == c] = ratio[classes == c].max()
-    return result
+    largest = np.zeros(classes.max(initial=0) + 1)
+    np.maximum.at(largest, classes, ratio)
+    return largest[classes]
 
 
 def _plain(case, truth, precision, shuffled):
@@ -234,7 +242,11 @@ def _plain(case, truth, precision, shuffled):
 
 def different(results, others):
     """The names of arrays of which not every number is the same; NaN is NaN."""
-    return [name for name in results if not np.array_equal(_plain_numbers(results[name]), _plain_numbers(others[name]), True)]
+    return [
+        name
+        for name in results
+        if not np.array_equal(_plain_numbers(results[name]), _plain_numbers(others[name]), True)
+    ]
 
 
 def _plain_numbers(x):

@@ -42,9 +42,9 @@ def chosen_ways(implementations, isas):
     return found
 
 
-def takes(way, case):
+def takes(way, seed, number):
     """Whether this case is in the share of this way: always the same answer."""
-    return zlib.crc32(f"{way.name} {case.seed} {case.number}".encode()) < way.share * 2**32
+    return zlib.crc32(f"{way.name} {seed} {number}".encode()) < way.share * 2**32
 
 
 def findings(case, way, judge):
@@ -68,27 +68,31 @@ def _changed_bits(case, way):
 
 
 def fuzz(seed, numbers, chosen, seconds=float("inf"), whole=False, report=print):
-    """Runs the cases of these numbers, and tells what is wrong. Returns how many were run and how many failed.
+    """Runs the cases of these numbers, and tells what is wrong. Returns how many each way ran, and how many failed.
 
     `chosen`: ways by their name on the command line. `whole`: not only the cases in the share of each.
     """
     start = time.monotonic()
-    count = failed = 0
+    counts, failed = dict.fromkeys(chosen, 0), 0
     for number in numbers:
         if time.monotonic() - start > seconds:
             break
+        taken = {name: way for name, way in chosen.items() if whole or takes(way, seed, number)}
+        if not taken:
+            continue
         case = cases.draw(seed, number)
+        taken = {name: way for name, way in taken.items() if case.dtype in way.dtypes}
         judge = check.Judge(case)
-        wrong = {
-            name: findings(case, way, judge) for name, way in chosen.items() if whole or takes(way, case)
-        }
+        wrong = {name: findings(case, way, judge) for name, way in taken.items()}
         wrong = {name: found for name, found in wrong.items() if found}
         for name, found in wrong.items():
             report(f"python tests/fuzz/run.py --seed {seed} --case {number} --implementations {name}")
             for text in (str(case), *found):
                 report("    " + text.replace("\n", "\n    "))
-        count, failed = count + 1, failed + bool(wrong)
-    return count, failed
+        for name in taken:
+            counts[name] += 1
+        failed += bool(wrong)
+    return counts, failed
 
 
 def main():
@@ -107,8 +111,9 @@ def main():
     numbers = [arguments.case] if one else range(arguments.first, arguments.first + arguments.count)
     if one:
         print(cases.draw(arguments.seed, arguments.case))
-    count, failed = fuzz(arguments.seed, numbers, chosen, arguments.seconds, whole=one)
-    print(f"{count} cases of seed {arguments.seed}, {failed} failed: {', '.join(chosen)}")
+    counts, failed = fuzz(arguments.seed, numbers, chosen, arguments.seconds, whole=one)
+    told = ", ".join(f"{count} with {name}" for name, count in counts.items())
+    print(f"cases of seed {arguments.seed}: {told}; {failed} failed")
     return 1 if failed else 0
 
 

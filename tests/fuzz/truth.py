@@ -85,6 +85,8 @@ class Truth:
             s = wide(self.scale) * (q @ k.swapaxes(-1, -2))
             if bias is not None:
                 s = s + np.where(bias == -np.inf, 0, bias).astype(wide)
+            largest = wide(np.finfo(case.accumulator).max)
+            self._beyond = self._largest_seen(np.maximum(np.abs(s) - largest, 0)).astype(np.float64)
             s = np.where(self.seen, s, -np.inf)
             maximum = s.max(axis=-1, initial=-np.inf)
             self.maximum = np.where(self.empty_rows, 0, maximum)
@@ -114,7 +116,7 @@ class Truth:
     @functools.cached_property
     def product_sizes(self):
         """`[batch, num_heads, seqlen_q]`: the largest sum of absolute terms in a product q.k that the row sees, scaled."""
-        q, k, _, _ = (np.abs(x).astype(np.float64) for x in self._arrays)
+        q, k, _, _ = self._magnitudes
         return self._largest_seen(abs(self.scale) * (q @ k.swapaxes(-1, -2)))
 
     @functools.cached_property
@@ -123,48 +125,86 @@ class Truth:
         bias = self.case.options.get("bias")
         if bias is None:
             return self.product_sizes
-        return self.product_sizes + self._largest_seen(np.abs(np.where(bias == -np.inf, 0, bias)).astype(np.float64))
+        largest = self._largest_seen(np.abs(np.where(bias == -np.inf, 0, bias)).astype(np.float64))
+        return self.product_sizes + np.minimum(largest, np.finfo(np.float64).max - self.product_sizes)
 
     def _largest_seen(self, x):
         return np.where(self.seen, x, 0).max(axis=-1, initial=0)
 
-    def sizes(self, epsilon):
-        """By name: for every element the sum of the absolute values of its terms.
+    def _largest_weights(self, epsilon):
+        """As large as scores that are off by a few roundings (`epsilon` of their own terms) allow.
 
-        The weights among them are as large as scores that are off by a few roundings (`epsilon` of their own terms)
-        allow; beyond 1e6 in float32 that is no more than "at most 1".
+        Beyond 1e6 in float32 that is no more than "at most 1". A score beyond the range of the accumulator may as well
+        be the end of the range.
         """
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            log_p = np.where(self.seen, self._log_p.astype(np.float64) + 4 * epsilon * self.score_sizes[..., None], -np.inf)
-            p = np.exp(np.minimum(log_p, 0))
-        sizes = self._sums(p, 0.0)
+            off = 4 * epsilon * self.score_sizes + self._beyond
+            log_p = np.where(self.seen, self._log_p.astype(np.float64) + off[..., None], -np.inf)
+            return np.exp(np.minimum(log_p, 0))
+
+    def sizes(self, epsilon):
+        """By name: for every element the sum of the absolute values of its terms, with the largest weights."""
+        p = self._largest_weights(epsilon)
+        dp, delta = self._dp_sizes(p)
+        sizes = self._sums(p, p * (dp + delta))
         log = np.log(np.where(self.empty_rows, 1, self.sum)).astype(np.float64)
         sizes["lse"] = sizes["maximum"] = 1 + self.score_sizes + log
         return sizes
 
+    def spread(self, epsilon):
+        """By name: what one rounding of each product q.k can do through the weights.
+
+        It multiplies a weight by at most exp(epsilon product), but adds no more than it takes from the others of the row.
+        """
+        p = self._largest_weights(epsilon)
+        others = np.maximum(p.sum(axis=-1, keepdims=True) - p, 0)
+        return self._changes(p, np.minimum(np.minimum(epsilon * self.product_sizes, 1)[..., None] * p, others))
+
     def underflow(self, tiny, smallest):
         """By name: what numbers below `tiny`, the smallest that is normal, can amount to when they are lost."""
         terms = sum(self.case.scores_shape[2:]) + self.case.query.shape[-1] + self.case.value.shape[-1]
-        lost = self._sums(np.where(self.seen, np.float64(tiny), 0), smallest * terms)
+        lost = np.where(self.seen, np.float64(tiny), 0)
+        lost = self._changes(self.p.astype(np.float64), lost, np.where(self.seen, smallest * terms, 0))
         lost["lse"] = lost["maximum"] = np.full(self.lse.shape, tiny)
         return {name: x + smallest * terms for name, x in lost.items()}
 
+    def _changes(self, p, changes, ds=0.0):
+        """By name: how far results are off if weights p are by `changes`, and gradients of scores by a further `ds`.
+
+        A gradient p (dp - delta) changes with its own weight, and with all of its row through delta.
+        """
+        dp, delta = self._dp_sizes(p)
+        _, change_of_delta = self._dp_sizes(changes, h=0)
+        return self._sums(changes, changes * (dp + delta) + (p + changes) * change_of_delta + ds)
+
+    @functools.cached_property
+    def _magnitudes(self):
+        return tuple(np.abs(x).astype(np.float64) for x in self._arrays)
+
+    @functools.cached_property
+    def _magnitudes_of_dp(self):
+        _, _, v, g = self._magnitudes
+        return self.z * (g @ v.swapaxes(-1, -2))
+
+    def _dp_sizes(self, p, h=1):
+        """Sizes of dp, and of delta, their sum by the weights p and the gradient of lse, which counts h times."""
+        dp = self._magnitudes_of_dp
+        return dp, (p * dp).sum(axis=-1, keepdims=True) + h * np.abs(self._h).astype(np.float64)[..., None]
+
     def _sums(self, p, ds):
-        q, k, v, g = (np.abs(x).astype(np.float64) for x in self._arrays)
+        """By name: sums of the magnitudes of the arrays, by weights and by gradients of the scores."""
+        q, k, v, g = self._magnitudes
         zp = self.z * p
-        dp = self.z * (g @ v.swapaxes(-1, -2))
-        delta = (p * dp).sum(axis=-1) + np.abs(self._h).astype(np.float64)
-        a = p * (dp + delta[..., None]) + np.where(self.seen, ds, 0)
         scale = abs(self.scale)
         sums = {
             "out": zp @ v,
-            "dq": scale * (a @ k),
-            "dk": self._sum_groups(scale * (a.swapaxes(-1, -2) @ q)),
+            "dq": scale * (ds @ k),
+            "dk": self._sum_groups(scale * (ds.swapaxes(-1, -2) @ q)),
             "dv": self._sum_groups(zp.swapaxes(-1, -2) @ g),
         }
         sums = {name: self._to_layout(x) for name, x in sums.items()}
         bias = self.case.options.get("bias")
-        return sums if bias is None else sums | {"d_bias": sum_to(bias.shape, a)}
+        return sums if bias is None else sums | {"d_bias": sum_to(bias.shape, ds)}
 
     def _to_layout(self, x):
         return heads_first(self.case, x)

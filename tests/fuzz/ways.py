@@ -5,6 +5,7 @@ import functools
 import numpy as np
 from attn_ops import kernels
 
+from cases import DTYPES
 from fuzz import cases
 
 
@@ -12,6 +13,7 @@ class Core:
     """The kernels of one instruction set on NumPy arrays, which may lie in memory in any way."""
 
     share = 1.0  # of the cases
+    dtypes = tuple(DTYPES)
     rounds = True  # results have the dtypes of the case
 
     def __init__(self, isa):
@@ -60,6 +62,7 @@ class Core:
 class Other:
     """An implementation of the other tests (implementations.py)."""
 
+    dtypes = tuple(DTYPES)
     rounds = True
 
     def __init__(self, name, share):
@@ -70,6 +73,8 @@ class Other:
 
     def __call__(self, case):
         query, key, value, d_out, d_lse, options = case.arguments()
+        if self.name not in KERNELS_ALONE and "mask" in options:
+            options["mask"] = [mask != 0 for mask in options["mask"]]
         if "dropout_seed" in options and not self.name.startswith("jax"):  # as a tensor: one trace serves many seeds
             options["dropout_seed"] = np.array(options["dropout_seed"], np.int64)
         result = _implementations()[self.name](query, key, value, d_out, d_lse, **options)
@@ -94,6 +99,8 @@ class Reference(Other):
 class Cuda(Other):
     """The CUDA kernels, whose matrix units want weights of 16 bits where the inputs are."""
 
+    dtypes = ("float32", "float16", "bfloat16")
+
     def precision(self, case):
         return case.query.dtype
 
@@ -105,9 +112,12 @@ def _implementations():
     return {repr(implementation): implementation for implementation in all_implementations()}
 
 
+# Those in which only our kernels read masks. For the operators of XLA and TensorFlow True is the byte 1.
+KERNELS_ALONE = ("fused-eager", "fused-graph", "cuda")
+
 # By the names of run.py; the share is of the cases that run when nothing is asked for.
 OTHERS = {
-    "reference": Reference("reference", 1.0),
+    "reference": Reference("reference", 0.1),
     "op": Other("fused-eager", 0.1),
     "graph": Other("fused-graph", 0.03),
     "xla": Other("fused-xla", 0.01),
