@@ -23,12 +23,11 @@ std::vector<std::string> isas() {
 
 std::map<std::string, bool> cpu_features() {
   std::map<std::string, bool> features;
-#if defined(__x86_64__)
-  const cpu::CpuFeatures has;
-  features = {{"avx2", has.avx2},         {"fma", has.fma},           {"f16c", has.f16c},
-              {"avx512f", has.avx512f},   {"avx512bw", has.avx512bw}, {"avx512vl", has.avx512vl},
-              {"avx512dq", has.avx512dq}};
-#endif
+#define NEEDS(feature) features[#feature] = ATTN_OPS_CPU_HAS(feature);
+#define ISA(name, processor, needs, ...) ATTN_OPS_ON_##processor(needs)
+#include "../cpu/isas.inc"
+#undef ISA
+#undef NEEDS
   return features;
 }
 
