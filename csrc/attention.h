@@ -38,8 +38,8 @@ struct Mask {
 
 constexpr int kMaxMasks = 4;
 
-// What the arithmetic of kernels and plans is made for; validate.h says so in words. Dimensions small enough that no sum
-// of scratch memory overflows, with any number of threads; positions, heads and lengths that 32 bits hold.
+// What the arithmetic of kernels and plans is made for; validate.h says so in words. Dimensions small enough that no
+// sum of scratch memory overflows, with any number of threads; positions, heads and lengths that 32 bits hold.
 constexpr int64_t kMaxDim = int64_t{1} << 24;
 constexpr int64_t kMaxExtent = INT32_MAX;      // of seqlen_q, seqlen_k, num_heads
 constexpr int64_t kMaxStreams = UINT32_MAX;    // of dropout: batch * num_heads
@@ -54,8 +54,8 @@ struct AttentionParams {
   StridedView q, k, v;            // [batch, seqlen, heads, dim]
   StridedView out;                // [batch, seqlen_q, num_heads, value_dim]; an input of backward
   // What backward needs of every row, contiguous [batch, num_heads, seqlen_q, 2], accumulator_of(dtype): the maximum of
-  // its scores and sum(exp(s - maximum)); 0 and 0 where it sees no key. Their logarithm is lse, but once that is rounded
-  // the weights can no longer be had from it: with scores near 1e4, float32 has lse to 1e-3.
+  // its scores and sum(exp(s - maximum)); 0 and 0 where it sees no key. Their logarithm is lse, but once that is
+  // rounded the weights can no longer be had from it: with scores near 1e4, float32 has lse to 1e-3.
   void* statistics = nullptr;
   void* lse = nullptr;  // null where nobody wants it; contiguous [batch, num_heads, seqlen_q], accumulator_of(dtype)
 

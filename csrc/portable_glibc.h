@@ -9,11 +9,7 @@
 #else
 #define ATTN_OPS_FIRST_GLIBC "GLIBC_2.17"
 #endif
-__asm__(".symver exp,exp@" ATTN_OPS_FIRST_GLIBC);
-__asm__(".symver exp2,exp2@" ATTN_OPS_FIRST_GLIBC);
 __asm__(".symver log,log@" ATTN_OPS_FIRST_GLIBC);
-__asm__(".symver log2,log2@" ATTN_OPS_FIRST_GLIBC);
-__asm__(".symver pow,pow@" ATTN_OPS_FIRST_GLIBC);
 __asm__(".symver pthread_once,pthread_once@" ATTN_OPS_FIRST_GLIBC);
 __asm__(".symver dlopen,dlopen@" ATTN_OPS_FIRST_GLIBC);
 __asm__(".symver dlsym,dlsym@" ATTN_OPS_FIRST_GLIBC);

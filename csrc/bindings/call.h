@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <string>
 
 #include "../attention.h"
 
@@ -26,6 +27,7 @@ struct Array {
 
 // Where the sequence and the heads are in the shape of q, k, v, out and their gradients.
 enum class Layout { kBSHD, kBHSD };
+inline Layout layout_named(const std::string& name) { return name == "BHSD" ? Layout::kBHSD : Layout::kBSHD; }
 
 // Where a call runs, and its arrays are. On a GPU the values of integer arrays cannot be read without waiting for it.
 enum class Place { kCpu, kGpu };
@@ -44,9 +46,13 @@ struct Call {
   const uint64_t* dropout_words = nullptr;  // both, on a GPU
   bool allow_tf32 = false;
 
-  bool backward = false;  // the arrays below count only then
+  bool wants_lse = false;  // of forward
+  bool backward = false;   // what is below counts only then
+  bool wants_d_bias = false;
   Array out, statistics, d_out, d_lse;
 };
+
+inline constexpr const char* kMaskNames[kMaxMasks] = {"masks[0]", "masks[1]", "masks[2]", "masks[3]"};
 
 struct Sizes {
   int64_t batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, value_dim;

@@ -1,5 +1,5 @@
-// A node of AttnOps>Forward or AttnOps>Backward, whoever runs it: its attributes, read and checked once, and the order in
-// which its arrays come. TensorFlow's kernel and XLA's custom call have the same attributes and the same order.
+// A node of AttnOps>Forward or AttnOps>Backward, whoever runs it: its attributes, read and checked once, and the order
+// in which its arrays come. TensorFlow's kernel and XLA's custom call have the same attributes and the same order.
 #pragma once
 
 #include <locale.h>
@@ -27,14 +27,14 @@ class OpCall {
     }
     options_.place = place;
     options_.backward = backward;
-    num_lse_ = backward ? 0 : count(attributes, "num_lse", 1);
+    options_.wants_lse = !backward && count(attributes, "num_lse", 1) > 0;
     num_d_lse_ = backward ? count(attributes, "num_d_lse", 1) : 0;
     num_bias_ = count(attributes, "num_bias", 1);
     options_.num_masks = count(attributes, "num_masks", kMaxMasks);
     num_query_lengths_ = count(attributes, "num_query_lengths", 1);
     num_key_lengths_ = count(attributes, "num_key_lengths", 1);
     num_seed_ = count(attributes, "num_seed", 1);
-    wants_d_bias_ = backward && num_bias_ > 0 && attributes.boolean("d_bias");
+    options_.wants_d_bias = backward && num_bias_ > 0 && attributes.boolean("d_bias");
     const std::string scale = attributes.string("scale");
     options_.has_scale = !scale.empty();
     if (options_.has_scale) options_.scale = number("scale", scale);
@@ -44,17 +44,11 @@ class OpCall {
     options_.mask.bottom_right = attributes.boolean("bottom_right");
     options_.allow_tf32 = attributes.boolean("allow_tf32", false);  // custom calls saved earlier do not have it
     const std::string layout = attributes.string("layout");
-    if (layout != "BSHD" && layout != "BHSD") {
-      throw std::invalid_argument("layout ('" + layout + "') must be 'BSHD' or 'BHSD'");
+    options_.layout = layout_named(layout);
+    for (const std::string& reason : {layout_reason(layout), options_reason(options_)}) {
+      if (!reason.empty()) throw std::invalid_argument(reason);
     }
-    options_.layout = layout == "BHSD" ? Layout::kBHSD : Layout::kBSHD;
-    const std::string reason = options_reason(options_);
-    if (!reason.empty()) throw std::invalid_argument(reason);
   }
-
-  bool wants_lse() const { return num_lse_ > 0; }
-  bool has_bias() const { return num_bias_ > 0; }
-  bool wants_d_bias() const { return wants_d_bias_; }
 
   // One execution: `next(name, Element)` gives the arrays in their order. Throws std::invalid_argument.
   template <class Next>
@@ -70,7 +64,6 @@ class OpCall {
       if (num_d_lse_) call.d_lse = next("d_lse", Element::kValue);
     }
     if (num_bias_) call.bias = next("bias", Element::kValue);
-    static constexpr const char* kMaskNames[kMaxMasks] = {"masks[0]", "masks[1]", "masks[2]", "masks[3]"};
     for (int i = 0; i < call.num_masks; ++i) call.masks[i] = next(kMaskNames[i], Element::kValue);
     if (num_query_lengths_) call.query_lengths = next("query_lengths", Element::kLength);
     if (num_key_lengths_) call.key_lengths = next("key_lengths", Element::kLength);
@@ -117,8 +110,7 @@ class OpCall {
   }
 
   Call options_;  // each execution adds the arrays
-  int num_lse_, num_d_lse_, num_bias_, num_query_lengths_, num_key_lengths_, num_seed_;
-  bool wants_d_bias_;
+  int num_d_lse_, num_bias_, num_query_lengths_, num_key_lengths_, num_seed_;
 };
 
 }  // namespace attn_ops

@@ -1,14 +1,17 @@
 // attn_ops._core: the kernels on NumPy arrays, without TensorFlow. For tests, for measuring, and for whoever has
 // arrays and no framework.
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "../cpu/cpu_features.h"
+#include "cpu_kernels.h"
 #include "cuda_library.h"
 #include "heap_workspace.h"
 #include "numpy_call.h"
 #include "probe.h"
+#include "run_call.h"
 #include "worker_pool.h"
 #include "xla.h"
 
@@ -23,12 +26,11 @@ std::vector<std::string> isas() {
 
 std::map<std::string, bool> cpu_features() {
   std::map<std::string, bool> features;
-#if defined(__x86_64__)
-  const cpu::CpuFeatures has;
-  features = {{"avx2", has.avx2},         {"fma", has.fma},           {"f16c", has.f16c},
-              {"avx512f", has.avx512f},   {"avx512bw", has.avx512bw}, {"avx512vl", has.avx512vl},
-              {"avx512dq", has.avx512dq}};
-#endif
+#define NEEDS(feature) features[#feature] = ATTN_OPS_CPU_HAS(feature);
+#define ISA(name, processor, needs, ...) ATTN_OPS_ON_##processor(needs)
+#include "../cpu/isas.inc"
+#undef ISA
+#undef NEEDS
   return features;
 }
 
@@ -41,15 +43,12 @@ Call read(const char* function, const py::object& q, const py::object& k, const 
           Arrays* arrays) {
   Call call;
   const std::string layout = keywords->string("layout", "BSHD");
-  if (layout != "BSHD" && layout != "BHSD") {
-    fail<py::value_error>(function, "layout ('" + layout + "') must be 'BSHD' or 'BHSD'");
-  }
-  call.layout = layout == "BSHD" ? Layout::kBSHD : Layout::kBHSD;
+  require(function, layout_reason(layout));
+  call.layout = layout_named(layout);
   call.q = arrays->array("q", q);
   call.k = arrays->array("k", k);
   call.v = arrays->array("v", v);
   if (const py::object bias = keywords->take("bias"); !bias.is_none()) call.bias = arrays->array("bias", bias);
-  static constexpr const char* kMaskNames[kMaxMasks] = {"masks[0]", "masks[1]", "masks[2]", "masks[3]"};
   for (const py::object& mask : keywords->sequence("masks")) {
     if (call.num_masks == kMaxMasks) fail<py::value_error>(function, "masks must be at most 4 arrays");
     call.masks[call.num_masks] = arrays->array(kMaskNames[call.num_masks], mask);
@@ -82,9 +81,9 @@ Call read(const char* function, const py::object& q, const py::object& k, const 
 }
 
 // Where and on how many threads a call runs.
-class Run {
+class CpuDevice {
  public:
-  Run(const char* function, Keywords* keywords) : isa_(keywords->string("isa", cpu::default_isa())) {
+  CpuDevice(const char* function, Keywords* keywords) : isa_(keywords->string("isa", cpu::default_isa())) {
     if (!cpu::isa_usable(isa_.c_str())) {
       std::string usable;
       for (const std::string& name : isas()) usable += (usable.empty() ? "" : ", ") + name;
@@ -99,52 +98,57 @@ class Run {
   }
 
   const std::string& isa() const { return isa_; }
-  int threads() const { return count_; }
-
-  // Runs cpu::forward or cpu::backward without the GIL.
-  template <class Params, class WorkspaceBytes, class Kernel>
-  void operator()(const Params& params, WorkspaceBytes workspace_bytes, Kernel kernel) const {
-    const py::gil_scoped_release release;
-    const HeapWorkspace workspace(workspace_bytes(params, count_, isa_.c_str()));
-    Scheduler scheduler = WorkerPool::with(count_ - 1).scheduler();
-    if (!kernel(params, lend(&scheduler, count_), workspace.lend(), isa_.c_str())) {
-      throw std::runtime_error("attn_ops._core: the kernel refused its workspace");
-    }
+  Threads threads() {
+    scheduler_ = WorkerPool::with(count_ - 1).scheduler();
+    return lend(&scheduler_, count_);
   }
+  CpuKernels kernels() { return CpuKernels(threads(), isa_.c_str()); }
+  HeapWorkspace workspace(size_t bytes) const { return HeapWorkspace(bytes); }
 
  private:
   std::string isa_;
   int count_;
+  Scheduler scheduler_;
 };
 
-py::array empty(const py::dtype& dtype, const int64_t* shape, int rank) {
-  return py::array(dtype, std::vector<py::ssize_t>(shape, shape + rank));
-}
+// New arrays. From finish() on the GIL is somebody else's, until they are asked for.
+class Results {
+ public:
+  Results(const Call& call, const py::dtype& dtype) : call_(call), dtype_(dtype) {}
 
-// A new array, and as what kernels see it.
-py::array empty_tensor(const py::dtype& dtype, const Shape4& shape, const Call& call, StridedView* view) {
-  py::array a = empty(dtype, shape.data(), 4);
-  *view = output_view(a.mutable_data(), call.q.dtype, shape, call.layout);
-  return a;
-}
+  void* next(const char*, DType dtype, const int64_t* shape, int rank) {
+    const py::dtype type = dtype == call_.q.dtype     ? dtype_
+                           : dtype == DType::kFloat64 ? py::dtype::of<double>()
+                                                      : py::dtype::of<float>();
+    arrays_.emplace_back(type, std::vector<py::ssize_t>(shape, shape + rank));
+    return arrays_.back().mutable_data();
+  }
+  void finish() { without_gil_.emplace(); }
+
+  std::vector<py::array> arrays() {
+    without_gil_.reset();
+    return arrays_;
+  }
+
+ private:
+  const Call& call_;
+  const py::dtype dtype_;
+  std::vector<py::array> arrays_;
+  std::optional<py::gil_scoped_release> without_gil_;  // goes first: arrays are released with the GIL
+};
 
 py::tuple forward(const py::object& q, const py::object& k, const py::object& v, const py::kwargs& given) {
   Keywords keywords("forward", given);
   Arrays arrays("forward");
-  const Call call = read("forward", q, k, v, &keywords, &arrays);
-  const Run run("forward", &keywords);
+  Call call = read("forward", q, k, v, &keywords, &arrays);
+  call.wants_lse = true;
+  CpuDevice device("forward", &keywords);
   keywords.finish();
 
-  const Sizes n = sizes_of(call);
-  AttentionParams params = to_params(call);
-  const py::array out = empty_tensor(arrays.result_dtype(), n.output(call.layout), call, &params.out);
-  const py::dtype accumulator =
-      accumulator_of(params.dtype) == DType::kFloat64 ? py::dtype::of<double>() : py::dtype::of<float>();
-  py::array lse = empty(accumulator, n.lse().data(), 3), statistics = empty(accumulator, n.statistics().data(), 4);
-  params.lse = lse.mutable_data();
-  params.statistics = statistics.mutable_data();
-  run(params, cpu::forward_workspace_bytes, cpu::forward);
-  return py::make_tuple(out, lse, statistics);
+  Results results(call, arrays.result_dtype());
+  run_call(call, results, device);
+  const std::vector<py::array> made = results.arrays();
+  return py::make_tuple(made[0], made[2], made[1]);
 }
 
 py::tuple backward(const py::object& q, const py::object& k, const py::object& v, const py::object& out,
@@ -153,28 +157,19 @@ py::tuple backward(const py::object& q, const py::object& k, const py::object& v
   Arrays arrays("backward");
   Call call = read("backward", q, k, v, &keywords, &arrays);
   call.backward = true;
+  call.wants_d_bias = call.bias.present;
   call.out = arrays.array("out", out);
   call.statistics = arrays.contiguous("statistics", statistics);
   call.d_out = arrays.array("d_out", d_out);
   if (const py::object d_lse = keywords.take("d_lse"); !d_lse.is_none()) call.d_lse = arrays.contiguous("d_lse", d_lse);
   require("backward", invalid_reason(call));
-  const Run run("backward", &keywords);
+  CpuDevice device("backward", &keywords);
   keywords.finish();
 
-  const py::dtype dtype = arrays.result_dtype();
-  BackwardParams params = to_backward_params(call);
-  const py::array dq = empty_tensor(dtype, call.q.shape, call, &params.dq);
-  const py::array dk = empty_tensor(dtype, call.k.shape, call, &params.dk);
-  const py::array dv = empty_tensor(dtype, call.v.shape, call, &params.dv);
-  py::object d_bias = py::none();
-  if (call.bias.present) {
-    const bool wider = call.bias.dtype == DType::kFloat32;
-    py::array a = empty(wider ? py::dtype::of<float>() : dtype, call.bias.shape.data(), 4);
-    params.d_bias = a.mutable_data();
-    d_bias = a;
-  }
-  run(params, cpu::backward_workspace_bytes, cpu::backward);
-  return py::make_tuple(dq, dk, dv, d_bias);
+  Results results(call, arrays.result_dtype());
+  run_call(call, results, device);
+  const std::vector<py::array> made = results.arrays();
+  return py::make_tuple(made[0], made[1], made[2], call.wants_d_bias ? py::object(made[3]) : py::none());
 }
 
 double probe(const py::object& what, const py::kwargs& given) {
@@ -190,7 +185,7 @@ double probe(const py::object& what, const py::kwargs& given) {
     fail<py::value_error>("probe", "what (" + to_string(py::repr(what)) + ") must be one of " + known);
   }
   Keywords keywords("probe", given);
-  const Run run("probe", &keywords);
+  CpuDevice device("probe", &keywords);
   double seconds = 0.02;
   if (const py::object value = keywords.take("seconds"); !value.is_none()) seconds = keywords.real("seconds", value);
   if (!(seconds > 0.0 && seconds <= kMaxProbeSeconds)) {
@@ -206,8 +201,7 @@ double probe(const py::object& what, const py::kwargs& given) {
   keywords.finish();
 
   const py::gil_scoped_release release;
-  Scheduler scheduler = WorkerPool::with(run.threads() - 1).scheduler();
-  const MachineProbe machine(lend(&scheduler, run.threads()), run.isa(), seconds);
+  const MachineProbe machine(device.threads(), device.isa(), seconds);
   if (kind->second == cpu::Probe::kRead) return machine.read_rate(bytes, huge_pages);
   return machine.compute_rate(kind->second);
 }

@@ -48,8 +48,9 @@ void register_operator() {
       TF_OpDefinitionBuilderAddInput(op, input);
     }
   }
-  for (const char* input : {"bias: num_bias * Tbias", "masks: num_masks * bool", "query_lengths: num_query_lengths * int32",
-                            "key_lengths: num_key_lengths * int32", "seed: num_seed * int64"}) {
+  for (const char* input :
+       {"bias: num_bias * Tbias", "masks: num_masks * bool", "query_lengths: num_query_lengths * int32",
+        "key_lengths: num_key_lengths * int32", "seed: num_seed * int64"}) {
     TF_OpDefinitionBuilderAddInput(op, input);
   }
   if (backward) {

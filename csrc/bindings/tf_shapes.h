@@ -81,8 +81,8 @@ class ShapeFunction {
     inference_.set_output(output, inference_.concatenate(inference_.slice(q, 0, 3), value_dim));
   }
 
-  // statistics [batch, num_heads, seqlen_q, 2], and lse without the last where it is asked for: which axes of q the middle
-  // two are is up to the layout.
+  // statistics [batch, num_heads, seqlen_q, 2], and lse without the last where it is asked for: which axes of q the
+  // middle two are is up to the layout.
   void set_rows() const {
     const ShapeHandle q = inference_.input(0);
     const ShapeHandle unknown = inference_.axis(kUnknown);

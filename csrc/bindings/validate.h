@@ -81,8 +81,8 @@ inline std::string size_reason(const char* name, std::initializer_list<int64_t> 
   return "";
 }
 
-// What kernels have room for: positions, heads and lengths have 32 bits, and scratch memory is many times a dimension. The
-// extents of a call without a row are free: nothing is computed.
+// What kernels have room for: positions, heads and lengths have 32 bits, and scratch memory is many times a dimension.
+// The extents of a call without a row are free: nothing is computed.
 inline std::string limits_reason(const Call& c, const Sizes& n) {
   if (n.batch == 0 || n.seqlen_q == 0 || n.num_heads == 0) return "";
   const struct {
@@ -135,6 +135,11 @@ inline std::string tensors_reason(const Array& q, const Array& k, const Array& v
 inline std::string heads_reason(const Sizes& n) {
   if (n.num_kv_heads > 0 && n.num_heads % n.num_kv_heads == 0) return "";
   return "num_heads (" + text(n.num_heads) + ") must be a multiple of num_kv_heads (" + text(n.num_kv_heads) + ")";
+}
+
+inline std::string layout_reason(const std::string& layout) {
+  if (layout == "BSHD" || layout == "BHSD") return "";
+  return "layout ('" + layout + "') must be 'BSHD' or 'BHSD'";
 }
 
 inline std::string options_reason(const Call& c) {

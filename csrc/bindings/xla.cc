@@ -1,11 +1,12 @@
-// Handlers of XLA's foreign function interface (FFI), API 0.1: taken by the XLA of every TensorFlow from 2.18 up, and by
-// JAX's. They are written against the C interface: operands and attributes vary in number, and nothing but plain data
-// crosses the border between compilers. Exceptions stay inside this file; XLA sees an error.
+// Handlers of XLA's foreign function interface (FFI), API 0.1: taken by the XLA of every TensorFlow from 2.18 up, and
+// by JAX's. They are written against the C interface: operands and attributes vary in number, and nothing but plain
+// data crosses the border between compilers. Exceptions stay inside this file; XLA sees an error.
 #include "xla.h"
 
 #include <string>
 
 #include "op_call.h"
+#include "run_call.h"
 #include "xla_devices.h"
 #include "xla_frame.h"
 
@@ -13,38 +14,6 @@ namespace attn_ops::xla {
 namespace {
 
 constexpr const char* target(bool backward) { return backward ? "attn_ops.backward" : "attn_ops.forward"; }
-
-template <class Device, class Params>
-void run(const XLA_FFI_CallFrame& frame, const Params& params) {
-  Device device(frame);
-  const auto kernels = device.kernels();
-  const auto workspace = device.workspace(kernels.workspace_bytes(params));
-  kernels.run(params, workspace.lend());
-}
-
-template <class Device>
-void forward(const XLA_FFI_CallFrame& frame, const Call& call, bool wants_lse) {
-  const Sizes n = sizes_of(call);
-  Results results(frame.rets);
-  AttentionParams params = to_params(call);
-  params.out = results.next_view("out", params.dtype, n.output(call.layout), call.layout);
-  params.statistics = results.next("statistics", accumulator_of(params.dtype), n.statistics().data(), 4);
-  if (wants_lse) params.lse = results.next("lse", accumulator_of(params.dtype), n.lse().data(), 3);
-  results.finish();
-  run<Device>(frame, params);
-}
-
-template <class Device>
-void backward(const XLA_FFI_CallFrame& frame, const Call& call, bool wants_d_bias) {
-  Results results(frame.rets);
-  BackwardParams params = to_backward_params(call);
-  params.dq = results.next_view("dq", call.q.dtype, call.q.shape, call.layout);
-  params.dk = results.next_view("dk", call.k.dtype, call.k.shape, call.layout);
-  params.dv = results.next_view("dv", call.v.dtype, call.v.shape, call.layout);
-  if (wants_d_bias) params.d_bias = results.next("d_bias", call.bias.dtype, call.bias.shape.data(), 4);
-  results.finish();
-  run<Device>(frame, params);
-}
 
 // XLA asks once, without arrays, which version the handler was written for: where to answer. Null in a call.
 XLA_FFI_Metadata* metadata_wanted(const XLA_FFI_CallFrame& frame) {
@@ -72,8 +41,9 @@ XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame) {
     const Call call =
         node.with_arrays([&operands](const char* name, Element element) { return operands.next(name, element); });
     operands.finish();
-    is_backward ? backward<Device>(*frame, call, node.wants_d_bias())
-                : forward<Device>(*frame, call, node.wants_lse());
+    Results results(frame->rets);
+    Device device(*frame);
+    run_call(call, results, device);
     return nullptr;
   } catch (const Unsupported& e) {
     return fail(XLA_FFI_Error_Code_UNIMPLEMENTED, e.what());

@@ -142,10 +142,6 @@ class Results {
     return buffer.data;
   }
 
-  StridedView next_view(const char* name, DType dtype, const Shape4& shape, Layout layout) {
-    return output_view(next(name, dtype, shape.data(), 4), dtype, shape, layout);
-  }
-
   // A result that is not ours would be handed on as it is: memory that nobody wrote.
   void finish() const {
     if (count_ != rets_.size) {

@@ -6,16 +6,15 @@
 //   dv[j] += sum_i p[j][i] d_out[i]       dk[j] += scale sum_i ds[j][i] q[i]       dq[i] = scale sum_j ds[j][i] k[j]
 // With dropout factors f (0 or 1 / (1 - rate)): p f in dv, dp f in ds.
 //
-// m and l of a row are what forward left in `statistics`, and delta is the first of its two sums, unless what forward left
-// will not do (recomputes_statistics): then a pass over the keys finds all three first.
+// m and l of a row are what forward left in `statistics`, and delta is the first of its two sums, unless what forward
+// left will not do (recomputes_statistics): then a pass over the keys finds all three first.
 //
 // A task owns a chunk of rows: its dq is final, its dk, dv are partial sums over its rows that reduce() adds up in
 // chunk order. So there are no atomics, and the bits do not depend on who ran what.
 #pragma once
 
 #include "kernels.h"
-#include "row_tile.h"
-#include "few_rows.h"
+#include "recompute_statistics.h"
 #include "rows_ahead.h"
 #include "scores.h"
 
@@ -23,197 +22,12 @@ namespace attn_ops {
 namespace cpu {
 namespace {
 
-template <class T>
-struct BackwardTile : RowTile<T> {
-  T *q, *d_out, *dq;             // transposed: [head_dim or value_dim][lanes]; q holds scale q
-  T *q_rows, *d_out_rows;        // row major, padded to whole vectors: [lanes][padded dim]
-  // p = e^(s - m) inverse_l; a row that sees nothing has 0, 0 and delta 0.
-  T m[RowTile<T>::max_lanes], inverse_l[RowTile<T>::max_lanes], delta[RowTile<T>::max_lanes];
-  bool q_finite, d_out_finite;
-};
-
-// Tiles side by side in one block of p and ds, so that the sums over rows in dv, dk are long enough (>= 48) to pay
-// for reading and writing dv, dk.
-template <class T>
-constexpr int joint_tiles() {
-  constexpr int wanted = (48 + RowTile<T>::max_lanes - 1) / RowTile<T>::max_lanes;
-  return wanted < kBackwardTiles ? wanted : kBackwardTiles;
-}
-
-template <class T>
-struct BackwardScratch {
-  static constexpr int64_t max_joint = joint_tiles<T>() * RowTile<T>::max_lanes;
-  BackwardTile<T>* tiles;
-  T *p, *ds, *factors;
-  uint64_t* visible;
-
-  static int64_t bytes(const AttentionParams& params) {
-    const int64_t lanes = RowTile<T>::max_lanes, d = params.head_dim, dv = params.value_dim;
-    return Arena::bytes<BackwardTile<T>>(kBackwardTiles) + Arena::bytes<T>(kBackwardTiles * lanes * d) * 2 +
-           Arena::bytes<T>(kBackwardTiles * lanes * dv) +
-           Arena::bytes<T>(kBackwardTiles * lanes * round_to_width<T>(d)) +
-           Arena::bytes<T>(kBackwardTiles * lanes * round_to_width<T>(dv)) + KeyBlock<T>::bytes(params, d) +
-           KeyBlock<T>::bytes(params, dv) + 2 * Arena::bytes<T>(kBlockKeys * max_joint) +
-           Arena::bytes<T>(kBlockKeys * lanes) + Arena::bytes<uint64_t>(kBlockKeys);
-  }
-
-  // Consecutive tiles lie behind one another, without gaps, so that joint tiles are one matrix.
-  BackwardScratch(const AttentionParams& params, Arena& arena) {
-    const int64_t lanes = RowTile<T>::max_lanes, d = params.head_dim, dv = params.value_dim;
-    tiles = arena.take<BackwardTile<T>>(kBackwardTiles);
-    tiles[0].q = arena.take<T>(kBackwardTiles * lanes * d);
-    tiles[0].dq = arena.take<T>(kBackwardTiles * lanes * d);
-    tiles[0].d_out = arena.take<T>(kBackwardTiles * lanes * dv);
-    tiles[0].q_rows = arena.take<T>(kBackwardTiles * lanes * round_to_width<T>(d));
-    tiles[0].d_out_rows = arena.take<T>(kBackwardTiles * lanes * round_to_width<T>(dv));
-    p = arena.take<T>(kBlockKeys * max_joint);
-    ds = arena.take<T>(kBlockKeys * max_joint);
-    factors = arena.take<T>(kBlockKeys * lanes);
-    visible = arena.take<uint64_t>(kBlockKeys);
-  }
-};
-
-// Whether what forward left is too coarse, or not of these scores:
-// - `out` of 16 bits. delta must cancel what the dp of a row have in common; where one channel of the keys is huge, as
-//   trained models have it, what the rounding of `out` leaves of that is many times the gradient of the query.
-// - Few rows. Forward summed their scores in another order (few_rows.h).
-template <class T>
-bool recomputes_statistics(const AttentionParams& p) {
-  return size_of(p.dtype) == 2 || few_rows<T>(p);
-}
-
-// Reads the rows of `tile` (its geometry is set up) into the scratch, and their statistics where those will do.
-template <class T>
-void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>& tile) {
-  using S = Simd<T>;
-  const AttentionParams& p = params.forward;
-  const int64_t size = static_cast<int64_t>(size_of(p.dtype));
-  const int64_t padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
-  char *q[RowTile<T>::max_lanes], *out[RowTile<T>::max_lanes], *d_out[RowTile<T>::max_lanes];
-  tile.tensor_rows(r, p.q, q);
-  tile.tensor_rows(r, p.out, out);
-  tile.tensor_rows(r, params.d_out, d_out);
-
-  const Vec<T> factor = S::set1(static_cast<T>(p.scale));
-  load_transposed<T>(p.dtype, q, tile.rows, tile.lanes, p.q.stride[3] * size, p.head_dim, tile.q,
-                     tile.lanes, [=](T* at, Vec<T> x) { S::store(at, x * factor); });
-  load_transposed<T>(p.dtype, d_out, tile.rows, tile.lanes, params.d_out.stride[3] * size, p.value_dim, tile.d_out,
-                     tile.lanes, [](T* at, Vec<T> x) { S::store(at, x); });
-  memset(tile.dq, 0, sizeof(T) * tile.lanes * p.head_dim);
-  memset(tile.q_rows, 0, sizeof(T) * tile.lanes * padded_d);
-  memset(tile.d_out_rows, 0, sizeof(T) * tile.lanes * padded_dv);
-
-  const bool recomputes = recomputes_statistics<T>(p);
-  const T* const statistics = static_cast<const T*>(p.statistics);
-  const T* const d_lse = static_cast<const T*>(params.d_lse);
-  for (int i = 0; i < tile.lanes; ++i) {
-    tile.m[i] = recomputes ? -kInfinity<T> : T{0};
-    tile.inverse_l[i] = tile.delta[i] = 0;
-    if (i >= tile.rows) continue;
-    T* const d_out_row = tile.d_out_rows + i * padded_dv;
-    load_row<T>(p.dtype, q[i], p.q.stride[3] * size, p.head_dim, true, tile.q_rows + i * padded_d);
-    load_row<T>(p.dtype, d_out[i], params.d_out.stride[3] * size, p.value_dim, true, d_out_row);
-    const int64_t at = r.statistic(tile.position[i], tile.head[i]);
-    if (recomputes || statistics[2 * at + 1] == 0) continue;
-    tile.m[i] = statistics[2 * at];
-    tile.inverse_l[i] = 1 / statistics[2 * at + 1];
-    Vec<T> sum = S::zero();
-    with_storage(T{}, p.dtype, [&](auto storage) {
-      for (int64_t d = 0; d < p.value_dim; d += S::width)
-        sum = S::fma(S::load(d_out_row + d),
-                     load_some<T>(storage, out[i] + d * p.out.stride[3] * size, p.out.stride[3] * size,
-                                  p.value_dim - d),
-                     sum);
-    });
-    for (int v = 0; v < S::width; ++v) tile.delta[i] += sum[v];
-    if (d_lse) tile.delta[i] -= d_lse[at];
-  }
-  tile.q_finite = all_finite(tile.q_rows, padded_d, tile.lanes, padded_d);
-  tile.d_out_finite = all_finite(tile.d_out_rows, padded_dv, tile.lanes, padded_dv);
-}
-
-// One tile of recompute_statistics meets keys k0 .. k1. As long as that lasts, m is the maximum so far, inverse_l holds the
-// sum of e^(s - m), and delta that of e^(s - m) dp.
-template <class T, int NV>
-__attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<T>& tile, const KeyBlock<T>& keys,
-                                                const KeyBlock<T>& values, int64_t k0, int64_t k1,
-                                                const BackwardScratch<T>& scratch) {
-  using S = Simd<T>;
-  constexpr int W = S::width, lanes = NV * W;
-  const AttentionParams& p = r.p;
-  const int64_t n = k1 - k0;
-  T *const s = scratch.p, *const dp = scratch.ds;
-  Vec<T> m_old[NV], m[NV];
-  for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
-  const Seen seen = score_block<T, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.visible, s, lanes,
-                                       [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
-  if (seen == Seen::kNothing) return;
-  gemm<T, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, p.value_dim,
-                           [=](int64_t j, int v, Vec<T> x) { S::store(dp + j * lanes + v * W, x); });
-  const bool dropout = p.dropout_rate > 0;
-  if (dropout) dropout_factors<T>(Dropout(p, r.batch), tile.position, tile.head, lanes, k0, n, scratch.factors);
-
-  Vec<T> base[NV], l[NV], delta[NV];
-  for (int v = 0; v < NV; ++v) {
-    base[v] = softmax_base<T>(m[v]);
-    l[v] = delta[v] = S::zero();
-  }
-  for (int64_t j = 0; j < n; ++j)
-    for (int v = 0; v < NV; ++v) {
-      const Vec<T> e = exp<T>(S::load(s + j * lanes + v * W) - base[v]);
-      Vec<T> weighted = e * S::load(dp + j * lanes + v * W);
-      if (dropout) weighted *= S::load(scratch.factors + j * lanes + v * W);
-      l[v] += e;
-      delta[v] += S::select(e == S::zero(), S::zero(), weighted);  // a hidden key may hold NaN
-    }
-  for (int v = 0; v < NV; ++v) {
-    const Vec<T> correction = exp<T>(m_old[v] - base[v]);
-    S::store(tile.m + v * W, m[v]);
-    S::store(tile.inverse_l + v * W, S::fma(S::load(tile.inverse_l + v * W), correction, l[v]));
-    S::store(tile.delta + v * W, S::fma(S::load(tile.delta + v * W), correction, delta[v]));
-  }
-}
-
-// m, 1 / l and delta of `count` tiles that see keys in begin .. end, from the scores.
-template <class T>
-void recompute_statistics(const BackwardParams& params, const HeadRows& r, BackwardTile<T>* tiles, int64_t count,
-                          int64_t begin, int64_t end, KeyBlock<T>& keys, KeyBlock<T>& values,
-                          const BackwardScratch<T>& scratch) {
-  for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
-    // Key 4 n starts a group of random numbers.
-    const int64_t block_begin = block < begin ? begin / 4 * 4 : block;
-    const int64_t block_end = block + kBlockKeys < end ? block + kBlockKeys : end;
-    keys.load(block_begin, block_end);
-    values.load(block_begin, block_end);
-    for (BackwardTile<T>* t = tiles; t < tiles + count; ++t) {
-      const int64_t k0 = t->begin > block_begin ? t->begin / 4 * 4 : block_begin;
-      const int64_t k1 = t->end < block_end ? t->end : block_end;
-      if (k0 >= k1 || t->begin >= t->end) continue;
-      with_vectors(t->nv, [&](auto nv) {
-        statistics_block<T, decltype(nv)::value>(r, *t, keys, values, k0, k1, scratch);
-      });
-    }
-  }
-  const T* const d_lse = static_cast<const T*>(params.d_lse);
-  for (BackwardTile<T>* t = tiles; t < tiles + count; ++t)
-    for (int i = 0; i < t->lanes; ++i) {
-      const T l = t->inverse_l[i];
-      if (l == 0 || i >= t->rows) {
-        t->m[i] = t->inverse_l[i] = t->delta[i] = 0;
-        continue;
-      }
-      t->inverse_l[i] = 1 / l;
-      t->delta[i] *= t->inverse_l[i];
-      if (d_lse) t->delta[i] -= d_lse[r.statistic(t->position[i], t->head[i])];
-    }
-}
-
 // p (with dropout) and ds of one tile against keys k0 .. k1, into [key][ld]; zeros where nothing is seen.
 template <class T, int NV>
-__attribute__((noinline)) Seen score_gradients(const HeadRows& r, const BackwardTile<T>& tile,
-                                               const KeyBlock<T>& keys, const KeyBlock<T>& values, int64_t k0,
-                                               int64_t k1, const BackwardScratch<T>& scratch, T* prob, T* ds,
-                                               int64_t ld) {
+__attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const BackwardTile<T>& tile,
+                                                     const KeyRows<T>& keys, const KeyRows<T>& values, int64_t k0,
+                                                     int64_t k1, const BackwardScratch<T>& scratch, T* prob, T* ds,
+                                                     int64_t ld) {
   using S = Simd<T>;
   constexpr int W = S::width, lanes = NV * W;
   const AttentionParams& p = r.p;
@@ -224,13 +38,13 @@ __attribute__((noinline)) Seen score_gradients(const HeadRows& r, const Backward
         S::store(prob + j * ld + v * W, S::zero());
         S::store(ds + j * ld + v * W, S::zero());
       }
-    return Seen::kNothing;
+    return Visibility::kNothing;
   };
   if (k0 >= tile.end || k1 <= tile.begin) return zeros();
-  const Seen seen =
+  const Visibility seen =
       score_block<T, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.visible, prob, ld, [](int, Vec<T>) {});
-  if (seen == Seen::kNothing) return zeros();
-  const bool masked = seen == Seen::kSome;
+  if (seen == Visibility::kNothing) return zeros();
+  const bool masked = seen == Visibility::kSome;
   gemm<T, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, p.value_dim,
                            [=](int64_t j, int v, Vec<T> x) { S::store(ds + j * ld + v * W, x); });
   const bool dropout = p.dropout_rate > 0;
@@ -267,17 +81,17 @@ __attribute__((noinline)) Seen score_gradients(const HeadRows& r, const Backward
         S::store(ds_at, g);
       }
   };
-  if (masked && dropout) elementwise(Flag<true>{}, Flag<true>{});
-  else if (masked) elementwise(Flag<true>{}, Flag<false>{});
-  else if (dropout) elementwise(Flag<false>{}, Flag<true>{});
-  else elementwise(Flag<false>{}, Flag<false>{});
+  if (masked && dropout) elementwise(std::true_type{}, std::true_type{});
+  else if (masked) elementwise(std::true_type{}, std::false_type{});
+  else if (dropout) elementwise(std::false_type{}, std::true_type{});
+  else elementwise(std::false_type{}, std::false_type{});
   return seen;
 }
 
 // Joint tiles [t0, t1) of the scratch against keys k0 .. k1. dk, dv point to the task's key 0.
 template <class T>
-void backward_block(const HeadRows& r, BackwardTile<T>* t0, BackwardTile<T>* t1, KeyBlock<T>& keys,
-                    KeyBlock<T>& values, int64_t k0, int64_t k1, const BackwardScratch<T>& scratch, T* dk, T* dv) {
+void backward_block(const HeadRows& r, BackwardTile<T>* t0, BackwardTile<T>* t1, KeyRows<T>& keys, KeyRows<T>& values,
+                    int64_t k0, int64_t k1, const BackwardScratch<T>& scratch, T* dk, T* dv) {
   using S = Simd<T>;
   const AttentionParams& p = r.p;
   const int64_t n = k1 - k0, padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
@@ -289,17 +103,17 @@ void backward_block(const HeadRows& r, BackwardTile<T>* t0, BackwardTile<T>* t1,
   for (BackwardTile<T>* t = t0; t < t1; lane += t->lanes, ++t) {
     with_vectors(t->nv, [&](auto nv) {
       constexpr int NV = decltype(nv)::value, W = S::width;
-      const Seen what = score_gradients<T, NV>(r, *t, keys, values, k0, k1, scratch, scratch.p + lane,
-                                               scratch.ds + lane, ld);
-      masked = masked || what != Seen::kAll;
-      if (what == Seen::kNothing) return;
+      const Visibility what =
+          score_gradients<T, NV>(r, *t, keys, values, k0, k1, scratch, scratch.p + lane, scratch.ds + lane, ld);
+      masked = masked || what != Visibility::kAll;
+      if (what == Visibility::kNothing) return;
       seen = true;
       T* const dq = t->dq;
       const auto add = [=](int64_t d, int v, Vec<T> x) {
         T* const at = dq + d * (NV * W) + v * W;
         S::store(at, S::load(at) + x);
       };
-      if (what == Seen::kSome && !keys.finite())
+      if (what == Visibility::kSome && !keys.finite())
         gemm_hiding<T, NV, Major::kDepth, ZeroHides::kB>(p.head_dim, keys.at(k0), keys.ld(), scratch.ds + lane, ld, n,
                                                          add);
       else
@@ -332,7 +146,7 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
     memset(dv + seen.begin * padded_dv, 0, sizeof(T) * (seen.end - seen.begin) * padded_dv);
   }
 
-  KeyBlock<T> keys(r, p.k, p.head_dim, true, &arena), values(r, p.v, p.value_dim, true, &arena);
+  KeyRows<T> keys(r, p.k, p.head_dim, true, &arena), values(r, p.v, p.value_dim, true, &arena);
   NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
   next.reads_keys(p.k, p.head_dim);
   next.reads_keys(p.v, p.value_dim);

@@ -10,8 +10,8 @@ namespace cpu {
 // The smallest L1 data cache of the processors that matter: 32 KiB (Zen 1 to 4, Intel before Ice Lake), else 48 or 64.
 static constexpr int64_t kL1Bytes = int64_t{32} << 10;
 
-// What a helper must find to do, or waking it costs more than it brings (some 50 us; Zen 4, 2026-11-25): multiply-adds at
-// 80 GFLOP/s, or reading at 20 GB/s.
+// What a helper must find to do, or waking it costs more than it brings (some 50 us; Zen 4, 2026-11-25): multiply-adds
+// at 80 GFLOP/s, or reading at 20 GB/s.
 static constexpr double kHelperFlops = 4e6;
 static constexpr double kHelperBytes = 1e6;
 
@@ -21,11 +21,11 @@ static constexpr int64_t kBlockKeys = 128;
 
 // Few rows (decode), where memory is the limit (Zen 5, 2026-11-23). Keys of a block: those of all heads, and the next
 // block, stay in L2; 16 are up to 1.3 times faster than 32 with 16 heads, and as fast with 8.
-static constexpr int64_t kFewRowsKeys = 16;
+static constexpr int64_t kHeadLanesKeys = 16;
 // kv heads of a task: their rows of one key are neighbours in BSHD, and their queries and outputs stay in L2.
-static constexpr int64_t kFewRowsHeads = 16;
+static constexpr int64_t kHeadLanesHeads = 16;
 // At least this many keys in a split: the partial results of one are a few percent of the keys it reads.
-static constexpr int64_t kFewRowsSplitKeys = 128;
+static constexpr int64_t kHeadLanesSplitKeys = 128;
 
 // Row tiles that meet a key/value block together, while it is in L1.
 static constexpr int64_t kForwardTiles = 4;
@@ -36,7 +36,8 @@ static constexpr int64_t kBackwardTiles = 4;
 // copy then serves all its rows. Above it every group of tiles copies its own.
 static constexpr int64_t kKeptKeysBytes = int64_t{8} << 20;
 
-// While a head is computed, this much of the next one is asked for (part of L2): 15 % at 128 tokens (Zen 5, 2026-11-23).
+// While a head is computed, this much of the next one is asked for (part of L2): 15 % at 128 tokens (Zen 5,
+// 2026-11-23).
 static constexpr int64_t kNextTaskBytes = int64_t{384} << 10;
 
 // Forward key splits (few rows, many keys: decode). By shape alone, so that results do not depend on threads.
@@ -47,8 +48,8 @@ static constexpr int64_t kSplitTasks = 32;   // split until there are this many 
 static constexpr int64_t kChunkRows = 512;
 static constexpr int64_t kChunkTasks = 32;
 
-// Memory for those partial dk, dv: heads are processed in waves that fit (at least one head). 8 MiB are summed from L3, and
-// are 1 to 3 % faster than 64 (Zen 4, 2026-11-25).
+// Memory for those partial dk, dv: heads are processed in waves that fit (at least one head). 8 MiB are summed from L3,
+// and are 1 to 3 % faster than 64 (Zen 4, 2026-11-25).
 static constexpr int64_t kWaveBytes = int64_t{8} << 20;
 
 }  // namespace cpu

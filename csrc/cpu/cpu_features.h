@@ -1,31 +1,33 @@
-// Which of the features that kernels are compiled for this x86 processor and its system have.
+// What isas.inc asks of the processor that this code runs on.
+//
+//   ATTN_OPS_ON_<processor>(code)    the code where the compiler is one for that processor
+//   ATTN_OPS_CPU_HAS(feature)        whether this processor and its system have it
 #pragma once
 
+#define ATTN_OPS_ON_any(...) __VA_ARGS__
 #if defined(__x86_64__)
+#define ATTN_OPS_ON_x86_64(...) __VA_ARGS__
+#else
+#define ATTN_OPS_ON_x86_64(...)
+#endif
+#if defined(__aarch64__)
+#define ATTN_OPS_ON_aarch64(...) __VA_ARGS__
+#else
+#define ATTN_OPS_ON_aarch64(...)
+#endif
 
+#if defined(__x86_64__)
 #include <cpuid.h>
 
-namespace attn_ops {
-namespace cpu {
+// gcc before 11 and clang before 19 do not know the name f16c: its bit is read instead. Whether the system keeps the
+// registers, AVX says.
+static inline bool attn_ops_cpu_has_f16c() {
+  unsigned eax, ebx, ecx = 0, edx;
+  return __builtin_cpu_supports("avx") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
+}
+#define ATTN_OPS_INSTEAD_OF_f16c , attn_ops_cpu_has_f16c()
 
-struct CpuFeatures {
-  bool avx2, fma, f16c, avx512f, avx512bw, avx512vl, avx512dq;
-
-  CpuFeatures() {
-    __builtin_cpu_init();
-    avx2 = __builtin_cpu_supports("avx2");
-    fma = __builtin_cpu_supports("fma");
-    avx512f = __builtin_cpu_supports("avx512f");
-    avx512bw = __builtin_cpu_supports("avx512bw");
-    avx512vl = __builtin_cpu_supports("avx512vl");
-    avx512dq = __builtin_cpu_supports("avx512dq");
-    // gcc before 11 and clang before 19 do not know this name. Whether the system keeps the registers, AVX says.
-    unsigned eax, ebx, ecx = 0, edx;
-    f16c = __builtin_cpu_supports("avx") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
-  }
-};
-
-}  // namespace cpu
-}  // namespace attn_ops
-
+#define ATTN_OPS_CPU_HAS(feature) ATTN_OPS_SECOND_OF(ATTN_OPS_INSTEAD_OF_##feature, __builtin_cpu_supports(#feature), )
+#define ATTN_OPS_SECOND_OF(...) ATTN_OPS_SECOND(__VA_ARGS__)
+#define ATTN_OPS_SECOND(first, second, ...) (second != 0)
 #endif

@@ -6,6 +6,8 @@
 // in whole vectors. The tile is R x NV accumulators; R is as large as the register file allows.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace attn_ops {
@@ -20,12 +22,10 @@ constexpr int kMaxVectors = 3;
 constexpr int tile_rows(int nv) { return kVectorRegisters == 32 ? (nv == 3 ? 8 : nv == 2 ? 12 : 16)
                                                                 : (nv == 3 ? 4 : nv == 2 ? 6 : 8); }
 
-// Calls f(Vectors<nv>{}) for the run-time number of vectors: the tile must be a constant.
 template <int N>
-struct Vectors {
-  static constexpr int value = N;
-};
+using Vectors = std::integral_constant<int, N>;
 
+// Calls f(Vectors<nv>{}) for the run-time number of vectors: the tile must be a constant.
 template <class F>
 ATTN_INLINE void with_vectors(int nv, const F& f) {
   if (nv == 3) f(Vectors<3>{});

@@ -10,9 +10,9 @@
 
 #include "backward.h"
 #include "bias_gradient.h"
-#include "few_rows.h"
-#include "forward.h"
+#include "head_lanes.h"
 #include "probe.h"
+#include "row_lanes.h"
 
 namespace attn_ops {
 namespace cpu {
@@ -23,11 +23,11 @@ constexpr TypedKernels typed_kernels() {
   return {
       [](int64_t rows) { return Tiling<T>(rows).tiles; },
       [](int64_t dim) { return round_to_width<T>(dim); },
-      ForwardScratch<T>::bytes,
-      forward<T>,
       few_rows<T>,
-      FewRowsScratch<T>::bytes,
-      forward_few_rows<T>,
+      RowLanesScratch<T>::bytes,
+      forward_row_lanes<T>,
+      HeadLanesScratch<T>::bytes,
+      forward_head_lanes<T>,
       combine<T>,
       [](const BackwardParams& p) { return BackwardScratch<T>::bytes(p.forward); },
       backward<T>,

@@ -8,16 +8,16 @@ namespace attn_ops {
 namespace cpu {
 
 // Row tiles [tile_begin, tile_end) of one (batch, kv head) against keys [key_begin, key_end).
-struct ForwardTask {
+struct RowLanesTask {
   int64_t batch, kv_head, tile_begin, tile_end, key_begin, key_end;
   int64_t next_head;  // batch * num_kv_heads + kv_head of what this thread will probably do next, or -1
   void* partial;  // null: write out and statistics. Else this split's [row][value_dim + 2] of the accumulator type
 };
 
 // The few rows of the kv heads [head_begin, head_end) of one batch against keys [key_begin, key_end).
-struct FewRowsTask {
+struct HeadLanesTask {
   int64_t batch, head_begin, head_end, key_begin, key_end;
-  void* partials;  // as ForwardTask::partial, for head_begin; those of the next head follow after head_bytes
+  void* partials;  // as RowLanesTask::partial, for head_begin; those of the next head follow after head_bytes
   int64_t head_bytes;
 };
 
@@ -50,11 +50,11 @@ struct BiasGradientTask {
 struct TypedKernels {
   int64_t (*tiles)(int64_t rows);                // row tiles of a (batch, kv head)
   int64_t (*padded)(int64_t dim);                // dim rounded up to whole vectors
-  int64_t (*forward_scratch)(const AttentionParams&);
-  void (*forward)(const AttentionParams&, const ForwardTask&, void* scratch);
-  bool (*few_rows)(const AttentionParams&);      // whether forward_few_rows is the kernel for this call
-  int64_t (*few_rows_scratch)(const AttentionParams&, int64_t heads);
-  void (*forward_few_rows)(const AttentionParams&, const FewRowsTask&, void* scratch);
+  bool (*few_rows)(const AttentionParams&);  // whether head_lanes is forward's kernel for this call, else row_lanes
+  int64_t (*row_lanes_scratch)(const AttentionParams&);
+  void (*row_lanes)(const AttentionParams&, const RowLanesTask&, void* scratch);
+  int64_t (*head_lanes_scratch)(const AttentionParams&, int64_t heads);
+  void (*head_lanes)(const AttentionParams&, const HeadLanesTask&, void* scratch);
   void (*combine)(const AttentionParams&, const CombineTask&);
   int64_t (*backward_scratch)(const BackwardParams&);
   void (*backward)(const BackwardParams&, const BackwardTask&, void* scratch);
@@ -69,7 +69,9 @@ struct Kernels {
   double (*probe)(const ProbeSlice&, double* sink);  // see cpu::probe in attention.h
 };
 
-extern const Kernels kernels_generic, kernels_avx2, kernels_avx512, kernels_neon;
+#define ISA(name, ...) extern const Kernels kernels_##name;
+#include "isas.inc"
+#undef ISA
 
 }  // namespace cpu
 }  // namespace attn_ops

@@ -90,12 +90,12 @@ ATTN_INLINE void store_transposed(DType dtype, char* const* row, int rows, int l
 template <class T>
 ATTN_INLINE void load_row(DType dtype, const char* src, int64_t stride, int64_t columns, bool padded, T* dst) {
   constexpr int W = Simd<T>::width;
-  with_readable(T{}, dtype, [&](auto storage) {
+  with_storage(T{}, dtype, [&](auto storage) {
     for (int64_t c = 0; c < columns; c += W) {
       const int64_t n = columns - c < W ? columns - c : W;
       const Vec<T> x = load_some<T>(storage, src + c * stride, stride, n);
       if (n == W || padded) Simd<T>::store(dst + c, x);
-      else memcpy(dst + c, &x, n * sizeof(T));
+      else Simd<T>::store(dst + c, x, n);
     }
   });
 }

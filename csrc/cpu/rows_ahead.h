@@ -9,9 +9,9 @@ namespace attn_ops {
 namespace cpu {
 namespace {
 
-// A walk over the rows [begin, begin + count) of `heads` heads of one batch, in the order they lie in memory. Each ask()
-// prefetches one row, to the L1 cache or, where all that is asked for in one go would not fit, to L2; there is no harm in
-// rows that do not exist.
+// A walk over the rows [begin, begin + count) of `heads` heads of one batch, in the order they lie in memory. Each
+// ask() prefetches one row, to the L1 cache or, where all that is asked for in one go would not fit, to L2; there is no
+// harm in rows that do not exist.
 class RowsAhead {
  public:
   RowsAhead() = default;

@@ -20,12 +20,6 @@ struct Simd;  // Simd<float>, Simd<double>: specialised by simd_<isa>.h
 template <class T>
 using Vec = typename Simd<T>::V;
 
-// A compile-time switch passed as a value: decltype(flag)::value.
-template <bool B>
-struct Flag {
-  static constexpr bool value = B;
-};
-
 // What holds for every instruction set. Loads and stores need no alignment: TensorFlow slices have none.
 template <class T, class Int, int kBytes>
 struct SimdBase {
@@ -38,14 +32,16 @@ struct SimdBase {
   static ATTN_INLINE V set1(T x) { return x - V{}; }  // "- 0" keeps the sign of -0.0, "+ 0" would not
   static ATTN_INLINE V load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static ATTN_INLINE void store(T* p, V x) { *reinterpret_cast<Unaligned*>(p) = x; }
-  // The first n elements, 0 <= n < width, and zeros. Nothing past them is read: they may end where memory does.
-  static ATTN_INLINE V load_first(const T* p, int64_t n) {
+  // The first n elements, 0 <= n < width, and zeros. Nothing past them is read or written: they may end where memory
+  // does.
+  static ATTN_INLINE V load(const T* p, int64_t n) {
     T first[width] = {};
     memcpy(first, p, n * sizeof(T));
     return load(first);
   }
-  // The same of halves, into `first` of `width`.
-  static ATTN_INLINE void first_halves(const uint16_t* p, int64_t n, uint16_t* first) {
+  static ATTN_INLINE void store(T* p, V x, int64_t n) { memcpy(p, &x, n * sizeof(T)); }
+  // The first n halves, 0 <= n < width, and zeros, into `first` of `width`.
+  static ATTN_INLINE void load_halves(const uint16_t* p, int64_t n, uint16_t* first) {
     memset(first, 0, width * sizeof(uint16_t));
     memcpy(first, p, n * sizeof(uint16_t));
   }

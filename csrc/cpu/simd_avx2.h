@@ -13,6 +13,7 @@ constexpr int kVectorRegisters = 16;
 
 template <>
 struct Simd<float> : SimdBase<float, int32_t, 32> {
+  using SimdBase::load;
   static ATTN_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }
   static ATTN_INLINE V min(V a, V b) { return _mm256_min_ps(a, b); }
   static ATTN_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
@@ -25,12 +26,12 @@ struct Simd<float> : SimdBase<float, int32_t, 32> {
     return (Longs)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
   }
 
-  static ATTN_INLINE V load_first(const float* p, int64_t n) {
+  static ATTN_INLINE V load(const float* p, int64_t n) {
     const I index = {0, 1, 2, 3, 4, 5, 6, 7};
     return _mm256_maskload_ps(p, (__m256i)(index < static_cast<int32_t>(n)));
   }
   // In registers: what the stack got in pieces cannot be forwarded to a load of the whole.
-  static ATTN_INLINE void first_halves(const uint16_t* p, int64_t n, uint16_t* first) {
+  static ATTN_INLINE void load_halves(const uint16_t* p, int64_t n, uint16_t* first) {
     uint64_t low = 0, high = 0;
     if (n >= 4) {
       memcpy(&low, p, 8);
@@ -77,7 +78,8 @@ struct Simd<float> : SimdBase<float, int32_t, 32> {
 
 template <>
 struct Simd<double> : SimdBase<double, int64_t, 32> {
-  static ATTN_INLINE V load_first(const double* p, int64_t n) {
+  using SimdBase::load;
+  static ATTN_INLINE V load(const double* p, int64_t n) {
     const I index = {0, 1, 2, 3};
     return _mm256_maskload_pd(p, (__m256i)(index < n));
   }

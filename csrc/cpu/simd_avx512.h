@@ -13,6 +13,7 @@ constexpr int kVectorRegisters = 32;
 
 template <>
 struct Simd<float> : SimdBase<float, int32_t, 64> {
+  using SimdBase::load;
   static ATTN_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }
   static ATTN_INLINE V min(V a, V b) { return _mm512_min_ps(a, b); }
   static ATTN_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
@@ -25,10 +26,10 @@ struct Simd<float> : SimdBase<float, int32_t, 64> {
     return (Longs)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
   }
 
-  static ATTN_INLINE V load_first(const float* p, int64_t n) {
+  static ATTN_INLINE V load(const float* p, int64_t n) {
     return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
   }
-  static ATTN_INLINE void first_halves(const uint16_t* p, int64_t n, uint16_t* first) {
+  static ATTN_INLINE void load_halves(const uint16_t* p, int64_t n, uint16_t* first) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(first),
                         _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
   }
@@ -66,7 +67,8 @@ struct Simd<float> : SimdBase<float, int32_t, 64> {
 
 template <>
 struct Simd<double> : SimdBase<double, int64_t, 64> {
-  static ATTN_INLINE V load_first(const double* p, int64_t n) {
+  using SimdBase::load;
+  static ATTN_INLINE V load(const double* p, int64_t n) {
     return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
   }
   static ATTN_INLINE V max(V a, V b) { return _mm512_max_pd(a, b); }

@@ -15,14 +15,15 @@ struct Simd<float> : SimdBase<float, int32_t, 16> {
   typedef uint64_t Longs __attribute__((vector_size(16)));
   static ATTN_INLINE Longs multiply_even(Longs a, uint32_t m) { return (a & 0xffffffffu) * m; }
 
-  // IEEE half -> float: the fields shifted into place, the exponent moved by the difference of the biases (112; infinities
-  // and NaN twice). A subnormal becomes 2^-14 + its value, less 2^-14: hosts that flush subnormals, as TensorFlow does,
-  // would flush what any way through one gives.
+  // IEEE half -> float: the fields shifted into place, the exponent moved by the difference of the biases (112;
+  // infinities and NaN twice). A subnormal becomes 2^-14 + its value, less 2^-14: hosts that flush subnormals, as
+  // TensorFlow does, would flush what any way through one gives.
   static ATTN_INLINE V load_half(const uint16_t* p) {
     float out[width];
     for (int i = 0; i < width; ++i) {
       const uint32_t h = p[i], exponent = h & 0x7c00u;
-      uint32_t bits = ((h & 0x7fffu) << 13) + (exponent == 0x7c00u ? 224u << 23 : exponent == 0 ? 113u << 23 : 112u << 23);
+      const uint32_t moved = exponent == 0x7c00u ? 224 : exponent == 0 ? 113 : 112;
+      uint32_t bits = ((h & 0x7fffu) << 13) + (moved << 23);
       float x;
       memcpy(&x, &bits, 4);
       if (exponent == 0) x -= 0x1p-14f;

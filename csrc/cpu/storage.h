@@ -1,11 +1,9 @@
 // How an element type lies in memory, and how it becomes a vector of the compute type T (float or double) and back.
 //
-//   half, bfloat16 -> float    float -> float    double -> double    bool -> T: true = 0, false = -inf (a mask is a
-//   bias of these two values)
+//   half, bfloat16 -> float    float -> float    double -> double
 #pragma once
 
 #include "../attention.h"
-#include "math.h"
 #include "simd.h"
 
 namespace attn_ops {
@@ -16,9 +14,7 @@ template <class T>
 struct Same {
   static constexpr int size = sizeof(T);
   static ATTN_INLINE Vec<T> load(const char* p) { return Simd<T>::load(reinterpret_cast<const T*>(p)); }
-  static ATTN_INLINE Vec<T> load_first(const char* p, int64_t n) {
-    return Simd<T>::load_first(reinterpret_cast<const T*>(p), n);
-  }
+  static ATTN_INLINE Vec<T> load(const char* p, int64_t n) { return Simd<T>::load(reinterpret_cast<const T*>(p), n); }
   static ATTN_INLINE void store(char* p, Vec<T> x) { Simd<T>::store(reinterpret_cast<T*>(p), x); }
 };
 
@@ -27,9 +23,9 @@ struct Half {
   static ATTN_INLINE Vec<float> load(const char* p) {
     return Simd<float>::load_half(reinterpret_cast<const uint16_t*>(p));
   }
-  static ATTN_INLINE Vec<float> load_first(const char* p, int64_t n) {
+  static ATTN_INLINE Vec<float> load(const char* p, int64_t n) {
     uint16_t first[Simd<float>::width];
-    Simd<float>::first_halves(reinterpret_cast<const uint16_t*>(p), n, first);
+    Simd<float>::load_halves(reinterpret_cast<const uint16_t*>(p), n, first);
     return Simd<float>::load_half(first);
   }
   static ATTN_INLINE void store(char* p, Vec<float> x) {
@@ -47,9 +43,9 @@ struct BFloat16 {
     memcpy(&h, p, sizeof h);
     return (Vec<float>)(__builtin_convertvector(h, Words) << 16);
   }
-  static ATTN_INLINE Vec<float> load_first(const char* p, int64_t n) {
+  static ATTN_INLINE Vec<float> load(const char* p, int64_t n) {
     uint16_t first[Simd<float>::width];
-    Simd<float>::first_halves(reinterpret_cast<const uint16_t*>(p), n, first);
+    Simd<float>::load_halves(reinterpret_cast<const uint16_t*>(p), n, first);
     return load(reinterpret_cast<const char*>(first));
   }
   // To nearest even; NaN stays NaN (rounding could carry its mantissa away).
@@ -62,25 +58,8 @@ struct BFloat16 {
   }
 };
 
-template <class T>
-struct Bool {
-  static constexpr int size = 1;
-  static ATTN_INLINE Vec<T> load(const char* p) {
-    typedef uint8_t Bytes __attribute__((vector_size(Simd<T>::width)));
-    Bytes b;
-    memcpy(&b, p, sizeof b);
-    const typename Simd<T>::I visible = __builtin_convertvector(b, typename Simd<T>::I) != 0;
-    return Simd<T>::select(visible, Simd<T>::zero(), Simd<T>::set1(-kInfinity<T>));
-  }
-  static ATTN_INLINE Vec<T> load_first(const char* p, int64_t n) {
-    char first[Simd<T>::width] = {};
-    memcpy(first, p, n);
-    return load(first);
-  }
-};
-
-// Calls f with the storage of dtype t, one that T (told by the tag) can come from and go to. Any other dtype has another
-// element size: then nothing is read or written.
+// Calls f with the storage of dtype t, one that T (told by the tag) can come from and go to. Any other dtype has
+// another element size: then nothing is read or written.
 template <class F>
 ATTN_INLINE void with_storage(float, DType t, const F& f) {
   if (t == DType::kFloat32) f(Same<float>{});
@@ -93,18 +72,11 @@ ATTN_INLINE void with_storage(double, DType, const F& f) {
   f(Same<double>{});
 }
 
-// The same for reading only, where it may be a mask.
-template <class T, class F>
-ATTN_INLINE void with_readable(T tag, DType t, const F& f) {
-  if (t == DType::kBool) f(Bool<T>{});
-  else with_storage(tag, t, f);
-}
-
 // The first n elements of a vector, `stride` bytes apart; the rest is whatever zero bytes mean.
 template <class T, class Storage>
 ATTN_INLINE Vec<T> load_some(Storage, const char* p, int64_t stride, int64_t n) {
   constexpr int width = Simd<T>::width;
-  if (stride == Storage::size) return n >= width ? Storage::load(p) : Storage::load_first(p, n);
+  if (stride == Storage::size) return n >= width ? Storage::load(p) : Storage::load(p, n);
   char gathered[width * Storage::size] = {};
   for (int64_t i = 0; i < n && i < width; ++i) memcpy(gathered + i * Storage::size, p + i * stride, Storage::size);
   return Storage::load(gathered);

@@ -18,9 +18,9 @@ namespace cuda {
 template <class M, int kDim, bool kPlain>
 struct BackwardShape {
   static constexpr Tile kTile = backward_tile(M::kMath, kDim, kPlain);
-  static constexpr int kRows = kTile.rows, kColumns = kTile.columns, kThreads = kTile.threads();
+  static constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n, kThreads = kTile.threads();
   static constexpr int kStages = backward_stages(M::kMath, kDim, kPlain);
-  static constexpr int kM = kRows / 16 / kTile.warps, kN = kColumns / 8;
+  static constexpr int kMmaM = kBlockM / 16 / kTile.warps, kMmaN = kBlockN / 8;
 };
 
 // The two arrays of rows that stay, and the two of those that pass, for each stage.
@@ -29,25 +29,25 @@ struct BackwardTiles {
   using Shape = BackwardShape<M, kDim, kPlain>;
   using T = SharedTile<M, kDim>;
 
-  ATTN_DEVICE T staying(int which) const { return {shared_memory() + which * Shape::kRows * T::kRowBytes}; }
-  ATTN_DEVICE T passing(int which, int stage) const {
-    return {shared_memory() + (2 * Shape::kRows + (2 * stage + which) * Shape::kColumns) * T::kRowBytes};
+  ATTN_DEVICE T stationary(int which) const { return {shared_memory() + which * Shape::kBlockM * T::kRowBytes}; }
+  ATTN_DEVICE T streamed(int which, int stage) const {
+    return {shared_memory() + (2 * Shape::kBlockM + (2 * stage + which) * Shape::kBlockN) * T::kRowBytes};
   }
   // kBackwardStatisticsBytes
-  ATTN_DEVICE char* rest() const { return passing(0, Shape::kStages).data; }
+  ATTN_DEVICE char* rest() const { return streamed(0, Shape::kStages).data; }
   ATTN_DEVICE Flags flags() const { return reinterpret_cast<Flags>(rest() + 2 * 64 * 16); }
 };
 
-// Runs `compute(column, stage)` for columns begin, begin + kColumns, ... below end, each after `load(column, stage)`
+// Runs `compute(column, stage)` for columns begin, begin + kBlockN, ... below end, each after `load(column, stage)`
 // has brought its tiles: while the ones before are computed with, where there is room for two stages.
-template <int kStages, int kColumns, class Load, class Compute>
+template <int kStages, int kBlockN, class Load, class Compute>
 ATTN_DEVICE void stream(int begin, int end, Load load, Compute compute) {
   int stage = 0;
   if (begin < end) load(begin, 0);
   copy_async_commit();
 #pragma unroll 1
-  for (int column = begin; column < end; column += kColumns) {
-    const int next = column + kColumns;
+  for (int column = begin; column < end; column += kBlockN) {
+    const int next = column + kBlockN;
     if (kStages == 2) {
       if (next < end) load(next, stage ^ 1);
       copy_async_commit();

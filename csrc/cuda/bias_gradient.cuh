@@ -26,51 +26,51 @@ template <class M, int kDim>
 ATTN_DEVICE void bias_gradient(const BackwardArgs& args) {
   using Element = typename M::Element;
   using Shape = BackwardShape<M, kDim, false>;
-  constexpr int kRows = Shape::kRows, kKeys = Shape::kColumns, kThreads = Shape::kThreads;
-  constexpr int kM = Shape::kM, kN = Shape::kN;
+  constexpr int kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN, kThreads = Shape::kThreads;
+  constexpr int kMmaM = Shape::kMmaM, kMmaN = Shape::kMmaN;
   const BackwardTiles<M, kDim, false> tiles;
-  const auto q = tiles.staying(0), d_out = tiles.staying(1), k = tiles.passing(0, 0), v = tiles.passing(1, 0);
+  const auto q = tiles.stationary(0), d_out = tiles.stationary(1), k = tiles.streamed(0, 0), v = tiles.streamed(1, 0);
 
   const BackwardParams& b = args.b;
   const AttentionParams& p = b.forward;
   const int64_t* shape = b.d_bias_shape;
   int index = block_index();
-  const OwnedAxis key_tiles(&index, (p.seqlen_k + kKeys - 1) / kKeys, shape[3] == 1);
-  const OwnedAxis row_tiles(&index, (p.seqlen_q + kRows - 1) / kRows, shape[2] == 1);
+  const OwnedAxis key_tiles(&index, (p.seqlen_k + kBlockN - 1) / kBlockN, shape[3] == 1);
+  const OwnedAxis row_tiles(&index, (p.seqlen_q + kBlockM - 1) / kBlockM, shape[2] == 1);
   const OwnedAxis heads(&index, p.num_heads, shape[1] == 1);
   const OwnedAxis batches(&index, p.batch, shape[0] == 1);
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
-  const int own_row = warp_index() * 16 * kM;
+  const int warp_row = warp_index() * 16 * kMmaM;
 
   // The rows of one query head are its positions.
   Rows rows;
   rows.count = static_cast<int>(p.seqlen_q);
 
-  Results<kM, kN> sum;
-  clear<kM, kN>(sum);
+  Acc<kMmaM, kMmaN> sum;
+  clear<kMmaM, kMmaN>(sum);
   const auto add = [&](const Head& head, int row, int key) {
-    const RowBlock block(head, row, kRows);
-    if (block.sees_none(key, kKeys)) return;
+    const RowBlock block(head, row, kBlockM);
+    if (block.sees_none(key, kBlockN)) return;
     const int limit = head.rows_in_length();
-    load_tile<M, kDim, kRows, kThreads>(q, QueryRows<const Element>(p.q, head, row, limit, args.aligned.q), head_dim);
-    load_tile<M, kDim, kRows, kThreads>(d_out, QueryRows<const Element>(b.d_out, head, row, limit, args.aligned.d_out),
-                                        value_dim);
-    load_tile<M, kDim, kKeys, kThreads>(k, KeyRows<const Element>(p.k, head, key, head.length_k, args.aligned.k),
-                                        head_dim);
-    load_tile<M, kDim, kKeys, kThreads>(v, KeyRows<const Element>(p.v, head, key, head.length_k, args.aligned.v),
-                                        value_dim);
+    load_tile<M, kDim, kBlockM, kThreads>(q, QueryRows<const Element>(p.q, head, row, limit, args.aligned.q), head_dim);
+    load_tile<M, kDim, kBlockM, kThreads>(
+        d_out, QueryRows<const Element>(b.d_out, head, row, limit, args.aligned.d_out), value_dim);
+    load_tile<M, kDim, kBlockN, kThreads>(k, KeyRows<const Element>(p.k, head, key, head.length_k, args.aligned.k),
+                                          head_dim);
+    load_tile<M, kDim, kBlockN, kThreads>(v, KeyRows<const Element>(p.v, head, key, head.length_k, args.aligned.v),
+                                          value_dim);
     copy_async_commit();
     copy_async_wait<0>();
     sync_block();
-    Results<kM, kN> s, dp;
-    multiply_rows<M, kDim, kM, kN>(s, q, own_row, k);
-    multiply_rows<M, kDim, kM, kN>(dp, d_out, own_row, v);
-    const RowGradients<kM> gradients(args, head, row + own_row, true);
-    score_gradients<M, false, kM, kN>(s, dp, gradients, head, row + own_row, key, false);
+    Acc<kMmaM, kMmaN> s, dp;
+    gemm_nt<M, kDim, kMmaM, kMmaN>(s, q, warp_row, k);
+    gemm_nt<M, kDim, kMmaM, kMmaN>(dp, d_out, warp_row, v);
+    const RowGradients<kMmaM> gradients(args, head, row + warp_row, true);
+    score_gradients<M, false, kMmaM, kMmaN>(s, dp, gradients, head, row + warp_row, key, false);
 #pragma unroll
-    for (int m = 0; m < kM; ++m)
+    for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
-      for (int n = 0; n < kN; ++n)
+      for (int n = 0; n < kMmaN; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum[m][n][i] += s[m][n][i];
     sync_block();
@@ -85,7 +85,7 @@ ATTN_DEVICE void bias_gradient(const BackwardArgs& args) {
       for (int row_tile = row_tiles.begin; row_tile < row_tiles.end; ++row_tile)
 #pragma unroll 1
         for (int key_tile = key_tiles.begin; key_tile < key_tiles.end; ++key_tile) {
-          add(head, row_tile * kRows, key_tile * kKeys);
+          add(head, row_tile * kBlockM, key_tile * kBlockN);
         }
     }
 
@@ -93,26 +93,26 @@ ATTN_DEVICE void bias_gradient(const BackwardArgs& args) {
   float* table = reinterpret_cast<float*>(shared_memory());
   const int g = lane_index() >> 2, t = lane_index() & 3;
 #pragma unroll
-  for (int m = 0; m < kM; ++m)
+  for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
-    for (int n = 0; n < kN; ++n)
+    for (int n = 0; n < kMmaN; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        table[(own_row + 16 * m + 8 * (i >> 1) + g) * kKeys + 8 * n + 2 * t + (i & 1)] = sum[m][n][i];
+        table[(warp_row + 16 * m + 8 * (i >> 1) + g) * kBlockN + 8 * n + 2 * t + (i & 1)] = sum[m][n][i];
       }
   sync_block();
   const bool sums_rows = shape[2] == 1, sums_keys = shape[3] == 1;
-  const int row_count = sums_rows ? 1 : kRows, key_count = sums_keys ? 1 : kKeys;
+  const int row_count = sums_rows ? 1 : kBlockM, key_count = sums_keys ? 1 : kBlockN;
 #pragma unroll 1
   for (int i = thread_index(); i < row_count * key_count; i += kThreads) {
     const int row = i / key_count, key = i % key_count;
     float total = 0.0f;
 #pragma unroll 1
-    for (int r = row; r < (sums_rows ? kRows : row + 1); ++r)
+    for (int r = row; r < (sums_rows ? kBlockM : row + 1); ++r)
 #pragma unroll 1
-      for (int j = key; j < (sums_keys ? kKeys : key + 1); ++j) total += table[r * kKeys + j];
-    const int64_t position = sums_rows ? 0 : row_tiles.begin * kRows + row;
-    const int64_t key_index = sums_keys ? 0 : key_tiles.begin * kKeys + key;
+      for (int j = key; j < (sums_keys ? kBlockN : key + 1); ++j) total += table[r * kBlockN + j];
+    const int64_t position = sums_rows ? 0 : row_tiles.begin * kBlockM + row;
+    const int64_t key_index = sums_keys ? 0 : key_tiles.begin * kBlockN + key;
     if (position >= shape[2] || key_index >= shape[3]) continue;
     const int64_t batch = shape[0] == 1 ? 0 : batches.begin, head = shape[1] == 1 ? 0 : heads.begin;
     const int64_t target = ((batch * shape[1] + head) * shape[2] + position) * shape[3] + key_index;

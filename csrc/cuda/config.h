@@ -22,10 +22,10 @@ constexpr int element_bytes(Math m) { return m == Math::kFloat16 || m == Math::k
 // What every card from Ampere on can lend one block (sm_86, sm_89 and sm_120 have the least).
 constexpr int kLargestSharedBytes = 99 * 1024;
 
-// A block of `warps` warps keeps `rows` rows in shared memory and streams the other side past them, `columns` at a
-// time.
+// A block of `warps` warps keeps block_m rows in shared memory, query rows or (for dk, dv) keys, and streams the other
+// side past them, block_n at a time: its tile of scores is block_m x block_n.
 struct Tile {
-  int rows, columns, warps;
+  int block_m, block_n, warps;
   constexpr int threads() const { return 32 * warps; }
 };
 
@@ -39,7 +39,7 @@ constexpr Tile forward_tile(Math m, int dim, bool plain) {
 }
 constexpr int forward_shared_bytes(Math m, int dim, bool plain) {
   const Tile t = forward_tile(m, dim, plain);
-  return (t.rows + 2 * t.columns) * dim * element_bytes(m) + 64;
+  return (t.block_m + 2 * t.block_n) * dim * element_bytes(m) + 64;
 }
 
 // Larger heads are exact, since their backward has no registers for TF32, and so is decode. What forward was computed
@@ -58,7 +58,7 @@ constexpr Tile backward_tile(Math m, int dim, bool plain) {
 }
 constexpr int backward_tiles_bytes(Math m, int dim, bool plain, int stages) {
   const Tile t = backward_tile(m, dim, plain);
-  return 2 * (t.rows + stages * t.columns) * dim * element_bytes(m);
+  return 2 * (t.block_m + stages * t.block_n) * dim * element_bytes(m);
 }
 // What passes is fetched one tile ahead, unless so much memory would leave no room for a second block beside this one.
 constexpr int backward_stages(Math m, int dim, bool plain) {

@@ -49,7 +49,7 @@ template <class M, int kDim>
 ATTN_DEVICE void decode(const DecodeArgs& args) {
   using Element = typename M::Element;
   using T = SharedTile<M, kDim>;
-  constexpr int kKeys = decode_keys(M::kMath), kN = kKeys / 8, kRing = decode_ring(M::kMath, kDim);
+  constexpr int kKeys = decode_keys(M::kMath), kMmaN = kKeys / 8, kRing = decode_ring(M::kMath, kDim);
   constexpr int kTileBytes = decode_tile_bytes(kDim);
   const T q{shared_memory()};
   char* rings = q.data + decode_query_bytes(M::kMath, kDim);
@@ -65,9 +65,8 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const float scale = args.factors.scale;
   // In float32, values are looked through in any case: infinities do not survive 3xTF32.
-  const bool plain =
-      M::kStep == 16 && p.bias.data == nullptr && p.num_masks == 0 && args.factors.drop_below == 0 && scale > 0 &&
-      scale <= 1;
+  const bool plain = M::kMmaK == 16 && p.bias.data == nullptr && p.num_masks == 0 && args.factors.drop_below == 0 &&
+                     scale > 0 && scale <= 1;
 
   // The block's share of the keys, in steps of one tile for each warp.
   constexpr int kStepKeys = kDecodeWarps * kKeys;
@@ -84,10 +83,10 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
   const auto fetch = [&](int item) {
     if (item < 2 * own_steps) {
       if (item & 1) {
-        load_tile<M, kDim, kKeys, 32, OneWarp>(slot(item), values(item >> 1), value_dim);
+        load_tile<M, kDim, kKeys, 32, Warp>(slot(item), values(item >> 1), value_dim);
       } else {
         const KeyRows<const Element> keys(p.k, head, first_key(item >> 1), head.length_k, args.aligned.k);
-        load_tile<M, kDim, kKeys, 32, OneWarp>(slot(item), keys, head_dim);
+        load_tile<M, kDim, kKeys, 32, Warp>(slot(item), keys, head_dim);
       }
     }
     copy_async_commit();
@@ -102,7 +101,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
   copy_async_wait<kRing - 2>();
   sync_block();
 
-  Results<1, kDim / 8> o;
+  Acc<1, kDim / 8> o;
   clear<1, kDim / 8>(o);
   RowStatistics<1> rows;
 #pragma unroll 1
@@ -111,22 +110,21 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
     copy_async_wait<kRing - 2>();
     sync_warp();  // the keys are here for all lanes, and all are done with the values of the step before
     fetch(2 * step + kRing - 1);
-    Results<1, kN> s;
-    // The lane is recomputed: else addresses within a slot are kept throughout the loop.
-    multiply_rows<M, kDim, 1, kN>(s, q, 0, slot(2 * step), recomputed(lane_index()));
+    Acc<1, kMmaN> s;
+    gemm_nt<M, kDim, 1, kMmaN>(s, q, 0, slot(2 * step), recomputed(lane_index()));
     const bool sees_all = plain && block.sees_all(key, kKeys);
     if (sees_all) {
-      softmax_of_all<1, kN, kDim / 8>(s, rows, o, scale);
+      softmax_of_all<1, kMmaN, kDim / 8>(s, rows, o, scale);
     } else {
-      softmax_of_some<M, false, 1, kN, kDim / 8>(s, rows, o, head, block.first, key);
+      softmax_of_some<M, false, 1, kMmaN, kDim / 8>(s, rows, o, head, block.first, key);
     }
     copy_async_wait<kRing - 2>();
     sync_warp();  // the same for the values, and the keys
     fetch(2 * step + kRing);
     const T v = slot(2 * step + 1);
-    const bool nonfinite = !sees_all && take_out_nonfinite<M, kDim, kKeys, 32, OneWarp>(v, flags);
-    accumulate<M, kDim, 1, kN>(o, s, v, value_dim, recomputed(lane_index()));
-    if (nonfinite) add_nonfinite<M, kDim, 1, kN>(o, s, flags, values(step), value_dim);
+    const bool nonfinite = !sees_all && zero_nonfinite_rows<M, kDim, kKeys, 32, Warp>(v, flags);
+    gemm_nn<M, kDim, 1, kMmaN>(o, s, v, value_dim, recomputed(lane_index()));
+    if (nonfinite) add_nonfinite_rows<M, kDim, 1, kMmaN>(o, s, flags, values(step), value_dim);
   }
   copy_async_wait<0>();
   rows.finish();

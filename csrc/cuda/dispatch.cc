@@ -105,7 +105,7 @@ int launch_forward(const AttentionParams& p, const Device& device, void* stream)
   const int dim = dim_of(p);
   const bool plain = is_plain(p);
   const Tile tile = forward_tile(math, dim, plain);
-  const int64_t tiles = ceil_div(num_rows(p), tile.rows);
+  const int64_t tiles = ceil_div(num_rows(p), tile.block_m);
   ForwardArgs args;
   args.p = p;
   args.factors = factors_of(p);
@@ -141,7 +141,7 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
 
   const Tile tile = backward_tile(math, dim, plain);
   const int shared = backward_shared_bytes(math, dim, plain);
-  const int64_t row_tiles = ceil_div(num_rows(p), tile.rows), key_tiles = ceil_div(p.seqlen_k, tile.rows);
+  const int64_t row_tiles = ceil_div(num_rows(p), tile.block_m), key_tiles = ceil_div(p.seqlen_k, tile.block_m);
   args.rows = rows_of(p, row_tiles);
   code = launch(device, {Role::kQueryGradient, math, dim, plain}, heads * row_tiles, tile.threads(), shared, stream,
                 &args);
@@ -153,8 +153,8 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
 
   const Tile bias_tile = backward_tile(math, dim, false);
   const int64_t* shape = b.d_bias_shape;
-  const int64_t owners = shape[0] * shape[1] * (shape[2] == 1 ? 1 : ceil_div(shape[2], bias_tile.rows)) *
-                         (shape[3] == 1 ? 1 : ceil_div(shape[3], bias_tile.columns));
+  const int64_t owners = shape[0] * shape[1] * (shape[2] == 1 ? 1 : ceil_div(shape[2], bias_tile.block_m)) *
+                         (shape[3] == 1 ? 1 : ceil_div(shape[3], bias_tile.block_n));
   return launch(device, {Role::kBiasGradient, math, dim, false}, owners, bias_tile.threads(),
                 backward_shared_bytes(math, dim, false), stream, &args);
 }

@@ -49,8 +49,8 @@ struct Dropout {
   }
 };
 
-// With query rows down: of kN times eight keys, a lane holds keys 8 n + 2 t + i of a row. Two lanes share each four.
-template <int kN>
+// With query rows down: of kMmaN times eight keys, a lane holds keys 8 n + 2 t + i of a row. Two lanes share each four.
+template <int kMmaN>
 struct KeptOfRow {
   uint32_t even = 0, odd = 0;  // of even and of odd n: bit 4 (n / 2) + i
 
@@ -59,20 +59,20 @@ struct KeptOfRow {
     const int t = lane_index() & 3, second = t & 1;
     uint32_t own = 0;
 #pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      const int makes = kN == 1 ? 0 : n + second;
+    for (int n = 0; n < kMmaN; n += 2) {
+      const int makes = kMmaN == 1 ? 0 : n + second;
       own |= dropout.keep((first_key >> 2) + 2 * makes + (t >> 1), position, head) << 2 * n;
     }
-    const uint32_t other = kN == 1 ? own : shuffle(own, lane_index() ^ 1);
+    const uint32_t other = kMmaN == 1 ? own : shuffle(own, lane_index() ^ 1);
     even = (second ? other : own) >> 2 * second;
     odd = (second ? own : other) >> 2 * second;
   }
   ATTN_DEVICE bool operator()(int n, int i) const { return (n % 2 == 0 ? even : odd) >> (4 * (n / 2) + i) & 1; }
 };
 
-// With keys down: of 16 keys and kN times eight query rows, a lane holds keys 8 j + g of rows 8 n + 2 t + i. Four lanes
-// share each four keys.
-template <int kN>
+// With keys down: of 16 keys and kMmaN times eight query rows, a lane holds keys 8 j + g of rows 8 n + 2 t + i. Four
+// lanes share each four keys.
+template <int kMmaN>
 struct KeptOfKeys {
   uint32_t made_by[4];  // bit 4 n, for j and i, was made by the lane with g % 4 == 2 j + i
 
@@ -81,7 +81,7 @@ struct KeptOfKeys {
     const int lane = lane_index(), g = lane >> 2, t = lane & 3;
     uint32_t own = 0;
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
+    for (int n = 0; n < kMmaN; ++n) {
       const int row = first_row + 8 * n + 2 * t + (g & 1), position = h.position(row);
       const int quad = (first_key >> 2) + (g & 2) + (g >> 2);
       own |= dropout.keep(quad, position, h.head(row, position)) << 4 * n;

@@ -33,10 +33,10 @@ ATTN_DEVICE constexpr uint32_t infinity_bits() {
   return M::kMath == Math::kFloat16 ? 0x7c00u : M::kMath == Math::kBFloat16 ? 0x7f80u : 0x7f800000u;
 }
 
-// Whether the tile has rows with numbers that are not finite; then flags them and makes them zero. All of `Who`
+// Whether the tile has rows with numbers that are not finite; then flags them and makes them zero. All of `Group`
 // must call it, when the tile has arrived; it is ready for use afterwards.
-template <class M, int kDim, int kRows, int kThreads, class Who = WholeBlock>
-ATTN_DEVICE bool take_out_nonfinite(const SharedTile<M, kDim>& tile, Flags flags) {
+template <class M, int kDim, int kRows, int kThreads, class Group = ThreadBlock>
+ATTN_DEVICE bool zero_nonfinite_rows(const SharedTile<M, kDim>& tile, Flags flags) {
   using T = SharedTile<M, kDim>;
   using Element = typename M::Element;
   const auto is_finite = [&tile](int i) {
@@ -45,42 +45,42 @@ ATTN_DEVICE bool take_out_nonfinite(const SharedTile<M, kDim>& tile, Flags flags
   };
   bool found = false;
 #pragma unroll 1
-  for (int i = Who::thread(); i < kRows * T::kChunks; i += kThreads) found |= !is_finite(i);
-  if (!Who::sync_or(found)) return false;
+  for (int i = Group::thread_rank(); i < kRows * T::kChunks; i += kThreads) found |= !is_finite(i);
+  if (!Group::sync_or(found)) return false;
 
-  for (int r = Who::thread(); r < kRows; r += kThreads) flags[r] = 0;
-  Who::sync();
+  for (int r = Group::thread_rank(); r < kRows; r += kThreads) flags[r] = 0;
+  Group::sync();
 #pragma unroll 1
-  for (int i = Who::thread(); i < kRows * T::kChunks; i += kThreads) {
+  for (int i = Group::thread_rank(); i < kRows * T::kChunks; i += kThreads) {
     if (!is_finite(i)) flags[i / T::kChunks] = 1;  // the chunks of a row lie within the row, in whatever order
   }
-  Who::sync();
+  Group::sync();
 #pragma unroll 1
-  for (int i = Who::thread(); i < kRows * T::kChunks; i += kThreads) {
+  for (int i = Group::thread_rank(); i < kRows * T::kChunks; i += kThreads) {
     if (flags[i / T::kChunks]) *reinterpret_cast<Bytes16*>(tile.data + 16 * i) = Bytes16{{0, 0, 0, 0}};
   }
-  Who::sync();
+  Group::sync();
   return true;
 }
 
 //   d[i][c] += p[i][j] row_j[c]     for the flagged j, where p[i][j] is not hidden
-template <class M, int kDim, int kM, int kN, class Rows>
-ATTN_DEVICE void add_nonfinite(Results<kM, kDim / 8>& d, const Results<kM, kN>& p, Flags flags, const Rows& rows,
-                               int dim) {
+template <class M, int kDim, int kMmaM, int kMmaN, class Rows>
+ATTN_DEVICE void add_nonfinite_rows(Acc<kMmaM, kDim / 8>& d, const Acc<kMmaM, kMmaN>& p, Flags flags, const Rows& rows,
+                                    int dim) {
   const int t = lane_index() & 3;
 #pragma unroll 1
-  for (int j = 0; j < 8 * kN; ++j) {
+  for (int j = 0; j < 8 * kMmaN; ++j) {
     if (!flags[j]) continue;
     const typename M::Element* row = rows.row(j);
     const int owner = (lane_index() & ~3) | (j & 7) >> 1;
-    float weight[kM][2];
+    float weight[kMmaM][2];
 #pragma unroll
-    for (int m = 0; m < kM; ++m)
+    for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float own = 0.0f;
 #pragma unroll
-        for (int n = 0; n < kN; ++n)
+        for (int n = 0; n < kMmaN; ++n)
 #pragma unroll
           for (int i = 0; i < 2; ++i) replace_if_equal(own, p[m][n][2 * half + i], (j >> 3) * 2 + (j & 1), 2 * n + i);
         weight[m][half] = shuffle(own, owner);
@@ -89,13 +89,11 @@ ATTN_DEVICE void add_nonfinite(Results<kM, kDim / 8>& d, const Results<kM, kN>& 
     for (int n = 0; n < kDim / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        // Else the compiler keeps the addresses of all columns for the next j, in registers that this code is not
-        // worth.
         const int column = recomputed(8 * n + 2 * t + i);
         if (column >= dim) continue;
         const float value = M::to_float(row[column * rows.dim_stride]);
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
+        for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             if (!is_hidden(weight[m][half])) d[m][n][2 * half + i] += weight[m][half] * value;

@@ -23,13 +23,13 @@ ATTN_DEVICE void write_statistics(const AttentionParams& p, int64_t row, float m
 }
 
 // The running softmax of a warp's rows: maximum and this lane's part of the sum.
-template <int kM>
+template <int kMmaM>
 struct RowStatistics {
-  float maximum[kM][2], sum[kM][2];
+  float maximum[kMmaM][2], sum[kMmaM][2];
 
   ATTN_DEVICE RowStatistics() {
 #pragma unroll
-    for (int m = 0; m < kM; ++m)
+    for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) maximum[m][half] = minus_infinity(), sum[m][half] = 0.0f;
   }
@@ -50,7 +50,7 @@ struct RowStatistics {
   }
   ATTN_DEVICE void finish() {
 #pragma unroll
-    for (int m = 0; m < kM; ++m)
+    for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         sum[m][half] += shuffle_xor(sum[m][half], 1);
@@ -59,33 +59,33 @@ struct RowStatistics {
   }
 };
 
-template <int kM, int kN>
-ATTN_DEVICE void scale_row(Results<kM, kN>& d, int m, int half, float factor) {
+template <int kMmaM, int kMmaN>
+ATTN_DEVICE void scale_row(Acc<kMmaM, kMmaN>& d, int m, int half, float factor) {
 #pragma unroll
-  for (int n = 0; n < kN; ++n) {
+  for (int n = 0; n < kMmaN; ++n) {
     d[m][n][2 * half] *= factor;
     d[m][n][2 * half + 1] *= factor;
   }
 }
 
 // Scores in, probabilities out, where every row sees every key and scale > 0: the fast case.
-template <int kM, int kN, int kO>
-ATTN_DEVICE void softmax_of_all(Results<kM, kN>& s, RowStatistics<kM>& rows, Results<kM, kO>& o, float scale) {
+template <int kMmaM, int kMmaN, int kO>
+ATTN_DEVICE void softmax_of_all(Acc<kMmaM, kMmaN>& s, RowStatistics<kMmaM>& rows, Acc<kMmaM, kO>& o, float scale) {
 #pragma unroll
-  for (int m = 0; m < kM; ++m)
+  for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float largest = s[m][0][2 * half];
 #pragma unroll
-      for (int n = 0; n < kN; ++n) {
+      for (int n = 0; n < kMmaN; ++n) {
         largest = fmaxf(largest, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
       }
       // Multiplied apart, the largest score becomes exactly the maximum; fused, one of 10^9 would be off by 2^6.
-      scale_row<kM, kO>(o, m, half, rows.raise(m, half, product(largest, scale)));
+      scale_row<kMmaM, kO>(o, m, half, rows.raise(m, half, product(largest, scale)));
       const float maximum = rows.subtrahend(m, half);
       float sum = 0.0f;  // of this tile: one sum of all would lose the last bits of each
 #pragma unroll
-      for (int n = 0; n < kN; ++n)
+      for (int n = 0; n < kMmaN; ++n)
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
           s[m][n][i] = exponential(product(s[m][n][i], scale) - maximum);
@@ -96,43 +96,43 @@ ATTN_DEVICE void softmax_of_all(Results<kM, kN>& s, RowStatistics<kM>& rows, Res
 }
 
 // The same where keys may be hidden, by whatever.
-template <class M, bool kPlain, int kM, int kN, int kO>
-ATTN_DEVICE void softmax_of_some(Results<kM, kN>& s, RowStatistics<kM>& rows, Results<kM, kO>& o, const Head& head,
+template <class M, bool kPlain, int kMmaM, int kMmaN, int kO>
+ATTN_DEVICE void softmax_of_some(Acc<kMmaM, kMmaN>& s, RowStatistics<kMmaM>& rows, Acc<kMmaM, kO>& o, const Head& head,
                                  int first_row, int first_key) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
 #pragma unroll
-  for (int m = 0; m < kM; ++m)
+  for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = recomputed(first_row + 16 * m + 8 * half + g);
       const Interval seen = head.seen(row);
       const int position = head.position(row), query_head = head.head(row, position);
       const auto key = [=](int i) { return first_key + 8 * (i >> 1) + 2 * t + (i & 1); };
-      float x[2 * kN];
+      float x[2 * kMmaN];
 #pragma unroll
-      for (int i = 0; i < 2 * kN; ++i) x[i] = s[m][i >> 1][2 * half + (i & 1)];
+      for (int i = 0; i < 2 * kMmaN; ++i) x[i] = s[m][i >> 1][2 * half + (i & 1)];
       hide_or_scale<M, kPlain>(x, head, query_head, position, seen, key);
       float largest = x[0];
 #pragma unroll
-      for (int i = 1; i < 2 * kN; ++i) largest = fmaxf(largest, x[i]);
-      scale_row<kM, kO>(o, m, half, rows.raise(m, half, largest));
+      for (int i = 1; i < 2 * kMmaN; ++i) largest = fmaxf(largest, x[i]);
+      scale_row<kMmaM, kO>(o, m, half, rows.raise(m, half, largest));
       const float maximum = rows.subtrahend(m, half);
       float sum = 0.0f;
 #pragma unroll
-      for (int i = 0; i < 2 * kN; ++i) {
+      for (int i = 0; i < 2 * kMmaN; ++i) {
         x[i] = probability(x[i], maximum);
         sum += x[i];
       }
       rows.sum[m][half] += sum;
       if (!kPlain && head.factors.drop_below > 0) {
-        const KeptOfRow<kN> kept(head, first_key, position, query_head);
+        const KeptOfRow<kMmaN> kept(head, first_key, position, query_head);
 #pragma unroll
-        for (int i = 0; i < 2 * kN; ++i) {
+        for (int i = 0; i < 2 * kMmaN; ++i) {
           if (!kept(i >> 1, i & 1)) x[i] = is_hidden(x[i]) ? x[i] : 0.0f;
         }
       }
 #pragma unroll
-      for (int i = 0; i < 2 * kN; ++i) s[m][i >> 1][2 * half + (i & 1)] = x[i];
+      for (int i = 0; i < 2 * kMmaN; ++i) s[m][i >> 1][2 * half + (i & 1)] = x[i];
     }
 }
 
@@ -141,65 +141,65 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
   using Element = typename M::Element;
   using T = SharedTile<M, kDim>;
   constexpr Tile shape = forward_tile(M::kMath, kDim, kPlain);
-  constexpr int kRows = shape.rows, kKeys = shape.columns, kThreads = shape.threads();
-  constexpr int kM = kRows / 16 / shape.warps, kN = kKeys / 8;
+  constexpr int kBlockM = shape.block_m, kBlockN = shape.block_n, kThreads = shape.threads();
+  constexpr int kMmaM = kBlockM / 16 / shape.warps, kMmaN = kBlockN / 8;
   char* memory = shared_memory();
-  const T q{memory}, k{q.data + kRows * T::kRowBytes}, v{k.data + kKeys * T::kRowBytes};
-  const Flags flags = reinterpret_cast<Flags>(v.data + kKeys * T::kRowBytes);
+  const T q{memory}, k{q.data + kBlockM * T::kRowBytes}, v{k.data + kBlockN * T::kRowBytes};
+  const Flags flags = reinterpret_cast<Flags>(v.data + kBlockN * T::kRowBytes);
 
   const AttentionParams& p = args.p;
   const Head head(p, args.factors, args.rows, block_index() / args.rows.tiles);
   // Under a causal mask the last rows see the most: they begin first.
   const int tile = args.rows.tiles - 1 - block_index() % args.rows.tiles;
-  const RowBlock block(head, tile * kRows, kRows);
-  const int own_row = warp_index() * 16 * kM, first_row = block.first + own_row;
+  const RowBlock block(head, tile * kBlockM, kBlockM);
+  const int warp_row = warp_index() * 16 * kMmaM, first_row = block.first + warp_row;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const auto keys = [&](int first) { return KeyRows<const Element>(p.k, head, first, head.length_k, args.aligned.k); };
   const auto values = [&](int first) {
     return KeyRows<const Element>(p.v, head, first, head.length_k, args.aligned.v);
   };
 
-  Results<kM, kDim / 8> o;
-  clear<kM, kDim / 8>(o);
-  RowStatistics<kM> rows;
-  int key = round_down(block.any.begin, kKeys);
+  Acc<kMmaM, kDim / 8> o;
+  clear<kMmaM, kDim / 8>(o);
+  RowStatistics<kMmaM> rows;
+  int key = round_down(block.any.begin, kBlockN);
   if (key < block.any.end) {
     // Queries that see nothing are not read.
     const QueryRows<const Element> queries(p.q, head, block.first, head.rows_in_length(), args.aligned.q);
-    load_tile<M, kDim, kRows, kThreads>(q, queries, head_dim);
-    load_tile<M, kDim, kKeys, kThreads>(k, keys(key), head_dim);
+    load_tile<M, kDim, kBlockM, kThreads>(q, queries, head_dim);
+    load_tile<M, kDim, kBlockN, kThreads>(k, keys(key), head_dim);
     copy_async_commit();
   }
 #pragma unroll 1
-  for (; key < block.any.end; key += kKeys) {
+  for (; key < block.any.end; key += kBlockN) {
     copy_async_wait<0>();
     sync_block();  // the keys are here, the values of the tile before are no longer needed
-    load_tile<M, kDim, kKeys, kThreads>(v, values(key), value_dim);
+    load_tile<M, kDim, kBlockN, kThreads>(v, values(key), value_dim);
     copy_async_commit();
-    Results<kM, kN> s;
-    multiply_rows<M, kDim, kM, kN>(s, q, own_row, k);
+    Acc<kMmaM, kMmaN> s;
+    gemm_nt<M, kDim, kMmaM, kMmaN>(s, q, warp_row, k);
     copy_async_wait<0>();
     sync_block();  // the reverse
-    if (key + kKeys < block.any.end) {
-      load_tile<M, kDim, kKeys, kThreads>(k, keys(key + kKeys), head_dim);
+    if (key + kBlockN < block.any.end) {
+      load_tile<M, kDim, kBlockN, kThreads>(k, keys(key + kBlockN), head_dim);
       copy_async_commit();
     }
-    if (kPlain && block.sees_all(key, kKeys)) {
-      softmax_of_all<kM, kN, kDim / 8>(s, rows, o, args.factors.scale);
-      accumulate<M, kDim, kM, kN>(o, s, v, value_dim);
+    if (kPlain && block.sees_all(key, kBlockN)) {
+      softmax_of_all<kMmaM, kMmaN, kDim / 8>(s, rows, o, args.factors.scale);
+      gemm_nn<M, kDim, kMmaM, kMmaN>(o, s, v, value_dim);
     } else {
-      softmax_of_some<M, kPlain, kM, kN, kDim / 8>(s, rows, o, head, first_row, key);
-      const bool nonfinite = take_out_nonfinite<M, kDim, kKeys, kThreads>(v, flags);
-      accumulate<M, kDim, kM, kN>(o, s, v, value_dim);
-      if (nonfinite) add_nonfinite<M, kDim, kM, kN>(o, s, flags, values(key), value_dim);
+      softmax_of_some<M, kPlain, kMmaM, kMmaN, kDim / 8>(s, rows, o, head, first_row, key);
+      const bool nonfinite = zero_nonfinite_rows<M, kDim, kBlockN, kThreads>(v, flags);
+      gemm_nn<M, kDim, kMmaM, kMmaN>(o, s, v, value_dim);
+      if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(o, s, flags, values(key), value_dim);
     }
   }
 
   rows.finish();
   const int g = lane_index() >> 2;
-  float factor[kM][2];
+  float factor[kMmaM][2];
 #pragma unroll
-  for (int m = 0; m < kM; ++m)
+  for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = rows.sum[m][half];
@@ -211,10 +211,10 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
     }
   // Only this warp reads these rows of the query tile, and it has done so.
   sync_warp();
-  write_results<M, kDim, kM>(q, own_row, o, factor);
+  write_acc<M, kDim, kMmaM>(q, warp_row, o, factor);
   sync_warp();
-  store_rows<M, kDim>(q, own_row, 16 * kM, QueryRows<Element>(p.out, head, block.first, block.end, args.aligned.out),
-                      value_dim);
+  store_rows<M, kDim>(q, warp_row, 16 * kMmaM,
+                      QueryRows<Element>(p.out, head, block.first, block.end, args.aligned.out), value_dim);
 }
 
 }  // namespace cuda

@@ -10,8 +10,8 @@
 namespace attn_ops {
 namespace cuda {
 
-// What is known of a passing query row, in shared memory.
-struct PassingRow {
+// What is known of a query row that passes, in shared memory.
+struct StreamedRow {
   RowGradient row;
   Interval seen;
 };
@@ -32,25 +32,25 @@ ATTN_DEVICE int first_row_where(int rows, Predicate holds) {
 }
 
 // s becomes p (what dropout leaves of it), dp becomes ds, with keys down and query rows across.
-template <class M, bool kPlain, bool kWithDp, int kM, int kN>
-ATTN_DEVICE void pair_gradients(Results<kM, kN>& s, Results<kM, kN>& dp, const PassingRow* rows, const Head& head,
+template <class M, bool kPlain, bool kWithDp, int kMmaM, int kMmaN>
+ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const StreamedRow* rows, const Head& head,
                                 int first_row, int first_key, bool sees_all) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
   const float scale = head.factors.scale;
-  static_assert(kPlain || kM == 1, "KeptOfKeys knows 16 keys");
+  static_assert(kPlain || kMmaM == 1, "KeptOfKeys knows 16 keys");
   const bool drops = !kPlain && head.factors.drop_below > 0;
-  KeptOfKeys<kN> kept;
+  KeptOfKeys<kMmaN> kept;
   if (drops) kept.make(head, first_row, first_key);
 #pragma unroll
-  for (int n = 0; n < kN; ++n)
+  for (int n = 0; n < kMmaN; ++n)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int column = 8 * n + 2 * t + i;
-      const PassingRow& passing = rows[column];
+      const StreamedRow& streamed = rows[column];
       if (kPlain && sees_all) {
-        const RowGradient row = passing.row;
+        const RowGradient row = streamed.row;
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
+        for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float& x = s[m][n][2 * half + i];
@@ -62,20 +62,20 @@ ATTN_DEVICE void pair_gradients(Results<kM, kN>& s, Results<kM, kN>& dp, const P
       const int index = recomputed(first_row + column);
       const int position = head.position(index), query_head = head.head(index, position);
       const auto key = [=](int j) { return first_key + 8 * j + g; };
-      float x[2 * kM];
+      float x[2 * kMmaM];
 #pragma unroll
-      for (int j = 0; j < 2 * kM; ++j) x[j] = s[j >> 1][n][2 * (j & 1) + i];
-      hide_or_scale<M, kPlain>(x, head, query_head, position, passing.seen, key);
+      for (int j = 0; j < 2 * kMmaM; ++j) x[j] = s[j >> 1][n][2 * (j & 1) + i];
+      hide_or_scale<M, kPlain>(x, head, query_head, position, streamed.seen, key);
 #pragma unroll
-      for (int j = 0; j < 2 * kM; ++j) {
+      for (int j = 0; j < 2 * kMmaM; ++j) {
         float& own_p = s[j >> 1][n][2 * (j & 1) + i];
         float& own_dp = dp[j >> 1][n][2 * (j & 1) + i];
         const bool keeps = !drops || kept(j, n, i);
         const float d = !kWithDp || !keeps ? 0.0f : drops ? own_dp * head.factors.keep : own_dp;
-        const float probability = passing.row.probability_or_hidden(x[j]);
+        const float probability = streamed.row.probability_or_hidden(x[j]);
         const bool hidden = is_hidden(probability);
         own_p = keeps || hidden ? probability : 0.0f;
-        if (kWithDp) own_dp = hidden ? probability : passing.row.of_score(probability, d);
+        if (kWithDp) own_dp = hidden ? probability : streamed.row.of_score(probability, d);
       }
     }
 }
@@ -84,16 +84,16 @@ template <class M, int kDim, bool kPlain, bool kWantsDk, bool kWantsDv>
 ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
   using Element = typename M::Element;
   using Shape = BackwardShape<M, kDim, kPlain>;
-  constexpr int kKeys = Shape::kRows, kRows = Shape::kColumns, kThreads = Shape::kThreads;
-  constexpr int kM = Shape::kM, kN = Shape::kN;
+  constexpr int kKeys = Shape::kBlockM, kRows = Shape::kBlockN, kThreads = Shape::kThreads;
+  constexpr int kMmaM = Shape::kMmaM, kMmaN = Shape::kMmaN;
   const BackwardTiles<M, kDim, kPlain> tiles;
-  const auto k = tiles.staying(0), v = tiles.staying(1);
+  const auto k = tiles.stationary(0), v = tiles.stationary(1);
 
   const BackwardParams& b = args.b;
   const AttentionParams& p = b.forward;
   const Head head(p, args.factors, args.rows, block / args.rows.tiles);
   const int first_key = block % args.rows.tiles * kKeys;
-  const int own_key = warp_index() * 16 * kM;
+  const int warp_key = warp_index() * 16 * kMmaM;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const int limit = head.rows_in_length();
   int begin = 0, end = 0;
@@ -106,11 +106,11 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
   const auto d_outs = [&](int first) {
     return QueryRows<const Element>(b.d_out, head, first, limit, args.aligned.d_out);
   };
-  const auto passing_rows = [&](int stage) { return reinterpret_cast<PassingRow*>(tiles.rest()) + stage * kRows; };
+  const auto streamed_rows = [&](int stage) { return reinterpret_cast<StreamedRow*>(tiles.rest()) + stage * kRows; };
 
-  Results<kM, kDim / 8> dk, dv;
-  clear<kM, kDim / 8>(dk);
-  clear<kM, kDim / 8>(dv);
+  Acc<kMmaM, kDim / 8> dk, dv;
+  clear<kMmaM, kDim / 8>(dk);
+  clear<kMmaM, kDim / 8>(dv);
   if (begin < end) {
     load_tile<M, kDim, kKeys, kThreads>(k, KeyRows<const Element>(p.k, head, first_key, head.length_k, args.aligned.k),
                                         head_dim);
@@ -120,48 +120,48 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
   stream<Shape::kStages, kRows>(
       begin, end,
       [&](int row, int stage) {
-        load_tile<M, kDim, kRows, kThreads>(tiles.passing(0, stage), queries(row), head_dim);
-        load_tile<M, kDim, kRows, kThreads>(tiles.passing(1, stage), d_outs(row), value_dim);
+        load_tile<M, kDim, kRows, kThreads>(tiles.streamed(0, stage), queries(row), head_dim);
+        load_tile<M, kDim, kRows, kThreads>(tiles.streamed(1, stage), d_outs(row), value_dim);
         for (int i = thread_index(); i < kRows; i += kThreads) {
-          PassingRow passing{{}, {0, 0}};
+          StreamedRow streamed{{}, {0, 0}};
           if (row + i < limit) {
             const int position = head.position(row + i);
             const int64_t statistic = head.statistic(head.head(row + i, position), position);
-            passing = {{p, statistic, args.delta[statistic]}, head.seen_at(position)};
+            streamed = {{p, statistic, args.delta[statistic]}, head.seen_at(position)};
           }
-          passing_rows(stage)[i] = passing;
+          streamed_rows(stage)[i] = streamed;
         }
       },
       [&](int row, int stage) {
-        const auto q = tiles.passing(0, stage), d_out = tiles.passing(1, stage);
-        Results<kM, kN> s, dp;
-        multiply_rows<M, kDim, kM, kN>(s, k, own_key, q);
-        if (kWantsDk) multiply_rows<M, kDim, kM, kN>(dp, v, own_key, d_out);
+        const auto q = tiles.streamed(0, stage), d_out = tiles.streamed(1, stage);
+        Acc<kMmaM, kMmaN> s, dp;
+        gemm_nt<M, kDim, kMmaM, kMmaN>(s, k, warp_key, q);
+        if (kWantsDk) gemm_nt<M, kDim, kMmaM, kMmaN>(dp, v, warp_key, d_out);
         const bool sees_all = kPlain && RowBlock(head, row, kRows).sees_all(first_key, kKeys);
-        pair_gradients<M, kPlain, kWantsDk, kM, kN>(s, dp, passing_rows(stage), head, row, first_key + own_key,
-                                                    sees_all);
+        pair_gradients<M, kPlain, kWantsDk, kMmaM, kMmaN>(s, dp, streamed_rows(stage), head, row, first_key + warp_key,
+                                                          sees_all);
         if (kWantsDv) {
-          const bool nonfinite = !sees_all && take_out_nonfinite<M, kDim, kRows, kThreads>(d_out, tiles.flags());
-          accumulate<M, kDim, kM, kN>(dv, s, d_out, value_dim);
-          if (nonfinite) add_nonfinite<M, kDim, kM, kN>(dv, s, tiles.flags(), d_outs(row), value_dim);
+          const bool nonfinite = !sees_all && zero_nonfinite_rows<M, kDim, kRows, kThreads>(d_out, tiles.flags());
+          gemm_nn<M, kDim, kMmaM, kMmaN>(dv, s, d_out, value_dim);
+          if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(dv, s, tiles.flags(), d_outs(row), value_dim);
         }
         if (kWantsDk) {
-          const bool nonfinite = !sees_all && take_out_nonfinite<M, kDim, kRows, kThreads>(q, tiles.flags());
-          accumulate<M, kDim, kM, kN>(dk, dp, q, head_dim);
-          if (nonfinite) add_nonfinite<M, kDim, kM, kN>(dk, dp, tiles.flags(), queries(row), head_dim);
+          const bool nonfinite = !sees_all && zero_nonfinite_rows<M, kDim, kRows, kThreads>(q, tiles.flags());
+          gemm_nn<M, kDim, kMmaM, kMmaN>(dk, dp, q, head_dim);
+          if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(dk, dp, tiles.flags(), queries(row), head_dim);
         }
       });
 
   const auto store = [&](const auto& tile, const auto& gradient, float factor, const StridedView& view, bool aligned,
                          int dim) {
-    float factors[kM][2];
+    float factors[kMmaM][2];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) factors[m][0] = factors[m][1] = factor;
+    for (int m = 0; m < kMmaM; ++m) factors[m][0] = factors[m][1] = factor;
     // Only this warp reads these rows of the tile, and it has done so.
     sync_warp();
-    write_results<M, kDim, kM>(tile, own_key, gradient, factors);
+    write_acc<M, kDim, kMmaM>(tile, warp_key, gradient, factors);
     sync_warp();
-    store_rows<M, kDim>(tile, own_key, 16 * kM,
+    store_rows<M, kDim>(tile, warp_key, 16 * kMmaM,
                         KeyRows<Element>(view, head, first_key, static_cast<int>(p.seqlen_k), aligned), dim);
   };
   if (kWantsDk) store(k, dk, args.factors.scale, b.dk, args.aligned.dk, head_dim);

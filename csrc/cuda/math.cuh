@@ -21,7 +21,7 @@ ATTN_DEVICE bool is_minus_infinity(float x) { return bits_of(x) == 0xff800000u; 
 // kPartsOfFloat elements have a sum that is a float32, but for its last bit or two.
 struct Bits16 {
   using Element = uint16_t;
-  static constexpr int kStep = 16;  // elements summed by one mma
+  static constexpr int kMmaK = 16;  // elements summed by one mma
   struct A {
     uint32_t x[4];
   };
@@ -56,7 +56,7 @@ struct BF16 : Bits16 {
 
 struct Bits32 {
   using Element = float;
-  static constexpr int kStep = 8;
+  static constexpr int kMmaK = 8;
   static constexpr int kPartsOfFloat = 1;
   ATTN_DEVICE static float to_float(float x) { return x; }
   ATTN_DEVICE static float from_float(float x) { return x; }
@@ -127,13 +127,14 @@ struct TF32 : Bits32 {
   ATTN_DEVICE static void mma(float (&d)[4], const A& a, const B& b) { mma_tf32(d, a.x, b.x); }
 };
 
-// Results as the left operand of the next product, without moving between lanes. In 16 bits two neighbours make a step;
-// in float32 one does, if the summed index is read in the order 0 2 4 6 1 3 5 7 on both sides (load_b_transposed does).
+// Accumulators as the left operand of the next product, without moving between lanes. In 16 bits two neighbours make a
+// step; in float32 one does, if the summed index is read in the order 0 2 4 6 1 3 5 7 on both sides (load_b_transposed
+// does).
 //
 // They are rounded to elements. What the rounding leaves may be left in d, for another operand.
 template <class M, bool kLeavesRest>
-ATTN_DEVICE typename M::A a_from_results(float (*d)[4]) {
-  if constexpr (M::kStep == 16) {
+ATTN_DEVICE typename M::A a_from_acc(float (*d)[4]) {
+  if constexpr (M::kMmaK == 16) {
     const uint32_t r[4] = {M::pack(d[0][0], d[0][1]), M::pack(d[0][2], d[0][3]), M::pack(d[1][0], d[1][1]),
                            M::pack(d[1][2], d[1][3])};
     if constexpr (kLeavesRest) {

@@ -92,8 +92,8 @@ ATTN_DEVICE uint64_t compare_and_swap(uint64_t* address, uint64_t expected, uint
 //
 // With g = lane / 4 and t = lane % 4, a lane holds
 //   d[0..3]   rows g, g, g + 8, g + 8 of columns 2t, 2t + 1, 2t, 2t + 1
-//   16 bits   a[0..3]: rows g, g + 8, g, g + 8 of columns 2t and 2t + 1 (a[2], a[3]: 8 further), b[0..1]: rows 2t and 2t + 1
-//             (b[1]: 8 further) of column g                                                      16 x 16 times 16 x 8
+//   16 bits   a[0..3]: rows g, g + 8, g, g + 8 of columns 2t and 2t + 1 (a[2], a[3]: 8 further), b[0..1]: rows 2t and
+//             2t + 1 (b[1]: 8 further) of column g                                               16 x 16 times 16 x 8
 //   TF32      a[0..3]: rows g, g + 8, g, g + 8 of column t (a[2], a[3]: t + 4), b[0..1]: rows t, t + 4 of column g;
 //             of each number, the upper 19 bits count                                             16 x 8 times 8 x 8
 
@@ -123,21 +123,6 @@ ATTN_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t 
 
 ATTN_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 ATTN_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
-
-// x, as if it were another number each time: what is computed from it is computed where it is needed, not kept in
-// registers throughout a loop.
-ATTN_DEVICE int recomputed(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
-// value = a == b ? candidate : value. Choosing one of an array's elements so keeps the array in registers, where a
-// compiler that sees through the comparison would put it into local memory to index it.
-ATTN_DEVICE void replace_if_equal(float& value, float candidate, int a, int b) {
-  asm("{\n.reg .pred equal;\nsetp.eq.s32 equal, %2, %3;\nselp.f32 %0, %1, %0, equal;\n}\n"
-      : "+f"(value)
-      : "f"(candidate), "r"(a), "r"(b));
-}
 
 // Within 2 units in the last place; results below 2^-126 are 0.
 ATTN_DEVICE float exp2_fast(float x) {

@@ -3,7 +3,7 @@
 
 #include "../mask.h"
 #include "args.h"
-#include "ptx.cuh"
+#include "workarounds.cuh"
 
 namespace attn_ops {
 namespace cuda {

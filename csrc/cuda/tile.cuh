@@ -5,6 +5,7 @@
 #pragma once
 
 #include "math.cuh"
+#include "workarounds.cuh"
 
 namespace attn_ops {
 namespace cuda {
@@ -29,14 +30,14 @@ struct SharedTile {
 
 // --- Between global and shared memory -------------------------------------------------------------------------------
 
-// Who moves a tile together.
-struct WholeBlock {
-  ATTN_DEVICE static int thread() { return thread_index(); }
+// The threads that move a tile together.
+struct ThreadBlock {
+  ATTN_DEVICE static int thread_rank() { return thread_index(); }
   ATTN_DEVICE static void sync() { sync_block(); }
   ATTN_DEVICE static bool sync_or(bool value) { return sync_block_or(value); }
 };
-struct OneWarp {
-  ATTN_DEVICE static int thread() { return lane_index(); }
+struct Warp {
+  ATTN_DEVICE static int thread_rank() { return lane_index(); }
   ATTN_DEVICE static void sync() { sync_warp(); }
   ATTN_DEVICE static bool sync_or(bool value) {
     sync_warp();
@@ -46,7 +47,7 @@ struct OneWarp {
 
 // `rows.row(r)` is where row r of the tile is in global memory if rows.exists(r), else it is zero; it has dim elements.
 // What is moved asynchronously has arrived after copy_async_wait, the rest at once: a barrier follows in either case.
-template <class M, int kDim, int kRows, int kThreads, class Who = WholeBlock, class Rows>
+template <class M, int kDim, int kRows, int kThreads, class Group = ThreadBlock, class Rows>
 ATTN_DEVICE void load_tile(const SharedTile<M, kDim>& tile, const Rows& rows, int dim) {
   using T = SharedTile<M, kDim>;
   using Element = typename M::Element;
@@ -54,8 +55,8 @@ ATTN_DEVICE void load_tile(const SharedTile<M, kDim>& tile, const Rows& rows, in
     // A thread keeps to one of the chunks that change places with each other, and to every kStep-th row: what follows
     // from either is computed once.
     constexpr int kStep = kThreads / T::kSwizzled;
-    const uint32_t thread = Who::thread(), own = thread % T::kSwizzled, first = thread / T::kSwizzled;
-#pragma unroll(M::kStep == 16 ? 8 : 1)
+    const uint32_t thread = Group::thread_rank(), own = thread % T::kSwizzled, first = thread / T::kSwizzled;
+#pragma unroll(kLoadUnroll<M>)
     for (int step = 0; step < kRows; step += kStep) {
       const int r = static_cast<int>(first) + step;
       if (kRows % kStep != 0 && r >= kRows) break;
@@ -70,7 +71,7 @@ ATTN_DEVICE void load_tile(const SharedTile<M, kDim>& tile, const Rows& rows, in
     }
   } else {
 #pragma unroll 1
-    for (int i = Who::thread(); i < kRows * kDim; i += kThreads) {
+    for (int i = Group::thread_rank(); i < kRows * kDim; i += kThreads) {
       const int r = i / kDim, d = i % kDim;
       *tile.at(r, d) = rows.exists(r) && d < dim ? rows.row(r)[d * rows.dim_stride] : Element{};
     }
@@ -101,12 +102,7 @@ ATTN_DEVICE void store_rows(const SharedTile<M, kDim>& tile, int first, int coun
 
 // --- Operands -------------------------------------------------------------------------------------------------------
 //
-// `lane` is lane_index(). In float32 it is as if computed for each product: else all addresses that follow from it
-// (many more than in 16 bits) would be kept in registers throughout a kernel's loop.
-template <class M>
-ATTN_DEVICE int own_lane() {
-  return M::kStep == 8 ? recomputed(lane_index()) : lane_index();
-}
+// `lane` is operand_lane().
 
 // Where this lane's row of a load_matrices begins, for chunks 2 k and 2 k + 1: `lane_row` and `lane_chunk` (0 or 1,
 // swizzled) are the lane's, the rest is known to the compiler, which so needs few registers for all the k.
@@ -148,18 +144,18 @@ ATTN_DEVICE void load_b_of_8(typename M::B (&b)[2], const SharedTile<M, kDim>& t
   b[1] = M::b(r[2], r[3]);
 }
 
-// The tile as it lies: rows first to first + kStep are summed over, of columns 16 n to 16 n + 8 and the next 8.
+// The tile as it lies: rows first to first + kMmaK are summed over, of columns 16 n to 16 n + 8 and the next 8.
 template <class M, int kDim>
 ATTN_DEVICE void load_b_transposed(typename M::B (&b)[2], const SharedTile<M, kDim>& tile, int first, int n, int lane) {
   using T = SharedTile<M, kDim>;
-  if constexpr (M::kStep == 16) {
+  if constexpr (M::kMmaK == 16) {
     const int row = lane & 15, chunk = lane >> 4 ^ T::swizzle(row);
     uint32_t r[4];
     load_matrices_transposed(r, lane_address(tile, first, row, chunk, n));
     b[0] = M::b(r[0], r[1]);
     b[1] = M::b(r[2], r[3]);
   } else {
-    // Rows 2 t and 2 t + 1 of the eight: the order in which a_from_results has them.
+    // Rows 2 t and 2 t + 1 of the eight: the order in which a_from_acc has them.
     const int g = lane >> 2, row = 2 * (lane & 3);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -176,41 +172,41 @@ ATTN_DEVICE void load_b_transposed(typename M::B (&b)[2], const SharedTile<M, kD
 
 // --- Products -------------------------------------------------------------------------------------------------------
 //
-// A warp's results: kM times 16 rows, kN times 8 columns.
-template <int kM, int kN>
-using Results = float[kM][kN][4];
+// A warp's accumulators: kMmaM times 16 rows, kMmaN times 8 columns.
+template <int kMmaM, int kMmaN>
+using Acc = float[kMmaM][kMmaN][4];
 
-template <int kM, int kN>
-ATTN_DEVICE void clear(Results<kM, kN>& d) {
+template <int kMmaM, int kMmaN>
+ATTN_DEVICE void clear(Acc<kMmaM, kMmaN>& d) {
 #pragma unroll
-  for (int m = 0; m < kM; ++m)
+  for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
-    for (int n = 0; n < kN; ++n)
+    for (int n = 0; n < kMmaN; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) d[m][n][i] = 0.0f;
 }
 
 // Infinities do not survive 3xTF32: inf big + inf small is NaN where the signs of the parts differ. Wherever a product
 // is NaN, what one product gives instead is right: the true NaN, or the infinity. (There are hardly ever any.)
-template <class M, int kDim, int kM, int kN>
-ATTN_DEVICE void mend_infinities(Results<kM, kN>& d, const SharedTile<M, kDim>& a, int first,
-                                 const SharedTile<M, kDim>& b) {
+template <class M, int kDim, int kMmaM, int kMmaN>
+ATTN_DEVICE void restore_infinities(Acc<kMmaM, kMmaN>& d, const SharedTile<M, kDim>& a, int first,
+                                    const SharedTile<M, kDim>& b) {
   bool found = false;
 #pragma unroll
-  for (int m = 0; m < kM; ++m)
+  for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
-    for (int n = 0; n < kN; ++n)
+    for (int n = 0; n < kMmaN; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) found |= d[m][n][i] != d[m][n][i];
   if (!any_in_warp(found)) return;
-  const int lane = own_lane<M>();
+  const int lane = operand_lane<M>();
 #pragma unroll
-  for (int m = 0; m < kM; ++m)
+  for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
+    for (int n = 0; n < kMmaN; ++n) {
       float once[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 1
-      for (int k = 0; k < kDim / M::kStep; k += 2) {
+      for (int k = 0; k < kDim / M::kMmaK; k += 2) {
         typename M::B right[2];
         load_b_of_8<M>(right, b, 8 * n, k, lane);
 #pragma unroll
@@ -222,74 +218,65 @@ ATTN_DEVICE void mend_infinities(Results<kM, kN>& d, const SharedTile<M, kDim>& 
 }
 
 //   d[i][j] = sum over the dimension of a[first + i] b[j]
-template <class M, int kDim, int kM, int kN>
-ATTN_DEVICE void multiply_rows(Results<kM, kN>& d, const SharedTile<M, kDim>& a, int first,
-                               const SharedTile<M, kDim>& b, int lane = own_lane<M>()) {
-  clear<kM, kN>(d);
-  if constexpr (kN == 1) {
+template <class M, int kDim, int kMmaM, int kMmaN>
+ATTN_DEVICE void gemm_nt(Acc<kMmaM, kMmaN>& d, const SharedTile<M, kDim>& a, int first, const SharedTile<M, kDim>& b,
+                         int lane = operand_lane<M>()) {
+  clear<kMmaM, kMmaN>(d);
+  if constexpr (kMmaN == 1) {
 #pragma unroll 2
-    for (int k = 0; k < kDim / M::kStep; k += 2) {
+    for (int k = 0; k < kDim / M::kMmaK; k += 2) {
       typename M::B right[2];
       load_b_of_8<M>(right, b, 0, k, lane);
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int m = 0; m < kM; ++m) M::mma(d[m][0], load_a<M>(a, first + 16 * m, k + i, lane), right[i]);
+        for (int m = 0; m < kMmaM; ++m) M::mma(d[m][0], load_a<M>(a, first + 16 * m, k + i, lane), right[i]);
     }
   } else {
-    // Unrolled further, operands are fetched so early that registers run out.
-#pragma unroll(M::kStep == 16 && (kDim == 96 || kDim == 128) ? kDim / 16 : 2)
-    for (int k = 0; k < kDim / M::kStep; ++k) {
-      typename M::A left[kM];
+#pragma unroll(kGemmUnroll<M, kDim>)
+    for (int k = 0; k < kDim / M::kMmaK; ++k) {
+      typename M::A left[kMmaM];
 #pragma unroll
-      for (int m = 0; m < kM; ++m) left[m] = load_a<M>(a, first + 16 * m, k, lane);
+      for (int m = 0; m < kMmaM; ++m) left[m] = load_a<M>(a, first + 16 * m, k, lane);
 #pragma unroll
-      for (int n = 0; n < kN; n += 2) {
+      for (int n = 0; n < kMmaN; n += 2) {
         typename M::B right[2];
         load_b<M>(right, b, 8 * n, k, lane);
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
+        for (int m = 0; m < kMmaM; ++m) {
           M::mma(d[m][n], left[m], right[0]);
           M::mma(d[m][n + 1], left[m], right[1]);
         }
       }
     }
   }
-  if constexpr (M::kMath == Math::kFloat32) mend_infinities<M, kDim, kM, kN>(d, a, first, b);
-}
-
-// Where accumulate asks whether there are columns from 16 n on. A branch keeps the compiler from fetching operands
-// across it, which float32 never has the registers for, and 16 bits not in head dim 96 (on sm_120); elsewhere asking
-// costs speed.
-template <class M, int kDim>
-ATTN_DEVICE constexpr bool asks_for_columns(int n) {
-  return M::kStep == 8 ? n % 2 == 0 || kDim == 256 : kDim == 96 && n == 4;
+  if constexpr (M::kMath == Math::kFloat32) restore_infinities<M, kDim, kMmaM, kMmaN>(d, a, first, b);
 }
 
 //   d[i][c] += sum over j of p[i][j] b[j][c]     for c < columns, and for some of the zeros beyond
 //
 // p is rounded to an element, or is the sum of kParts of them.
-template <class M, int kDim, int kM, int kN, int kParts = 1>
-ATTN_DEVICE void accumulate(Results<kM, kDim / 8>& d, const Results<kM, kN>& p, const SharedTile<M, kDim>& b,
-                            int columns, int lane = own_lane<M>()) {
+template <class M, int kDim, int kMmaM, int kMmaN, int kParts = 1>
+ATTN_DEVICE void gemm_nn(Acc<kMmaM, kDim / 8>& d, const Acc<kMmaM, kMmaN>& p, const SharedTile<M, kDim>& b, int columns,
+                         int lane = operand_lane<M>()) {
 #pragma unroll
-  for (int k = 0; k < 8 * kN / M::kStep; ++k) {
-    typename M::A left[kM][kParts];
+  for (int k = 0; k < 8 * kMmaN / M::kMmaK; ++k) {
+    typename M::A left[kMmaM][kParts];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) {
-      float rest[M::kStep / 8][4];
+    for (int m = 0; m < kMmaM; ++m) {
+      float rest[M::kMmaK / 8][4];
 #pragma unroll
-      for (int i = 0; i < M::kStep / 2; ++i) rest[i >> 2][i & 3] = p[m][k * (M::kStep / 8) + (i >> 2)][i & 3];
+      for (int i = 0; i < M::kMmaK / 2; ++i) rest[i >> 2][i & 3] = p[m][k * (M::kMmaK / 8) + (i >> 2)][i & 3];
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) left[m][part] = a_from_results<M, (kParts > 1)>(rest);
+      for (int part = 0; part < kParts; ++part) left[m][part] = a_from_acc<M, (kParts > 1)>(rest);
     }
 #pragma unroll
     for (int n = 0; n < kDim / 16; ++n) {
       if (asks_for_columns<M, kDim>(n) && 16 * n >= columns) break;
       typename M::B right[2];
-      load_b_transposed<M>(right, b, k * M::kStep, n, lane);
+      load_b_transposed<M>(right, b, k * M::kMmaK, n, lane);
 #pragma unroll
-      for (int m = 0; m < kM; ++m)
+      for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
           M::mma(d[m][2 * n], left[m][part], right[0]);
@@ -299,20 +286,20 @@ ATTN_DEVICE void accumulate(Results<kM, kDim / 8>& d, const Results<kM, kN>& p, 
   }
 }
 
-// A warp's results, times factor[row], into rows first to first + 16 kM of the tile.
-template <class M, int kDim, int kM>
-ATTN_DEVICE void write_results(const SharedTile<M, kDim>& tile, int first, const Results<kM, kDim / 8>& d,
-                               const float (&factor)[kM][2]) {
+// A warp's results, times factor[row], into rows first to first + 16 kMmaM of the tile.
+template <class M, int kDim, int kMmaM>
+ATTN_DEVICE void write_acc(const SharedTile<M, kDim>& tile, int first, const Acc<kMmaM, kDim / 8>& d,
+                           const float (&factor)[kMmaM][2]) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
 #pragma unroll
-  for (int m = 0; m < kM; ++m)
+  for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
         const float low = d[m][n][2 * half] * factor[m][half], high = d[m][n][2 * half + 1] * factor[m][half];
         auto* target = tile.at(first + 16 * m + 8 * half + g, 8 * n + 2 * t);
-        if constexpr (M::kStep == 16) {
+        if constexpr (M::kMmaK == 16) {
           *reinterpret_cast<uint32_t*>(target) = M::pack(low, high);
         } else {
           target[0] = low;

@@ -1,12 +1,12 @@
 // Forward for few rows, a decode step above all: the head dimension in the lanes, keys and values read as they lie.
 //
-// A row tile (forward.h) would have most of its lanes empty. Here, for up to 4 rows i and a block of keys j,
+// A row tile (row_lanes.h) would have most of its lanes empty. Here, for up to 4 rows i and a block of keys j,
 //   s[i][j] = sum_d q'[i][d] k[j][d]                 vectors along d, `width` sums at a time reduced by a transposition
 //   m' = max(m, max_j s),  p = e^(s - m')            vectors along the keys
 //   o[i][d] = e^(m - m') o + sum_j p[i][j] v[j][d]   vectors along d
 // Memory is the limit, so a task takes a block of keys for all its heads before the next block, and asks for the next
-// block in the order it lies in memory: DRAM and TLB see one long read, whatever the layout. Half precision is widened in
-// registers, and half as many bytes are read.
+// block in the order it lies in memory: DRAM and TLB see one long read, whatever the layout. Half precision is widened
+// in registers, and half as many bytes are read.
 #pragma once
 
 #include <new>
@@ -24,8 +24,8 @@ namespace {
 template <class T>
 constexpr int kSharedRows = Simd<T>::width < 4 ? Simd<T>::width : 4;
 
-// Whether a call takes this way: a row tile would leave lanes empty or be too small, and keys and values are rows that
-// vectors can load.
+// Whether a call takes this way: there, a row tile would leave lanes empty or be too small, and keys and values are
+// rows that vectors can load.
 template <class T>
 bool few_rows(const AttentionParams& p) {
   return p.seqlen_q * group_size(p) <= 2 * kSharedRows<T> && p.k.stride[3] == 1 && p.v.stride[3] == 1;
@@ -33,7 +33,7 @@ bool few_rows(const AttentionParams& p) {
 
 // Up to kSharedRows rows of one head and their running softmax. Rows not in use have q = 0.
 template <class T>
-struct FewRows {
+struct RowGroup {
   const HeadRows* head_rows;
   int64_t first;  // row of the head
   int rows;
@@ -41,7 +41,7 @@ struct FewRows {
   KeyRange seen[kSharedRows<T>];
   T m[kSharedRows<T>], correction[kSharedRows<T>];
   Vec<T> l[kSharedRows<T>];  // one sum per lane until the end
-  T *q, *out;                // [row][head_dim], [row][value_dim], padded to whole vectors
+  T *q, *out;  // [row][head_dim], [row][value_dim], padded to whole vectors
 
   void start(const HeadRows& r, int64_t first_row) {
     using S = Simd<T>;
@@ -78,36 +78,35 @@ struct FewRows {
 
 // Row groups of a head.
 template <class T>
-int64_t few_rows_groups(const AttentionParams& p) {
+int64_t row_groups(const AttentionParams& p) {
   return (p.seqlen_q * group_size(p) + kSharedRows<T> - 1) / kSharedRows<T>;
 }
 
 template <class T>
-struct FewRowsScratch {
+struct HeadLanesScratch {
   HeadRows* heads;
-  FewRows<T>* groups;           // [head][group]
-  T *scores, *added, *factors;  // [row][kFewRowsKeys], [row][kFewRowsKeys], [key][row]
+  RowGroup<T>* groups;  // [head][group]
+  T *scores, *factors;  // [row][kHeadLanesKeys], [key][row]
 
   static int64_t bytes(const AttentionParams& p, int64_t heads) {
-    const int64_t groups = heads * few_rows_groups<T>(p);
-    return Arena::bytes<FewRowsScratch>(1) + Arena::bytes<HeadRows>(heads) + Arena::bytes<FewRows<T>>(groups) +
+    const int64_t groups = heads * row_groups<T>(p);
+    return Arena::bytes<HeadLanesScratch>(1) + Arena::bytes<HeadRows>(heads) + Arena::bytes<RowGroup<T>>(groups) +
            groups * Arena::bytes<T>(kSharedRows<T> * round_to_width<T>(p.head_dim)) +
            groups * Arena::bytes<T>(kSharedRows<T> * round_to_width<T>(p.value_dim)) +
-           3 * Arena::bytes<T>(kSharedRows<T> * kFewRowsKeys);
+           2 * Arena::bytes<T>(kSharedRows<T> * kHeadLanesKeys);
   }
 
-  static FewRowsScratch& in(const AttentionParams& p, int64_t heads, Arena* arena) {
-    FewRowsScratch& scratch = *arena->take<FewRowsScratch>(1);
-    const int64_t groups = heads * few_rows_groups<T>(p);
+  static HeadLanesScratch& in(const AttentionParams& p, int64_t heads, Arena* arena) {
+    HeadLanesScratch& scratch = *arena->take<HeadLanesScratch>(1);
+    const int64_t groups = heads * row_groups<T>(p);
     scratch.heads = arena->take<HeadRows>(heads);
-    scratch.groups = arena->take<FewRows<T>>(groups);
+    scratch.groups = arena->take<RowGroup<T>>(groups);
     for (int64_t g = 0; g < groups; ++g) {
       scratch.groups[g].q = arena->take<T>(kSharedRows<T> * round_to_width<T>(p.head_dim));
       scratch.groups[g].out = arena->take<T>(kSharedRows<T> * round_to_width<T>(p.value_dim));
     }
-    scratch.scores = arena->take<T>(kSharedRows<T> * kFewRowsKeys);
-    scratch.added = arena->take<T>(kSharedRows<T> * kFewRowsKeys);
-    scratch.factors = arena->take<T>(kSharedRows<T> * kFewRowsKeys);
+    scratch.scores = arena->take<T>(kSharedRows<T> * kHeadLanesKeys);
+    scratch.factors = arena->take<T>(kSharedRows<T> * kHeadLanesKeys);
     return scratch;
   }
 };
@@ -115,10 +114,10 @@ struct FewRowsScratch {
 // scores[i][j] for R rows and keys k0 .. k0 + n. A tile is R rows by width / R keys: `width` sums of vectors, which a
 // transposition turns into one vector.
 template <class T, int R, class Storage>
-ATTN_INLINE void few_scores(Storage storage, const FewRows<T>& f, int64_t k0, int64_t n, RowsAhead& ahead, T* scores) {
+ATTN_INLINE void raw_scores(Storage storage, const RowGroup<T>& f, int64_t k0, int64_t n, RowsAhead& ahead, T* scores) {
   using S = Simd<T>;
   constexpr int W = S::width, K = W / R;
-  static_assert(kFewRowsKeys % K == 0, "a tile must not write past the block");
+  static_assert(kHeadLanesKeys % K == 0, "a tile must not write past the block");
   const AttentionParams& p = f.head_rows->p;
   const int64_t whole = p.head_dim / W * W, q_size = round_to_width<T>(p.head_dim);
   const int64_t stride = p.k.stride[1] * Storage::size;
@@ -148,7 +147,7 @@ ATTN_INLINE void few_scores(Storage storage, const FewRows<T>& f, int64_t k0, in
       for (int i = 0; i < half; ++i) acc[i] += acc[i + half];
     T sum[W];
     S::store(sum, acc[0]);
-    for (int i = 0; i < R; ++i) memcpy(scores + i * kFewRowsKeys + j, sum + i * K, K * sizeof(T));
+    for (int i = 0; i < R; ++i) memcpy(scores + i * kHeadLanesKeys + j, sum + i * K, K * sizeof(T));
   }
 }
 
@@ -156,7 +155,7 @@ ATTN_INLINE void few_scores(Storage storage, const FewRows<T>& f, int64_t k0, in
 // cache sets, and a whole block of them would not stay in L1 from one panel of d to the next. With `hides`, a zero
 // probability leaves its value out: the key may be hidden from the row, and what it holds be Inf or NaN.
 template <class T, int R, bool hides, class Storage>
-ATTN_INLINE void few_values(Storage storage, const FewRows<T>& f, int64_t k0, int64_t n, RowsAhead& ahead,
+ATTN_INLINE void add_values(Storage storage, const RowGroup<T>& f, int64_t k0, int64_t n, RowsAhead& ahead,
                             const T* probabilities) {
   using S = Simd<T>;
   constexpr int W = S::width, kKeys = 8, kPanel = kVectorRegisters == 32 ? 4 : 2;
@@ -180,7 +179,7 @@ ATTN_INLINE void few_values(Storage storage, const FewRows<T>& f, int64_t k0, in
         for (int v = 0; v < NV; ++v) x[v] = load(at + v * W * Storage::size);
 #pragma GCC unroll 4
         for (int i = 0; i < R; ++i) {
-          const T weight = probabilities[i * kFewRowsKeys + j0 + j];
+          const T weight = probabilities[i * kHeadLanesKeys + j0 + j];
           if (hides && weight == 0) continue;
           for (int v = 0; v < NV; ++v) acc[i][v] = S::fma(S::set1(weight), x[v], acc[i][v]);
         }
@@ -197,51 +196,34 @@ ATTN_INLINE void few_values(Storage storage, const FewRows<T>& f, int64_t k0, in
   }
 }
 
-// added[i][j] = bias, or -inf where the key is hidden from the row, whatever hides it.
+// bits[i]: which of the keys k0 .. k0 + n row i sees, by intervals and boolean masks; kNothing also where a bias of
+// -inf hides all, kSome wherever there is one.
 template <class T>
-Seen few_added(const FewRows<T>& f, int64_t k0, int64_t n, T* all_added) {
-  using S = Simd<T>;
+__attribute__((noinline)) Visibility visible_keys(const RowGroup<T>& f, int64_t k0, int64_t n, uint64_t* bits) {
   const HeadRows& r = *f.head_rows;
-  const AttentionParams& p = r.p;
-  bool nothing = true, visible = false;
+  const bool bias = r.p.bias.data;
+  if (bias && bias_hides_all<T>(r, f, k0, n)) return Visibility::kNothing;
+  uint64_t any = 0, every = bits_between(0, n);
   for (int i = 0; i < f.rows; ++i) {
-    T* const added = all_added + i * kFewRowsKeys;
-    memset(added, 0, sizeof(T) * kFewRowsKeys);
-    const auto add = [&](const StridedView& v, const auto& combine) {
-      const int64_t stride = v.stride[3] * static_cast<int64_t>(size_of(v.dtype));
-      T values[kFewRowsKeys] = {};
-      load_row<T>(v.dtype, r.score_row(v, f.position[i], f.head[i]) + k0 * stride, stride, n, false, values);
-      for (int64_t j = 0; j < n; j += S::width) S::store(added + j, combine(S::load(added + j), S::load(values + j)));
-    };
-    if (p.bias.data) add(p.bias, [](Vec<T>, Vec<T> bias) { return bias; });
-    for (int m = 0; m < p.num_masks; ++m)
-      add(p.masks[m], [](Vec<T> sum, Vec<T> hidden) { return S::select(hidden < S::zero(), hidden, sum); });
-    for (int64_t j = 0; j < n; ++j) {
-      if (k0 + j < f.seen[i].begin || k0 + j >= f.seen[i].end) added[j] = -kInfinity<T>;
-      nothing = nothing && added[j] == 0;
-      visible = visible || added[j] != -kInfinity<T>;
-    }
+    bits[i] = bits_between(f.seen[i].begin - k0, f.seen[i].end - k0) &
+              row_bits(r, f.position[i], f.head[i], k0, n, [](const StridedView&) { return true; });
+    any |= bits[i];
+    every &= bits[i];
   }
-  return !visible ? Seen::kNothing : nothing ? Seen::kAll : Seen::kSome;
+  return !any ? Visibility::kNothing : every == bits_between(0, n) && !bias ? Visibility::kAll : Visibility::kSome;
 }
 
-// scores -> probabilities relative to the new maximum, before dropout; updates m, l, correction. `added` may be null.
+// scores -> probabilities relative to the new maximum, before dropout; updates m, l, correction.
 template <class T>
-ATTN_INLINE void few_softmax(FewRows<T>& f, const T* added, int64_t n, T* scores) {
+ATTN_INLINE void row_softmax(RowGroup<T>& f, int64_t k0, int64_t n, Visibility seen, const uint64_t* bits, T* scores) {
   using S = Simd<T>;
   constexpr int W = S::width;
   for (int i = 0; i < f.rows; ++i) {
-    T* const s = scores + i * kFewRowsKeys;
-    for (int64_t j = n; j % W != 0; ++j) s[j] = -kInfinity<T>;
+    T* const s = scores + i * kHeadLanesKeys;
+    if (seen == Visibility::kSome || n % W != 0)
+      finish_row_scores<T>(*f.head_rows, f.position[i], f.head[i], k0, n, bits[i], s);
     Vec<T> highest = S::set1(f.m[i]);
-    for (int64_t j = 0; j < n; j += W) {
-      Vec<T> x = S::load(s + j);
-      if (added) {
-        x = biased<T>(x, S::load(added + i * kFewRowsKeys + j));
-        S::store(s + j, x);
-      }
-      highest = S::max(highest, x);
-    }
+    for (int64_t j = 0; j < n; j += W) highest = S::max(highest, S::load(s + j));
     T m = highest[0];
     for (int lane = 1; lane < W; ++lane) m = highest[lane] > m || m != m ? highest[lane] : m;
     const Vec<T> base = softmax_base<T>(S::set1(m));
@@ -259,31 +241,28 @@ ATTN_INLINE void few_softmax(FewRows<T>& f, const T* added, int64_t n, T* scores
 }
 
 template <class T, int R, class Storage>
-__attribute__((noinline)) void few_rows_block(Storage storage, FewRows<T>& f, int64_t k0, int64_t n, RowsAhead& keys_ahead,
-                                              RowsAhead& values_ahead, const FewRowsScratch<T>& scratch) {
+__attribute__((noinline)) void row_group_block(Storage storage, RowGroup<T>& f, int64_t k0, int64_t n,
+                                               RowsAhead& keys_ahead, RowsAhead& values_ahead,
+                                               const HeadLanesScratch<T>& scratch) {
   const AttentionParams& p = f.head_rows->p;
-  bool added = p.bias.data || p.num_masks;
-  for (int i = 0; i < f.rows; ++i) added = added || f.seen[i].begin > k0 || f.seen[i].end < k0 + n;
-  if (added) {
-    const Seen seen = few_added<T>(f, k0, n, scratch.added);
-    if (seen == Seen::kNothing) return;
-    added = seen == Seen::kSome;
-  }
+  uint64_t bits[kSharedRows<T>];
+  const Visibility seen = visible_keys<T>(f, k0, n, bits);
+  if (seen == Visibility::kNothing) return;
   T* const s = scratch.scores;
-  few_scores<T, R>(storage, f, k0, n, keys_ahead, s);
-  few_softmax<T>(f, added ? scratch.added : nullptr, n, s);
+  raw_scores<T, R>(storage, f, k0, n, keys_ahead, s);
+  row_softmax<T>(f, k0, n, seen, bits, s);
   if (p.dropout_rate > 0) {  // after the sum: dropout acts on the normalised probabilities
     dropout_factors<T>(Dropout(p, f.head_rows->batch), f.position, f.head, f.rows, k0, n, scratch.factors);
     for (int i = 0; i < f.rows; ++i)
-      for (int64_t j = 0; j < n; ++j) s[i * kFewRowsKeys + j] *= scratch.factors[j * f.rows + i];
+      for (int64_t j = 0; j < n; ++j) s[i * kHeadLanesKeys + j] *= scratch.factors[j * f.rows + i];
   }
-  if (added) few_values<T, R, true>(storage, f, k0, n, values_ahead, s);
-  else few_values<T, R, false>(storage, f, k0, n, values_ahead, s);
+  if (seen == Visibility::kSome) add_values<T, R, true>(storage, f, k0, n, values_ahead, s);
+  else add_values<T, R, false>(storage, f, k0, n, values_ahead, s);
 }
 
 // Writes out and the statistics, or m, l and the unnormalised o of a key split.
 template <class T>
-void finish_few_rows(const FewRows<T>& f, T* partial) {
+void finish_row_group(const RowGroup<T>& f, T* partial) {
   const AttentionParams& p = f.head_rows->p;
   for (int i = 0; i < f.rows; ++i) {
     const T l = f.total(i);
@@ -300,42 +279,42 @@ void finish_few_rows(const FewRows<T>& f, T* partial) {
 }
 
 template <class T>
-void forward_few_rows(const AttentionParams& p, const FewRowsTask& task, void* memory) {
+void forward_head_lanes(const AttentionParams& p, const HeadLanesTask& task, void* memory) {
   Arena arena(memory);
-  const int64_t heads = task.head_end - task.head_begin, per_head = few_rows_groups<T>(p);
-  FewRowsScratch<T>& scratch = FewRowsScratch<T>::in(p, heads, &arena);
+  const int64_t heads = task.head_end - task.head_begin, per_head = row_groups<T>(p);
+  HeadLanesScratch<T>& scratch = HeadLanesScratch<T>::in(p, heads, &arena);
   for (int64_t h = 0; h < heads; ++h) {
     new (&scratch.heads[h]) HeadRows(p, task.batch, task.head_begin + h);
-    for (int64_t g = 0; g < per_head; ++g)
-      scratch.groups[h * per_head + g].start(scratch.heads[h], g * kSharedRows<T>);
+    for (int64_t g = 0; g < per_head; ++g) scratch.groups[h * per_head + g].start(scratch.heads[h], g * kSharedRows<T>);
   }
   const HeadRows& first = scratch.heads[0];
   KeyRange seen = first.keys_seen(0, first.count);
   if (seen.begin < task.key_begin) seen.begin = task.key_begin;
   if (seen.end > task.key_end) seen.end = task.key_end;
 
-  const int64_t block_bytes = kFewRowsKeys * heads * (p.head_dim + p.value_dim) * static_cast<int64_t>(size_of(p.dtype));
+  const int64_t key_bytes = (p.head_dim + p.value_dim) * static_cast<int64_t>(size_of(p.dtype));
+  const int64_t block_bytes = kHeadLanesKeys * heads * key_bytes;
   const bool fits_l1 = block_bytes <= kL1Bytes / 2;
   with_storage(T{}, p.dtype, [&](auto storage) {
     int64_t n;
     // From a multiple of 4 on: key 4 n starts a group of random numbers.
     for (int64_t k0 = seen.begin / 4 * 4; k0 < seen.end; k0 += n) {
-      n = seen.end - k0 < kFewRowsKeys ? seen.end - k0 : kFewRowsKeys;
-      const int64_t next = k0 + n, next_keys = seen.end - next < kFewRowsKeys ? seen.end - next : kFewRowsKeys;
+      n = seen.end - k0 < kHeadLanesKeys ? seen.end - k0 : kHeadLanesKeys;
+      const int64_t next = k0 + n, next_keys = seen.end - next < kHeadLanesKeys ? seen.end - next : kHeadLanesKeys;
       RowsAhead keys_ahead(p.k, task.batch, next, next_keys, task.head_begin, heads, p.head_dim, fits_l1);
       RowsAhead values_ahead(p.v, task.batch, next, next_keys, task.head_begin, heads, p.value_dim, fits_l1);
       for (int64_t g = 0; g < heads * per_head; ++g) {
-        FewRows<T>& f = scratch.groups[g];
-        if (f.rows == 1) few_rows_block<T, 1>(storage, f, k0, n, keys_ahead, values_ahead, scratch);
-        else if (f.rows == 2) few_rows_block<T, 2>(storage, f, k0, n, keys_ahead, values_ahead, scratch);
-        else few_rows_block<T, kSharedRows<T>>(storage, f, k0, n, keys_ahead, values_ahead, scratch);
+        RowGroup<T>& f = scratch.groups[g];
+        if (f.rows == 1) row_group_block<T, 1>(storage, f, k0, n, keys_ahead, values_ahead, scratch);
+        else if (f.rows == 2) row_group_block<T, 2>(storage, f, k0, n, keys_ahead, values_ahead, scratch);
+        else row_group_block<T, kSharedRows<T>>(storage, f, k0, n, keys_ahead, values_ahead, scratch);
       }
     }
   });
   for (int64_t g = 0; g < heads * per_head; ++g) {
     char* const partial = static_cast<char*>(task.partials);
-    finish_few_rows<T>(scratch.groups[g],
-                       reinterpret_cast<T*>(partial ? partial + g / per_head * task.head_bytes : nullptr));
+    finish_row_group<T>(scratch.groups[g],
+                        reinterpret_cast<T*>(partial ? partial + g / per_head * task.head_bytes : nullptr));
   }
 }
 

@@ -26,20 +26,20 @@ struct ForwardTile : RowTile<T> {
 };
 
 template <class T>
-struct ForwardScratch {
+struct RowLanesScratch {
   ForwardTile<T> tiles[kForwardTiles], part;
   T *scores, *factors;
   uint64_t* visible;
 
   static int64_t bytes(const AttentionParams& p) {
-    return Arena::bytes<ForwardScratch>(1) + KeyBlock<T>::bytes(p, p.head_dim) + KeyBlock<T>::bytes(p, p.value_dim) +
+    return Arena::bytes<RowLanesScratch>(1) + KeyRows<T>::bytes(p, p.head_dim) + KeyRows<T>::bytes(p, p.value_dim) +
            kForwardTiles * (Arena::bytes<T>(RowTile<T>::max_lanes * p.head_dim) +
                             Arena::bytes<T>(RowTile<T>::max_lanes * p.value_dim)) +
            2 * Arena::bytes<T>(kBlockKeys * RowTile<T>::max_lanes) + Arena::bytes<uint64_t>(kBlockKeys);
   }
 
-  static ForwardScratch& in(const AttentionParams& p, Arena* arena) {
-    ForwardScratch& scratch = *arena->take<ForwardScratch>(1);
+  static RowLanesScratch& in(const AttentionParams& p, Arena* arena) {
+    RowLanesScratch& scratch = *arena->take<RowLanesScratch>(1);
     for (ForwardTile<T>& tile : scratch.tiles) {
       tile.q = arena->take<T>(RowTile<T>::max_lanes * p.head_dim);
       tile.out = arena->take<T>(RowTile<T>::max_lanes * p.value_dim);
@@ -70,9 +70,9 @@ void start_tile(const HeadRows& r, ForwardTile<T>& tile) {
 
 // One tile meets the keys k0 .. k1 of a block.
 template <class T, int NV>
-__attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& tile, const KeyBlock<T>& keys,
-                                             KeyBlock<T>& values, int64_t k0, int64_t k1,
-                                             const ForwardScratch<T>& scratch) {
+__attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& tile, const KeyRows<T>& keys,
+                                             KeyRows<T>& values, int64_t k0, int64_t k1,
+                                             const RowLanesScratch<T>& scratch) {
   using S = Simd<T>;
   constexpr int W = S::width, lanes = NV * W;
   const AttentionParams& p = r.p;
@@ -80,10 +80,10 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
   T* const s = scratch.scores;
   Vec<T> m_old[NV], m[NV];
   for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
-  const Seen seen = score_block<T, NV>(r, tile, tile.q, tile.ld, keys, k0, n, scratch.visible, s, lanes,
-                                       [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
-  if (seen == Seen::kNothing) return;
-  const bool masked = seen == Seen::kSome;
+  const Visibility seen = score_block<T, NV>(r, tile, tile.q, tile.ld, keys, k0, n, scratch.visible, s, lanes,
+                                             [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
+  if (seen == Visibility::kNothing) return;
+  const bool masked = seen == Visibility::kSome;
 
   // A sum per block: one chain of additions over all keys would lose digits with their number.
   Vec<T> base[NV], correction[NV], sum[NV];
@@ -116,8 +116,7 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
   };
   if (masked && !values.finite())
     gemm_hiding<T, NV, Major::kDepth, ZeroHides::kB>(p.value_dim, values.at(k0), values.ld(), s, lanes, n, accumulate);
-  else
-    gemm<T, NV, Major::kDepth>(p.value_dim, values.at(k0), values.ld(), s, lanes, n, accumulate);
+  else gemm<T, NV, Major::kDepth>(p.value_dim, values.at(k0), values.ld(), s, lanes, n, accumulate);
 }
 
 // The vectors of a tile from `first` on as a tile of their own, in place: q and out are shared, m and l copied.
@@ -147,11 +146,12 @@ void part_of_tile(const ForwardTile<T>& tile, int first, ForwardTile<T>& part) {
 // A tile meets the keys k0 .. k1 of a block. Where intervals end in it, as on a causal diagonal, only the vectors that
 // still see keys go on: of 48 rows and as many keys past the first, a third of the products is nobody's.
 template <class T>
-void forward_tile_block(const HeadRows& r, ForwardTile<T>& tile, const KeyBlock<T>& keys, KeyBlock<T>& values, int64_t k0,
-                        int64_t k1, ForwardScratch<T>& scratch) {
+void forward_tile_block(const HeadRows& r, ForwardTile<T>& tile, const KeyRows<T>& keys, KeyRows<T>& values, int64_t k0,
+                        int64_t k1, RowLanesScratch<T>& scratch) {
   constexpr int W = Simd<T>::width;
   const auto meet = [&](ForwardTile<T>& t, int64_t begin, int64_t end) {
-    with_vectors(t.nv, [&](auto nv) { forward_block<T, decltype(nv)::value>(r, t, keys, values, begin, end, scratch); });
+    with_vectors(t.nv,
+                 [&](auto nv) { forward_block<T, decltype(nv)::value>(r, t, keys, values, begin, end, scratch); });
   };
   for (int v = 0; v < tile.nv; ++v) {
     const int last = (v + 1) * W <= tile.rows ? (v + 1) * W - 1 : tile.rows - 1;
@@ -186,8 +186,7 @@ void finish_tile(const HeadRows& r, const ForwardTile<T>& tile) {
   store_transposed<T>(p.out.dtype, row, tile.rows, tile.lanes,
                       p.out.stride[3] * static_cast<int64_t>(size_of(p.out.dtype)), p.value_dim, tile.out,
                       [&](const T* at, int lane) { return S::load(at) * S::load(inverse + lane); });
-  for (int i = 0; i < tile.rows; ++i)
-    store_statistics(r, tile.position[i], tile.head[i], tile.m[i], tile.l[i]);
+  for (int i = 0; i < tile.rows; ++i) store_statistics(r, tile.position[i], tile.head[i], tile.m[i], tile.l[i]);
 }
 
 // A key split leaves m, l and the unnormalised o of its rows: [row][value_dim + 2].
@@ -208,8 +207,8 @@ void finish_partial(const HeadRows& r, const ForwardTile<T>& tile, T* partial) {
 
 // `count` tiles from `first` on meet all their keys, block by block.
 template <class T>
-void forward_tiles(const HeadRows& r, const Tiling<T>& tiling, const ForwardTask& task, int64_t first, int64_t count,
-                   KeyBlock<T>& keys, KeyBlock<T>& values, NextTask& next, ForwardScratch<T>& scratch) {
+void forward_tiles(const HeadRows& r, const Tiling<T>& tiling, const RowLanesTask& task, int64_t first, int64_t count,
+                   KeyRows<T>& keys, KeyRows<T>& values, NextTask& next, RowLanesScratch<T>& scratch) {
   int64_t begin = r.length_k, end = 0;
   for (int64_t t = 0; t < count; ++t) {
     ForwardTile<T>& tile = scratch.tiles[t];
@@ -244,13 +243,13 @@ void forward_tiles(const HeadRows& r, const Tiling<T>& tiling, const ForwardTask
 }
 
 template <class T>
-void forward(const AttentionParams& p, const ForwardTask& task, void* memory) {
+void forward_row_lanes(const AttentionParams& p, const RowLanesTask& task, void* memory) {
   const HeadRows r(p, task.batch, task.kv_head);
   Arena arena(memory);
   const Tiling<T> tiling(r.count);
-  ForwardScratch<T>& scratch = ForwardScratch<T>::in(p, &arena);
+  RowLanesScratch<T>& scratch = RowLanesScratch<T>::in(p, &arena);
   const bool shared = task.tile_end - task.tile_begin > 1;
-  KeyBlock<T> keys(r, p.k, p.head_dim, shared, &arena), values(r, p.v, p.value_dim, shared, &arena);
+  KeyRows<T> keys(r, p.k, p.head_dim, shared, &arena), values(r, p.v, p.value_dim, shared, &arena);
   NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
   next.reads_keys(p.k, p.head_dim);
   next.reads_keys(p.v, p.value_dim);

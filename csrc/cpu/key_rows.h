@@ -1,0 +1,93 @@
+// Where the keys and the values of a head are read: in place, or from a copy.
+#pragma once
+
+#include "row_tile.h"
+
+namespace attn_ops {
+namespace cpu {
+namespace {
+
+// Whether the copies of all keys and values of a head are kept for a task; see kKeptKeysBytes.
+template <class T>
+bool keeps_keys(const AttentionParams& p) {
+  return p.seqlen_k * (p.head_dim + p.value_dim) * static_cast<int64_t>(sizeof(T)) <= kKeptKeysBytes;
+}
+
+// The keys or the values of one head as rows of T, block by block: in place when the memory already is that, else
+// copied. Copies pay when several tiles share them, even of the same type: BSHD rows lie num_heads * dim apart, often
+// a multiple of 4 KiB, where the rows of a block would fight for a few cache sets.
+template <class T>
+class KeyRows {
+ public:
+  // Scratch for `dim` columns: rows, and for kept copies one flag per block.
+  static int64_t bytes(const AttentionParams& p, int64_t dim) {
+    return Arena::bytes<T>(copies(p) * kBlockKeys * dim) + Arena::bytes<char>(copies(p));
+  }
+
+  KeyRows(const HeadRows& r, const StridedView& v, int64_t dim, bool shared, Arena* arena)
+      : rows_(r), view_(v), dim_(dim), stride_(v.stride[3] * static_cast<int64_t>(size_of(v.dtype))),
+        in_place_(v.dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32) && v.stride[3] == 1 &&
+                  (!shared || v.stride[1] == dim)),
+        kept_(shared && keeps_keys<T>(r.p)) {
+    copy_ = arena->take<T>(copies(r.p) * kBlockKeys * dim);
+    copied_ = arena->take<char>(copies(r.p));
+    memset(copied_, 0, copies(r.p));
+  }
+
+  // Keys k0 .. k1, at most kBlockKeys. Shared blocks lie between multiples of kBlockKeys.
+  void load(int64_t k0, int64_t k1) {
+    begin_ = k0;
+    end_ = k1;
+    finite_ = Finite::kUnknown;
+    if (in_place_) {
+      data_ = reinterpret_cast<const T*>(rows_.key_row(view_, k0));
+      ld_ = view_.stride[1];
+    } else if (kept_) {
+      const int64_t block = k0 / kBlockKeys, first = block * kBlockKeys;
+      if (!copied_[block]) {
+        const int64_t end = first + kBlockKeys < rows_.length_k ? first + kBlockKeys : rows_.length_k;
+        copy(first, end, copy_ + first * dim_);
+        copied_[block] = 1;
+      }
+      data_ = copy_ + k0 * dim_;
+      ld_ = dim_;
+    } else {
+      copy(k0, k1, copy_);
+      data_ = copy_;
+      ld_ = dim_;
+    }
+  }
+
+  const T* at(int64_t key) const { return data_ + (key - begin_) * ld_; }
+  int64_t ld() const { return ld_; }
+
+  bool finite() {
+    if (finite_ == Finite::kUnknown)
+      finite_ = all_finite(data_, ld_, end_ - begin_, dim_) ? Finite::kYes : Finite::kNo;
+    return finite_ == Finite::kYes;
+  }
+
+ private:
+  enum class Finite { kUnknown, kYes, kNo };
+
+  // Blocks that there is room for.
+  static int64_t copies(const AttentionParams& p) { return keeps_keys<T>(p) ? p.seqlen_k / kBlockKeys + 1 : 1; }
+
+  void copy(int64_t k0, int64_t k1, T* to) const {
+    for (int64_t j = k0; j < k1; ++j, to += dim_)
+      load_row<T>(view_.dtype, rows_.key_row(view_, j), stride_, dim_, false, to);
+  }
+
+  const HeadRows& rows_;
+  const StridedView& view_;
+  int64_t dim_, stride_, begin_ = 0, end_ = 0, ld_ = 0;
+  bool in_place_, kept_;
+  T* copy_;
+  char* copied_;
+  const T* data_ = nullptr;
+  Finite finite_ = Finite::kUnknown;
+};
+
+}  // namespace
+}  // namespace cpu
+}  // namespace attn_ops

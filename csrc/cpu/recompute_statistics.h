@@ -1,0 +1,89 @@
+// m, l and delta of a tile's rows by a pass over the keys, where what forward left will not do (recomputes_statistics).
+#pragma once
+
+#include "backward_tile.h"
+#include "scores.h"
+
+namespace attn_ops {
+namespace cpu {
+namespace {
+
+// One tile of recompute_statistics meets keys k0 .. k1. As long as that lasts, m is the maximum so far, inverse_l holds
+// the sum of e^(s - m), and delta that of e^(s - m) dp.
+template <class T, int NV>
+__attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<T>& tile, const KeyRows<T>& keys,
+                                                const KeyRows<T>& values, int64_t k0, int64_t k1,
+                                                const BackwardScratch<T>& scratch) {
+  using S = Simd<T>;
+  constexpr int W = S::width, lanes = NV * W;
+  const AttentionParams& p = r.p;
+  const int64_t n = k1 - k0;
+  T *const s = scratch.p, *const dp = scratch.ds;
+  Vec<T> m_old[NV], m[NV];
+  for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
+  const Visibility seen = score_block<T, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.visible, s, lanes,
+                                       [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
+  if (seen == Visibility::kNothing) return;
+  gemm<T, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, p.value_dim,
+                           [=](int64_t j, int v, Vec<T> x) { S::store(dp + j * lanes + v * W, x); });
+  const bool dropout = p.dropout_rate > 0;
+  if (dropout) dropout_factors<T>(Dropout(p, r.batch), tile.position, tile.head, lanes, k0, n, scratch.factors);
+
+  Vec<T> base[NV], l[NV], delta[NV];
+  for (int v = 0; v < NV; ++v) {
+    base[v] = softmax_base<T>(m[v]);
+    l[v] = delta[v] = S::zero();
+  }
+  for (int64_t j = 0; j < n; ++j)
+    for (int v = 0; v < NV; ++v) {
+      const Vec<T> e = exp<T>(S::load(s + j * lanes + v * W) - base[v]);
+      Vec<T> weighted = e * S::load(dp + j * lanes + v * W);
+      if (dropout) weighted *= S::load(scratch.factors + j * lanes + v * W);
+      l[v] += e;
+      delta[v] += S::select(e == S::zero(), S::zero(), weighted);  // a hidden key may hold NaN
+    }
+  for (int v = 0; v < NV; ++v) {
+    const Vec<T> correction = exp<T>(m_old[v] - base[v]);
+    S::store(tile.m + v * W, m[v]);
+    S::store(tile.inverse_l + v * W, S::fma(S::load(tile.inverse_l + v * W), correction, l[v]));
+    S::store(tile.delta + v * W, S::fma(S::load(tile.delta + v * W), correction, delta[v]));
+  }
+}
+
+// m, 1 / l and delta of `count` tiles that see keys in begin .. end, from the scores.
+template <class T>
+void recompute_statistics(const BackwardParams& params, const HeadRows& r, BackwardTile<T>* tiles, int64_t count,
+                          int64_t begin, int64_t end, KeyRows<T>& keys, KeyRows<T>& values,
+                          const BackwardScratch<T>& scratch) {
+  for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
+    // Key 4 n starts a group of random numbers.
+    const int64_t block_begin = block < begin ? begin / 4 * 4 : block;
+    const int64_t block_end = block + kBlockKeys < end ? block + kBlockKeys : end;
+    keys.load(block_begin, block_end);
+    values.load(block_begin, block_end);
+    for (BackwardTile<T>* t = tiles; t < tiles + count; ++t) {
+      const int64_t k0 = t->begin > block_begin ? t->begin / 4 * 4 : block_begin;
+      const int64_t k1 = t->end < block_end ? t->end : block_end;
+      if (k0 >= k1 || t->begin >= t->end) continue;
+      with_vectors(t->nv, [&](auto nv) {
+        statistics_block<T, decltype(nv)::value>(r, *t, keys, values, k0, k1, scratch);
+      });
+    }
+  }
+  const T* const d_lse = static_cast<const T*>(params.d_lse);
+  for (BackwardTile<T>* t = tiles; t < tiles + count; ++t)
+    for (int i = 0; i < t->lanes; ++i) {
+      const T l = t->inverse_l[i];
+      if (l == 0 || i >= t->rows) {
+        t->m[i] = t->inverse_l[i] = t->delta[i] = 0;
+        continue;
+      }
+      t->inverse_l[i] = 1 / l;
+      t->delta[i] *= t->inverse_l[i];
+      if (d_lse) t->delta[i] -= d_lse[r.statistic(t->position[i], t->head[i])];
+    }
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace attn_ops

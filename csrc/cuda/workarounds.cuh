@@ -1,0 +1,55 @@
+// What compilers make necessary and nothing else does. Each says what ptxas 13.0 (nvcc) or that of NVRTC 12.9 did
+// without it; compile.py refuses kernels that spill, so taking one out tells whether it is still needed. (Shapes of
+// tiles that registers decide are in config.h.)
+#pragma once
+
+#include "ptx.cuh"
+
+namespace attn_ops {
+namespace cuda {
+
+#ifndef ATTN_OPS_HOST_LAYER  // which has both
+
+// x, as if it were another number each time: what is computed from it is computed where it is needed. Else the
+// addresses of all masks, biases and columns of a row were kept in registers throughout a kernel's loop (13.0; decode
+// with a head dim of 256 on sm_120, 12.9: 140 bytes spilled).
+ATTN_DEVICE int recomputed(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// value = a == b ? candidate : value. Choosing one of an array's elements so keeps the array in registers: a compiler
+// that sees through the comparison puts it into local memory to index it (13.0: 128 to 560 bytes of stack in every
+// forward).
+ATTN_DEVICE void replace_if_equal(float& value, float candidate, int a, int b) {
+  asm("{\n.reg .pred equal;\nsetp.eq.s32 equal, %2, %3;\nselp.f32 %0, %1, %0, equal;\n}\n"
+      : "+f"(value)
+      : "f"(candidate), "r"(a), "r"(b));
+}
+
+#endif
+
+// lane_index() for the addresses of operands. In float32 it is as if computed for each product: else all addresses that
+// follow from it, many more than in 16 bits, were kept throughout a kernel's loop (13.0).
+template <class M>
+ATTN_DEVICE int operand_lane() {
+  return M::kMmaK == 8 ? recomputed(lane_index()) : lane_index();
+}
+
+// Where gemm_nn asks whether there are columns from 16 n on. A branch keeps the compiler from fetching operands across
+// it, which float32 never has the registers for, and 16 bits not in head dim 96 on sm_120 (13.0 and 12.9: 32 to 200
+// bytes spilled); elsewhere asking costs instructions.
+template <class M, int kDim>
+ATTN_DEVICE constexpr bool asks_for_columns(int n) {
+  return M::kMmaK == 8 ? n % 2 == 0 || kDim == 256 : kDim == 96 && n == 4;
+}
+
+// How far loops are unrolled: gemm_nt's over the dimension, further than which operands are fetched so early that
+// registers run out (13.0), and load_tile's over rows.
+template <class M, int kDim>
+constexpr int kGemmUnroll = M::kMmaK == 16 && (kDim == 96 || kDim == 128) ? kDim / 16 : 2;
+template <class M>
+constexpr int kLoadUnroll = M::kMmaK == 16 ? 8 : 1;
+
+}  // namespace cuda
+}  // namespace attn_ops
