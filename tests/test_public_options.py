@@ -2,7 +2,9 @@
 
 import inspect
 
+import jax  # noqa: F401  what the functions need: without, this file is left out (device_runs.py)
 import pytest
+import tensorflow as tf  # noqa: F401
 
 import attn_ops
 import attn_ops.jax
