@@ -3,8 +3,9 @@
 An element may be off by twice what the plain formula (plain_formula.py), computed in the same precision on the same
 case, is off at most in rows of scores of the same size, and by the rounding of the result. Since a small case may spare
 the plain formula every error, there are a few roundings in any case: `FLOOR` of an element, in units of the sum of the
-absolute values of its terms (`Truth.sizes`), and one of each product q.k (`Truth.spread`). A bias gives no such
-allowance: to add it is one rounding, which the plain formula has too. No limit knows what an implementation does.
+absolute values of its terms (`Truth.sizes`), and one of each product q.k and of each exponent s - maximum
+(`Truth.spread`). A bias gives no such allowance: to add it is one rounding, which the plain formula has too. No limit
+knows what an implementation does.
 
 Exact are rows without keys, keys without rows, and that what is hidden has no effect.
 """

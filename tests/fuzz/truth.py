@@ -152,13 +152,17 @@ class Truth:
         return sizes
 
     def spread(self, epsilon):
-        """By name: what one rounding of each product q.k can do through the weights.
+        """By name: what one rounding of each product q.k, and of each exponent of e, can do through the weights.
 
-        It multiplies a weight by at most exp(epsilon product), but adds no more than it takes from the others of the row.
+        It multiplies a weight by at most exp(epsilon (product + exponent)), but adds no more than it takes from the
+        others of the row.
         """
         p = self._largest_weights(epsilon)
+        with np.errstate(over="ignore"):
+            exponents = np.where(self.seen, np.abs(self._log_p), 0).astype(np.float64)
+            factors = np.minimum(epsilon * (self.product_sizes[..., None] + exponents), 1)
         others = np.maximum(p.sum(axis=-1, keepdims=True) - p, 0)
-        return self._changes(p, np.minimum(np.minimum(epsilon * self.product_sizes, 1)[..., None] * p, others))
+        return self._changes(p, np.minimum(factors * p, others))
 
     def underflow(self, tiny, smallest):
         """By name: what numbers below `tiny`, the smallest that is normal, can amount to when they are lost."""
