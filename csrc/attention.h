@@ -13,7 +13,7 @@ namespace attn_ops {
 
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16, kBool };
 
-static constexpr size_t size_of(DType t) {
+static constexpr int64_t size_of(DType t) {
   return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : t == DType::kBool ? 1 : 2;
 }
 
@@ -27,6 +27,8 @@ struct StridedView {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
   int64_t stride[4] = {0, 0, 0, 0};
+
+  int64_t step() const { return stride[3] * size_of(dtype); }  // bytes between neighbours of the last axis
 };
 
 // Which keys a query row may see: one interval per row, computed by key_range() in mask.h.

@@ -4,6 +4,7 @@ Object files are read where the build left them (build/, of pip or of CMake), li
 """
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -32,7 +33,21 @@ def newest_object(isa):
     return max(objects, key=lambda path: path.stat().st_mtime, default=None)
 
 
-@pytest.mark.parametrize("isa", kernels.core().isas())
+def isa_list():
+    """Of csrc/cpu/isas.inc: the names, best first, that are compiled for this processor, and what they need of it."""
+    text = (ROOT / "csrc" / "cpu" / "isas.inc").read_text()
+    entries = re.findall(r"^ISA\((\w+), (\w+), ([^,]*),", text, re.MULTILINE)
+    here = [(name, needs) for name, processor, needs in entries if processor in (platform.machine(), "any")]
+    return {name: set(re.findall(r"NEEDS\((\w+)\)", needs)) for name, needs in here}
+
+
+def test_isas_are_those_of_the_list_that_the_processor_has():
+    has = {feature for feature, there in kernels.core().cpu_features().items() if there}
+    assert set(kernels.core().cpu_features()) == set().union(*isa_list().values())
+    assert kernels.core().isas() == [name for name, needs in isa_list().items() if needs <= has]
+
+
+@pytest.mark.parametrize("isa", isa_list())
 def test_no_code_of_an_isa_leaks(isa):
     """A function that several objects define is linked once, from whichever comes first. Were that one compiled for
     AVX-512, an older machine would run it and die. So all that an object for one ISA shows must carry its name."""

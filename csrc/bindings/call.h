@@ -81,6 +81,16 @@ inline Shape4 contiguous_strides(const Shape4& shape) {
   return {shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1};
 }
 
+// What a framework has as a contiguous array; extent(i) is its i-th.
+template <class Extent>
+Array contiguous_array(const char* name, void* data, DType dtype, int rank, const Extent& extent) {
+  Array a;
+  a.name = name, a.present = true, a.data = data, a.dtype = dtype, a.rank = rank;
+  for (int i = 0; i < rank && i < 4; ++i) a.shape[i] = extent(i);
+  if (rank == 4) a.stride = contiguous_strides(a.shape);
+  return a;
+}
+
 // [batch, seqlen, heads, dim], whatever the layout. The stride of an axis of one element is free to choose: 1 tells
 // the kernels that rows are contiguous.
 inline StridedView tensor_view(const Array& a, Layout layout) {
@@ -90,12 +100,7 @@ inline StridedView tensor_view(const Array& a, Layout layout) {
 
 // The same of a new contiguous array.
 inline StridedView output_view(void* data, DType dtype, const Shape4& shape, Layout layout) {
-  Array a;
-  a.data = data;
-  a.dtype = dtype;
-  a.shape = shape;
-  a.stride = contiguous_strides(shape);
-  return tensor_view(a, layout);
+  return tensor_view(contiguous_array("", data, dtype, 4, [&](int i) { return shape[i]; }), layout);
 }
 
 // [batch, num_heads, seqlen_q, seqlen_k]; an axis of one element is repeated.

@@ -61,15 +61,8 @@ class Inputs {
   Array next(const char* name) {
     tensors_[count_] = execution_.input(count_);
     const TF_Tensor* tensor = tensors_[count_++].get();
-    Array a;
-    a.name = name;
-    a.present = true;
-    a.data = TF_TensorData(tensor);
-    a.dtype = dtype_of(TF_TensorType(tensor));
-    a.rank = TF_NumDims(tensor);
-    for (int i = 0; i < std::min(a.rank, 4); ++i) a.shape[i] = TF_Dim(tensor, i);
-    if (a.rank == 4) a.stride = contiguous_strides(a.shape);
-    return a;
+    return contiguous_array(name, TF_TensorData(tensor), dtype_of(TF_TensorType(tensor)), TF_NumDims(tensor),
+                            [tensor](int i) { return TF_Dim(tensor, i); });
   }
 
  private:

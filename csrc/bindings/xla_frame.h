@@ -88,13 +88,8 @@ class Operands {
       throw std::invalid_argument(std::string(name) + " must be an array");
     }
     const auto& buffer = *static_cast<const XLA_FFI_Buffer*>(args_.args[count_++]);
-    Array a;
-    a.name = name;
-    a.present = true;
-    a.data = buffer.data;
-    a.rank = static_cast<int>(buffer.rank);
-    for (int i = 0; i < std::min(a.rank, 4); ++i) a.shape[i] = buffer.dims[i];
-    if (a.rank == 4) a.stride = contiguous_strides(a.shape);
+    Array a = contiguous_array(name, buffer.data, DType::kFloat32, static_cast<int>(buffer.rank),
+                               [&buffer](int i) { return buffer.dims[i]; });
     switch (element) {
       case Element::kValue: a.dtype = dtype_of(buffer.dtype, name); break;
       case Element::kLength: require(buffer.dtype == XLA_FFI_DataType_S32, name, "int32"); break;

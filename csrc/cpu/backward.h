@@ -18,8 +18,7 @@
 #include "rows_ahead.h"
 #include "scores.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 // p (with dropout) and ds of one tile against keys k0 .. k1, into [key][ld]; zeros where nothing is seen.
@@ -204,8 +203,7 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
     for (int64_t t = 0; t < count; ++t) {
       char* row[RowTile<T>::max_lanes];
       tiles[t].tensor_rows(r, params.dq, row);
-      store_transposed<T>(params.dq.dtype, row, tiles[t].rows, tiles[t].lanes,
-                          params.dq.stride[3] * static_cast<int64_t>(size_of(params.dq.dtype)), p.head_dim,
+      store_transposed<T>(params.dq.dtype, row, tiles[t].rows, tiles[t].lanes, params.dq.step(), p.head_dim,
                           tiles[t].dq, [=](const T* at, int) { return S::load(at) * scale; });
     }
   }
@@ -233,7 +231,7 @@ void reduce(const BackwardParams& params, const ReduceTask& task, void* memory) 
         for (int64_t d = 0; d < padded; d += S::width) S::store(sum + d, S::load(sum + d) + S::load(part + d));
       }
       char* const dst = const_cast<char*>(r.key_row(view, key));
-      store_row<T>(view.dtype, dst, view.stride[3] * static_cast<int64_t>(size_of(view.dtype)), dim, sum, factor);
+      store_row<T>(view.dtype, dst, view.step(), dim, sum, factor);
     }
   };
   write(params.dk, task.dk, p.head_dim, static_cast<T>(p.scale));
@@ -241,5 +239,4 @@ void reduce(const BackwardParams& params, const ReduceTask& task, void* memory) 
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

@@ -5,8 +5,7 @@
 #include "key_rows.h"
 #include "row_tile.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 template <class T>
@@ -73,7 +72,6 @@ template <class T>
 void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>& tile) {
   using S = Simd<T>;
   const AttentionParams& p = params.forward;
-  const int64_t size = static_cast<int64_t>(size_of(p.dtype));
   const int64_t padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
   char *q[RowTile<T>::max_lanes], *out[RowTile<T>::max_lanes], *d_out[RowTile<T>::max_lanes];
   tile.tensor_rows(r, p.q, q);
@@ -81,10 +79,10 @@ void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>
   tile.tensor_rows(r, params.d_out, d_out);
 
   const Vec<T> factor = S::set1(static_cast<T>(p.scale));
-  load_transposed<T>(p.dtype, q, tile.rows, tile.lanes, p.q.stride[3] * size, p.head_dim, tile.q,
-                     tile.lanes, [=](T* at, Vec<T> x) { S::store(at, x * factor); });
-  load_transposed<T>(p.dtype, d_out, tile.rows, tile.lanes, params.d_out.stride[3] * size, p.value_dim, tile.d_out,
-                     tile.lanes, [](T* at, Vec<T> x) { S::store(at, x); });
+  load_transposed<T>(p.dtype, q, tile.rows, tile.lanes, p.q.step(), p.head_dim, tile.q, tile.lanes,
+                     [=](T* at, Vec<T> x) { S::store(at, x * factor); });
+  load_transposed<T>(p.dtype, d_out, tile.rows, tile.lanes, params.d_out.step(), p.value_dim, tile.d_out, tile.lanes,
+                     [](T* at, Vec<T> x) { S::store(at, x); });
   memset(tile.dq, 0, sizeof(T) * tile.lanes * p.head_dim);
   memset(tile.q_rows, 0, sizeof(T) * tile.lanes * padded_d);
   memset(tile.d_out_rows, 0, sizeof(T) * tile.lanes * padded_dv);
@@ -97,8 +95,8 @@ void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>
     tile.inverse_l[i] = tile.delta[i] = 0;
     if (i >= tile.rows) continue;
     T* const d_out_row = tile.d_out_rows + i * padded_dv;
-    load_row<T>(p.dtype, q[i], p.q.stride[3] * size, p.head_dim, true, tile.q_rows + i * padded_d);
-    load_row<T>(p.dtype, d_out[i], params.d_out.stride[3] * size, p.value_dim, true, d_out_row);
+    load_row<T>(p.dtype, q[i], p.q.step(), p.head_dim, true, tile.q_rows + i * padded_d);
+    load_row<T>(p.dtype, d_out[i], params.d_out.step(), p.value_dim, true, d_out_row);
     const int64_t at = r.statistic(tile.position[i], tile.head[i]);
     if (recomputes || statistics[2 * at + 1] == 0) continue;
     tile.m[i] = statistics[2 * at];
@@ -107,9 +105,7 @@ void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>
     with_storage(T{}, p.dtype, [&](auto storage) {
       for (int64_t d = 0; d < p.value_dim; d += S::width)
         sum = S::fma(S::load(d_out_row + d),
-                     load_some<T>(storage, out[i] + d * p.out.stride[3] * size, p.out.stride[3] * size,
-                                  p.value_dim - d),
-                     sum);
+                     load_some<T>(storage, out[i] + d * p.out.step(), p.out.step(), p.value_dim - d), sum);
     });
     for (int v = 0; v < S::width; ++v) tile.delta[i] += sum[v];
     if (d_lse) tile.delta[i] -= d_lse[at];
@@ -119,5 +115,4 @@ void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

@@ -10,8 +10,7 @@
 
 #include "backward.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 // sum + low += x, of which low is what sum cannot hold (Knuth's TwoSum); for numbers and vectors.
@@ -68,7 +67,7 @@ template <class T>
 void bias_gradient(const BackwardParams& params, const BiasGradientTask& task, void* memory) {
   const AttentionParams& p = params.forward;
   const int64_t* const shape = params.d_bias_shape;
-  const int64_t size = static_cast<int64_t>(size_of(p.bias.dtype)), keys = shape[3];
+  const int64_t size = size_of(p.bias.dtype), keys = shape[3];
   constexpr int lanes = RowTile<T>::max_lanes;
   Arena arena(memory);
   BackwardScratch<T> scratch(p, arena);
@@ -111,5 +110,4 @@ void bias_gradient(const BackwardParams& params, const BiasGradientTask& task, v
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

@@ -4,8 +4,7 @@
 
 #include <cstdint>
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 
 // The smallest L1 data cache of the processors that matter: 32 KiB (Zen 1 to 4, Intel before Ice Lake), else 48 or 64.
 static constexpr int64_t kL1Bytes = int64_t{32} << 10;
@@ -52,5 +51,4 @@ static constexpr int64_t kChunkTasks = 32;
 // and are 1 to 3 % faster than 64 (Zen 4, 2026-11-25).
 static constexpr int64_t kWaveBytes = int64_t{8} << 20;
 
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

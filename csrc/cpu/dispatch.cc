@@ -9,8 +9,7 @@
 #include "kernels.h"
 #include "schedule.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 // ---------------------------------------------------------------------------------------------- instruction sets
@@ -199,5 +198,4 @@ bool backward(const BackwardParams& params, Threads threads, Workspace workspace
   return true;
 }
 
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

@@ -10,8 +10,7 @@
 
 #include "simd.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 // Widest tile, in vectors.
@@ -116,5 +115,4 @@ ATTN_INLINE void gemm_accumulate(int64_t rows, int64_t columns, const T* a, int6
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

@@ -16,8 +16,7 @@
 #include "rows_ahead.h"
 #include "scores.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 // Rows that share one pass over the keys, at most.
@@ -47,7 +46,7 @@ struct RowGroup {
     using S = Simd<T>;
     const AttentionParams& p = r.p;
     const Vec<T> factor = S::set1(static_cast<T>(p.scale));
-    const int64_t stride = p.q.stride[3] * static_cast<int64_t>(size_of(p.q.dtype));
+    const int64_t stride = p.q.step();
     const int64_t head_size = round_to_width<T>(p.head_dim), value_size = round_to_width<T>(p.value_dim);
     head_rows = &r;
     first = first_row;
@@ -292,7 +291,7 @@ void forward_head_lanes(const AttentionParams& p, const HeadLanesTask& task, voi
   if (seen.begin < task.key_begin) seen.begin = task.key_begin;
   if (seen.end > task.key_end) seen.end = task.key_end;
 
-  const int64_t key_bytes = (p.head_dim + p.value_dim) * static_cast<int64_t>(size_of(p.dtype));
+  const int64_t key_bytes = (p.head_dim + p.value_dim) * size_of(p.dtype);
   const int64_t block_bytes = kHeadLanesKeys * heads * key_bytes;
   const bool fits_l1 = block_bytes <= kL1Bytes / 2;
   with_storage(T{}, p.dtype, [&](auto storage) {
@@ -319,5 +318,4 @@ void forward_head_lanes(const AttentionParams& p, const HeadLanesTask& task, voi
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

@@ -14,8 +14,7 @@
 #include "probe.h"
 #include "row_lanes.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 template <class T>
@@ -42,5 +41,4 @@ constexpr TypedKernels typed_kernels() {
 extern const Kernels ATTN_OPS_JOIN(kernels_, ATTN_OPS_ISA) = {ATTN_OPS_STRING(ATTN_OPS_ISA), typed_kernels<float>(),
                                                              typed_kernels<double>(), probe_slice};
 
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

@@ -4,8 +4,7 @@
 
 #include "../attention.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 
 // Row tiles [tile_begin, tile_end) of one (batch, kv head) against keys [key_begin, key_end).
 struct RowLanesTask {
@@ -73,5 +72,4 @@ struct Kernels {
 #include "isas.inc"
 #undef ISA
 
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

@@ -3,8 +3,7 @@
 
 #include "row_tile.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 // Whether the copies of all keys and values of a head are kept for a task; see kKeptKeysBytes.
@@ -25,7 +24,10 @@ class KeyRows {
   }
 
   KeyRows(const HeadRows& r, const StridedView& v, int64_t dim, bool shared, Arena* arena)
-      : rows_(r), view_(v), dim_(dim), stride_(v.stride[3] * static_cast<int64_t>(size_of(v.dtype))),
+      : rows_(r),
+        view_(v),
+        dim_(dim),
+        stride_(v.step()),
         in_place_(v.dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32) && v.stride[3] == 1 &&
                   (!shared || v.stride[1] == dim)),
         kept_(shared && keeps_keys<T>(r.p)) {
@@ -88,6 +90,23 @@ class KeyRows {
   Finite finite_ = Finite::kUnknown;
 };
 
+// meet(tile, k0, k1) for each of `count` tiles and each block of the keys begin .. end of which it sees keys k0 .. k1,
+// when both are loaded. Key 4 n starts a group of random numbers, so k0 is a multiple of 4.
+template <class T, class Tile, class Meet>
+ATTN_INLINE void for_each_block(Tile* tiles, int64_t count, int64_t begin, int64_t end, KeyRows<T>& keys,
+                                KeyRows<T>& values, const Meet& meet) {
+  for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
+    const int64_t block_begin = block < begin ? begin / 4 * 4 : block;
+    const int64_t block_end = block + kBlockKeys < end ? block + kBlockKeys : end;
+    keys.load(block_begin, block_end);
+    values.load(block_begin, block_end);
+    for (Tile* t = tiles; t < tiles + count; ++t) {
+      const int64_t k0 = t->begin > block_begin ? t->begin / 4 * 4 : block_begin;
+      const int64_t k1 = t->end < block_end ? t->end : block_end;
+      if (k0 < k1 && t->begin < t->end) meet(*t, k0, k1);
+    }
+  }
+}
+
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

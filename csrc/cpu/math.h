@@ -6,8 +6,7 @@
 
 #include "simd.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634074;
@@ -64,5 +63,4 @@ ATTN_INLINE Vec<T> exp(Vec<T> x) {
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

@@ -5,8 +5,7 @@
 
 #include "storage.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 // A bump allocator over the scratch memory of one thread.
@@ -126,5 +125,4 @@ bool all_finite(const T* a, int64_t lda, int64_t rows, int64_t columns) {
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

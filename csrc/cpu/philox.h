@@ -8,8 +8,7 @@
 
 #include "simd.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 // One random stream per lane.
@@ -74,5 +73,4 @@ __attribute__((noinline)) void dropout_factors(const Dropout& d, const uint32_t*
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

@@ -5,8 +5,7 @@
 #include "math.h"
 #include "simd.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 // Multiply-adds that wait for nothing: as many chains as there are registers beside the two factors.
@@ -89,5 +88,4 @@ double probe_slice(const ProbeSlice& slice, double* sink) {
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

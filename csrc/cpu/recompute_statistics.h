@@ -4,8 +4,7 @@
 #include "backward_tile.h"
 #include "scores.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 // One tile of recompute_statistics meets keys k0 .. k1. As long as that lasts, m is the maximum so far, inverse_l holds
@@ -55,21 +54,9 @@ template <class T>
 void recompute_statistics(const BackwardParams& params, const HeadRows& r, BackwardTile<T>* tiles, int64_t count,
                           int64_t begin, int64_t end, KeyRows<T>& keys, KeyRows<T>& values,
                           const BackwardScratch<T>& scratch) {
-  for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
-    // Key 4 n starts a group of random numbers.
-    const int64_t block_begin = block < begin ? begin / 4 * 4 : block;
-    const int64_t block_end = block + kBlockKeys < end ? block + kBlockKeys : end;
-    keys.load(block_begin, block_end);
-    values.load(block_begin, block_end);
-    for (BackwardTile<T>* t = tiles; t < tiles + count; ++t) {
-      const int64_t k0 = t->begin > block_begin ? t->begin / 4 * 4 : block_begin;
-      const int64_t k1 = t->end < block_end ? t->end : block_end;
-      if (k0 >= k1 || t->begin >= t->end) continue;
-      with_vectors(t->nv, [&](auto nv) {
-        statistics_block<T, decltype(nv)::value>(r, *t, keys, values, k0, k1, scratch);
-      });
-    }
-  }
+  for_each_block<T>(tiles, count, begin, end, keys, values, [&](BackwardTile<T>& t, int64_t k0, int64_t k1) {
+    with_vectors(t.nv, [&](auto nv) { statistics_block<T, decltype(nv)::value>(r, t, keys, values, k0, k1, scratch); });
+  });
   const T* const d_lse = static_cast<const T*>(params.d_lse);
   for (BackwardTile<T>* t = tiles; t < tiles + count; ++t)
     for (int i = 0; i < t->lanes; ++i) {
@@ -85,5 +72,4 @@ void recompute_statistics(const BackwardParams& params, const HeadRows& r, Backw
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

@@ -14,8 +14,7 @@
 #include "rows_ahead.h"
 #include "scores.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 template <class T>
@@ -59,8 +58,8 @@ void start_tile(const HeadRows& r, ForwardTile<T>& tile) {
   tile.tensor_rows(r, p.q, row);
   tile.ld = tile.lanes;
   const Vec<T> factor = S::set1(static_cast<T>(p.scale));
-  load_transposed<T>(p.q.dtype, row, tile.rows, tile.lanes, p.q.stride[3] * static_cast<int64_t>(size_of(p.q.dtype)),
-                     p.head_dim, tile.q, tile.lanes, [=](T* at, Vec<T> x) { S::store(at, x * factor); });
+  load_transposed<T>(p.q.dtype, row, tile.rows, tile.lanes, p.q.step(), p.head_dim, tile.q, tile.lanes,
+                     [=](T* at, Vec<T> x) { S::store(at, x * factor); });
   memset(tile.out, 0, sizeof(T) * tile.lanes * p.value_dim);
   for (int i = 0; i < tile.lanes; i += S::width) {
     S::store(tile.m + i, S::set1(-kInfinity<T>));
@@ -183,8 +182,7 @@ void finish_tile(const HeadRows& r, const ForwardTile<T>& tile) {
   }
   char* row[RowTile<T>::max_lanes];
   tile.tensor_rows(r, p.out, row);
-  store_transposed<T>(p.out.dtype, row, tile.rows, tile.lanes,
-                      p.out.stride[3] * static_cast<int64_t>(size_of(p.out.dtype)), p.value_dim, tile.out,
+  store_transposed<T>(p.out.dtype, row, tile.rows, tile.lanes, p.out.step(), p.value_dim, tile.out,
                       [&](const T* at, int lane) { return S::load(at) * S::load(inverse + lane); });
   for (int i = 0; i < tile.rows; ++i) store_statistics(r, tile.position[i], tile.head[i], tile.m[i], tile.l[i]);
 }
@@ -221,21 +219,10 @@ void forward_tiles(const HeadRows& r, const Tiling<T>& tiling, const RowLanesTas
   if (begin < task.key_begin) begin = task.key_begin;
   if (end > task.key_end) end = task.key_end;
 
-  for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
-    // Key 4 n starts a group of random numbers, so blocks are trimmed to multiples of 4.
-    const int64_t block_begin = block < begin ? begin / 4 * 4 : block;
-    const int64_t block_end = block + kBlockKeys < end ? block + kBlockKeys : end;
-    keys.load(block_begin, block_end);
-    values.load(block_begin, block_end);
-    for (int64_t t = 0; t < count; ++t) {
-      ForwardTile<T>& tile = scratch.tiles[t];
-      const int64_t k0 = tile.begin > block_begin ? tile.begin / 4 * 4 : block_begin;
-      const int64_t k1 = tile.end < block_end ? tile.end : block_end;
-      if (k0 >= k1 || tile.begin >= tile.end) continue;
-      next.ask();
-      forward_tile_block<T>(r, tile, keys, values, k0, k1, scratch);
-    }
-  }
+  for_each_block<T>(scratch.tiles, count, begin, end, keys, values, [&](ForwardTile<T>& tile, int64_t k0, int64_t k1) {
+    next.ask();
+    forward_tile_block<T>(r, tile, keys, values, k0, k1, scratch);
+  });
   for (int64_t t = 0; t < count; ++t) {
     if (task.partial) finish_partial<T>(r, scratch.tiles[t], static_cast<T*>(task.partial));
     else finish_tile<T>(r, scratch.tiles[t]);
@@ -286,5 +273,4 @@ void combine(const AttentionParams& p, const CombineTask& task) {
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

@@ -12,8 +12,7 @@
 #include "pack.h"
 #include "philox.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 // The rows of one (batch, kv head), or of one of its query heads alone.
@@ -34,17 +33,17 @@ struct HeadRows {
     return (batch * p.num_heads + head) * p.seqlen_q + position;
   }
   char* tensor_row(const StridedView& v, int64_t position, int64_t head) const {
-    return static_cast<char*>(v.data) + (batch * v.stride[0] + position * v.stride[1] + head * v.stride[2]) *
-                                            static_cast<int64_t>(size_of(v.dtype));
+    return static_cast<char*>(v.data) +
+           (batch * v.stride[0] + position * v.stride[1] + head * v.stride[2]) * size_of(v.dtype);
   }
   const char* score_row(const StridedView& v, int64_t position, int64_t head) const {
-    return static_cast<const char*>(v.data) + (batch * v.stride[0] + head * v.stride[1] + position * v.stride[2]) *
-                                                  static_cast<int64_t>(size_of(v.dtype));
+    return static_cast<const char*>(v.data) +
+           (batch * v.stride[0] + head * v.stride[1] + position * v.stride[2]) * size_of(v.dtype);
   }
   // First element of key or value j.
   const char* key_row(const StridedView& v, int64_t j) const {
     return static_cast<const char*>(v.data) +
-           (batch * v.stride[0] + j * v.stride[1] + kv_head * v.stride[2]) * static_cast<int64_t>(size_of(v.dtype));
+           (batch * v.stride[0] + j * v.stride[1] + kv_head * v.stride[2]) * size_of(v.dtype);
   }
   // Keys that any of the rows [begin, end) sees.
   KeyRange keys_seen(int64_t begin, int64_t end) const {
@@ -71,8 +70,8 @@ void store_statistics(const HeadRows& r, int64_t position, int64_t head, T m, T 
 template <class T>
 void finish_row(const HeadRows& r, int64_t position, int64_t head, T m, T l, const T* o) {
   const AttentionParams& p = r.p;
-  store_row<T>(p.out.dtype, r.tensor_row(p.out, position, head),
-               p.out.stride[3] * static_cast<int64_t>(size_of(p.out.dtype)), p.value_dim, o, l == 0 ? T{0} : T{1} / l);
+  store_row<T>(p.out.dtype, r.tensor_row(p.out, position, head), p.out.step(), p.value_dim, o,
+               l == 0 ? T{0} : T{1} / l);
   store_statistics(r, position, head, m, l);
 }
 
@@ -140,5 +139,4 @@ struct RowTile {
 };
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

@@ -5,8 +5,7 @@
 #include "blocking.h"
 #include "simd.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 // A walk over the rows [begin, begin + count) of `heads` heads of one batch, in the order they lie in memory. Each
@@ -22,7 +21,7 @@ class RowsAhead {
     const bool heads_inside = v.stride[2] < v.stride[1];
     at_ = static_cast<const char*>(v.data) + batch * v.stride[0] * size + begin * by_row + first_head * by_head;
     left_ = count > 0 ? heads * count : 0;
-    bytes_ = dim * v.stride[3] * size;
+    bytes_ = dim * v.step();
     inside_ = inside_left_ = heads_inside ? heads : count;
     step_ = heads_inside ? by_head : by_row;
     carry_ = (heads_inside ? by_row : by_head) - (inside_ - 1) * step_;
@@ -83,5 +82,4 @@ class NextTask {
 };
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

@@ -9,8 +9,7 @@
 #include "key_rows.h"
 #include "visibility.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 // s + bias. A bias of -inf hides, whatever the score is. A sum of finite numbers stays finite: past the end of the
@@ -49,7 +48,7 @@ __attribute__((noinline)) void add_bias(const HeadRows& r, const RowTile<T>& til
                                         int64_t ld) {
   using S = Simd<T>;
   const StridedView& bias = r.p.bias;
-  const int64_t stride = bias.stride[3] * static_cast<int64_t>(size_of(bias.dtype));
+  const int64_t stride = bias.step();
   const auto add = [](T* at, Vec<T> x) { S::store(at, biased<T>(S::load(at), x)); };
   const auto row_of = [&](int lane) { return r.score_row(bias, tile.position[lane], tile.head[lane]) + k0 * stride; };
   if (same_for_all_rows(r, tile, bias)) {
@@ -125,7 +124,7 @@ __attribute__((noinline)) void finish_row_scores(const HeadRows& r, int64_t posi
   const StridedView& bias = r.p.bias;
   T added[kHeadLanesKeys];
   if (bias.data) {
-    const int64_t stride = bias.stride[3] * static_cast<int64_t>(size_of(bias.dtype));
+    const int64_t stride = bias.step();
     load_row<T>(bias.dtype, r.score_row(bias, position, head) + k0 * stride, stride, n, true, added);
   }
   for (int64_t j = 0; j < n; j += S::width) {
@@ -136,5 +135,4 @@ __attribute__((noinline)) void finish_row_scores(const HeadRows& r, int64_t posi
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

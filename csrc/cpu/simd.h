@@ -10,8 +10,7 @@
 
 #define ATTN_INLINE inline __attribute__((always_inline))
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 template <class T>
@@ -70,5 +69,4 @@ struct SimdBase {
 };
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

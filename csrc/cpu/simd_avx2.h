@@ -5,8 +5,7 @@
 
 #include "simd.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 constexpr int kVectorRegisters = 16;
@@ -100,5 +99,4 @@ struct Simd<double> : SimdBase<double, int64_t, 32> {
 };
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

@@ -5,8 +5,7 @@
 
 #include "simd.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 constexpr int kVectorRegisters = 32;
@@ -95,5 +94,4 @@ struct Simd<double> : SimdBase<double, int64_t, 64> {
 };
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

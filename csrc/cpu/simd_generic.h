@@ -3,8 +3,7 @@
 
 #include "simd.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 constexpr int kVectorRegisters = 16;
@@ -64,5 +63,4 @@ template <>
 struct Simd<double> : SimdBase<double, int64_t, 16> {};
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

@@ -6,8 +6,7 @@
 
 #include "simd.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 constexpr int kVectorRegisters = 32;
@@ -50,5 +49,4 @@ struct Simd<double> : SimdBase<double, int64_t, 16> {
 };
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

@@ -6,8 +6,7 @@
 #include "../attention.h"
 #include "simd.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 template <class T>
@@ -92,5 +91,4 @@ ATTN_INLINE void store_some(Storage, char* p, int64_t stride, int64_t n, Vec<T> 
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

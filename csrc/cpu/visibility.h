@@ -7,8 +7,7 @@
 
 #include "row_tile.h"
 
-namespace attn_ops {
-namespace cpu {
+namespace attn_ops::cpu {
 namespace {
 
 // How much of a block some rows see.
@@ -74,7 +73,7 @@ bool same_for_all_rows(const HeadRows& r, const Rows& rows, const StridedView& v
 template <class T, class Rows>
 bool bias_hides_all(const HeadRows& r, const Rows& rows, int64_t k0, int64_t keys) {
   const StridedView& bias = r.p.bias;
-  const int64_t stride = bias.stride[3] * static_cast<int64_t>(size_of(bias.dtype));
+  const int64_t stride = bias.step();
   const int count = same_for_all_rows(r, rows, bias) ? 1 : rows.rows;
   for (int i = 0; i < count; ++i) {
     T values[kBlockKeys];
@@ -136,5 +135,4 @@ __attribute__((noinline)) Visibility visible_keys(const HeadRows& r, const RowTi
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace attn_ops
+}  // namespace attn_ops::cpu

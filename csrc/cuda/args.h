@@ -3,8 +3,7 @@
 
 #include "../attention.h"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 // x / divisor by a multiplication, for 0 <= x < 2^31: the rows of a key/value head are divided by the group size often.
 struct Divisor {
@@ -60,5 +59,4 @@ struct BackwardArgs {
   float* delta = nullptr;  // [batch, num_heads, seqlen_q]: rowsum(p * dp) - d_lse
 };
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

@@ -12,8 +12,7 @@
 #include "dropout.cuh"
 #include "finite.cuh"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 template <class M, int kDim, bool kPlain>
 struct BackwardShape {
@@ -87,5 +86,4 @@ struct RowGradient {
   ATTN_DEVICE float of_score(float p, float dp) const { return p * (dp - delta); }
 };
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

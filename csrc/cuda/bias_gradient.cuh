@@ -5,8 +5,7 @@
 
 #include "query_gradient.cuh"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 // The indices begin, begin + 1, ... below end of an axis of `extent` (in tiles or single) that belong to one block: one
 // of them, or all where the bias was broadcast. Takes its digit off `index`.
@@ -124,5 +123,4 @@ ATTN_DEVICE void bias_gradient(const BackwardArgs& args) {
   }
 }
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

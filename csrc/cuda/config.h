@@ -4,8 +4,7 @@
 
 #include "../attention.h"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 // How numbers are multiplied. kFloat32 takes three TF32 products for one (3xTF32), kTf32 takes one.
 enum class Math : int32_t { kFloat16, kBFloat16, kFloat32, kTf32 };
@@ -92,5 +91,4 @@ constexpr int decode_shared_bytes(Math m, int dim) {
 // Rows of the gradient of the output per block of the kernel that prepares the backward of float32.
 constexpr int kDeltaWarps = 8;
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

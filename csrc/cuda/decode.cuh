@@ -11,8 +11,7 @@
 
 #include "forward.cuh"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 // Whether this block is the last of `parts` to arrive. `ticket` may hold anything before the launch: a count is only
 // believed beside the launch's own number. The last one leaves it zero for the next launch (a replayed graph has the
@@ -206,5 +205,4 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
   }
 }
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

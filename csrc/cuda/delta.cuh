@@ -7,8 +7,7 @@
 #include "args.h"
 #include "math.cuh"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 // Of numbers that are not negative. In 64 bits it would take longer than the row's products.
 ATTN_DEVICE int64_t quotient(int64_t x, int64_t y) {
@@ -47,5 +46,4 @@ ATTN_DEVICE void row_delta(const BackwardArgs& args) {
   args.delta[statistic] = sum - (b.d_lse == nullptr ? 0.0f : static_cast<const float*>(b.d_lse)[statistic]);
 }
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

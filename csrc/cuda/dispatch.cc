@@ -8,8 +8,7 @@
 #include "library.h"
 #include "plan.h"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 namespace {
 
 // A text that is valid until the thread's next call.
@@ -162,8 +161,7 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
 bool is_empty(const AttentionParams& p) { return p.batch == 0 || p.num_heads == 0; }
 
 }  // namespace
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda
 
 using namespace attn_ops;
 

@@ -10,8 +10,7 @@
 
 #include "images.h"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 namespace {
 
 struct Text {
@@ -249,5 +248,4 @@ int launch(const Device& device, const KernelName& name, int64_t blocks, int thr
               driver().explain(code), code);
 }
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

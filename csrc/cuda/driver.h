@@ -7,8 +7,7 @@
 
 #include "kernel_names.h"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 struct Device {
   int ordinal = 0, major = 0, minor = 0;
@@ -33,5 +32,4 @@ int launch(const Device&, const KernelName&, int64_t blocks, int threads, int sh
 int fail(int code, const char* format, ...) __attribute__((format(printf, 2, 3)));
 const char* error_text();
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

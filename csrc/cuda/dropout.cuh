@@ -12,8 +12,7 @@
 
 #include "rows.cuh"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 struct Dropout {
   uint32_t key0, key1, offset, threshold, first_head;
@@ -92,5 +91,4 @@ struct KeptOfKeys {
   ATTN_DEVICE bool operator()(int j, int n, int i) const { return made_by[2 * j + i] >> 4 * n & 1; }
 };
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

@@ -7,8 +7,7 @@
 #include "scores.cuh"
 #include "tile.cuh"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 // A row of a tile with a number that is not finite; one byte each, in shared memory.
 using Flags = uint8_t*;
@@ -102,5 +101,4 @@ ATTN_DEVICE void add_nonfinite_rows(Acc<kMmaM, kDim / 8>& d, const Acc<kMmaM, kM
   }
 }
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

@@ -10,8 +10,7 @@
 #include "dropout.cuh"
 #include "finite.cuh"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 // What forward leaves of a row for backward, and for the user where that is wanted. (Of lse alone, a weight could not
 // be computed again as it was: e^(s - lse) has the rounding of lse, which counts where scores are far from zero.)
@@ -217,5 +216,4 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
                       QueryRows<Element>(p.out, head, block.first, block.end, args.aligned.out), value_dim);
 }
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

@@ -24,8 +24,7 @@ EMBED(sm_120, ATTN_OPS_IMAGE_sm_120)
 EMBED(compute_80, ATTN_OPS_IMAGE_compute_80)
 #endif
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 namespace {
 
 struct Built {
@@ -74,5 +73,4 @@ int image_for(int capability) {
 
 const Image& image(int number) { return kBuilt[number].image; }
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

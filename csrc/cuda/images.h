@@ -1,8 +1,7 @@
 // The compiled kernels that are part of this library: one image for each architecture it was built for.
 #pragma once
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 struct Image {
   const char* name;  // "sm_90a"; "compute_80" is PTX, which the driver compiles
@@ -14,5 +13,4 @@ constexpr int kMostImages = 5;
 int image_for(int capability);
 const Image& image(int number);
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

@@ -5,8 +5,7 @@
 
 #include "config.h"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 enum class Role : int32_t { kForward, kDecode, kDelta, kQueryGradient, kKeyGradients, kBiasGradient };
 constexpr int kNumRoles = 6;
@@ -36,5 +35,4 @@ struct KernelText {
   }
 };
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

@@ -7,8 +7,7 @@
 #include "key_gradients.cuh"
 #include "query_gradient.cuh"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 #define FORWARD(math, M, dim)                                                                               \
   ATTN_KERNEL(attn_ops_forward_##math##_##dim, forward_tile(M::kMath, dim, false).threads(), ForwardArgs) { \
@@ -51,5 +50,4 @@ FOR_ALL(DBIAS)
 
 ATTN_KERNEL(attn_ops_delta_f32, 32 * kDeltaWarps, BackwardArgs) { row_delta(args); }
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

@@ -7,8 +7,7 @@
 
 #include "backward.cuh"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 // What is known of a query row that passes, in shared memory.
 struct StreamedRow {
@@ -181,5 +180,4 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args) {
   }
 }
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

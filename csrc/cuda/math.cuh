@@ -8,8 +8,7 @@
 #include "config.h"
 #include "ptx.cuh"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -151,5 +150,4 @@ ATTN_DEVICE typename M::A a_from_acc(float (*d)[4]) {
   }
 }
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

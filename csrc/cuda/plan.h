@@ -9,8 +9,7 @@
 #include "config.h"
 #include "driver.h"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -72,7 +71,7 @@ inline Rows rows_of(const AttentionParams& p, int64_t tiles) {
 // Whether rows of `dim` elements can be moved 16 bytes at a time. Strides of axes with one index do not matter:
 // frameworks leave anything there.
 inline bool is_aligned(const AttentionParams& p, const StridedView& view, int64_t seqlen, int64_t heads, int64_t dim) {
-  const int64_t bytes = static_cast<int64_t>(size_of(p.dtype)), extent[] = {p.batch, seqlen, heads};
+  const int64_t bytes = size_of(p.dtype), extent[] = {p.batch, seqlen, heads};
   if (dim == 0 || (dim > 1 && view.stride[3] != 1) || reinterpret_cast<uintptr_t>(view.data) % 16 != 0) return false;
   for (int axis = 0; axis < 3; ++axis)
     if (extent[axis] > 1 && view.stride[axis] * bytes % 16 != 0) return false;
@@ -148,5 +147,4 @@ struct DecodePlan {
   }
 };
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

@@ -15,8 +15,7 @@
 #define ATTN_KERNEL(name, threads, Args) \
   extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Args args)
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 // --- Where this thread is -------------------------------------------------------------------------------------------
 
@@ -159,7 +158,6 @@ ATTN_DEVICE float from_f16(uint16_t bits) {
   return y;
 }
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda
 
 #endif

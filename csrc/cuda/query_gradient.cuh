@@ -4,8 +4,7 @@
 
 #include "backward.cuh"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 // Of a warp's query rows.
 template <int kMmaM>
@@ -214,5 +213,4 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
                       head_dim);
 }
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

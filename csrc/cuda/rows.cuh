@@ -5,8 +5,7 @@
 #include "args.h"
 #include "workarounds.cuh"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 ATTN_DEVICE int divide(int x, const Divisor& d) {
   return d.divisor == 1 ? x : static_cast<int>(multiply_high(static_cast<uint32_t>(x), d.multiplier) >> d.shift);
@@ -138,5 +137,4 @@ struct QueryRows {
   }
 };
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

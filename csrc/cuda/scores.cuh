@@ -10,8 +10,7 @@
 #include "math.cuh"
 #include "rows.cuh"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 constexpr uint32_t kHiddenBits = 0x80000000u;
 ATTN_DEVICE bool is_hidden(float probability) { return bits_of(probability) == kHiddenBits; }
@@ -88,5 +87,4 @@ ATTN_DEVICE void hide_or_scale(float (&x)[kCount], const Head& h, int head, int 
   }
 }
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

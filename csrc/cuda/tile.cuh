@@ -7,8 +7,7 @@
 #include "math.cuh"
 #include "workarounds.cuh"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 template <class M, int kDim>
 struct SharedTile {
@@ -308,5 +307,4 @@ ATTN_DEVICE void write_acc(const SharedTile<M, kDim>& tile, int first, const Acc
       }
 }
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda

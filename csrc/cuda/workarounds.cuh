@@ -5,8 +5,7 @@
 
 #include "ptx.cuh"
 
-namespace attn_ops {
-namespace cuda {
+namespace attn_ops::cuda {
 
 #ifndef ATTN_OPS_HOST_LAYER  // which has both
 
@@ -51,5 +50,4 @@ constexpr int kGemmUnroll = M::kMmaK == 16 && (kDim == 96 || kDim == 128) ? kDim
 template <class M>
 constexpr int kLoadUnroll = M::kMmaK == 16 ? 8 : 1;
 
-}  // namespace cuda
-}  // namespace attn_ops
+}  // namespace attn_ops::cuda
