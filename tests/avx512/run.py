@@ -59,7 +59,7 @@ def main():
     library = build(arguments.tf_include or tensorflow_headers(), arguments.jobs)
     tests = ROOT / "tests"  # not from the checkout's root, where the package of this machine lies
     environment = dict(os.environ, PYTHONPATH=str(PACKAGES))
-    imported = f"from attn_ops import _native; assert _native.core().__file__ == {str(library)!r}, _native.core()"
+    imported = f"from attn_ops import kernels; assert kernels.core().__file__ == {str(library)!r}, kernels.core()"
     run(sys.executable, "-c", imported, cwd=tests, env=environment)
     run(
         sys.executable,
