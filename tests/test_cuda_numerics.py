@@ -3,6 +3,7 @@
 On the stand-in driver, or with `pytest -m gpu` on a device. What is right comes from float64.
 """
 
+import ml_dtypes
 import numpy as np
 import pytest
 from attn_ops.kernels import cuda
@@ -111,6 +112,20 @@ def test_sums_beyond_the_range_stay_at_its_end(attend, bias, seqlen_q):
     mean = np.broadcast_to(value[:, :10].astype(np.float64).mean(1, keepdims=True), result.out.shape)
     assert relative(result.out, mean) < 1e-5
     np.testing.assert_allclose(result.lse, min(1e38 + bias, LARGEST), rtol=1e-6)
+
+
+@pytest.mark.parametrize("seqlen_q", [3, 70])
+@pytest.mark.parametrize("dtype", KINDS)
+def test_the_largest_numbers_behind_a_mask_do_not_count(attend, dtype, seqlen_q):
+    """Rounded to the 11 bits of TF32 they would be infinite, and 0 times them NaN."""
+    query, key, value, d_out, d_lse = make_inputs(dtype, 1, seqlen_q, 20, 2, 1, 16)
+    mask = np.arange(20).reshape(1, 1, 1, 20) < 13
+    expected = attend(query, key, value, d_out, d_lse, mask=mask)
+    largest = np.array(ml_dtypes.finfo(key.dtype).max, key.dtype)
+    key[:, 13:], value[:, 13:] = largest, -largest
+    result = attend(query, key, value, d_out, d_lse, mask=mask)
+    for (name, found), (_, wanted) in zip(result.items(), expected.items(), strict=True):
+        np.testing.assert_array_equal(found.astype(np.float32), wanted.astype(np.float32), name)
 
 
 @pytest.mark.parametrize("seqlen_q", [3, 70])

@@ -62,11 +62,14 @@ struct Bits32 {
 };
 
 // mma_tf32 reads the upper 19 bits of a number. Half of what it leaves out, added to the bits, makes that a rounding:
-// unless the number is infinite or NaN.
+// unless the number is infinite or NaN, or would become infinite (and 0 times a hidden one NaN).
 constexpr uint32_t kHalfOfTf32 = 0x1000, kTf32Bits = 0xffffe000u, kInfinityBits = 0x7f800000u;
 ATTN_DEVICE bool is_finite_bits(uint32_t x) { return (x & kInfinityBits) != kInfinityBits; }
 ATTN_DEVICE bool is_finite(float x) { return is_finite_bits(bits_of(x)); }
-ATTN_DEVICE uint32_t to_tf32(uint32_t x) { return is_finite_bits(x) ? (x + kHalfOfTf32) & kTf32Bits : x; }
+ATTN_DEVICE uint32_t to_tf32(uint32_t x) {
+  const bool rounds = (x & 0x7fffffffu) < kInfinityBits - kHalfOfTf32;
+  return (rounds ? x + kHalfOfTf32 : x) & kTf32Bits;
+}
 
 // 3xTF32: x = big + small, each with 11 significant bits, and a b = big big + big small + small big, off by about
 // 2^-22.
