@@ -21,7 +21,7 @@ core = kernels.core()
 
 def run(script, *arguments, environment=None):
     command = [sys.executable, "-X", "faulthandler", str(HERE / script), *map(str, arguments)]
-    package = Path(kernels.__file__).parents[1]
+    package = Path(kernels.__file__).parents[2]
     environment = {**(environment or os.environ), "PYTHONPATH": str(package), "JAX_PLATFORMS": "cpu"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 

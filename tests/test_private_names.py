@@ -106,7 +106,7 @@ def test_private_names_are_in_one_module():
     found = {
         str(path.relative_to(_PACKAGE)) for path in _PACKAGE.rglob("*.py") if private.search(path.read_text("utf-8"))
     }
-    assert found == {"place.py"}
+    assert found == {"tensorflow/place.py"}
 
 
 def child(program):

@@ -374,7 +374,7 @@ def test_threads_with_and_without_tensorflows_pool():
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", ONE_CALL + "print(digest())"],
-            env={**os.environ, "PYTHONPATH": str(Path(kernels.__file__).parents[1]), **environment},
+            env={**os.environ, "PYTHONPATH": str(Path(kernels.__file__).parents[2]), **environment},
             stdout=subprocess.PIPE,
             text=True,
         )

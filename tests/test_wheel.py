@@ -14,7 +14,7 @@ from attn_ops import kernels
 
 from compat.check_wheel import MAX_BYTES, modules, problems
 
-LIBRARIES = [Path(kernels.__file__).with_name("libattn_ops.so"), Path(kernels.core().__file__)]
+LIBRARIES = [Path(kernels.library_path()), Path(kernels.core().__file__)]
 
 
 ROOT = Path(__file__).resolve().parents[1]
