@@ -87,8 +87,8 @@ def test_boolean_masks(chosen, select):
 
 
 def test_chunks_of_the_composite(monkeypatch):
-    monkeypatch.setattr(attn_ops._load("composite", "composite"), "UNCHUNKED_SCORES", 8)
-    monkeypatch.setattr(attn_ops._load("composite", "composite"), "CHUNK_SCORES", 100)
+    monkeypatch.setattr(attn_ops._load("tensorflow.composite", "composite"), "UNCHUNKED_SCORES", 8)
+    monkeypatch.setattr(attn_ops._load("tensorflow.composite", "composite"), "CHUNK_SCORES", 100)
     test_boolean_masks("composite", keep_some_of_each)
 
 

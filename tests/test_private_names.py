@@ -142,7 +142,7 @@ def test_what_is_said_of_a_module_that_is_missing(monkeypatch, missing, wanted):
 
     monkeypatch.setattr(attn_ops.importlib, "import_module", missing_module)
     with pytest.raises(ImportError, match=f"{missing}.*{wanted}|{wanted}"):
-        attn_ops._load("functional", "explain")
+        attn_ops._load("tensorflow.attention", "explain")
 
 
 def test_other_peoples_pfor_is_left_alone():
