@@ -6,6 +6,8 @@ import typing
 
 MAX_MASKS = 4  # boolean masks the kernels AND on the fly (kMaxMasks in csrc/attention.h)
 
+_TENSORS = ("query", "key", "value", "bias", "query_lengths", "key_lengths", "seed")  # and masks
+
 
 def canonical(extents, layout):
     """(batch, heads, seqlen, dim) of the extents, or of the axes, of a query, key, value or output in ``layout``."""
@@ -80,6 +82,12 @@ class AttentionCall(typing.NamedTuple):
         """The call with these in their places."""
         query, key, value, *bias = inputs
         return self._replace(query=query, key=key, value=value, bias=bias[0] if bias else None)
+
+    def map_tensors(self, function):
+        """The call with the ``function`` of each of its tensors."""
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        tensors = {name: function(x) for name, x in tensors.items() if x is not None}
+        return self._replace(masks=tuple(map(function, self.masks)), **tensors)
 
     def set_result_shapes(self, out, lse, statistics):
         """Tells tensors of a TensorFlow graph what is known of their shapes; ``lse`` may be None."""

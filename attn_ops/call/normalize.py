@@ -103,6 +103,23 @@ def normalize(xp, name, query, key, value, **given):
     )
 
 
+def normalize_weights(xp, name, query, key, **given):
+    """The `AttentionCall` whose weights are asked for: one column of anything will do for the values."""
+    key = xp.as_tensor(name, "key", key)
+    return normalize(xp, name, query, key, key[..., :1], **given, return_lse=True)
+
+
+def checked_lse(xp, name, call, lse):
+    """``lse``, which the attention returned for the arguments of ``call``, with rank 3."""
+    lse = xp.as_tensor(name, "lse", lse)
+    for axis in call.added_axes(1) if call.squeeze else ():
+        lse = xp.expand_dims(lse, axis)
+    expected = call.result_shapes()[1]
+    if not arrays.compatible(xp.extents(lse), expected):
+        raise ValueError(f"{name}: lse must be what the attention returned, of shape {expected}, got {lse.shape}")
+    return lse
+
+
 def _inputs(xp, name, query, key, value, heads_axis):
     """The three inputs with one dtype and rank 4, how many axes they lacked, and the extents of each.
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from attn_ops.call import explanation, public
-from attn_ops.call.normalize import normalize
+from attn_ops.call.normalize import checked_lse, normalize, normalize_weights
 from attn_ops.jax import call as calls
 from attn_ops.jax import choice, composite, derivatives, xp
 from attn_ops.models import keras_tensors
@@ -46,7 +45,7 @@ def scaled_dot_product_attention(query, key, value, **given):
         jax.errors.JaxRuntimeError: traced lengths out of range, which only the running kernel can know. The composite
             does not find those.
     """
-    if keras_tensors.any_among(query, key, value, given):
+    if keras_tensors.any_among(query, key, value, *given.values()):
         from attn_ops.models import operation
 
         return operation.attention(query, key, value, given)
@@ -69,25 +68,18 @@ def attention_weights(query, key, **given):
     see no key are 0. Arguments and errors are those of `scaled_dot_product_attention`; ``lse`` is what that returned for
     the same arguments, and is computed when not given. Differentiable.
     """
-    if keras_tensors.any_among(query, key, given):
+    if keras_tensors.any_among(query, key, *given.values()):
         from attn_ops.models import operation
 
         return operation.attention_weights(query, key, given)
     name = "attention_weights"
     implementation, lse = given.pop("implementation", None), given.pop("lse", None)
-    key = xp.as_tensor(name, "key", key)
-    # One column of anything will do for the values: only lse is wanted.
-    call = normalize(xp, name, query, key, key[..., :1], **given, return_lse=True)
+    call = normalize_weights(xp, name, query, key, **given)
     if lse is None:
         _, lse = _run(name, call, implementation)
     else:
         explanation.check_name(name, implementation, choice.IMPLEMENTATIONS)
-        lse = xp.as_tensor(name, "lse", lse)
-        if call.squeeze:
-            lse = jnp.expand_dims(lse, call.added_axes(1))
-        expected = tuple(call.result_shapes()[1])
-        if lse.shape != expected:
-            raise ValueError(f"{name}: lse must be what the attention returned, of shape {expected}, got {lse.shape}")
+        lse = checked_lse(xp, name, call, lse)
     weights = _weights(*calls.split(call), lse)
     return weights.squeeze(call.added_axes(1)) if call.squeeze else weights
 

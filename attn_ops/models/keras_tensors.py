@@ -6,19 +6,12 @@ import sys
 
 
 def any_among(*arguments) -> bool:
-    """Whether one of the ``arguments``, or of those in a dictionary or a list among them, is a KerasTensor."""
+    """Whether one of the ``arguments``, or of those in a list among them, stands for a tensor of a Keras model."""
     keras = sys.modules.get("keras")  # without it there can be none
-    return keras is not None and _any(arguments, getattr(keras, "KerasTensor", ()))
-
-
-def _any(values, kind):
-    for x in values:
-        if isinstance(x, kind):
-            return True
-        if isinstance(x, dict):
-            x = x.values()
-        elif not isinstance(x, (list, tuple)):
-            continue
-        if _any(x, kind):
+    if keras is None:
+        return False
+    kind = getattr(keras, "KerasTensor", ())
+    for x in arguments:
+        if isinstance(x, kind) or (isinstance(x, (list, tuple)) and any(isinstance(y, kind) for y in x)):
             return True
     return False

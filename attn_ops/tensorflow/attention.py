@@ -5,7 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops.call import public
-from attn_ops.call.normalize import normalize
+from attn_ops.call.normalize import checked_lse, normalize, normalize_weights
 from attn_ops.models import keras_tensors
 from attn_ops.tensorflow import choice, composite, derivatives, export, place, xp
 from attn_ops.tensorflow.forms import eager, graph, reference, xla
@@ -51,7 +51,7 @@ def scaled_dot_product_attention(query, key, value, **given):
     from inside XLA, with TensorFlow 2.18 or newer; other graphs hold what either needs, so they may be called by
     functions that XLA compiles. What Keras exports holds the composite: see `attn_ops.export`.
     """
-    if keras_tensors.any_among(query, key, value, given):
+    if keras_tensors.any_among(query, key, value, *given.values()):
         from attn_ops.models import operation
 
         return operation.attention(query, key, value, given)
@@ -75,24 +75,15 @@ def attention_weights(query, key, **given):
     see no key are 0. Arguments and errors are those of `scaled_dot_product_attention`, and `KerasTensor`s are taken as
     there; ``lse`` is what that returned for the same arguments, and is not needed. Differentiable.
     """
-    if keras_tensors.any_among(query, key, given):
+    if keras_tensors.any_among(query, key, *given.values()):
         from attn_ops.models import operation
 
         return operation.attention_weights(query, key, given)
     name = "attention_weights"
     implementation, lse = given.pop("implementation", None), given.pop("lse", None)
-    key = xp.as_tensor(name, "key", key)
-    # One column of anything will do for the values: only lse is wanted.
-    call = normalize(xp, name, query, key, key[..., :1], **given, return_lse=True)
+    call = normalize_weights(xp, name, query, key, **given)
     choice.choose(name, call, implementation)  # refuses what cannot run
-    if lse is not None:
-        lse = xp.as_tensor(name, "lse", lse)
-        for axis in call.added_axes(1) if call.squeeze else ():
-            lse = tf.expand_dims(lse, axis)
-        _, expected = call.result_shapes()
-        if not lse.shape.is_compatible_with(expected):
-            raise ValueError(f"{name}: lse must be what the attention returned, of shape {expected}, got {lse.shape}")
-    weights = composite.attention_weights(call, lse)
+    weights = composite.attention_weights(call, None if lse is None else checked_lse(xp, name, call, lse))
     return tf.squeeze(weights, call.added_axes(1)) if call.squeeze else weights
 
 

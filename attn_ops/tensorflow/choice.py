@@ -13,11 +13,6 @@ from attn_ops.tensorflow.forms import xla
 IMPLEMENTATIONS = ("fused", "composite", "reference")
 
 
-def check_name(name: str, implementation: str | None) -> None:
-    """ValueError unless ``implementation`` is None or the name of one."""
-    explanation.check_name(name, implementation, IMPLEMENTATIONS)
-
-
 def reasons_against(implementation: str, call: AttentionCall) -> list[str]:
     """Why ``implementation`` cannot run ``call`` here and now."""
     if implementation == "fused":
@@ -29,7 +24,7 @@ def reasons_against(implementation: str, call: AttentionCall) -> list[str]:
 
 def choose(name: str, call: AttentionCall, implementation: str | None) -> str:
     """The implementation that runs ``call``; the forced one, or ValueError with all the reasons why it cannot run."""
-    check_name(name, implementation)
+    explanation.check_name(name, implementation, IMPLEMENTATIONS)
     if implementation is None:
         return "composite" if reasons_against_fused(call) else "fused"
     explanation.check_can_run(name, implementation, reasons_against(implementation, call))

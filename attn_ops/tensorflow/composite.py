@@ -56,10 +56,7 @@ def attention(call, query_chunk="auto", in_xla=False, exporting=False):
 def _attention(call, query_chunk, exporting):
     with tf.name_scope("scaled_dot_product_attention"):
         problem = rows.Problem(checked(call))
-        steps = _NoRows(problem)
-        if not steps.is_all():
-            chunk = _chunk_rows(problem, query_chunk, exporting)
-            steps = problem if chunk is None else _Chunks(problem, chunk)
+        steps = _steps(problem, query_chunk, exporting)
 
         @tf.custom_gradient
         def run(q, k, v, *bias):
@@ -119,10 +116,7 @@ class _NoRows:
 
     def __init__(self, problem):
         self.problem = problem
-        self.shape = [problem.batch, problem.num_heads, problem.seqlen_q]
-
-    def is_all(self):
-        return any(isinstance(n, int) and n == 0 for n in self.shape)
+        self.shape = problem.rows_shape()
 
     def bias(self):
         return self.problem.bias()
@@ -216,6 +210,14 @@ def _let_xla_fold_shapes(state):
         if op.type in ("While", "StatelessWhile"):
             place.set_attribute(op, "_xla_propagate_compile_time_consts")
             return
+
+
+def _steps(problem, query_chunk, exporting):
+    """What computes ``problem``, and in which pieces."""
+    if any(isinstance(n, int) and n == 0 for n in problem.rows_shape()):
+        return _NoRows(problem)
+    chunk = _chunk_rows(problem, query_chunk, exporting)
+    return problem if chunk is None else _Chunks(problem, chunk)
 
 
 def _chunk_rows(problem, query_chunk, exporting):

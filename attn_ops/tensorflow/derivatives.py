@@ -9,11 +9,10 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops import kernels
-from attn_ops.call.attention_call import AttentionCall
+from attn_ops.call.attention_call import AttentionCall, attributes, optional_inputs
 from attn_ops.tensorflow import composite, place
 
-_TENSORS = ("query", "key", "value", "bias", "query_lengths", "key_lengths", "seed")
-_SHARED_ATTRIBUTES = ("scale", "dropout_rate", "window_left", "window_right", "bottom_right", "layout", "allow_tf32")
+_NO_CALL = AttentionCall(None, None, None)  # for names
 
 
 def differentiable(form, call: AttentionCall):
@@ -74,10 +73,9 @@ def _in_this_graph(call):
     graph = tf.compat.v1.get_default_graph()
 
     def own(x):
-        return x if not tf.is_tensor(x) or getattr(x, "graph", None) is graph else tf.identity(x)
+        return x if getattr(x, "graph", None) is graph else tf.identity(x)
 
-    tensors = {name: own(getattr(call, name)) for name in _TENSORS}
-    return call._replace(masks=tuple(own(x) for x in call.masks), **tensors)
+    return call.map_tensors(own)
 
 
 def composite_gradients(call: AttentionCall, cotangents, wanted=None, **options):
@@ -130,7 +128,7 @@ def _second_order(call, cotangents, incoming):
 def _split(op, inputs):
     """The optional inputs of either op, which end its input list: bias, masks, lengths and seed as lists."""
     lists, start = [], 0
-    for count in ("num_bias", "num_masks", "num_query_lengths", "num_key_lengths", "num_seed"):
+    for count in optional_inputs(_NO_CALL):
         end = start + op.get_attr(count)
         lists.append(list(inputs[start:end]))
         start = end
@@ -158,7 +156,7 @@ def _forward_gradient(op, d_out, _, *d_lse):
         key_lengths,
         seed,
         d_bias=bool(bias) and 3 not in unwanted,
-        **{name: op.get_attr(name) for name in _SHARED_ATTRIBUTES},
+        **{name: op.get_attr(name) for name in attributes(_NO_CALL)},
     )
     d_bias = [None if 3 in unwanted else d for d in d_bias]
     return [d_query, d_key, d_value, *d_bias] + [None] * (len(op.inputs) - 3 - len(bias))

@@ -33,6 +33,10 @@ class Problem:
         self.query_lengths = _lengths(call.query_lengths)
         self.key_lengths = _lengths(call.key_lengths)
 
+    def rows_shape(self):
+        """That of lse."""
+        return [self.batch, self.num_heads, self.seqlen_q]
+
     def query(self):
         """The scaled query."""
         if self.call.scale is None:

@@ -10,7 +10,6 @@ import tensorflow as tf
 from attn_ops.call.attention_call import canonical
 
 _NAME = "scaled_dot_product_attention"
-_TENSORS = ("query", "key", "value", "bias", "masks", "query_lengths", "key_lengths")
 
 
 def checked(call):
@@ -19,9 +18,7 @@ def checked(call):
     if not assertions:
         return call
     with tf.control_dependencies(assertions):
-        tensors = {name: getattr(call, name) for name in _TENSORS}
-        tensors = tf.nest.map_structure(lambda x: x if x is None else tf.identity(x), tensors)
-    return call._replace(**tensors)
+        return call.map_tensors(tf.identity)
 
 
 def extents(x):
