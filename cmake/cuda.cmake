@@ -48,10 +48,13 @@ else()
   message(STATUS "CUDA kernels: skipped, as ATTN_OPS_CUDA=${ATTN_OPS_CUDA} says")
 endif()
 
+# All but the images.
+add_library(attn_ops_cuda_host OBJECT ${cuda_dir}/dispatch.cc ${cuda_dir}/driver.cc
+            ${CMAKE_SOURCE_DIR}/csrc/bindings/portable.cc)
+
 # `architectures` and after them as many files, their images.
 function(add_cuda_library target architectures)
-  add_library(${target} MODULE ${cuda_dir}/dispatch.cc ${cuda_dir}/driver.cc ${cuda_dir}/images.cc
-              ${CMAKE_SOURCE_DIR}/csrc/bindings/portable.cc)
+  add_library(${target} MODULE ${cuda_dir}/images.cc $<TARGET_OBJECTS:attn_ops_cuda_host>)
   foreach(architecture image IN ZIP_LISTS architectures ARGN)
     target_compile_definitions(${target} PRIVATE ATTN_OPS_IMAGE_${architecture}="${image}")
   endforeach()
