@@ -30,6 +30,8 @@ struct CombineTask {
 struct BackwardTask {
   int64_t batch, kv_head, tile_begin, tile_end, next_head;
   void *dk, *dv;  // [seqlen_k][head_dim or value_dim, padded to whole vectors], written where a row sees a key
+  double* d_relative_bias;  // [group][2 reach + 1], the rows' share, or null where it is not wanted
+  double* d_sinks;          // [group], the same
 };
 
 // dk, dv of one (batch, kv head), keys [key_begin, key_end): the sum over `chunks` backward tasks, in order.

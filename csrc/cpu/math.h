@@ -1,4 +1,4 @@
-// e^x on vectors.
+// e^x and tanh x on vectors.
 #pragma once
 
 #include <cmath>
@@ -46,20 +46,41 @@ struct Exp<double> {
       5.5504108664819921483e-2,  2.4022650695910156205e-1, 6.9314718055994533046e-1, 1.0};
 };
 
-// For x <= 0 (and a little above). NaN stays NaN: max() keeps its second operand, and the factor 2^n multiplies (an
-// integer add would not).
+// r, 2^n, and (2^r - 1) / r, for x <= 0 (and a little above). NaN stays NaN: max() keeps its second operand, and the
+// factor 2^n multiplies (an integer add would not).
+template <class T>
+struct ExpParts {
+  Vec<T> r, two_n, slope;
+
+  explicit ATTN_INLINE ExpParts(Vec<T> x) {
+    using S = Simd<T>;
+    using E = Exp<T>;
+    constexpr size_t kCount = sizeof(E::coefficients) / sizeof(T);
+    static_assert(E::coefficients[kCount - 1] == 1, "2^0 is 1");
+    const Vec<T> log2e = S::set1(static_cast<T>(kLog2E));
+    x = S::max(S::set1(E::lowest), x);
+    const Vec<T> shifted = S::fma(x, log2e, S::set1(E::rounder));
+    r = S::fma(x, log2e, S::set1(E::rounder) - shifted);
+    two_n = (Vec<T>)((typename S::I)shifted << E::mantissa_bits);
+    slope = S::set1(E::coefficients[0]);
+    for (size_t i = 1; i + 1 < kCount; ++i) slope = S::fma(slope, r, S::set1(E::coefficients[i]));
+  }
+};
+
 template <class T>
 ATTN_INLINE Vec<T> exp(Vec<T> x) {
+  const ExpParts<T> e(x);
+  return Simd<T>::fma(e.slope, e.r, Simd<T>::set1(1)) * e.two_n;
+}
+
+// tanh |x| = -e / (2 + e) with e = e^(-2|x|) - 1 = 2^n (2^r - 1) + (2^n - 1): exact where x is small, since n is 0 there.
+template <class T>
+ATTN_INLINE Vec<T> tanh(Vec<T> x) {
   using S = Simd<T>;
-  using E = Exp<T>;
-  const Vec<T> log2e = S::set1(static_cast<T>(kLog2E));
-  x = S::max(S::set1(E::lowest), x);
-  const Vec<T> shifted = S::fma(x, log2e, S::set1(E::rounder));
-  const Vec<T> r = S::fma(x, log2e, S::set1(E::rounder) - shifted);
-  const Vec<T> two_n = (Vec<T>)((typename S::I)shifted << E::mantissa_bits);
-  Vec<T> p = S::set1(E::coefficients[0]);
-  for (size_t i = 1; i < sizeof(E::coefficients) / sizeof(T); ++i) p = S::fma(p, r, S::set1(E::coefficients[i]));
-  return p * two_n;
+  const ExpParts<T> e(S::set1(-2) * S::max(x, -x));
+  const Vec<T> minus = S::fma(e.two_n, -(e.slope * e.r), S::set1(1) - e.two_n);
+  const Vec<T> t = minus / (S::set1(2) - minus);
+  return S::select(x < S::zero(), -t, t);
 }
 
 }  // namespace
