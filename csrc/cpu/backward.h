@@ -92,8 +92,9 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
 
 // Joint tiles [t0, t1) of the scratch against keys k0 .. k1.
 template <class T>
-void backward_block(const HeadRows& r, BackwardTile<T>* t0, BackwardTile<T>* t1, KeyRows<T>& keys, KeyRows<T>& values,
-                    int64_t k0, int64_t k1, const BackwardScratch<T>& scratch, const BackwardTask& task) {
+void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTile<T>* t0, BackwardTile<T>* t1,
+                    KeyRows<T>& keys, KeyRows<T>& values, int64_t k0, int64_t k1, const BackwardScratch<T>& scratch,
+                    const BackwardTask& task) {
   using S = Simd<T>;
   T *const dk = static_cast<T*>(task.dk), *const dv = static_cast<T*>(task.dv);
   const AttentionParams& p = r.p;
@@ -112,6 +113,7 @@ void backward_block(const HeadRows& r, BackwardTile<T>* t0, BackwardTile<T>* t1,
       if (what == Visibility::kNothing) return;
       seen = true;
       T* const ds = scratch.ds + lane;
+      if (own_bias_gradient(params)) write_bias_gradient<T>(params, r, *t, k0, n, ds, ld);
       if (task.d_relative_bias) add_relative_gradient<T, NV>(r, *t, k0, n, ds, ld, task.d_relative_bias);
       if (p.soft_cap != 0) through_cap<T, NV>(scratch.cap_slopes, n, ds, ld);
       T* const dq = t->dq;
@@ -152,6 +154,10 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
     memset(dv + seen.begin * padded_dv, 0, sizeof(T) * (seen.end - seen.begin) * padded_dv);
   }
 
+  if (own_bias_gradient(params)) {
+    for (int64_t row = tiling.first_row(task.tile_begin); row < last_row; ++row)
+      memset(bias_gradient_row(params, r, r.position(row), r.head(row)), 0, p.seqlen_k * size_of(p.bias.dtype));
+  }
   if (task.d_relative_bias) memset(task.d_relative_bias, 0, sizeof(double) * r.group * (2 * p.relative_reach + 1));
   if (task.d_sinks) memset(task.d_sinks, 0, sizeof(double) * r.group);
 
@@ -206,7 +212,7 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
         if (p.dropout_rate > 0) k0 = k0 / 4 * 4;
         if (k0 >= k1) continue;
         for (int64_t i = t; i < t1; ++i) next.ask();
-        backward_block<T>(r, tiles + t, tiles + t1, keys, values, k0, k1, scratch, task);
+        backward_block<T>(params, r, tiles + t, tiles + t1, keys, values, k0, k1, scratch, task);
       }
     }
 
@@ -215,7 +221,7 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
       char* row[RowTile<T>::max_lanes];
       tiles[t].tensor_rows(r, params.dq, row);
       store_transposed<T>(params.dq.dtype, row, tiles[t].rows, tiles[t].lanes, params.dq.step(), p.head_dim,
-                          tiles[t].dq, [=](const T* at, int) { return S::load(at) * scale; });
+                          tiles[t].dq, tiles[t].lanes, [=](const T* at, int) { return S::load(at) * scale; });
     }
   }
 }

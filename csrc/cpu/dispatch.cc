@@ -221,7 +221,7 @@ bool backward(const BackwardParams& given, Threads threads, Workspace workspace,
     }
   }
   if (plan.terms > 0) sum_terms(params, plan, terms);
-  if (params.d_bias) {
+  if (params.d_bias && !own_bias_gradient(params)) {
     const BiasGradientPlan bias(params, k);
     run_tasks(threads, bias.tasks,
               [&](int64_t i, int slot) { k.bias_gradient(params, bias.task(i), scratch_of(slot)); });

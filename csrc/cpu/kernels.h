@@ -47,6 +47,14 @@ struct BiasGradientTask {
   int64_t bias_batch, bias_head, tile_begin, tile_end;
 };
 
+// Whether every score has an element of the bias of its own, so that the main pass of backward can write d_bias.
+static inline bool own_bias_gradient(const BackwardParams& params) {
+  const AttentionParams& p = params.forward;
+  const int64_t* const shape = params.d_bias_shape;
+  return params.d_bias && shape[0] == p.batch && shape[1] == p.num_heads && shape[2] == p.seqlen_q &&
+         shape[3] == p.seqlen_k;
+}
+
 // The kernels of one ISA for one accumulator type.
 struct TypedKernels {
   int64_t (*tiles)(int64_t rows);                // row tiles of a (batch, kv head)

@@ -190,7 +190,7 @@ void finish_tile(const HeadRows& r, ForwardTile<T>& tile) {
   char* row[RowTile<T>::max_lanes];
   tile.tensor_rows(r, p.out, row);
   store_transposed<T>(p.out.dtype, row, tile.rows, tile.lanes, p.out.step(), p.value_dim, tile.out,
-                      [&](const T* at, int lane) { return S::load(at) * S::load(inverse + lane); });
+                      tile.lanes, [&](const T* at, int lane) { return S::load(at) * S::load(inverse + lane); });
   for (int i = 0; i < tile.rows; ++i) store_statistics(r, tile.position[i], tile.head[i], tile.m[i], tile.l[i]);
 }
 
@@ -207,7 +207,7 @@ void finish_partial(const HeadRows& r, const ForwardTile<T>& tile, T* partial) {
     row[i] = reinterpret_cast<char*>(at + 2);
   }
   store_transposed<T>(sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32, row, tile.rows, tile.lanes, sizeof(T),
-                      r.p.value_dim, tile.out, [](const T* at, int) { return S::load(at); });
+                      r.p.value_dim, tile.out, tile.lanes, [](const T* at, int) { return S::load(at); });
 }
 
 // `count` tiles from `first` on meet all their keys, block by block.

@@ -158,7 +158,8 @@ struct BackwardPlan {
     wave = std::max<int64_t>(1, std::min(wave, heads));
     scratch_bytes = std::max(k.backward_scratch(params),
                              size * std::max(k.padded(p.head_dim), k.padded(p.value_dim)));  // of reduce
-    if (params.d_bias) scratch_bytes = std::max(scratch_bytes, k.bias_gradient_scratch(params));
+    if (params.d_bias && !own_bias_gradient(params))
+      scratch_bytes = std::max(scratch_bytes, k.bias_gradient_scratch(params));
     scratch_bytes = aligned(scratch_bytes);
   }
 

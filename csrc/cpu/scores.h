@@ -54,7 +54,7 @@ template <class T>
 ATTN_INLINE Vec<T> capped(double cap, Vec<T> s, T* slopes) {
   using S = Simd<T>;
   const double inverse = 1 / cap, most = static_cast<double>(kLargest<T>);
-  const Vec<T> t = tanh<T>(s * S::set1(static_cast<T>(inverse < most ? inverse : most)));
+  const Vec<T> t = tanh(s * S::set1(static_cast<T>(inverse < most ? inverse : most)));
   if (slopes) S::store(slopes, S::set1(1) - t * t);
   return t * S::set1(static_cast<T>(cap < most ? cap : most));
 }
