@@ -27,7 +27,7 @@ PYTHON_PACKAGES = ("ml_dtypes", "numpy", "pybind11", "pyelftools", "pytest")
 FILES = ("kernels/test_core.py", "kernels/test_few_rows.py", "package/test_compiled_files.py")
 FILES += ("op/test_features.py", "op/test_shapes.py", "op/test_accuracy.py")
 # There is no TensorFlow. Not "fork": QEMU 7.2 aborts where the child of a threaded process starts a thread. Not
-# "a_build": that test would run this machine's cmake from there. "the_rules_see": that one reads TensorFlow's library.
+# "a_build": that test would run this machine's cmake from there. "the_rules_see": that one needs a compiler there.
 CHOICE = "(test_core or test_few_rows or test_compiled_files or core-neon or core-generic)"
 CHOICE += " and not after_a_fork and not test_a_build and not test_the_rules_see"
 

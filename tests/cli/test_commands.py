@@ -4,16 +4,16 @@ import pytest
 import tensorflow as tf
 
 import attn_ops
-from children import WITHOUT_TENSORFLOW, run
+from children import WITHOUT_TENSORFLOW, command, run
 
 
 def test_info_shows_a_misspelt_instruction_set():
-    result = run(None, "-m", "attn_ops", "info", ATTN_OPS_ISA="sse9")
+    result = command("info", ATTN_OPS_ISA="sse9")
     assert "default: the environment variable ATTN_OPS_ISA ('sse9') must name" in result.stdout
 
 
 def test_info():
-    result = run(None, "-m", "attn_ops", "info")
+    result = command("info")
     assert result.returncode == 0, result.stderr
     for line in (f"attn_ops: {attn_ops.__version__}", f"tensorflow: {tf.__version__}", "tensorflow op: available"):
         assert line in result.stdout

@@ -6,6 +6,8 @@ import sys
 
 import attn_ops
 
+# What TensorFlow and Keras import where it is installed, and do without: half of the time that a child takes to start.
+_UNNEEDED = ("jax", "matplotlib", "scipy")
 # To be put before code that finds no framework.
 WITHOUT_TENSORFLOW = """
 import sys
@@ -20,10 +22,20 @@ import attn_ops
 """
 
 
-def run(code, *arguments, **environment):
-    """`python arguments -c code`, or without code; the variables of `environment` are added."""
+def run(code, *arguments, without=_UNNEEDED, **environment):
+    """`python -c code arguments`, with more variables of the environment; it finds no packages of the names `without`."""
+    hidden = f"import sys; sys.modules |= dict.fromkeys({without!r})\n"
+    return _run("-c", hidden + code, *arguments, environment=environment)
+
+
+def command(*arguments, **environment):
+    """`python -m attn_ops arguments`."""
+    return _run("-m", "attn_ops", *arguments, environment=environment)
+
+
+def _run(*arguments, environment):
     return subprocess.run(
-        [sys.executable, *arguments, *(["-c", code] if code else [])],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},

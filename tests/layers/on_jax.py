@@ -55,6 +55,7 @@ STOCK = {
 }
 
 
+@pytest.mark.wide(3)
 @FLASH
 @pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("name", STOCK)
@@ -149,6 +150,7 @@ def attend(layer, mask):
     return layer(x, x, attention_mask=mask)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("hidden", [-1e9, -np.inf, np.finfo("float32").min, -(10**9), 2.0])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", [np.asarray, jax.numpy.asarray])

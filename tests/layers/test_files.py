@@ -119,6 +119,7 @@ def test_export(tmp_path, name):
     assert b"AttnOps>" not in (tmp_path / "saved_model.pb").read_bytes()
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", ["MultiHeadAttention", "GroupedQueryAttention"])
 def test_quantize_int8(name):
     model = functional(ours(name), name)
@@ -164,6 +165,7 @@ def quantized(cls, name):
     return model
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", FILES)
 def test_quantized_models_load_back(tmp_path, name):
     model = quantized(ours(name), name)
@@ -189,6 +191,7 @@ def test_models_with_some_quantized_projections_load_back(tmp_path, name):
     np.testing.assert_array_equal(loaded(X), model(X))
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", FILES)
 def test_weights_files_of_quantized_models_need_a_quantized_one(tmp_path, name):
     model = quantized(ours(name), name)
@@ -200,6 +203,7 @@ def test_weights_files_of_quantized_models_need_a_quantized_one(tmp_path, name):
     np.testing.assert_array_equal(other(X), model(X))
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", FILES)
 def test_stock_layers_still_lose_their_quantization(tmp_path, name):
     """Why ours save it with what they were built of. When this fails, files of either load into the other."""

@@ -4,7 +4,6 @@ What loads is asked in processes of their own; what the files hold is made here.
 """
 
 import os
-import subprocess
 import sys
 
 import keras
@@ -13,6 +12,7 @@ import pytest
 
 import attn_ops
 from attn_ops.models import registration
+from children import run
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 5, 4, 8)).astype("float32")
@@ -37,11 +37,6 @@ ORDERS = {
     "after keras": "import keras, attn_ops",
     "a module of it, before tensorflow": "from attn_ops import masks\nimport tensorflow",
 }
-
-
-def run(code, *arguments, **environment):
-    environment = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
 
 
 def model_of_the_op():
@@ -95,7 +90,7 @@ def test_files_load_after_import_attn_ops_alone(files, order):
 @pytest.mark.parametrize("order", ["before keras", "after keras"])
 def test_files_load_on_the_jax_backend_without_tensorflow(files, order):
     hidden = "sys.modules['tensorflow'] = None\n"
-    result = run(LOADS.format(imports=hidden + ORDERS[order]), *files, KERAS_BACKEND="jax")
+    result = run(LOADS.format(imports=hidden + ORDERS[order]), *files, without=(), KERAS_BACKEND="jax")
     assert result.returncode == 0, result.stderr
 
 
@@ -127,7 +122,7 @@ assert type(stand_in.from_config(layer.get_config())) is attn_ops.layers.SelfAtt
 
 
 def test_import_brings_no_framework():
-    result = run("import sys, attn_ops; assert not {'keras', 'tensorflow', 'jax', 'numpy'} & sys.modules.keys()")
+    result = run("import sys, attn_ops; assert not {'keras', 'tensorflow', 'jax', 'numpy'} & sys.modules.keys()", without=())
     assert result.returncode == 0, result.stderr
 
 

@@ -1,14 +1,12 @@
 """Which operations an export holds, and what loading one says where the library is missing."""
 
-import os
-import subprocess
-import sys
-
 import attn_ops
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+
+from children import run
 
 X = np.random.default_rng(0).normal(size=(3, 12, 16)).astype("float32")
 
@@ -162,15 +160,9 @@ def test_loading_without_the_library_says_what_to_do(tmp_path, by_path):
     np.save(tmp_path / "x.npy", X)
     np.save(tmp_path / "expected.npy", model.predict(X, verbose=0))
     arguments = [str(tmp_path), attn_ops.load_library() if by_path else ""]
-    package = os.path.dirname(os.path.dirname(attn_ops.__file__))
-    run = subprocess.run(
-        [sys.executable, "-c", LOADING, *arguments],
-        env=dict(os.environ, PYTHONPATH=package),
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    errors = run.stdout.splitlines()
+    done = run(LOADING, *arguments)
+    assert done.returncode == 0, done.stderr
+    errors = done.stdout.splitlines()
     assert len(errors) == 2
     for error in errors:
         assert "Op type not registered" in error

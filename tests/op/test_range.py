@@ -4,14 +4,11 @@ Right values are those of the specification in float64, or an identity: adding t
 neither its output nor a gradient.
 """
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
 from cases import DTYPES, make_inputs
+from children import run
 from implementations import Cuda, specification
 
 # A bias beside 16 bits is float32, and so are their scores.
@@ -171,6 +168,5 @@ for i in range(8):
     out = attn_ops.scaled_dot_product_attention(zero, zero, value, mask=seen[None, None, None], implementation="fused")
     assert (out.numpy() == value[:, i : i + 1]).all(), (i, out.numpy().ravel(), value.ravel())
 """
-    environment = {**os.environ, "ATTN_OPS_ISA": "generic"}
-    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    done = run(program, ATTN_OPS_ISA="generic")
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -14,7 +14,7 @@ import pytest
 from attn_ops import kernels
 from elftools.elf.elffile import ELFFile
 
-from wheel_rules import LIBRARY_RULES, exports_broken, symbols, tensorflow_broken
+from wheel_rules import LIBRARY_RULES, cuda_broken, exports_broken, libraries_broken, symbols, tensorflow_broken
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(kernels.__file__).parents[1]
@@ -64,14 +64,22 @@ def test_library(path, broken):
     assert broken(path) == set()
 
 
-def test_the_rules_see_a_library_that_breaks_them(tmp_path):
-    """TensorFlow's own library under the name of ours, which exports, needs and is all that ours must not."""
-    import tensorflow as tf
+BREAKS = """
+void TF_NotListed(void); void cuInit(void);
+void shown(void) { TF_NotListed(); cuInit(); }
+"""
 
-    for name in (LIBRARY.name, CORE.name):
-        copy = tmp_path / name
-        copy.symlink_to(Path(tf.sysconfig.get_lib()) / "libtensorflow_framework.so.2")
-        assert exports_broken(copy) and tensorflow_broken(copy)
+
+@pytest.mark.parametrize("name", [LIBRARY.name, CORE.name])
+def test_the_rules_see_a_library_that_breaks_them(tmp_path, name):
+    """One that exports, needs and looks for what ours must not, under the names of ours."""
+    path = tmp_path / name
+    command = [os.environ.get("CC", "gcc"), "-shared", "-fPIC", "-x", "c", "-", "-Wl,-rpath,/nowhere", "-o", path]
+    subprocess.run(command, input=BREAKS, text=True, check=True)
+    assert "shown" in exports_broken(path)
+    assert ("TF_NotListed", "STB_GLOBAL") in tensorflow_broken(path)
+    assert cuda_broken(path) == {"cuInit"}
+    assert libraries_broken(path) & {"DT_RPATH", "DT_RUNPATH"}
 
 
 def test_one_version_everywhere():

@@ -2,8 +2,6 @@
 
 import pathlib
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ import tensorflow as tf
 
 import attn_ops
 from attn_ops.tensorflow import place
+from children import run
 
 _PACKAGE = pathlib.Path(attn_ops.__file__).parent
 
@@ -109,13 +108,9 @@ def test_private_names_are_in_one_module():
     assert found == {"tensorflow/place.py"}
 
 
-def child(program):
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-
-
 def test_modules_that_are_gone():
     """Where the modules themselves are missing, which earlier versions imported."""
-    result = child("""
+    result = run("""
 import sys
 import numpy as np, tensorflow as tf
 for name in ("tensorflow.compiler.tf2xla.python.xla", "tensorflow.python.ops.parallel_for.pfor",

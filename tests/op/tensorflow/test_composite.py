@@ -6,7 +6,6 @@ of higher order in test_composite_derivatives.py.
 
 import gc
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -15,6 +14,8 @@ import tensorflow as tf
 
 from attn_ops import reference
 from attn_ops.tensorflow import composite, rows
+
+import children
 from composite_calls import MODES, assert_same, compiled, make_call, run, specification, split
 from reference_cases import CASES, Case
 
@@ -30,6 +31,7 @@ def test_chunks_are_the_specification(case, query_chunk):
 SOME = [case for case in CASES if case.name in ("everything", "bias", "causal, more queries")]
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("case", SOME, ids=repr)
 @pytest.mark.parametrize("mode", MODES[1:])
 @pytest.mark.parametrize("query_chunk", [None, 3])
@@ -37,6 +39,7 @@ def test_chunks_in_graphs(case, mode, query_chunk):
     assert_same(run(case, query_chunk, mode), specification(case))
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("query_chunk", [2, "auto"])
 @pytest.mark.parametrize("mode", MODES)
 def test_empty_extents_in_chunks(query_chunk, mode):
@@ -115,16 +118,12 @@ print(peak(3072) - before)
 """
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 def test_memory_stays_below_one_score_matrix(mode):
     """Two layers, forward and backward: stock attention keeps at least one such matrix for each."""
-    child = subprocess.run(
-        [sys.executable, "-c", PEAK, mode],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    child = children.run(PEAK, mode, PYTHONPATH=os.pathsep.join(sys.path))
+    assert child.returncode == 0, child.stderr
     assert int(child.stdout) < 8 * 3072 * 3072 * 4
 
 
@@ -146,6 +145,7 @@ def test_eager_tapes_keep_no_scores():
 POISONED = ("key", "value", "query", "d_out")
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", POISONED)
 @pytest.mark.parametrize("mode, query_chunk", [("eager", None), ("eager", 2), ("graph", None), ("xla", 2)])
 def test_nan_stays_where_the_specification_has_it(name, mode, query_chunk):
@@ -225,6 +225,7 @@ def misfits():
         yield fit, (*bad, ones((2, 1, 3, 6), tf.bool))
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("query_chunk", [None, 2, "auto"])
 @pytest.mark.parametrize("mode", ["unknown shapes", "xla, unknown shapes"])
 def test_shapes_that_only_a_running_graph_can_refuse(mode, query_chunk):

@@ -1,8 +1,5 @@
 """The op inside TensorFlow: functions of unknown sizes, control flow, tf.data, saved models, strategies."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -10,6 +7,7 @@ import tensorflow as tf
 import attn_ops
 from attn_ops import reference, scaled_dot_product_attention
 from cases import make_inputs
+from children import run
 
 both = pytest.mark.parametrize("chosen", ["fused", "composite"])
 
@@ -144,7 +142,7 @@ def test_saved_model_loads_in_another_process(tmp_path):
         "attend = tf.saved_model.load(sys.argv[1]).attend\n"
         "tf.debugging.assert_near(attend(*[tf.ones([1, 2, 3, 4])] * 3), tf.ones([1, 2, 3, 4]))\n"
     )
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    result = run(code, str(tmp_path))
     assert result.returncode == 0, result.stderr
 
 
@@ -227,5 +225,5 @@ tf.debugging.assert_near(step(next(iter(data))), expected, rtol=1e-4)
 
 
 def test_mirrored_strategy():
-    result = subprocess.run([sys.executable, "-c", MIRRORED], capture_output=True, text=True)
+    result = run(MIRRORED)
     assert result.returncode == 0, result.stderr

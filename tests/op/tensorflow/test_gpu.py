@@ -17,6 +17,7 @@ from attn_ops.call import attention_call, precision
 from attn_ops.tensorflow import gpu
 from attn_ops.tensorflow.forms import eager, custom_call
 from cases import make_inputs
+from children import run
 
 PACKAGE = Path(kernels.__file__).parents[1]
 CORE = Path(kernels.core().__file__)
@@ -191,10 +192,10 @@ for name in ("AttnOps>Forward", "AttnOps>Backward"):
 q = tf.random.normal([2, 5, 2, 8])
 print(library.attn_ops_forward(q, q, q, [], [], [], [], [])[0].shape)  # the CPU has its own still
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    done = run(code)
+    assert done.returncode == 0, done.stderr[-2000:]
     types = " bfloat16 float16 float32" if with_library else ""
-    assert run.stdout.splitlines() == [f"AttnOps>Forward{types}", f"AttnOps>Backward{types}", "(2, 5, 2, 8)"]
+    assert done.stdout.splitlines() == [f"AttnOps>Forward{types}", f"AttnOps>Backward{types}", "(2, 5, 2, 8)"]
 
 
 def test_xla_has_custom_calls_for_both_platforms():

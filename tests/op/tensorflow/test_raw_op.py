@@ -5,7 +5,6 @@ import gc
 import os
 import resource
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -14,6 +13,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from attn_ops import kernels, reference
+
+import children
 
 library = kernels.library()
 assert library is not None, kernels.unavailable_reason()
@@ -371,16 +372,9 @@ def test_threads_with_and_without_tensorflows_pool():
     """The same bits with one of TensorFlow's threads, with threads of our own, and here."""
     names = {}
     exec(ONE_CALL, names)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", ONE_CALL + "print(digest())"],
-            env={**os.environ, "PYTHONPATH": str(Path(kernels.__file__).parents[2]), **environment},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for environment in ({"INTRA_OP_THREADS": "1"}, {"ATTN_OPS_DISABLE_TF_POOL": "1"})
-    ]
-    assert [process.communicate(timeout=300)[0].strip() for process in processes] == [names["digest"]()] * 2
+    for environment in ({"INTRA_OP_THREADS": "1"}, {"ATTN_OPS_DISABLE_TF_POOL": "1"}):
+        done = children.run(ONE_CALL + "print(digest())", **environment)
+        assert done.stdout.strip() == names["digest"](), done.stderr
 
 
 @pytest.fixture
@@ -430,7 +424,5 @@ def test_unusable_isa_in_the_environment_is_an_error():
         "try: attn_ops.scaled_dot_product_attention(x, x, x, implementation='fused')\n"
         "except tf.errors.InvalidArgumentError as error: print(error.message)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=dict(os.environ, ATTN_OPS_ISA="mmx"), capture_output=True, text=True
-    )
+    run = children.run(code, ATTN_OPS_ISA="mmx")
     assert "the environment variable ATTN_OPS_ISA ('mmx') must name an instruction set" in run.stdout

@@ -1,15 +1,12 @@
 """Functions that XLA compiles call the kernels, however deep the trace is, and whenever it was made; and never fail."""
 
-import os
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from attn_ops import explain, export, layers, reference, scaled_dot_product_attention
 from cases import make_inputs
+from children import run
 
 CALL = 'custom_call_target="attn_ops.'
 
@@ -224,10 +221,9 @@ for result, right in zip(tf.function(gradients)(*x), gradients(*x)):
     np.testing.assert_allclose(result, right, rtol=1e-4, atol=1e-5)
 """
     flags = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit --tf_xla_min_cluster_size=1"
-    environment = {**os.environ, "TF_XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "0"}
-    run = subprocess.run([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "Compiled cluster using XLA" in run.stderr
+    done = run(program, TF_XLA_FLAGS=flags, TF_CPP_MIN_LOG_LEVEL="0")
+    assert done.returncode == 0, done.stderr
+    assert "Compiled cluster using XLA" in done.stderr
 
 
 def test_fresh_dropout_differs_between_calls():
@@ -303,8 +299,8 @@ tf.function(lambda *x: in_graph.append(explain(*x)))(*x)
 assert in_graph[0].form == "op or composite"
 assert found[0].implementation == "composite" and "ATTN_OPS_DISABLE_XLA_FFI" in found[0].reasons[0], found[0]
 """
-    environment = {**os.environ, "ATTN_OPS_DISABLE_XLA_FFI": "1"}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    done = run(program, ATTN_OPS_DISABLE_XLA_FFI="1")
+    assert done.returncode == 0, done.stderr
 
 
 def model():
