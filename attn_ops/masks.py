@@ -18,6 +18,7 @@ from attn_ops import namespaces
 from attn_ops.call import options
 
 ALIGNMENTS = ("top_left", "bottom_right")
+LARGEST_OFFSET = 2**30  # of a query_offset: sums of positions stay within 32 bits
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,7 +149,17 @@ class Mask:
 
 
 def interval(
-    rows, columns, seqlen_q, seqlen_k, query_lengths, key_lengths, window_left, window_right, bottom_right
+    rows,
+    columns,
+    seqlen_q,
+    seqlen_k,
+    query_lengths,
+    key_lengths,
+    window_left,
+    window_right,
+    bottom_right,
+    query_offset=None,
+    intervals=None,
 ):
     """`key_range()` of csrc/mask.h for many rows and keys at once, as a list of conditions to be ANDed.
 
@@ -161,9 +172,15 @@ def interval(
       query_lengths, key_lengths: None, or int64 arrays that broadcast against rows and columns.
       window_left, window_right: Python integers, -1 = unbounded.
       bottom_right: whether the last row stands at the last key.
+      query_offset: None, or the position of row 0, from 0 to 2^30: an integer or an int64 array that broadcasts against
+        rows and columns. Never with bottom_right.
+      intervals: None, or (key_begin, key_end), arrays that broadcast against rows and columns: the keys from
+        key_begin to before key_end.
     """
     own = rows
-    if bottom_right:
+    if query_offset is not None:
+        own = rows + query_offset
+    elif bottom_right:
         length_q = seqlen_q if query_lengths is None else query_lengths
         own = rows + ((seqlen_k if key_lengths is None else key_lengths) - length_q)
     terms = []
@@ -174,10 +191,13 @@ def interval(
     # Windows can be as large as INT64_MAX: those that reach everywhere hide nothing, and sums must not overflow.
     known = isinstance(seqlen_q, int) and isinstance(seqlen_k, int)
     everywhere = seqlen_q + seqlen_k if known else 2**62
-    if 0 <= window_left < everywhere:
+    if 0 <= window_left < everywhere + (0 if query_offset is None else LARGEST_OFFSET):
         terms.append(columns >= own - window_left)
     if 0 <= window_right < everywhere:
         terms.append(columns <= own + window_right)
+    if intervals is not None:
+        begin, end = intervals
+        terms += [columns >= begin, columns < end]
     return terms
 
 
