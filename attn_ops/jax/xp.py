@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn_ops.call.position_bias import T5RelativeBias
+
 has_random_state = False  # see `fresh_seed`
 
 float32 = np.dtype("float32")
@@ -15,6 +17,16 @@ FLOATS = frozenset([float32, float64, np.dtype("float16"), np.dtype(jnp.bfloat16
 
 expand_dims = jnp.expand_dims
 logical_and = jnp.logical_and
+stop_gradient = jax.lax.stop_gradient
+transpose = jnp.transpose
+zeros_like = jnp.zeros_like
+
+# Whose gradient may be asked for, and which may be handed to functions that JAX compiles.
+jax.tree_util.register_pytree_node(
+    T5RelativeBias,
+    lambda bias: ((bias.table,), (bias.bidirectional, bias.max_distance)),
+    lambda options, tables: T5RelativeBias(*tables, *options),
+)
 
 
 def as_tensor(name, what, x):
@@ -46,6 +58,16 @@ def extents(x):
     return list(x.shape)
 
 
+def extent(x, axis):
+    """The extent of ``x`` along ``axis``."""
+    return x.shape[axis]
+
+
+def take_columns(x, indices):
+    """The columns of ``x`` that a NumPy array of integers names."""
+    return x[:, indices]
+
+
 def static_value(x):
     """The values of ``x`` as a NumPy array, None under a transformation that traces it."""
     return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
@@ -63,6 +85,11 @@ def as_int32(x):
     """Integers cast to int32. A cast would wrap values around into the valid range: clipped, they stay out of it."""
     if x.dtype.itemsize >= 4 and x.dtype != np.int32:
         x = jnp.clip(x, max(-1, jnp.iinfo(x.dtype).min), np.iinfo(np.int32).max)
+    return x.astype(np.int32)
+
+
+def as_ids(name, x):
+    """Integers cast to int32 where only their equality counts; without 64 bits, JAX has no wider ones than uint32."""
     return x.astype(np.int32)
 
 

@@ -18,6 +18,9 @@ cast = tf.cast
 expand_dims = tf.expand_dims
 logical_and = tf.logical_and
 static_value = tf.get_static_value
+stop_gradient = tf.stop_gradient
+transpose = tf.transpose
+zeros_like = tf.zeros_like
 
 
 def as_tensor(name, what, x):
@@ -51,6 +54,17 @@ def extents(x):
         return None
 
 
+def extent(x, axis):
+    """The extent of ``x`` along ``axis``: an integer where it is known, and an int32 scalar elsewhere."""
+    known = x.shape[axis]
+    return tf.shape(x)[axis] if known is None else known
+
+
+def take_columns(x, indices):
+    """The columns of ``x`` that a NumPy array of integers names."""
+    return tf.gather(x, indices, axis=1)
+
+
 def ensure_rank(x, rank, label):
     """``x`` of unknown rank with this one, which the running op checks."""
     return tf.ensure_shape(x, [None] * rank, name=label)
@@ -73,6 +87,18 @@ def as_int32(x):
         if not x.dtype.is_unsigned:
             x = tf.maximum(x, tf.cast(-1, x.dtype))
     return tf.cast(x, tf.int32)
+
+
+def as_ids(name, x):
+    """Integers cast to int32 where only their equality counts; InvalidArgumentError for a value beyond its range."""
+    if x.dtype == tf.int32:
+        return x
+    narrow = tf.cast(x, tf.int32)
+    if x.dtype.size >= 4:
+        fits = tf.reduce_all(tf.equal(tf.cast(narrow, x.dtype), x))
+        with tf.control_dependencies([tf.debugging.Assert(fits, [f"{name}: ids of the mask must fit 32 bits"])]):
+            narrow = tf.identity(narrow)
+    return narrow
 
 
 def fresh_seed(name):
