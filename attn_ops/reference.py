@@ -114,7 +114,9 @@ def attention_gradients(query, key, value, d_out, d_lse=None, **given):
     if c.table is not None:
         gradients.append(c.table_gradient(ds))
     if c.sinks is not None:
-        p_sink = np.exp(c.sinks[:, None] - c.lse)
+        sinks = np.broadcast_to(c.sinks[:, None], c.lse.shape)
+        there = sinks != -np.inf
+        p_sink = np.where(there, np.exp(sinks - np.where(there, c.lse, 0.0)), 0.0)
         gradients.append(np.where(p_sink != 0, p_sink * (d_lse - delta), 0.0).sum(axis=(0, 2)))
     return tuple(gradients)
 

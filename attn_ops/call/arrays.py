@@ -150,73 +150,32 @@ def query_offset(xp, name, offset, batch):
     return xp.as_int32(offset)
 
 
-def intervals(xp, name, ends, seqlens, batch):
-    """(key_begin, key_end) of a mask as int32 [batch or 1, seqlen_q] each, their values checked when they are known now.
-
-    ``seqlens`` are those of the query and the keys, each as (its extent or None, an integer or scalar for it). An end
-    that is None lets everything through.
-    """
-    (seqlen_q, _), (seqlen_k, keys) = seqlens
-    given = [
-        None if x is None else _checked_end(xp, name, what, x, batch, seqlen_q, seqlen_k)
-        for what, x in zip(("key_begin", "key_end"), ends)
-    ]
-    begin, end = given
-    if begin is None:
-        begin = xp.zeros_like(end)
-    elif end is None:
-        end = xp.zeros_like(begin) + keys
-    return begin, end
-
-
-def _checked_end(xp, name, what, x, batch, seqlen_q, seqlen_k):
-    x = _per_token(xp, name, f"{what} of the mask", x, batch, seqlen_q, "seqlen_q")
-    values = xp.static_value(x)
-    if values is not None and values.size:
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or (seqlen_k is not None and high > seqlen_k):
-            rule = "not be negative" if seqlen_k is None else f"be between 0 and seqlen_k={seqlen_k}"
-            raise ValueError(f"{name}: {what} of the mask must {rule}, got {low if low < 0 else high}")
-        back = np.argwhere(values[:, 1:] < values[:, :-1])
-        if back.size:
-            entry, row = map(int, back[0])
-            raise ValueError(
-                f"{name}: {what} of the mask must never move back along the rows, got {values[entry, row]} and then "
-                f"{values[entry, row + 1]} at row {row + 1} of batch entry {entry}"
-            )
-    return xp.as_int32(x)
+def intervals(xp, name, ends, dims):
+    """(key_begin, key_end) of a mask, which has checked their values, as int32 [batch or 1, seqlen_q] each."""
+    batch, _, seqlen_q, _, _ = dims
+    return tuple(
+        _per_token(xp, name, what, x, batch, seqlen_q, "seqlen_q") for what, x in zip(("key_begin", "key_end"), ends)
+    )
 
 
 def segments(xp, name, ids, dims):
     """(ids of the rows, ids of the keys) of a mask as int32 [batch or 1, seqlen] each."""
     batch, _, seqlen_q, seqlen_k, _ = dims
-    q_ids = _per_token(xp, name, "q_ids of the mask", ids[0], batch, seqlen_q, "seqlen_q")
-    kv_ids = _per_token(xp, name, "kv_ids of the mask", ids[1], batch, seqlen_k, "seqlen_k")
-    known = xp.static_value(q_ids), xp.static_value(kv_ids)
-    if known[0] is not None and known[1] is not None and any(_wide(x) for x in known):
-        # Only whether they are equal counts.
-        _, numbers = np.unique(np.concatenate([x.ravel().astype(object) for x in known]), return_inverse=True)
-        rows = known[0].size
-        parts = numbers.ravel()[:rows], numbers.ravel()[rows:]
-        return tuple(
-            xp.as_tensor(name, "segments", part.reshape(x.shape).astype(np.int32)) for part, x in zip(parts, known)
-        )
-    return xp.as_ids(name, q_ids), xp.as_ids(name, kv_ids)
-
-
-def _wide(values):
-    return values.size and (int(values.min()) < -(2**31) or int(values.max()) >= 2**31)
+    return (
+        _per_token(xp, name, "q_ids", ids[0], batch, seqlen_q, "seqlen_q"),
+        _per_token(xp, name, "kv_ids", ids[1], batch, seqlen_k, "seqlen_k"),
+    )
 
 
 def _per_token(xp, name, what, x, batch, seqlen, axis):
-    """Integers [batch or 1, seqlen]."""
+    """Integers of a mask as int32 [batch or 1, seqlen]."""
     x = xp.as_tensor(name, what, x)
-    if not xp.is_integer(x.dtype):
-        raise TypeError(f"{name}: {what} must hold integers, got {x.dtype.name}")
     extents = xp.extents(x)
     if not (compatible(extents, [batch, seqlen]) or compatible(extents, [1, seqlen])):
-        raise ValueError(f"{name}: {what} must have shape [batch={batch} or 1, {axis}={seqlen}], got {shape_text(extents)}")
-    return x if extents is not None else xp.ensure_rank(x, 2, f"{name}_needs_rank_2")
+        raise ValueError(
+            f"{name}: {what} of the mask must have shape [batch={batch} or 1, {axis}={seqlen}], got {shape_text(extents)}"
+        )
+    return xp.as_int32(x if extents is not None else xp.ensure_rank(x, 2, f"{name}_{what}_needs_rank_2"))
 
 
 def blocks(xp, name, blocks, block_q, block_k, dims):

@@ -74,14 +74,18 @@ def normalize(xp, name, query, key, value, **given):
                     ),
                 ),
             )
-            if getattr(structure, "parts", None) is None:
-                masks += structure.tensors()
-            else:
-                structured, dense = _structured(xp, name, structure, query, key, layout, dims, query_offset)
+            if structure.structured:
+                # What of it is causal or a window goes to the kernels as such, where nothing else counts distances.
+                alone = query_offset is None and alibi_slopes is None and relative_bias is None
+                structure, structured, dense = _structured(
+                    xp, name, structure, query, key, dims, layout, query_offset, alone
+                )
                 masks += dense
+            else:
+                masks += structure.tensors()
             window, is_causal = (structure.window_left, structure.window_right), structure.is_causal
             bottom_right = structure.bottom_right
-            alignment_is_said |= not isinstance(structure.causal_alignment, options.Unsaid)
+            alignment_is_said |= bool(structure.structured) or not isinstance(structure.causal_alignment, options.Unsaid)
             query_seq_lengths, key_value_seq_lengths = structure.query_lengths, structure.key_lengths
         masks = _at_most_four(xp, [arrays.boolean(xp, name, m, dims) for m in masks])
     if bottom_right and query_offset is not None:
@@ -153,23 +157,23 @@ class _Structured(typing.NamedTuple):
 _NONE = _Structured()
 
 
-def _structured(xp, name, mask, query, key, layout, dims, query_offset):
-    """The `_Structured` of a `Mask`, and the tuple of its boolean arrays."""
+def _structured(xp, name, mask, query, key, dims, layout, offset, resolve):
+    """A `Mask` (with ``resolve``, functions in it resolved), its `_Structured` and the tuple of its boolean arrays."""
     axis = 1 if layout == "BSHD" else 2
     rows, keys = xp.extent(query, axis), xp.extent(key, axis)
     try:
-        parts = mask.parts(rows, keys, query_offset)
+        if resolve:
+            mask = mask.resolved(rows, keys, offset)
+        intervals, segments, blocks, block_q, block_k, dense = mask.parts(rows, keys, offset, like=(query,))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    intervals, segments, blocks, block_q, block_k, dense = parts
-    batch, _, seqlen_q, seqlen_k, _ = dims
     if intervals is not None:
-        intervals = arrays.intervals(xp, name, intervals, ((seqlen_q, rows), (seqlen_k, keys)), batch)
+        intervals = arrays.intervals(xp, name, intervals, dims)
     if segments is not None:
         segments = arrays.segments(xp, name, segments, dims)
     if blocks is not None:
         blocks = arrays.blocks(xp, name, blocks, block_q, block_k, dims)
-    return _Structured(intervals, segments, blocks, block_q, block_k), tuple(dense)
+    return mask, _Structured(intervals, segments, blocks, block_q, block_k), tuple(dense)
 
 
 def normalize_weights(xp, name, query, key, **given):

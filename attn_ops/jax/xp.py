@@ -19,7 +19,6 @@ expand_dims = jnp.expand_dims
 logical_and = jnp.logical_and
 stop_gradient = jax.lax.stop_gradient
 transpose = jnp.transpose
-zeros_like = jnp.zeros_like
 
 # Whose gradient may be asked for, and which may be handed to functions that JAX compiles.
 jax.tree_util.register_pytree_node(
@@ -85,11 +84,6 @@ def as_int32(x):
     """Integers cast to int32. A cast would wrap values around into the valid range: clipped, they stay out of it."""
     if x.dtype.itemsize >= 4 and x.dtype != np.int32:
         x = jnp.clip(x, max(-1, jnp.iinfo(x.dtype).min), np.iinfo(np.int32).max)
-    return x.astype(np.int32)
-
-
-def as_ids(name, x):
-    """Integers cast to int32 where only their equality counts; without 64 bits, JAX has no wider ones than uint32."""
     return x.astype(np.int32)
 
 

@@ -20,7 +20,6 @@ logical_and = tf.logical_and
 static_value = tf.get_static_value
 stop_gradient = tf.stop_gradient
 transpose = tf.transpose
-zeros_like = tf.zeros_like
 
 
 def as_tensor(name, what, x):
@@ -87,18 +86,6 @@ def as_int32(x):
         if not x.dtype.is_unsigned:
             x = tf.maximum(x, tf.cast(-1, x.dtype))
     return tf.cast(x, tf.int32)
-
-
-def as_ids(name, x):
-    """Integers cast to int32 where only their equality counts; InvalidArgumentError for a value beyond its range."""
-    if x.dtype == tf.int32:
-        return x
-    narrow = tf.cast(x, tf.int32)
-    if x.dtype.size >= 4:
-        fits = tf.reduce_all(tf.equal(tf.cast(narrow, x.dtype), x))
-        with tf.control_dependencies([tf.debugging.Assert(fits, [f"{name}: ids of the mask must fit 32 bits"])]):
-            narrow = tf.identity(narrow)
-    return narrow
 
 
 def fresh_seed(name):
