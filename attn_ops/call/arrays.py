@@ -226,9 +226,9 @@ def relative_bias(xp, name, table, num_heads, dtype):
     if extents is None or not compatible(extents, [None, num_heads]):
         raise ValueError(f"{name}: {what} must have shape [{rows}, num_heads={num_heads}], got {shape_text(extents)}")
     count = extents[0]
-    if count is None:
-        raise ValueError(f"{name}: {what} must have a known number of rows, got shape {shape_text(extents)}")
-    if not of_t5 and count % 2 == 0:
+    if of_t5 and count is None:
+        raise ValueError(f"{name}: {what} must have a known number of buckets, got shape {shape_text(extents)}")
+    if not of_t5 and count is not None and count % 2 == 0:
         raise ValueError(
             f"{name}: {what} must have 2 R + 1 rows, for the distances -R to R, got shape {shape_text(extents)}; a table "
             "of T5's buckets is attn_ops.T5RelativeBias(table)"
