@@ -109,7 +109,7 @@ class TensorFlow:
         return self.tf.gather(x, indices, batch_dims=1)
 
     def argsort(self, x):
-        return self.tf.argsort(x, stable=True)
+        return self.int64(self.tf.argsort(x, stable=True))
 
     def searchsorted(self, ordered, values, side):
         return self.tf.searchsorted(ordered, values, side, self.tf.int64)
