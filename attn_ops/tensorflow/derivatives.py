@@ -9,7 +9,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops import kernels
-from attn_ops.call.attention_call import AttentionCall, attributes, optional_inputs
+from attn_ops.call.attention_call import AttentionCall, attributes, given_inputs
 from attn_ops.tensorflow import composite, place
 
 _NO_CALL = AttentionCall(None, None, None)  # for names
@@ -128,7 +128,7 @@ def _second_order(call, cotangents, incoming):
 def _split(op, inputs):
     """The optional inputs of either op, which end its input list: bias, masks, lengths and seed as lists."""
     lists, start = [], 0
-    for count in optional_inputs(_NO_CALL):
+    for count in given_inputs(_NO_CALL):
         end = start + op.get_attr(count)
         lists.append(list(inputs[start:end]))
         start = end

@@ -10,7 +10,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops import kernels
-from attn_ops.call.attention_call import AttentionCall, attributes, canonical, optional_inputs
+from attn_ops.call.attention_call import AttentionCall, attributes, canonical, given_inputs
 from attn_ops.tensorflow import place
 
 _TYPES = {
@@ -74,7 +74,7 @@ def backward(call: AttentionCall, out, statistics, d_out, d_lse):
 def _custom_call(target, operands, call, own, results, dtypes, shapes):
     """Runs the custom call ``target`` on ``operands`` and the optional inputs of ``call``, with attributes of its ``own``
     beside those of the call; see `_program`."""
-    optional = optional_inputs(call)
+    optional = given_inputs(call)
     counts = {name: len(given) for name, given in optional.items()}
     operands = operands + [x for given in optional.values() for x in given]
     return place.xla_call()(
