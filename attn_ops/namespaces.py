@@ -109,10 +109,13 @@ class TensorFlow:
         return self.tf.gather(x, indices, batch_dims=1)
 
     def argsort(self, x):
-        return self.tf.argsort(x, stable=True)
+        return self.int64(self.tf.argsort(x, stable=True))
 
     def searchsorted(self, ordered, values, side):
-        return self.tf.searchsorted(ordered, values, side, self.tf.int64)
+        tf = self.tf
+        if len(ordered.shape) > 1:
+            return tf.searchsorted(ordered, values, side, tf.int64)
+        return tf.reshape(tf.searchsorted(ordered, tf.reshape(values, [-1]), side, tf.int64), tf.shape(values))
 
     def with_zero(self, x):
         return self.tf.pad(x, [[0, 0], [0, 1]])

@@ -18,7 +18,7 @@ import numpy as np
 
 from attn_ops import namespaces
 from attn_ops.masks.mask import Mask
-from attn_ops.masks.structure import Blocks, Boolean, Intervals, Part, Prefix, Chunked, Segments, hull
+from attn_ops.masks.structure import Blocks, Boolean, Chunked, Intervals, Part, Prefix, Segments, hull
 
 _AT_ONCE = 2**22  # pairs that a function is asked for in one call
 _BLOCKS = (128, 64, 32, 16)  # sizes of blocks that are tried within intervals
@@ -142,7 +142,7 @@ def _recognised(table, may_stand_at_the_end):
     if (count == end - begin).all():
         ends = _settled(_common_head(begin), _common_head(end))
         if ends is not None:
-            return _named(*map(_common_entry, ends), table.own, table.shape, may_stand_at_the_end)
+            return _named(*_common_entry(np.stack(ends, 1)).swapaxes(0, 1), table.own, table.shape, may_stand_at_the_end)
     return (_other(table, begin, end),) * 2
 
 
@@ -183,6 +183,7 @@ def _settled(begin, end):
 def _named(begin, end, own, shape, may_stand_at_the_end):
     """(mask, mask without windows) of intervals `[batch or 1, seqlen_q]`."""
     seqlen_q, seqlen_k = shape[2:]
+    begin, end, own = np.broadcast_arrays(begin, end, _common_entry(own))
 
     def are(other_begin, other_end):
         """Whether rows see the same in other intervals."""
@@ -198,14 +199,18 @@ def _named(begin, end, own, shape, may_stand_at_the_end):
     if begin.size == 0 or are(0, seqlen_k):
         return (Mask(),) * 2
     rows = begin < end
+    windows = []
     for alignment, shift in (("top_left", 0), ("bottom_right", seqlen_k - seqlen_q))[: 2 if may_stand_at_the_end else 1]:
-        at = np.broadcast_to(own + shift, begin.shape)
-        left, right = at - begin, end - 1 - at
-        left, right = (x[rows & cut] for x, cut in ((left, begin > 0), (right, end < seqlen_k)))
-        left, right = (int(x[0]) if x.size else None for x in (left, right))
-        if min(left or 0, right or 0) >= 0 and are(0 if left is None else at - left, seqlen_k if right is None else at + right + 1):
-            window = (left, None if right == 0 else right)
-            return Mask(right == 0, alignment, window), as_intervals()
+        at = own + shift
+        left, right = (np.unique(x[rows & cut]) for x, cut in ((at - begin, begin > 0), (end - 1 - at, end < seqlen_k)))
+        if max(left.size, right.size) > 1 or min([0, *left, *right]) < 0:
+            continue  # distances of the ends that differ, or that are on the wrong side
+        first = at - left if left.size else 0
+        if are(first, at + right + 1 if right.size else seqlen_k):
+            left, right = (int(x[0]) if x.size else None for x in (left, right))
+            windows.append(Mask(right == 0, alignment, (left, None if right == 0 else right)))
+    if windows:
+        return max(windows, key=lambda mask: mask.is_causal), as_intervals()
     if (begin[rows] == 0).all():
         length = end[:, 0]
         if are(0, np.maximum(own + 1, length[:, None])):
@@ -219,7 +224,7 @@ def _named(begin, end, own, shape, may_stand_at_the_end):
         count = f"{1 + new[0].sum()} segments" if begin.shape[0] == 1 else "segments"
         if ((begin[:, 1:] >= end[:, :-1]) == new).all() and ((np.diff(end) > 0) <= new).all():
             note = count
-        elif (end == np.minimum(own + 1, seqlen_k)).all() and (begin[:, 1:][new] == np.broadcast_to(own, begin.shape)[:, 1:][new]).all():
+        elif (end == np.minimum(own + 1, seqlen_k)).all() and (begin[:, 1:] == own[:, 1:])[new].all():
             note = f"causal in {count}"
     return (as_intervals(note),) * 2
 
@@ -240,7 +245,7 @@ def _other(table, begin, end):
     # The least of the first keys of all heads, for rows that see any.
     empty = begin >= end
     least, most = hull(_HOST, np.where(empty, seqlen_k, begin).min(1), end.max(1))
-    least, most = map(_common_entry, (least, most))
+    least, most = _common_entry(np.stack([least, most], 1)).swapaxes(0, 1)
     hides = least.any() or (most < seqlen_k).any()
     within = (Intervals(least, most),) if hides else ()
     keys = np.arange(seqlen_k)
