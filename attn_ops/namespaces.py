@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import numpy as np
@@ -12,16 +13,55 @@ class NumPy:
 
     arange = staticmethod(np.arange)
     minimum = staticmethod(np.minimum)
+    maximum = staticmethod(np.maximum)
     equal = staticmethod(np.equal)
+    where = staticmethod(np.where)
 
     def int64(self, x):
         return np.asarray(x).astype(np.int64)
 
+    def int32(self, x):
+        return np.asarray(x).astype(np.int32)
+
     def bool(self, x):
-        return np.asarray(x)
+        return np.asarray(x).astype(bool, copy=False)
 
     def repeat_batch(self, visible, batch):
         return np.broadcast_to(visible, (batch,) + visible.shape[1:])
+
+    def same_batch(self, *arrays):
+        """The arrays `[batch or 1, extent]` with one batch."""
+        batch = np.broadcast_shapes(*(x.shape[:1] for x in arrays))[0]
+        return [np.broadcast_to(x, (batch, x.shape[1])) for x in arrays]
+
+    def extent(self, x, axis):
+        return x.shape[axis]
+
+    def take(self, x, indices, axis=-1):
+        return np.take(x, indices, axis)
+
+    def take_along(self, x, indices):
+        """`x[b, indices[b, i]]`."""
+        return np.take_along_axis(x, indices, 1)
+
+    def argsort(self, x):
+        """Along the last axis; equal elements stay in order."""
+        return np.argsort(x, -1, kind="stable")
+
+    def searchsorted(self, ordered, values, side):
+        """Of values `[batch, n]` in ordered `[batch, m]`, or of values of any shape in ordered `[m]`."""
+        if ordered.ndim == 1:
+            return np.searchsorted(ordered, values, side)
+        found = [np.searchsorted(o, v, side) for o, v in zip(ordered, values)]
+        return np.stack(found) if found else np.zeros(values.shape, np.int64)
+
+    def with_zero(self, x):
+        """`[batch, n]` with one more column, of zeros."""
+        return np.pad(x, [(0, 0), (0, 1)])
+
+    def running_maximum(self, x):
+        """Along the last axis."""
+        return np.maximum.accumulate(x, -1)
 
     def check_lengths(self, name, lengths, seqlen):
         lengths = np.asarray(lengths)
@@ -34,16 +74,63 @@ class TensorFlow:
         self.tf = tf
         self.arange = tf.range
         self.minimum = tf.minimum
+        self.maximum = tf.maximum
         self.equal = tf.equal
+        self.where = tf.where
 
     def int64(self, x):
         return self.tf.cast(x, self.tf.int64)
 
+    def int32(self, x):
+        return self.tf.cast(x, self.tf.int32)
+
     def bool(self, x):
-        return self.tf.convert_to_tensor(x)
+        return self.tf.cast(x, self.tf.bool)
 
     def repeat_batch(self, visible, batch):
         return self.tf.broadcast_to(visible, self.tf.concat([[batch], self.tf.shape(visible)[1:]], 0))
+
+    def same_batch(self, *arrays):
+        tf = self.tf
+        known = [x.shape[0] for x in arrays]
+        if None not in known and len(set(known)) == 1:
+            return list(arrays)
+        batch = tf.shape(arrays[0])[:1]
+        for x in arrays[1:]:
+            batch = tf.broadcast_dynamic_shape(batch, tf.shape(x)[:1])
+        return [tf.broadcast_to(x, tf.concat([batch, tf.shape(x)[1:]], 0)) for x in arrays]
+
+    def extent(self, x, axis):
+        return self.tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis]
+
+    def take(self, x, indices, axis=-1):
+        return self.tf.gather(x, indices, axis=axis)
+
+    def take_along(self, x, indices):
+        return self.tf.gather(x, indices, batch_dims=1)
+
+    def argsort(self, x):
+        return self.int64(self.tf.argsort(x, stable=True))
+
+    def searchsorted(self, ordered, values, side):
+        tf = self.tf
+        if len(ordered.shape) > 1:
+            return tf.searchsorted(ordered, values, side, tf.int64)
+        return tf.reshape(tf.searchsorted(ordered, tf.reshape(values, [-1]), side, tf.int64), tf.shape(values))
+
+    def with_zero(self, x):
+        return self.tf.pad(x, [[0, 0], [0, 1]])
+
+    def running_maximum(self, x):
+        # TensorFlow has none of its own: in step n each element takes what the 2^n before it have found.
+        tf = self.tf
+        extent = tf.shape(x)[-1]
+        places = tf.range(extent)
+
+        def step(distance, x):
+            return 2 * distance, tf.maximum(x, tf.gather(x, tf.maximum(places - distance, 0), axis=-1))
+
+        return tf.while_loop(lambda distance, _: distance < extent, step, (tf.constant(1), x))[1]
 
     def check_lengths(self, name, lengths, seqlen):
         """Values of a graph tensor are not known here; the attention op checks them when it runs."""
@@ -51,20 +138,56 @@ class TensorFlow:
 
 class Jax:
     def __init__(self, jax):
+        self.jax = jax
         self.jnp = jax.numpy
         self.arange = jax.numpy.arange
         self.minimum = jax.numpy.minimum
+        self.maximum = jax.numpy.maximum
         self.equal = jax.numpy.equal
+        self.where = jax.numpy.where
 
     def int64(self, x):
         """In JAX's default integers: int32, unless 64 bits are enabled. An integer stays one, since extents must."""
-        return x if isinstance(x, int) else self.jnp.asarray(x).astype(int)
+        if not isinstance(x, (np.ndarray, np.generic, list, tuple, self.jax.Array)):
+            return x
+        return self.jnp.asarray(x).astype(int)
+
+    def int32(self, x):
+        return self.jnp.asarray(x).astype("int32")
 
     def bool(self, x):
-        return self.jnp.asarray(x)
+        return self.jnp.asarray(x).astype(bool)
 
     def repeat_batch(self, visible, batch):
         return self.jnp.broadcast_to(visible, (batch, *visible.shape[1:]))
+
+    def same_batch(self, *arrays):
+        [batch] = self.jnp.broadcast_shapes(*(x.shape[:1] for x in arrays))
+        return [self.jnp.broadcast_to(x, (batch, x.shape[1])) for x in arrays]
+
+    def extent(self, x, axis):
+        return x.shape[axis]
+
+    def take(self, x, indices, axis=-1):
+        return self.jnp.take(x, indices, axis, mode="clip")
+
+    def take_along(self, x, indices):
+        return self.jnp.take_along_axis(x, indices, 1, mode="clip")
+
+    def argsort(self, x):
+        return self.jnp.argsort(x, -1, stable=True)
+
+    def searchsorted(self, ordered, values, side):
+        def search(ordered, values):
+            return self.jnp.searchsorted(ordered, values, side)
+
+        return search(ordered, values) if ordered.ndim == 1 else self.jax.vmap(search)(ordered, values)
+
+    def with_zero(self, x):
+        return self.jnp.pad(x, [(0, 0), (0, 1)])
+
+    def running_maximum(self, x):
+        return self.jax.lax.cummax(x, x.ndim - 1)
 
     def check_lengths(self, name, lengths, seqlen):
         """Values of a traced array are not known here; the attention checks them where it can."""
@@ -82,6 +205,20 @@ class Keras:
         return self.keras.ops.cast(x, "int64")
 
 
+def as_written(function):
+    """``function`` kept from TensorFlow's AutoGraph, which in `tf.function` would convert it, for seconds and for nothing:
+    its conditions are of Python."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        autograph = getattr(sys.modules.get("tensorflow"), "autograph", None)
+        if autograph is None:
+            return function(*args, **kwargs)
+        return autograph.experimental.do_not_convert(function)(*args, **kwargs)
+
+    return call
+
+
 def of(values):
     """That of the framework which one of the values belongs to."""
     keras = sys.modules.get("keras")
@@ -95,3 +232,17 @@ def of(values):
     if jax is not None and any(isinstance(value, jax.Array) for value in values):
         return Jax(jax)
     return NumPy()
+
+
+def known(x):
+    """The values of an array or a number as a NumPy array; None of what is traced or only described."""
+    keras, tf, jax = (sys.modules.get(name) for name in ("keras", "tensorflow", "jax"))
+    if isinstance(x, getattr(keras, "KerasTensor", ())):
+        return None
+    if tf is not None and tf.is_tensor(x):
+        return x.numpy() if isinstance(x, tf.Variable) and tf.executing_eagerly() else tf.get_static_value(x)
+    if jax is not None and isinstance(x, jax.core.Tracer):
+        return None
+    if isinstance(x, (int, np.ndarray, np.generic)) or (jax is not None and isinstance(x, jax.Array)):
+        return np.asarray(x)
+    return None  # such as an extent that jax.export leaves open

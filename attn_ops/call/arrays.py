@@ -6,8 +6,11 @@ the texts of the errors are the same for both.
 
 from __future__ import annotations
 
+import numpy as np
+
 from attn_ops import masks
 from attn_ops.call import options
+from attn_ops.call.position_bias import T5RelativeBias
 
 _SCORE_AXES = ("batch", "num_heads", "seqlen_q", "seqlen_k")
 LAYOUTS = "'BSHD' is [batch, seqlen, num_heads, head_dim], 'BHSD' is [batch, num_heads, seqlen, head_dim]"
@@ -124,6 +127,135 @@ def lengths(xp, name, what, lengths, batch, limit):
             rule = "not be negative" if limit is None else f"be between 0 and {limit}"
             raise ValueError(f"{name}: {what} must {rule}, got {bad}")
     return xp.as_int32(lengths)
+
+
+def query_offset(xp, name, offset, batch):
+    """``offset`` as int32 [1] or [batch], its values checked when they are known now."""
+    if options.is_integer(offset):
+        options.check_offset(name, offset, offset)
+        return xp.as_tensor(name, "query_offset", np.array([offset], np.int32))
+    offset = xp.as_tensor(name, "query_offset", offset)
+    if not xp.is_integer(offset.dtype):
+        raise TypeError(f"{name}: query_offset must hold integers, got {offset.dtype.name}")
+    extents = xp.extents(offset)
+    if extents == []:
+        offset = xp.expand_dims(offset, 0)
+    elif not compatible(extents, [batch]):
+        raise ValueError(
+            f"{name}: query_offset must be an integer or have shape [batch={batch}], got {shape_text(extents)}"
+        )
+    values = xp.static_value(offset)
+    if values is not None and values.size:
+        options.check_offset(name, int(values.min()), int(values.max()))
+    return xp.as_int32(offset)
+
+
+def intervals(xp, name, ends, dims):
+    """(key_begin, key_end) of a mask, which has checked their values, as int32 [batch or 1, seqlen_q] each."""
+    batch, _, seqlen_q, _, _ = dims
+    return tuple(
+        _per_token(xp, name, what, x, batch, seqlen_q, "seqlen_q") for what, x in zip(("key_begin", "key_end"), ends)
+    )
+
+
+def segments(xp, name, ids, dims):
+    """(ids of the rows, ids of the keys) of a mask as int32 [batch or 1, seqlen] each."""
+    batch, _, seqlen_q, seqlen_k, _ = dims
+    return (
+        _per_token(xp, name, "q_ids", ids[0], batch, seqlen_q, "seqlen_q"),
+        _per_token(xp, name, "kv_ids", ids[1], batch, seqlen_k, "seqlen_k"),
+    )
+
+
+def _per_token(xp, name, what, x, batch, seqlen, axis):
+    """Integers of a mask as int32 [batch or 1, seqlen]."""
+    x = xp.as_tensor(name, what, x)
+    extents = xp.extents(x)
+    if not (compatible(extents, [batch, seqlen]) or compatible(extents, [1, seqlen])):
+        raise ValueError(
+            f"{name}: {what} of the mask must have shape [batch={batch} or 1, {axis}={seqlen}], got {shape_text(extents)}"
+        )
+    return xp.as_int32(x if extents is not None else xp.ensure_rank(x, 2, f"{name}_{what}_needs_rank_2"))
+
+
+def blocks(xp, name, blocks, block_q, block_k, dims):
+    """The blocks of a mask, bool [batch or 1, num_heads or 1, blocks of rows, blocks of keys]."""
+    batch, num_heads, seqlen_q, seqlen_k, _ = dims
+    blocks = xp.as_tensor(name, "blocks of the mask", blocks)
+    extents = xp.extents(blocks)
+    counts = [None if n is None else -(-n // size) for n, size in ((seqlen_q, block_q), (seqlen_k, block_k))]
+    fits = extents is None or (
+        len(extents) == 4
+        and all(map(_broadcasts, extents[:2], (batch, num_heads)))
+        and compatible(extents[2:], counts)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name}: blocks of the mask must have shape [batch={batch} or 1, num_heads={num_heads} or 1, "
+            f"{counts[0]}, {counts[1]}] for {seqlen_q} rows in blocks of {block_q} and {seqlen_k} keys in blocks of "
+            f"{block_k}, got {shape_text(extents)}"
+        )
+    blocks = blocks if extents is not None else xp.ensure_rank(blocks, 4, f"{name}_blocks_need_rank_4")
+    return blocks if blocks.dtype == xp.bool_ else xp.cast(blocks, xp.bool_)
+
+
+def alibi_slopes(xp, name, slopes, batch, num_heads, dtype):
+    """``slopes`` as constants [1 or batch, num_heads] of this dtype."""
+    slopes = _floating(xp, name, "alibi_slopes", slopes)
+    extents = xp.extents(slopes)
+    if extents is not None and len(extents) == 1 and compatible(extents, [num_heads]):
+        slopes = xp.expand_dims(slopes, 0)
+    elif extents is None or not compatible(extents, [batch, num_heads]):
+        raise ValueError(
+            f"{name}: alibi_slopes must have shape [num_heads={num_heads}] or [batch={batch}, num_heads={num_heads}], "
+            f"got {shape_text(extents)}; attn_ops.alibi_slopes(num_heads) makes the usual ones"
+        )
+    values = xp.static_value(slopes)
+    if values is not None and not np.isfinite(values.astype(np.float64)).all():
+        raise ValueError(f"{name}: alibi_slopes must be finite, got {values.tolist()}")
+    return xp.stop_gradient(_cast(xp, slopes, dtype))
+
+
+def relative_bias(xp, name, table, num_heads, dtype):
+    """A table by distance, or by the buckets of T5, as [num_heads, 2 R + 1] of this dtype."""
+    of_t5 = isinstance(table, T5RelativeBias)
+    what = "relative_bias.table" if of_t5 else "relative_bias"
+    x = _floating(xp, name, what, table.table if of_t5 else table)
+    extents = xp.extents(x)
+    rows = "num_buckets" if of_t5 else "2 R + 1"
+    if extents is None or not compatible(extents, [None, num_heads]):
+        raise ValueError(f"{name}: {what} must have shape [{rows}, num_heads={num_heads}], got {shape_text(extents)}")
+    count = extents[0]
+    if of_t5 and count is None:
+        raise ValueError(f"{name}: {what} must have a known number of buckets, got shape {shape_text(extents)}")
+    if not of_t5 and count is not None and count % 2 == 0:
+        raise ValueError(
+            f"{name}: {what} must have 2 R + 1 rows, for the distances -R to R, got shape {shape_text(extents)}; a table "
+            "of T5's buckets is attn_ops.T5RelativeBias(table)"
+        )
+    x = xp.transpose(_cast(xp, x, dtype))
+    return xp.take_columns(x, table.buckets(name, count)) if of_t5 else x
+
+
+def sinks(xp, name, sinks, num_heads, dtype):
+    """``sinks`` as [num_heads] of this dtype."""
+    sinks = _floating(xp, name, "sinks", sinks)
+    if not compatible(xp.extents(sinks), [num_heads]):
+        raise ValueError(
+            f"{name}: sinks must have shape [num_heads={num_heads}], got {shape_text(xp.extents(sinks))}"
+        )
+    return _cast(xp, sinks, dtype)
+
+
+def _floating(xp, name, what, x):
+    x = xp.as_tensor(name, what, x)
+    if not xp.is_floating(x.dtype):
+        raise TypeError(f"{name}: {what} must be floating, got {x.dtype.name}; cast it: {xp.cast_text(what)}")
+    return x
+
+
+def _cast(xp, x, dtype):
+    return x if x.dtype == dtype else xp.cast(x, dtype)
 
 
 def times_tensor(xp, name, query, scale):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import typing
 
+_FIRST_INPUTS = 5  # optional inputs that every custom call in a saved file counts
 MAX_MASKS = 4  # boolean masks the kernels AND on the fly (kMaxMasks in csrc/attention.h)
 
-_TENSORS = ("query", "key", "value", "bias", "query_lengths", "key_lengths", "seed")  # and masks
+_TENSORS = ("query", "key", "value", "bias", "query_lengths", "key_lengths", "seed", "query_offset", "blocks",
+            "alibi_slopes", "relative_bias", "sinks")  # fmt: skip
+_TUPLES = ("masks", "intervals", "segments")  # of tensors
+OPTIONAL_DIFFERENTIABLE = ("bias", "relative_bias", "sinks")  # in the order in which kernels and rules give gradients
 
 
 def canonical(extents, layout):
@@ -16,8 +20,12 @@ def canonical(extents, layout):
 
 
 def attributes(options) -> dict:
-    """The options of a call as attributes of the kernels' operators and custom calls, in every framework."""
-    return {
+    """The options of a call as attributes of the kernels' operators and custom calls, in every framework.
+
+    Those that came after the first files were saved are there only where a call has them: elsewhere the kernels' own
+    defaults say the same.
+    """
+    named = {
         # Numbers travel as text: a float attribute would cut a float64 to float32.
         "scale": "" if options.scale is None else repr(options.scale),
         "dropout_rate": repr(options.dropout_rate),
@@ -27,6 +35,11 @@ def attributes(options) -> dict:
         "layout": options.layout,
         "allow_tf32": options.allow_tf32,
     }
+    if options.logits_soft_cap is not None:
+        named["soft_cap"] = repr(options.logits_soft_cap)
+    if options.block_q:
+        named["block_q"], named["block_k"] = options.block_q, options.block_k
+    return named
 
 
 def optional_inputs(arrays) -> dict:
@@ -37,7 +50,39 @@ def optional_inputs(arrays) -> dict:
         "num_query_lengths": [] if arrays.query_lengths is None else [arrays.query_lengths],
         "num_key_lengths": [] if arrays.key_lengths is None else [arrays.key_lengths],
         "num_seed": [] if arrays.seed is None else [arrays.seed],
+        "num_intervals": [] if arrays.intervals is None else list(arrays.intervals),
+        "num_query_offset": [] if arrays.query_offset is None else [arrays.query_offset],
+        "num_segments": [] if arrays.segments is None else list(arrays.segments),
+        "num_blocks": [] if arrays.blocks is None else [arrays.blocks],
+        "num_slopes": [] if arrays.alibi_slopes is None else [arrays.alibi_slopes],
+        "num_relative_bias": [] if arrays.relative_bias is None else [arrays.relative_bias],
+        "num_sinks": [] if arrays.sinks is None else [arrays.sinks],
     }
+
+
+def given_inputs(arrays) -> dict:
+    """Those of `optional_inputs` that the kernels have always had, and those of the later ones that the call has."""
+    lists = optional_inputs(arrays)
+    return {count: x for at, (count, x) in enumerate(lists.items()) if x or at < _FIRST_INPUTS}
+
+
+def beyond_cuda(options, arrays) -> str | None:
+    """What of a call the CUDA kernels do not have, as the reason why they cannot run it; None when they have all."""
+    lacking = [word for name, word in _NOT_ON_CUDA.items() if getattr(arrays, name) is not None]
+    if options.logits_soft_cap is not None:
+        lacking.append("logits_soft_cap")
+    return f"its kernels do not have {', '.join(lacking)}" if lacking else None
+
+
+_NOT_ON_CUDA = {
+    "intervals": "masks of intervals (prefix, chunked, packed, segments)",
+    "query_offset": "query_offset",
+    "segments": "masks of segments",
+    "blocks": "masks of blocks",
+    "alibi_slopes": "alibi_slopes",
+    "relative_bias": "relative_bias",
+    "sinks": "sinks",
+}
 
 
 class AttentionCall(typing.NamedTuple):
@@ -47,6 +92,12 @@ class AttentionCall(typing.NamedTuple):
     float32, beside inputs of 16 bits; ``bias`` and ``masks`` (bool, at most four) have rank 4 with extents that are 1
     or full. ``scale`` None is 1/sqrt(head_dim). A window of -1 is unbounded; causal is ``window_right`` 0. Lengths are int32 [batch], ``seed`` is
     int64 [2] in TensorFlow and uint32 [4] in JAX (words of seed and offset, low ones first), present only with dropout.
+    ``intervals`` is (key_begin, key_end), int32 [batch or 1, seqlen_q]: row i sees no other keys than key_begin <= j <
+    key_end, which never move back along the rows; ``segments`` is (ids of the rows, ids of the keys), int32 [batch or 1,
+    seqlen], and a row sees the keys of its own id; ``blocks`` is bool [batch or 1, num_heads or 1, blocks of ``block_q``
+    rows, blocks of ``block_k`` keys], True where a row may see a key. ``query_offset`` is int32 [batch or 1], never with
+    ``bottom_right``. ``alibi_slopes`` [batch or 1, num_heads], ``relative_bias`` [num_heads, 2 R + 1] and ``sinks``
+    [num_heads] have ``lse_dtype``.
     ``squeeze`` tells how many axes the caller's tensors lacked: 1 for rank 3, 2 for rank 2. A named tuple because it is
     made at every eager call, and a frozen dataclass costs several times as much.
     """
@@ -69,25 +120,42 @@ class AttentionCall(typing.NamedTuple):
     return_lse: bool = False
     lse_dtype: typing.Any = None
     allow_tf32: bool = False
+    intervals: tuple | None = None
+    query_offset: typing.Any = None
+    segments: tuple | None = None
+    blocks: typing.Any = None
+    block_q: int = 0
+    block_k: int = 0
+    logits_soft_cap: float | None = None
+    alibi_slopes: typing.Any = None
+    relative_bias: typing.Any = None
+    sinks: typing.Any = None
 
     def result_shapes(self):
         """The static shapes of out and lse in rank 4 and 3."""
         return [*self.query.shape[:3], self.value.shape[3]], list(canonical(self.query.shape, self.layout)[:3])
 
     def differentiable(self):
-        """The inputs that have a gradient."""
-        return [self.query, self.key, self.value, *([] if self.bias is None else [self.bias])]
+        """The inputs that have a gradient: query, key, value, and those of `OPTIONAL_DIFFERENTIABLE` that the call has."""
+        found = [self.query, self.key, self.value]
+        for x in (self.bias, self.relative_bias, self.sinks):
+            if x is not None:
+                found.append(x)
+        return found
 
     def with_differentiable(self, inputs):
         """The call with these in their places."""
-        query, key, value, *bias = inputs
-        return self._replace(query=query, key=key, value=value, bias=bias[0] if bias else None)
+        query, key, value, *others = inputs
+        others = iter(others)
+        named = {name: next(others) for name in OPTIONAL_DIFFERENTIABLE if getattr(self, name) is not None}
+        return self._replace(query=query, key=key, value=value, **named)
 
     def map_tensors(self, function):
         """The call with the ``function`` of each of its tensors."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
         tensors = {name: function(x) for name, x in tensors.items() if x is not None}
-        return self._replace(masks=tuple(map(function, self.masks)), **tensors)
+        tuples = {name: getattr(self, name) for name in _TUPLES}
+        return self._replace(**tensors, **{name: tuple(map(function, x)) for name, x in tuples.items() if x is not None})
 
     def set_result_shapes(self, out, lse, statistics):
         """Tells tensors of a TensorFlow graph what is known of their shapes; ``lse`` may be None."""

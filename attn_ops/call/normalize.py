@@ -9,6 +9,8 @@ tensorflow/xp.py or jax/xp.py.
 
 from __future__ import annotations
 
+import typing
+
 from attn_ops.call import arrays, options, precision
 from attn_ops.call.attention_call import MAX_MASKS, AttentionCall, canonical
 from attn_ops.call.options import Options
@@ -34,6 +36,11 @@ def normalize(xp, name, query, key, value, **given):
         dropout_seed,
         layout,
         return_lse,
+        query_offset,
+        logits_soft_cap,
+        alibi_slopes,
+        relative_bias,
+        sinks,
     ) = Options(**given)
     if layout not in ("BSHD", "BHSD"):
         raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}; {arrays.LAYOUTS}")
@@ -46,7 +53,11 @@ def normalize(xp, name, query, key, value, **given):
     is_causal = options.flag(name, "is_causal", is_causal)
     bottom_right = options.bottom_right(name, causal_alignment)
     alignment_is_said = not isinstance(causal_alignment, options.Unsaid)
+    if query_offset is not None:
+        query_offset = arrays.query_offset(xp, name, query_offset, batch)
+        alignment_is_said = True
     masks = ()
+    structured = _NONE
     if mask is not None:
         structure, masks = split_masks(name, mask)
         if structure is not None:
@@ -63,12 +74,25 @@ def normalize(xp, name, query, key, value, **given):
                     ),
                 ),
             )
-            masks += structure.tensors()
+            if structure.structured:
+                # What of it is causal or a window goes to the kernels as such, where nothing else counts distances.
+                alone = query_offset is None and alibi_slopes is None and relative_bias is None
+                structure, structured, dense = _structured(
+                    xp, name, structure, query, key, dims, layout, query_offset, alone
+                )
+                masks += dense
+            else:
+                masks += structure.tensors()
             window, is_causal = (structure.window_left, structure.window_right), structure.is_causal
             bottom_right = structure.bottom_right
-            alignment_is_said |= not isinstance(structure.causal_alignment, options.Unsaid)
+            alignment_is_said |= bool(structure.structured) or not isinstance(structure.causal_alignment, options.Unsaid)
             query_seq_lengths, key_value_seq_lengths = structure.query_lengths, structure.key_lengths
         masks = _at_most_four(xp, [arrays.boolean(xp, name, m, dims) for m in masks])
+    if bottom_right and query_offset is not None:
+        raise ValueError(
+            f"{name}: query_offset tells where the first row stands, and causal_alignment='bottom_right' that the last row "
+            "stands at the last key: pass one of them"
+        )
     window_left, window_right = window
     if is_causal:
         window_right = 0
@@ -80,6 +104,13 @@ def normalize(xp, name, query, key, value, **given):
     if scale is not None and not options.is_number(scale):
         query = arrays.times_tensor(xp, name, query, scale)
         scale = 1.0
+    lse_dtype = xp.float64 if dtype is xp.float64 else xp.float32
+    if alibi_slopes is not None:
+        alibi_slopes = arrays.alibi_slopes(xp, name, alibi_slopes, batch, dims[1], lse_dtype)
+    if relative_bias is not None:
+        relative_bias = arrays.relative_bias(xp, name, relative_bias, dims[1], lse_dtype)
+    if sinks is not None:
+        sinks = arrays.sinks(xp, name, sinks, dims[1], lse_dtype)
     dropout_rate = options.dropout_rate(name, dropout_rate)
     return AttentionCall(
         query,
@@ -98,9 +129,51 @@ def normalize(xp, name, query, key, value, **given):
         layout,
         squeeze,
         options.flag(name, "return_lse", return_lse),
-        xp.float64 if dtype is xp.float64 else xp.float32,
+        lse_dtype,
         precision.allow_tf32(),
+        structured.intervals,
+        query_offset,
+        structured.segments,
+        structured.blocks,
+        structured.block_q,
+        structured.block_k,
+        options.logits_soft_cap(name, logits_soft_cap),
+        alibi_slopes,
+        relative_bias,
+        sinks,
     )
+
+
+class _Structured(typing.NamedTuple):
+    """What of a mask the kernels know how to skip; see `AttentionCall`."""
+
+    intervals: tuple | None = None
+    segments: tuple | None = None
+    blocks: typing.Any = None
+    block_q: int = 0
+    block_k: int = 0
+
+
+_NONE = _Structured()
+
+
+def _structured(xp, name, mask, query, key, dims, layout, offset, resolve):
+    """A `Mask` (with ``resolve``, functions in it resolved), its `_Structured` and the tuple of its boolean arrays."""
+    axis = 1 if layout == "BSHD" else 2
+    rows, keys = xp.extent(query, axis), xp.extent(key, axis)
+    try:
+        if resolve:
+            mask = mask.resolved(rows, keys, offset)
+        intervals, segments, blocks, block_q, block_k, dense = mask.parts(rows, keys, offset, like=(query,))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if intervals is not None:
+        intervals = arrays.intervals(xp, name, intervals, dims)
+    if segments is not None:
+        segments = arrays.segments(xp, name, segments, dims)
+    if blocks is not None:
+        blocks = arrays.blocks(xp, name, blocks, block_q, block_k, dims)
+    return mask, _Structured(intervals, segments, blocks, block_q, block_k), tuple(dense)
 
 
 def normalize_weights(xp, name, query, key, **given):

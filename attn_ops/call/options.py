@@ -11,6 +11,7 @@ import typing
 import warnings
 
 _LARGEST_WINDOW = 2**63 - 1  # the ops take int64
+LARGEST_OFFSET = 2**30  # a row's position and its distance to any key fit 32 bits
 _warned_under = None  # the filters of warnings when `warn_of_top_left` spoke last
 
 
@@ -38,7 +39,8 @@ class Options(typing.NamedTuple):
         is_causal: row i sees no key after its own position.
         causal_alignment: where row i stands among the keys: "top_left" at key i (Keras, PyTorch), "bottom_right" at
             key i + length_k - length_q, so that the last row stands at the last key (FlashAttention, decoding). Where
-            one query meets many keys and "top_left" is not said but the default, a warning tells so once.
+            one query meets many keys and "top_left" is not said but the default, a warning tells so once. Everything
+            that counts distances follows: is_causal, window, alibi_slopes and relative_bias.
         window: (left, right), how many keys a row sees before and after its own; None or -1 for all. Keras's
             ``sliding_window=w`` is (w - 1, w - 1).
         query_seq_lengths: integers [batch]; rows from there on are padding and see nothing.
@@ -51,6 +53,20 @@ class Options(typing.NamedTuple):
             given where anything is dropped, and may be a key of `jax.random`.
         layout: "BSHD" as above, or "BHSD": [batch, num_heads, seqlen, head_dim] for query, key, value and the output.
         return_lse: also return the log of the sum of the exponentials of the scores (before dropout).
+        query_offset: the key that the first query row stands at, an integer or integers [batch], from 0 to 2^30: for
+            decoding, prefill in chunks, and rows that are a part of longer ones. Row i stands at key i + query_offset,
+            whatever the lengths are, and no causal_alignment is to be said beside it.
+        logits_soft_cap: Python number > 0: scaled scores s become cap * tanh(s / cap) before anything is added to them
+            (Gemma 2).
+        alibi_slopes: floating [num_heads] or [batch, num_heads], constants: slope * (j - own) is added to the score of
+            key j in a row that stands at key ``own`` (Press et al. 2021, arXiv:2108.12409). `attn_ops.alibi_slopes`
+            gives the usual ones.
+        relative_bias: floating [2 R + 1, num_heads]: row R + clip(j - own, -R, R) is added to the score of key j in a
+            row that stands at key ``own`` (Shaw et al. 2018, arXiv:1803.02155), or an `attn_ops.T5RelativeBias`.
+            Nothing of size seqlen_q * seqlen_k is made, and the gradient reaches the table. -inf hides, as in bias.
+        sinks: floating [num_heads]: one more logit in the denominator of each row, with no value behind it (gpt-oss;
+            Xiao et al. 2023, arXiv:2309.17453). It is counted by lse, is never dropped, and has a gradient. A row that
+            sees no key has output 0, and the sink as its lse.
     """
 
     bias: typing.Any = None
@@ -65,6 +81,11 @@ class Options(typing.NamedTuple):
     dropout_seed: typing.Any = None
     layout: str = "BSHD"
     return_lse: bool = False
+    query_offset: typing.Any = None
+    logits_soft_cap: float | None = None
+    alibi_slopes: typing.Any = None
+    relative_bias: typing.Any = None
+    sinks: typing.Any = None
 
 
 def is_number(x) -> bool:
@@ -87,6 +108,31 @@ def scale(name, value):
     if not math.isfinite(number):
         raise ValueError(f"{name}: scale must be finite, got {value}")
     return number
+
+
+def logits_soft_cap(name, cap):
+    """``cap`` as a float, or None."""
+    if cap is None:
+        return None
+    if not is_number(cap):
+        raise TypeError(
+            f"{name}: logits_soft_cap must be a Python number, fixed when the call is made or traced, "
+            f"got {type(cap).__name__}"
+        )
+    try:
+        number = float(cap)
+    except OverflowError:  # an integer beyond every float
+        number = math.inf
+    if not 0.0 < number < math.inf:  # NaN fails too
+        raise ValueError(f"{name}: logits_soft_cap must be positive and finite, got {cap}; None is no cap")
+    return number
+
+
+def check_offset(name, low, high):
+    """ValueError unless all offsets, from ``low`` to ``high``, are positions that a first query row can have."""
+    if low < 0 or high > LARGEST_OFFSET:
+        bad = low if low < 0 else high
+        raise ValueError(f"{name}: query_offset must be between 0 and 2^30, got {bad}")
 
 
 def flag(name, what, value) -> bool:

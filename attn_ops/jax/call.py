@@ -20,6 +20,13 @@ class Arrays(typing.NamedTuple):
     query_lengths: jax.Array | None
     key_lengths: jax.Array | None
     seed: jax.Array | None
+    intervals: tuple[jax.Array, jax.Array] | None = None
+    query_offset: jax.Array | None = None
+    segments: tuple[jax.Array, jax.Array] | None = None
+    blocks: jax.Array | None = None
+    alibi_slopes: jax.Array | None = None
+    relative_bias: jax.Array | None = None
+    sinks: jax.Array | None = None
 
 
 class Options(typing.NamedTuple):
@@ -33,6 +40,9 @@ class Options(typing.NamedTuple):
     layout: str
     return_lse: bool
     allow_tf32: bool
+    block_q: int = 0
+    block_k: int = 0
+    logits_soft_cap: float | None = None
 
 
 def split(call: AttentionCall) -> tuple[Options, Arrays]:

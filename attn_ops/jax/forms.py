@@ -99,7 +99,7 @@ def _kernel(target, results):
 
 def _optional(options, arrays):
     """The operands after the obligatory ones, and the attributes that both kernels take."""
-    lists = attention_call.optional_inputs(arrays)
+    lists = attention_call.given_inputs(arrays)
     attributes = {**attention_call.attributes(options), **{name: len(operands) for name, operands in lists.items()}}
     attributes = {name: np.int64(x) if type(x) is int else x for name, x in attributes.items()}
     return [operand for operands in lists.values() for operand in operands], attributes

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn_ops.call.position_bias import T5RelativeBias
+
 has_random_state = False  # see `fresh_seed`
 
 float32 = np.dtype("float32")
@@ -15,6 +17,15 @@ FLOATS = frozenset([float32, float64, np.dtype("float16"), np.dtype(jnp.bfloat16
 
 expand_dims = jnp.expand_dims
 logical_and = jnp.logical_and
+stop_gradient = jax.lax.stop_gradient
+transpose = jnp.transpose
+
+# Whose gradient may be asked for, and which may be handed to functions that JAX compiles.
+jax.tree_util.register_pytree_node(
+    T5RelativeBias,
+    lambda bias: ((bias.table,), (bias.bidirectional, bias.max_distance)),
+    lambda options, tables: T5RelativeBias(*tables, *options),
+)
 
 
 def as_tensor(name, what, x):
@@ -44,6 +55,16 @@ def cast(x, dtype):
 
 def extents(x):
     return list(x.shape)
+
+
+def extent(x, axis):
+    """The extent of ``x`` along ``axis``."""
+    return x.shape[axis]
+
+
+def take_columns(x, indices):
+    """The columns of ``x`` that a NumPy array of integers names."""
+    return x[:, indices]
 
 
 def static_value(x):

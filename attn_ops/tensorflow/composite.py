@@ -38,8 +38,9 @@ def attention(call, query_chunk="auto", in_xla=False, exporting=False):
         decides by one entry of an unknown batch.
     Returns:
       out in the shape and dtype of query (with value_dim), and lse `[batch, num_heads, seqlen_q]` in float32, or
-      float64 for float64. Both are differentiable with respect to query, key, value and bias. Only where
-      `call.return_lse` asks for it is lse -inf for rows that see no key; it is anything finite otherwise.
+      float64 for float64. Both are differentiable with respect to query, key, value, bias, relative_bias and sinks. Only where
+      `call.return_lse` asks for it is lse -inf for rows that see no key (and have no sink); it is anything finite
+      otherwise.
     Raises:
       ValueError: for another query_chunk.
       tf.errors.InvalidArgumentError: for what only a running graph can know (runtime_checks.py).
@@ -59,8 +60,7 @@ def _attention(call, query_chunk, exporting):
         steps = _steps(problem, query_chunk, exporting)
 
         @tf.custom_gradient
-        def run(q, k, v, *bias):
-            inputs = (q, k, v, *bias)
+        def run(*inputs):
             # Tapes would record the inside: eager ones keep it, those of graphs, where they are nested or persistent,
             # what every chunk of a loop needs. But in graphs forward-mode derivatives need the way through it.
             watched = not tf.executing_eagerly() and place.in_forward_mode(inputs)
@@ -72,7 +72,7 @@ def _attention(call, query_chunk, exporting):
 
             return (out, lse), gradient
 
-        out, lse = run(problem.query(), problem.key(), problem.value(), *steps.bias())
+        out, lse = run(problem.query(), problem.key(), problem.value(), *steps.others())
         return problem.to_layout(tf.cast(out, call.query.dtype)), lse
 
 
@@ -81,7 +81,7 @@ def attention_weights(call, lse=None):
     """The softmax before dropout: `[batch, num_heads, seqlen_q, seqlen_k]`, query's dtype.
 
     From `lse` where that is given. Dense: for plots and for models that return their scores. Differentiable with
-    respect to query, key, bias and lse.
+    respect to query, key, bias, relative_bias, sinks and lse.
     """
     room = _room(call)
     if room is not None:
@@ -92,9 +92,10 @@ def attention_weights(call, lse=None):
 def _attention_weights(call, lse):
     with tf.name_scope("attention_weights"):
         problem = rows.Problem(checked(call))
-        s, seen = problem.scores(problem.block(problem.query(), *problem.bias()), problem.key())
+        block = problem.block(problem.query(), problem.others())
+        s, seen, _ = problem.scores(block, problem.key())
         if lse is None:
-            e, total, *_ = rows.softmax_terms(s, seen)
+            e, _, total, *_ = rows.softmax_terms(s, seen, block.sinks)
             return tf.cast(rows.select(seen, e / total), call.query.dtype)
         lse = tf.cast(lse, s.dtype)[..., None]
         # Selected before the subtraction too: the gradient of -inf - -inf would be NaN.
@@ -118,8 +119,8 @@ class _NoRows:
         self.problem = problem
         self.shape = problem.rows_shape()
 
-    def bias(self):
-        return self.problem.bias()
+    def others(self):
+        return self.problem.others()
 
     def forward(self, *inputs):
         problem = self.problem
@@ -142,24 +143,27 @@ class _Chunks:
         self.rest = seqlen_q - self.count * self.rows
         self.masks = tuple(self._with_known_rows(mask) for mask in problem.call.masks)
 
-    def bias(self):
-        return tuple(self._with_known_rows(bias) for bias in self.problem.bias())
+    def others(self):
+        others = self.problem.others()
+        if self.problem.call.bias is None:
+            return others
+        return self._with_known_rows(others[0]), *others[1:]
 
-    def forward(self, q, k, v, bias=None):
+    def forward(self, q, k, v, *others):
         def step(start, n):
-            return self.problem.forward_block(self._block(start, n, q, bias), k, v)
+            return self.problem.forward_block(self._block(start, n, q, others), k, v)
 
         return self._run(step, (None, None))
 
-    def backward(self, d_out, d_lse, q, k, v, bias=None):
+    def backward(self, d_out, d_lse, q, k, v, *others):
         def step(start, n):
             d = [_slice_rows(x, start, n) for x in (d_out, d_lse)]
-            return self.problem.backward_block(self._block(start, n, q, bias), k, v, *d)
+            return self.problem.backward_block(self._block(start, n, q, others), k, v, *d)
 
-        sums = (None, tf.zeros_like(k), tf.zeros_like(v))
-        if bias is not None:
-            sums += (tf.zeros_like(bias, self.problem.dtype) if bias.shape[2] == 1 else None,)
-        return self._run(step, sums)
+        by_row = self.problem.named(others)["bias"]
+        by_row = None if by_row is None or by_row.shape[2] == 1 else by_row
+        sums = [tf.zeros_like(x, self.problem.dtype) if x is not by_row else None for x in (k, v, *others)]
+        return self._run(step, (None, *sums))
 
     def _run(self, step, sums):
         """The results of `step(start, n)` over all rows: added to `sums`, joined along the rows where that is None."""
@@ -183,10 +187,12 @@ class _Chunks:
         rest = step(self.count * self.rows, self.rest)
         return [tf.concat([s, r], 2) if s_0 is None else s + r for s, s_0, r in zip(state, sums, rest)]
 
-    def _block(self, start, n, q, bias):
-        numbers = start + tf.range(n)
-        bias = None if bias is None else _slice_scores(bias, start, n)
-        return rows.Block(numbers, _slice_rows(q, start, n), bias, tuple(_slice_scores(m, start, n) for m in self.masks))
+    def _block(self, start, n, q, others):
+        named = self.problem.named(others)
+        if named["bias"] is not None:
+            named["bias"] = _slice_scores(named["bias"], start, n)
+        masks = tuple(_slice_scores(m, start, n) for m in self.masks)
+        return rows.Block(start + tf.range(n), _slice_rows(q, start, n), masks=masks, **named)
 
     def _with_known_rows(self, x):
         """`x` with the rows written out where it cannot be seen whether it broadcasts along them."""

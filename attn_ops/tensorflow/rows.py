@@ -11,11 +11,13 @@ import math
 import tensorflow as tf
 
 from attn_ops import masks
+from attn_ops.call.attention_call import OPTIONAL_DIFFERENTIABLE
 from attn_ops.tensorflow import philox
 from attn_ops.tensorflow.runtime_checks import at_least_1, canonical_extents, extents
 
-# Some query rows and what belongs to them; bias (or None) and masks may broadcast along the rows.
-Block = collections.namedtuple("Block", "rows q bias masks")
+# Some query rows and what belongs to them; bias (or None) and masks may broadcast along the rows. The table by distance
+# and the sinks (or None) are those of all rows.
+Block = collections.namedtuple("Block", "rows q bias masks relative_bias sinks")
 
 
 class Problem:
@@ -32,6 +34,7 @@ class Problem:
         self.group_size = self.num_heads // at_least_1(self.num_kv_heads)
         self.query_lengths = _lengths(call.query_lengths)
         self.key_lengths = _lengths(call.key_lengths)
+        self.query_offset = _lengths(call.query_offset)
 
     def rows_shape(self):
         """That of lse."""
@@ -51,28 +54,36 @@ class Problem:
     def value(self):
         return self._keys(self.call.value, self.value_dim)
 
-    def bias(self):
-        return () if self.call.bias is None else (self.call.bias,)
+    def others(self):
+        """What else is differentiated and the call has: bias, relative_bias and sinks."""
+        return tuple(self.call.differentiable()[3:])
 
     def to_layout(self, x):
         """Between `layout` and `[batch, heads, seqlen, dim]`, either way."""
         return tf.transpose(x, [0, 2, 1, 3]) if self.call.layout == "BSHD" else x
 
-    def forward(self, q, k, v, bias=None):
+    def forward(self, q, k, v, *others):
         """out and lse."""
-        return self.forward_block(self.block(q, bias), k, v)
+        return self.forward_block(self.block(q, others), k, v)
 
-    def backward(self, d_out, d_lse, q, k, v, bias=None):
-        """The gradients of q, k, v and, if there is one, bias."""
-        return self.backward_block(self.block(q, bias), k, v, d_out, d_lse)
+    def backward(self, d_out, d_lse, q, k, v, *others):
+        """The gradients of q, k, v and the `others`."""
+        return self.backward_block(self.block(q, others), k, v, d_out, d_lse)
 
-    def block(self, q, bias=None):
+    def block(self, q, others=()):
         """All rows."""
-        return Block(tf.range(self.seqlen_q), q, bias, self.call.masks)
+        return Block(tf.range(self.seqlen_q), q, masks=self.call.masks, **self.named(others))
+
+    def named(self, others):
+        """The `others` by name, and None for those that there are not."""
+        others = iter(others)
+        return {
+            name: None if getattr(self.call, name) is None else next(others) for name in OPTIONAL_DIFFERENTIABLE
+        }
 
     def forward_block(self, block, k, v):
-        s, seen = self.scores(block, k)
-        e, total, m, empty = softmax_terms(s, seen)
+        s, seen, _ = self.scores(block, k)
+        e, _, total, m, empty = softmax_terms(s, seen, block.sinks)
         lse = m + tf.math.log(total)
         if self.call.return_lse:
             lse = tf.where(empty, tf.constant(-math.inf, s.dtype), lse)
@@ -84,9 +95,9 @@ class Problem:
         return self._ungrouped(out, lse) / total, lse
 
     def backward_block(self, block, k, v, d_out, d_lse):
-        s, seen = self.scores(block, k)
+        s, seen, slope_of_cap = self.scores(block, k)
         masked = seen is not None
-        e, total, *_ = softmax_terms(s, seen)
+        e, e_sink, total, *_ = softmax_terms(s, seen, block.sinks)
         # Selected, since in a row of NaN even hidden weights would be NaN.
         p = select(seen, e / total)
         dp = self._products(d_out, v)
@@ -96,21 +107,35 @@ class Problem:
             dropped_p, dp = self._drop(keep, p), self._drop(keep, dp)
         weighed = tf.not_equal(p, 0.0) if masked else None
         delta = tf.reduce_sum(select(weighed, p * dp), -1, keepdims=True)
-        ds = select(weighed, p * (dp - (delta - d_lse[..., None])))
+        minus_d_row = delta - d_lse[..., None]
+        ds = select(weighed, p * (dp - minus_d_row))
         dv = _weighted_sum(self._grouped(dropped_p), self._grouped(d_out), masked or keep is not None, True)
-        # A NaN or infinity of q or k that counts has made ds NaN already; the others must not meet the zeros of ds.
+        # A NaN or infinity of q or k that counts has made ds NaN already, or was capped; the others must not meet the
+        # zeros of ds.
         q = self._grouped(block.q)
-        q, k = (_finite(q), _finite(k)) if masked else (q, k)
-        ds_grouped = self._grouped(ds)
+        capped = slope_of_cap is not None
+        q, k = (_finite(q), _finite(k)) if masked or capped else (q, k)
+        ds_grouped = self._grouped(select(weighed, ds * slope_of_cap) if capped else ds)
         dq = self._ungrouped(tf.matmul(ds_grouped, k), d_lse)
         dk = tf.matmul(ds_grouped, q, transpose_a=True)
-        if block.bias is None:
-            return dq, dk, dv
-        return dq, dk, dv, _sum_to_shape_of(block.bias, ds)
+        others = []
+        if block.bias is not None:
+            others.append(_sum_to_shape_of(block.bias, ds))
+        if block.relative_bias is not None:
+            others.append(self._sums_by_distance(self._distances(block), ds, extents(block.relative_bias)[1] // 2))
+        if block.sinks is not None:
+            p_sink = e_sink / total
+            others.append(-tf.reduce_sum(select(tf.not_equal(p_sink, 0.0), p_sink * minus_d_row), [0, 2, 3]))
+        return dq, dk, dv, *others
 
     def scores(self, block, k):
-        """The scores, and which of them are seen; None where all are. Hidden scores may be anything."""
-        s = self._products(block.q, k)
+        """The scores, which of them are seen, None where all are, and the derivative of their cap, or None. Hidden scores
+        may be anything."""
+        s, slope_of_cap = self._products(block.q, k), None
+        if self.call.logits_soft_cap is not None:
+            cap = tf.constant(self.call.logits_soft_cap, self.dtype)
+            t = tf.tanh(s / cap)
+            s, slope_of_cap = cap * t, 1.0 - t * t
         seqlen_q, seqlen_k = tf.cast(self.seqlen_q, tf.int64), tf.cast(self.seqlen_k, tf.int64)
         visible = masks.interval(
             tf.cast(block.rows, tf.int64)[:, None],
@@ -122,18 +147,81 @@ class Problem:
             self.call.window_left,
             self.call.window_right,
             self.call.bottom_right,
+            self.query_offset,
         )
+        visible += self._structured(block)
         visible += block.masks
+        if self.call.alibi_slopes is not None:
+            slopes = self.call.alibi_slopes[:, :, None, None]
+            s = _biased(s, slopes * tf.cast(self._distances(block), self.dtype))
+        if block.relative_bias is not None:
+            s, there = _biased_unless_hidden(s, self._by_distance(self._distances(block), block.relative_bias))
+            visible.append(there)
         if block.bias is not None:
-            bias = tf.cast(block.bias, self.dtype)
-            visible.append(above_minus_inf(bias))
-            s = _biased(s, select(visible[-1], bias))
+            s, there = _biased_unless_hidden(s, tf.cast(block.bias, self.dtype))
+            visible.append(there)
         # Nor may a mask or bias broadcast the scores.
         shape = [self.batch, self.num_heads, extents(block.q)[2], self.seqlen_k]
         if not visible:
-            return tf.reshape(s, shape), None
+            return tf.reshape(s, shape), None, slope_of_cap
         seen = functools.reduce(tf.logical_and, [*visible, above_minus_inf(s)])
-        return tf.reshape(s, shape), tf.reshape(seen, shape)
+        return tf.reshape(s, shape), tf.reshape(seen, shape), slope_of_cap
+
+    def _structured(self, block):
+        """Who sees whom by intervals, segments and blocks: conditions that broadcast to the scores."""
+        call, terms = self.call, []
+        keys = tf.range(self.seqlen_k)
+
+        def of_rows(x):
+            return tf.gather(x, block.rows, axis=1)[:, None, :, None]
+
+        if call.intervals is not None:
+            begin, end = map(of_rows, call.intervals)
+            terms += [keys >= begin, keys < end]
+        if call.segments is not None:
+            q_ids, kv_ids = call.segments
+            terms.append(tf.equal(of_rows(q_ids), kv_ids[:, None, None, :]))
+        if call.blocks is not None:
+            of_blocks = tf.gather(call.blocks, block.rows // call.block_q, axis=2)
+            terms.append(tf.gather(of_blocks, keys // call.block_k, axis=3))
+        return terms
+
+    def _distances(self, block):
+        """j - own, int32 `[batch or 1, 1, n, seqlen_k]`."""
+        own = block.rows[None, None, :, None]
+        if self.query_offset is not None:
+            own += tf.cast(self.query_offset, tf.int32)
+        elif self.call.bottom_right:
+            length_q, length_k = (
+                seqlen if lengths is None else tf.cast(lengths, tf.int32)
+                for seqlen, lengths in ((self.seqlen_q, self.query_lengths), (self.seqlen_k, self.key_lengths))
+            )
+            own += length_k - length_q
+        return tf.range(self.seqlen_k) - own
+
+    @staticmethod
+    def _by_distance(distances, table):
+        """What a table `[num_heads, 2 R + 1]` holds for these distances, `[batch or 1, num_heads, n, seqlen_k]`."""
+        reach = extents(table)[1] // 2
+        columns = tf.clip_by_value(distances[:, 0], -reach, reach) + reach
+        return tf.transpose(tf.gather(table, columns, axis=1), [1, 0, 2, 3])
+
+    @staticmethod
+    def _sums_by_distance(distances, ds, reach):
+        """The gradient of such a table."""
+        if ds.shape[0] != 1 and distances.shape[0] == 1:
+            ds = tf.reduce_sum(ds, 0, keepdims=True)
+        # The ends have most terms. A sum by segments goes through its terms one after the other, these do not.
+        past = distances <= -reach
+        first, last = (
+            tf.reduce_sum(tf.where(far, ds, tf.zeros((), ds.dtype)), [0, 2, 3])[None]
+            for far in (past, ~past & (distances >= reach))
+        )
+        segments = tf.where(tf.abs(distances) < reach, distances + reach, -1)
+        segments = tf.broadcast_to(segments[:, 0], tf.gather(tf.shape(ds), [0, 2, 3]))
+        near = tf.math.unsorted_segment_sum(tf.transpose(ds, [0, 2, 3, 1]), segments, 2 * reach + 1)
+        sums = near + tf.pad(first, [[0, 2 * reach], [0, 0]]) + tf.pad(last, [[2 * reach, 0], [0, 0]])
+        return tf.transpose(sums)
 
     def _keep(self, block):
         """Which weights dropout keeps, or None."""
@@ -179,9 +267,15 @@ def _biased(s, bias):
     return tf.where(overflowed, tf.sign(total) * total.dtype.max, total)
 
 
-def softmax_terms(s, seen):
-    """exp(s - m) with m the largest score of a row, 0 where hidden; and, `[..., 1]` each, their sum (1 for an empty
-    row), m, and which rows are empty.
+def _biased_unless_hidden(s, bias):
+    """s + bias, and where that is not -inf, which hides: there it is s."""
+    there = above_minus_inf(bias)
+    return _biased(s, select(there, bias)), there
+
+
+def softmax_terms(s, seen, sinks=None):
+    """exp(s - m) with m the largest score of a row and its sink, 0 where hidden; and, `[..., 1]` each, exp(sink - m), or
+    None without ``sinks`` `[num_heads]`, the sum of it all (1 for an empty row), m, and which rows are empty.
 
     Without infinities, which `tf.debugging.enable_check_numerics` would take for errors.
     """
@@ -189,16 +283,25 @@ def softmax_terms(s, seen):
     visible = s if seen is None else tf.where(seen, s, lowest)
     if s.shape[-1] == 0:
         m = tf.zeros_like(tf.reduce_sum(s, -1, keepdims=True))
+        m = m if sinks is None else m + lowest
     else:
         # m is only a shift: its derivative cancels.
         m = tf.stop_gradient(tf.reduce_max(visible, -1, keepdims=True))
+    e_sink = None
+    if sinks is not None:
+        sinks = sinks[:, None, None]
+        m = tf.maximum(m, tf.stop_gradient(sinks))
     m = select(above_minus_inf(m), m)
     # Hidden scores become m before the subtraction: lowest - m may be beyond the range, and NaN has no derivative of 0.
     e = tf.exp((s if seen is None else tf.where(seen, s, m)) - m)
     e = select(seen, e)
     total = tf.reduce_sum(e, -1, keepdims=True)
+    if sinks is not None:
+        there = above_minus_inf(sinks)
+        e_sink = select(there, tf.exp(tf.where(there, sinks, m) - m))
+        total += e_sink
     empty = tf.equal(total, 0.0)
-    return e, tf.where(empty, tf.ones((), s.dtype), total), m, empty
+    return e, e_sink, tf.where(empty, tf.ones((), s.dtype), total), m, empty
 
 
 def _weighted_sum(weights, values, masked, transpose_weights=False):

@@ -18,6 +18,8 @@ cast = tf.cast
 expand_dims = tf.expand_dims
 logical_and = tf.logical_and
 static_value = tf.get_static_value
+stop_gradient = tf.stop_gradient
+transpose = tf.transpose
 
 
 def as_tensor(name, what, x):
@@ -49,6 +51,17 @@ def extents(x):
         return x.shape.as_list()
     except ValueError:
         return None
+
+
+def extent(x, axis):
+    """The extent of ``x`` along ``axis``: an integer where it is known, and an int32 scalar elsewhere."""
+    known = x.shape[axis]
+    return tf.shape(x)[axis] if known is None else known
+
+
+def take_columns(x, indices):
+    """The columns of ``x`` that a NumPy array of integers names."""
+    return tf.gather(x, indices, axis=1)
 
 
 def ensure_rank(x, rank, label):

@@ -22,6 +22,11 @@ OPTIONS = {
     "dropout_seed": None,
     "layout": "BSHD",
     "return_lse": False,
+    "query_offset": None,
+    "logits_soft_cap": None,
+    "alibi_slopes": None,
+    "relative_bias": None,
+    "sinks": None,
 }
 OF_WEIGHTS = {k: v for k, v in OPTIONS.items() if k not in ("dropout_rate", "dropout_seed", "return_lse")}
 OF_THE_REFERENCE = {k: v for k, v in OPTIONS.items() if k != "return_lse"}

@@ -7,9 +7,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from attn_ops import masks, reference
+from attn_ops import T5RelativeBias, masks, reference
 from attn_ops.call import philox
-from reference_cases import CASES, Case
+from position_buckets import mesh_tensorflow_bucket
+from reference_cases import CASES, Case, differentiable
 
 
 each_case = pytest.mark.parametrize("case", CASES, ids=repr)
@@ -30,7 +31,11 @@ def one_row_at_a_time(case):
         query_lengths=options.get("query_seq_lengths"),
         key_lengths=options.get("key_value_seq_lengths"),
     )
-    visible = np.broadcast_to(mask.materialize(seqlen_q, seqlen_k), case.scores_shape)
+    offset = options.get("query_offset")
+    visible = mask.materialize(seqlen_q, seqlen_k, query_offset=offset)
+    visible = np.broadcast_to(visible, case.scores_shape)
+    cap, table, sinks = (options.get(name) for name in ("logits_soft_cap", "relative_bias", "sinks"))
+    slopes = np.broadcast_to(options.get("alibi_slopes", np.zeros(num_heads)), (batch, num_heads))
     rate, seed = options.get("dropout_rate", 0.0), options.get("dropout_seed", 0)
     kept = philox.keep(*(seed if isinstance(seed, tuple) else (seed, 0)), *case.scores_shape, rate)
     out = np.zeros((batch, num_heads, seqlen_q, v.shape[-1]))
@@ -39,14 +44,42 @@ def one_row_at_a_time(case):
         g = h // (num_heads // k.shape[1])
         keys = [j for j in range(seqlen_k) if visible[b, h, i, j] and bias[b, h, i, j] != -np.inf]
         scale = options.get("scale", q.shape[-1] ** -0.5)
-        s = {j: scale * float(q[b, h, i] @ k[b, g, j]) + bias[b, h, i, j] for j in keys}
-        if not s:
+        own = i
+        if offset is not None:
+            own = i + (offset if np.ndim(offset) == 0 else offset[b])
+        elif mask.bottom_right:
+            length_q, length_k = (
+                n if given is None else given[b]
+                for n, given in ((seqlen_q, mask.query_lengths), (seqlen_k, mask.key_lengths))
+            )
+            own = i + length_k - length_q
+        s = {}
+        for j in keys:
+            x = scale * float(q[b, h, i] @ k[b, g, j])
+            x = x if cap is None else cap * np.tanh(x / cap)
+            x += slopes[b, h] * (j - own) + bias[b, h, i, j] + from_table(table, j - own, h)
+            if x != -np.inf:
+                s[j] = x
+        sink = np.exp(-np.inf if sinks is None else sinks[h])
+        if not s and sink == 0:
             continue
-        lse[b, h, i] = np.log(sum(np.exp(x) for x in s.values()))
+        keys = list(s)
+        lse[b, h, i] = np.log(sum(np.exp(x) for x in s.values()) + sink)
         for j in keys:
             if kept[b, h, i, j]:
                 out[b, h, i] += np.exp(s[j] - lse[b, h, i]) / (1 - rate) * v[b, g, j]
     return out if bhsd else out.swapaxes(1, 2), lse
+
+
+def from_table(table, distance, head):
+    """What a relative_bias adds at a distance."""
+    if table is None:
+        return 0.0
+    if isinstance(table, T5RelativeBias):
+        bucket = mesh_tensorflow_bucket(distance, table.bidirectional, len(table.table), table.max_distance)
+        return table.table[bucket, head]
+    reach = len(table) // 2
+    return table[reach + max(-reach, min(reach, distance)), head]
 
 
 @each_case
@@ -59,17 +92,16 @@ def test_forward_is_the_sum_over_visible_keys(case):
 
 @each_case
 def test_gradients_are_finite_differences(case):
-    options = dict(case.options)
-    inputs = dict(case.inputs)
-    if "bias" in options:
-        inputs["bias"] = options.pop("bias")
+    inputs, options, of_caller = differentiable(case)
 
     def loss(inputs):
-        out, lse = reference.attention(**inputs, **options)
+        out, lse = reference.attention(**of_caller(inputs), **options)
         return np.sum(case.d_out * out) + np.sum(case.d_lse * np.where(lse == -np.inf, 0.0, lse))
 
-    gradients = reference.attention_gradients(**inputs, **options, d_out=case.d_out, d_lse=case.d_lse)
+    gradients = reference.attention_gradients(**of_caller(inputs), **options, d_out=case.d_out, d_lse=case.d_lse)
     assert (gradients[3] is None) == ("bias" not in inputs)
+    gradients = [gradient for gradient in gradients if gradient is not None]
+    assert len(gradients) == len(inputs)
     step = 1e-5
     for (name, x), gradient in zip(inputs.items(), gradients):
         assert gradient.shape == x.shape
@@ -90,7 +122,8 @@ def test_weights(case):
     rate, seed = options.pop("dropout_rate", 0.0), options.pop("dropout_seed", 0)
     p = reference.attention_weights(case.inputs["query"], case.inputs["key"], **options)
     out, lse = reference.attention(**case.inputs, **case.options)
-    sums = np.where(lse == -np.inf, 0.0, 1.0)
+    sinks = np.full(lse.shape[1], -np.inf) if "sinks" not in options else options["sinks"]
+    sums = np.where(lse == -np.inf, 0.0, 1.0 - np.exp(sinks[:, None] - np.where(lse == -np.inf, 0.0, lse)))
     np.testing.assert_allclose(p.sum(axis=-1), sums, atol=1e-13)
     # With dropout applied afterwards they are what multiplies the values.
     kept = philox.keep(*(seed if isinstance(seed, tuple) else (seed, 0)), *case.scores_shape, rate) / (1 - rate)

@@ -28,7 +28,7 @@ def test_chunks_are_the_specification(case, query_chunk):
     assert_same(run(case, query_chunk), specification(case))
 
 
-SOME = [case for case in CASES if case.name in ("everything", "bias", "causal, more queries")]
+SOME = [case for case in CASES if case.name in ("everything", "bias", "causal, more queries", "every score and mask")]
 
 
 @pytest.mark.wide(3)
@@ -178,12 +178,11 @@ def test_huge_logits_have_finite_gradients():
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.options.get("dropout_rate")], ids=repr)
 def test_attention_weights(case):
-    inputs, options = split(case)
-    query, key, value, *bias = inputs
-    call = make_call(query, key, value, *bias, **options)
+    inputs, call_of = split(case)
+    call = call_of(*inputs)
     _, lse = composite.attention(call)
     found = composite.attention_weights(call, lse)
-    expected = reference.attention_weights(query, key, **case.options)
+    expected = reference.attention_weights(case.inputs["query"], case.inputs["key"], **case.options)
     np.testing.assert_allclose(found, expected, atol=1e-13)
 
 

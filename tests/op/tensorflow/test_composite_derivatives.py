@@ -4,22 +4,24 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attn_ops import reference
+from attn_ops import T5RelativeBias, reference
 from attn_ops.tensorflow import composite
-from composite_calls import compiled, make_call, split
-from reference_cases import Case
+from composite_calls import compiled, split
+from reference_cases import Case, differentiable, every_score
 
 DERIVED = [
     Case("causal", {"is_causal": True}, heads=(4, 2), dims=(3, 2)),
     Case("masked", lambda c: {"mask": c.mask(0, 2, 3), "key_value_seq_lengths": [5, 2]}),
     Case("bias", lambda c: {"bias": c.bias(1, 2, 3)}),
+    Case("every score", every_score, heads=(4, 2)),
+    Case("buckets", lambda c: {"relative_bias": T5RelativeBias(c.normal(8, 2), max_distance=4), "sinks": c.normal(2)}),
     Case("dropout", {"dropout_rate": 0.4, "dropout_seed": 3}),
 ]
 
 
-def loss_of(case, options):
+def loss_of(case, call_of):
     def loss(*inputs):
-        out, lse = composite.attention(make_call(*inputs, **options), None)
+        out, lse = composite.attention(call_of(*inputs), None)
         lse = tf.where(tf.math.is_finite(lse), lse, 0)
         return tf.reduce_sum(out * case.d_out) + tf.reduce_sum(lse * case.d_lse)
 
@@ -34,10 +36,11 @@ def along(case, function, inputs, tangents, step=1e-6):
 
 
 def reference_gradients(case):
+    inputs, options, of_caller = differentiable(case)
+
     def gradients(arrays):
-        named = dict(zip(("query", "key", "value", "bias"), arrays))
-        cotangents = {"d_out": case.d_out, "d_lse": case.d_lse}
-        gradients = reference.attention_gradients(**{**case.options, **named}, **cotangents)
+        named = of_caller(dict(zip(inputs, arrays)))
+        gradients = reference.attention_gradients(**named, **options, d_out=case.d_out, d_lse=case.d_lse)
         return [g for g in gradients if g is not None]
 
     return gradients
@@ -48,9 +51,9 @@ def reference_gradients(case):
 @pytest.mark.parametrize("mode", ["eager", "graph", "unknown shapes", "xla"])
 def test_second_order(case, mode):
     """Gradients of a gradient along a direction, against differences of the specification's gradients."""
-    inputs, options = split(case)
+    inputs, call_of = split(case)
     tangents = [case.normal(*x.shape) for x in inputs]
-    loss = loss_of(case, options)
+    loss = loss_of(case, call_of)
 
     def second(*inputs):
         with tf.GradientTape() as outer:
@@ -73,9 +76,9 @@ def test_second_order(case, mode):
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 def test_forward_mode(case, mode):
     """jvp of the loss, and of its gradient (forward over reverse)."""
-    inputs, options = split(case)
+    inputs, call_of = split(case)
     tangents = [tf.constant(case.normal(*x.shape)) for x in inputs]
-    loss = loss_of(case, options)
+    loss = loss_of(case, call_of)
 
     def jvp(*inputs):
         with tf.autodiff.ForwardAccumulator(inputs, tuple(tangents)) as accumulator:
@@ -94,35 +97,37 @@ def test_forward_mode(case, mode):
 
 
 def test_recomputation_drops_the_same_weights():
-    (q, k, v), options = split(Case("dropout", {"dropout_rate": 0.5, "dropout_seed": (1, 2)}))
+    inputs, call_of = split(Case("dropout", {"dropout_rate": 0.5, "dropout_seed": (1, 2)}))
     results = []
 
-    def attend(q, k, v):
-        return composite.attention(make_call(q, k, v, **options))[0]
+    def attend(*inputs):
+        return composite.attention(call_of(*inputs))[0]
 
     for function in (attend, tf.recompute_grad(attend)):
         with tf.GradientTape() as tape:
-            tape.watch([q, k, v])
-            out = function(q, k, v)
-        results.append([out, *tape.gradient(out, [q, k, v])])
+            tape.watch(inputs)
+            out = function(*inputs)
+        results.append([out, *tape.gradient(out, inputs)])
     for x, y in zip(*results):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("case", DERIVED[:3], ids=repr)
+@pytest.mark.parametrize("case", DERIVED[:-1], ids=repr)
 def test_gradient_of_attention_weights(case):
     """Through scores and lse together, as a model that uses its scores would have it."""
-    inputs, options = split(case)
+    inputs, call_of = split(case)
     weigh = case.normal(*case.scores_shape)
 
+    names, options, of_caller = differentiable(case)
+
     def loss(arrays):
-        named = dict(zip(("query", "key", "value", "bias"), arrays))
+        named = of_caller(dict(zip(names, arrays)))
         del named["value"]
-        return [np.sum(weigh * reference.attention_weights(**{**case.options, **named}))]
+        return [np.sum(weigh * reference.attention_weights(**named, **options))]
 
     with tf.GradientTape() as tape:
         tape.watch(inputs)
-        call = make_call(*inputs, **options)
+        call = call_of(*inputs)
         value = tf.reduce_sum(weigh * composite.attention_weights(call, composite.attention(call)[1]))
     gradients = tape.gradient(value, inputs, unconnected_gradients="zero")
     tangents = [case.normal(*x.shape) for x in inputs]

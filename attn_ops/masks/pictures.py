@@ -1,0 +1,77 @@
+"""Masks in text: what is seen, what is hidden, and what kernels skip."""
+
+from __future__ import annotations
+
+import numpy as np
+
+BLOCK = (64, 128)  # rows and keys; of those that hold nothing visible the kernels compute nothing
+SEEN, HIDDEN, SKIPPED = "█", "·", " "
+PARTLY = "░▒▓"  # up to a third, two thirds, all but some
+
+
+class Picture(str):
+    """A text that a Python prompt shows as it is."""
+
+    __repr__ = str.__str__
+
+
+def text(mask, seqlen_q, seqlen_k=None, *, entry=0, head=0, query_offset=None, width=64, block=BLOCK):
+    """The mask as text, one character per pair, or per block of pairs where there are too many; `print` shows it.
+
+    Args:
+      seqlen_q, seqlen_k: extents, integers; seqlen_k None: the same.
+      entry, head: which of the batch and of the heads, where the mask differs between them.
+      query_offset: the position of row 0: an integer or integers `[batch]`.
+      width: the most characters of a line.
+      block: rows and keys of the blocks that are left blank where nothing in them is visible.
+    Returns:
+      A str: a line on what it shows, a line per row from the first key on the left, and a legend.
+    """
+    pairs, skipped = seen_and_skipped("show", mask, seqlen_q, seqlen_k, entry, head, query_offset, block)
+    if width < 1:
+        raise ValueError(f"show: width must be at least 1, got {width}")
+    side = 1
+    while -(-pairs.shape[1] // side) > width:
+        side *= 2
+    cell = (1, 1) if side == 1 else (2 * side, side)  # characters are twice as high as wide
+    count = _sums(np.ones_like(pairs, dtype=np.int64), *cell)
+    share = _sums(pairs.astype(np.int64), *cell) / np.maximum(count, 1)
+    every = _sums(skipped.astype(np.int64), *cell) == count
+    shades = np.array([*PARTLY])
+    cells = np.where(every, SKIPPED, HIDDEN)
+    cells = np.where(share > 0, shades[np.minimum((share * 3).astype(int), 2)], cells)
+    cells = np.where(share == 1, SEEN, cells)
+    rows, keys = pairs.shape
+    head_line = f"{rows} x {keys}: {mask.described()}, {pairs.mean() if pairs.size else 0.0:.3g} of all pairs"
+    legend = [f"{SEEN} seen"]
+    legend += [f"{PARTLY} partly"] if side > 1 else []
+    legend += [f"{HIDDEN} hidden"]
+    legend += [f"blank: skipped, in blocks of {block[0]} x {block[1]}"] if every.any() else []
+    legend += [f"each is {cell[0]} x {cell[1]} pairs"] if side > 1 else []
+    return Picture("\n".join([head_line, *("".join(row) for row in cells), ", ".join(legend)]))
+
+
+def seen_and_skipped(name, mask, seqlen_q, seqlen_k, entry, head, query_offset, block):
+    """Two bool arrays `[seqlen_q, seqlen_k]`: the visible pairs, and those in a block without any."""
+    seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
+    mask.resolved(seqlen_q, seqlen_k, query_offset)  # so that functions can tell what they are
+    pairs = np.asarray(mask.materialize(seqlen_q, seqlen_k, query_offset=query_offset))
+    index = []
+    for what, at, extent in zip(("entry", "head"), (entry, head), pairs.shape):
+        if extent != 1 and not -extent <= at < extent:
+            raise ValueError(f"{name}: {what} must be one of {extent}, got {at}")
+        index.append(at if extent != 1 else 0)
+    pairs = pairs[tuple(index)]
+    block_q, block_k = block
+    if min(block) < 1:
+        raise ValueError(f"{name}: block must hold two integers from 1, got {block}")
+    rows, keys = np.arange(pairs.shape[0]), np.arange(pairs.shape[1])
+    empty = _sums(pairs.astype(np.int64), block_q, block_k) == 0
+    skipped = empty[rows[:, None] // block_q, keys // block_k]
+    return pairs, skipped
+
+
+def _sums(x, rows, keys):
+    """Over blocks of rows and keys; the last ones may be smaller."""
+    x = np.pad(x, [(0, -x.shape[0] % rows), (0, -x.shape[1] % keys)])
+    return x.reshape(x.shape[0] // rows, rows, x.shape[1] // keys, keys).sum((1, 3))
