@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from attn_ops.kernels import cuda
+from attn_ops.masks import Mask
 from cuda_arrays import Array, driver, missing_reason
 from reference_cases import take_mask
 
@@ -65,7 +66,7 @@ def run(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.ndarra
 
 def run_all(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.ndarray | None]:
     """The same, with statistics."""
-    options, arrays = launch_options(query, dict(options))
+    options, arrays = launch_options(query, key, dict(options))
     options |= more
     inputs = {name: Array(x) for name, x in zip("qkv", (query, key, value), strict=True)}
     batch, seqlen_q, num_heads, _ = query.shape if options["layout"] == "BSHD" else query.swapaxes(1, 2).shape
@@ -97,10 +98,15 @@ def run_all(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.nd
     return {name: array and array.numpy() for name, array in results.items()}
 
 
-def launch_options(query, options):
+def launch_options(query, key, options):
     """Public arguments of the attention as those of `cuda.Forward`, and the device arrays that they describe."""
     structure = take_mask(options)
-    arrays = {f"mask {i}": Array(np.asarray(mask, bool)) for i, mask in enumerate(structure.tensors())}
+    masks = structure.tensors()
+    if structure.structured:  # which these kernels do not have
+        axis = 1 if options.get("layout", "BSHD") == "BSHD" else 2
+        structured = Mask(structured=structure.structured)
+        masks += (structured.materialize(query.shape[axis], key.shape[axis]),)
+    arrays = {f"mask {i}": Array(np.asarray(mask, bool)) for i, mask in enumerate(masks)}
     named = {"layout": "BSHD", "masks": [array.view for array in arrays.values()]}
     named |= {name: getattr(structure, name) for name in ("window_left", "window_right", "bottom_right")}
     for name in ("query_lengths", "key_lengths"):
