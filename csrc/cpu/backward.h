@@ -192,7 +192,7 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
     }
     if (recomputes_statistics<T>(p))
       recompute_statistics<T>(params, r, tiles, count, begin, end, keys, values, scratch);
-    for (int64_t t = 0; task.d_sinks && t < count; ++t) add_sink_gradient<T>(r, tiles[t], task.d_sinks);
+    for (int64_t t = 0; task.d_sinks && t < count; ++t) add_sink_gradient<T>(params, r, tiles[t], task.d_sinks);
 
     for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
       const int64_t block_begin = block < begin ? begin : block;

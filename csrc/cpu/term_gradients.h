@@ -72,14 +72,19 @@ __attribute__((noinline)) void add_relative_gradient(const HeadRows& r, const Ro
   }
 }
 
-// sinks[head - first_head] += the gradient of the sink by the rows of a tile.
+// sinks[head - first_head] += the gradient of the sink by the rows of a tile. A row that the sink has alone weighs no value,
+// whatever is in d_out there.
 template <class T>
-void add_sink_gradient(const HeadRows& r, const BackwardTile<T>& tile, double* sinks) {
+void add_sink_gradient(const BackwardParams& params, const HeadRows& r, const BackwardTile<T>& tile, double* sinks) {
+  const T* const d_lse = static_cast<const T*>(params.d_lse);
   for (int i = 0; i < tile.rows; ++i) {
     const double sink = static_cast<double>(static_cast<const T*>(r.p.sinks)[tile.head[i]]);
     if (tile.inverse_l[i] == 0 || !(sink > -kInfinity<double>)) continue;
-    sinks[tile.head[i] - r.first_head] -=
-        std::exp(sink - static_cast<double>(tile.m[i])) * static_cast<double>(tile.inverse_l[i] * tile.delta[i]);
+    const double weight = std::exp(sink - static_cast<double>(tile.m[i])) * static_cast<double>(tile.inverse_l[i]);
+    double delta = static_cast<double>(tile.delta[i]);
+    if (weight == 1 && !(delta - delta == 0))
+      delta = d_lse ? -static_cast<double>(d_lse[r.statistic(tile.position[i], tile.head[i])]) : 0.0;
+    sinks[tile.head[i] - r.first_head] -= weight * delta;
   }
 }
 
