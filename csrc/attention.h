@@ -1,6 +1,9 @@
 // The vocabulary shared by the kernels and their callers: plain data, no framework, no allocation.
 //
-//   s = scale * q k^T + bias        out = softmax(s, masked) v        lse = log(sum(exp(s)))
+//   s = scale * q k^T      s = cap tanh(s / cap)      s += slope (j - own_i) + relative_bias(j - own_i) + bias
+//   out = softmax(s, masked, with a sink) v           lse = log(sum(exp(s)) + exp(sink))
+//
+// of which all but the first is optional; own_i is where row i stands among the keys (mask.h).
 //
 // Kernels are stateless: the caller lends the threads (`Threads`) and the workspace, and has validated the
 // parameters (bindings/validate.h). Everything here may be shared between threads.
@@ -36,6 +39,19 @@ struct Mask {
   int64_t window_left = -1;   // keys seen before the row's own position; -1 = all
   int64_t window_right = -1;  // keys seen after it; -1 = all; causal is 0
   bool bottom_right = false;  // the last query is aligned with the last key (false: the first with the first)
+  // Where the first query stands among the keys, instead: [batch], or null.
+  const int32_t* query_offset = nullptr;
+  // Intervals of the caller's, [batch][seqlen_q], whose ends never move back along a row; or null.
+  const int32_t *key_begin = nullptr, *key_end = nullptr;
+  int64_t offset_stride = 0, interval_stride = 0;  // from one batch entry to the next; 0: all have the same
+};
+
+// Integers [batch][seqlen]; stride 0 broadcasts.
+struct Ids {
+  const int32_t* data = nullptr;
+  int64_t stride = 0;
+
+  const int32_t* of(int64_t batch) const { return data + batch * stride; }
 };
 
 constexpr int kMaxMasks = 4;
@@ -45,6 +61,8 @@ constexpr int kMaxMasks = 4;
 constexpr int64_t kMaxDim = int64_t{1} << 24;
 constexpr int64_t kMaxExtent = INT32_MAX;      // of seqlen_q, seqlen_k, num_heads
 constexpr int64_t kMaxStreams = UINT32_MAX;    // of dropout: batch * num_heads
+constexpr int64_t kMaxOffset = int64_t{1} << 30;  // of query_offset
+constexpr double kMaxSlope = 18446744073709551616.0;  // 2^64: times any distance it cannot leave the range of float32
 
 struct AttentionParams {
   DType dtype = DType::kFloat32;  // of q, k, v, out and their gradients
@@ -66,7 +84,18 @@ struct AttentionParams {
   const int32_t* key_lengths = nullptr;    // [batch] or null: keys at and past it are never read
   StridedView masks[kMaxMasks];            // bool, true = may see; ANDed
   int32_t num_masks = 0;
+  Ids query_ids, key_ids;                  // data null = none; a row sees the keys of its own id
+  StridedView blocks;                      // bool by blocks of block_q rows and block_k keys; data null = none
+  int64_t block_q = 1, block_k = 1;
   StridedView bias;                        // data null = none; of dtype or float32; -inf hides a key like a mask
+
+  // The rest of the scores' algebra, arrays of accumulator_of(dtype), contiguous; null = none.
+  double soft_cap = 0.0;                  // 0 = none
+  const void* slopes = nullptr;           // [batch][num_heads], the first by slopes_stride
+  int64_t slopes_stride = 0;
+  const void* relative_bias = nullptr;    // [num_heads][2 reach + 1], of distance clip(j - own_i, -reach, reach)
+  int64_t relative_reach = 0;
+  const void* sinks = nullptr;            // [num_heads]
 
   double dropout_rate = 0.0;
   uint64_t dropout_seed = 0, dropout_offset = 0;
@@ -92,6 +121,7 @@ struct BackwardParams {
   // Null when not wanted.
   void* d_bias = nullptr;
   int64_t d_bias_shape[4] = {1, 1, 1, 1};
+  void *d_relative_bias = nullptr, *d_sinks = nullptr;  // like relative_bias and sinks, or null
 };
 
 // Threads lent by the caller: `run` calls body(arg, slot) for slots 0..n-1 with 1 <= n <= count, each on its own

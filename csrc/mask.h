@@ -1,4 +1,4 @@
-// Who sees whom. The only definition of causal, window and length masks, for host and device.
+// Who sees whom. The only definition of causal, window, length and interval masks, for host and device.
 #pragma once
 
 #include "attention.h"
@@ -15,18 +15,36 @@ struct KeyRange {
   int64_t begin, end;  // keys begin <= j < end; empty when begin >= end
 };
 
-// Row i sees the keys   i + shift - window_left <= j <= i + shift + window_right,   0 <= j < length_k
-// with shift = 0 (top left) or length_k - length_q (bottom right). Neither end ever moves back as i grows; rows
-// at and past length_q see nothing, as one empty range past every other.
-ATTN_OPS_HOST_DEVICE static inline KeyRange key_range(const Mask& m, int64_t i, int64_t length_q, int64_t length_k) {
+// Where row 0 stands among the keys: row i stands at own_i = i + shift.
+ATTN_OPS_HOST_DEVICE static inline int64_t aligned_shift(const Mask& m, int64_t length_q, int64_t length_k) {
+  return m.bottom_right ? length_k - length_q : 0;
+}
+static inline int64_t row_shift(const Mask& m, int64_t batch, int64_t length_q, int64_t length_k) {
+  return m.query_offset ? m.query_offset[batch * m.offset_stride] : aligned_shift(m, length_q, length_k);
+}
+
+// Row i sees the keys   own - window_left <= j <= own + window_right,   0 <= j < length_k   of its position own. Neither
+// end ever moves back as i grows; rows at and past length_q see nothing, as one empty range past every other.
+ATTN_OPS_HOST_DEVICE static inline KeyRange window_range(const Mask& m, int64_t i, int64_t own, int64_t length_q,
+                                                         int64_t length_k) {
   if (i >= length_q) return {length_k, length_k};
-  const int64_t own = m.bottom_right ? i + length_k - length_q : i;
   KeyRange r{0, length_k};
   // Windows can be as large as INT64_MAX: compare without adding to them.
   if (m.window_left >= 0 && own > m.window_left) r.begin = own - m.window_left;
   if (m.window_right >= 0 && length_k - 1 - own > m.window_right) r.end = own + m.window_right + 1;
   if (r.begin > length_k) r.begin = length_k;
   if (r.end < 0) r.end = 0;
+  return r;
+}
+
+// The same with the caller's own intervals, whose ends never move back either.
+static inline KeyRange key_range(const Mask& m, int64_t batch, int64_t i, int64_t own, int64_t length_q,
+                                 int64_t length_k) {
+  KeyRange r = window_range(m, i, own, length_q, length_k);
+  if (i >= length_q || !m.key_begin) return r;
+  const int64_t at = batch * m.interval_stride + i;
+  if (m.key_begin[at] > r.begin) r.begin = m.key_begin[at] < length_k ? m.key_begin[at] : length_k;
+  if (m.key_end[at] < r.end) r.end = m.key_end[at] > 0 ? m.key_end[at] : 0;
   return r;
 }
 

@@ -1,12 +1,12 @@
 """Fixtures of the whole suite."""
 
 import os
-import zlib
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import cuda_run
 import pytest
+import shares
 
 from device_runs import missing_packages
 from implementations import Cuda, all_implementations
@@ -25,7 +25,8 @@ def pytest_configure(config):
 def pytest_report_header(config):
     lines = ["implementations: " + ", ".join(map(repr, IMPLEMENTATIONS))]
     if cuda_run.on_device(config):
-        needed = {path.name: missing_packages(path) for path in sorted(config.rootpath.glob("tests/test_*.py"))}
+        tests = config.rootpath / "tests"
+        needed = {path.relative_to(tests): missing_packages(path) for path in sorted(tests.rglob("test_*.py"))}
         for name, missing in needed.items():
             lines += [f"left out: {name}, for want of {', '.join(sorted(missing))}"] if missing else []
     return lines
@@ -80,28 +81,7 @@ def pytest_collection_modifyitems(config, items):
         if cuda_run.on_device(config) and "cuda" in item.fixturenames:
             item.add_marker("gpu")
     if not config.getoption("whole"):
-        left_out = _left_out(items)
-        config.hook.pytest_deselected(items=left_out)
-        left_out = set(left_out)
-        items[:] = [item for item in items if item not in left_out]
-
-
-def _left_out(items):
-    """The cases of `wide` tests and of slow implementations that are not among the share that runs: always the same ones, and of each test some run."""
-    wide = {}
-    for item in items:
-        marker = item.get_closest_marker("wide")
-        implementation = getattr(item, "callspec", None) and item.callspec.params.get("implementation")
-        if marker:
-            of = item.originalname if hasattr(item, "callspec") else item.parent.name  # a test, or a class of them
-            wide.setdefault((item.path, of, marker.args[0]), []).append(item)
-        elif implementation is not None and implementation.is_slow:  # of each module a quarter, another one of each
-            wide.setdefault((item.path, repr(implementation), 4), []).append(item)
-    left_out = []
-    for (_, _, n), cases in wide.items():
-        cases.sort(key=lambda item: zlib.crc32(item.name.encode()))  # as if drawn: no parameter is always the one left out
-        left_out += cases[-(-len(cases) // n) :]
-    return left_out
+        shares.pytest_collection_modifyitems(config, items)
 
 
 @pytest.fixture

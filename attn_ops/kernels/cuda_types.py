@@ -18,7 +18,20 @@ class StridedView(ctypes.Structure):
 
 
 class Mask(ctypes.Structure):
-    _fields_ = [("window_left", ctypes.c_int64), ("window_right", ctypes.c_int64), ("bottom_right", ctypes.c_bool)]
+    _fields_ = [
+        ("window_left", ctypes.c_int64),
+        ("window_right", ctypes.c_int64),
+        ("bottom_right", ctypes.c_bool),
+        ("query_offset", ctypes.c_void_p),
+        ("key_begin", ctypes.c_void_p),
+        ("key_end", ctypes.c_void_p),
+        ("offset_stride", ctypes.c_int64),
+        ("interval_stride", ctypes.c_int64),
+    ]
+
+
+class Ids(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64)]
 
 
 class AttentionParams(ctypes.Structure):
@@ -43,7 +56,18 @@ class AttentionParams(ctypes.Structure):
         ("key_lengths", ctypes.c_void_p),
         ("masks", StridedView * MAX_MASKS),
         ("num_masks", ctypes.c_int32),
+        ("query_ids", Ids),
+        ("key_ids", Ids),
+        ("blocks", StridedView),
+        ("block_q", ctypes.c_int64),
+        ("block_k", ctypes.c_int64),
         ("bias", StridedView),
+        ("soft_cap", ctypes.c_double),
+        ("slopes", ctypes.c_void_p),
+        ("slopes_stride", ctypes.c_int64),
+        ("relative_bias", ctypes.c_void_p),
+        ("relative_reach", ctypes.c_int64),
+        ("sinks", ctypes.c_void_p),
         ("dropout_rate", ctypes.c_double),
         ("dropout_seed", ctypes.c_uint64),
         ("dropout_offset", ctypes.c_uint64),
@@ -62,6 +86,8 @@ class BackwardParams(ctypes.Structure):
         ("dv", StridedView),
         ("d_bias", ctypes.c_void_p),
         ("d_bias_shape", ctypes.c_int64 * 4),
+        ("d_relative_bias", ctypes.c_void_p),
+        ("d_sinks", ctypes.c_void_p),
     ]
 
 

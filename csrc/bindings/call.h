@@ -37,6 +37,11 @@ struct Call {
   Layout layout = Layout::kBSHD;
   Array q, k, v, bias, masks[kMaxMasks], query_lengths, key_lengths;
   int num_masks = 0;
+  Array key_begin, key_end, query_offset, query_ids, key_ids, blocks;
+  int64_t block_q = 0, block_k = 0;
+  Array slopes, relative_bias, sinks;
+  bool has_soft_cap = false;
+  double soft_cap = 0.0;
   Mask mask;
   bool has_scale = false;  // false: 1 / sqrt(head_dim)
   double scale = 1.0;
@@ -110,6 +115,51 @@ inline StridedView score_view(const Array& a) {
   return view;
 }
 
+// Integers [batch or 1, seqlen].
+inline const int32_t* integers(const Array& a) { return static_cast<const int32_t*>(a.data); }
+inline Ids ids_view(const Array& a) { return {integers(a), a.shape[0] == 1 ? 0 : a.shape[1]}; }
+
+// What of a valid call says who sees whom.
+inline void to_visibility(const Call& c, AttentionParams* p) {
+  p->mask = c.mask;
+  if (c.query_offset.present) {
+    p->mask.query_offset = integers(c.query_offset);
+    p->mask.offset_stride = c.query_offset.shape[0] == 1 ? 0 : 1;
+  }
+  if (c.key_begin.present) {
+    p->mask.key_begin = integers(c.key_begin);
+    p->mask.key_end = integers(c.key_end);
+    p->mask.interval_stride = c.key_begin.shape[0] == 1 ? 0 : c.key_begin.shape[1];
+  }
+  if (c.query_lengths.present) p->query_lengths = integers(c.query_lengths);
+  if (c.key_lengths.present) p->key_lengths = integers(c.key_lengths);
+  p->num_masks = c.num_masks;
+  for (int i = 0; i < c.num_masks; ++i) p->masks[i] = score_view(c.masks[i]);
+  if (c.query_ids.present) {
+    p->query_ids = ids_view(c.query_ids);
+    p->key_ids = ids_view(c.key_ids);
+  }
+  if (c.blocks.present) {
+    p->blocks = score_view(c.blocks);
+    p->block_q = c.block_q, p->block_k = c.block_k;
+  }
+}
+
+// What of it happens to scores.
+inline void to_scores(const Call& c, AttentionParams* p) {
+  if (c.bias.present) p->bias = score_view(c.bias);
+  if (c.has_soft_cap) p->soft_cap = c.soft_cap;
+  if (c.slopes.present) {
+    p->slopes = c.slopes.data;
+    p->slopes_stride = c.slopes.shape[0] == 1 ? 0 : c.slopes.shape[1];
+  }
+  if (c.relative_bias.present) {
+    p->relative_bias = c.relative_bias.data;
+    p->relative_reach = c.relative_bias.shape[1] / 2;
+  }
+  if (c.sinks.present) p->sinks = c.sinks.data;
+}
+
 // The parameters of a valid forward call. The results are left for the binding, which allocates them.
 inline AttentionParams to_params(const Call& c) {
   const Sizes n = sizes_of(c);
@@ -122,12 +172,8 @@ inline AttentionParams to_params(const Call& c) {
   p.q = tensor_view(c.q, c.layout);
   p.k = tensor_view(c.k, c.layout);
   p.v = tensor_view(c.v, c.layout);
-  p.mask = c.mask;
-  if (c.query_lengths.present) p.query_lengths = static_cast<const int32_t*>(c.query_lengths.data);
-  if (c.key_lengths.present) p.key_lengths = static_cast<const int32_t*>(c.key_lengths.data);
-  p.num_masks = c.num_masks;
-  for (int i = 0; i < c.num_masks; ++i) p.masks[i] = score_view(c.masks[i]);
-  if (c.bias.present) p.bias = score_view(c.bias);
+  to_visibility(c, &p);
+  to_scores(c, &p);
   p.dropout_rate = c.dropout_rate;
   p.dropout_seed = c.dropout_seed, p.dropout_offset = c.dropout_offset;
   p.dropout_words = c.dropout_words;

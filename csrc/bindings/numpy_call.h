@@ -147,6 +147,21 @@ class Arrays {
     return describe(name, py::array_t<int32_t, py::array::c_style | py::array::forcecast>(wide), DType::kFloat32);
   }
 
+  // Any integers that 32 bits hold.
+  Array integers(const char* name, const py::object& object) {
+    const py::array a = as_array(name, object);
+    if (a.dtype().kind() != 'i' && a.dtype().kind() != 'u') {
+      fail<py::type_error>(function_, std::string(name) + " must hold integers, got " + dtype_name(a));
+    }
+    const auto wide = py::array_t<int64_t, py::array::c_style | py::array::forcecast | kAligned>(a);
+    for (py::ssize_t i = 0; i < wide.size(); ++i) {
+      if (wide.data()[i] != static_cast<int32_t>(wide.data()[i])) {
+        fail<py::value_error>(function_, std::string(name) + " (" + text(wide.data()[i]) + ") must fit 32 bits");
+      }
+    }
+    return describe(name, py::array_t<int32_t, py::array::c_style | py::array::forcecast>(wide), DType::kFloat32);
+  }
+
   // The dtype of the first array, for the results.
   py::dtype result_dtype() const { return native_dtype(alive_.front()); }
 

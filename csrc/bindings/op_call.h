@@ -13,12 +13,12 @@
 namespace attn_ops {
 
 // What the elements of an array are for. Floats and bools carry their own dtype, which validate.h checks.
-enum class Element { kValue, kLength, kSeed };  // kLength: int32; kSeed: 64 bits
+enum class Element { kValue, kInteger, kSeed };  // kInteger: int32; kSeed: 64 bits
 
 class OpCall {
  public:
-  // `attributes` has integer(name), string(name), boolean(name) and boolean(name, absent). Throws
-  // std::invalid_argument.
+  // `attributes` has integer(name), string(name) and boolean(name), and each of them with what is said where there is
+  // none: custom calls saved earlier lack what was added since. Throws std::invalid_argument.
   template <class Attributes>
   OpCall(const Attributes& attributes, Place place, bool backward) {
     if (place == Place::kCpu && !cpu::isa_usable(cpu::default_isa())) {
@@ -34,6 +34,18 @@ class OpCall {
     num_query_lengths_ = count(attributes, "num_query_lengths", 1);
     num_key_lengths_ = count(attributes, "num_key_lengths", 1);
     num_seed_ = count(attributes, "num_seed", 1);
+    has_intervals_ = pair(attributes, "num_intervals");
+    num_query_offset_ = count(attributes, "num_query_offset", 1, 0);
+    has_segments_ = pair(attributes, "num_segments");
+    num_blocks_ = count(attributes, "num_blocks", 1, 0);
+    num_slopes_ = count(attributes, "num_slopes", 1, 0);
+    num_relative_bias_ = count(attributes, "num_relative_bias", 1, 0);
+    num_sinks_ = count(attributes, "num_sinks", 1, 0);
+    options_.block_q = attributes.integer("block_q", 0);
+    options_.block_k = attributes.integer("block_k", 0);
+    const std::string soft_cap = attributes.string("soft_cap", "");
+    options_.has_soft_cap = !soft_cap.empty();
+    if (options_.has_soft_cap) options_.soft_cap = number("soft_cap", soft_cap);
     options_.wants_d_bias = backward && num_bias_ > 0 && attributes.boolean("d_bias");
     const std::string scale = attributes.string("scale");
     options_.has_scale = !scale.empty();
@@ -42,7 +54,7 @@ class OpCall {
     options_.mask.window_left = attributes.integer("window_left");
     options_.mask.window_right = attributes.integer("window_right");
     options_.mask.bottom_right = attributes.boolean("bottom_right");
-    options_.allow_tf32 = attributes.boolean("allow_tf32", false);  // custom calls saved earlier do not have it
+    options_.allow_tf32 = attributes.boolean("allow_tf32", false);
     const std::string layout = attributes.string("layout");
     options_.layout = layout_named(layout);
     for (const std::string& reason : {layout_reason(layout), options_reason(options_)}) {
@@ -65,23 +77,43 @@ class OpCall {
     }
     if (num_bias_) call.bias = next("bias", Element::kValue);
     for (int i = 0; i < call.num_masks; ++i) call.masks[i] = next(kMaskNames[i], Element::kValue);
-    if (num_query_lengths_) call.query_lengths = next("query_lengths", Element::kLength);
-    if (num_key_lengths_) call.key_lengths = next("key_lengths", Element::kLength);
+    if (num_query_lengths_) call.query_lengths = next("query_lengths", Element::kInteger);
+    if (num_key_lengths_) call.key_lengths = next("key_lengths", Element::kInteger);
     if (num_seed_) read_seed(next("seed", Element::kSeed), &call);
+    if (has_intervals_) {
+      call.key_begin = next("key_begin", Element::kInteger);
+      call.key_end = next("key_end", Element::kInteger);
+    }
+    if (num_query_offset_) call.query_offset = next("query_offset", Element::kInteger);
+    if (has_segments_) {
+      call.query_ids = next("query_ids", Element::kInteger);
+      call.key_ids = next("key_ids", Element::kInteger);
+    }
+    if (num_blocks_) call.blocks = next("blocks", Element::kValue);
+    if (num_slopes_) call.slopes = next("slopes", Element::kValue);
+    if (num_relative_bias_) call.relative_bias = next("relative_bias", Element::kValue);
+    if (num_sinks_) call.sinks = next("sinks", Element::kValue);
     const std::string reason = invalid_reason(call);
     if (!reason.empty()) throw std::invalid_argument(reason);
     return call;
   }
 
  private:
-  template <class Attributes>
-  static int count(const Attributes& attributes, const char* name, int most) {
-    const int64_t value = attributes.integer(name);
+  template <class Attributes, class... Absent>
+  static int count(const Attributes& attributes, const char* name, int most, Absent... absent) {
+    const int64_t value = attributes.integer(name, absent...);
     if (value < 0 || value > most) {
       throw std::invalid_argument(std::string(name) + " (" + text(value) + ") must be from 0 to " +
                                   text(int64_t{most}));
     }
     return static_cast<int>(value);
+  }
+
+  template <class Attributes>
+  static bool pair(const Attributes& attributes, const char* name) {
+    const int value = count(attributes, name, 2, 0);
+    if (value == 1) throw std::invalid_argument(std::string(name) + " (1) must be 0 or 2");
+    return value == 2;
   }
 
   // Numbers travel as text: TensorFlow's float attributes have single precision.
@@ -111,6 +143,8 @@ class OpCall {
 
   Call options_;  // each execution adds the arrays
   int num_d_lse_, num_bias_, num_query_lengths_, num_key_lengths_, num_seed_;
+  int num_query_offset_, num_blocks_, num_slopes_, num_relative_bias_, num_sinks_;
+  bool has_intervals_, has_segments_;
 };
 
 }  // namespace attn_ops

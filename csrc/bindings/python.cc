@@ -38,6 +38,41 @@ void require(const char* function, const std::string& reason) {
   if (!reason.empty()) fail<py::value_error>(function, reason);
 }
 
+// Two arrays that belong together.
+void read_pair(const char* function, const char* name, const std::vector<py::object>& pair, const char* first,
+               const char* second, Arrays* arrays, Array* a, Array* b) {
+  if (pair.empty()) return;
+  if (pair.size() != 2) fail<py::value_error>(function, std::string(name) + " must be two arrays");
+  *a = arrays->integers(first, pair[0]);
+  *b = arrays->integers(second, pair[1]);
+}
+
+// What is no plain mask or bias.
+void read_structure(const char* function, Keywords* keywords, Arrays* arrays, Call* call) {
+  read_pair(function, "intervals", keywords->sequence("intervals"), "key_begin", "key_end", arrays, &call->key_begin,
+            &call->key_end);
+  read_pair(function, "segments", keywords->sequence("segments"), "query_ids", "key_ids", arrays, &call->query_ids,
+            &call->key_ids);
+  if (const py::object offset = keywords->take("query_offset"); !offset.is_none()) {
+    call->query_offset = arrays->integers("query_offset", offset);
+  }
+  if (const py::object blocks = keywords->take("blocks"); !blocks.is_none()) {
+    call->blocks = arrays->contiguous("blocks", blocks);
+  }
+  call->block_q = keywords->integer("block_q", 0);
+  call->block_k = keywords->integer("block_k", 0);
+  if (const py::object cap = keywords->take("soft_cap"); !cap.is_none()) {
+    call->has_soft_cap = true;
+    call->soft_cap = keywords->real("soft_cap", cap);
+  }
+  const auto numbers = [&](const char* name, Array* to) {
+    if (const py::object given = keywords->take(name); !given.is_none()) *to = arrays->contiguous(name, given);
+  };
+  numbers("slopes", &call->slopes);
+  numbers("relative_bias", &call->relative_bias);
+  numbers("sinks", &call->sinks);
+}
+
 // The arrays and options that forward and backward share, checked.
 Call read(const char* function, const py::object& q, const py::object& k, const py::object& v, Keywords* keywords,
           Arrays* arrays) {
@@ -76,6 +111,7 @@ Call read(const char* function, const py::object& q, const py::object& k, const 
   if (const py::object lengths = keywords->take("key_lengths"); !lengths.is_none()) {
     call.key_lengths = arrays->lengths("key_lengths", lengths, "seqlen_k", n.seqlen_k);
   }
+  read_structure(function, keywords, arrays, &call);
   require(function, invalid_reason(call));
   return call;
 }
@@ -123,6 +159,7 @@ class Results {
     arrays_.emplace_back(type, std::vector<py::ssize_t>(shape, shape + rank));
     return arrays_.back().mutable_data();
   }
+  void skip(const char*, DType) {}
   void finish() { without_gil_.emplace(); }
 
   std::vector<py::array> arrays() {
@@ -169,7 +206,10 @@ py::tuple backward(const py::object& q, const py::object& k, const py::object& v
   Results results(call, arrays.result_dtype());
   run_call(call, results, device);
   const std::vector<py::array> made = results.arrays();
-  return py::make_tuple(made[0], made[1], made[2], call.wants_d_bias ? py::object(made[3]) : py::none());
+  size_t next = 3;
+  const auto like = [&](const Array& a) { return a.present ? py::object(made[next++]) : py::none(); };
+  const py::object d_bias = like(call.bias), d_relative_bias = like(call.relative_bias), d_sinks = like(call.sinks);
+  return py::make_tuple(made[0], made[1], made[2], d_bias, d_relative_bias, d_sinks);
 }
 
 double probe(const py::object& what, const py::kwargs& given) {

@@ -34,10 +34,13 @@ void register_operator() {
   TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(operator_name(backward));
   for (const char* attribute :
        {"T: {float, double, half, bfloat16}", "Tlse: {float, double} = DT_FLOAT",
-        "Tbias: {float, double, half, bfloat16} = DT_FLOAT", "num_bias: int >= 0",
+        "Tbias: {float, double, half, bfloat16} = DT_FLOAT", "Tterm: {float, double} = DT_FLOAT", "num_bias: int >= 0",
         "num_masks: int >= 0", "num_query_lengths: int >= 0", "num_key_lengths: int >= 0", "num_seed: int >= 0",
         "scale: string = ''", "dropout_rate: string = '0'", "window_left: int = -1", "window_right: int = -1",
-        "bottom_right: bool = false", "layout: {'BSHD', 'BHSD'} = 'BSHD'", "allow_tf32: bool = false"}) {
+        "bottom_right: bool = false", "layout: {'BSHD', 'BHSD'} = 'BSHD'", "allow_tf32: bool = false",
+        "num_intervals: int >= 0 = 0", "num_query_offset: int >= 0 = 0", "num_segments: int >= 0 = 0",
+        "num_blocks: int >= 0 = 0", "num_slopes: int >= 0 = 0", "num_relative_bias: int >= 0 = 0",
+        "num_sinks: int >= 0 = 0", "soft_cap: string = ''", "block_q: int = 0", "block_k: int = 0"}) {
     TF_OpDefinitionBuilderAddAttr(op, attribute);
   }
   for (const char* input : {"q: T", "k: T", "v: T"}) TF_OpDefinitionBuilderAddInput(op, input);
@@ -50,11 +53,14 @@ void register_operator() {
   }
   for (const char* input :
        {"bias: num_bias * Tbias", "masks: num_masks * bool", "query_lengths: num_query_lengths * int32",
-        "key_lengths: num_key_lengths * int32", "seed: num_seed * int64"}) {
+        "key_lengths: num_key_lengths * int32", "seed: num_seed * int64", "intervals: num_intervals * int32",
+        "query_offset: num_query_offset * int32", "segments: num_segments * int32", "blocks: num_blocks * bool",
+        "slopes: num_slopes * Tterm", "relative_bias: num_relative_bias * Tterm", "sinks: num_sinks * Tterm"}) {
     TF_OpDefinitionBuilderAddInput(op, input);
   }
   if (backward) {
-    for (const char* output : {"dq: T", "dk: T", "dv: T", "grad_bias: num_bias * Tbias"}) {
+    for (const char* output : {"dq: T", "dk: T", "dv: T", "grad_bias: num_bias * Tbias",
+                               "grad_relative_bias: num_relative_bias * Tterm", "grad_sinks: num_sinks * Tterm"}) {
       TF_OpDefinitionBuilderAddOutput(op, output);
     }
   } else {

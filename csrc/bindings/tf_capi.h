@@ -49,7 +49,10 @@ class Attributes {
   TF_DataType type(const char* name) const { return read<TF_DataType>(name, TF_OpKernelConstruction_GetAttrType); }
   int64_t integer(const char* name) const { return read<int64_t>(name, TF_OpKernelConstruction_GetAttrInt64); }
   bool boolean(const char* name) const { return read<TF_Bool>(name, TF_OpKernelConstruction_GetAttrBool) != 0; }
-  bool boolean(const char* name, bool) const { return boolean(name); }  // absent ones have the operator's default
+  // Absent ones have the operator's default.
+  int64_t integer(const char* name, int64_t) const { return integer(name); }
+  bool boolean(const char* name, bool) const { return boolean(name); }
+  std::string string(const char* name, const char*) const { return string(name); }
   std::string string(const char* name) const {
     Status status;
     int32_t list_size = 0, bytes = 0;

@@ -67,14 +67,15 @@ class Inputs {
 
  private:
   Execution execution_;
-  Tensor tensors_[11 + kMaxMasks];  // q k v out statistics d_out d_lse bias masks lengths seed
+  // q k v out statistics d_out d_lse bias masks lengths seed intervals offset segments blocks slopes relative sinks
+  Tensor tensors_[20 + kMaxMasks];
   int count_ = 0;
 };
 
 // The outputs in their order.
 class Results {
  public:
-  Results(TF_OpKernelContext* context, const Call& call) : execution_(context), call_(call) {}
+  explicit Results(TF_OpKernelContext* context) : execution_(context) {}
 
   void* next(const char*, DType dtype, const int64_t* shape, int rank) {
     tensors_[count_] = execution_.output(count_, type_of(dtype), shape, rank);
@@ -82,15 +83,15 @@ class Results {
   }
 
   // The operator has a gradient for every bias: an empty one where it is not wanted.
-  void finish() {
+  void skip(const char* name, DType dtype) {
     const int64_t none = 0;
-    if (call_.backward && call_.bias.present && !call_.wants_d_bias) next("d_bias", call_.bias.dtype, &none, 1);
+    next(name, dtype, &none, 1);
   }
+  void finish() {}
 
  private:
   Execution execution_;
-  const Call& call_;
-  Tensor tensors_[4];
+  Tensor tensors_[6];
   int count_ = 0;
 };
 
@@ -107,7 +108,7 @@ class Kernel {
   void compute(TF_OpKernelContext* context) const {
     Inputs inputs(context);
     const Call call = node_.with_arrays([&inputs](const char* name, Element) { return inputs.next(name); });
-    Results results(context, call);
+    Results results(context);
     Device device(context);
     run_call(call, results, device);
   }

@@ -61,14 +61,16 @@ class ShapeFunction {
     require(tensors_reason(q_, k, v, "second extent", "third extent"));
   }
 
-  // Bias and masks have rank 4, lengths and the seed rank 1, the gradient of lse rank 3.
+  // Bias, masks and blocks have rank 4, lengths, the seed, offsets and sinks rank 1, the gradient of lse rank 3, and
+  // intervals, ids, slopes and the relative bias rank 2.
   void rest(int first, bool with_d_lse) const {
     for (int i = first; i < inference_.num_inputs(); ++i) {
       const int64_t rank = inference_.rank(inference_.input(i));
-      if (rank == -1 || rank == 1 || rank == 4 || (rank == 3 && with_d_lse)) continue;
+      if (rank == -1 || rank == 1 || rank == 2 || rank == 4 || (rank == 3 && with_d_lse)) continue;
       throw Error(TF_INVALID_ARGUMENT, "input " + text(int64_t{i}) +
-                                           " must have rank 4 [batch, num_heads, seqlen_q, seqlen_k] (bias, masks) or "
-                                           "rank 1 (lengths, seed), got rank " +
+                                           " must have rank 4 [batch, num_heads, seqlen_q, seqlen_k] (bias, masks), "
+                                           "rank 2 (intervals, ids, slopes, relative bias) or rank 1 (lengths, seed, "
+                                           "offsets, sinks), got rank " +
                                            text(rank));
     }
   }

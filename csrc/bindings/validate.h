@@ -151,6 +151,9 @@ inline std::string options_reason(const Call& c) {
     return "window_left (" + text(c.mask.window_left) + ") and window_right (" + text(c.mask.window_right) +
            ") must be -1 (unbounded) or more";
   }
+  if (c.has_soft_cap && !(c.soft_cap > 0 && std::isfinite(c.soft_cap))) {
+    return "soft_cap (" + text(c.soft_cap) + ") must be more than 0 and finite";
+  }
   return "";
 }
 
@@ -163,6 +166,95 @@ inline std::string lengths_array_reason(Place place, const Array& a, const Sizes
     reason = lengths_reason(a.name, static_cast<const int32_t*>(a.data), n.batch, limit_name, limit);
   }
   return reason;
+}
+
+// [batch or 1, extent]
+inline std::string by_batch_reason(const Array& a, const Sizes& n, const char* what, int64_t extent) {
+  if (a.rank == 2 && (a.shape[0] == 1 || a.shape[0] == n.batch) && a.shape[1] == extent) return "";
+  return text(a) + " must be [batch or 1, " + what + "] ([" + text(n.batch) + " or 1," + text(extent) + "])";
+}
+
+// Of one array of ends, whose values can be read here.
+inline std::string ends_reason(const Array& a, const Sizes& n) {
+  const int32_t* const ends = static_cast<const int32_t*>(a.data);
+  for (int64_t b = 0; b < a.shape[0]; ++b)
+    for (int64_t i = 0; i < n.seqlen_q; ++i) {
+      const int64_t at = b * n.seqlen_q + i, end = ends[at];
+      const std::string where = std::string(a.name) + "[" + text(b) + "," + text(i) + "] (" + text(end) + ")";
+      if (end < 0 || end > n.seqlen_k) return where + " must be from 0 to seqlen_k (" + text(n.seqlen_k) + ")";
+      if (i > 0 && end < ends[at - 1]) {
+        return where + " must not be less than that of the row before (" + text(int64_t{ends[at - 1]}) + ")";
+      }
+    }
+  return "";
+}
+
+inline std::string intervals_reason(const Call& c, const Sizes& n) {
+  for (const Array* a : {&c.key_begin, &c.key_end}) {
+    std::string reason = by_batch_reason(*a, n, "seqlen_q", n.seqlen_q);
+    if (reason.empty() && c.place == Place::kCpu) reason = ends_reason(*a, n);
+    if (!reason.empty()) return reason;
+  }
+  return c.key_begin.shape[0] == c.key_end.shape[0]
+             ? ""
+             : "key_begin and key_end must have one shape, got " + text(c.key_begin) + ", " + text(c.key_end);
+}
+
+inline std::string offset_reason(const Call& c, const Sizes& n) {
+  const Array& a = c.query_offset;
+  if (a.rank != 1 || (a.shape[0] != 1 && a.shape[0] != n.batch)) {
+    return text(a) + " must have the shape [batch or 1] ([" + text(n.batch) + " or 1])";
+  }
+  if (c.mask.bottom_right) return "query_offset and bottom_right both say where the first query stands: give one";
+  if (c.place == Place::kGpu) return "";
+  return lengths_reason(a.name, static_cast<const int32_t*>(a.data), a.shape[0], "2^30", kMaxOffset);
+}
+
+inline std::string segments_reason(const Call& c, const Sizes& n) {
+  const std::string reason = by_batch_reason(c.query_ids, n, "seqlen_q", n.seqlen_q);
+  return reason.empty() ? by_batch_reason(c.key_ids, n, "seqlen_k", n.seqlen_k) : reason;
+}
+
+inline std::string blocks_reason(const Call& c, const Sizes& n) {
+  if (c.block_q < 1 || c.block_k < 1) {
+    return "block_q (" + text(c.block_q) + ") and block_k (" + text(c.block_k) + ") must be at least 1";
+  }
+  const Array& a = c.blocks;
+  const auto blocks = [](int64_t extent, int64_t size) { return extent / size + (extent % size != 0); };
+  const int64_t wanted[4] = {n.batch, n.num_heads, blocks(n.seqlen_q, c.block_q), blocks(n.seqlen_k, c.block_k)};
+  bool fits = a.rank == 4 && a.dtype == DType::kBool && a.shape[2] == wanted[2] && a.shape[3] == wanted[3];
+  for (int i = 0; i < 2; ++i) fits = fits && (a.shape[i] == 1 || a.shape[i] == wanted[i]);
+  if (fits) return "";
+  return text(a) + " must be bool [batch or 1, num_heads or 1, seqlen_q / block_q, seqlen_k / block_k], rounded up: " +
+         text(wanted, 4);
+}
+
+// The first of these numbers, which can be read here, of which holds(x) is false; -1 where there is none.
+template <class Holds>
+int64_t first_wrong(const Array& a, int64_t count, const Holds& holds) {
+  for (int64_t i = 0; i < count; ++i) {
+    const double x = a.dtype == DType::kFloat64 ? static_cast<const double*>(a.data)[i]
+                                                : static_cast<double>(static_cast<const float*>(a.data)[i]);
+    if (!holds(x)) return i;
+  }
+  return -1;
+}
+
+inline std::string slopes_reason(const Call& c, const Sizes& n) {
+  const Array& a = c.slopes;
+  std::string reason = by_batch_reason(a, n, "num_heads", n.num_heads);
+  if (reason.empty() && c.place == Place::kCpu) {
+    const int64_t at =
+        first_wrong(a, a.shape[0] * n.num_heads, [](double x) { return x >= -kMaxSlope && x <= kMaxSlope; });
+    if (at >= 0) reason = "slopes[" + text(at) + "] must be a number from -2^64 to 2^64";
+  }
+  return reason;
+}
+
+inline std::string relative_bias_reason(const Call& c, const Sizes& n) {
+  const Array& a = c.relative_bias;
+  if (a.rank == 2 && a.shape[0] == n.num_heads && a.shape[1] % 2 == 1 && a.shape[1] <= kMaxExtent) return "";
+  return text(a) + " must be [num_heads, 2 R + 1] (num_heads is " + text(n.num_heads) + "), of distances from -R to R";
 }
 
 inline std::string backward_reason(const Call& c, const Sizes& n) {
@@ -188,7 +280,7 @@ inline std::string dtypes_reason(const Call& c) {
   if (reason.empty() && c.bias.present && !(wide_bias && c.bias.dtype == DType::kFloat32)) {
     reason = dtype_reason(c.bias, c.q.dtype, wide_bias ? "the dtype of q, or float32" : "the dtype of q");
   }
-  for (const Array* a : {&c.statistics, &c.d_lse}) {
+  for (const Array* a : {&c.statistics, &c.d_lse, &c.slopes, &c.relative_bias, &c.sinks}) {
     if (a->present && reason.empty()) {
       reason = dtype_reason(*a, accumulator_of(c.q.dtype), "float64 when q is float64, else float32");
     }
@@ -229,6 +321,13 @@ inline std::string invalid_reason(const Call& c) {
   for (int i = 0; i < c.num_masks; ++i) check([&] { return score_shaped_reason(c.masks[i], n); });
   check([&] { return lengths_array_reason(c.place, c.query_lengths, n, "seqlen_q", n.seqlen_q); });
   check([&] { return lengths_array_reason(c.place, c.key_lengths, n, "seqlen_k", n.seqlen_k); });
+  if (c.key_begin.present) check([&] { return intervals_reason(c, n); });
+  if (c.query_offset.present) check([&] { return offset_reason(c, n); });
+  if (c.query_ids.present) check([&] { return segments_reason(c, n); });
+  if (c.blocks.present) check([&] { return blocks_reason(c, n); });
+  if (c.slopes.present) check([&] { return slopes_reason(c, n); });
+  if (c.relative_bias.present) check([&] { return relative_bias_reason(c, n); });
+  if (c.sinks.present) check([&] { return same_shape_reason(c.sinks, 1, &n.num_heads, "[num_heads]"); });
   check([&] { return options_reason(c); });
   if (c.dropout_rate > 0 && !c.has_seed) check([] { return std::string("dropout_rate > 0 needs a seed"); });
   if (c.backward) check([&] { return backward_reason(c, n); });

@@ -41,12 +41,14 @@ class Attributes {
   explicit Attributes(const XLA_FFI_Attrs& attributes) : attributes_(attributes) {}
 
   int64_t integer(const char* name) const { return scalar<int64_t>(name, XLA_FFI_DataType_S64); }
+  int64_t integer(const char* name, int64_t absent) const { return index(name) < 0 ? absent : integer(name); }
   bool boolean(const char* name) const { return scalar<bool>(name, XLA_FFI_DataType_PRED); }
   bool boolean(const char* name, bool absent) const { return index(name) < 0 ? absent : boolean(name); }
   std::string string(const char* name) const {
     const auto* span = static_cast<const XLA_FFI_ByteSpan*>(find(name, XLA_FFI_AttrType_STRING));
     return std::string(span->ptr, span->len);
   }
+  std::string string(const char* name, const char* absent) const { return index(name) < 0 ? absent : string(name); }
 
  private:
   template <class T>
@@ -92,7 +94,7 @@ class Operands {
                                [&buffer](int i) { return buffer.dims[i]; });
     switch (element) {
       case Element::kValue: a.dtype = dtype_of(buffer.dtype, name); break;
-      case Element::kLength: require(buffer.dtype == XLA_FFI_DataType_S32, name, "int32"); break;
+      case Element::kInteger: require(buffer.dtype == XLA_FFI_DataType_S32, name, "int32"); break;
       case Element::kSeed:
         if (buffer.dtype == XLA_FFI_DataType_U32 && a.rank == 1 && a.shape[0] == 4) {
           a.shape[0] = 2;
@@ -136,6 +138,9 @@ class Results {
     }
     return buffer.data;
   }
+
+  // What is not wanted is no result.
+  void skip(const char*, DType) {}
 
   // A result that is not ours would be handed on as it is: memory that nobody wrote.
   void finish() const {

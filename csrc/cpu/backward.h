@@ -4,7 +4,8 @@
 //   dp[j][i] = sum_d v[j][d] d_out[d][i]
 //   ds = p (dp - delta)                   delta[i] = sum_d d_out out - d_lse = sum_j p dp - d_lse
 //   dv[j] += sum_i p[j][i] d_out[i]       dk[j] += scale sum_i ds[j][i] q[i]       dq[i] = scale sum_j ds[j][i] k[j]
-// With dropout factors f (0 or 1 / (1 - rate)): p f in dv, dp f in ds.
+// With dropout factors f (0 or 1 / (1 - rate)): p f in dv, dp f in ds. What happens to a score in between, and its
+// gradients: scores.h, term_gradients.h.
 //
 // m and l of a row are what forward left in `statistics`, and delta is the first of its two sums, unless what forward
 // left will not do (recomputes_statistics): then a pass over the keys finds all three first.
@@ -17,6 +18,7 @@
 #include "recompute_statistics.h"
 #include "rows_ahead.h"
 #include "scores.h"
+#include "term_gradients.h"
 
 namespace attn_ops::cpu {
 namespace {
@@ -41,7 +43,8 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
   };
   if (k0 >= tile.end || k1 <= tile.begin) return zeros();
   const Visibility seen =
-      score_block<T, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.visible, prob, ld, [](int, Vec<T>) {});
+      score_block<T, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.score, prob, ld, scratch.cap_slopes,
+                         [](int, Vec<T>) {});
   if (seen == Visibility::kNothing) return zeros();
   const bool masked = seen == Visibility::kSome;
   gemm<T, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, p.value_dim,
@@ -87,11 +90,13 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
   return seen;
 }
 
-// Joint tiles [t0, t1) of the scratch against keys k0 .. k1. dk, dv point to the task's key 0.
+// Joint tiles [t0, t1) of the scratch against keys k0 .. k1.
 template <class T>
-void backward_block(const HeadRows& r, BackwardTile<T>* t0, BackwardTile<T>* t1, KeyRows<T>& keys, KeyRows<T>& values,
-                    int64_t k0, int64_t k1, const BackwardScratch<T>& scratch, T* dk, T* dv) {
+void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTile<T>* t0, BackwardTile<T>* t1,
+                    KeyRows<T>& keys, KeyRows<T>& values, int64_t k0, int64_t k1, const BackwardScratch<T>& scratch,
+                    const BackwardTask& task) {
   using S = Simd<T>;
+  T *const dk = static_cast<T*>(task.dk), *const dv = static_cast<T*>(task.dv);
   const AttentionParams& p = r.p;
   const int64_t n = k1 - k0, padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
   int64_t ld = 0;
@@ -107,6 +112,10 @@ void backward_block(const HeadRows& r, BackwardTile<T>* t0, BackwardTile<T>* t1,
       masked = masked || what != Visibility::kAll;
       if (what == Visibility::kNothing) return;
       seen = true;
+      T* const ds = scratch.ds + lane;
+      if (own_bias_gradient(params)) write_bias_gradient<T>(params, r, *t, k0, n, ds, ld);
+      if (task.d_relative_bias) add_relative_gradient<T, NV>(r, *t, k0, n, ds, ld, task.d_relative_bias);
+      if (p.soft_cap != 0) through_cap<T, NV>(scratch.cap_slopes, n, ds, ld);
       T* const dq = t->dq;
       const auto add = [=](int64_t d, int v, Vec<T> x) {
         T* const at = dq + d * (NV * W) + v * W;
@@ -145,6 +154,13 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
     memset(dv + seen.begin * padded_dv, 0, sizeof(T) * (seen.end - seen.begin) * padded_dv);
   }
 
+  if (own_bias_gradient(params)) {
+    for (int64_t row = tiling.first_row(task.tile_begin); row < last_row; ++row)
+      memset(bias_gradient_row(params, r, r.position(row), r.head(row)), 0, p.seqlen_k * size_of(p.bias.dtype));
+  }
+  if (task.d_relative_bias) memset(task.d_relative_bias, 0, sizeof(double) * r.group * (2 * p.relative_reach + 1));
+  if (task.d_sinks) memset(task.d_sinks, 0, sizeof(double) * r.group);
+
   KeyRows<T> keys(r, p.k, p.head_dim, true, &arena), values(r, p.v, p.value_dim, true, &arena);
   NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
   next.reads_keys(p.k, p.head_dim);
@@ -176,6 +192,7 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
     }
     if (recomputes_statistics<T>(p))
       recompute_statistics<T>(params, r, tiles, count, begin, end, keys, values, scratch);
+    for (int64_t t = 0; task.d_sinks && t < count; ++t) add_sink_gradient<T>(r, tiles[t], task.d_sinks);
 
     for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
       const int64_t block_begin = block < begin ? begin : block;
@@ -195,7 +212,7 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
         if (p.dropout_rate > 0) k0 = k0 / 4 * 4;
         if (k0 >= k1) continue;
         for (int64_t i = t; i < t1; ++i) next.ask();
-        backward_block<T>(r, tiles + t, tiles + t1, keys, values, k0, k1, scratch, dk, dv);
+        backward_block<T>(params, r, tiles + t, tiles + t1, keys, values, k0, k1, scratch, task);
       }
     }
 
@@ -204,7 +221,7 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
       char* row[RowTile<T>::max_lanes];
       tiles[t].tensor_rows(r, params.dq, row);
       store_transposed<T>(params.dq.dtype, row, tiles[t].rows, tiles[t].lanes, params.dq.step(), p.head_dim,
-                          tiles[t].dq, [=](const T* at, int) { return S::load(at) * scale; });
+                          tiles[t].dq, tiles[t].lanes, [=](const T* at, int) { return S::load(at) * scale; });
     }
   }
 }

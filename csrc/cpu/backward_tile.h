@@ -4,6 +4,7 @@
 #include "head_lanes.h"
 #include "key_rows.h"
 #include "row_tile.h"
+#include "scores.h"
 
 namespace attn_ops::cpu {
 namespace {
@@ -29,8 +30,8 @@ template <class T>
 struct BackwardScratch {
   static constexpr int64_t max_joint = joint_tiles<T>() * RowTile<T>::max_lanes;
   BackwardTile<T>* tiles;
-  T *p, *ds, *factors;
-  uint64_t* visible;
+  T *p, *ds, *factors, *cap_slopes;
+  ScoreScratch<T> score;
 
   static int64_t bytes(const AttentionParams& params) {
     const int64_t lanes = RowTile<T>::max_lanes, d = params.head_dim, dv = params.value_dim;
@@ -39,7 +40,8 @@ struct BackwardScratch {
            Arena::bytes<T>(kBackwardTiles * lanes * round_to_width<T>(d)) +
            Arena::bytes<T>(kBackwardTiles * lanes * round_to_width<T>(dv)) + KeyRows<T>::bytes(params, d) +
            KeyRows<T>::bytes(params, dv) + 2 * Arena::bytes<T>(kBlockKeys * max_joint) +
-           Arena::bytes<T>(kBlockKeys * lanes) + Arena::bytes<uint64_t>(kBlockKeys);
+           Arena::bytes<T>(kBlockKeys * lanes) + Arena::bytes<T>(params.soft_cap != 0 ? kBlockKeys * lanes : 0) +
+           ScoreScratch<T>::bytes(params);
   }
 
   // Consecutive tiles lie behind one another, without gaps, so that joint tiles are one matrix.
@@ -54,7 +56,8 @@ struct BackwardScratch {
     p = arena.take<T>(kBlockKeys * max_joint);
     ds = arena.take<T>(kBlockKeys * max_joint);
     factors = arena.take<T>(kBlockKeys * lanes);
-    visible = arena.take<uint64_t>(kBlockKeys);
+    cap_slopes = params.soft_cap != 0 ? arena.take<T>(kBlockKeys * lanes) : nullptr;
+    score = ScoreScratch<T>(params, &arena);
   }
 };
 

@@ -1,4 +1,5 @@
-// d_bias = ds, summed over the axes along which the bias was broadcast.
+// d_bias = ds, summed over the axes along which the bias was broadcast. (Where it was not, backward writes it by the way:
+// term_gradients.h.)
 //
 // A pass of its own, so that every element of the gradient is summed by one task in a fixed order: a task owns rows
 // of the bias and recomputes ds for every (batch, head) that used them. It costs two products (s, dp) on top of
@@ -93,7 +94,7 @@ void bias_gradient(const BackwardParams& params, const BiasGradientTask& task, v
     char* row[lanes];
     for (int i = 0; i < tile.rows; ++i) row[i] = base + (tile.first + i) * keys * size;
     for (int64_t i = 0; i < sums; ++i) sum[i] = sum_and_low(sum[i], low[i]);
-    store_transposed<T>(p.bias.dtype, row, tile.rows, lanes, size, keys, sum,
+    store_transposed<T>(p.bias.dtype, row, tile.rows, lanes, size, keys, sum, lanes,
                         [](const T* at, int) { return Simd<T>::load(at); });
     memset(sum, 0, sizeof(T) * 2 * sums);
   }

@@ -8,6 +8,7 @@
 #include "cpu_features.h"
 #include "kernels.h"
 #include "schedule.h"
+#include "segments.h"
 
 namespace attn_ops::cpu {
 namespace {
@@ -88,6 +89,27 @@ void gradients_of_nothing(const BackwardParams& params) {
   const int64_t* const shape = params.d_bias_shape;
   const int64_t bias_bytes = shape[0] * shape[1] * shape[2] * shape[3] * size_of(p.bias.dtype);
   if (params.d_bias && bias_bytes > 0) memset(params.d_bias, 0, bias_bytes);
+  const int64_t size = size_of(accumulator_of(p.dtype));
+  if (params.d_relative_bias) memset(params.d_relative_bias, 0, p.num_heads * (2 * p.relative_reach + 1) * size);
+  if (params.d_sinks) memset(params.d_sinks, 0, p.num_heads * size);
+}
+
+// d_relative_bias and d_sinks: what the tasks left, [batch * kv head][chunk][terms], summed in that order.
+void sum_terms(const BackwardParams& params, const BackwardPlan& plan, const double* terms) {
+  const AttentionParams& p = params.forward;
+  const auto sum = [&](void* to, int64_t first, int64_t count) {  // `count` of each kv head, from `first` on
+    for (int64_t kv_head = 0; kv_head < plan.kv_heads; ++kv_head)
+      for (int64_t i = 0; i < count; ++i) {
+        double total = 0;
+        for (int64_t head = kv_head; head < plan.heads; head += plan.kv_heads)
+          for (int64_t c = 0; c < plan.chunks; ++c) total += terms[(head * plan.chunks + c) * plan.terms + first + i];
+        const int64_t at = kv_head * count + i;
+        if (p.dtype == DType::kFloat64) static_cast<double*>(to)[at] = total;
+        else static_cast<float*>(to)[at] = static_cast<float>(total);
+      }
+  };
+  if (params.d_relative_bias) sum(params.d_relative_bias, 0, plan.relative);
+  if (params.d_sinks) sum(params.d_sinks, plan.relative, plan.terms - plan.relative);
 }
 
 }  // namespace
@@ -119,19 +141,22 @@ double probe(const ProbeSlice& slice, double* sink, const char* isa) {
 size_t forward_workspace_bytes(const AttentionParams& p, int num_threads, const char* isa) {
   const Kernels* const k = choose(isa);
   if (!k || !has_rows(p)) return 0;
-  return within_limits(p) ? ForwardPlan(p, typed(*k, p.dtype), num_threads).bytes() : kNoMemory;
+  if (!within_limits(p)) return kNoMemory;
+  return plus(SegmentRanges(p).bytes(), ForwardPlan(p, typed(*k, p.dtype), num_threads).bytes());
 }
 
-bool forward(const AttentionParams& p, Threads threads, Workspace workspace, const char* isa) {
+bool forward(const AttentionParams& given, Threads threads, Workspace workspace, const char* isa) {
   const Kernels* const chosen = choose(isa);
   if (!chosen) return false;
-  if (!has_rows(p)) return true;
-  if (!within_limits(p)) return false;
-  const TypedKernels& k = typed(*chosen, p.dtype);
-  const ForwardPlan plan(p, k, threads.count);
-  if (workspace.bytes < static_cast<size_t>(plan.bytes())) return false;
+  if (!has_rows(given)) return true;
+  if (!within_limits(given)) return false;
+  const TypedKernels& k = typed(*chosen, given.dtype);
+  const SegmentRanges segments(given);
+  const ForwardPlan plan(given, k, threads.count);
+  if (workspace.bytes < static_cast<size_t>(plus(segments.bytes(), plan.bytes()))) return false;
   threads.count = plan.threads;
-  char* const scratch = static_cast<char*>(workspace.data);
+  const AttentionParams p = segments.in(static_cast<char*>(workspace.data));
+  char* const scratch = static_cast<char*>(workspace.data) + segments.bytes();
   char* const partials = scratch + plan.threads * plan.scratch_bytes;
 
   run_tasks(threads, plan.tasks(), [&](int64_t i, int slot) {
@@ -148,30 +173,35 @@ size_t backward_workspace_bytes(const BackwardParams& params, int num_threads, c
   const Kernels* const k = choose(isa);
   if (!k || !has_rows(params.forward)) return 0;
   if (!within_limits(params.forward)) return kNoMemory;
-  return BackwardPlan(params, typed(*k, params.forward.dtype), num_threads).bytes();
+  return plus(SegmentRanges(params.forward).bytes(),
+              BackwardPlan(params, typed(*k, params.forward.dtype), num_threads).bytes());
 }
 
-bool backward(const BackwardParams& params, Threads threads, Workspace workspace, const char* isa) {
-  const AttentionParams& p = params.forward;
+bool backward(const BackwardParams& given, Threads threads, Workspace workspace, const char* isa) {
   const Kernels* const chosen = choose(isa);
   if (!chosen) return false;
-  if (!has_rows(p)) {
-    gradients_of_nothing(params);
+  if (!has_rows(given.forward)) {
+    gradients_of_nothing(given);
     return true;
   }
-  if (!within_limits(p)) return false;
-  const TypedKernels& k = typed(*chosen, p.dtype);
-  const BackwardPlan plan(params, k, threads.count);
-  if (workspace.bytes < static_cast<size_t>(plan.bytes())) return false;
+  if (!within_limits(given.forward)) return false;
+  const TypedKernels& k = typed(*chosen, given.forward.dtype);
+  const SegmentRanges segments(given.forward);
+  const BackwardPlan plan(given, k, threads.count);
+  if (workspace.bytes < static_cast<size_t>(plus(segments.bytes(), plan.bytes()))) return false;
   threads.count = plan.threads;
-  char* const scratch = static_cast<char*>(workspace.data);
+  BackwardParams params = given;
+  params.forward = segments.in(static_cast<char*>(workspace.data));
+  const AttentionParams& p = params.forward;
+  double* const terms = reinterpret_cast<double*>(static_cast<char*>(workspace.data) + segments.bytes());
+  char* const scratch = reinterpret_cast<char*>(terms) + plan.terms_bytes();
   char* const partials = scratch + plan.threads * plan.scratch_bytes;
   const auto scratch_of = [&](int slot) { return scratch + slot * plan.scratch_bytes; };
 
   if (plan.chunks == 1) {
     run_tasks(threads, plan.heads, [&](int64_t head, int slot) {
       char* const dk = partials + slot * plan.chunk_bytes;
-      k.backward(params, plan.chunk_task(head, 0, dk), scratch_of(slot));
+      k.backward(params, plan.chunk_task(head, 0, dk, terms), scratch_of(slot));
       k.reduce(params, plan.reduce_task(head, 0, p.seqlen_k, dk), scratch_of(slot));
     });
   } else {
@@ -181,7 +211,7 @@ bool backward(const BackwardParams& params, Threads threads, Workspace workspace
       const int64_t heads = std::min(plan.wave, plan.heads - first);
       run_tasks(threads, heads * plan.chunks, [&](int64_t i, int slot) {
         const int64_t head = i % heads, chunk = plan.chunks - 1 - i / heads;  // longest first, as in forward
-        k.backward(params, plan.chunk_task(first + head, chunk, partials_of(head) + chunk * plan.chunk_bytes),
+        k.backward(params, plan.chunk_task(first + head, chunk, partials_of(head) + chunk * plan.chunk_bytes, terms),
                    scratch_of(slot));
       });
       run_tasks(threads, heads * blocks, [&](int64_t i, int slot) {
@@ -190,7 +220,8 @@ bool backward(const BackwardParams& params, Threads threads, Workspace workspace
       });
     }
   }
-  if (params.d_bias) {
+  if (plan.terms > 0) sum_terms(params, plan, terms);
+  if (params.d_bias && !own_bias_gradient(params)) {
     const BiasGradientPlan bias(params, k);
     run_tasks(threads, bias.tasks,
               [&](int64_t i, int slot) { k.bias_gradient(params, bias.task(i), scratch_of(slot)); });

@@ -57,7 +57,7 @@ struct RowGroup {
       const int64_t row = first + (i < rows ? i : rows - 1);
       position[i] = static_cast<uint32_t>(r.position(row));
       head[i] = static_cast<uint32_t>(r.head(row));
-      seen[i] = key_range(p.mask, position[i], r.length_q, r.length_k);
+      seen[i] = r.seen_at(position[i]);
       m[i] = -kInfinity<T>;
       l[i] = S::zero();
       correction[i] = 0;
@@ -195,21 +195,22 @@ ATTN_INLINE void add_values(Storage storage, const RowGroup<T>& f, int64_t k0, i
   }
 }
 
-// bits[i]: which of the keys k0 .. k0 + n row i sees, by intervals and boolean masks; kNothing also where a bias of
-// -inf hides all, kSome wherever there is one.
+// bits[i]: which of the keys k0 .. k0 + n row i sees, by intervals, ids, blocks and boolean masks; kNothing also where a
+// bias of -inf hides all, kSome wherever there is one.
 template <class T>
 __attribute__((noinline)) Visibility visible_keys(const RowGroup<T>& f, int64_t k0, int64_t n, uint64_t* bits) {
   const HeadRows& r = *f.head_rows;
-  const bool bias = r.p.bias.data;
-  if (bias && bias_hides_all<T>(r, f, k0, n)) return Visibility::kNothing;
+  if (r.p.bias.data && bias_hides_all<T>(r, f, k0, n)) return Visibility::kNothing;
   uint64_t any = 0, every = bits_between(0, n);
   for (int i = 0; i < f.rows; ++i) {
     bits[i] = bits_between(f.seen[i].begin - k0, f.seen[i].end - k0) &
-              row_bits(r, f.position[i], f.head[i], k0, n, [](const StridedView&) { return true; });
+              row_bits(r, f.position[i], f.head[i], k0, n, [](const StridedView&) { return true; }) &
+              structure_bits(r, f.position[i], f.head[i], k0, n);
     any |= bits[i];
     every &= bits[i];
   }
-  return !any ? Visibility::kNothing : every == bits_between(0, n) && !bias ? Visibility::kAll : Visibility::kSome;
+  if (!any) return Visibility::kNothing;
+  return every == bits_between(0, n) && !added_may_hide(r.p) ? Visibility::kAll : Visibility::kSome;
 }
 
 // scores -> probabilities relative to the new maximum, before dropout; updates m, l, correction.
@@ -219,7 +220,7 @@ ATTN_INLINE void row_softmax(RowGroup<T>& f, int64_t k0, int64_t n, Visibility s
   constexpr int W = S::width;
   for (int i = 0; i < f.rows; ++i) {
     T* const s = scores + i * kHeadLanesKeys;
-    if (seen == Visibility::kSome || n % W != 0)
+    if (seen == Visibility::kSome || n % W != 0 || !plain_scores(f.head_rows->p))
       finish_row_scores<T>(*f.head_rows, f.position[i], f.head[i], k0, n, bits[i], s);
     Vec<T> highest = S::set1(f.m[i]);
     for (int64_t j = 0; j < n; j += W) highest = S::max(highest, S::load(s + j));

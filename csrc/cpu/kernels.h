@@ -30,6 +30,8 @@ struct CombineTask {
 struct BackwardTask {
   int64_t batch, kv_head, tile_begin, tile_end, next_head;
   void *dk, *dv;  // [seqlen_k][head_dim or value_dim, padded to whole vectors], written where a row sees a key
+  double* d_relative_bias;  // [group][2 reach + 1], the rows' share, or null where it is not wanted
+  double* d_sinks;          // [group], the same
 };
 
 // dk, dv of one (batch, kv head), keys [key_begin, key_end): the sum over `chunks` backward tasks, in order.
@@ -44,6 +46,14 @@ struct ReduceTask {
 struct BiasGradientTask {
   int64_t bias_batch, bias_head, tile_begin, tile_end;
 };
+
+// Whether every score has an element of the bias of its own, so that the main pass of backward can write d_bias.
+static inline bool own_bias_gradient(const BackwardParams& params) {
+  const AttentionParams& p = params.forward;
+  const int64_t* const shape = params.d_bias_shape;
+  return params.d_bias && shape[0] == p.batch && shape[1] == p.num_heads && shape[2] == p.seqlen_q &&
+         shape[3] == p.seqlen_k;
+}
 
 // The kernels of one ISA for one accumulator type.
 struct TypedKernels {

@@ -1,4 +1,4 @@
-// e^x on vectors.
+// e^x and tanh x on vectors.
 #pragma once
 
 #include <cmath>
@@ -46,20 +46,58 @@ struct Exp<double> {
       5.5504108664819921483e-2,  2.4022650695910156205e-1, 6.9314718055994533046e-1, 1.0};
 };
 
-// For x <= 0 (and a little above). NaN stays NaN: max() keeps its second operand, and the factor 2^n multiplies (an
-// integer add would not).
+// r, 2^n, and (2^r - 1) / r, for x <= 0 (and a little above). NaN stays NaN: max() keeps its second operand, and the
+// factor 2^n multiplies (an integer add would not).
+template <class T>
+struct ExpParts {
+  Vec<T> r, two_n, slope;
+
+  explicit ATTN_INLINE ExpParts(Vec<T> x) {
+    using S = Simd<T>;
+    using E = Exp<T>;
+    constexpr size_t kCount = sizeof(E::coefficients) / sizeof(T);
+    static_assert(E::coefficients[kCount - 1] == 1, "2^0 is 1");
+    const Vec<T> log2e = S::set1(static_cast<T>(kLog2E));
+    x = S::max(S::set1(E::lowest), x);
+    const Vec<T> shifted = S::fma(x, log2e, S::set1(E::rounder));
+    r = S::fma(x, log2e, S::set1(E::rounder) - shifted);
+    two_n = (Vec<T>)((typename S::I)shifted << E::mantissa_bits);
+    slope = S::set1(E::coefficients[0]);
+    for (size_t i = 1; i + 1 < kCount; ++i) slope = S::fma(slope, r, S::set1(E::coefficients[i]));
+  }
+};
+
 template <class T>
 ATTN_INLINE Vec<T> exp(Vec<T> x) {
-  using S = Simd<T>;
-  using E = Exp<T>;
-  const Vec<T> log2e = S::set1(static_cast<T>(kLog2E));
-  x = S::max(S::set1(E::lowest), x);
-  const Vec<T> shifted = S::fma(x, log2e, S::set1(E::rounder));
-  const Vec<T> r = S::fma(x, log2e, S::set1(E::rounder) - shifted);
-  const Vec<T> two_n = (Vec<T>)((typename S::I)shifted << E::mantissa_bits);
-  Vec<T> p = S::set1(E::coefficients[0]);
-  for (size_t i = 1; i < sizeof(E::coefficients) / sizeof(T); ++i) p = S::fma(p, r, S::set1(E::coefficients[i]));
-  return p * two_n;
+  const ExpParts<T> e(x);
+  return Simd<T>::fma(e.slope, e.r, Simd<T>::set1(1)) * e.two_n;
+}
+
+// float: x P(x^2) / Q(x^2), own fit for |x| <= 9, from where on tanh is 1; relative error 2.1e-8 before rounding. It takes
+// half the time of the other way. NaN stays NaN.
+ATTN_INLINE Vec<float> tanh(Vec<float> x) {
+  using S = Simd<float>;
+  constexpr float p[] = {1.3354787147982305e-8f, 2.060918208078534e-5f, 3.4955945228442695e-3f, 0.13381031116581013f,
+                         0.9999999794652905f};
+  constexpr float q[] = {7.776612514062246e-7f, 3.285645055599032e-4f, 2.587700682547732e-2f, 0.4671434671294364f, 1.0f};
+  x = S::max(S::set1(-9), S::min(S::set1(9), x));
+  const Vec<float> u = x * x;
+  Vec<float> numerator = S::set1(p[0]), denominator = S::set1(q[0]);
+  for (int i = 1; i < 5; ++i) {
+    numerator = S::fma(numerator, u, S::set1(p[i]));
+    denominator = S::fma(denominator, u, S::set1(q[i]));
+  }
+  return x * numerator / denominator;
+}
+
+// double: tanh |x| = -e / (2 + e) with e = e^(-2|x|) - 1 = 2^n (2^r - 1) + (2^n - 1): exact where x is small, since n is 0
+// there.
+ATTN_INLINE Vec<double> tanh(Vec<double> x) {
+  using S = Simd<double>;
+  const ExpParts<double> e(S::set1(-2) * S::max(x, -x));
+  const Vec<double> minus = S::fma(e.two_n, -(e.slope * e.r), S::set1(1) - e.two_n);
+  const Vec<double> t = minus / (S::set1(2) - minus);
+  return S::select(x < S::zero(), -t, t);
 }
 
 }  // namespace

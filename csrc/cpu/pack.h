@@ -60,10 +60,10 @@ ATTN_INLINE void load_transposed(DType dtype, const char* const* row, int rows, 
   });
 }
 
-// row[r][c] = get(src + c * lanes + r, r0) for the first `rows` lanes; get returns a vector over rows.
+// row[r][c] = get(src + c * ld + r, r0) for the first `rows` lanes; get returns a vector over rows.
 template <class T, class Get>
 ATTN_INLINE void store_transposed(DType dtype, char* const* row, int rows, int lanes, int64_t stride, int64_t columns,
-                                  const T* src, const Get& get) {
+                                  const T* src, int64_t ld, const Get& get) {
   using S = Simd<T>;
   constexpr int W = S::width;
   with_storage(T{}, dtype, [&](auto storage) {
@@ -72,12 +72,12 @@ ATTN_INLINE void store_transposed(DType dtype, char* const* row, int rows, int l
         const int64_t n = columns - c0 < W ? columns - c0 : W;
         Vec<T> block[W];
         if (r0 + W <= rows && n == W && stride == storage.size) {
-          for (int j = 0; j < W; ++j) block[j] = get(src + (c0 + j) * lanes + r0, r0);
+          for (int j = 0; j < W; ++j) block[j] = get(src + (c0 + j) * ld + r0, r0);
           S::transpose(block);
           for (int i = 0; i < W; ++i) storage.store(row[r0 + i] + c0 * stride, block[i]);
           continue;
         }
-        for (int64_t j = 0; j < W; ++j) block[j] = j < n ? get(src + (c0 + j) * lanes + r0, r0) : S::zero();
+        for (int64_t j = 0; j < W; ++j) block[j] = j < n ? get(src + (c0 + j) * ld + r0, r0) : S::zero();
         S::transpose(block);
         for (int i = 0; i < W && r0 + i < rows; ++i)
           store_some<T>(storage, row[r0 + i] + c0 * stride, stride, n, block[i]);

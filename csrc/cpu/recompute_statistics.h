@@ -20,8 +20,8 @@ __attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<
   T *const s = scratch.p, *const dp = scratch.ds;
   Vec<T> m_old[NV], m[NV];
   for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
-  const Visibility seen = score_block<T, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.visible, s, lanes,
-                                       [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
+  const Visibility seen = score_block<T, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.score, s, lanes, nullptr,
+                                             [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
   if (seen == Visibility::kNothing) return;
   gemm<T, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, p.value_dim,
                            [=](int64_t j, int v, Vec<T> x) { S::store(dp + j * lanes + v * W, x); });
@@ -60,13 +60,14 @@ void recompute_statistics(const BackwardParams& params, const HeadRows& r, Backw
   const T* const d_lse = static_cast<const T*>(params.d_lse);
   for (BackwardTile<T>* t = tiles; t < tiles + count; ++t)
     for (int i = 0; i < t->lanes; ++i) {
-      const T l = t->inverse_l[i];
+      T l = t->inverse_l[i];
+      const T correction = i < t->rows ? join_sink(params.forward, t->head[i], &t->m[i], &l) : T{1};
       if (l == 0 || i >= t->rows) {
         t->m[i] = t->inverse_l[i] = t->delta[i] = 0;
         continue;
       }
       t->inverse_l[i] = 1 / l;
-      t->delta[i] *= t->inverse_l[i];
+      t->delta[i] *= correction * t->inverse_l[i];
       if (d_lse) t->delta[i] -= d_lse[r.statistic(t->position[i], t->head[i])];
     }
 }

@@ -1,7 +1,7 @@
-// Forward: out = softmax(scale q k^T + bias, masked) v, one pass over the keys, transposed.
+// Forward: out = softmax(scores, masked) v, one pass over the keys, transposed. What happens to a score is in scores.h.
 //
 // For a tile of rows (one per vector lane) and a block of keys:
-//   s[j][i]  = sum_d k[j][d] q'[d][i] + bias     q' = scale q, packed once per tile
+//   s[j][i]  = sum_d k[j][d] q'[d][i]             q' = scale q, packed once per tile
 //   m'       = max(m, max_j s)                    c = e^(m - m')
 //   p[j][i]  = e^(s - m')                         l = c l + sum_j p
 //   o[d][i]  = c o + sum_j v[j][d] p[j][i]
@@ -28,13 +28,13 @@ template <class T>
 struct RowLanesScratch {
   ForwardTile<T> tiles[kForwardTiles], part;
   T *scores, *factors;
-  uint64_t* visible;
+  ScoreScratch<T> score;
 
   static int64_t bytes(const AttentionParams& p) {
     return Arena::bytes<RowLanesScratch>(1) + KeyRows<T>::bytes(p, p.head_dim) + KeyRows<T>::bytes(p, p.value_dim) +
            kForwardTiles * (Arena::bytes<T>(RowTile<T>::max_lanes * p.head_dim) +
                             Arena::bytes<T>(RowTile<T>::max_lanes * p.value_dim)) +
-           2 * Arena::bytes<T>(kBlockKeys * RowTile<T>::max_lanes) + Arena::bytes<uint64_t>(kBlockKeys);
+           2 * Arena::bytes<T>(kBlockKeys * RowTile<T>::max_lanes) + ScoreScratch<T>::bytes(p);
   }
 
   static RowLanesScratch& in(const AttentionParams& p, Arena* arena) {
@@ -45,7 +45,7 @@ struct RowLanesScratch {
     }
     scratch.scores = arena->take<T>(kBlockKeys * RowTile<T>::max_lanes);
     scratch.factors = arena->take<T>(kBlockKeys * RowTile<T>::max_lanes);
-    scratch.visible = arena->take<uint64_t>(kBlockKeys);
+    scratch.score = ScoreScratch<T>(p, arena);
     return scratch;
   }
 };
@@ -79,7 +79,7 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
   T* const s = scratch.scores;
   Vec<T> m_old[NV], m[NV];
   for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
-  const Visibility seen = score_block<T, NV>(r, tile, tile.q, tile.ld, keys, k0, n, scratch.visible, s, lanes,
+  const Visibility seen = score_block<T, NV>(r, tile, tile.q, tile.ld, keys, k0, n, scratch.score, s, lanes, nullptr,
                                              [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
   if (seen == Visibility::kNothing) return;
   const bool masked = seen == Visibility::kSome;
@@ -172,18 +172,25 @@ void forward_tile_block(const HeadRows& r, ForwardTile<T>& tile, const KeyRows<T
 
 // finish_row() for all rows of a tile.
 template <class T>
-void finish_tile(const HeadRows& r, const ForwardTile<T>& tile) {
+void finish_tile(const HeadRows& r, ForwardTile<T>& tile) {
   using S = Simd<T>;
   const AttentionParams& p = r.p;
   T inverse[RowTile<T>::max_lanes];
-  for (int i = 0; i < tile.lanes; i += S::width) {
-    const Vec<T> l = S::load(tile.l + i);
-    S::store(inverse + i, S::select(l == S::zero(), S::zero(), S::set1(1) / l));
+  if (p.sinks) {
+    for (int i = 0; i < tile.lanes; ++i) {
+      const T correction = join_sink(p, tile.head[i], &tile.m[i], &tile.l[i]);
+      inverse[i] = tile.l[i] == 0 ? T{0} : correction / tile.l[i];
+    }
+  } else {
+    for (int i = 0; i < tile.lanes; i += S::width) {
+      const Vec<T> l = S::load(tile.l + i);
+      S::store(inverse + i, S::select(l == S::zero(), S::zero(), S::set1(1) / l));
+    }
   }
   char* row[RowTile<T>::max_lanes];
   tile.tensor_rows(r, p.out, row);
   store_transposed<T>(p.out.dtype, row, tile.rows, tile.lanes, p.out.step(), p.value_dim, tile.out,
-                      [&](const T* at, int lane) { return S::load(at) * S::load(inverse + lane); });
+                      tile.lanes, [&](const T* at, int lane) { return S::load(at) * S::load(inverse + lane); });
   for (int i = 0; i < tile.rows; ++i) store_statistics(r, tile.position[i], tile.head[i], tile.m[i], tile.l[i]);
 }
 
@@ -200,7 +207,7 @@ void finish_partial(const HeadRows& r, const ForwardTile<T>& tile, T* partial) {
     row[i] = reinterpret_cast<char*>(at + 2);
   }
   store_transposed<T>(sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32, row, tile.rows, tile.lanes, sizeof(T),
-                      r.p.value_dim, tile.out, [](const T* at, int) { return S::load(at); });
+                      r.p.value_dim, tile.out, tile.lanes, [](const T* at, int) { return S::load(at); });
 }
 
 // `count` tiles from `first` on meet all their keys, block by block.

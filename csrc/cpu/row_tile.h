@@ -18,17 +18,23 @@ namespace {
 // The rows of one (batch, kv head), or of one of its query heads alone.
 struct HeadRows {
   const AttentionParams& p;
-  int64_t batch, kv_head, first_head, group, count, length_q, length_k;
+  int64_t batch, kv_head, first_head, group, count, length_q, length_k, shift;
 
   HeadRows(const AttentionParams& params, int64_t b, int64_t kv) : HeadRows(params, b, kv, kv * group_size(params),
                                                                             group_size(params)) {}
   HeadRows(const AttentionParams& params, int64_t b, int64_t kv, int64_t first, int64_t heads)
       : p(params), batch(b), kv_head(kv), first_head(first), group(heads), count(params.seqlen_q * heads),
         length_q(params.query_lengths ? params.query_lengths[b] : params.seqlen_q),
-        length_k(params.key_lengths ? params.key_lengths[b] : params.seqlen_k) {}
+        length_k(params.key_lengths ? params.key_lengths[b] : params.seqlen_k),
+        shift(row_shift(params.mask, b, length_q, length_k)) {}
 
   int64_t position(int64_t row) const { return row / group; }
   int64_t head(int64_t row) const { return first_head + row % group; }
+  // Where a row stands among the keys.
+  int64_t own(int64_t position) const { return position + shift; }
+  KeyRange seen_at(int64_t position) const {
+    return key_range(p.mask, batch, position, own(position), length_q, length_k);
+  }
   int64_t statistic(int64_t position, int64_t head) const {  // index into lse, and of a pair in statistics
     return (batch * p.num_heads + head) * p.seqlen_q + position;
   }
@@ -49,13 +55,25 @@ struct HeadRows {
   KeyRange keys_seen(int64_t begin, int64_t end) const {
     const int64_t valid_end = length_q * group < end ? length_q * group : end;
     if (begin >= valid_end) return {0, 0};
-    return {key_range(p.mask, position(begin), length_q, length_k).begin,
-            key_range(p.mask, position(valid_end - 1), length_q, length_k).end};
+    return {seen_at(position(begin)).begin, seen_at(position(valid_end - 1)).end};
   }
 };
 
-// What forward leaves of a row besides out = o / l: m, l, and lse = m + ln l if it is wanted. A row without a key has
-// l = 0 and gets out 0, lse -inf, and 0 for m, so that no infinity appears which nobody asked for.
+// Lets the sink of a head join the m and l of a row, and returns what its sums over values are to be scaled with.
+template <class T>
+T join_sink(const AttentionParams& p, int64_t head, T* m, T* l) {
+  if (!p.sinks) return T{1};
+  const T sink = static_cast<const T*>(p.sinks)[head];
+  if (!(sink > -kInfinity<T>) || *m != *m) return T{1};
+  const T highest = sink > *m ? sink : *m;
+  const T correction = static_cast<T>(std::exp(static_cast<double>(*m - highest)));
+  *l = *l * correction + static_cast<T>(std::exp(static_cast<double>(sink - highest)));
+  *m = highest;
+  return correction;
+}
+
+// What forward leaves of a row besides out = o / l: m, l, and lse = m + ln l if it is wanted. A row without a key or a
+// sink has l = 0 and gets out 0, lse -inf, and 0 for m, so that no infinity appears which nobody asked for.
 template <class T>
 void store_statistics(const HeadRows& r, int64_t position, int64_t head, T m, T l) {
   const int64_t at = r.statistic(position, head);
@@ -70,8 +88,9 @@ void store_statistics(const HeadRows& r, int64_t position, int64_t head, T m, T 
 template <class T>
 void finish_row(const HeadRows& r, int64_t position, int64_t head, T m, T l, const T* o) {
   const AttentionParams& p = r.p;
+  const T correction = join_sink(p, head, &m, &l);
   store_row<T>(p.out.dtype, r.tensor_row(p.out, position, head), p.out.step(), p.value_dim, o,
-               l == 0 ? T{0} : T{1} / l);
+               l == 0 ? T{0} : correction / l);
   store_statistics(r, position, head, m, l);
 }
 
@@ -115,7 +134,7 @@ struct RowTile {
     for (int i = 0; i < lanes; ++i) {
       position[i] = static_cast<uint32_t>(at);
       head[i] = static_cast<uint32_t>(r.first_head + in_group);
-      const KeyRange range = key_range(r.p.mask, at, r.length_q, r.length_k);
+      const KeyRange range = r.seen_at(at);
       lo[i] = range.begin;
       hi[i] = i < rows ? range.end : range.begin;
       if (i < rows) {

@@ -134,6 +134,7 @@ struct BackwardPlan {
   int64_t kv_heads, seqlen_k;
   int64_t heads, tiles, chunks, wave;  // wave: heads in flight
   int64_t dk_bytes, chunk_bytes;       // of one chunk: dk alone, dk and dv
+  int64_t relative, terms;             // doubles of one chunk: d_relative_bias alone, and with d_sinks
   int64_t scratch_bytes;
   int64_t chunk_tiles[kChunkTasks + 1];  // where chunks begin and end
 
@@ -150,24 +151,33 @@ struct BackwardPlan {
     for (int64_t c = 0; c <= chunks; ++c) chunk_tiles[c] = c * tiles / chunks;
     dk_bytes = aligned(seqlen_k * k.padded(p.head_dim) * size);
     chunk_bytes = dk_bytes + aligned(seqlen_k * k.padded(p.value_dim) * size);
+    relative = params.d_relative_bias ? group_size(p) * (2 * p.relative_reach + 1) : 0;
+    terms = relative + (params.d_sinks ? group_size(p) : 0);
     // At least one head, and two tasks per thread, even where that needs more than kWaveBytes.
     wave = std::max(ceil_div(2 * threads, chunks), kWaveBytes / std::max<int64_t>(1, times(chunks, chunk_bytes)));
     wave = std::max<int64_t>(1, std::min(wave, heads));
     scratch_bytes = std::max(k.backward_scratch(params),
                              size * std::max(k.padded(p.head_dim), k.padded(p.value_dim)));  // of reduce
-    if (params.d_bias) scratch_bytes = std::max(scratch_bytes, k.bias_gradient_scratch(params));
+    if (params.d_bias && !own_bias_gradient(params))
+      scratch_bytes = std::max(scratch_bytes, k.bias_gradient_scratch(params));
     scratch_bytes = aligned(scratch_bytes);
   }
 
+  // Those of all chunks are kept to the end.
+  int64_t terms_bytes() const { return aligned(times(heads * chunks, terms * static_cast<int64_t>(sizeof(double)))); }
+
   // A head in one chunk is reduced by the task that made it.
   int64_t bytes() const {
-    return plus(times(threads, scratch_bytes), times(chunks == 1 ? threads : wave * chunks, chunk_bytes));
+    return plus(terms_bytes(),
+                plus(times(threads, scratch_bytes), times(chunks == 1 ? threads : wave * chunks, chunk_bytes)));
   }
 
-  // The rows of one chunk of a head. `dk`: the chunk's partial gradients.
-  BackwardTask chunk_task(int64_t head, int64_t chunk, char* dk) const {
+  // The rows of one chunk of a head. `dk`: the chunk's partial gradients; `all_terms`: [head][chunk][terms].
+  BackwardTask chunk_task(int64_t head, int64_t chunk, char* dk, double* all_terms) const {
     const int64_t next = chunks == 1 && head + threads < heads ? head + threads : -1;
-    return {head / kv_heads, head % kv_heads, chunk_tiles[chunk], chunk_tiles[chunk + 1], next, dk, dk + dk_bytes};
+    double* const own = all_terms + (head * chunks + chunk) * terms;
+    return {head / kv_heads, head % kv_heads, chunk_tiles[chunk], chunk_tiles[chunk + 1],    next,
+            dk,              dk + dk_bytes,   relative ? own : nullptr, terms > relative ? own + relative : nullptr};
   }
 
   // The chunks of a head, from `dk` on, added up for some of the keys.

@@ -1,9 +1,12 @@
 // All that happens to a raw score before the softmax, in one order for every kernel:
 //
-//   s = scale q k^T        s += bias        hidden: -inf
+//   s = scale q k^T    s = cap tanh(s / cap)    s += slope (j - own_i)    s += relative_bias(j - own_i)    s += bias
+//   hidden: -inf       (a sink joins at the end of a row: join_sink)
 //
 // score_block does it for tiles, with a query row in each lane: forward and backward alike, so backward's weights are
 // forward's, bit for bit. finish_row_scores does it for one row with the keys in the lanes (head_lanes.h).
+//
+// What only depends on the distance j - own_i is never a matrix: along a diagonal it is one number.
 #pragma once
 
 #include "key_rows.h"
@@ -35,11 +38,125 @@ ATTN_INLINE Vec<T> seen_or_hidden(uint64_t bits, Vec<T> s) {
   return S::select((all & lane_bit) != 0, s, S::set1(-kInfinity<T>));
 }
 
+// Whether scores can be hidden otherwise than by a mask, and whether they are what the product gives.
+ATTN_INLINE bool added_may_hide(const AttentionParams& p) { return p.bias.data || p.relative_bias; }
+ATTN_INLINE bool plain_scores(const AttentionParams& p) { return !added_may_hide(p) && p.soft_cap == 0 && !p.slopes; }
+
 // What the scores of a row are compared with. A row that has seen nothing yet has the maximum -inf; -inf - (-inf) would
 // be NaN, so it is compared with 0 instead.
 template <class T>
 ATTN_INLINE Vec<T> softmax_base(Vec<T> m) {
   return Simd<T>::select(m == Simd<T>::set1(-kInfinity<T>), Simd<T>::zero(), m);
+}
+
+// cap tanh(s / cap), between products and all else. `slopes`, where not null, gets the derivative 1 - tanh^2.
+template <class T>
+ATTN_INLINE Vec<T> capped(double cap, Vec<T> s, T* slopes) {
+  using S = Simd<T>;
+  const double inverse = 1 / cap, most = static_cast<double>(kLargest<T>);
+  const Vec<T> t = tanh(s * S::set1(static_cast<T>(inverse < most ? inverse : most)));
+  if (slopes) S::store(slopes, S::set1(1) - t * t);
+  return t * S::set1(static_cast<T>(cap < most ? cap : most));
+}
+
+// All scores [keys][lanes] of a block capped, and their derivatives, [keys][lanes], unless null.
+template <class T, int NV>
+__attribute__((noinline)) void cap_scores(double cap, int64_t keys, T* scores, int64_t ld, T* slopes) {
+  using S = Simd<T>;
+  constexpr int W = S::width;
+  const auto all = [=](auto wants_slopes) {
+    for (int64_t j = 0; j < keys; ++j)
+      for (int v = 0; v < NV; ++v) {
+        T* const at = scores + j * ld + v * W;
+        S::store(at, capped<T>(cap, S::load(at), decltype(wants_slopes)::value ? slopes + (j * NV + v) * W : nullptr));
+      }
+  };
+  if (slopes) all(std::true_type{});
+  else all(std::false_type{});
+}
+
+template <class T>
+ATTN_INLINE T slope_of(const HeadRows& r, int64_t head) {
+  return static_cast<const T*>(r.p.slopes)[r.batch * r.p.slopes_stride + head];
+}
+
+// scores[j * ld + lane] += slope (k0 + j - own)
+template <class T, int NV>
+__attribute__((noinline)) void add_slopes(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys,
+                                          T* scores, int64_t ld) {
+  using S = Simd<T>;
+  constexpr int W = S::width;
+  T slope[NV * W], distance[NV * W];
+  for (int i = 0; i < NV * W; ++i) {
+    slope[i] = slope_of<T>(r, tile.head[i]);
+    distance[i] = static_cast<T>(k0 - r.own(tile.position[i]));
+  }
+  Vec<T> by[NV], at_k0[NV];
+  for (int v = 0; v < NV; ++v) by[v] = S::load(slope + v * W), at_k0[v] = S::load(distance + v * W);
+  for (int64_t j = 0; j < keys; ++j)
+    for (int v = 0; v < NV; ++v) {
+      T* const at = scores + j * ld + v * W;
+      S::store(at, S::fma(by[v], at_k0[v] + S::set1(static_cast<T>(j)), S::load(at)));
+    }
+}
+
+// The row of relative_bias for a head.
+template <class T>
+ATTN_INLINE const T* relative_row(const AttentionParams& p, int64_t head) {
+  return static_cast<const T*>(p.relative_bias) + head * (2 * p.relative_reach + 1);
+}
+
+// Where a distance is in it.
+ATTN_INLINE int64_t relative_index(const AttentionParams& p, int64_t distance) {
+  const int64_t reach = p.relative_reach;
+  return (distance < -reach ? -reach : distance > reach ? reach : distance) + reach;
+}
+
+// to[i] = relative_bias of the distance `first` + i.
+template <class T>
+ATTN_INLINE void relative_values(const AttentionParams& p, int64_t head, int64_t first, int64_t count, T* to) {
+  const T* const row = relative_row<T>(p, head);
+  for (int64_t i = 0; i < count; ++i) to[i] = row[relative_index(p, first + i)];
+}
+
+// The distances between the rows of a tile of one head and keys k0 .. k0 + keys, each once, from the largest down: those
+// of key j and the lanes from v on are `lanes` neighbours.
+template <class T>
+struct Diagonals {
+  static constexpr int64_t kMost = kBlockKeys + RowTile<T>::max_lanes;
+  int64_t last, count;  // last: distance of the last key and lane 0
+
+  Diagonals(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys)
+      : last(k0 + keys - 1 - r.own(tile.position[0])), count(keys - 1 + tile.lanes) {}
+  int64_t distance(int64_t i) const { return last - i; }
+};
+
+// scores[j * ld + lane] += relative_bias of the distance, as `biased` does. `scratch`: [kBlockKeys][max_lanes].
+template <class T, int NV>
+__attribute__((noinline)) void add_relative_bias(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys,
+                                                 T* scores, int64_t ld, T* scratch) {
+  using S = Simd<T>;
+  constexpr int W = S::width;
+  if (r.group == 1) {
+    const Diagonals<T> diagonals(r, tile, k0, keys);
+    T value[Diagonals<T>::kMost];
+    const T* const row = relative_row<T>(r.p, tile.head[0]);
+    for (int64_t i = 0; i < diagonals.count; ++i) value[i] = row[relative_index(r.p, diagonals.distance(i))];
+    for (int64_t j = 0; j < keys; ++j)
+      for (int v = 0; v < NV; ++v) {
+        T* const at = scores + j * ld + v * W;
+        S::store(at, biased<T>(S::load(at), S::load(value + keys - 1 - j + v * W)));
+      }
+    return;
+  }
+  const char* row[RowTile<T>::max_lanes];
+  for (int i = 0; i < tile.rows; ++i) {
+    T* const values = scratch + i * kBlockKeys;
+    relative_values(r.p, tile.head[i], k0 - r.own(tile.position[i]), keys, values);
+    row[i] = reinterpret_cast<const char*>(values);
+  }
+  load_transposed<T>(sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32, row, tile.rows, tile.lanes, sizeof(T), keys,
+                     scores, ld, [](T* at, Vec<T> x) { S::store(at, biased<T>(S::load(at), x)); });
 }
 
 // scores[j * ld + lane] += bias, as `biased` does.
@@ -89,19 +206,37 @@ ATTN_INLINE void hide_scores(const RowTile<T>& tile, const uint64_t* visible, in
   }
 }
 
+// What score_block works with.
+template <class T>
+struct ScoreScratch {
+  uint64_t* visible;  // [kBlockKeys]
+  T* relative;        // [max_lanes][kBlockKeys], where there is a relative bias
+
+  static int64_t relative_count(const AttentionParams& p) {
+    return p.relative_bias ? RowTile<T>::max_lanes * kBlockKeys : 0;
+  }
+  static int64_t bytes(const AttentionParams& p) {
+    return Arena::bytes<uint64_t>(kBlockKeys) + Arena::bytes<T>(relative_count(p));
+  }
+  ScoreScratch() = default;
+  ScoreScratch(const AttentionParams& p, Arena* arena)
+      : visible(arena->take<uint64_t>(kBlockKeys)), relative(arena->take<T>(relative_count(p))) {}
+};
+
 // scores[j * ld + lane] of a tile, whose scaled queries are q [head_dim][ldq], against keys k0 .. k0 + n. see(v,
 // scores) is told every vector. Nothing is written where the tile sees nothing; kSome also where there is a bias, which
-// can hide: only after kAll may a loop do without looking for -inf.
+// can hide: only after kAll may a loop do without looking for -inf. `cap_slopes`: see cap_scores.
 template <class T, int NV, class See>
 ATTN_INLINE Visibility score_block(const HeadRows& r, const RowTile<T>& tile, const T* q, int64_t ldq,
-                                   const KeyRows<T>& keys, int64_t k0, int64_t n, uint64_t* visible, T* scores,
-                                   int64_t ld, const See& see) {
+                                   const KeyRows<T>& keys, int64_t k0, int64_t n, const ScoreScratch<T>& scratch,
+                                   T* scores, int64_t ld, T* cap_slopes, const See& see) {
   using S = Simd<T>;
   constexpr int W = S::width;
-  const bool bias = r.p.bias.data;
+  const AttentionParams& p = r.p;
+  uint64_t* const visible = scratch.visible;
   const Visibility seen = visible_keys<T>(r, tile, k0, n, visible);
   if (seen == Visibility::kNothing) return seen;
-  if (seen == Visibility::kAll && !bias) {
+  if (seen == Visibility::kAll && plain_scores(p)) {
     gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), q, ldq, r.p.head_dim, [=, &see](int64_t j, int v, Vec<T> x) {
       S::store(scores + j * ld + v * W, x);
       see(v, x);
@@ -110,9 +245,12 @@ ATTN_INLINE Visibility score_block(const HeadRows& r, const RowTile<T>& tile, co
   }
   gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), q, ldq, r.p.head_dim,
                            [=](int64_t j, int v, Vec<T> x) { S::store(scores + j * ld + v * W, x); });
-  if (bias) add_bias<T>(r, tile, k0, n, scores, ld);
+  if (p.soft_cap != 0) cap_scores<T, NV>(p.soft_cap, n, scores, ld, cap_slopes);
+  if (p.slopes) add_slopes<T, NV>(r, tile, k0, n, scores, ld);
+  if (p.relative_bias) add_relative_bias<T, NV>(r, tile, k0, n, scores, ld, scratch.relative);
+  if (p.bias.data) add_bias<T>(r, tile, k0, n, scores, ld);
   hide_scores<T, NV>(tile, seen == Visibility::kSome ? visible : nullptr, n, scores, ld, see);
-  return Visibility::kSome;
+  return added_may_hide(p) ? Visibility::kSome : seen;
 }
 
 // scores[0 .. n) of one query row against keys k0 .. k0 + n, whose bits tell which it sees: the same, with -inf to the
@@ -121,14 +259,21 @@ template <class T>
 __attribute__((noinline)) void finish_row_scores(const HeadRows& r, int64_t position, int64_t head, int64_t k0,
                                                  int64_t n, uint64_t bits, T* scores) {
   using S = Simd<T>;
-  const StridedView& bias = r.p.bias;
-  T added[kHeadLanesKeys];
+  const AttentionParams& p = r.p;
+  const StridedView& bias = p.bias;
+  const int64_t distance = k0 - r.own(position);
+  T added[kHeadLanesKeys], relative[kHeadLanesKeys], distances[kHeadLanesKeys];
   if (bias.data) {
     const int64_t stride = bias.step();
     load_row<T>(bias.dtype, r.score_row(bias, position, head) + k0 * stride, stride, n, true, added);
   }
+  if (p.relative_bias) relative_values(p, head, distance, kHeadLanesKeys, relative);
+  for (int64_t j = 0; p.slopes && j < kHeadLanesKeys; ++j) distances[j] = static_cast<T>(distance + j);
   for (int64_t j = 0; j < n; j += S::width) {
     Vec<T> s = S::load(scores + j);
+    if (p.soft_cap != 0) s = capped<T>(p.soft_cap, s, nullptr);
+    if (p.slopes) s = S::fma(S::set1(slope_of<T>(r, head)), S::load(distances + j), s);
+    if (p.relative_bias) s = biased<T>(s, S::load(relative + j));
     if (bias.data) s = biased<T>(s, S::load(added + j));
     S::store(scores + j, seen_or_hidden<T>(bits >> j, s));
   }

@@ -63,6 +63,36 @@ ATTN_INLINE uint64_t row_bits(const HeadRows& r, int64_t position, int64_t head,
   return bits;
 }
 
+// The same of what is not a mask of bits but structure: ids that differ, blocks that are empty.
+ATTN_INLINE uint64_t structure_bits(const HeadRows& r, int64_t position, int64_t head, int64_t k0, int64_t n) {
+  const AttentionParams& p = r.p;
+  uint64_t bits = bits_between(0, n);
+  if (p.query_ids.data) {
+    const int32_t id = p.query_ids.of(r.batch)[position], *const key_ids = p.key_ids.of(r.batch) + k0;
+    uint64_t same = 0;
+    for (int64_t j = 0; j < n; ++j) same |= uint64_t{key_ids[j] == id} << j;
+    bits &= same;
+  }
+  if (p.blocks.data) {
+    const char* const row = r.score_row(p.blocks, position / p.block_q, head);
+    for (int64_t j = 0, next; j < n; j = next) {
+      const int64_t block = (k0 + j) / p.block_k;
+      next = (block + 1) * p.block_k - k0;
+      if (!row[block * p.blocks.stride[3]]) bits &= ~bits_between(j, next);
+    }
+  }
+  return bits;
+}
+
+// Whether structure_bits are the same for two rows.
+ATTN_INLINE bool same_structure(const HeadRows& r, int64_t position, int64_t head, int64_t position2, int64_t head2) {
+  const AttentionParams& p = r.p;
+  const int32_t* const ids = p.query_ids.data ? p.query_ids.of(r.batch) : nullptr;
+  return (!ids || ids[position] == ids[position2]) &&
+         (!p.blocks.data || r.score_row(p.blocks, position / p.block_q, head) ==
+                                r.score_row(p.blocks, position2 / p.block_q, head2));
+}
+
 // A score-shaped view that is the same for all `rows`, such as key padding. (Rows: a RowTile or a RowGroup.)
 template <class Rows>
 bool same_for_all_rows(const HeadRows& r, const Rows& rows, const StridedView& v) {
@@ -85,20 +115,28 @@ bool bias_hides_all(const HeadRows& r, const Rows& rows, int64_t k0, int64_t key
   return true;
 }
 
-// Bit i of visible[j]: no boolean mask hides key k0 + j from lane i. What is the same for all rows is read once.
+// Bit i of visible[j]: neither a boolean mask nor structure hides key k0 + j from lane i. What is the same for all rows
+// is read once, and structure where it changes: most of the time that is nowhere within a tile.
 template <class T>
 void lane_bits(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys, uint64_t* visible) {
   const auto shared = [&](const StridedView& mask) { return same_for_all_rows(r, tile, mask); };
   const auto own = [&](const StridedView& mask) { return !shared(mask); };
   bool by_row = false;
+  uint64_t starts = 1;  // lanes whose structure is not that of the lane before
   for (int m = 0; m < r.p.num_masks; ++m) by_row = by_row || own(r.p.masks[m]);
+  for (int i = 1; i < tile.rows; ++i)
+    if (!same_structure(r, tile.position[i], tile.head[i], tile.position[i - 1], tile.head[i - 1]))
+      starts |= uint64_t{1} << i;
   for (int64_t at = 0; at < keys; at += 64, visible += 64) {
     const int64_t n = keys - at < 64 ? keys - at : 64;
-    const uint64_t of_all = row_bits(r, tile.position[0], tile.head[0], k0 + at, n, shared);
-    uint64_t rows[64] = {};
+    uint64_t of_all = row_bits(r, tile.position[0], tile.head[0], k0 + at, n, shared);
+    if (starts == 1) of_all &= structure_bits(r, tile.position[0], tile.head[0], k0 + at, n);
+    uint64_t rows[64] = {}, structure = ~uint64_t{0};
     bool in_part = false;
-    for (int i = 0; by_row && i < tile.rows; ++i) {
-      rows[i] = row_bits(r, tile.position[i], tile.head[i], k0 + at, n, own);
+    for (int i = 0; (by_row || starts != 1) && i < tile.rows; ++i) {
+      if (starts != 1 && starts >> i & 1)
+        structure = structure_bits(r, tile.position[i], tile.head[i], k0 + at, n);
+      rows[i] = row_bits(r, tile.position[i], tile.head[i], k0 + at, n, own) & structure;
       in_part = in_part || rows[i] != bits_between(0, n);
     }
     if (in_part) transpose_bits(rows);
@@ -106,7 +144,7 @@ void lane_bits(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t ke
   }
 }
 
-// visible[0 .. keys) by intervals and boolean masks, to be used only where the answer is kSome; kNothing also where a
+// visible[0 .. keys) by intervals, structure and boolean masks, to be used only where the answer is kSome; kNothing also where a
 // bias of -inf hides all. Lanes not in use do not count.
 template <class T>
 __attribute__((noinline)) Visibility visible_keys(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys,
@@ -114,7 +152,7 @@ __attribute__((noinline)) Visibility visible_keys(const HeadRows& r, const RowTi
   const AttentionParams& p = r.p;
   if (p.bias.data && bias_hides_all<T>(r, tile, k0, keys)) return Visibility::kNothing;
   const bool by_interval = !tile.all_see(k0, k0 + keys);
-  if (!by_interval && p.num_masks == 0) return Visibility::kAll;
+  if (!by_interval && p.num_masks == 0 && !p.query_ids.data && !p.blocks.data) return Visibility::kAll;
 
   lane_bits<T>(r, tile, k0, keys, visible);
   if (by_interval) {  // the ends of the intervals never move back: the lanes that see a key are neighbours

@@ -31,6 +31,20 @@ std::string unsupported_reason(const AttentionParams& p) {
   if (p.bias.data != nullptr && p.bias.dtype != p.dtype && p.bias.dtype != DType::kFloat32) {
     return "the CUDA kernels take a bias of float32 or of the dtype of the inputs";
   }
+  const struct {
+    bool given;
+    const char* what;
+  } not_yet[] = {{p.mask.query_offset != nullptr, "query_offset"},
+                 {p.mask.key_begin != nullptr, "intervals of keys"},
+                 {p.query_ids.data != nullptr, "segments"},
+                 {p.blocks.data != nullptr, "block-sparse masks"},
+                 {p.soft_cap != 0, "logits_soft_cap"},
+                 {p.slopes != nullptr, "alibi_slopes"},
+                 {p.relative_bias != nullptr, "relative_bias"},
+                 {p.sinks != nullptr, "sinks"}};
+  for (const auto& option : not_yet) {
+    if (option.given) return std::string("the CUDA kernels do not take ") + option.what;
+  }
   constexpr int64_t kMost = INT32_MAX - 4096;
   if (num_rows(p) > kMost || p.seqlen_k > kMost) {
     return "the CUDA kernels take up to " + number(kMost) + " query rows (" + number(num_rows(p)) + ") and keys (" +

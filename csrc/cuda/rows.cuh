@@ -59,7 +59,8 @@ struct Head {
   }
 
   ATTN_DEVICE Interval seen_at(int position) const {
-    const KeyRange r = key_range(p.mask, position, length_q, length_k);
+    const int64_t own = position + aligned_shift(p.mask, length_q, length_k);
+    const KeyRange r = window_range(p.mask, position, own, length_q, length_k);
     return {static_cast<int>(r.begin), static_cast<int>(r.end)};
   }
   // Rows past the last see nothing.

@@ -1,0 +1,313 @@
+"""libattn_ops_cuda.so around its kernels: the driver it finds or not, the cards it takes, what it launches, its build.
+
+The driver is the stand-in of cuda_host/, in processes of their own, since the library looks for a driver once. The
+library is the installed one; where there was no compiler for its kernels, the one that the build made without them: the
+stand-in has kernels of its own.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cuda_run
+import wheel_rules
+from cuda_host import build
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILE = ROOT / "csrc/cuda/compile.py"
+
+
+LIBRARY = cuda_run.library()
+needs_library = pytest.mark.skipif(LIBRARY is None, reason="no libattn_ops_cuda*.so here: build in this checkout")
+
+
+def compiler(*options):
+    command = [sys.executable, COMPILE, "--find", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+# Forward and backward of one call through the stand-in; prints what was launched, or the exception.
+CALL = """
+import json, sys
+import numpy as np
+sys.path[:0] = ["tests", "tests/helpers"]
+import cuda_run  # after LIBRARY is set
+from cuda_arrays import driver
+shapes, dtype, options = json.loads(sys.argv[1])
+rng = np.random.default_rng(0)
+q, k, v, d = [rng.normal(size=shape).astype(dtype) for shape in shapes]
+try:
+    results = cuda_run.run(q, k, v, d, None, {"layout": "BSHD", **options})
+    finite = all(np.isfinite(x).all() for x in results.values() if x is not None)
+    print(json.dumps({**driver().log(), "finite": bool(finite)}))
+except Exception as error:
+    print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+"""
+
+
+# Which library it is that attn_ops asks.
+PREPARE = """
+import pathlib
+from attn_ops.kernels import cuda
+cuda.LIBRARY = pathlib.Path({library!r})
+"""
+
+
+def in_a_process(code, *arguments, library=LIBRARY, **environment):
+    code = PREPARE.format(library=str(library)) + code
+    environment = {"ATTN_OPS_CUDA_DRIVER": str(build.library()), "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def call(shapes=None, dtype="float16", options=None, **environment):
+    shapes = shapes or [(1, 80, 2, 64), (1, 90, 1, 64), (1, 90, 1, 64), (1, 80, 2, 64)]
+    return json.loads(in_a_process(CALL, json.dumps([shapes, dtype, options or {}]), **environment).splitlines()[-1])
+
+
+@needs_library
+@pytest.mark.parametrize("broken", wheel_rules.LIBRARY_RULES, ids=lambda rule: rule.__name__.removesuffix("_broken"))
+def test_rules_of_shipped_libraries(tmp_path, broken):
+    path = tmp_path / "libattn_ops_cuda.so"
+    path.symlink_to(LIBRARY)
+    assert broken(path) == set()
+
+
+REASON = "print(cuda.unavailable_reason(0))"
+
+
+@needs_library
+def test_without_a_driver_there_is_a_reason():
+    reason = in_a_process(REASON, ATTN_OPS_CUDA_DRIVER="/nowhere/libcuda.so.1")
+    assert "there is no CUDA driver" in reason and "/nowhere/libcuda.so.1" in reason
+
+
+@needs_library
+def test_a_library_that_is_no_driver_is_a_reason():
+    [libc] = [line.split()[-1] for line in open("/proc/self/maps") if "libc.so.6" in line][:1]
+    assert "has no cuInit" in in_a_process(REASON, ATTN_OPS_CUDA_DRIVER=libc)
+
+
+@needs_library
+def test_a_driver_that_fails_is_a_reason():
+    reason = in_a_process(REASON, ATTN_OPS_STANDIN_FAIL="cuInit:1:100")
+    assert "the CUDA driver cannot be used" in reason and "CUresult 100" in reason
+
+
+@needs_library
+def test_a_driver_that_is_too_old_for_the_kernels_is_a_reason():
+    old = {"ATTN_OPS_STANDIN_FAIL": "cuLibraryLoadData:1:222", "ATTN_OPS_STANDIN_DRIVER_VERSION": "12020"}
+    reason = in_a_process(REASON, **old)
+    assert "loading the kernels for sm_80, with a driver for CUDA 12.2: " in reason and "CUresult 222" in reason
+
+
+@needs_library
+def test_there_need_be_no_context_but_for_its_device():
+    assert in_a_process(REASON) == "None"
+    assert "there is no CUDA device 3" in in_a_process("print(cuda.unavailable_reason(3))")
+    assert "no CUDA context is current" in in_a_process("print(cuda.unavailable_reason())")
+
+
+# What the library says of a call that is described by nothing but its extents.
+UNSUPPORTED = """
+import ctypes, json, sys
+from attn_ops.kernels.cuda_types import AttentionParams
+p = AttentionParams()
+for name, x in json.loads(sys.argv[1]).items():
+    setattr(p, name, x)
+print(cuda._loaded().attn_ops_cuda_unsupported_reason(ctypes.byref(p)).decode())
+"""
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({}, ""),
+        ({"dtype": 1}, "float64"),
+        ({"head_dim": 257}, "257"),
+        ({"value_dim": 300}, "300"),
+        ({"head_dim": 256, "value_dim": 256}, ""),
+        ({"head_dim": 0, "value_dim": 0}, ""),
+        ({"seqlen_q": 1 << 31}, "query rows"),
+        ({"seqlen_q": 1 << 29, "num_heads": 8}, "query rows"),
+        ({"seqlen_k": 1 << 31}, "keys"),
+        ({"batch": 1 << 30}, "too large for one launch"),
+        ({"batch": 0, "num_heads": 0, "num_kv_heads": 0, "seqlen_q": 0, "seqlen_k": 0}, ""),
+    ],
+)
+def test_what_is_not_supported_has_a_reason(changed, reason):
+    extents = dict(dtype=2, batch=2, seqlen_q=100, seqlen_k=100, num_heads=2, num_kv_heads=2, head_dim=64, value_dim=64)
+    answer = in_a_process(UNSUPPORTED, json.dumps(extents | changed), ATTN_OPS_CUDA_DRIVER="/nowhere")
+    assert reason in answer and bool(answer) == bool(reason)
+
+
+@needs_library
+@pytest.mark.parametrize("capability", ["6.1", "7.0", "7.5"])
+def test_cards_before_ampere_are_a_reason(capability):
+    reason = in_a_process(REASON, ATTN_OPS_STANDIN_CAPABILITY=capability)
+    assert f"compute capability {capability}" in reason and "8.0 or newer" in reason
+
+
+@pytest.mark.skipif(cuda_run.library_without_kernels() is None, reason="build in this checkout")
+@pytest.mark.parametrize(
+    "capability, image",
+    # Cubins run on cards of the same major version, but not on Tegra's; PTX is for those and for what comes.
+    [("8.0", "sm_80"), ("8.6", "sm_80"), ("8.7", "compute_80"), ("8.8", "compute_80"), ("8.9", "sm_80"),
+     ("9.0", "sm_90a"), ("10.0", "sm_100"), ("10.1", "compute_80"), ("10.3", "sm_100"), ("11.0", "compute_80"),
+     ("12.0", "sm_120"), ("12.1", "sm_120"), ("13.0", "compute_80")],
+)  # fmt: skip
+def test_each_card_gets_its_kernels(capability, image):
+    """Of all architectures, which this machine's library need not have: the images are their names."""
+    result = call(library=cuda_run.library_without_kernels(), ATTN_OPS_STANDIN_CAPABILITY=capability)
+    [loaded] = result["images"]
+    assert bytes.fromhex(loaded["head"]).startswith(f"// {image}: no kernels".encode())
+    assert result["finite"]
+
+
+def test_a_build_for_this_machine_has_what_its_cards_run(tmp_path):
+    pretended = tmp_path / "nvidia-smi"
+    pretended.write_text("#!/bin/sh\nprintf '9.0\\n8.6\\n9.0\\n'\n")
+    pretended.chmod(0o755)
+    command = [sys.executable, COMPILE, "--native"]
+    for path, wanted in (tmp_path, "sm_80;sm_90a;compute_80"), ("/nowhere", "sm_80;compute_80"):
+        found = subprocess.run(command, env={**os.environ, "PATH": str(path)}, capture_output=True, text=True, check=True)
+        assert found.stdout == wanted
+
+
+@needs_library
+def test_launches_of_the_fast_kernels():
+    result = call()
+    launches = [(x["kernel"], x["grid"][0], x["block"][0]) for x in result["launches"]]
+    # 160 rows of one key/value head: 2 tiles of 128 forward and for dq; 90 keys are one tile.
+    assert launches == [
+        ("attn_ops_forward_f16_64_plain", 2, 128),
+        ("attn_ops_dq_f16_64_plain", 2, 128),
+        ("attn_ops_dkdv_f16_64_plain", 1, 128),
+    ]
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "options, dtype, kernel",
+    [
+        ({}, "float32", "f32_64"),
+        ({"dropout_rate": 0.5, "dropout_seed": 3}, "float16", "f16_64"),
+        ({"scale": -1.0}, "float16", "f16_64"),
+        ({"scale": 0.0}, "float16", "f16_64"),
+        ({"scale": 1e30}, "float16", "f16_64"),
+    ],
+)
+def test_what_the_fast_kernels_do_not_take(options, dtype, kernel):
+    names = [x["kernel"] for x in call(dtype=dtype, options=options)["launches"]]
+    delta = ["attn_ops_delta_f32"] if dtype == "float32" else []
+    assert names == [f"attn_ops_forward_{kernel}", *delta, f"attn_ops_dq_{kernel}", f"attn_ops_dkdv_{kernel}"]
+
+
+@needs_library
+def test_few_rows_are_decoded_in_parts_as_many_as_the_card_can_use():
+    shapes = [(1, 1, 8, 128), (1, 2000, 1, 128), (1, 2000, 1, 128), (1, 1, 8, 128)]
+    forward = call(shapes)["launches"][0]
+    assert forward["kernel"] == "attn_ops_decode_f16_128" and forward["grid"][0] > 4
+    many = [(64, 1, 8, 128), (64, 200, 8, 128), (64, 200, 8, 128), (64, 1, 8, 128)]
+    assert call(many)["launches"][0]["grid"][0] == 64 * 8  # enough without
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "function, code, text",
+    [
+        ("cuLibraryGetKernel", 500, "looking for the kernel attn_ops_forward_f32_64"),
+        ("cuKernelSetAttribute", 1, "giving shared memory to attn_ops_forward_f32_64 (49216 bytes)"),
+        ("cuLaunchKernel", 701, "launching attn_ops_forward_f32_64 (3 blocks of 128 threads, 49216 bytes"),
+    ],
+)
+def test_errors_of_the_driver_name_what_was_done(function, code, text):
+    error = call(dtype="float32", ATTN_OPS_STANDIN_FAIL=f"{function}:1:{code}")["error"]
+    assert text in error and f"CUresult {code}" in error
+
+
+@needs_library
+def test_every_order_of_the_warps_gives_the_same():
+    """A barrier that is missing shows when other warps come first."""
+    for dtype in ("float16", "float32"):
+        for seed in ("1", "2", "3"):
+            result = call(dtype=dtype, ATTN_OPS_HOST_LAYER_SEED=seed)
+            assert result["finite"] and not result["error"], result
+
+
+@pytest.mark.parametrize("way", ["nvcc", "nvcc by way of PTX", "nvrtc"])
+def test_the_build_refuses_a_kernel_that_spills(tmp_path, way):
+    """Far more numbers than there are registers, all needed at the end."""
+    options = ["--nvrtc"] if way == "nvrtc" else []
+    if not compiler(*options):
+        pytest.skip("this compiler is not installed")
+    source = tmp_path / "spills.cu"
+    source.write_text(
+        """
+        extern "C" __global__ void spills(const float* in, float* out) {
+          float x[300];
+          #pragma unroll
+          for (int i = 0; i < 300; ++i) x[i] = in[i * 32 + threadIdx.x];
+          __syncthreads();
+          #pragma unroll
+          for (int i = 0; i < 300; ++i) out[i * 32 + threadIdx.x] = x[i] * x[(i * 7 + 150) % 300];
+        }
+        extern "C" __global__ void indexes(const float* in, float* out, int j) {
+          float x[32];
+          for (int i = 0; i < 32; ++i) x[i] = in[i];
+          for (int i = 0; i < j; ++i) x[(int)in[i] & 31] += in[i];
+          for (int i = 0; i < 32; ++i) out[i] = x[i];
+        }"""
+    )
+    if way == "nvcc by way of PTX":
+        ptx = tmp_path / "compute_80.ptx"
+        subprocess.run([sys.executable, COMPILE, "compute_80", source, "-o", ptx], check=True)
+        source = ptx
+    target = tmp_path / "spills.image"
+    command = [sys.executable, COMPILE, "sm_80", source, "-o", target, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and not target.exists()
+    assert "spills: " in done.stderr and "indexes: " in done.stderr and "bytes of stack" in done.stderr
+
+
+def test_wheels_get_the_kernels_of_every_architecture():
+    """pyproject.toml compiles them before cibuildwheel's wheels; CMake embeds them."""
+    cmake, pyproject = ((ROOT / name).read_text() for name in ("cmake/cuda.cmake", "pyproject.toml"))
+    embedded = re.search(r"set\(every_architecture ([\w ]+)\)", cmake).group(1)
+    assert f"printf '%s\\n' {embedded} | xargs" in pyproject
+
+
+def test_the_host_divides_as_the_kernels_do():
+    """The multiplier of every group size, against division, at the edges and at random."""
+    code = """
+#include <cstdio>
+#include "csrc/cuda/plan.h"
+int main() {
+  unsigned long long state = 1;
+  for (unsigned d = 2; d < 1u << 30; d = d < 300 ? d + 1 : d * 2 - 1) {
+    const auto divisor = attn_ops::cuda::make_divisor(d);
+    for (int i = 0; i < 4000; ++i) {
+      state = state * 6364136223846793005u + 1442695040888963407u;
+      unsigned x = i < 8 ? 0x7fffffffu - i : i < 16 ? i : i < 100 ? (i / 2) * d - i % 2 : unsigned(state >> 33);
+      x &= 0x7fffffffu;
+      const unsigned quotient = unsigned((unsigned long long)x * divisor.multiplier >> 32) >> divisor.shift;
+      if (quotient != x / d) return std::printf("%u / %u is not %u\\n", x, d, quotient), 1;
+    }
+  }
+}
+"""
+    program = build.BUILD / f"divisor-{os.getpid()}"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    command = [build.CXX, "-std=c++17", "-x", "c++", "-", f"-I{ROOT}", "-o", program]
+    subprocess.run(command, input=code, text=True, check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    program.unlink()
+    assert done.returncode == 0, done.stdout

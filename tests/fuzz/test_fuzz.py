@@ -1,0 +1,264 @@
+"""A slice of the fuzz (run.py has the whole), and that its judge catches faults and its truth is the derivative."""
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fuzz import cases, check, run, truth, ways
+
+SEED = 14
+CORE = range(120)
+OTHER_WAYS = {
+    "reference": range(120, 140),
+    "op": range(140, 150),
+    "graph": range(150, 152),
+    "composite": range(152, 155),
+    "jax-fused": range(155, 157),
+    "jax-composite": range(157, 158),
+}
+
+
+def assert_no_findings(numbers, chosen):
+    told = []
+    counts, failed = run.fuzz(SEED, numbers, chosen, whole=True, report=told.append)
+    assert failed == 0, "\n".join(told)
+    assert counts == dict.fromkeys(chosen, len(numbers))
+
+
+def test_kernels():
+    assert_no_findings(CORE, run.chosen_ways(["core"], None))
+
+
+@pytest.mark.parametrize("name", OTHER_WAYS)
+def test_other_ways(name):
+    assert_no_findings(OTHER_WAYS[name], run.chosen_ways([name], None))
+
+
+# The judge
+
+
+def small_case(dtype="float32", **options):
+    """Six rows over seven keys with all results, and no garbage. One key is hidden, and all of the last row."""
+    rng = np.random.default_rng(SEED)
+    case = cases.Case(SEED, 0, dtype, (1, 2, 6, 7), "normal")
+    mask = np.ones((1, 1, 6, 7), bool)
+    mask[..., 3] = mask[..., 5, :] = False
+    bias = rng.standard_normal((1, 2, 6, 7)).astype(case.accumulator)
+    case.options = {"layout": "BHSD", "mask": [mask], "bias": bias, **options}
+    for name, heads, length, dim in (("query", 2, 6, 5), ("key", 1, 7, 5), ("value", 1, 7, 4), ("d_out", 2, 6, 4)):
+        setattr(case, name, rng.standard_normal((1, heads, length, dim)).astype(cases.DTYPES[dtype]))
+    case.d_lse = rng.standard_normal((1, 2, 6)).astype(case.accumulator)
+    return case
+
+
+def dropped_out_case():
+    return small_case(dropout_rate=0.5, dropout_seed=(1, 2))
+
+
+def massive_case():
+    """All keys share a huge channel: what their d_out v have in common must vanish from ds to the last digit."""
+    case = small_case("bfloat16", mask=[np.ones((1, 1, 6, 7), bool)])
+    case.key[..., 0] = -1000
+    return case
+
+
+def poisoned_case():
+    case = small_case()
+    case.poison = (0, 0, 1)
+    return case
+
+
+def rounded(case, wide):
+    """Results of the dtypes that they have for the case."""
+    judge = check.Judge(case)
+    return {name: x.astype(judge.dtype(name)) for name, x in wide.items()}
+
+
+def of_other_options(**changes):
+    """A fault: all results are right, but for other options."""
+
+    def results(case, right):
+        case = dataclasses.replace(case, options={**case.options, **changes}, _seen=None)
+        return rounded(case, truth.Truth(case).results())
+
+    return results
+
+
+def changed(name, change):
+    """A fault: one result is not `right.results()[name]` but that after `change`, in place or returned."""
+
+    def results(case, right):
+        wide = right.results()
+        x = wide[name].copy()
+        wide[name] = x if (other := change(x, case, right)) is None else other
+        return rounded(case, wide)
+
+    return results
+
+
+def put(index, value):
+    return lambda x, case, right: x.__setitem__(index, value)
+
+
+def a_hidden_keys_weight(dv, case, right):
+    dv[0, 0, 3] += 1e-6 * case.d_out[0].sum(axis=(0, 1))
+
+
+def ds_for_rounded_delta(case, right):
+    out = right.out.astype(case.query.dtype).astype(float)
+    delta = (case.d_out.astype(float) * out).sum(axis=-1)
+    dp = case.d_out.astype(float) @ case.value.astype(float).swapaxes(-1, -2)
+    return right.p * (dp - (delta - case.d_lse)[..., None])
+
+
+def dq_of_rounded_delta(dq, case, right):
+    return right.scale * (ds_for_rounded_delta(case, right) @ case.key.astype(float))
+
+
+def bias_gradient_without_d_lse(d_bias, case, right):
+    return d_bias - right.p * case.d_lse[..., None]
+
+
+def ignored_delta(dq, case, right):
+    dp = case.d_out @ case.value.swapaxes(-1, -2)
+    return right.scale * (right.p * (dp + case.d_lse[..., None]) @ case.key)
+
+
+def statistics_swapped(case, right):
+    wide = right.results()
+    return rounded(case, wide | {"maximum": wide["sum"], "sum": wide["maximum"]})
+
+
+def missing_gradient(case, right):
+    return {name: x for name, x in rounded(case, right.results()).items() if name != "d_bias"}
+
+
+def narrow_output(case, right):
+    results = rounded(case, right.results())
+    return results | {"out": results["out"].astype(ml_dtypes.bfloat16)}
+
+
+def shifted(mask):
+    return [np.roll(mask, 1, axis=-1)]
+
+
+MASK = small_case().options["mask"][0]
+FAULTS = {
+    "mask off by one key": (small_case, of_other_options(mask=shifted(MASK))),
+    "causal": (small_case, of_other_options(is_causal=True)),
+    "no bias": (small_case, of_other_options(bias=np.zeros((1, 2, 6, 7), np.float32))),
+    "scale": (small_case, of_other_options(scale=0.4472)),
+    "other bits of dropout": (dropped_out_case, of_other_options(dropout_seed=(1, 3))),
+    "dropout not rescaled": (dropped_out_case, changed("out", lambda out, case, right: out / 2)),
+    "dropout rescaled for another rate": (dropped_out_case, changed("dv", lambda dv, case, right: dv * 1.0001)),
+    "one element": (
+        small_case,
+        changed("out", lambda out, case, right: out + 1e-4 * (np.arange(out.size) == 7).reshape(out.shape)),
+    ),
+    "a hidden key counts": (small_case, changed("dv", a_hidden_keys_weight)),
+    "NaN of a hidden key leaks": (small_case, changed("dk", put((0, 0, 3), np.nan))),
+    "NaN": (small_case, changed("dq", put((0, 0, 0, 0), np.nan))),
+    "a row without keys has a mean": (small_case, changed("out", put((0, 0, 5), 0.1))),
+    "lse of a row without keys": (small_case, changed("lse", put((0, 0, 5), 0.0))),
+    "NaN of a seen key is lost": (poisoned_case, lambda case, right: rounded(case, right.results())),
+    "delta from a rounded out": (massive_case, changed("dq", dq_of_rounded_delta)),
+    "no delta": (small_case, changed("dq", ignored_delta)),
+    "d_bias without d_lse": (small_case, changed("d_bias", bias_gradient_without_d_lse)),
+    "lse a thousandth off": (small_case, changed("lse", lambda lse, case, right: lse * 1.001)),
+    "lse to base 2": (small_case, changed("lse", lambda lse, case, right: lse / np.log(2))),
+    "statistics swapped": (small_case, statistics_swapped),
+    "sum": (small_case, changed("sum", lambda total, case, right: total * 1.0001)),
+    "no d_bias": (small_case, missing_gradient),
+    "dtype": (small_case, narrow_output),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_judge_catches(fault):
+    make_case, results = FAULTS[fault]
+    case = make_case()
+    judge = check.Judge(case)
+    assert judge.findings(results(case, judge.truth), case.accumulator)
+
+
+@pytest.mark.parametrize("make_case", (small_case, dropped_out_case, massive_case, poisoned_case))
+def test_judge_accepts_the_truth(make_case):
+    case = make_case()
+    judge = check.Judge(case)
+    results = rounded(case, judge.expected)
+    for name, places in judge.infected.items():
+        results[name][places] = np.nan
+    assert judge.findings(results, case.accumulator) == []
+
+
+@pytest.mark.parametrize("changes", ("garbage", "threads"))
+def test_changed_bits_are_told(changes):
+    case = small_case()
+    case.threads, case.garbage = (1, 2), ("nan", "inf")
+    judge = check.Judge(case)
+
+    class Changing(ways.Core):
+        def __call__(self, case, turn=0, threads=None):
+            results = rounded(case, judge.expected)
+            differs = turn if changes == "garbage" else (threads or case.threads[turn]) != case.threads[0]
+            out = results["out"]
+            out[0, 0, 0, 0] = np.nextafter(out[0, 0, 0, 0], np.float32(8 if differs else -8))
+            return results
+
+    (told,) = run.findings(case, Changing("generic"), judge)
+    assert ("threads" if changes == "threads" else "where hidden") in told
+
+
+def test_errors_are_findings():
+    class Failing(ways.Core):
+        def __call__(self, case, turn=0, threads=None):
+            raise ValueError("refused")
+
+    case = small_case()
+    (told,) = run.findings(case, Failing("generic"), check.Judge(case))
+    assert "ValueError: refused" in told
+
+
+def test_limits_at_the_ends_of_the_range():
+    """They are not so wide that they accept anything: the largest score wins, whatever roundings its size allows."""
+    case = small_case("float64", scale=1.0)
+    case.query *= 1e153
+    case.key *= 1e153
+    case.options["bias"][0, 0, 0, :2] = np.finfo(np.float64).max * np.array([-1, 1])
+    limits = check.Judge(case).limits(case.accumulator)
+    assert limits["out"].max() < 1e-13 and limits["lse"].max() < 1e-13 * np.finfo(np.float64).max
+
+
+# The truth
+
+
+@pytest.mark.parametrize(
+    "options",
+    ({}, {"scale": -0.4, "is_causal": True, "causal_alignment": "bottom_right"}),
+    ids=("plain", "causal"),
+)
+def test_truth_is_the_derivative(options):
+    """Of the loss sum(out d_out) + sum(lse d_lse), by central differences of the truth's own forward in float64."""
+    case = small_case(**options)
+    found = truth.Truth(case).results()
+    rows = case.seen.any(axis=-1)
+    arrays = {"dq": case.query, "dk": case.key, "dv": case.value, "d_bias": case.options["bias"]}
+    arrays = {name: x.astype(np.float64) for name, x in arrays.items()}
+    case.query, case.key, case.value, case.options["bias"] = arrays.values()
+
+    def loss():
+        results = truth.Truth(case).results()
+        return float((results["out"] * case.d_out).sum() + (results["lse"] * case.d_lse)[rows].sum())
+
+    step = 1e-5
+    for name, x in arrays.items():
+        differences = np.zeros(x.shape)
+        for index in np.ndindex(x.shape):
+            kept = x[index]
+            for sign in (1, -1):
+                x[index] = kept + sign * step
+                differences[index] += sign * loss() / (2 * step)
+            x[index] = kept
+        np.testing.assert_allclose(found[name], differences, rtol=1e-5, atol=1e-8, err_msg=name)

@@ -1,0 +1,129 @@
+"""The CUDA kernels behind the call that every implementation of the tests has, and where they run.
+
+Under plain `pytest` they run on the CPU, on the stand-in driver of tests/cuda_host; with `pytest -m gpu` on the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+from attn_ops.kernels import cuda
+from cuda_arrays import Array, driver, missing_reason
+from reference_cases import take_mask
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def library() -> Path | None:
+    """The installed library; where there was no compiler for its kernels, the one that was built without them: the
+    stand-in has kernels of its own."""
+    return cuda.LIBRARY if cuda.LIBRARY.exists() else library_without_kernels()
+
+
+def library_without_kernels() -> Path | None:
+    """With an image of every architecture, which is no more than its name."""
+    built = ROOT.glob("build/**/libattn_ops_cuda_without_kernels.so")
+    return max(built, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def on_device(config) -> bool:
+    """Whether this run of pytest is for the device."""
+    chosen = config.getoption("markexpr")
+    return "gpu" in chosen.split() and "not gpu" not in chosen
+
+
+def skip_reason(device: bool) -> str | None:
+    """Why there is nothing to run the kernels on; None when there is. Builds nothing."""
+    if library() is None or (device and library() != cuda.LIBRARY):
+        return cuda.unavailable_reason()
+    return (missing_reason() or cuda.unavailable_reason()) if device else None
+
+
+@functools.cache
+def start(device: bool) -> None:
+    """Makes the stand-in the driver of this process, unless it is for the device or the user named another."""
+    cuda.LIBRARY = library()
+    if not device and "ATTN_OPS_CUDA_DRIVER" not in os.environ:
+        from cuda_host import build
+
+        os.environ["ATTN_OPS_CUDA_DRIVER"] = str(build.library())
+    driver()
+    reason = cuda.unavailable_reason()
+    assert reason is None, reason
+
+
+def run(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.ndarray | None]:
+    """Forward and backward: out, lse, dq, dk, dv, d_bias by name. `more` are options of the launches alone."""
+    results = run_all(query, key, value, d_out, d_lse, options, **more)
+    del results["statistics"]
+    return results
+
+
+def run_all(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.ndarray | None]:
+    """The same, with statistics."""
+    options, arrays = launch_options(query, dict(options))
+    options |= more
+    inputs = {name: Array(x) for name, x in zip("qkv", (query, key, value), strict=True)}
+    batch, seqlen_q, num_heads, _ = query.shape if options["layout"] == "BSHD" else query.swapaxes(1, 2).shape
+    out = Array.unwritten(d_out.shape, query.dtype)
+    lse = Array.unwritten((batch, num_heads, seqlen_q), "float32")
+    statistics = Array.unwritten((batch, num_heads, seqlen_q, 2), "float32")
+    shared = (*(x.view for x in inputs.values()), out.view, statistics.view)
+    forward = launch(cuda.Forward(*shared, lse=lse.view, **options))
+
+    gradients = {f"d{name}": Array.unwritten(x.shape, query.dtype) for name, x in zip("qkv", (query, key, value))}
+    bias = arrays["bias"].numpy() if "bias" in arrays else None
+    d_bias = None if bias is None else Array.unwritten(bias.shape, bias.dtype)
+    d_out = Array(d_out)
+    d_lse = None if d_lse is None else Array(d_lse.astype("float32"))
+    backward = launch(
+        cuda.Backward(
+            *shared,
+            d_out.view,
+            *(x.view for x in gradients.values()),
+            d_lse=d_lse and d_lse.view,
+            d_bias=d_bias and d_bias.view,
+            **options,
+        )
+    )
+    for array in (*inputs.values(), *arrays.values(), d_out, forward, backward):
+        if array is not None:
+            array.numpy()  # nothing was written beside it
+    results = {"out": out, "lse": lse, "statistics": statistics, **gradients, "d_bias": d_bias}
+    return {name: array and array.numpy() for name, array in results.items()}
+
+
+def launch_options(query, options):
+    """Public arguments of the attention as those of `cuda.Forward`, and the device arrays that they describe."""
+    structure = take_mask(options)
+    arrays = {f"mask {i}": Array(np.asarray(mask, bool)) for i, mask in enumerate(structure.tensors())}
+    named = {"layout": "BSHD", "masks": [array.view for array in arrays.values()]}
+    named |= {name: getattr(structure, name) for name in ("window_left", "window_right", "bottom_right")}
+    for name in ("query_lengths", "key_lengths"):
+        if getattr(structure, name) is not None:
+            arrays[name] = Array(np.asarray(getattr(structure, name), np.int32))
+            named[name] = arrays[name].view
+    if options.get("bias") is not None:
+        bias = np.asarray(options.pop("bias"))
+        arrays["bias"] = Array(bias if bias.dtype == np.float32 else bias.astype(query.dtype))
+        named["bias"] = arrays["bias"].view
+    seed = options.pop("dropout_seed", None)
+    if seed is not None:
+        words = (seed, 0) if np.ndim(seed) == 0 else seed
+        arrays["words"] = Array(np.array([int(word) & (1 << 64) - 1 for word in words], np.uint64))
+        named["dropout_words"] = arrays["words"].view
+    return {**named, **options}, arrays
+
+
+def launch(call, stream: int = 0) -> Array | None:
+    """Launches with a workspace of just what is asked for; returns it, to be kept until the kernels are done."""
+    reason = call.unsupported_reason()
+    assert reason is None, reason
+    size = call.workspace_bytes()
+    workspace = Array.unwritten((size,), np.uint8) if size else None
+    call(workspace and workspace.view, stream)
+    return workspace
