@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from attn_ops.masks import Mask
+
 
 @dataclasses.dataclass(frozen=True)
 class Support:
@@ -23,7 +25,8 @@ class Explanation:
     ``form`` tells how the fused kernels are called: "op" (TensorFlow's operator), "xla" (a custom call inside XLA), "op or
     xla" (a graph that holds both, for whoever runs it to take the one it can) or, where XLA takes no custom call, "op
     or composite"; None for others. ``device`` tells whose kernels those are: "cpu" or "gpu". ``notes`` tell what this
-    TensorFlow lacks of what the package builds on, and what happens without it.
+    TensorFlow lacks of what the package builds on, and what happens without it; and what a mask with structure is, above
+    all what a function was recognised to be.
     """
 
     implementation: str
@@ -39,6 +42,12 @@ class Explanation:
             lines += ["not fused, because:", *(f"  - {reason}" for reason in self.reasons)]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def mask_notes(mask) -> tuple[str, ...]:
+    """What the masks with structure are in the option ``mask`` of a call that has been normalised."""
+    masks = mask if isinstance(mask, (list, tuple)) else (mask,)
+    return tuple(f"mask: {m.described()}" for m in masks if isinstance(m, Mask) and m.structured)
 
 
 _DEVICE = "; the device is that of the tensors, or of tf.device or jax.default_device around the call"

@@ -38,10 +38,11 @@ def explain(query, key, value, **given) -> Explanation:
     explanation.check_name(name, implementation, choice.IMPLEMENTATIONS)
     if implementation == "fused":
         explanation.check_can_run(name, implementation, reasons)
+    notes = explanation.mask_notes(given.get("mask"))
     chosen = implementation or ("composite" if reasons else "fused")
     if chosen != "fused":
-        return Explanation(chosen, tuple(reasons))
-    return Explanation(chosen, tuple(reasons), "xla", "cpu" if platform == "cpu" else "gpu")
+        return Explanation(chosen, tuple(reasons), notes=notes)
+    return Explanation(chosen, tuple(reasons), "xla", "cpu" if platform == "cpu" else "gpu", notes)
 
 
 def _is_specification(x):

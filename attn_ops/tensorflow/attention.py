@@ -16,10 +16,13 @@ from attn_ops.tensorflow.forms import eager, graph, reference, xla
 def scaled_dot_product_attention(query, key, value, **given):
     """softmax(scale * query @ key^T + bias, masked) @ value, without ever storing the scores.
 
+    In this order: scores are scaled, capped (``logits_soft_cap``), biased (``alibi_slopes``, ``relative_bias``, ``bias``)
+    and masked; ``sinks`` join the denominator; dropout acts on the probabilities.
+
     A superset of `keras.ops.dot_product_attention` (same argument names and tensor layout), in the vocabulary of
     `jax.nn.dot_product_attention` for lengths. The algorithm is that of FlashAttention-2 (Dao 2023,
     arXiv:2307.08691). Works eagerly, in `tf.function`, with unknown dimensions, and on `KerasTensor`s. The gradient
-    reaches query, key, value, bias, a tensor ``scale``, and flows through ``lse``; second order and forward mode go
+    reaches query, key, value, bias, relative_bias, sinks, a tensor ``scale``, and flows through ``lse``; second order and forward mode go
     through the composite.
 
     Args:
@@ -38,7 +41,7 @@ def scaled_dot_product_attention(query, key, value, **given):
     Returns:
         The output [batch, seqlen_q, num_heads, value_dim] in the common dtype, or (output, lse) with lse [batch,
         num_heads, seqlen_q] in float32 (float64 for float64 inputs), natural logarithm. A row that sees no key has
-        output 0, lse -inf and gradients 0. What is masked never counts, even NaN.
+        output 0, lse -inf (or its sink) and gradients 0. What is masked never counts, even NaN.
 
     Raises:
         TypeError: not dense tensors, not floating inputs, a mask that is not boolean, lengths or seeds that are not

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops.call import public
-from attn_ops.call.explanation import Explanation, Support
+from attn_ops.call.explanation import Explanation, Support, mask_notes
 from attn_ops.call.normalize import normalize
 from attn_ops.tensorflow import choice, gpu, place, xp
 
@@ -23,7 +23,7 @@ def explain(query, key, value, **given) -> Explanation:
     call = described("explain", query, key, value, given)
     chosen = choice.choose("explain", call, implementation)
     reasons = tuple(choice.reasons_against_fused(call))
-    notes = place.missing()
+    notes = (*place.missing(), *mask_notes(given.get("mask")))
     if chosen != "fused":
         return Explanation(chosen, reasons, notes=notes)
     return Explanation(chosen, reasons, choice.form(call), "gpu" if gpu.in_use(call) else "cpu", notes)

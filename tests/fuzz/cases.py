@@ -65,6 +65,7 @@ class Case:
     d_out: np.ndarray = None
     d_lse: np.ndarray = None
     options: dict = dataclasses.field(default_factory=dict)
+    structure: dict = dataclasses.field(default_factory=dict)  # of the mask: intervals, segments, and blocks with their sizes
     garbage: tuple = ()  # two kinds that hidden places are filled with, or none
     poison: tuple = ()  # (batch, kv head, key) of a key of NaN, or none
     views: dict = dataclasses.field(default_factory=dict)  # how `_core` is given an array, by name
@@ -82,6 +83,8 @@ class Case:
             described["bias"] = f"{bias.dtype.name}{list(bias.shape)}"
         if masks:
             described["mask"] = [list(mask.shape) for mask in masks]
+        if self.structure:
+            described["structure"] = {name: [np.shape(x) or x for x in parts] for name, parts in self.structure.items()}
         for name in ("garbage", "poison", "views", "threads"):
             if getattr(self, name):
                 described[name] = getattr(self, name)
@@ -161,6 +164,7 @@ def draw(seed, number):
     case = Case(seed, number, dtype, (batch, num_heads, seqlen_q, seqlen_k), values)
     case.options["layout"] = _pick(rng, {"BSHD": 2, "BHSD": 1})
     _draw_options(rng, case, head_dim)
+    _draw_structure(np.random.default_rng([seed, number, 16]), case)
     shapes = {
         "query": (batch, num_heads, seqlen_q, head_dim),
         "key": (batch, kv_heads, seqlen_k, head_dim),
@@ -264,6 +268,28 @@ def _draw_options(rng, case, head_dim):
     if rng.random() < 0.2:
         options["dropout_rate"] = float(_pick(rng, {0.1: 1, 0.5: 1, 0.9: 0.5}))
         options["dropout_seed"] = tuple(map(int, rng.integers(-(2**63), 2**63 - 1, 2)))
+
+
+def _draw_structure(rng, case):
+    """Where rows stand, and what of the mask kernels skip by."""
+    batch, num_heads, seqlen_q, seqlen_k = case.scores_shape
+
+    def entries():
+        return batch if rng.random() < 0.5 else 1
+
+    if rng.random() < 0.25 and case.options.get("causal_alignment") != "bottom_right":
+        case.options["query_offset"] = rng.integers(0, _pick(rng, {3: 1, seqlen_k + 2: 2, 2**30: 0.2}), batch).astype(np.int32)
+    if rng.random() < 0.2:
+        ends = np.sort(rng.integers(0, seqlen_k + 1, (2, entries(), seqlen_q)), axis=-1).astype(np.int32)
+        case.structure["intervals"] = ends[0] // int(rng.choice([1, 2, 9])), ends[1]
+    if rng.random() < 0.15:
+        ids = [rng.integers(0, 4, (entries(), n)).astype(np.int32) for n in (seqlen_q, seqlen_k)]
+        case.structure["segments"] = tuple(map(np.sort, ids) if rng.random() < 0.5 else ids)
+    if rng.random() < 0.15:
+        sizes = [int(n) for n in rng.choice([1, 5, 8, 16, 32, 64], 2)]
+        counts = [-(-n // size) for n, size in zip((seqlen_q, seqlen_k), sizes)]
+        shape = (entries(), num_heads if rng.random() < 0.5 else 1, *counts)
+        case.structure["blocks"] = rng.random(shape) < rng.choice([0.3, 0.8]), *sizes
 
 
 def _window_end(rng, most):

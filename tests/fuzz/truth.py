@@ -27,7 +27,10 @@ def visible(case):
             extent if options.get(name) is None else int(options[name][b])
             for name, extent in (("query_seq_lengths", seqlen_q), ("key_value_seq_lengths", seqlen_k))
         )
-        distance = keys - rows - (length_k - length_q if bottom_right else 0)  # from the row's own key
+        shift = length_k - length_q if bottom_right else 0
+        if options.get("query_offset") is not None:
+            shift = int(options["query_offset"][b])
+        distance = keys - rows - shift  # from the row's own key
         band = (rows < length_q) & (keys < length_k)
         if left is not None and left != -1:
             band &= distance >= -left
@@ -36,6 +39,15 @@ def visible(case):
         seen[b] = band
     for mask in options.get("mask") or ():
         seen &= mask
+    if "intervals" in case.structure:
+        begin, end = case.structure["intervals"]
+        seen &= (keys >= begin[:, None, :, None]) & (keys < end[:, None, :, None])
+    if "segments" in case.structure:
+        q_ids, kv_ids = case.structure["segments"]
+        seen &= q_ids[:, None, :, None] == kv_ids[:, None, None, :]
+    if "blocks" in case.structure:
+        blocks, block_q, block_k = case.structure["blocks"]
+        seen &= blocks[:, :, np.arange(seqlen_q) // block_q][..., np.arange(seqlen_k) // block_k]
     if options.get("bias") is not None:
         seen &= options["bias"] != -np.inf
     return seen

@@ -3,7 +3,7 @@
 import functools
 
 import numpy as np
-from attn_ops import kernels
+from attn_ops import kernels, masks
 
 from cases import DTYPES
 from fuzz import cases
@@ -13,6 +13,7 @@ class Core:
     """The kernels of one instruction set on NumPy arrays, which may lie in memory in any way."""
 
     share = 1.0  # of the cases
+    structured = True
     dtypes = tuple(DTYPES)
     rounds = True  # results have the dtypes of the case
 
@@ -42,6 +43,8 @@ class Core:
             dropout_seed=seed,
             dropout_offset=offset,
             layout=options["layout"],
+            query_offset=options.get("query_offset"),
+            **self._structure(case),
             isa=self.isa,
             num_threads=threads or case.threads[turn],
         )
@@ -54,9 +57,25 @@ class Core:
         return {name: x for name, x in results.items() if x is not None}
 
     @staticmethod
+    def _structure(case):
+        named = {name: x for name, x in case.structure.items() if name != "blocks"}
+        if "blocks" in case.structure:
+            named |= dict(zip(("blocks", "block_q", "block_k"), case.structure["blocks"]))
+        return named
+
+    @staticmethod
     def _seen_as(case, name, x):
         """The same array, lying in memory as the case wants it."""
         return x if x is None or name not in case.views else view(case.views[name], x)
+
+
+def with_structure(case, options):
+    """The options with the structure of the case's mask in it."""
+    if not case.structure:
+        return options
+    parts = {"intervals": masks.intervals, "segments": masks.segments, "blocks": masks.block_sparse}
+    structured = [parts[name](*given) for name, given in case.structure.items()]
+    return {**options, "mask": masks.combined([*(options.get("mask") or ()), *structured])}
 
 
 class Other:
@@ -64,6 +83,7 @@ class Other:
 
     dtypes = tuple(DTYPES)
     rounds = True
+    structured = True  # whether it takes offsets, and masks of more than windows, lengths and arrays
 
     def __init__(self, name, share):
         self.name, self.share = name, share
@@ -75,6 +95,7 @@ class Other:
         query, key, value, d_out, d_lse, options = case.arguments()
         if self.name not in KERNELS_ALONE and "mask" in options:
             options["mask"] = [mask != 0 for mask in options["mask"]]
+        options = with_structure(case, options)
         if "dropout_seed" in options and not self.name.startswith("jax"):  # as a tensor: one trace serves many seeds
             options["dropout_seed"] = np.array(options["dropout_seed"], np.int64)
         result = _implementations()[self.name](query, key, value, d_out, d_lse, **options)
@@ -93,13 +114,14 @@ class Reference(Other):
         from implementations import specification
 
         query, key, value, d_out, d_lse, options = case.arguments()
-        return dict(specification(query, key, value, d_out, d_lse, **options).items())
+        return dict(specification(query, key, value, d_out, d_lse, **with_structure(case, options)).items())
 
 
 class Cuda(Other):
     """The CUDA kernels, whose matrix units want weights of 16 bits where the inputs are."""
 
     dtypes = ("float32", "float16", "bfloat16")
+    structured = False
 
     def precision(self, case):
         return case.query.dtype

@@ -3,6 +3,7 @@
 import math
 
 import jax
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -308,6 +309,35 @@ def test_what_only_the_running_op_can_refuse(chosen, case):
     with pytest.raises(tf.errors.InvalidArgumentError, match=words):
         function(tf.constant(values, tf.int32))
     function(tf.constant(sorted(min(max(v, 0), 5) for v in values), tf.int32))
+
+
+@pytest.mark.parametrize("explain", [attn_ops.explain, attn_ops.jax.explain], ids=["tensorflow", "jax"])
+def test_explain_tells_what_a_function_is(explain):
+    same = {"query": normal(1, 8, 2, 4), "key": normal(1, 8, 2, 4), "value": normal(1, 8, 2, 4)}
+    found = explain(**same, mask=masks.from_function(lambda b, h, q, k: q >= k))
+    assert any("causal" in note for note in found.notes) and "note: mask: from_function" in str(found)
+    assert not any("mask" in note for note in explain(**same, is_causal=True).notes)
+
+
+def test_functional_models_have_all_options(tmp_path):
+    options = {
+        "query_offset": 1,
+        "is_causal": True,
+        "logits_soft_cap": 2.0,
+        "alibi_slopes": SLOPES,
+        "relative_bias": attn_ops.T5RelativeBias(normal(8, HEADS), max_distance=6),
+        "sinks": SINKS,
+    }
+    x = inputs()
+    query, key = keras.Input(x["query"].shape[1:]), keras.Input(x["key"].shape[1:])
+    out, lse = attn_ops.scaled_dot_product_attention(query, key, key, **options, return_lse=True)
+    assert out.shape == (None, SEQLEN_Q, HEADS, DIM) and lse.shape == (None, HEADS, SEQLEN_Q)
+    model = keras.Model([query, key], [out, lse])
+    model.save(tmp_path / "model.keras")
+    expected = attn_ops.reference.attention(x["query"], x["key"], x["key"], **options)
+    for one in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        for y, z in zip(one([x["query"], x["key"]]), expected):
+            np.testing.assert_allclose(y, z, atol=3e-6)
 
 
 def test_a_table_is_a_tree_of_jax():
