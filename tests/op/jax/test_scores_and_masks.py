@@ -175,20 +175,6 @@ def test_scan_and_checkpoint():
         assert np.abs(expected).max() > 1e-3
 
 
-def test_third_order():
-    query, table = inputs(6, 6)[0], jnp.asarray(TABLE)
-
-    def third(forced):
-        def derivative(function):
-            return lambda x: jnp.cos(jax.grad(function)(x)).sum()
-
-        return jax.grad(derivative(derivative(lambda sinks: jnp.sin(looked_at(forced, query, table, sinks)).sum())))
-
-    found, expected = (third(forced)(jnp.array([0.5, -0.1])) for forced in ("fused", "composite"))
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
-    assert np.abs(expected).max() > 1e-3
-
-
 @both
 def test_what_is_hidden_never_counts_even_nan(forced):
     query, key, value = inputs()
