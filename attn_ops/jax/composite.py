@@ -38,9 +38,9 @@ def attention(options: Options, arrays: Arrays, chunk_rows: int | None = None):
 
 
 def with_statistics(options: Options, arrays: Arrays, chunk_rows: int | None = None):
-    """(out, lse, statistics): as `attention`, and what the kernels leave for their backward, `[batch, num_heads, seqlen_q,
-    2]`: the maximum of a row's scores and its sink, and the sum of exp(score - maximum) over them; both 0 where there are
-    none.
+    """(out, lse, statistics): as `attention`, and what the kernels leave for their backward, `[batch, num_heads,
+    seqlen_q, 2]`: the maximum of a row's scores and its sink, and the sum of exp(score - maximum) over them; both 0
+    where there are none.
 
     ``chunk_rows`` is how many query rows to take at a time; None for all, unless that is more than `UNCHUNKED_SCORES`
     scores. Extents that `jax.export` leaves open, or Keras for a batch of any size, are taken in one piece.
@@ -181,8 +181,10 @@ def _shift(options, arrays, seqlens):
 
 
 def _diagonals(own, seqlen_q, seqlen_k):
-    """The distances j - own_i of the diagonals of so many rows and keys, `[batch or 1, seqlen_q + seqlen_k]`, where row 0
-    stands at ``own``, `[batch or 1]`. The first belongs to no pair."""
+    """The distances j - own_i of the diagonals of so many rows and keys, `[batch or 1, seqlen_q + seqlen_k]`.
+
+    Row 0 stands at ``own``, `[batch or 1]`. The first belongs to no pair.
+    """
     return jnp.arange(seqlen_q + seqlen_k) - seqlen_q - own[:, None]
 
 

@@ -63,9 +63,9 @@ def _gradients_forward(forced, options, wanted, arrays, out, statistics, d_out, 
 def _gradients_backward(forced, options, wanted, residuals, cotangents):
     """Second order: the derivative of the composite's gradient.
 
-    `out` and `statistics` are arguments of `gradients` but functions of the others; the composite computes them anew, so that
-    the whole derivative goes to the others and these two get none. It goes to all others: what was constant for the first
-    derivative need not be so for the second.
+    `out` and `statistics` are arguments of `gradients` but functions of the others; the composite computes them anew,
+    so that the whole derivative goes to the others and these two get none. It goes to all others: what was constant
+    for the first derivative need not be so for the second.
     """
     arrays, d_out, d_lse = residuals
     names = arrays.differentiable()

