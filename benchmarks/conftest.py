@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-import memory
-import peers
-from workloads import WORKLOADS, default_names, make_inputs
+sys.path.insert(0, str(Path(__file__).parent))  # pytest, as pyproject.toml has it, leaves the path as it is
+
+import memory  # noqa: E402
+import peers  # noqa: E402
+from workloads import WORKLOADS, default_names, make_inputs  # noqa: E402
 
 _SECONDS = 1.0  # aimed at per measurement
 

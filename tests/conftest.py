@@ -25,7 +25,8 @@ def pytest_configure(config):
 def pytest_report_header(config):
     lines = ["implementations: " + ", ".join(map(repr, IMPLEMENTATIONS))]
     if cuda_run.on_device(config):
-        needed = {path.name: missing_packages(path) for path in sorted(config.rootpath.glob("tests/test_*.py"))}
+        tests = config.rootpath / "tests"
+        needed = {path.relative_to(tests): missing_packages(path) for path in sorted(tests.rglob("test_*.py"))}
         for name, missing in needed.items():
             lines += [f"left out: {name}, for want of {', '.join(sorted(missing))}"] if missing else []
     return lines

@@ -1,5 +1,5 @@
 // Stand-ins for what inline code of a newer libstdc++ or glibc expects from the shared library, so that the binary
-// runs where that is older (the floor is checked in tests/test_packaging.py). They stay inside our libraries: the
+// runs where that is older (the floor is checked in tests/package/). They stay inside our libraries: the
 // version scripts hide them.
 #include <new>
 

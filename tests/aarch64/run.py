@@ -6,8 +6,8 @@ qemu-user. Everything else goes into build/aarch64: a Python for Arm from the ma
 the build and an installation of attn_ops. What is there is not fetched again. The TensorFlow headers, which no
 processor changes, come from the TensorFlow of the Python that runs this, or from --tf-include.
 
-Runs what needs no TensorFlow: test_core.py (with ATTN_OPS_ISA=neon, then generic), test_few_rows.py, the tests of the
-compiled files, and the attention tests of the implementations core-neon and core-generic. What follows -- goes to pytest instead.
+Runs what needs no TensorFlow: kernels/test_core.py (with ATTN_OPS_ISA=neon, then generic), test_few_rows.py, the tests of
+the compiled files, and the attention tests of the implementations core-neon and core-generic. What follows -- goes to pytest instead.
 """
 
 import argparse
@@ -20,15 +20,15 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-BUILD = ROOT / "build" / "aarch64"  # test_packaging.py looks for objects below build/
+BUILD = ROOT / "build" / "aarch64"  # test_compiled_files.py looks for objects below build/
 TOOLS = {"aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64": "qemu-user", "dpkg": "dpkg"}
 SYSTEM_PACKAGES = ("python3-minimal", "libpython3-dev", "libstdc++6")
 PYTHON_PACKAGES = ("ml_dtypes", "numpy", "pybind11", "pyelftools", "pytest")
-FILES = ("test_core.py", "test_few_rows.py", "test_packaging.py", "test_attention.py")
-FILES += ("test_attention_shapes.py", "test_attention_accuracy.py")
+FILES = ("kernels/test_core.py", "kernels/test_few_rows.py", "package/test_compiled_files.py")
+FILES += ("op/test_features.py", "op/test_shapes.py", "op/test_accuracy.py")
 # There is no TensorFlow. Not "fork": QEMU 7.2 aborts where the child of a threaded process starts a thread. Not
 # "a_build": that test would run this machine's cmake from there. "the_rules_see": that one reads TensorFlow's library.
-CHOICE = "(test_core or test_few_rows or test_packaging or core-neon or core-generic)"
+CHOICE = "(test_core or test_few_rows or test_compiled_files or core-neon or core-generic)"
 CHOICE += " and not after_a_fork and not test_a_build and not test_the_rules_see"
 
 

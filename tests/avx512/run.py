@@ -2,8 +2,8 @@
 """Tests the AVX-512 kernels on an x86-64 processor that has only AVX2, FMA and F16C: immintrin.h emulates by halves.
 
 Builds `attn_ops._core` below build/avx512 with the emulation and beside it the instruction sets of any other build, and
-runs there test_core.py and test_few_rows.py (all instruction sets) and a share of the fuzz with AVX-512 alone. What
-follows -- goes to pytest instead of the two files.
+runs there kernels/test_core.py and kernels/test_few_rows.py (all instruction sets) and a share of the fuzz with AVX-512 alone.
+What follows -- goes to pytest instead of the two files.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "avx512"
 PACKAGES = BUILD / "packages"
-FILES = ("test_core.py", "test_few_rows.py")
+FILES = ("kernels/test_core.py", "kernels/test_few_rows.py")
 
 
 def run(*command, **options):

@@ -1,4 +1,4 @@
-// Kernels that try one instruction each, for tests/test_cuda_host_layer.py: right, and wrong.
+// Kernels that try one instruction each, for test_layer.py: right, and wrong.
 #include "../../csrc/cuda/ptx.cuh"
 
 namespace attn_ops {

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     status = 0
     for tool in tools:
         command = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
-        command += [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(_TESTS / "test_cuda.py"), *options]
+        command += [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(_TESTS / "cuda/test_kernels.py"), *options]
         print(f"== {tool}", flush=True)
         status = subprocess.call(command, cwd=_TESTS.parent) or status
     return status

@@ -86,7 +86,7 @@ def main():
     environment = {
         **os.environ,
         "LD_LIBRARY_PATH": str(work / "cuda"),
-        "PYTHONPATH": os.pathsep.join(map(str, (work / "site", tensorflow, ROOT / "tests"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (work / "site", tensorflow))),
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",
         "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
     }

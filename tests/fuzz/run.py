@@ -18,7 +18,8 @@ import zlib
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # as pytest has it
+    tests = Path(__file__).resolve().parents[1]
+    sys.path[:1] = [str(tests), str(tests / "helpers")]  # as pytest has it
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for products this small its threads only wait for each other
 
 from attn_ops import kernels

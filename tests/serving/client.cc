@@ -2,7 +2,7 @@
 //
 //   client <saved model> <op library, or - for none> <input tensor name> <output tensor name> <file> <dimension>...
 //
-// Reads the float32 input of the given dimensions from <file>, and writes the output over it. tests/test_serving.py
+// Reads the float32 input of the given dimensions from <file>, and writes the output over it. test_client.py
 // compiles it against an installed TensorFlow.
 #include <cstdint>
 #include <cstdio>

@@ -14,7 +14,7 @@ from attn_ops import kernels
 
 from memory_safety import guarded
 
-HERE = Path(__file__).parent / "memory_safety"
+HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 core = kernels.core()
 

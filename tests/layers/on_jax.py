@@ -1,4 +1,4 @@
-"""What test_layers_jax.py runs in a process of its own: our layers on the jax backend of Keras, without TensorFlow."""
+"""What test_jax.py runs in a process of its own: our layers on the jax backend of Keras, without TensorFlow."""
 
 import sys
 

@@ -1,6 +1,6 @@
 """Bad input to the public function: the exact exception, naming the function, the rule and the values.
 
-The raw op and the NumPy binding have their own checks (test_raw_op.py, test_core.py); here is what Python sees, eagerly
+The raw op and the NumPy binding have their own checks (tensorflow/test_raw_op.py, kernels/test_core.py); here is what Python sees, eagerly
 and while a graph is built.
 """
 

@@ -1,4 +1,4 @@
-"""A fused SavedModel in a server without Python: TensorFlow's C API from a C++ program (serving/client.cc)."""
+"""A fused SavedModel in a server without Python: TensorFlow's C API from a C++ program (client.cc)."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-SOURCE = Path(__file__).with_name("serving") / "client.cc"
+SOURCE = Path(__file__).with_name("client.cc")
 
 
 @pytest.fixture(scope="module")

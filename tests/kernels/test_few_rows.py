@@ -1,5 +1,5 @@
 """Few query rows (a decode step) run by a kernel of their own, with the head dimension in the lanes: its limits, where it
-hands over to the row tiles, and what only it does. The features themselves are checked in test_attention*.py."""
+hands over to the row tiles, and what only it does. The features themselves are checked in op/."""
 
 import ml_dtypes
 import numpy as np

@@ -1,5 +1,5 @@
 """The binding `attn_ops._core`: dtypes, memory layouts, threads, bad input. The numbers themselves are checked for
-every implementation in test_attention*.py."""
+every implementation in op/."""
 
 import os
 import subprocess

@@ -1,6 +1,6 @@
 """What the libraries of a wheel may ask of the machine they run on, and may show to the process they are loaded into.
 
-One set of rules, for the installed libraries (test_packaging.py) and for a wheel that was built
+One set of rules, for the installed libraries (package/test_compiled_files.py) and for a wheel that was built
 (compat/check_wheel.py). The functions take a library's path; those that end in `_broken` return what breaks their rule.
 """
 
@@ -11,7 +11,7 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.gnuversions import GNUVerNeedSection
 from elftools.elf.sections import SymbolTableSection
 
-SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 C_API = SOURCES / "bindings/tf_capi_symbols.txt"
 CUDA_INTERFACE = SOURCES / "cuda/library.h"
 # Beyond the C API. Weak: without the pool the operators make threads of their own (eigen_pool.h), and without the stream

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 Shape = namedtuple("Shape", "batch seqlen_q seqlen_k num_heads num_kv_heads head_dim value_dim window")
 THREADS = (1, 2, 7, 64, 1024)
 # schedule_plans.cc's kernels: 24 rows in a tile, up to 8 rows of a key/value head are few.

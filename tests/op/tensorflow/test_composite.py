@@ -1,6 +1,6 @@
 """What is the composite's own: chunks, bounded memory, weights, checks in running graphs.
 
-That it computes every feature is tested with the other implementations (test_attention*.py), and its derivatives
+That it computes every feature is tested with the other implementations (op/), and its derivatives
 of higher order in test_composite_derivatives.py.
 """
 

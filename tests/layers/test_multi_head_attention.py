@@ -80,7 +80,7 @@ def test_masks_go_through_a_functional_model(flash):
 
 
 def test_caller_tensors_keep_their_mask(flash):
-    """Keras deletes it, and what is added to the output then hides nothing; see test_layers_padding.py."""
+    """Keras deletes it, and what is added to the output then hides nothing; see test_padding.py."""
     x = random(2, 5, 6, dtype="float32")
     x._keras_mask = tf.ones((2, 5), tf.bool)
     layer = built(flash)

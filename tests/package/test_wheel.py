@@ -17,7 +17,7 @@ from compat.check_wheel import MAX_BYTES, modules, problems
 LIBRARIES = [Path(kernels.library_path()), Path(kernels.core().__file__)]
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def wheel(directory, platform="manylinux_2_28_x86_64", libraries=LIBRARIES, filling=0, more=(), fewer=()):

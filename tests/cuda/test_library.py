@@ -18,7 +18,7 @@ import cuda_run
 import wheel_rules
 from cuda_host import build
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMPILE = ROOT / "csrc/cuda/compile.py"
 
 
@@ -35,7 +35,7 @@ def compiler(*options):
 CALL = """
 import json, sys
 import numpy as np
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/helpers"]
 import cuda_run  # after LIBRARY is set
 from cuda_arrays import driver
 shapes, dtype, options = json.loads(sys.argv[1])

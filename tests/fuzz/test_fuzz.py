@@ -1,4 +1,4 @@
-"""A slice of the fuzz (fuzz/run.py has the whole), and that its judge catches faults and its truth is the derivative."""
+"""A slice of the fuzz (run.py has the whole), and that its judge catches faults and its truth is the derivative."""
 
 import dataclasses
 

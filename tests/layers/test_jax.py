@@ -17,7 +17,7 @@ def test_jax():
     # Without the conftest.py here, which is for a process with TensorFlow.
     code = (
         "import sys; sys.modules['tensorflow'] = None; import pytest;"
-        "sys.exit(pytest.main(['layers_on_jax.py', '-q', '--noconftest', '-p', 'no:cacheprovider']))"
+        "sys.exit(pytest.main(['on_jax.py', '-q', '--noconftest', '-p', 'no:cacheprovider']))"
     )
     process = run(code, "jax")
     assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-2000:]

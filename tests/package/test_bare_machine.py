@@ -12,7 +12,7 @@ import pytest
 import cuda_run
 from cuda_host import build
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PREPARE = """
 import pathlib, sys
 from attn_ops.kernels import cuda
@@ -51,15 +51,16 @@ def test_the_tests_of_the_kernels_are_collected():
     done = on_a_bare_machine(f"import pytest\nsys.exit(pytest.main({options!r}))")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     found = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
-    kernels = ("attention", "attention_accuracy", "attention_numerics", "attention_shapes", "cuda", "cuda_numerics")
-    assert {f"tests/test_{name}.py" for name in kernels} <= found
-    assert "left out: test_composite.py, for want of tensorflow" in on_a_bare_machine(
-        "import pytest\npytest.main(['-m', 'gpu', '--collect-only', '-p', 'no:cacheprovider', 'tests/test_cuda.py'])"
+    kernels = [f"tests/cuda/test_{name}.py" for name in ("kernels", "numerics")]
+    kernels += [f"tests/op/test_{name}.py" for name in ("features", "accuracy", "numerics", "shapes")]
+    assert set(kernels) <= found
+    assert "left out: op/tensorflow/test_composite.py, for want of tensorflow" in on_a_bare_machine(
+        "import pytest\npytest.main(['-m', 'gpu', '--collect-only', '-p', 'no:cacheprovider', 'tests/cuda/test_kernels.py'])"
     ).stdout
 
 
 def test_the_tests_of_the_kernels_run(standin):
-    options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py", "-k", "test_groups"]
+    options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/cuda/test_kernels.py", "-k", "test_groups"]
     done = on_a_bare_machine(f"import pytest\nsys.exit(pytest.main({options!r}))", **standin)
     assert done.returncode == 0 and "8 passed" in done.stdout, done.stdout[-3000:] + done.stderr
 

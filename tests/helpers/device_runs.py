@@ -10,7 +10,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-_TESTS = Path(__file__).resolve().parent
+_HELPERS = Path(__file__).resolve().parent
+_PATH = (_HELPERS.parent, _HELPERS)  # as in pyproject.toml
 _CORE = "attn_ops._core"
 
 
@@ -19,13 +20,19 @@ def missing_packages(path: Path) -> frozenset[str]:
     """The packages, and `attn_ops._core`, that importing this file of the tests would ask for in vain."""
     missing = set()
     for name in _imports(ast.parse(path.read_text(), str(path))):
-        local = [_TESTS.joinpath(*name.split(".")).with_suffix(".py"), _TESTS.joinpath(*name.split("."), "__init__.py")]
-        helper = next((file for file in local if file.exists()), None)
+        helper = _helper(name)
         if helper:
             missing |= missing_packages(helper) if helper != path else set()
         elif not _exists(name):
             missing.add(name)
     return frozenset(missing)
+
+
+def _helper(name: str) -> Path | None:
+    """The file of a module of the tests, if it is one."""
+    places = [folder.joinpath(*name.split(".")) for folder in _PATH]
+    files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")]
+    return next((file for file in files if file.exists()), None)
 
 
 @functools.cache
@@ -45,7 +52,7 @@ def _imports(module: ast.Module):
         else:
             continue
         for name in names:
-            if name == _CORE or _TESTS.joinpath(*name.split(".")).with_suffix(".py").exists():
+            if name == _CORE or _helper(name):
                 yield name
             else:
                 yield name.partition(".")[0]

@@ -16,7 +16,7 @@ from elftools.elf.elffile import ELFFile
 
 from wheel_rules import LIBRARY_RULES, exports_broken, symbols, tensorflow_broken
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(kernels.__file__).parents[1]
 LIBRARY = PACKAGE / "libattn_ops.so"
 CORE = Path(kernels.core().__file__)

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("tensorflow")
 pytest.importorskip("sklearn")
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "examples" / "sequence_classification.py"
+SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "examples" / "sequence_classification.py"
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from cuda_arrays import Array, driver, missing_reason
 from reference_cases import take_mask
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def library() -> Path | None:
