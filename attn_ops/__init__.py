@@ -18,6 +18,8 @@ _MODULES = ("integration", "jax", "layers", "masks", "reference", "visualize")
 _ATTRIBUTES = {
     "scaled_dot_product_attention": "tensorflow.attention",
     "attention_weights": "tensorflow.attention",
+    "varlen_attention": "tensorflow.varlen",
+    "ragged_attention": "tensorflow.varlen",
     "alibi_slopes": "call.position_bias",
     "T5RelativeBias": "call.position_bias",
     "explain": "tensorflow.explain",

@@ -1,16 +1,20 @@
-"""Pictures of attention weights. Needs matplotlib: `pip install matplotlib`."""
+"""Pictures of attention weights and masks. Needs matplotlib: `pip install matplotlib`."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 
-from attn_ops import requirements
+from attn_ops import masks, requirements
+from attn_ops.masks import pictures
 
 _MAX_COLUMNS = 4
 _LABELS_PER_INCH = 7  # more cannot be read
+_MASK_COLOURS = ("#ffffff", "#d9dde3", "#2166ac")  # skipped, hidden, seen
+_GRID = 64  # rows and keys between which lines are drawn
 
 
 def plot_attention_weights(
@@ -94,6 +98,66 @@ def plot_attention_weights(
     if title is not None:
         figure.suptitle(title)
     return figure
+
+
+def plot_mask(
+    mask,
+    seqlen_q: int,
+    seqlen_k: int | None = None,
+    *,
+    entry: int = 0,
+    head: int = 0,
+    query_offset=None,
+    block: tuple[int, int] = pictures.BLOCK,
+    title: str | None = None,
+    ax=None,
+):
+    """Draws who sees whom: a row per query, a column per key; seen, hidden and skipped pairs in three colours.
+
+    Skipped are the hidden pairs of blocks in which nothing is visible, for which the kernels compute nothing.
+
+    Args:
+        mask: an `attn_ops.masks.Mask`, or a boolean array as `attn_ops.masks.boolean` takes it.
+        seqlen_q, seqlen_k: extents, integers; seqlen_k None: the same.
+        entry, head: which of the batch and of the heads, where the mask differs between them.
+        query_offset: the position of row 0: an integer or integers `[batch]`.
+        block: rows and keys of a block.
+        title: text above the picture; None for what the mask is made of.
+        ax: a matplotlib axes to draw into; None makes a figure with `pyplot`, which the caller shows, saves or closes.
+
+    Returns:
+        The matplotlib axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: an entry or head that does not exist, or what `Mask.materialize` raises.
+    """
+    try:
+        from matplotlib import colors, patches, pyplot
+    except ImportError as error:
+        raise ImportError(requirements.missing("attn_ops.visualize.plot_mask", "matplotlib")) from error
+    mask = masks.combined(mask)
+    seen, skipped = pictures.seen_and_skipped("plot_mask", mask, seqlen_q, seqlen_k, entry, head, query_offset, block)
+    kind = np.where(seen, 2, np.where(skipped, 0, 1))
+    if ax is None:
+        width, height = _panel_inches(max(seen.shape[0], 1), max(seen.shape[1], 1), alone=True)
+        _, ax = pyplot.subplots(figsize=(width + 1.4, height + 0.8), layout="constrained")
+    ax.imshow(kind, cmap=colors.ListedColormap(_MASK_COLOURS), vmin=0, vmax=2, interpolation="nearest", aspect="equal")
+    if max(seen.shape) <= _GRID:  # cells that can be told apart
+        ax.set_xticks(np.arange(seen.shape[1] + 1) - 0.5, minor=True)
+        ax.set_yticks(np.arange(seen.shape[0] + 1) - 0.5, minor=True)
+        ax.grid(which="minor", color="white", linewidth=0.8)
+        ax.tick_params(which="minor", length=0)
+    ax.set_xlabel("key")
+    ax.set_ylabel("query")
+    ax.set_title(textwrap.shorten(mask.described() if title is None else title, 70), fontsize=10)
+    names = ("skipped", "hidden", "seen")
+    shown = [n for n in (2, 1, 0) if (kind == n).any()]
+    ax.legend(
+        handles=[patches.Patch(facecolor=_MASK_COLOURS[n], edgecolor="0.6", label=names[n]) for n in shown],
+        loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=9,
+    )  # fmt: skip
+    return ax
 
 
 def _to_numpy(weights) -> np.ndarray:

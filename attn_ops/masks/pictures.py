@@ -54,6 +54,7 @@ def text(mask, seqlen_q, seqlen_k=None, *, entry=0, head=0, query_offset=None, w
 def seen_and_skipped(name, mask, seqlen_q, seqlen_k, entry, head, query_offset, block):
     """Two bool arrays `[seqlen_q, seqlen_k]`: the visible pairs, and those in a block without any."""
     seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
+    mask.resolved(seqlen_q, seqlen_k, query_offset)  # so that functions can tell what they are
     pairs = np.asarray(mask.materialize(seqlen_q, seqlen_k, query_offset=query_offset))
     index = []
     for what, at, extent in zip(("entry", "head"), (entry, head), pairs.shape):

@@ -294,6 +294,31 @@ class Boolean:
         return self.kind + (extents(self.array) if given is None else extents(self.array, given))
 
 
+_KINDS = {kind.__name__: kind for kind in (Intervals, Prefix, Chunked, Packed, Segments, Blocks)}
+
+
+def taken_apart(parts):
+    """(what JSON can hold of the parts, list of their arrays), for `put_together`."""
+    described, arrays = [], []
+    for part in parts:
+        held = [name for name in part.arrays if hasattr(getattr(part, name), "shape")]
+        plain = {field.name: getattr(part, field.name) for field in dataclasses.fields(part) if field.name not in held}
+        described.append({"kind": type(part).__name__, "arrays": held, **plain})
+        arrays += [getattr(part, name) for name in held]
+    return described, arrays
+
+
+def put_together(described, arrays):
+    """The parts that were `taken_apart`, with these arrays."""
+    arrays = iter(arrays)
+    parts = []
+    for plain in described:
+        plain = dict(plain)
+        kind, held = _KINDS[plain.pop("kind")], plain.pop("arrays")
+        parts.append(kind(**plain, **{name: next(arrays) for name in held}))
+    return tuple(parts)
+
+
 def hull(xp, begin, end):
     """The least intervals that hold these, `[..., seqlen_q]`, and never move back along the rows.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
 import keras
@@ -10,6 +11,7 @@ from attn_ops.call import explanation, options, public
 from attn_ops.call.arrays import compatible
 from attn_ops.call.normalize import normalize, split_masks
 from attn_ops.masks import Mask
+from attn_ops.masks.structure import put_together, taken_apart
 from attn_ops.models import specs
 
 _PACKAGE = f"attn_ops.{'jax' if keras.config.backend() == 'jax' else 'tensorflow'}"
@@ -20,17 +22,17 @@ _TENSORS = ("bias", "query_seq_lengths", "key_value_seq_lengths", "dropout_seed"
 
 def attention(query, key, value, given):
     """The symbolic result of `scaled_dot_product_attention` with these options; there are KerasTensors among them all."""
-    own, tensors = _sorted(_attention.scaled_dot_product_attention, given)
+    own, tensors = _sorted(_attention.scaled_dot_product_attention, query, key, given)
     return ScaledDotProductAttention(**own)(query, key, value, **tensors)
 
 
 def attention_weights(query, key, given):
     """The symbolic result of `attention_weights` with these options; there are KerasTensors among them all."""
-    own, tensors = _sorted(_attention.attention_weights, given)
+    own, tensors = _sorted(_attention.attention_weights, query, key, given)
     return AttentionWeights(**own)(query, key, **tensors)
 
 
-def _sorted(function, given):
+def _sorted(function, query, key, given):
     """All options of a function as those of an operation, plain values, and those of its call, tensors."""
     arguments = public.completed(function, given)
     tensors = {what: arguments.pop(what) for what in _TENSORS if what in arguments}
@@ -38,12 +40,19 @@ def _sorted(function, given):
         tensors["scale_tensor"] = arguments.pop("scale")
     structure, arrays = split_masks(function.__name__, arguments.pop("mask"))
     if structure is not None:
-        # Take the mask apart.
+        # Take the mask apart; functions in it are evaluated for extents that must be known here.
+        if structure.structured:
+            axis = 1 if arguments["layout"] == "BSHD" or len(query.shape) < 4 else 2
+            axis = 0 if len(query.shape) == 2 else axis
+            structure = structure.resolved(query.shape[axis], key.shape[axis], tensors.get("query_offset"))
         arguments["mask_structure"] = {
             "is_causal": structure.is_causal,
             "causal_alignment": structure.causal_alignment,
             "window": structure.window,
         }
+        if structure.structured:
+            parts, tensors["mask_parts"] = taken_apart(structure.structured)
+            arguments["mask_structure"]["structured"] = parts
         tensors["mask_lengths"] = [structure.query_lengths, structure.key_lengths]
         arrays += structure.tensors()
     tensors["mask"] = list(arrays) or None
@@ -61,13 +70,15 @@ class _Operation(keras.Operation):
     def get_config(self):
         return {**self._options, "mask_structure": self._mask_structure, "name": self.name}
 
-    def _arguments(self, *, mask=None, scale_tensor=None, mask_lengths=None, **tensors):
+    def _arguments(self, *, mask=None, scale_tensor=None, mask_lengths=None, mask_parts=(), **tensors):
         arguments = {**self._options, **tensors, "mask": mask}
         if scale_tensor is not None:
             arguments["scale"] = scale_tensor
         if self._mask_structure is not None:
             query_lengths, key_lengths = mask_lengths
-            structure = Mask(**self._mask_structure, query_lengths=query_lengths, key_lengths=key_lengths)
+            parts = put_together(self._mask_structure.get("structured", ()), mask_parts)
+            own = {**self._mask_structure, "structured": parts}
+            structure = Mask(**own, query_lengths=query_lengths, key_lengths=key_lengths)
             arguments["mask"] = [structure, *(mask or ())]
         return arguments
 
@@ -75,6 +86,11 @@ class _Operation(keras.Operation):
         """The normalised call of specifications, without an ``lse`` among the ``arguments``."""
         explanation.check_name(name, arguments["implementation"], _choice.IMPLEMENTATIONS)
         arguments = {what: x for what, x in arguments.items() if what not in ("implementation", "lse")}
+        # Parts of a mask compute with their arrays, of which there are only descriptions; the shapes are checked when called.
+        if isinstance(arguments["mask"], list):
+            arguments["mask"] = [
+                dataclasses.replace(m, structured=()) if isinstance(m, Mask) else m for m in arguments["mask"]
+            ]
         return normalize(_SPECS, name, query, key, value, **arguments)
 
 

@@ -175,6 +175,36 @@ def test_masks_of_keras_tensors_combine():
     np.testing.assert_allclose(model([*arrays, *rest]), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_structured_masks_of_keras_tensors(tmp_path):
+    """Parts that hold symbols, arrays and numbers, and a function, in a model and in its file."""
+    query, key, value = symbols()
+    ids, length, cu = keras.Input((7,), dtype="int32"), keras.Input((), dtype="int32"), np.array([0, 2, 5])
+    blocks = np.array([[True, False], [True, True], [False, True]])
+
+    def mask_of(ids, length):
+        return (
+            masks.segments(ids[:, :5], ids)
+            & masks.prefix(length)
+            & masks.chunked(6)
+            & masks.packed(cu, cu + [0, 1, 2])
+            & masks.block_sparse(blocks, 2, 4)
+            & masks.intervals([0, 0, 0, 1, 1], None)
+            & masks.from_function(lambda b, h, q, k: q + 2 >= k)
+        )
+
+    out = scaled_dot_product_attention(query, key, value, mask=mask_of(ids, length), implementation="composite")
+    model = keras.Model([query, key, value, ids, length], out)
+    arrays = make_inputs("float32", 2, 5, 7, 4, 2, 8, 3)[:3]
+    rest = [np.array([[1, 1, 1, 2, 2, 2, 2], [4, 4, 4, 4, 4, 4, 3]]), np.array([3, 0])]
+    expected = reference.attention(*arrays, mask=mask_of(*rest))[0]
+    assert np.any(expected) and not np.all(expected)
+    model.save(tmp_path / "model.keras")
+    for each in (model, keras.models.load_model(tmp_path / "model.keras")):
+        np.testing.assert_allclose(each([*arrays, *rest]), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="from_function: seqlen_q must be known .* give static shapes"):
+        scaled_dot_product_attention(*symbols((None, 4, 8)), mask=masks.from_function(lambda b, h, q, k: q >= k))
+
+
 def test_a_scale_that_is_a_tensor():
     query, key, value = symbols()
     scale = keras.Input(batch_shape=())

@@ -1,11 +1,12 @@
-"""plot_attention_weights: what is drawn, for every accepted shape, and what is refused."""
+"""Pictures by matplotlib: what is drawn, for every accepted shape, and what is refused."""
 
 import builtins
 
 import numpy as np
 import pytest
 
-from attn_ops.visualize import plot_attention_weights
+from attn_ops import masks
+from attn_ops.visualize import plot_attention_weights, plot_mask
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
@@ -176,3 +177,36 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ImportError, match="matplotlib is not installed: pip install matplotlib"):
         plot_attention_weights(np.eye(2))
+
+
+def test_masks_have_a_colour_each_for_seen_hidden_and_skipped():
+    ax = plot_mask(masks.packed([0, 3, 5]), 6, block=(2, 2))
+    [image] = ax.get_images()
+    skipped, hidden, seen = 0, 1, 2
+    np.testing.assert_array_equal(
+        image.get_array(),
+        [
+            [seen, seen, seen, hidden, skipped, skipped],
+            [seen, seen, seen, hidden, skipped, skipped],
+            [seen, seen, seen, hidden, hidden, hidden],
+            [hidden, hidden, hidden, seen, seen, hidden],
+            [skipped, skipped, hidden, seen, seen, hidden],
+            [skipped, skipped, hidden, hidden, hidden, hidden],
+        ],
+    )
+    assert len({tuple(image.cmap(image.norm(kind))) for kind in (skipped, hidden, seen)}) == 3
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["seen", "hidden", "skipped"]
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()) == ("key", "query", "packed[3]")
+
+
+def test_masks_are_drawn_into_given_axes_and_by_the_mask_itself():
+    from matplotlib import pyplot
+
+    _, ax = pyplot.subplots()
+    by_head = masks.boolean(np.arange(24).reshape(1, 2, 3, 4) % 5 > 1)
+    assert by_head.plot(3, 4, head=1, title="mine", ax=ax) is ax and ax.get_title() == "mine"
+    np.testing.assert_array_equal(ax.get_images()[0].get_array() == 2, by_head.materialize(3, 4)[0, 1])
+    drawn_array = plot_mask(np.eye(3, dtype=bool), 3).get_images()[0].get_array()
+    np.testing.assert_array_equal(drawn_array == 2, np.eye(3, dtype=bool))
+    with pytest.raises(ValueError, match="plot_mask: entry must be one of 2, got 2"):
+        plot_mask(masks.padding(None, [1, 2]), 3, entry=2)
