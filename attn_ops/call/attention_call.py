@@ -66,6 +66,25 @@ def given_inputs(arrays) -> dict:
     return {count: x for at, (count, x) in enumerate(lists.items()) if x or at < _FIRST_INPUTS}
 
 
+def beyond_cuda(options, arrays) -> str | None:
+    """What of a call the CUDA kernels do not have, as the reason why they cannot run it; None when they have all."""
+    lacking = [word for name, word in _NOT_ON_CUDA.items() if getattr(arrays, name) is not None]
+    if options.logits_soft_cap is not None:
+        lacking.append("logits_soft_cap")
+    return f"its kernels do not have {', '.join(lacking)}" if lacking else None
+
+
+_NOT_ON_CUDA = {
+    "intervals": "masks of intervals (prefix, chunked, packed, segments)",
+    "query_offset": "query_offset",
+    "segments": "masks of segments",
+    "blocks": "masks of blocks",
+    "alibi_slopes": "alibi_slopes",
+    "relative_bias": "relative_bias",
+    "sinks": "sinks",
+}
+
+
 class AttentionCall(typing.NamedTuple):
     """One attention call in the form that every implementation takes.
 

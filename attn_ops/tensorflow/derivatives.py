@@ -12,7 +12,9 @@ from attn_ops import kernels
 from attn_ops.call.attention_call import AttentionCall, attributes, given_inputs
 from attn_ops.tensorflow import composite, place
 
-_NO_CALL = AttentionCall(None, None, None)  # for names
+# For the names of all attributes and of all counts of optional inputs.
+_ANY_CALL = AttentionCall(None, None, None)
+_GRADIENTS = {"num_bias": "bias", "num_relative_bias": "relative_bias", "num_sinks": "sinks"}  # of optional inputs
 
 
 def differentiable(form, call: AttentionCall):
@@ -79,20 +81,23 @@ def _in_this_graph(call):
 
 
 def composite_gradients(call: AttentionCall, cotangents, wanted=None, **options):
-    """The gradients of the composite with respect to query, key, value (and bias); of the first ``wanted`` of them.
+    """The gradients of the composite with respect to the differentiable inputs of the call.
 
     Args:
         call: The attention. Its inputs are `separate`.
         cotangents: [d_out] or [d_out, d_lse].
+        wanted: For which of these inputs, by number; None for all.
         **options: Of `composite.attention`.
     """
     inputs = call.differentiable()
+    if wanted is None:
+        wanted = range(len(inputs))
     with tf.GradientTape() as tape:
         tape.watch(inputs)
         outputs = composite.attention(call, **options)
     return tape.gradient(
         outputs[: len(cotangents)],  # without d_lse only `out` counts
-        inputs[:wanted],
+        [inputs[i] for i in wanted],
         output_gradients=list(cotangents),
         unconnected_gradients=tf.UnconnectedGradients.ZERO,
     )
@@ -109,40 +114,46 @@ def _second_order(call, cotangents, incoming):
     Args:
         call: The attention.
         cotangents: [d_out] or [d_out, d_lse], from which the first gradients were computed.
-        incoming: Gradients with respect to [d_query, d_key, d_value(, d_bias)], as many as were computed; None for what
-            nobody used.
+        incoming: Gradients with respect to the gradients of the differentiable inputs; None for what nobody used, or
+            computed.
 
     Returns:
-        Two lists: for query, key, value (and bias), and for the cotangents. None where nothing depends.
+        Two lists: for the differentiable inputs, and for the cotangents. None where nothing depends.
     """
+    wanted = [i for i, g in enumerate(incoming) if g is not None]
     call = separate(call)
     inputs = call.differentiable()
     with tf.GradientTape() as tape:
         tape.watch(inputs + list(cotangents))
-        first = composite_gradients(call, cotangents, len(incoming), query_chunk=None)
-    wanted = [(r, g) for r, g in zip(first, incoming) if g is not None]
-    d = tape.gradient([r for r, _ in wanted], inputs + list(cotangents), output_gradients=[g for _, g in wanted])
+        first = composite_gradients(call, cotangents, wanted, query_chunk=None)
+    d = tape.gradient(first, inputs + list(cotangents), output_gradients=[incoming[i] for i in wanted])
     return d[: len(inputs)], d[len(inputs) :]
 
 
 def _split(op, inputs):
-    """The optional inputs of either op, which end its input list: bias, masks, lengths and seed as lists."""
-    lists, start = [], 0
-    for count in given_inputs(_NO_CALL):
+    """The optional inputs of either op, which end its input list: as lists, by the attribute that counts them."""
+    lists, start = {}, 0
+    for count in given_inputs(_ANY_CALL):
         end = start + op.get_attr(count)
-        lists.append(list(inputs[start:end]))
+        lists[count] = list(inputs[start:end])
         start = end
     return lists
+
+
+def _of_inputs(lists, gradients):
+    """Gradients of the optional inputs ``lists``, from those of `_GRADIENTS`, flat and in this order; None for others."""
+    gradients = iter(gradients)
+    return [next(gradients) if count in _GRADIENTS else None for count, inputs in lists.items() for _ in inputs]
 
 
 @tf.RegisterGradient("AttnOps>Forward")
 def _forward_gradient(op, d_out, _, *d_lse):
     query, key, value = op.inputs[:3]
     out, statistics = op.outputs[:2]
-    bias, masks, query_lengths, key_lengths, seed = _split(op, op.inputs[3:])
+    lists = _split(op, op.inputs[3:])
     # Eager tapes and those of tf.function tell which inputs nobody watches; a constant bias then costs nothing.
     unwanted = place.unwatched_inputs(op)
-    d_query, d_key, d_value, d_bias = kernels.library().attn_ops_backward(
+    d_query, d_key, d_value, *others = kernels.library().attn_ops_backward(
         query,
         key,
         value,
@@ -150,16 +161,12 @@ def _forward_gradient(op, d_out, _, *d_lse):
         statistics,
         tf.zeros_like(out) if d_out is None else d_out,
         [d for d in d_lse if d is not None],
-        bias,
-        masks,
-        query_lengths,
-        key_lengths,
-        seed,
-        d_bias=bool(bias) and 3 not in unwanted,
-        **{name: op.get_attr(name) for name in attributes(_NO_CALL)},
+        *lists.values(),
+        d_bias=bool(lists["num_bias"]) and 3 not in unwanted,
+        **{name: op.get_attr(name) for name in attributes(_ANY_CALL)},
     )
-    d_bias = [None if 3 in unwanted else d for d in d_bias]
-    return [d_query, d_key, d_value, *d_bias] + [None] * (len(op.inputs) - 3 - len(bias))
+    others = _of_inputs(lists, [d for gradients in others for d in gradients])
+    return [d_query, d_key, d_value] + [None if at in unwanted else d for at, d in enumerate(others, 3)]
 
 
 @tf.RegisterGradient("AttnOps>Backward")
@@ -168,27 +175,54 @@ def _backward_gradient(op, *gradients):
     query, key, value, _, _, d_out = op.inputs[:6]
     num_d_lse = op.get_attr("num_d_lse")
     d_lse = list(op.inputs[6 : 6 + num_d_lse])
-    bias, masks, query_lengths, key_lengths, seed = _split(op, op.inputs[6 + num_d_lse :])
-    scale = op.get_attr("scale").decode()
-    call = AttentionCall(
+    lists = _split(op, op.inputs[6 + num_d_lse :])
+    call = _call_of(op, query, key, value, lists)
+    incoming = list(gradients)
+    if call.bias is not None and not op.get_attr("d_bias"):  # nobody wanted that of the bias, which is empty
+        incoming[3] = None
+    d_inputs, d_cotangents = _second_order(call, [d_out, *d_lse], incoming)
+    d_d_out, *d_d_lse = d_cotangents
+    return [*d_inputs[:3], None, None, d_d_out, *d_d_lse, *_of_inputs(lists, d_inputs[3:])]
+
+
+def _call_of(op, query, key, value, lists):
+    """The call that an op was made for."""
+    attribute = {name: op.get_attr(name) for name in attributes(_ANY_CALL)}
+
+    def one(count):
+        return next(iter(lists.get(count, ())), None)
+
+    def pair(count):
+        return tuple(lists.get(count, ())) or None
+
+    def number(name):
+        text = attribute.get(name, b"").decode()
+        return float(text) if text else None
+
+    return AttentionCall(
         query,
         key,
         value,
-        bias[0] if bias else None,
-        tuple(masks),
-        float(scale) if scale else None,
-        op.get_attr("window_left"),
-        op.get_attr("window_right"),
-        op.get_attr("bottom_right"),
-        query_lengths[0] if query_lengths else None,
-        key_lengths[0] if key_lengths else None,
-        float(op.get_attr("dropout_rate")),
-        seed[0] if seed else None,
-        op.get_attr("layout").decode(),
+        one("num_bias"),
+        tuple(lists["num_masks"]),
+        number("scale"),
+        attribute["window_left"],
+        attribute["window_right"],
+        attribute["bottom_right"],
+        one("num_query_lengths"),
+        one("num_key_lengths"),
+        number("dropout_rate"),
+        one("num_seed"),
+        attribute["layout"].decode(),
         lse_dtype=op.inputs[4].dtype,
+        intervals=pair("num_intervals"),
+        query_offset=one("num_query_offset"),
+        segments=pair("num_segments"),
+        blocks=one("num_blocks"),
+        block_q=attribute.get("block_q", 0),
+        block_k=attribute.get("block_k", 0),
+        logits_soft_cap=number("soft_cap"),
+        alibi_slopes=one("num_slopes"),
+        relative_bias=one("num_relative_bias"),
+        sinks=one("num_sinks"),
     )
-    computed = 4 if bias and op.get_attr("d_bias") else 3  # a gradient of the bias that nobody wanted is empty
-    d_inputs, d_cotangents = _second_order(call, [d_out, *d_lse], gradients[:computed])
-    rest = len(op.inputs) - 6 - num_d_lse - len(bias)
-    d_d_out, *d_d_lse = d_cotangents
-    return [*d_inputs[:3], None, None, d_d_out, *d_d_lse, *d_inputs[3:]] + [None] * rest

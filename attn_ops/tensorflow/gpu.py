@@ -7,7 +7,7 @@ import functools
 import tensorflow as tf
 
 from attn_ops import kernels
-from attn_ops.call.attention_call import AttentionCall, canonical
+from attn_ops.call.attention_call import AttentionCall, beyond_cuda, canonical
 from attn_ops.tensorflow import place
 
 
@@ -50,6 +50,9 @@ def _ordinals() -> tuple[int, ...]:
 
 
 def _call_reason(call, forced):
+    lacking = beyond_cuda(call, call)
+    if lacking is not None:
+        return lacking
     batch, num_heads, seqlen_q, head_dim = canonical(call.query.shape, call.layout)
     _, num_kv_heads, seqlen_k, value_dim = canonical(call.value.shape, call.layout)
     if None in (head_dim, value_dim) and not forced:

@@ -12,16 +12,24 @@ import importlib.util
 import cuda_run
 import numpy as np
 import pytest
-from attn_ops import kernels, reference
+from attn_ops import T5RelativeBias, kernels, reference
 from attn_ops.kernels import cuda
 from reference_cases import take_mask
 
-GRADIENTS = ("dq", "dk", "dv", "d_bias")
+# The inputs that have a gradient, and what that is called here.
+GRADIENTS = {
+    "query": "dq",
+    "key": "dk",
+    "value": "dv",
+    "bias": "d_bias",
+    "relative_bias": "d_relative_bias",
+    "sinks": "d_sinks",
+}
 
 
 @dataclasses.dataclass
 class Result:
-    """What one run gives, as arrays of the dtypes the implementation returned; d_bias None without a bias."""
+    """What one run gives, as arrays of the dtypes the implementation returned; the gradient of what is not given is None."""
 
     out: np.ndarray
     lse: np.ndarray
@@ -29,9 +37,22 @@ class Result:
     dk: np.ndarray
     dv: np.ndarray
     d_bias: np.ndarray | None = None
+    d_relative_bias: np.ndarray | None = None
+    d_sinks: np.ndarray | None = None
 
     def items(self):
         return [(name, array) for name, array in vars(self).items() if array is not None]
+
+
+def differentiable(arguments):
+    """The names of those that have a gradient, in the order of the gradients."""
+    return [name for name in GRADIENTS if arguments.get(name) is not None]
+
+
+def of_gradients(out, lse, gradients, options):
+    """The result with these gradients, as many as the ``options`` ask for."""
+    names = differentiable({"query": 0, "key": 0, "value": 0, **options})
+    return Result(out, lse, **{GRADIENTS[name]: x for name, x in zip(names, gradients, strict=True)})
 
 
 class Implementation:
@@ -66,7 +87,7 @@ def specification(query, key, value, d_out, d_lse=None, **options) -> Result:
     """The NumPy reference, in float64."""
     out, lse = reference.attention(query, key, value, **options)
     gradients = reference.attention_gradients(query, key, value, d_out=d_out, d_lse=d_lse, **options)
-    return Result(out, lse, *gradients)
+    return of_gradients(out, lse, [x for x in gradients if x is not None], options)
 
 
 def isas():
@@ -76,37 +97,96 @@ def isas():
 
 def run_core(isa, query, key, value, d_out, d_lse, options, num_threads=0):
     core = kernels.core()
+    named = {**core_options(query, key, options), "isa": isa, "num_threads": num_threads}
+    out, lse, statistics = core.forward(query, key, value, **named)
+    if d_lse is not None:
+        d_lse = d_lse.astype(lse.dtype)
+    gradients = core.backward(query, key, value, out, statistics, d_out, d_lse=d_lse, **named)
+    result = Result(out, lse, *gradients)
+    if result.d_relative_bias is not None:
+        result.d_relative_bias = table_gradient(options["relative_bias"], result.d_relative_bias)
+    return result
+
+
+def core_options(query, key, options):
+    """The keywords of `_core.forward` and `_core.backward` for these public options."""
     options = dict(options)
     structure = take_mask(options)
     seed = options.pop("dropout_seed", None)
     if seed is not None:
         options["dropout_seed"], options["dropout_offset"] = (seed, 0) if np.ndim(seed) == 0 else map(int, seed)
-    named = dict(
-        masks=[np.asarray(m) for m in structure.tensors()],
-        window_left=structure.window_left,
-        window_right=structure.window_right,
-        bottom_right=structure.bottom_right,
-        query_lengths=structure.query_lengths,
-        key_lengths=structure.key_lengths,
-        isa=isa,
-        num_threads=num_threads,
-        **options,
-    )
-    out, lse, statistics = core.forward(query, key, value, **named)
-    if d_lse is not None:
-        d_lse = d_lse.astype(lse.dtype)
-    return Result(out, lse, *core.backward(query, key, value, out, statistics, d_out, d_lse=d_lse, **named))
+    rows, heads = (1, 2) if options.get("layout", "BSHD") == "BSHD" else (2, 1)
+    lse_dtype = np.float64 if query.dtype == np.float64 else np.float32
+    offset = options.pop("query_offset", None)
+    parts = structure.parts(query.shape[rows], key.shape[rows], offset)
+    named = {
+        "masks": [np.asarray(m) for m in parts.dense],
+        "window_left": structure.window_left,
+        "window_right": structure.window_right,
+        "bottom_right": structure.bottom_right,
+        "query_lengths": structure.query_lengths,
+        "key_lengths": structure.key_lengths,
+        "intervals": parts.intervals,
+        "segments": parts.segments,
+        "blocks": parts.blocks,
+        "block_q": parts.block_q or None,
+        "block_k": parts.block_k or None,
+        "query_offset": None if offset is None else np.atleast_1d(np.asarray(offset, np.int32)),
+        "soft_cap": options.pop("logits_soft_cap", None),
+        "slopes": _accumulated(options.pop("alibi_slopes", None), lse_dtype, 2),
+        "relative_bias": options.pop("relative_bias", None),
+        "sinks": _accumulated(options.pop("sinks", None), lse_dtype, 1),
+    }
+    if named["relative_bias"] is not None:
+        named["relative_bias"] = expanded_table(named["relative_bias"]).T.astype(lse_dtype)
+    return {**options, **{name: x for name, x in named.items() if x is not None}}
+
+
+def _accumulated(x, dtype, rank):
+    if x is None:
+        return None
+    x = np.asarray(x, dtype)
+    return x if x.ndim == rank else x[None]
+
+
+def expanded_table(table):
+    """A relative_bias as its table by distance."""
+    return table.table[table.buckets("test", len(table.table))] if isinstance(table, T5RelativeBias) else np.asarray(table)
+
+
+def table_gradient(table, gradient):
+    """The gradient of a relative_bias as the public functions give it, from that of `_core`."""
+    gradient = gradient.T
+    if not isinstance(table, T5RelativeBias):
+        return gradient
+    by_bucket = np.zeros(table.table.shape, gradient.dtype)
+    np.add.at(by_bucket, table.buckets("test", len(by_bucket)), gradient)
+    return by_bucket
 
 
 # Arguments that are arrays: they become inputs of the traced functions, so that one trace serves many values.
-_ARRAYS = ("bias", "mask", "query_seq_lengths", "key_value_seq_lengths", "dropout_seed")
+_ARRAYS = (
+    "bias",
+    "mask",
+    "query_seq_lengths",
+    "key_value_seq_lengths",
+    "dropout_seed",
+    "query_offset",
+    "alibi_slopes",
+    "relative_bias",
+    "sinks",
+)
 
 
 def _attend(implementation, static, tensors, d_out, d_lse):
     import tensorflow as tf
     from attn_ops import scaled_dot_product_attention
 
-    watched = [tensors[name] for name in ("query", "key", "value", "bias") if name in tensors]
+    tensors, static = dict(tensors), dict(static)
+    buckets = static.pop("buckets", None)
+    watched = [tensors[name] for name in differentiable(tensors)]
+    if buckets is not None:
+        tensors["relative_bias"] = T5RelativeBias(tensors["relative_bias"], *buckets)
     with tf.GradientTape() as tape:
         tape.watch(watched)
         results = scaled_dot_product_attention(**tensors, **static, return_lse=True, implementation=implementation)
@@ -131,6 +211,11 @@ def _run_tensorflow(mode, implementation, query, key, value, d_out, d_lse, optio
 
     tensors = {"query": query, "key": key, "value": value}
     static = {}
+    given = options
+    if isinstance(options.get("relative_bias"), T5RelativeBias):
+        table = options["relative_bias"]
+        static["buckets"] = table.bidirectional, table.max_distance
+        options = {**options, "relative_bias": table.table}
     for name, option in options.items():
         is_array = name in _ARRAYS and all(isinstance(x, np.ndarray) for x in tf.nest.flatten(option))
         (tensors if is_array else static)[name] = option
@@ -148,11 +233,14 @@ def _run_tensorflow(mode, implementation, query, key, value, d_out, d_lse, optio
             unknown = tf.nest.map_structure(
                 lambda x: None if x is None else tf.TensorSpec([None] * x.shape.rank, x.dtype), (tensors, d_out, d_lse)
             )
+            if "buckets" in static:  # of which the number must be known
+                unknown[0]["relative_bias"] = tf.TensorSpec(tensors["relative_bias"].shape, d_out.dtype)
             function = function.get_concrete_function(*unknown)
             results = function(*[x for x in tf.nest.flatten((tensors, d_out, d_lse)) if x is not None])
         else:
             results = function(tensors, d_out, d_lse)
-    return Result(*[r.numpy() for r in results])
+    out, lse, *gradients = [r.numpy() for r in results]
+    return of_gradients(out, lse, gradients, given)
 
 
 def _run_jax(implementation, query, key, value, d_out, d_lse, options):
@@ -160,18 +248,18 @@ def _run_jax(implementation, query, key, value, d_out, d_lse, options):
     from attn_ops.jax import scaled_dot_product_attention
 
     options = dict(options)
-    bias = options.pop("bias", None)
+    named = {"query": query, "key": key, "value": value, **options}
+    named = {name: options.pop(name, named[name]) for name in differentiable(named)}
     with jax.enable_x64(query.dtype == np.float64):
 
-        def attend(query, key, value, bias):
-            return scaled_dot_product_attention(
-                query, key, value, bias=bias, return_lse=True, implementation=implementation, **options
-            )
+        def attend(named):
+            return scaled_dot_product_attention(**named, return_lse=True, implementation=implementation, **options)
 
-        (out, lse), pull = jax.vjp(attend, *jax.tree.map(jax.numpy.asarray, (query, key, value, bias)))
+        (out, lse), pull = jax.vjp(attend, jax.tree.map(jax.numpy.asarray, named))
         d_lse = np.zeros(lse.shape, lse.dtype) if d_lse is None else d_lse.astype(lse.dtype)
-        gradients = pull((jax.numpy.asarray(d_out), jax.numpy.asarray(d_lse)))
-    return Result(*[None if x is None else np.asarray(x) for x in (out, lse, *gradients)])
+        [gradients] = pull((jax.numpy.asarray(d_out), jax.numpy.asarray(d_lse)))
+        tables = (x.table if isinstance(x, T5RelativeBias) else x for x in gradients.values())
+        return of_gradients(*map(np.asarray, (out, lse)), list(map(np.asarray, tables)), named)
 
 
 def _jax_missing(implementation):

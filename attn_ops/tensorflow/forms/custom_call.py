@@ -53,19 +53,19 @@ def forward(call: AttentionCall):
 
 
 def backward(call: AttentionCall, out, statistics, d_out, d_lse):
-    """[d_query, d_key, d_value], and the gradient of the bias where ``call`` has one; ``d_lse`` may be None."""
+    """The gradients of the differentiable inputs of ``call``; ``d_lse`` may be None."""
     operands = [call.query, call.key, call.value, out, statistics, d_out, *([] if d_lse is None else [d_lse])]
-    wanted = [call.query, call.key, call.value]
+    wanted = call.differentiable()
+    optional = [x for given in given_inputs(call).values() for x in given]
     places = [0, 1, 2]
-    if call.bias is not None:
-        wanted.append(call.bias)
-        places.append(len(operands))
+    for x in wanted[3:]:
+        places.append(len(operands) + next(at for at, other in enumerate(optional) if other is x))
     return _custom_call(
         "attn_ops.backward",
         operands,
         call,
         {"num_d_lse": int(d_lse is not None), "d_bias": call.bias is not None},
-        results=[[(operand, axis) for axis in range(4)] for operand in places],
+        results=[[(operand, axis) for axis in range(x.shape.rank)] for operand, x in zip(places, wanted)],
         dtypes=[x.dtype for x in wanted],
         shapes=[x.shape for x in wanted],
     )

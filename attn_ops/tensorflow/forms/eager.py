@@ -30,8 +30,8 @@ def forward(call: AttentionCall):
 
 
 def backward(call: AttentionCall, out, statistics, d_out, d_lse):
-    """[d_query, d_key, d_value], and the gradient of the bias where ``call`` has one; ``d_lse`` may be None."""
-    d_query, d_key, d_value, d_bias = kernels.library().attn_ops_backward(
+    """The gradients of the differentiable inputs of ``call``; ``d_lse`` may be None."""
+    d_query, d_key, d_value, *others = kernels.library().attn_ops_backward(
         call.query,
         call.key,
         call.value,
@@ -42,9 +42,10 @@ def backward(call: AttentionCall, out, statistics, d_out, d_lse):
         *given_inputs(call).values(),
         **attributes(call),
     )
-    for gradient in d_bias:  # the op's shape function cannot tell whether it is wanted
-        gradient.set_shape(call.bias.shape)
-    return [d_query, d_key, d_value, *d_bias]
+    others = [gradient for gradients in others for gradient in gradients]
+    for gradient, x in zip(others, call.differentiable()[3:]):  # whether they are wanted the op's shape function cannot tell
+        gradient.set_shape(x.shape)
+    return [d_query, d_key, d_value, *others]
 
 
 # Registers the ops, so that a saved model which holds them can be loaded from here on.

@@ -26,7 +26,7 @@ def forward(call: AttentionCall):
 
 
 def backward(call: AttentionCall, out, statistics, d_out, d_lse):
-    """[d_query, d_key, d_value], and the gradient of the bias where ``call`` has one; ``d_lse`` may be None."""
+    """The gradients of the differentiable inputs of ``call``; ``d_lse`` may be None."""
     in_xla = _composite_backward if xla.unavailable_reason(call) else xla.backward
     arguments = (call, out, statistics, d_out, d_lse)
     return list(_native_or(call, lambda: tuple(eager.backward(*arguments)), lambda: tuple(in_xla(*arguments))))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from attn_ops import reference
-from attn_ops.call.attention_call import AttentionCall
+from attn_ops import masks, reference
+from attn_ops.call.attention_call import OPTIONAL_DIFFERENTIABLE, AttentionCall
 
 
 def attention(call: AttentionCall):
@@ -13,14 +13,25 @@ def attention(call: AttentionCall):
 
     Runs eagerly and in graphs, in the Python process that built them; differentiable once.
     """
+    key_begin, key_end = call.intervals or (None, None)
+    q_ids, kv_ids = call.segments or (None, None)
     named = {
         "query": call.query,
         "key": call.key,
         "value": call.value,
         "bias": call.bias,
+        "relative_bias": call.relative_bias,
+        "sinks": call.sinks,
         "query_seq_lengths": call.query_lengths,
         "key_value_seq_lengths": call.key_lengths,
         "dropout_seed": call.seed,
+        "query_offset": call.query_offset,
+        "alibi_slopes": call.alibi_slopes,
+        "key_begin": key_begin,
+        "key_end": key_end,
+        "q_ids": q_ids,
+        "kv_ids": kv_ids,
+        "blocks": call.blocks,
     }
     named = {name: x for name, x in named.items() if x is not None}
     options = {
@@ -29,13 +40,27 @@ def attention(call: AttentionCall):
         "causal_alignment": "bottom_right" if call.bottom_right else "top_left",
         "dropout_rate": call.dropout_rate,
         "layout": call.layout,
+        "logits_soft_cap": call.logits_soft_cap,
     }
-    differentiable = [x for x in (call.query, call.key, call.value, call.bias) if x is not None]
+    differentiable = call.differentiable()
 
     def with_arrays(function, arrays):
         """``function`` of the reference on the arrays of `named` and then the masks."""
-        masks = list(arrays[len(named) :])
-        return function(**dict(zip(named, arrays)), mask=masks or None, **options)
+        given = dict(zip(named, arrays))
+        seen_by = list(arrays[len(named) :])
+        if "key_begin" in given:
+            seen_by.append(masks.intervals(given.pop("key_begin"), given.pop("key_end")))
+        if "q_ids" in given:
+            seen_by.append(masks.segments(given.pop("q_ids"), given.pop("kv_ids")))
+        if "blocks" in given:
+            seen_by.append(masks.block_sparse(given.pop("blocks"), call.block_q, call.block_k))
+        if "relative_bias" in given:  # that of a call has the heads first
+            given["relative_bias"] = given["relative_bias"].T
+        if "query_offset" in given and len(given["query_offset"]) == 1:
+            given["query_offset"] = int(given["query_offset"][0])
+        if "alibi_slopes" in given and len(given["alibi_slopes"]) == 1:
+            given["alibi_slopes"] = given["alibi_slopes"][0]
+        return function(**given, mask=seen_by or None, **options)
 
     def forward(*arrays):
         out, lse = with_arrays(reference.attention, arrays)
@@ -45,7 +70,10 @@ def attention(call: AttentionCall):
         gradients = with_arrays(
             lambda **kwargs: reference.attention_gradients(d_out=d_out, d_lse=d_lse, **kwargs), arrays
         )
-        return [g.astype(x.dtype.as_numpy_dtype) for g, x in zip(gradients, differentiable)]
+        gradients = dict(zip(_differentiable(named), [g for g in gradients if g is not None]))
+        if "relative_bias" in gradients:
+            gradients["relative_bias"] = gradients["relative_bias"].T
+        return [g.astype(x.dtype.as_numpy_dtype) for g, x in zip(gradients.values(), differentiable)]
 
     @tf.custom_gradient
     def run(*tensors):
@@ -56,7 +84,7 @@ def attention(call: AttentionCall):
 
         def gradient(d_out, d_lse):
             d = tf.numpy_function(backward, (d_out, d_lse, *tensors), [x.dtype for x in differentiable])
-            of = dict(zip([name for name in ("query", "key", "value", "bias") if name in named], d))
+            of = dict(zip(_differentiable(named), d))
             for name, d_x in of.items():
                 d_x.set_shape(named[name].shape)
             return [of.get(name) for name in named] + [None] * len(call.masks)
@@ -64,3 +92,7 @@ def attention(call: AttentionCall):
         return (out, lse), gradient
 
     return run(*named.values(), *call.masks)
+
+
+def _differentiable(names):
+    return [name for name in ("query", "key", "value", *OPTIONAL_DIFFERENTIABLE) if name in names]

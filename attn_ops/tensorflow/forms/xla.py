@@ -24,7 +24,7 @@ def forward(call: AttentionCall):
 
 
 def backward(call: AttentionCall, out, statistics, d_out, d_lse):
-    """[d_query, d_key, d_value], and the gradient of the bias where ``call`` has one; ``d_lse`` may be None."""
+    """The gradients of the differentiable inputs of ``call``; ``d_lse`` may be None."""
     if not dynamic_sizes.any_unknown(call):
         return custom_call.backward(call, out, statistics, d_out, d_lse)
     room = dynamic_sizes.Room(call)
