@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import numpy as np
@@ -202,6 +203,20 @@ class Keras:
 
     def int64(self, x):
         return self.keras.ops.cast(x, "int64")
+
+
+def as_written(function):
+    """``function`` kept from TensorFlow's AutoGraph, which in `tf.function` would convert it, for seconds and for nothing:
+    its conditions are of Python."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        autograph = getattr(sys.modules.get("tensorflow"), "autograph", None)
+        if autograph is None:
+            return function(*args, **kwargs)
+        return autograph.experimental.do_not_convert(function)(*args, **kwargs)
+
+    return call
 
 
 def of(values):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import attn_ops
 from attn_ops import masks
 
 BATCH, SEQLEN_Q, SEQLEN_K = 2, 9, 11
@@ -186,6 +187,19 @@ def test_traced_in_jax(offset):
         np.testing.assert_array_equal(expanded(parts), truth(name, value), name)
 
 
+@pytest.mark.parametrize("offset", OFFSET)
+@pytest.mark.parametrize("framework", ["tensorflow", "jax"])
+def test_attention_by_parts_is_attention_by_the_dense_mask(framework, offset):
+    pytest.importorskip(framework)
+    attention = (attn_ops.jax if framework == "jax" else attn_ops).scaled_dot_product_attention
+    q, k, v = (RNG.standard_normal((BATCH, n, 3, 4)).astype(np.float32) for n in (SEQLEN_Q, SEQLEN_K, SEQLEN_K))
+    for name, (arrays, make, _) in STRUCTURED.items():
+        mask = make(*arrays)
+        found = attention(q, k, v, mask=mask, query_offset=OFFSET[offset], implementation="composite")
+        expected = attention(q, k, v, mask=truth(name, OFFSET[offset]), implementation="composite")
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize("contiguous", [None, False])
 def test_ids_beyond_32_bits_are_not_mistaken(contiguous):
     """7 and 7 + 2^32 are the same 32 bits; known, and traced."""
@@ -251,7 +265,7 @@ def test_no_rows_or_no_keys(seqlen_q, seqlen_k):
         begin, end = mask.parts(seqlen_q, seqlen_k).intervals
         assert begin.shape == end.shape == (1, seqlen_q)
     traced = tf.function(
-        lambda q, k: masks.segments(q, k).parts(tf.shape(q)[1], tf.shape(k)[1]).intervals[0], autograph=False
+        lambda q, k: masks.segments(q, k).parts(tf.shape(q)[1], tf.shape(k)[1]).intervals[0]
     )
     assert traced(*ids).shape == (1, seqlen_q)
 

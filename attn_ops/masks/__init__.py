@@ -29,11 +29,13 @@ __all__ = [
 ]  # fmt: skip
 
 
+@namespaces.as_written
 def causal(alignment=options.TOP_LEFT):
     """A row sees no key after its own position. `alignment`: see `Mask.causal_alignment`."""
     return Mask(is_causal=True, causal_alignment=alignment)
 
 
+@namespaces.as_written
 def window(left=None, right=None, alignment=options.TOP_LEFT):
     """A row sees `left` keys before and `right` keys after its own position; None or -1 is all.
 
@@ -42,16 +44,19 @@ def window(left=None, right=None, alignment=options.TOP_LEFT):
     return Mask(window=(left, right), causal_alignment=alignment)
 
 
+@namespaces.as_written
 def padding(query_lengths=None, key_lengths=None):
     """Integers `[batch]`: rows at and past `query_lengths` see nothing, keys at and past `key_lengths` are unseen."""
     return Mask(query_lengths=query_lengths, key_lengths=key_lengths)
 
 
+@namespaces.as_written
 def query_padding(mask):
     """Bool `[batch, seqlen_q]`, true for real rows, as Keras's `Embedding(mask_zero=True)` makes it."""
     return Mask(dense=(Boolean(checks.checked("query_padding", mask, 2, "bool")[:, None, :, None], "query_padding"),))
 
 
+@namespaces.as_written
 def key_padding(mask):
     """Bool `[batch, seqlen_k]`, true for real keys, as Keras's `Embedding(mask_zero=True)` makes it.
 
@@ -60,6 +65,7 @@ def key_padding(mask):
     return Mask(dense=(Boolean(checks.checked("key_padding", mask, 2, "bool")[:, None, None, :], "key_padding"),))
 
 
+@namespaces.as_written
 def intervals(key_begin=None, key_end=None):
     """Row i sees the keys from key_begin[i] to before key_end[i]: any mask whose ends never move back along the rows.
 
@@ -82,6 +88,7 @@ def intervals(key_begin=None, key_end=None):
     return Mask(structured=(Intervals(**ends),))
 
 
+@namespaces.as_written
 def prefix(length, alignment=options.TOP_LEFT):
     """A prefix language model: every row sees the first `length` keys, and of the others those up to its own position.
 
@@ -99,6 +106,7 @@ def prefix(length, alignment=options.TOP_LEFT):
     return Mask(causal_alignment=alignment, structured=(Prefix(length),))
 
 
+@namespaces.as_written
 def chunked(size, alignment=options.TOP_LEFT):
     """A row sees the keys of its own chunk: those with j // size == i // size, i its own position (Llama 4).
 
@@ -107,6 +115,7 @@ def chunked(size, alignment=options.TOP_LEFT):
     return Mask(causal_alignment=alignment, structured=(Chunked(_size("chunked: size", size)),))
 
 
+@namespaces.as_written
 def segments(q_ids, kv_ids=None, *, contiguous=None):
     """Rows see the keys of equal id (packed documents).
 
@@ -128,6 +137,7 @@ def segments(q_ids, kv_ids=None, *, contiguous=None):
     return Mask(structured=(Segments(q_ids, kv_ids, None if contiguous is None else bool(contiguous)),))
 
 
+@namespaces.as_written
 def packed(cu_seqlens_q, cu_seqlens_k=None):
     """Sequences one after the other: rows see the keys of their own one. Rows and keys past the last one see nothing.
 
@@ -143,6 +153,7 @@ def packed(cu_seqlens_q, cu_seqlens_k=None):
     return Mask(structured=(Packed(**checks.cumulative("packed", given)),))
 
 
+@namespaces.as_written
 def block_sparse(blocks, block_q, block_k):
     """Blocks of `block_q` rows and `block_k` keys, each visible as a whole or not at all (BigBird and the like).
 
@@ -163,6 +174,7 @@ def block_sparse(blocks, block_q, block_k):
     return Mask(structured=(Blocks(blocks, *sizes),))
 
 
+@namespaces.as_written
 def from_function(fn, seqlen_q=None, seqlen_k=None, batch=1, num_heads=1):
     """The mask that a function says, as FlexAttention's `mask_mod`: `fn(b, h, q, k)` is true where row q sees key k.
 
@@ -194,6 +206,7 @@ def from_function(fn, seqlen_q=None, seqlen_k=None, batch=1, num_heads=1):
     return Mask(structured=(function,))
 
 
+@namespaces.as_written
 def boolean(mask):
     """A bool mask, true = may see: `[seqlen_q, seqlen_k]`, `[batch, seqlen_q, seqlen_k]`, or `[batch, num_heads,
     seqlen_q, seqlen_k]`; every extent may be 1.
@@ -206,6 +219,7 @@ def boolean(mask):
     return Mask(dense=(Boolean(mask[None, None] if rank == 2 else mask[:, None] if rank == 3 else mask),))
 
 
+@namespaces.as_written
 def combined(
     mask=None,
     *,

@@ -107,6 +107,7 @@ class Mask:
         """Whether some part asks where rows stand among the keys."""
         return bool(self.is_causal or self.window or any(part.stands for part in self.structured))
 
+    @namespaces.as_written
     def __and__(self, other):
         """A pair is visible if both masks let it be.
 
@@ -141,6 +142,7 @@ class Mask:
         """The dense parts: bool arrays broadcastable to `[batch, num_heads, seqlen_q, seqlen_k]`, to be ANDed."""
         return tuple(part.tensor() for part in self.dense)
 
+    @namespaces.as_written
     def resolved(self, seqlen_q, seqlen_k, query_offset=None, windows=True):
         """The mask with its functions (`from_function`) evaluated for these extents, as what they are found to be.
 
@@ -159,6 +161,7 @@ class Mask:
             mask = mask & (found if windows and not clash else as_intervals)
         return mask
 
+    @namespaces.as_written
     def parts(self, seqlen_q, seqlen_k, query_offset=None, like=()):
         """What the kernels take beside the attributes: nothing of seqlen_q * seqlen_k elements that was not given so.
 
@@ -194,6 +197,7 @@ class Mask:
         intervals = places.intervals(begins, ends) if begins or ends else None
         return Parts(intervals, segments, *blocks, tuple(dense))
 
+    @namespaces.as_written
     def materialize(self, seqlen_q, seqlen_k, batch=None, query_offset=None):
         """The mask as one dense array, for tests and pictures: memory grows with seqlen_q * seqlen_k.
 

@@ -10,6 +10,7 @@ import keras
 from attn_ops.call import explanation, options, public
 from attn_ops.call.arrays import compatible
 from attn_ops.call.normalize import normalize, split_masks
+from attn_ops.call.position_bias import T5RelativeBias
 from attn_ops.masks import Mask
 from attn_ops.masks.structure import put_together, taken_apart
 from attn_ops.models import specs
@@ -17,7 +18,17 @@ from attn_ops.models import specs
 _PACKAGE = f"attn_ops.{'jax' if keras.config.backend() == 'jax' else 'tensorflow'}"
 _xp, _attention, _choice = (importlib.import_module(f"{_PACKAGE}.{name}") for name in ("xp", "attention", "choice"))
 _SPECS = specs.of_backend(_xp)
-_TENSORS = ("bias", "query_seq_lengths", "key_value_seq_lengths", "dropout_seed", "lse")
+_TENSORS = (
+    "bias",
+    "query_seq_lengths",
+    "key_value_seq_lengths",
+    "dropout_seed",
+    "lse",
+    "query_offset",
+    "alibi_slopes",
+    "relative_bias",
+    "sinks",
+)
 
 
 def attention(query, key, value, given):
@@ -38,6 +49,10 @@ def _sorted(function, query, key, given):
     tensors = {what: arguments.pop(what) for what in _TENSORS if what in arguments}
     if not (arguments["scale"] is None or options.is_number(arguments["scale"])):
         tensors["scale_tensor"] = arguments.pop("scale")
+    if isinstance(tensors["relative_bias"], T5RelativeBias):
+        table = tensors["relative_bias"]
+        tensors["relative_bias"] = table.table
+        arguments["buckets"] = {"bidirectional": table.bidirectional, "max_distance": table.max_distance}
     structure, arrays = split_masks(function.__name__, arguments.pop("mask"))
     if structure is not None:
         # Take the mask apart; functions in it are evaluated for extents that must be known here.
@@ -62,18 +77,22 @@ def _sorted(function, query, key, given):
 class _Operation(keras.Operation):
     """What both operations share: their options, which are the functions' own, and the mask put together again."""
 
-    def __init__(self, *, mask_structure=None, name=None, **options):
+    def __init__(self, *, mask_structure=None, buckets=None, name=None, **options):
         super().__init__(name=name)
         self._options = options
         self._mask_structure = mask_structure
+        self._buckets = buckets
 
     def get_config(self):
-        return {**self._options, "mask_structure": self._mask_structure, "name": self.name}
+        config = {**self._options, "mask_structure": self._mask_structure, "name": self.name}
+        return config if self._buckets is None else {**config, "buckets": self._buckets}
 
     def _arguments(self, *, mask=None, scale_tensor=None, mask_lengths=None, mask_parts=(), **tensors):
         arguments = {**self._options, **tensors, "mask": mask}
         if scale_tensor is not None:
             arguments["scale"] = scale_tensor
+        if self._buckets is not None:
+            arguments["relative_bias"] = T5RelativeBias(arguments["relative_bias"], **self._buckets)
         if self._mask_structure is not None:
             query_lengths, key_lengths = mask_lengths
             parts = put_together(self._mask_structure.get("structured", ()), mask_parts)

@@ -65,6 +65,7 @@ def of_backend(backend):
         cast=lambda x, dtype: Spec(dtype, x.shape),
         cast_text=backend.cast_text,
         ensure_rank=lambda x, rank, label: Spec(x.dtype, [None] * rank),
+        extent=lambda x, axis: x.shape[axis],
         expand_dims=lambda x, axis: Spec(x.dtype, [*x.shape[:axis], 1, *x.shape[axis:]]),
         extents=lambda x: x.shape,
         fresh_seed=fresh_seed,
@@ -75,4 +76,7 @@ def of_backend(backend):
         seed_of_array=lambda seed: seed,
         seed_of_words=lambda words: Spec(_dtype("int64"), [2]),
         static_value=lambda x: None,
+        stop_gradient=lambda x: x,
+        take_columns=lambda x, indices: Spec(x.dtype, [x.shape[0], len(indices)]),
+        transpose=lambda x: Spec(x.dtype, x.shape[::-1]),
     )

@@ -9,11 +9,11 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops import kernels
-from attn_ops.call.attention_call import AttentionCall, attributes, given_inputs
+from attn_ops.call.attention_call import AttentionCall, attributes, optional_inputs
 from attn_ops.tensorflow import composite, place
 
 # For the names of all attributes and of all counts of optional inputs.
-_ANY_CALL = AttentionCall(None, None, None)
+_ANY_CALL = AttentionCall(None, None, None, block_q=1, block_k=1, logits_soft_cap=1.0)
 _GRADIENTS = {"num_bias": "bias", "num_relative_bias": "relative_bias", "num_sinks": "sinks"}  # of optional inputs
 
 
@@ -133,7 +133,7 @@ def _second_order(call, cotangents, incoming):
 def _split(op, inputs):
     """The optional inputs of either op, which end its input list: as lists, by the attribute that counts them."""
     lists, start = {}, 0
-    for count in given_inputs(_ANY_CALL):
+    for count in optional_inputs(_ANY_CALL):
         end = start + op.get_attr(count)
         lists[count] = list(inputs[start:end])
         start = end

@@ -18,6 +18,8 @@ from attn_ops.tensorflow import place
 _BATCH, _ROWS, _KEYS = "batch", "rows", "keys"
 _SCORES = {0: _BATCH, 2: _ROWS, 3: _KEYS}
 _LENGTHS = {0: _BATCH}
+_BY_ROW = {0: _BATCH, 1: _ROWS}
+_BY_KEY = {0: _BATCH, 1: _KEYS}
 
 
 def any_unknown(call: AttentionCall) -> bool:
@@ -49,6 +51,13 @@ class Room:
             masks=tuple(map(self._broadcasting, call.masks)),
             query_lengths=self._lengths(call.query_lengths, _ROWS, _BATCH),
             key_lengths=self._lengths(call.key_lengths, _KEYS),
+            intervals=None if call.intervals is None else tuple(map(self._ends, call.intervals)),
+            segments=None if call.segments is None else tuple(
+                self._broadcasting(ids, axes) for ids, axes in zip(call.segments, (_BY_ROW, _BY_KEY))
+            ),
+            blocks=None if call.blocks is None else self._blocks(call),
+            query_offset=None if call.query_offset is None else self._positions(call.query_offset),
+            alibi_slopes=None if call.alibi_slopes is None else self._broadcasting(call.alibi_slopes, _LENGTHS),
         )
 
     def like_out(self, x):
@@ -75,14 +84,41 @@ class Room:
         rooms = {axis: self._rooms[name] for axis, name in axes.items() if x.shape[axis] is None}
         return _widened(x, rooms) if rooms else x
 
-    def _broadcasting(self, x):
-        """Of a mask or bias. An axis with room for one broadcasts, and stays."""
+    def _broadcasting(self, x, axes=_SCORES):
+        """Of a mask or bias, or of what has these ``axes``. An axis with room for one broadcasts, and stays."""
         rooms = {}
-        for axis, name in _SCORES.items():
+        for axis, name in axes.items():
             if x.shape[axis] is None:
                 own = _room_of(x, axis)
                 rooms[axis] = tf.where(tf.equal(own, 1), 1, self._rooms[name])
         return _widened(x, rooms) if rooms else x
+
+    def _ends(self, ends):
+        """Ends of intervals. Those of rows that are hidden must not move back either: past every key they do not."""
+        wide = self._broadcasting(ends, _BY_ROW)
+        if wide is ends:
+            return ends
+        hidden = tf.range(tf.shape(wide)[1]) >= self._sizes[_ROWS]
+        wide = tf.where(hidden[None], tf.cast(self._sizes[_KEYS], wide.dtype), wide)
+        if ends.shape[0] is None:
+            wide = tf.where((tf.range(tf.shape(wide)[0]) >= tf.shape(ends)[0])[:, None], 0, wide)
+        return wide
+
+    def _positions(self, offset):
+        """Offsets, 0 in entries that are not there."""
+        wide = self._broadcasting(offset, _LENGTHS)
+        return wide if wide is offset else tf.where(tf.range(tf.shape(wide)[0]) < tf.shape(offset)[0], wide, 0)
+
+    def _blocks(self, call):
+        """As many blocks as rows and keys have room for."""
+        x = self._broadcasting(call.blocks, _LENGTHS)
+        for axis, name, size in ((2, _ROWS, call.block_q), (3, _KEYS, call.block_k)):
+            count = -(-self._rooms[name] // size)
+            if x.shape[axis] is None:
+                x = _widened(x, {axis: count})
+            elif not isinstance(count, int):
+                x = tf.pad(x, [[0, count - x.shape[axis] if i == axis else 0] for i in range(4)])
+        return x
 
     def _lengths(self, lengths, name, *others):
         """Lengths that hide what lies beyond the size of ``name`` and, with it or ``others``, beyond the batch."""
@@ -119,7 +155,16 @@ def _full(call):
 
 
 def _broadcasting(call):
-    return [(x, _SCORES) for x in (call.bias, *call.masks) if x is not None]
+    """Those that may broadcast, and their axes; those of blocks count others."""
+    begin, end = call.intervals or (None, None)
+    q_ids, kv_ids = call.segments or (None, None)
+    axes_of = [
+        *((x, _SCORES) for x in (call.bias, *call.masks)),
+        *((x, _BY_ROW) for x in (begin, end, q_ids)),
+        (kv_ids, _BY_KEY),
+        *((x, _LENGTHS) for x in (call.blocks, call.query_offset, call.alibi_slopes)),
+    ]
+    return [(x, axes) for x, axes in axes_of if x is not None]
 
 
 def _nothing_unless_equal(call):

@@ -8,6 +8,7 @@ the operations themselves, but lengths out of range go unnoticed.
 import tensorflow as tf
 
 from attn_ops.call.attention_call import canonical
+from attn_ops.call.options import LARGEST_OFFSET
 
 _NAME = "scaled_dot_product_attention"
 
@@ -66,6 +67,50 @@ def _assertions(call):
             legal = tf.reduce_all((lengths >= 0) & (lengths <= seqlen))
             rule = f"{_NAME}: {what} must be between 0 and the sequence length"
             assertions.append(tf.debugging.Assert(legal, [rule, seqlen, "got", lengths]))
+    return assertions + _assertions_of_positions(call, full) + _assertions_of_scores(call, batch, num_heads)
+
+
+def _assertions_of_positions(call, full):
+    batch, num_heads, seqlen_q, seqlen_k = full
+    assertions = []
+    if call.query_offset is not None:
+        fits = [_one_or(extents(call.query_offset)[0], batch)]
+        assertions += _assert(fits, "query_offset must have shape [batch]", (call.query_offset,))
+        legal = tf.reduce_all((call.query_offset >= 0) & (call.query_offset <= LARGEST_OFFSET))
+        rule = f"{_NAME}: query_offset must be between 0 and 2^30"
+        assertions.append(tf.debugging.Assert(legal, [rule, "got", call.query_offset]))
+    by_token = [("intervals", x, seqlen_q) for x in call.intervals or ()]
+    by_token += [("segments", x, n) for x, n in zip(call.segments or (), (seqlen_q, seqlen_k))]
+    for what, x, seqlen in by_token:
+        entries, tokens = extents(x)
+        rule = f"{what} of the mask must have shape [batch or 1, length of the sequence]"
+        assertions += _assert([_one_or(entries, batch), _equal(tokens, seqlen)], rule, (x, call.query, call.key))
+    for x in call.intervals or ():
+        legal = tf.reduce_all((x >= 0) & (x <= seqlen_k)) & tf.reduce_all(x[:, 1:] >= x[:, :-1])
+        rule = f"{_NAME}: the ends of intervals must be between 0 and the number of keys, and never move back along the rows"
+        assertions.append(tf.debugging.Assert(legal, [rule, seqlen_k, "got", x]))
+    if call.blocks is not None:
+        counts = [-(-n // size) for n, size in ((seqlen_q, call.block_q), (seqlen_k, call.block_k))]
+        entries, heads, *given = extents(call.blocks)
+        fits = [_one_or(entries, batch), _one_or(heads, num_heads), *map(_equal, given, counts)]
+        rule = f"there must be a block for each {call.block_q} rows and {call.block_k} keys"
+        assertions += _assert(fits, rule, (call.blocks, call.query, call.key))
+    return assertions
+
+
+def _assertions_of_scores(call, batch, num_heads):
+    assertions = []
+    if call.alibi_slopes is not None:
+        entries, heads = extents(call.alibi_slopes)
+        fits = [_one_or(entries, batch), _equal(heads, num_heads)]
+        assertions += _assert(fits, "alibi_slopes must have shape [num_heads] or [batch, num_heads]", (call.alibi_slopes,))
+    if call.relative_bias is not None:
+        heads, distances = extents(call.relative_bias)
+        odd = None if isinstance(distances, int) else tf.equal(distances % 2, 1)
+        rule = "relative_bias must have shape [2 R + 1, num_heads] (here transposed)"
+        assertions += _assert([_equal(heads, num_heads), odd], rule, (call.relative_bias,))
+    if call.sinks is not None:
+        assertions += _assert([_equal(extents(call.sinks)[0], num_heads)], "sinks must have shape [num_heads]", (call.sinks,))
     return assertions
 
 

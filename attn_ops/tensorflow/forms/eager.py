@@ -8,7 +8,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops import kernels
-from attn_ops.call.attention_call import AttentionCall, attributes, given_inputs
+from attn_ops.call.attention_call import AttentionCall, attributes, optional_inputs
 
 
 def forward(call: AttentionCall):
@@ -17,7 +17,7 @@ def forward(call: AttentionCall):
         call.query,
         call.key,
         call.value,
-        *given_inputs(call).values(),
+        *optional_inputs(call).values(),
         num_lse=int(call.return_lse),
         Tlse=call.lse_dtype,
         **attributes(call),
@@ -39,7 +39,7 @@ def backward(call: AttentionCall, out, statistics, d_out, d_lse):
         statistics,
         d_out,
         () if d_lse is None else (d_lse,),
-        *given_inputs(call).values(),
+        *optional_inputs(call).values(),
         **attributes(call),
     )
     others = [gradient for gradients in others for gradient in gradients]

@@ -3,13 +3,15 @@
 The values are those of the plain formula, eagerly.
 """
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import attn_ops
-from attn_ops import layers
+from attn_ops import layers, masks
 
 KEPT_ROWS = np.array([1, 0, 1, 1, 0, 1, 1], bool)
 KEPT_KEYS = np.array([1, 0, 1, 1, 0, 1, 1, 0, 1], bool)
@@ -145,3 +147,40 @@ def test_layers(axis, name):
     found = tf.function(lambda x: step(layer, x), jit_compile=True, autograph=False)(x)
     for a, b in zip(found, step(other, x), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def everything_new(query, key, value, bias, chosen):
+    """Scores and structured masks: all that is given by row, key or entry."""
+    keys = tf.shape(key)[1]
+    entries = tf.cumsum(tf.ones_like(query[:, 0, 0, 0], tf.int32))
+    by_row = tf.cumsum(tf.ones_like(query[:, :, 0, 0], tf.int32), 1) - 1
+    by_key = tf.cumsum(tf.ones_like(key[:, :, 0, 0], tf.int32), 1) - 1
+    return attn_ops.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=masks.intervals(tf.maximum(by_row - 3, 0), tf.minimum(by_row + 3, keys)) & masks.segments(by_row % 2, by_key % 2),
+        query_offset=entries,
+        alibi_slopes=tf.cast(entries, tf.float32)[:, None] * [0.1, 0.2],
+        relative_bias=tf.reshape(tf.range(10, dtype=tf.float32) / 7, [5, 2]),
+        sinks=[0.3, -0.2],
+        logits_soft_cap=1.5,
+        return_lse=True,
+        implementation=chosen,
+    )
+
+
+@pytest.mark.wide(10)
+@pytest.mark.parametrize("select", SELECTIONS, ids=lambda select: select.__name__)
+@pytest.mark.parametrize("chosen", ["fused", "composite"])
+def test_scores_and_structured_masks(select, chosen):
+    x = tensors()
+    expected = with_gradients(functools.partial(everything_new, chosen="composite"), select, *x)
+
+    @tf.function(jit_compile=True)
+    def compiled(*x):
+        return with_gradients(functools.partial(everything_new, chosen=chosen), select, *x)
+
+    for found, wanted in zip(compiled(*x), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-5)
