@@ -16,10 +16,10 @@ def scaled_dot_product_attention(query, key, value, **given):
     """softmax(scale * query @ key^T + bias, masked) @ value, without ever storing the scores.
 
     The function of `attn_ops.scaled_dot_product_attention` on JAX arrays: the same arguments, defaults, promotion of
-    dtypes and results, also on `KerasTensor`s. Works under `jax.jit`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`. The gradient reaches
-    query, key, value, bias, an array ``scale``, and flows through ``lse``, to any order; forward mode (`jax.jvp`,
-    `jax.jacfwd`, `jax.hessian`) needs ``implementation="composite"``: without, there is a TypeError, which inside
-    `jax.jit` is JAX's own and speaks of a custom_vjp function.
+    dtypes and results, also on `KerasTensor`s. Works under `jax.jit`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`.
+    The gradient reaches query, key, value, bias, relative_bias, sinks and an array ``scale``, and flows through ``lse``,
+    to any order; forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) needs ``implementation="composite"``: without,
+    there is a TypeError, which inside `jax.jit` is JAX's own and speaks of a custom_vjp function.
 
     Args:
         query: [batch, seqlen_q, num_heads, head_dim]; float16, bfloat16, float32 or float64. Different dtypes of
@@ -30,20 +30,21 @@ def scaled_dot_product_attention(query, key, value, **given):
             instead), or rank 2, without that of the batch either; so do the results then.
         {options}
         implementation: None takes the kernels on CPUs and on the GPUs that have them, and the composite elsewhere,
-            decided when the call is compiled for a device (see `explain`). "fused" or "composite" (JAX operations) forces one.
+            decided when the call is compiled for a device (see `explain`). "fused" or "composite" (JAX operations)
+            forces one.
 
     Returns:
         The output [batch, seqlen_q, num_heads, value_dim] in the common dtype, or (output, lse) with lse [batch,
         num_heads, seqlen_q] in float32 (float64 for float64 inputs), natural logarithm. A row that sees no key has
-        output 0, lse -inf and gradients 0. What is masked never counts, even NaN.
+        output 0, lse -inf (or its sink) and gradients 0. What is masked never counts, even NaN.
 
     Raises:
         TypeError: not arrays, not floating inputs, a mask that is not boolean, lengths or seeds that are not integers,
             a dropout rate that is not a number.
         ValueError: shapes that do not fit each other, or any other value out of its range; dropout without a seed;
             ``implementation="fused"`` where the kernels are missing or disabled.
-        jax.errors.JaxRuntimeError: traced lengths out of range, which only the running kernel can know. The composite
-            does not find those.
+        jax.errors.JaxRuntimeError: traced lengths, intervals or offsets out of range, which only the running kernel can
+            know. The composite does not find those.
     """
     if keras_tensors.any_among(query, key, value, *given.values()):
         from attn_ops.models import operation

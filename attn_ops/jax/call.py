@@ -6,7 +6,7 @@ import typing
 
 import jax
 
-from attn_ops.call.attention_call import AttentionCall
+from attn_ops.call.attention_call import OPTIONAL_DIFFERENTIABLE, AttentionCall
 
 
 class Arrays(typing.NamedTuple):
@@ -27,6 +27,16 @@ class Arrays(typing.NamedTuple):
     alibi_slopes: jax.Array | None = None
     relative_bias: jax.Array | None = None
     sinks: jax.Array | None = None
+
+
+    def differentiable(self) -> tuple[str, ...]:
+        """The names of those that have a gradient, in the order of the kernels."""
+        return (
+            "query",
+            "key",
+            "value",
+            *(name for name in OPTIONAL_DIFFERENTIABLE if getattr(self, name) is not None),
+        )
 
 
 class Options(typing.NamedTuple):

@@ -39,7 +39,8 @@ def attention(options: Options, arrays: Arrays, chunk_rows: int | None = None):
 
 def with_statistics(options: Options, arrays: Arrays, chunk_rows: int | None = None):
     """(out, lse, statistics): as `attention`, and what the kernels leave for their backward, `[batch, num_heads, seqlen_q,
-    2]`: the maximum of a row's scores and the sum of exp(score - maximum), both 0 where it sees no key.
+    2]`: the maximum of a row's scores and its sink, and the sum of exp(score - maximum) over them; both 0 where there are
+    none.
 
     ``chunk_rows`` is how many query rows to take at a time; None for all, unless that is more than `UNCHUNKED_SCORES`
     scores. Extents that `jax.export` leaves open, or Keras for a batch of any size, are taken in one piece.
@@ -107,8 +108,9 @@ def _to_layout(options, x):
 
 def _scores(options, arrays, seqlens, start, q, k, bias, dense):
     """The scores of the rows from ``start`` on, -inf where hidden, and whether any can be hidden."""
+    rows = start + jnp.arange(q.shape[2])
     visible = masks.interval(
-        (start + jnp.arange(q.shape[2]))[:, None],
+        rows[:, None],
         jnp.arange(seqlens[1]),
         *seqlens,
         _lengths(arrays.query_lengths),
@@ -116,25 +118,99 @@ def _scores(options, arrays, seqlens, start, q, k, bias, dense):
         options.window_left,
         options.window_right,
         options.bottom_right,
+        _lengths(arrays.query_offset),
     )
+    visible += _structured(options, arrays, start, rows, seqlens[1])
     visible += dense
+    table = None
+    if arrays.relative_bias is not None:
+        distances = _diagonals(start + _shift(options, arrays, seqlens), q.shape[2], seqlens[1])
+        table = _along_diagonals(_by_distance(arrays.relative_bias, distances), q.shape[2])
+        visible.append(table != -math.inf)
     if bias is not None:
         bias = bias.astype(q.dtype)
         visible.append(bias != -math.inf)
-    product = _masked_products if visible else _products
+    seen = functools.reduce(operator.and_, visible) if visible else None
+    capped = options.logits_soft_cap is not None
+    product = _masked_products if visible or capped else _products
     s = product(_grouped(q, k.shape[1]), k)
     s = s.reshape(*q.shape[:3], seqlens[1])
-    if bias is not None:
-        s = _biased(s, bias)
-    if visible:
-        s = jnp.where(functools.reduce(operator.and_, visible), s, -math.inf)
-    return s, bool(visible)
+    if capped:
+        # Hidden scores may be NaN, which would meet the zeros of gradients in the derivative of tanh.
+        s = s if seen is None else _select(seen, s)
+        s = options.logits_soft_cap * jnp.tanh(s / options.logits_soft_cap)
+    if arrays.alibi_slopes is not None:
+        own = rows[:, None] + _shift(options, arrays, seqlens)[:, None, None, None]
+        distances = (jnp.arange(seqlens[1]) - own).astype(s.dtype)
+        s = _biased(s, arrays.alibi_slopes[:, :, None, None] * distances)
+    for added in (table, bias):
+        s = s if added is None else _biased(s, added)
+    return s if seen is None else jnp.where(seen, s, -math.inf), seen is not None
+
+
+def _structured(options, arrays, start, rows, seqlen_k):
+    """Who sees whom by intervals, segments and blocks: conditions that broadcast to the scores."""
+    keys, terms = jnp.arange(seqlen_k), []
+
+    def of_rows(x):
+        return jax.lax.dynamic_slice_in_dim(x, start, rows.shape[0], 1)[:, None, :, None]
+
+    if arrays.intervals is not None:
+        begin, end = map(of_rows, arrays.intervals)
+        terms += [keys >= begin, keys < end]
+    if arrays.segments is not None:
+        q_ids, kv_ids = arrays.segments
+        terms.append(of_rows(q_ids) == kv_ids[:, None, None])
+    if arrays.blocks is not None:
+        of_blocks = jnp.take(arrays.blocks, rows // options.block_q, axis=2, mode="clip")
+        terms.append(jnp.take(of_blocks, keys // options.block_k, axis=3, mode="clip"))
+    return terms
+
+
+def _shift(options, arrays, seqlens):
+    """How far from key i row i stands: integers `[batch or 1]`."""
+    if arrays.query_offset is not None:
+        return arrays.query_offset
+    if not options.bottom_right:
+        return jnp.zeros(1, "int32")
+    length_q, length_k = (
+        jnp.full(1, seqlen) if lengths is None else lengths
+        for seqlen, lengths in zip(seqlens, (arrays.query_lengths, arrays.key_lengths))
+    )
+    return length_k - length_q
+
+
+def _diagonals(own, seqlen_q, seqlen_k):
+    """The distances j - own_i of the diagonals of so many rows and keys, `[batch or 1, seqlen_q + seqlen_k]`, where row 0
+    stands at ``own``, `[batch or 1]`. The first belongs to no pair."""
+    return jnp.arange(seqlen_q + seqlen_k) - seqlen_q - own[:, None]
+
+
+def _by_distance(table, distances):
+    """What a table `[num_heads, 2 R + 1]` holds for distances `[batch or 1, n]`: `[batch or 1, num_heads, n]`."""
+    reach = table.shape[1] // 2
+    return jnp.take(table, jnp.clip(distances, -reach, reach) + reach, axis=1, mode="clip").swapaxes(0, 1)
+
+
+def _along_diagonals(x, seqlen_q):
+    """Values of `_diagonals`, `[a, b, seqlen_q + seqlen_k]`, for each pair: `[a, b, seqlen_q, seqlen_k]`.
+
+    By copies and a change of shape that moves each row one further, whose derivative is a sum of rows: that of a gather
+    for each pair would add up one pair after the other.
+    """
+    a, b, count = x.shape
+    rows = jnp.broadcast_to(jnp.pad(x, ((0, 0), (0, 0), (0, 1)))[:, :, None], (a, b, seqlen_q, count + 1))
+    shifted = rows.reshape(a, b, seqlen_q * (count + 1))[:, :, seqlen_q:]
+    return shifted.reshape(a, b, seqlen_q, count)[..., : count - seqlen_q]
 
 
 def _softmax(options, arrays, start, s, masked, v):
     """out of these scores, and the two statistics of each row."""
     # m is only a shift: its derivative cancels.
     m = jax.lax.stop_gradient(jnp.max(s, -1, keepdims=True, initial=-math.inf))
+    sinks = None if arrays.sinks is None else arrays.sinks[:, None, None]
+    if sinks is not None:
+        m = jnp.maximum(m, jax.lax.stop_gradient(sinks))
     m = _select(m != -math.inf, m)
     difference = s - m
     if masked:
@@ -145,8 +221,11 @@ def _softmax(options, arrays, start, s, masked, v):
     else:
         e = jnp.exp(difference)
     total = e.sum(-1, keepdims=True)
-    empty = total == 0.0
-    p = e / jnp.where(empty, 1.0, total)
+    weighs_none = total == 0.0
+    if sinks is not None:
+        there = sinks != -math.inf
+        total += _select(there, jnp.exp(_select(there, sinks - m)))
+    p = e / jnp.where(total == 0.0, 1.0, total)
     if masked:
         p = _select(seen, p)
     if options.dropout_rate:
@@ -157,7 +236,7 @@ def _softmax(options, arrays, start, s, masked, v):
     weigh = _masked_sum if masked or options.dropout_rate else _weighted_sum
     out = weigh(_grouped(p, v.shape[1]), v).reshape(*s.shape[:3], v.shape[3])
     # Selected, since the gradient of out may be NaN in padded rows.
-    return _select(~empty, out), m[..., 0], total[..., 0]
+    return _select(~weighs_none, out), m[..., 0], total[..., 0]
 
 
 def _biased(s, bias):
@@ -168,6 +247,7 @@ def _biased(s, bias):
 
 
 def _lengths(lengths):
+    """Integers `[batch]` with the axes of the scores."""
     return None if lengths is None else lengths[:, None, None, None]
 
 

@@ -31,49 +31,51 @@ def _attention_forward(forced, options, primals):
     arrays = jax.custom_derivatives.custom_vjp_primal_tree_values(primals)
     # Itself, not `_forward`, here and below: for higher orders the rules are differentiated in turn.
     out, lse, statistics = attention(forced, options, arrays)
-    # A constant bias costs the backward pass nothing. Told by structure, since a bool among residuals would be traced.
-    constant_bias = () if arrays.bias is None or not primals.bias.perturbed else None
-    return (out, lse, statistics), (arrays, *map(jax.lax.stop_gradient, (out, statistics)), constant_bias)
+    # What is constant costs the backward pass nothing. Told by structure, since text is no residual.
+    wanted = {name: None for name in arrays.differentiable() if getattr(primals, name).perturbed}
+    return (out, lse, statistics), (arrays, *map(jax.lax.stop_gradient, (out, statistics)), wanted)
 
 
 def _attention_backward(forced, options, residuals, cotangents):
-    arrays, out, statistics, constant_bias = residuals
+    arrays, out, statistics, wanted = residuals
     d_out, d_lse, _ = cotangents
     if isinstance(d_out, jax.custom_derivatives.SymbolicZero):
         d_out = jnp.zeros_like(out)
     if isinstance(d_lse, jax.custom_derivatives.SymbolicZero):
         d_lse = jnp.zeros_like(statistics[..., 0])
-    d = gradients(forced, options, constant_bias is None, arrays, out, statistics, d_out, d_lse)
-    return (_cotangents(arrays, d),)
+    names = tuple(name for name in arrays.differentiable() if name in wanted)
+    return (_cotangents(arrays, names, gradients(forced, options, names, arrays, out, statistics, d_out, d_lse)),)
 
 
 attention.defvjp(_attention_forward, _attention_backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def gradients(forced, options, d_bias, arrays, out, statistics, d_out, d_lse):
-    """The cotangents of query, key, value and, with ``d_bias``, bias."""
-    return _backward(forced, options, d_bias, arrays, out, statistics, d_out, d_lse)
+def gradients(forced, options, wanted, arrays, out, statistics, d_out, d_lse):
+    """The cotangents of the ``wanted`` of ``arrays.differentiable()``, in that order."""
+    return _backward(forced, options, wanted, arrays, out, statistics, d_out, d_lse)
 
 
-def _gradients_forward(forced, options, d_bias, arrays, out, statistics, d_out, d_lse):
-    return gradients(forced, options, d_bias, arrays, out, statistics, d_out, d_lse), (arrays, d_out, d_lse)
+def _gradients_forward(forced, options, wanted, arrays, out, statistics, d_out, d_lse):
+    return gradients(forced, options, wanted, arrays, out, statistics, d_out, d_lse), (arrays, d_out, d_lse)
 
 
-def _gradients_backward(forced, options, d_bias, residuals, cotangents):
+def _gradients_backward(forced, options, wanted, residuals, cotangents):
     """Second order: the derivative of the composite's gradient.
 
     `out` and `statistics` are arguments of `gradients` but functions of the others; the composite computes them anew, so that
-    the whole derivative goes to the others and these two get none.
+    the whole derivative goes to the others and these two get none. It goes to all others: what was constant for the first
+    derivative need not be so for the second.
     """
     arrays, d_out, d_lse = residuals
+    names = arrays.differentiable()
 
     def first(differentiable, d_out, d_lse):
-        return _composite_gradients(options, d_bias, _with(arrays, differentiable), d_out, d_lse)
+        return _composite_gradients(options, wanted, _with(arrays, names, differentiable), d_out, d_lse)
 
-    _, pull = jax.vjp(first, arrays[: 4 if d_bias else 3], d_out, d_lse)
+    _, pull = jax.vjp(first, _of(arrays, names), d_out, d_lse)
     d, d_d_out, d_d_lse = pull(cotangents)
-    return _cotangents(arrays, d), None, None, d_d_out, d_d_lse
+    return _cotangents(arrays, names, d), None, None, d_d_out, d_d_lse
 
 
 gradients.defvjp(_gradients_forward, _gradients_backward)
@@ -91,12 +93,12 @@ def _forward(forced, options, arrays):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _backward(forced, options, d_bias, *arguments):
+def _backward(forced, options, wanted, *arguments):
     def kernels(*arguments):
-        return forms.backward(options, *arguments, d_bias)
+        return forms.backward(options, *arguments, wanted)
 
     def others(arrays, out, statistics, d_out, d_lse):
-        return _composite_gradients(options, d_bias, arrays, d_out, d_lse)
+        return _composite_gradients(options, wanted, arrays, d_out, d_lse)
 
     if forced:
         return kernels(*arguments)
@@ -105,19 +107,22 @@ def _backward(forced, options, d_bias, *arguments):
     )
 
 
-def _composite_gradients(options, d_bias, arrays, d_out, d_lse):
+def _composite_gradients(options, wanted, arrays, d_out, d_lse):
     def run(*differentiable):
-        return composite.attention(options, _with(arrays, differentiable))
+        return composite.attention(options, _with(arrays, wanted, differentiable))
 
-    return jax.vjp(run, *arrays[: 4 if d_bias else 3])[1]((d_out, d_lse))
-
-
-def _with(arrays, differentiable):
-    """``arrays`` with these in place of query, key, value and, if it is there, bias."""
-    return Arrays(*differentiable, *arrays[len(differentiable) :])
+    return jax.vjp(run, *_of(arrays, wanted))[1]((d_out, d_lse))
 
 
-def _cotangents(arrays, differentiable):
-    """Those of `Arrays` for query, key, value and perhaps bias; None is zero."""
-    rest = [(None,) * len(x) if isinstance(x, tuple) else None for x in arrays[len(differentiable) :]]
-    return Arrays(*differentiable, *rest)
+def _of(arrays, names):
+    return tuple(getattr(arrays, name) for name in names)
+
+
+def _with(arrays, names, values):
+    """``arrays`` with these in place of those of the names."""
+    return arrays._replace(**dict(zip(names, values)))
+
+
+def _cotangents(arrays, names, values):
+    """Those of `Arrays` where these are the ones of the names; None is zero."""
+    return _with(Arrays(*((None,) * len(x) if isinstance(x, tuple) else None for x in arrays)), names, values)

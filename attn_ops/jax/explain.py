@@ -15,11 +15,12 @@ from attn_ops.jax import choice, forms, xp
 def explain(query, key, value, **given) -> Explanation:
     """What `scaled_dot_product_attention` would run for these arguments on the default device, and why.
 
-    Takes its arguments and raises the same errors; arrays may be `jax.ShapeDtypeStruct` as well. Nothing is computed.
+    Takes its arguments and raises the same errors; arrays may be `jax.ShapeDtypeStruct` as well, also the table of a
+    `T5RelativeBias`. Nothing is computed.
     """
     name, implementation = "explain", given.pop("implementation", None)
     arguments = {"query": query, "key": key, "value": value, **given}
-    specifications = {k: x for k, x in arguments.items() if isinstance(x, jax.ShapeDtypeStruct)}
+    specifications = {k: x for k, x in arguments.items() if _is_specification(x)}
     device = jax.config.jax_default_device or jax.default_backend()
     platform = getattr(device, "platform", device)
     reasons = []
@@ -41,3 +42,8 @@ def explain(query, key, value, **given) -> Explanation:
     if chosen != "fused":
         return Explanation(chosen, tuple(reasons))
     return Explanation(chosen, tuple(reasons), "xla", "cpu" if platform == "cpu" else "gpu")
+
+
+def _is_specification(x):
+    leaves = jax.tree.leaves(x)
+    return bool(leaves) and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)

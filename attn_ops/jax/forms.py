@@ -38,6 +38,8 @@ def platforms(options: Options, arrays: Arrays) -> tuple[str, ...]:
 def cuda_reason(options: Options, arrays: Arrays) -> str | None:
     """Why the kernels do not run this call on the CUDA devices here; None when they do."""
     reason = _cuda_device_reason()
+    if reason is None:
+        reason = attention_call.beyond_cuda(options, arrays)
     if reason is not None:
         return reason
     batch, num_heads, seqlen_q, head_dim = canonical(arrays.query.shape, options.layout)
@@ -73,24 +75,24 @@ def forward(options: Options, arrays: Arrays):
     return out, lse[0] if lse else None, statistics
 
 
-def backward(options: Options, arrays: Arrays, out, statistics, d_out, d_lse, d_bias: bool):
-    """(d_query, d_key, d_value), and with ``d_bias`` the gradient of the bias after them."""
-    differentiable = arrays[: 4 if d_bias else 3]
-    results = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in differentiable)
+def backward(options: Options, arrays: Arrays, out, statistics, d_out, d_lse, wanted: tuple[str, ...]):
+    """The gradients of the ``wanted`` of ``arrays.differentiable()``, in that order."""
+    d_bias = "bias" in wanted  # the others that the call has are computed in any case
+    computed = [name for name in arrays.differentiable() if name != "bias" or d_bias]
+    results = (getattr(arrays, name) for name in computed)
     optional, attributes = _optional(options, arrays)
-    return tuple(
-        _kernel("attn_ops.backward", results)(
-            *arrays[:3],
-            out,
-            statistics,
-            d_out,
-            *(() if d_lse is None else (d_lse,)),
-            *optional,
-            **attributes,
-            num_d_lse=np.int64(d_lse is not None),
-            d_bias=d_bias,
-        )
+    gradients = _kernel("attn_ops.backward", tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results))(
+        *arrays[:3],
+        out,
+        statistics,
+        d_out,
+        *(() if d_lse is None else (d_lse,)),
+        *optional,
+        **attributes,
+        num_d_lse=np.int64(d_lse is not None),
+        d_bias=d_bias,
     )
+    return tuple(d for name, d in zip(computed, gradients) if name in wanted)
 
 
 def _kernel(target, results):

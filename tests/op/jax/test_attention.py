@@ -16,7 +16,7 @@ from attn_ops.call.normalize import normalize
 from attn_ops.call.explanation import Explanation
 from attn_ops.jax import philox as jax_philox
 from attn_ops.jax import attention_weights, call, composite, forms, scaled_dot_product_attention, xp
-from reference_cases import CASES
+from reference_cases import CASES, differentiable
 
 both = pytest.mark.parametrize("forced", ["fused", "composite"])
 
@@ -30,55 +30,60 @@ def assert_same(found, expected, atol=2e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=atol, atol=atol), found, expected)
 
 
-def split(case):
-    """The case's differentiable inputs and its other options."""
-    options = dict(case.options)
-    arrays = [*case.inputs.values()] + ([options.pop("bias")] if "bias" in options else [])
-    return [jnp.asarray(x) for x in arrays], options
-
-
 @pytest.mark.wide(3)
 @both
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_specification(case, forced):
+    inputs, options, of_caller = differentiable(case)
     with jax.enable_x64(True):
-        arrays, options = split(case)
 
-        def attend(query, key, value, bias=None):
+        def attend(inputs):
             return scaled_dot_product_attention(
-                query, key, value, bias=bias, **options, return_lse=True, implementation=forced
+                **of_caller(inputs), **options, return_lse=True, implementation=forced
             )
 
-        results, pull = jax.vjp(attend, *arrays)
-        found = [*results, *pull((jnp.asarray(case.d_out), jnp.asarray(case.d_lse)))]
+        results, pull = jax.vjp(attend, jax.tree.map(jnp.asarray, inputs))
+        (gradients,) = pull((jnp.asarray(case.d_out), jnp.asarray(case.d_lse)))
     expected = reference.attention(**case.inputs, **case.options)
-    expected += reference.attention_gradients(**case.inputs, **case.options, d_out=case.d_out, d_lse=case.d_lse)
-    for x, y in zip(found, expected):
+    slopes = reference.attention_gradients(**case.inputs, **case.options, d_out=case.d_out, d_lse=case.d_lse)
+    expected += tuple(x for x in slopes if x is not None)
+    for x, y in zip([*results, *(gradients[name] for name in inputs)], expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-13)
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("chunk_rows", [1, 2, 3])
-@pytest.mark.parametrize("name", ["bias of heads", "bias of keys", "lengths, causal bottom_right", "everything"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bias of heads",
+        "bias of keys",
+        "lengths, causal bottom_right",
+        "everything",
+        "every score and mask",
+        "table beyond all distances",
+        "intervals",
+        "blocks of heads",
+    ],
+)
 def test_composite_in_chunks(name, chunk_rows):
     (case,) = (case for case in CASES if case.name == name)
-    arrays, options = split(case)
+    inputs, options, of_caller = differentiable(case)
+    inputs = jax.tree.map(jnp.asarray, inputs)
 
-    def attend(chunk_rows, query, key, value, *bias):
-        bias = dict(zip(["bias"], bias))
-        parts = call.split(normalize(xp, "test", query, key, value, **bias, **options, return_lse=True))
+    def attend(chunk_rows, inputs):
+        parts = call.split(normalize(xp, "test", **of_caller(inputs), **options, return_lse=True))
         return composite.attention(*parts, chunk_rows)
 
-    expected = attend(None, *arrays)
-    assert_same(attend(chunk_rows, *arrays), expected)
+    expected = attend(None, inputs)
+    assert_same(attend(chunk_rows, inputs), expected)
     finite = jnp.isfinite(expected[1])
 
-    def loss(chunk_rows, *arrays):
-        out, lse = attend(chunk_rows, *arrays)
+    def loss(chunk_rows, inputs):
+        out, lse = attend(chunk_rows, inputs)
         return jnp.sin(out).sum() + jnp.where(finite, lse, 0.0).sum()
 
-    numbers = tuple(range(len(arrays)))
-    chunked, whole = (jax.jit(jax.grad(lambda *a: loss(n, *a), argnums=numbers))(*arrays) for n in (chunk_rows, None))
+    chunked, whole = (jax.jit(jax.grad(lambda x: loss(n, x)))(inputs) for n in (chunk_rows, None))
     assert_same(chunked, whole)
 
 

@@ -1,0 +1,280 @@
+"""attn_ops.jax: what is added to scores and who sees whom, traced, mapped, and differentiated more than once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import attn_ops.jax
+from attn_ops import T5RelativeBias, kernels, masks, reference
+from attn_ops.call.explanation import Explanation
+from attn_ops.call.normalize import normalize
+from attn_ops.jax import call, forms, scaled_dot_product_attention, xp
+from reference_cases import CASES, differentiable
+
+both = pytest.mark.parametrize("forced", ["fused", "composite"])
+ROWS, KEYS = 5, 6
+
+
+def inputs(seqlen_q=ROWS, seqlen_k=KEYS):
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(2, n, 2, 4)).astype("float32") for n in (seqlen_q, seqlen_k, seqlen_k)]
+
+
+def case_named(name):
+    [case] = (case for case in CASES if case.name == name)
+    return case
+
+
+# What may be traced: integers, and the options that they make.
+TRACED = {
+    "offset": ((np.array([1, 3]),), lambda x: {"query_offset": x, "is_causal": True, "alibi_slopes": np.array([0.5, -0.2])}),
+    "offset of all": ((np.int32(2),), lambda x: {"query_offset": x, "window": (1, 1), "relative_bias": TABLE}),
+    "intervals": (
+        (np.array([[0, 0, 1, 3, 3]]), np.array([[1, 2, 2, 6, 6], [0, 4, 4, 4, 5]])),
+        lambda begin, end: {"mask": masks.intervals(begin, end)},
+    ),
+    "prefix": ((np.array([2, 0]),), lambda x: {"mask": masks.prefix(x)}),
+    "segments": (
+        (np.array([[0, 1, 0, 1, 2]] * 2), np.array([[0, 1, 2, 0, 1, 5], [1, 1, 1, 0, 0, 0]])),
+        lambda q, k: {"mask": masks.segments(q, k)},
+    ),
+    "segments in order": (
+        (np.array([[0, 0, 1, 4, 4]]), np.array([[0, 1, 1, 2, 4, 4]])),
+        lambda q, k: {"mask": masks.segments(q, k, contiguous=True)},
+    ),
+    "packed": ((np.array([0, 2, 5]), np.array([0, 3, 6])), lambda q, k: {"mask": masks.packed(q, k) & masks.window(left=1)}),
+    "blocks": ((np.array([[1, 0], [0, 1], [1, 1]]) > 0,), lambda x: {"mask": masks.block_sparse(x, 2, 3)}),
+}
+TABLE = np.random.default_rng(1).normal(size=(5, 2)).astype("float32")
+each_traced = pytest.mark.parametrize("name", TRACED)
+
+
+@both
+@each_traced
+def test_traced(name, forced):
+    arguments, options = TRACED[name]
+    arrays = inputs()
+
+    @jax.jit
+    def attend(*traced):
+        return scaled_dot_product_attention(*arrays, **options(*traced), return_lse=True, implementation=forced)
+
+    for found, expected in zip(attend(*arguments), reference.attention(*arrays, **options(*arguments))):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.wide(2)
+@both
+@each_traced
+def test_vmap(name, forced):
+    arguments, options = TRACED[name]
+    query, key, value = inputs()
+    # Each of the second call is the first one's for another batch entry, or moved as far as all may be moved.
+    others = [x[::-1] if x.ndim and x.shape[0] == 2 else x for x in arguments]
+
+    def gradient(query, *traced):
+        def loss(query):
+            out = scaled_dot_product_attention(query, key, value, **options(*traced), implementation=forced)
+            return jnp.sin(out).sum()
+
+        return jax.grad(loss)(query)
+
+    found = jax.jit(jax.vmap(gradient))(np.stack([query, -query]), *map(np.stack, zip(arguments, others)))
+    for x, y in zip(found, (gradient(query, *arguments), gradient(-query, *others))):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text, wrong, options",
+    [
+        (r"query_offset\[1\] \(-1\) must be from 0 to 2\^30", [0, -1], lambda x: {"query_offset": x}),
+        (r"query_offset\[0\] \(1073741825\) must be from 0", [2**30 + 1, 0], lambda x: {"query_offset": x}),
+        (r"key_end\[0, 2\] \(1\) must not be less than that of the row before \(3\)", [[1, 3, 1, 5, 5]],
+         lambda x: {"mask": masks.intervals(key_end=x)}),
+    ],
+)  # fmt: skip
+def test_traced_values_out_of_range(text, wrong, options):
+    attend = jax.jit(lambda x: scaled_dot_product_attention(*inputs(), **options(x)))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"attn_ops.forward: {text}"):
+        attend(jnp.array(wrong)).block_until_ready()
+
+
+SECOND = ["every score and mask", "buckets", "sinks, rows without keys", "soft cap, causal", "hidden"]
+
+
+def second_order_case(name):
+    """The case, and one in which a bias and a table hide."""
+    if name != "hidden":
+        return differentiable(case_named(name))
+    inputs, options, of_caller = differentiable(case_named("table of -inf"))
+    return {**inputs, "bias": case_named("bias of -inf").options["bias"]}, {**options, "logits_soft_cap": 0.9}, of_caller
+
+
+@pytest.mark.wide(2)
+@both
+@pytest.mark.parametrize("first", ["query", "all"])
+@pytest.mark.parametrize("name", SECOND)
+def test_second_order(name, first, forced):
+    """Also where only the query was varied for the first derivative, and everything is for the second."""
+    inputs, options, of_caller = second_order_case(name)
+    wanted = ["query"] if first == "query" else list(inputs)
+
+    def outputs(inputs):
+        return scaled_dot_product_attention(
+            **of_caller(inputs), **options, return_lse=True, implementation=forced
+        )
+
+    def slope(inputs):
+        def loss(varied):
+            out, lse = outputs({**inputs, **varied})
+            return jnp.sin(out).sum() + jnp.where(lse == -np.inf, 0.0, lse**2).sum()
+
+        gradients = jax.grad(loss)({name: inputs[name] for name in wanted})
+        return sum(jnp.cos(x).sum() for x in jax.tree.leaves(gradients))
+
+    rng = np.random.default_rng(2)
+    direction = {name: np.where(x == -np.inf, 0.0, rng.normal(size=x.shape)) for name, x in inputs.items()}
+
+    def expected_slope(step):
+        """`slope` by the reference alone."""
+        moved = of_caller({name: x + step * direction[name] for name, x in inputs.items()})
+        out, lse = reference.attention(**moved, **options)
+        d_lse = np.where(lse == -np.inf, 0.0, 2 * lse)
+        gradients = reference.attention_gradients(**moved, **options, d_out=np.cos(out), d_lse=d_lse)
+        named = dict(zip(inputs, [x for x in gradients if x is not None], strict=True))
+        return sum(np.cos(named[name]).sum() for name in wanted)
+
+    with jax.enable_x64(True):
+        gradients = jax.jit(jax.grad(slope))(jax.tree.map(jnp.asarray, inputs))
+        found = sum(np.vdot(gradients[name], direction[name]) for name in inputs)
+    expected = (expected_slope(1e-5) - expected_slope(-1e-5)) / 2e-5
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_third_order_scan_and_checkpoint():
+    query, key, value = inputs(6, 6)
+    options = {"logits_soft_cap": 2.0, "mask": masks.segments([[0, 1, 0, 1, 0, 0]]), "query_offset": 1}
+    table = T5RelativeBias(jnp.asarray(TABLE[:4]), max_distance=3)
+
+    def loss(forced, table, sinks):
+        def step(x, _):
+            out = scaled_dot_product_attention(
+                x, key, value, relative_bias=table, sinks=sinks, implementation=forced, **options
+            )
+            return out, None
+
+        return jnp.sin(jax.lax.scan(jax.checkpoint(step), query, length=2)[0]).sum()
+
+    def third(forced):
+        def derivative(function):
+            return lambda x: jnp.cos(jax.grad(function)(x)).sum()
+
+        sinks = jnp.array([0.5, -0.1])
+        twice = derivative(derivative(lambda sinks: loss(forced, table, sinks)))
+        return jax.jit(jax.grad(lambda table: loss(forced, table, sinks)))(table).table, jax.jit(jax.grad(twice))(sinks)
+
+    for found, expected in zip(third("fused"), third("composite")):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+        assert np.abs(expected).max() > 1e-3
+
+
+@both
+def test_what_is_hidden_never_counts_even_nan(forced):
+    query, key, value = inputs()
+    key[:, 4:], value[:, 4:] = np.nan, np.inf
+    query[:, 4:] = np.nan
+    d_out = np.where(np.arange(ROWS)[:, None, None] < 4, np.cos(value[:, :ROWS]), np.nan).astype("float32")
+    options = {
+        "query_seq_lengths": np.array([4, 4]),
+        "key_value_seq_lengths": np.array([4, 3]),
+        "logits_soft_cap": 1.5,
+        "alibi_slopes": np.array([0.5, 0.1]),
+    }
+    named = {"query": query, "key": key, "value": value, "relative_bias": TABLE, "sinks": np.array([0.3, -np.inf], "float32")}
+
+    def attend(named):
+        return scaled_dot_product_attention(**named, **options, return_lse=True, implementation=forced)
+
+    (out, lse), pull = jax.vjp(attend, jax.tree.map(jnp.asarray, named))
+    [gradients] = pull((d_out, jnp.ones_like(lse)))
+    expected = reference.attention(**named, **options)
+    slopes = reference.attention_gradients(**named, **options, d_out=d_out, d_lse=np.ones(lse.shape))
+    slopes = [x for x in slopes if x is not None]
+    for x, y in zip([out, lse, *(gradients[name] for name in named)], [*expected, *slopes], strict=True):
+        assert not np.isnan(x).any()
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+    assert (gradients["key"][:, 4:] == 0).all() and (lse[:, 0, 4:] == np.float32(0.3)).all()
+
+
+def test_gradients_that_nobody_wants():
+    query, key, value = inputs()
+    bias, sinks = np.zeros((2, 2, ROWS, KEYS), "float32"), np.zeros(2, "float32")
+
+    def loss(query, bias, sinks):
+        return scaled_dot_product_attention(query, key, value, bias=bias, sinks=sinks, relative_bias=TABLE).sum()
+
+    for number, d_bias in ((0, False), (1, True), (2, False)):
+        text = str(jax.make_jaxpr(jax.grad(loss, number))(query, bias, sinks))
+        assert f"('d_bias', {d_bias})" in text
+
+
+FEATURES = [
+    ("masks of intervals", {"mask": masks.prefix(2)}),
+    ("query_offset", {"query_offset": 1}),
+    ("masks of segments", {"mask": masks.segments([[1, 0, 1, 0, 1]], [[0, 1, 0, 1, 0, 1]])}),
+    ("masks of blocks", {"mask": masks.block_sparse(np.eye(3) > 0, 2, 2)}),
+    ("logits_soft_cap", {"logits_soft_cap": 3.0}),
+    ("alibi_slopes", {"alibi_slopes": attn_ops.alibi_slopes(2)}),
+    ("relative_bias", {"relative_bias": TABLE}),
+    ("sinks", {"sinks": np.zeros(2)}),
+]
+
+
+def test_cuda_leaves_these_to_the_composite(monkeypatch):
+    monkeypatch.setattr(forms, "_cuda_device_reason", lambda: None)
+    monkeypatch.setattr(kernels, "cuda_unsupported_reason", lambda *given: None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    arrays = inputs()
+    assert attn_ops.jax.explain(*arrays).implementation == "fused"
+    for what, given in FEATURES:
+        parts = call.split(normalize(xp, "test", *arrays, **given))
+        assert forms.platforms(*parts) == ("cpu",), what
+        reason = forms.cuda_reason(*parts)
+        assert reason.startswith(f"its kernels do not have {what}")
+        whole = f"the default device is of the platform gpu, and {reason}"
+        assert attn_ops.jax.explain(*arrays, **given) == Explanation("composite", (whole,))
+        with pytest.raises(ValueError, match=f"explain: implementation='fused' cannot run.* {what}"):
+            attn_ops.jax.explain(*arrays, **given, implementation="fused")
+
+
+def test_explain_of_specifications():
+    shape = jax.ShapeDtypeStruct((1, 4, 2, 8), "float32")
+    table = T5RelativeBias(jax.ShapeDtypeStruct((8, 2), "float32"))
+    offset, sinks = jax.ShapeDtypeStruct((1,), "int32"), jax.ShapeDtypeStruct((2,), "float32")
+    given = {"relative_bias": table, "sinks": sinks, "query_offset": offset}
+    assert attn_ops.jax.explain(shape, shape, shape, **given).implementation == "fused"
+    with pytest.raises(ValueError, match=r"explain: relative_bias.table must have shape \[num_buckets, num_heads=2\], got"):
+        attn_ops.jax.explain(shape, shape, shape, relative_bias=T5RelativeBias(jax.ShapeDtypeStruct((8, 3), "float32")))
+
+
+@pytest.mark.parametrize(
+    "error, text, arguments",
+    [
+        (ValueError, "logits_soft_cap must be positive and finite, got 0", {"logits_soft_cap": 0}),
+        (TypeError, "logits_soft_cap must be a Python number", {"logits_soft_cap": jnp.float32(3)}),
+        (ValueError, "query_offset must be between 0 and 2.30, got -1", {"query_offset": jnp.array([0, -1])}),
+        (ValueError, "query_offset must be between 0 and 2.30, got 2147483647", {"query_offset": np.array([0, 2**33])}),
+        (ValueError, "query_offset tells where", {"query_offset": 1, "is_causal": True, "causal_alignment": "bottom_right"}),
+        (TypeError, "query_offset must hold integers, got float32", {"query_offset": jnp.zeros(2)}),
+        (ValueError, r"alibi_slopes must have shape \[num_heads=2\]", {"alibi_slopes": jnp.zeros(3)}),
+        (ValueError, r"relative_bias must have 2 R \+ 1 rows", {"relative_bias": jnp.zeros((4, 2))}),
+        (ValueError, "T5RelativeBias needs a table of at least", {"relative_bias": T5RelativeBias(jnp.zeros((2, 2)))}),
+        (ValueError, r"sinks must have shape \[num_heads=2\], got \(1,\)", {"sinks": jnp.zeros(1)}),
+        (TypeError, "sinks must be floating, got int32", {"sinks": jnp.zeros(2, int)}),
+        (ValueError, "key_end of the mask|must have shape", {"mask": masks.intervals(key_end=jnp.zeros((1, 4), int))}),
+    ],
+)  # fmt: skip
+def test_bad_input(error, text, arguments):
+    with pytest.raises(error, match=f"scaled_dot_product_attention: .*{text}"):
+        scaled_dot_product_attention(*inputs(), **arguments)
