@@ -169,7 +169,7 @@ class _Call:
             offset = arrays.query_offset(_NUMPY, name, offset, batch)
         visible = np.asarray(mask.materialize(seqlen_q, seqlen_k, query_offset=offset))
         visible = self._broadcast("mask", visible, weights_shape)
-        cap = options.logits_soft_cap(name, given.logits_soft_cap)
+        cap = options.logits_soft_cap(name, given.logits_soft_cap, in_float64=True)
         self._distances = np.arange(seqlen_k) - _own(mask, offset, seqlen_q, seqlen_k)[..., None]
         self.table = self.sinks = None
         if given.relative_bias is not None:

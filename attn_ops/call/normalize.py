@@ -137,7 +137,7 @@ def normalize(xp, name, query, key, value, **given):
         structured.blocks,
         structured.block_q,
         structured.block_k,
-        options.logits_soft_cap(name, logits_soft_cap),
+        options.logits_soft_cap(name, logits_soft_cap, lse_dtype is xp.float64),
         alibi_slopes,
         relative_bias,
         sinks,

@@ -110,8 +110,8 @@ def scale(name, value):
     return number
 
 
-def logits_soft_cap(name, cap):
-    """``cap`` as a float, or None."""
+def logits_soft_cap(name, cap, in_float64):
+    """``cap`` as a float that scores in float32, or ``in_float64``, can be divided by; None where it changes none."""
     if cap is None:
         return None
     if not is_number(cap):
@@ -125,7 +125,8 @@ def logits_soft_cap(name, cap):
         number = math.inf
     if not 0.0 < number < math.inf:  # NaN fails too
         raise ValueError(f"{name}: logits_soft_cap must be positive and finite, got {cap}; None is no cap")
-    return number
+    smallest, largest = (sys.float_info.min, sys.float_info.max) if in_float64 else (2.0**-126, 2.0**127)
+    return max(number, smallest) if number <= largest else None
 
 
 def check_offset(name, low, high):

@@ -59,7 +59,10 @@ def _sorted(function, query, key, given):
         if structure.structured:
             axis = 1 if arguments["layout"] == "BSHD" or len(query.shape) < 4 else 2
             axis = 0 if len(query.shape) == 2 else axis
-            structure = structure.resolved(query.shape[axis], key.shape[axis], tensors.get("query_offset"))
+            offset = tensors["query_offset"]
+            # Windows that are found may stand at the last key: not where something else counts distances.
+            alone = all(tensors[name] is None for name in ("query_offset", "alibi_slopes", "relative_bias"))
+            structure = structure.resolved(query.shape[axis], key.shape[axis], offset, windows=alone)
         arguments["mask_structure"] = {
             "is_causal": structure.is_causal,
             "causal_alignment": structure.causal_alignment,
