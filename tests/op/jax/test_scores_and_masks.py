@@ -64,7 +64,7 @@ def test_traced(name, forced):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @both
 @each_traced
 def test_vmap(name, forced):
@@ -90,7 +90,7 @@ def test_vmap(name, forced):
     [
         (r"query_offset\[1\] \(-1\) must be from 0 to 2\^30", [0, -1], lambda x: {"query_offset": x}),
         (r"query_offset\[0\] \(1073741825\) must be from 0", [2**30 + 1, 0], lambda x: {"query_offset": x}),
-        (r"key_end\[0, 2\] \(1\) must not be less than that of the row before \(3\)", [[1, 3, 1, 5, 5]],
+        (r"key_end\[0,2\] \(1\) must not be less than that of the row before \(3\)", [[1, 3, 1, 5, 5]],
          lambda x: {"mask": masks.intervals(key_end=x)}),
     ],
 )  # fmt: skip
@@ -111,7 +111,7 @@ def second_order_case(name):
     return {**inputs, "bias": case_named("bias of -inf").options["bias"]}, {**options, "logits_soft_cap": 0.9}, of_caller
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @both
 @pytest.mark.parametrize("first", ["query", "all"])
 @pytest.mark.parametrize("name", SECOND)
@@ -152,31 +152,41 @@ def test_second_order(name, first, forced):
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_third_order_scan_and_checkpoint():
-    query, key, value = inputs(6, 6)
+def looked_at(forced, x, table, sinks):
+    key, value = inputs(6, 6)[1:]
     options = {"logits_soft_cap": 2.0, "mask": masks.segments([[0, 1, 0, 1, 0, 0]]), "query_offset": 1}
-    table = T5RelativeBias(jnp.asarray(TABLE[:4]), max_distance=3)
+    return scaled_dot_product_attention(
+        x, key, value, relative_bias=table, sinks=sinks, implementation=forced, **options
+    )
 
-    def loss(forced, table, sinks):
-        def step(x, _):
-            out = scaled_dot_product_attention(
-                x, key, value, relative_bias=table, sinks=sinks, implementation=forced, **options
-            )
-            return out, None
 
-        return jnp.sin(jax.lax.scan(jax.checkpoint(step), query, length=2)[0]).sum()
+def test_scan_and_checkpoint():
+    query, table, sinks = inputs(6, 6)[0], T5RelativeBias(jnp.asarray(TABLE[:4]), max_distance=3), jnp.array([0.5, -0.1])
+
+    def gradients(loop):
+        def loss(table, sinks):
+            return jnp.sin(loop(lambda x: looked_at("fused", x, table, sinks))).sum()
+
+        return jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1)))(table, sinks))
+
+    scanned = gradients(lambda step: jax.lax.scan(lambda x, _: (jax.checkpoint(step)(x), None), query, length=2)[0])
+    for found, expected in zip(scanned, gradients(lambda step: step(step(query)))):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        assert np.abs(expected).max() > 1e-3
+
+
+def test_third_order():
+    query, table = inputs(6, 6)[0], jnp.asarray(TABLE)
 
     def third(forced):
         def derivative(function):
             return lambda x: jnp.cos(jax.grad(function)(x)).sum()
 
-        sinks = jnp.array([0.5, -0.1])
-        twice = derivative(derivative(lambda sinks: loss(forced, table, sinks)))
-        return jax.jit(jax.grad(lambda table: loss(forced, table, sinks)))(table).table, jax.jit(jax.grad(twice))(sinks)
+        return jax.grad(derivative(derivative(lambda sinks: jnp.sin(looked_at(forced, query, table, sinks)).sum())))
 
-    for found, expected in zip(third("fused"), third("composite")):
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
-        assert np.abs(expected).max() > 1e-3
+    found, expected = (third(forced)(jnp.array([0.5, -0.1])) for forced in ("fused", "composite"))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    assert np.abs(expected).max() > 1e-3
 
 
 @both
@@ -184,7 +194,7 @@ def test_what_is_hidden_never_counts_even_nan(forced):
     query, key, value = inputs()
     key[:, 4:], value[:, 4:] = np.nan, np.inf
     query[:, 4:] = np.nan
-    d_out = np.where(np.arange(ROWS)[:, None, None] < 4, np.cos(value[:, :ROWS]), np.nan).astype("float32")
+    d_out = np.cos(value[:, :ROWS], where=np.isfinite(value[:, :ROWS]), out=np.full(query.shape, np.nan, "float32"))
     options = {
         "query_seq_lengths": np.array([4, 4]),
         "key_value_seq_lengths": np.array([4, 3]),
@@ -241,10 +251,10 @@ def test_cuda_leaves_these_to_the_composite(monkeypatch):
         parts = call.split(normalize(xp, "test", *arrays, **given))
         assert forms.platforms(*parts) == ("cpu",), what
         reason = forms.cuda_reason(*parts)
-        assert reason.startswith(f"its kernels do not have {what}")
+        assert reason.startswith("its kernels do not have ") and what in reason
         whole = f"the default device is of the platform gpu, and {reason}"
         assert attn_ops.jax.explain(*arrays, **given) == Explanation("composite", (whole,))
-        with pytest.raises(ValueError, match=f"explain: implementation='fused' cannot run.* {what}"):
+        with pytest.raises(ValueError, match=f"explain: implementation 'fused' cannot run: .* {what}"):
             attn_ops.jax.explain(*arrays, **given, implementation="fused")
 
 
@@ -272,9 +282,9 @@ def test_explain_of_specifications():
         (ValueError, "T5RelativeBias needs a table of at least", {"relative_bias": T5RelativeBias(jnp.zeros((2, 2)))}),
         (ValueError, r"sinks must have shape \[num_heads=2\], got \(1,\)", {"sinks": jnp.zeros(1)}),
         (TypeError, "sinks must be floating, got int32", {"sinks": jnp.zeros(2, int)}),
-        (ValueError, "key_end of the mask|must have shape", {"mask": masks.intervals(key_end=jnp.zeros((1, 4), int))}),
+        (ValueError, r"intervals: axis 1 of shape \(1, 4\) must be seqlen_q, here 5", {"mask": masks.intervals(key_end=[0] * 4)}),
     ],
 )  # fmt: skip
 def test_bad_input(error, text, arguments):
-    with pytest.raises(error, match=f"scaled_dot_product_attention: .*{text}"):
+    with pytest.raises(error, match=f"scaled_dot_product_attention: {text}"):
         scaled_dot_product_attention(*inputs(), **arguments)
