@@ -55,6 +55,9 @@ class NumPy:
         found = [np.searchsorted(o, v, side) for o, v in zip(ordered, values)]
         return np.stack(found) if found else np.zeros(values.shape, np.int64)
 
+    def can_search(self, ordered):
+        return True
+
     def with_zero(self, x):
         """`[batch, n]` with one more column, of zeros."""
         return np.pad(x, [(0, 0), (0, 1)])
@@ -117,6 +120,9 @@ class TensorFlow:
         if len(ordered.shape) > 1:
             return tf.searchsorted(ordered, values, side, tf.int64)
         return tf.reshape(tf.searchsorted(ordered, tf.reshape(values, [-1]), side, tf.int64), tf.shape(values))
+
+    def can_search(self, ordered):
+        return True
 
     def with_zero(self, x):
         return self.tf.pad(x, [[0, 0], [0, 1]])
@@ -182,6 +188,10 @@ class Jax:
             return self.jnp.searchsorted(ordered, values, side)
 
         return search(ordered, values) if ordered.ndim == 1 else self.jax.vmap(search)(ordered, values)
+
+    def can_search(self, ordered):
+        """Not where `jax.export` leaves the extent open."""
+        return isinstance(ordered.shape[-1], int)
 
     def with_zero(self, x):
         return self.jnp.pad(x, [(0, 0), (0, 1)])

@@ -42,7 +42,7 @@ def test_a_good_wheel_passes(tmp_path):
         ({"filling": MAX_BYTES}, f"bytes, not less than {MAX_BYTES}"),
         ({"libraries": LIBRARIES[:1]}, "it has the libraries ['libattn_ops.so'], not the operators and the Python"),
         ({"more": ["attn_ops/old.py"]}, "it has modules that are not in this checkout: ['attn_ops/old.py']"),
-        ({"fewer": ["attn_ops/namespaces.py"]}, "it lacks modules of this checkout: ['attn_ops/masks.py']"),
+        ({"fewer": ["attn_ops/namespaces.py"]}, "it lacks modules of this checkout: ['attn_ops/namespaces.py']"),
     ],
     ids=("platform", "size", "libraries", "a module too many", "a module too few"),
 )

@@ -187,6 +187,23 @@ def test_traced_in_jax(offset):
         np.testing.assert_array_equal(expanded(parts), truth(name, value), name)
 
 
+def test_extents_that_jax_export_leaves_open():
+    jax = pytest.importorskip("jax")
+    (n,) = jax.export.symbolic_shape("n")
+    mask = masks.prefix(3) & masks.chunked(4) & masks.packed([0, 2, 6])
+
+    def parts(x, ids):
+        found = (mask & masks.segments(ids)).parts(x.shape[0], x.shape[0], like=(x,))
+        return found.intervals, found.segments
+
+    described = jax.ShapeDtypeStruct((n,), "float32"), jax.ShapeDtypeStruct((1, n), "int32")
+    (begin, end), (q_ids, kv_ids) = jax.export.export(jax.jit(parts))(*described).call(np.zeros(6, "f"), np.array([[0, 0, 0, 1, 1, 1]]))
+    wanted_begin, wanted_end = mask.parts(6, 6).intervals
+    np.testing.assert_array_equal(begin, wanted_begin)
+    np.testing.assert_array_equal(end, wanted_end)
+    np.testing.assert_array_equal(q_ids, kv_ids)
+
+
 @pytest.mark.parametrize("offset", OFFSET)
 @pytest.mark.parametrize("framework", ["tensorflow", "jax"])
 def test_attention_by_parts_is_attention_by_the_dense_mask(framework, offset):
