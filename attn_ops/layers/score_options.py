@@ -57,7 +57,7 @@ class ScoreOptions(DropIn):
         **kwargs,
     ):
         name = type(self).__name__
-        logits_soft_cap = options.logits_soft_cap(name, logits_soft_cap)
+        logits_soft_cap = options.logits_soft_cap(name, logits_soft_cap, in_float64=True)
         sinks = options.flag(name, "sinks", sinks)
         if position_bias not in _POSITION_BIASES:
             raise ValueError(f"{name}: position_bias must be None, 'alibi' or 't5', not {position_bias!r}")
