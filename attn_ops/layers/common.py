@@ -95,8 +95,8 @@ def keras_mask(
     if query_mask is not None:
         parts.append(masks.query_padding(axes.flatten_padding(boolean(query_mask, "query_mask"), query)))
     # Keras fills both the mask of `value` and that of `key`, often with the same tensor.
-    for mask in {id(mask): mask for mask in key_masks if mask is not None}.values():
-        parts.append(masks.key_padding(axes.flatten_padding(boolean(mask, "value_mask"), key)))
+    for key_mask in {id(x): x for x in key_masks if x is not None}.values():
+        parts.append(masks.key_padding(axes.flatten_padding(boolean(key_mask, "value_mask"), key)))
     if isinstance(attention_mask, masks.Mask):
         parts.append(attention_mask)
     elif attention_mask is not None:
