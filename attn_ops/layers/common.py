@@ -37,12 +37,12 @@ def boolean(mask, name):
 
 
 def refuse_ragged(layer, **inputs):
-    """Raises TypeError where one of the `inputs` is ragged: Keras 3 has no ragged tensors, and says so nowhere."""
+    """Raises TypeError where one of the `inputs` is ragged, as which Keras hands them over."""
     for name, x in inputs.items():
         if type(x).__name__ == "RaggedTensor":
             raise TypeError(
-                f"{type(layer).__name__}: {name} is a RaggedTensor, and Keras's layers take dense tensors: pass "
-                f"{name}.to_tensor(), and tf.sequence_mask({name}.row_lengths()) as its mask"
+                f"{type(layer).__name__}: {name} is a RaggedTensor, and this layer takes dense tensors (on TensorFlow "
+                f"MultiHeadAttention takes ragged ones): pass {name}.to_tensor(), and tf.sequence_mask({name}.row_lengths()) as its mask"
             )
 
 

@@ -7,7 +7,7 @@ from keras import ops
 
 from attn_ops import masks
 from attn_ops.layers.axes import AttentionAxes, dims
-from attn_ops.layers.backend import set_keras_mask
+from attn_ops.layers.backend import backend, set_keras_mask
 from attn_ops.layers.base import dense_reason, refuse_if_forced
 from attn_ops.layers.common import attend, boolean, combine, dropout_seed, keras_mask, refuse_ragged, without_keras_mask
 from attn_ops.layers.empty_rows import empty_rows, with_means
@@ -57,6 +57,25 @@ class GroupedQueryAttention(ScoreOptions, _Stock):
         self._return_attention_scores = return_attention_scores
         given = {"attention_bias": attention_bias, "query_offset": query_offset}
         given = {what: x for what, x in given.items() if x is not None}
+        if any(backend.is_ragged(x) for x in (query, value, key)):
+            return self._attend_ragged(
+                GroupedQueryAttention,
+                query,
+                value if key is None else key,
+                value,
+                training,
+                use_causal_mask,
+                scale=self._inverse_sqrt_head_dim,
+                rate=self.dropout,
+                window=getattr(self, "sliding_window", None),
+                gate=getattr(self, "use_gate", False),
+                query_mask=query_mask,
+                value_mask=value_mask,
+                key_mask=key_mask,
+                attention_mask=attention_mask,
+                return_attention_scores=return_attention_scores,
+                **given,
+            )
         self._refuse_in_keras(attention_mask, **given)
         key = value if key is None else key
         refuse_ragged(self, query=query, value=value, key=key)
@@ -196,6 +215,8 @@ class GroupedQueryAttention(ScoreOptions, _Stock):
             training=training,
             use_causal_mask=use_causal_mask,
         )
+        if getattr(query, "ragged", False) and not return_attention_scores:
+            return keras.KerasTensor(spec.shape, dtype=spec.dtype, ragged=True)
         if query_mask is not None and not self.as_in_keras:
             set_keras_mask(spec[0] if return_attention_scores else spec, query_mask)
         return spec

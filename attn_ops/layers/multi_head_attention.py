@@ -9,7 +9,7 @@ from keras import ops
 
 from attn_ops import masks
 from attn_ops.layers.axes import AttentionAxes, dims
-from attn_ops.layers.backend import set_keras_mask
+from attn_ops.layers.backend import backend, set_keras_mask
 from attn_ops.layers.base import dense_reason, refuse_if_forced
 from attn_ops.layers.common import attend, boolean, combine, dropout_seed, keras_mask, refuse_ragged, without_keras_mask
 from attn_ops.layers.empty_rows import empty_rows, with_means
@@ -57,6 +57,9 @@ class MultiHeadAttention(ScoreOptions, _Stock):
       integers `[batch]`, is the position of the first query among the keys, which count from 0 (decoding with a cache):
       causal masks, windows, `position_bias` and `rotary` follow it.
     - An `attention_mask` may be an object of `attn_ops.masks`, which stays structured.
+    - Query, value and key may be `tf.RaggedTensor`s `[batch, (seqlen), features]`, also of functional models
+      (`keras.Input(ragged=True)`): no padding is made, and the output is ragged like the query. Causal masks and windows
+      go with it, by position in each sequence; other masks, `attention_bias` and scores do not.
     - Options of the constructor, by keyword, that Keras does not have; with one of them, no stock layer can take the
       layer's place (`attn_ops.revert`), and where Keras's own code has to run there is a ValueError:
       `logits_soft_cap`: a number c; scores s become c tanh(s / c). `sinks=True`: a learned logit per head joins the
@@ -89,6 +92,25 @@ class MultiHeadAttention(ScoreOptions, _Stock):
     ):
         given = {"attention_bias": attention_bias, "query_offset": query_offset}
         given = {what: x for what, x in given.items() if x is not None}
+        if any(backend.is_ragged(x) for x in (query, value, key)):
+            return self._attend_ragged(
+                MultiHeadAttention,
+                query,
+                value if key is None else key,
+                value,
+                training,
+                use_causal_mask,
+                scale=self._inverse_sqrt_key_dim,
+                rate=self._dropout,
+                window=getattr(self, "_sliding_window", None),
+                gate=getattr(self, "_use_gate", False),
+                query_mask=query_mask,
+                value_mask=value_mask,
+                key_mask=key_mask,
+                attention_mask=attention_mask,
+                return_attention_scores=return_attention_scores,
+                **given,
+            )
         self._refuse_in_keras(attention_mask, **given)
         if self.as_in_keras:
             return super().call(
@@ -247,6 +269,8 @@ class MultiHeadAttention(ScoreOptions, _Stock):
     ):
         self._refuse_symbolic_mask(attention_mask)
         spec = super().compute_output_spec(query, value, key)
+        if getattr(query, "ragged", False):
+            return keras.KerasTensor(spec.shape, dtype=spec.dtype, ragged=True)
         if query_mask is not None and not self.as_in_keras:
             set_keras_mask(spec, query_mask)
         if not return_attention_scores:

@@ -9,6 +9,10 @@ import numpy as np
 from attn_ops.jax import attention, philox, rotary, xp  # noqa: F401  attention, rotary: modules with functions for the layers
 
 
+def is_ragged(x):
+    return False  # JAX has none
+
+
 def draw_seed(generator):
     """What a Keras `SeedGenerator` gives next, as a `dropout_seed`. JAX recomputes what it traced, with this seed."""
     return generator.next()

@@ -10,6 +10,17 @@ from attn_ops.tensorflow import constants, philox, rematerialization, rotary  # 
 attention = attn_ops  # the module with scaled_dot_product_attention and attention_weights
 
 
+def is_ragged(x):
+    return isinstance(x, tf.RaggedTensor)
+
+
+def tokens(name, query, key, value):
+    """Ragged tensors as `attn_ops.layers.ragged.Tokens`."""
+    from attn_ops.layers import ragged
+
+    return ragged.tokens(name, query, key, value)
+
+
 def draw_seed(generator):
     """What a Keras `SeedGenerator` gives next, as a `dropout_seed`; the same again in the recomputation of a run."""
     return rematerialization.same_in_recomputation(lambda: tf.cast(generator.next(), tf.int64))

@@ -10,7 +10,8 @@ from attn_ops.call import options
 from attn_ops.call.position_bias import T5RelativeBias, alibi_slopes
 from attn_ops.call.rotary import Rotary
 from attn_ops.layers.backend import backend
-from attn_ops.layers.base import DropIn
+from attn_ops.layers.base import DropIn, dense_reason
+from attn_ops.layers.common import combine, dropout_seed
 from attn_ops.masks.config import config_of, from_config
 
 _POSITION_BIASES = (None, "alibi", "t5")
@@ -143,6 +144,50 @@ class ScoreOptions(DropIn):
                 f"{type(self).__name__}: attention_mask holds a tensor of a Keras model, which would not be an input of this "
                 f"layer: pass boolean tensors, as attention_mask, value_mask or query_mask; got {attention_mask!r}"
             )
+
+    def _attend_ragged(self, cls, query, key, value, training, use_causal_mask, *, scale, rate, window, gate, **refused):
+        """The layer, a ``cls``, on ragged `[batch, (seqlen), features]`: a ragged one of the query's row lengths.
+
+        ``scale``, ``rate`` (of dropout), ``window`` (Keras's) and ``gate`` (whether there is one) are the layer's;
+        ``refused`` are the arguments of the call that go by `[batch, seqlen]`.
+        """
+        name = type(self).__name__
+        given = [what for what, x in refused.items() if x is not None and x is not False]
+        if given:
+            raise ValueError(f"{name}: a call with ragged tensors takes no {', '.join(given)}: pass dense ones")
+        reason = "as_in_keras=True" if self.as_in_keras else dense_reason(self, cls, "call", "_compute_attention", "_masked_softmax")
+        if reason:
+            raise ValueError(f"{name}: Keras's own code has no ragged tensors, and runs here: {reason}")
+        mask = combine(
+            [
+                masks.causal("top_left") if use_causal_mask else None,
+                None if window is None else masks.window(window - 1, window - 1),
+                self.mask,
+            ]
+        )
+        mask = masks.Mask() if mask is None else mask
+        if mask.structured or mask.arrays():
+            raise ValueError(f"{name}: of masks a call with ragged tensors has causal ones and windows, got {self.mask!r}")
+        tokens = backend.tokens(name, query, key, value)
+        turned_query, turned_key = self._rotated(
+            self._query_dense(tokens.query), self._key_dense(tokens.key), positions=tokens.positions
+        )
+        seed = dropout_seed(self._dropout_layer, rate, training)
+        out = tokens.attend(
+            turned_query,
+            turned_key,
+            self._value_dense(tokens.value),
+            scale=scale,
+            is_causal=mask.is_causal,
+            window=mask.window,
+            causal_alignment=mask.causal_alignment,
+            implementation=self.implementation,
+            **({} if seed is None else {"dropout_rate": rate, "dropout_seed": seed}),
+            **self._score_options(),
+        )
+        if gate:
+            out = out * self._gate_dense(tokens.query)
+        return tokens.ragged(self._output_dense(out))
 
     def _score_options(self, attention_bias=None, query_offset=None):
         """The options of the attention, those that are in effect."""
