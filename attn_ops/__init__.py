@@ -20,6 +20,7 @@ _ATTRIBUTES = {
     "attention_weights": "tensorflow.attention",
     "varlen_attention": "tensorflow.varlen",
     "ragged_attention": "tensorflow.varlen",
+    "rotary_embedding": "tensorflow.rotary",
     "alibi_slopes": "call.position_bias",
     "T5RelativeBias": "call.position_bias",
     "explain": "tensorflow.explain",

@@ -9,6 +9,7 @@ needed.
 
 from attn_ops.jax.attention import attention_weights, scaled_dot_product_attention
 from attn_ops.jax.explain import explain
+from attn_ops.jax.rotary import rotary_embedding
 from attn_ops.jax.varlen import varlen_attention
 
-__all__ = ["attention_weights", "explain", "scaled_dot_product_attention", "varlen_attention"]
+__all__ = ["attention_weights", "explain", "rotary_embedding", "scaled_dot_product_attention", "varlen_attention"]

@@ -117,3 +117,22 @@ def seed_of_array(seed):
     high = seed >> 32 if wide else jnp.where(seed < 0, -1, 0)
     low = seed & 0xFFFFFFFF if wide else seed
     return jnp.stack([low.astype(np.uint32), high.astype(np.uint32)], axis=-1).reshape(4)
+
+
+# For rotary embeddings.
+cos, sin = jnp.cos, jnp.sin
+concat, stack, reshape = jnp.concatenate, jnp.stack, jnp.reshape
+uint32 = np.dtype("uint32")
+
+
+def reshape_like(x, like):
+    return x.reshape(like.shape)
+
+
+def arange_like(count, like):
+    """Integers from 0, such as ``like``."""
+    return jnp.arange(count)
+
+
+def bitcast_int32(x):
+    return jax.lax.bitcast_convert_type(x, np.int32)

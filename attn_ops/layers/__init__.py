@@ -4,6 +4,7 @@
 ``MultiHeadAttention``, ``GroupedQueryAttention`` (in Keras's public namespace ``GroupQueryAttention``) and
 ``Attention`` are the stock layers with the attention itself replaced: same constructor, call, weights, names and files.
 ``SelfAttention``, ``AttentionLayer`` and ``AttentionLayerWithWeights`` are the small single-head layers of tutorials.
+``RotaryEmbedding`` turns queries and keys by their positions, with the arguments of KerasHub's layer.
 """
 
 from attn_ops import requirements
@@ -15,6 +16,7 @@ from attn_ops.layers.attention import Attention  # noqa: E402
 from attn_ops.layers.attention_layer import AttentionLayer, AttentionLayerWithWeights  # noqa: E402
 from attn_ops.layers.grouped_query_attention import GroupedQueryAttention  # noqa: E402
 from attn_ops.layers.multi_head_attention import MultiHeadAttention  # noqa: E402
+from attn_ops.layers.rotary_embedding import RotaryEmbedding  # noqa: E402
 from attn_ops.layers.self_attention import SelfAttention  # noqa: E402
 
 GroupQueryAttention = GroupedQueryAttention
@@ -26,5 +28,6 @@ __all__ = [
     "GroupQueryAttention",
     "GroupedQueryAttention",
     "MultiHeadAttention",
+    "RotaryEmbedding",
     "SelfAttention",
 ]

@@ -88,8 +88,8 @@ class AttentionAxes:
         extents = dims(like)
         return _merge(mask, [[extents[axis] for axis in self.free], [extents[axis] for axis in self.attended]])
 
-    def flatten_mask(self, mask, query, key):
-        """A mask that Keras would broadcast to the scores to rank 4, broadcastable to
+    def flatten_mask(self, mask, query, key, what="attention_mask"):
+        """A mask (or bias) that Keras would broadcast to the scores to rank 4, broadcastable to
         `[prod(free), num_heads, seqlen_q, seqlen_k]`.
 
         The last axes of `mask` are those of the query and of the key; the axes before them are the first ones of the
@@ -103,7 +103,7 @@ class AttentionAxes:
         leading = len(mask.shape) - 2 * num_attended
         if not 0 <= leading <= num_free + 1:
             raise ValueError(
-                f"attn_ops.layers: an attention_mask of shape {tuple(mask.shape)} has {len(mask.shape)} axes, and needs "
+                f"attn_ops.layers: an {what} of shape {tuple(mask.shape)} has {len(mask.shape)} axes, and needs "
                 f"{2 * num_attended} (the query's and the key's) to {num_free + 1 + 2 * num_attended} (with "
                 f"{num_free} batch axes and the heads before them)"
             )

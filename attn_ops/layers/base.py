@@ -105,7 +105,8 @@ class DropIn(FlashAttention):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         stock = cls.__bases__[-1]
-        if DropIn in cls.__bases__ and cls.__doc__ and stock.__doc__:
+        is_stock = issubclass(stock, keras.layers.Layer) and not issubclass(stock, DropIn)
+        if is_stock and cls.__doc__ and stock.__doc__:
             ours, theirs = inspect.cleandoc(cls.__doc__), inspect.cleandoc(stock.__doc__)  # Python 3.13 does so itself
             arguments = theirs[theirs.find("Args:") :]
             cls.__doc__ = f"{ours}\n\nWhat follows is of `keras.layers.{stock.__name__}`.\n\n{arguments}\n"
@@ -121,6 +122,10 @@ class DropIn(FlashAttention):
         if self.as_in_keras:
             config["as_in_keras"] = True
         return config
+
+    def beyond_stock(self, **given):
+        """The names of what is in effect that stock layers do not have: options, and arguments ``given`` to a call."""
+        return [what for what, x in given.items() if x is not None]
 
     # Keras quantizes the projections, which are layers of their own, but saves only the policy of this one: a model
     # that is loaded would have float projections and find int8 weights.
@@ -196,7 +201,7 @@ def _signature(cls):
     """The constructor's, which the mixins hide: that of the first class that is none of them, and our arguments."""
     own = dict(cls._OWN)
     for base in cls.__mro__:
-        if "__init__" in vars(base) and base not in (FlashAttention, DropIn):
+        if "__init__" in vars(base) and "_OWN" not in vars(base):
             break
     signature = inspect.signature(base.__init__)
     _, *parameters = signature.parameters.values()

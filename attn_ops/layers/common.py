@@ -37,12 +37,12 @@ def boolean(mask, name):
 
 
 def refuse_ragged(layer, **inputs):
-    """Raises TypeError where one of the `inputs` is ragged: Keras 3 has no ragged tensors, and says so nowhere."""
+    """Raises TypeError where one of the `inputs` is ragged, as which Keras hands them over."""
     for name, x in inputs.items():
         if type(x).__name__ == "RaggedTensor":
             raise TypeError(
-                f"{type(layer).__name__}: {name} is a RaggedTensor, and Keras's layers take dense tensors: pass "
-                f"{name}.to_tensor(), and tf.sequence_mask({name}.row_lengths()) as its mask"
+                f"{type(layer).__name__}: {name} is a RaggedTensor, and this layer takes dense tensors (on TensorFlow "
+                f"MultiHeadAttention takes ragged ones): pass {name}.to_tensor(), and tf.sequence_mask({name}.row_lengths()) as its mask"
             )
 
 
@@ -53,7 +53,16 @@ def combine(parts):
 
 
 def keras_mask(
-    axes, query, key, *, query_mask=None, key_masks=(), attention_mask=None, is_causal=False, sliding_window=None
+    axes,
+    query,
+    key,
+    *,
+    query_mask=None,
+    key_masks=(),
+    attention_mask=None,
+    is_causal=False,
+    sliding_window=None,
+    mask=None,
 ):
     """Everything that a Keras attention layer is told about masks, as one structured mask: nothing of it is combined
     into a dense `[batch, seqlen_q, seqlen_k]` tensor.
@@ -63,9 +72,10 @@ def keras_mask(
         query, key: The inputs, before or after projection.
         query_mask: Mask of the first axes of `query`: hidden rows see nothing (and give zeros).
         key_masks: Masks of the first axes of `key`, or Nones.
-        attention_mask: Mask that Keras would broadcast to the scores.
+        attention_mask: Mask that Keras would broadcast to the scores, or an :class:`attn_ops.masks.Mask`.
         is_causal: Row i sees no key j > i (top left, also where the lengths differ).
         sliding_window: Row i sees the keys with `|i - j| < sliding_window`; None for all.
+        mask: The :class:`attn_ops.masks.Mask` of the layer, or None.
 
     Returns:
         An :class:`attn_ops.masks.Mask` over the flattened axes, or None where there is nothing to hide.
@@ -85,12 +95,14 @@ def keras_mask(
     if query_mask is not None:
         parts.append(masks.query_padding(axes.flatten_padding(boolean(query_mask, "query_mask"), query)))
     # Keras fills both the mask of `value` and that of `key`, often with the same tensor.
-    for mask in {id(mask): mask for mask in key_masks if mask is not None}.values():
-        parts.append(masks.key_padding(axes.flatten_padding(boolean(mask, "value_mask"), key)))
-    if attention_mask is not None:
+    for key_mask in {id(x): x for x in key_masks if x is not None}.values():
+        parts.append(masks.key_padding(axes.flatten_padding(boolean(key_mask, "value_mask"), key)))
+    if isinstance(attention_mask, masks.Mask):
+        parts.append(attention_mask)
+    elif attention_mask is not None:
         attention_mask = boolean(attention_mask, "attention_mask")
         parts.append(masks.boolean(axes.flatten_mask(attention_mask, query, key)))
-    return combine(parts)
+    return combine([*parts, mask])
 
 
 def dropout_seed(owner, rate, training):
@@ -111,7 +123,7 @@ def hide_rows(out, query_mask):
     return ops.where(ops.expand_dims(query_mask, -1), out, ops.zeros((), out.dtype))
 
 
-def attend(query, key, value, *, mask, scale, implementation, dropout_rate, dropout_seed, scores=None):
+def attend(query, key, value, *, mask, scale, implementation, dropout_rate, dropout_seed, scores=None, **more):
     """Attention of `[batch, seqlen, heads, dim]` tensors, and the attention weights if asked for.
 
     Args:
@@ -121,11 +133,12 @@ def attend(query, key, value, *, mask, scale, implementation, dropout_rate, drop
         implementation: None, "fused" or "composite".
         dropout_rate: The rate where `dropout_seed` is given, by `dropout_seed()`; no dropout where that is None.
         scores: None, "undropped" (the softmax) or "dropped" (what multiplied the values).
+        more: Other options of :func:`attn_ops.attention_weights`, such as `sinks`.
 
     Returns:
         The output and the scores `[batch, num_heads, seqlen_q, seqlen_k]` in the dtype of `query`, or None.
     """
-    options = {"mask": mask, "scale": scale}
+    options = {"mask": mask, "scale": scale, **more}
     dropout = {} if dropout_seed is None else {"dropout_rate": dropout_rate, "dropout_seed": dropout_seed}
     out = backend.attention.scaled_dot_product_attention(
         query, key, value, **options, **dropout, implementation=implementation

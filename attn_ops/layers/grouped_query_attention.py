@@ -7,10 +7,11 @@ from keras import ops
 
 from attn_ops import masks
 from attn_ops.layers.axes import AttentionAxes, dims
-from attn_ops.layers.backend import set_keras_mask
-from attn_ops.layers.base import DropIn, dense_reason, refuse_if_forced
+from attn_ops.layers.backend import backend, set_keras_mask
+from attn_ops.layers.base import dense_reason, refuse_if_forced
 from attn_ops.layers.common import attend, boolean, combine, dropout_seed, keras_mask, refuse_ragged, without_keras_mask
 from attn_ops.layers.empty_rows import empty_rows, with_means
+from attn_ops.layers.score_options import ScoreOptions
 
 _Stock = keras.layers.GroupQueryAttention
 _AXES = AttentionAxes((1,), 2)
@@ -20,7 +21,7 @@ _ATTENTION_STEPS = ("_compute_attention", "_masked_softmax")
 
 
 @keras.saving.register_keras_serializable(package="attn_ops")
-class GroupedQueryAttention(DropIn, _Stock):
+class GroupedQueryAttention(ScoreOptions, _Stock):
     """`keras.layers.GroupQueryAttention` whose attention runs in :func:`attn_ops.scaled_dot_product_attention`.
 
     Takes the constructor and call arguments of the installed Keras's layer (`query, value, key`, in this order; float
@@ -29,6 +30,9 @@ class GroupedQueryAttention(DropIn, _Stock):
 
     - Keys and values keep `num_key_value_heads` heads: query head h reads head `h // (num_query_heads //
       num_key_value_heads)`. Keras repeats them, once per query head.
+    - The options of the constructor and of calls that MultiHeadAttention has beyond Keras's: `attention_bias`,
+      `query_offset` and masks of `attn_ops.masks` in calls; `logits_soft_cap`, `sinks`, `position_bias`,
+      `num_buckets`, `max_distance`, `bidirectional`, `mask` and `rotary`.
     - `as_in_keras=True`, which `attn_ops.convert` sets, keeps Keras's answers where masks make a difference.
     - No warning that the projections destroy the mask of an input. The output has the mask of the query, a given
       `query_mask` included.
@@ -47,8 +51,32 @@ class GroupedQueryAttention(DropIn, _Stock):
         return_attention_scores=False,
         training=None,
         use_causal_mask=False,
+        attention_bias=None,
+        query_offset=None,
     ):
         self._return_attention_scores = return_attention_scores
+        given = {"attention_bias": attention_bias, "query_offset": query_offset}
+        given = {what: x for what, x in given.items() if x is not None}
+        if any(backend.is_ragged(x) for x in (query, value, key)):
+            return self._attend_ragged(
+                GroupedQueryAttention,
+                query,
+                value if key is None else key,
+                value,
+                training,
+                use_causal_mask,
+                scale=self._inverse_sqrt_head_dim,
+                rate=self.dropout,
+                window=getattr(self, "sliding_window", None),
+                gate=getattr(self, "use_gate", False),
+                query_mask=query_mask,
+                value_mask=value_mask,
+                key_mask=key_mask,
+                attention_mask=attention_mask,
+                return_attention_scores=return_attention_scores,
+                **given,
+            )
+        self._refuse_in_keras(attention_mask, **given)
         key = value if key is None else key
         refuse_ragged(self, query=query, value=value, key=key)
         query_mask = None if query_mask is None else boolean(query_mask, "query_mask")
@@ -66,7 +94,7 @@ class GroupedQueryAttention(DropIn, _Stock):
         if dense_reason(self, GroupedQueryAttention, *_ATTENTION_STEPS):
             keys, values = (ops.repeat(x, self.num_repeats, axis=2) for x in (keys, values))
         output, scores = self._compute_attention(
-            self._query_dense(query), keys, values, attention_mask=attention_mask, training=training
+            self._query_dense(query), keys, values, attention_mask=attention_mask, training=training, **given
         )
         if getattr(self, "use_gate", False):  # Keras >= 3.14
             output = output * self._gate_dense(query)
@@ -74,6 +102,9 @@ class GroupedQueryAttention(DropIn, _Stock):
         if query_mask is not None and not self.as_in_keras:
             set_keras_mask(output, query_mask)
         return (output, scores) if return_attention_scores else output
+
+    def _attention_sizes(self):
+        return self.num_query_heads, self.head_dim, 1
 
     def _compute_attention_mask(
         self,
@@ -85,7 +116,9 @@ class GroupedQueryAttention(DropIn, _Stock):
         attention_mask=None,
         use_causal_mask=False,
     ):
-        if dense_reason(self, GroupedQueryAttention, *_MASK_STEPS, *_ATTENTION_STEPS):
+        reason = dense_reason(self, GroupedQueryAttention, *_MASK_STEPS, *_ATTENTION_STEPS)
+        if reason:
+            self._refuse_masks(reason, attention_mask)
             return super()._compute_attention_mask(
                 query,
                 value,
@@ -104,10 +137,19 @@ class GroupedQueryAttention(DropIn, _Stock):
             attention_mask=attention_mask,
             is_causal=use_causal_mask,
             sliding_window=getattr(self, "sliding_window", None),  # Keras >= 3.15
+            mask=self.mask,
         )
 
     def _compute_attention(
-        self, query, key, value, attention_mask=None, training=None, use_causal_mask=False
+        self,
+        query,
+        key,
+        value,
+        attention_mask=None,
+        training=None,
+        use_causal_mask=False,
+        attention_bias=None,
+        query_offset=None,
     ):
         """Attention of projected `[batch, seqlen, heads, head_dim]` tensors, where keys and values have
         `num_key_value_heads` heads or, as in Keras, already one per query head.
@@ -120,14 +162,18 @@ class GroupedQueryAttention(DropIn, _Stock):
         reason = dense_reason(self, GroupedQueryAttention, "_masked_softmax") if in_softmax else None
         if reason:
             refuse_if_forced(self, reason)
+            self._refuse_beyond_stock(reason, attention_bias=attention_bias, query_offset=query_offset)
             options = {"use_causal_mask": True} if use_causal_mask else {}
             return super()._compute_attention(query, key, value, attention_mask, training, **options)
         if not isinstance(attention_mask, masks.Mask):
             attention_mask = keras_mask(_AXES, query, key, attention_mask=attention_mask)
         attention_mask = combine([attention_mask, masks.causal("top_left") if use_causal_mask else None])
+        if attention_bias is not None:
+            attention_bias = _AXES.flatten_mask(ops.convert_to_tensor(attention_bias), query, key, "attention_bias")
+        turned_query, turned_key = self._rotated(query, key, query_offset)
         out, scores = attend(
-            query,
-            key,
+            turned_query,
+            turned_key,
             value,
             mask=attention_mask,
             scale=self._inverse_sqrt_head_dim,
@@ -135,6 +181,7 @@ class GroupedQueryAttention(DropIn, _Stock):
             dropout_rate=self.dropout,
             dropout_seed=dropout_seed(self._dropout_layer, self.dropout, training),
             scores="undropped" if self._return_attention_scores else None,
+            **self._score_options(attention_bias, query_offset),
         )
         if self.as_in_keras and attention_mask is not None and not in_softmax:
             out = with_means(out, value, empty_rows(attention_mask, dims(query)[1], dims(key)[1]))
@@ -152,7 +199,10 @@ class GroupedQueryAttention(DropIn, _Stock):
         return_attention_scores=False,
         training=None,
         use_causal_mask=False,
+        attention_bias=None,
+        query_offset=None,
     ):
+        self._refuse_symbolic_mask(attention_mask)
         spec = super().compute_output_spec(
             query,
             value,
@@ -165,6 +215,8 @@ class GroupedQueryAttention(DropIn, _Stock):
             training=training,
             use_causal_mask=use_causal_mask,
         )
+        if getattr(query, "ragged", False) and not return_attention_scores:
+            return keras.KerasTensor(spec.shape, dtype=spec.dtype, ragged=True)
         if query_mask is not None and not self.as_in_keras:
             set_keras_mask(spec[0] if return_attention_scores else spec, query_mask)
         return spec

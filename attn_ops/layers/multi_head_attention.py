@@ -9,10 +9,11 @@ from keras import ops
 
 from attn_ops import masks
 from attn_ops.layers.axes import AttentionAxes, dims
-from attn_ops.layers.backend import set_keras_mask
-from attn_ops.layers.base import DropIn, dense_reason, refuse_if_forced
+from attn_ops.layers.backend import backend, set_keras_mask
+from attn_ops.layers.base import dense_reason, refuse_if_forced
 from attn_ops.layers.common import attend, boolean, combine, dropout_seed, keras_mask, refuse_ragged, without_keras_mask
 from attn_ops.layers.empty_rows import empty_rows, with_means
+from attn_ops.layers.score_options import ScoreOptions
 
 _Stock = keras.layers.MultiHeadAttention
 # Keras before 3.8 keeps the request for scores in an attribute, and its subclasses expect no such argument.
@@ -29,7 +30,7 @@ _STEPS = (
 
 
 @keras.saving.register_keras_serializable(package="attn_ops")
-class MultiHeadAttention(DropIn, _Stock):
+class MultiHeadAttention(ScoreOptions, _Stock):
     """`keras.layers.MultiHeadAttention` whose attention runs in :func:`attn_ops.scaled_dot_product_attention`.
 
     Takes the constructor and call arguments of the installed Keras's layer (`query, value, key`, in this order; float
@@ -51,6 +52,25 @@ class MultiHeadAttention(DropIn, _Stock):
     - Masks stay structured. A subclass that overrides a step of the computation gets Keras's dense mask from
       `_compute_attention_mask`, and `_compute_attention` accepts it.
     - `dropout` outside [0, 1) is refused by the constructor.
+    - `attention_bias` of a call, float, is added to the scores: `[seqlen_q, seqlen_k]`, `[batch, seqlen_q, seqlen_k]` or
+      `[batch, num_heads, seqlen_q, seqlen_k]`, every extent may be 1. It has a gradient. `query_offset`, an integer or
+      integers `[batch]`, is the position of the first query among the keys, which count from 0 (decoding with a cache):
+      causal masks, windows, `position_bias` and `rotary` follow it.
+    - An `attention_mask` may be an object of `attn_ops.masks`, which stays structured.
+    - Query, value and key may be `tf.RaggedTensor`s `[batch, (seqlen), features]`, also of functional models
+      (`keras.Input(ragged=True)`): no padding is made, and the output is ragged like the query. Causal masks and windows
+      go with it, by position in each sequence; other masks, `attention_bias` and scores do not.
+    - Options of the constructor, by keyword, that Keras does not have; with one of them, no stock layer can take the
+      layer's place (`attn_ops.revert`), and where Keras's own code has to run there is a ValueError:
+      `logits_soft_cap`: a number c; scores s become c tanh(s / c). `sinks=True`: a learned logit per head joins the
+      denominator, a weight `sinks` `[num_heads]`, at first normal with deviation 0.02 as in gpt-oss; scores then sum to
+      less than 1. `position_bias="alibi"` adds the usual slopes times the distance (`attn_ops.alibi_slopes`), which is
+      made for causal attention; `"t5"` a learned table, the weight `relative_attention_bias` `[num_buckets, num_heads]`
+      (`num_buckets=32`, `max_distance=128`; `bidirectional`, whether later keys have buckets of their own, is None for
+      yes unless the `mask` of the constructor is causal: a causal mask of a call does not count). `mask`: an object of
+      `attn_ops.masks` that hides keys in every call beside what the call says; it is saved where it is made of Python
+      values and NumPy arrays. `rotary`: True, or a dict of the options of :func:`attn_ops.rotary_embedding` (base,
+      rotary_dim, interleaved, scaling), turns queries and keys by their positions, for self-attention.
     - `as_in_keras=True`, which `attn_ops.convert` sets, keeps Keras's answers where these points change them: masks
       are deleted, a given `query_mask` is ignored, rows without a key get Keras's mean.
     """
@@ -67,7 +87,31 @@ class MultiHeadAttention(DropIn, _Stock):
         return_attention_scores=False,
         training=None,
         use_causal_mask=False,
+        attention_bias=None,
+        query_offset=None,
     ):
+        given = {"attention_bias": attention_bias, "query_offset": query_offset}
+        given = {what: x for what, x in given.items() if x is not None}
+        if any(backend.is_ragged(x) for x in (query, value, key)):
+            return self._attend_ragged(
+                MultiHeadAttention,
+                query,
+                value if key is None else key,
+                value,
+                training,
+                use_causal_mask,
+                scale=self._inverse_sqrt_key_dim,
+                rate=self._dropout,
+                window=getattr(self, "_sliding_window", None),
+                gate=getattr(self, "_use_gate", False),
+                query_mask=query_mask,
+                value_mask=value_mask,
+                key_mask=key_mask,
+                attention_mask=attention_mask,
+                return_attention_scores=return_attention_scores,
+                **given,
+            )
+        self._refuse_in_keras(attention_mask, **given)
         if self.as_in_keras:
             return super().call(
                 query,
@@ -105,6 +149,7 @@ class MultiHeadAttention(DropIn, _Stock):
             attention_mask,
             training,
             *wants_scores,
+            **given,
         )
         if getattr(self, "_use_gate", False):  # Keras >= 3.14
             output = output * self._gate_dense(query)
@@ -112,6 +157,9 @@ class MultiHeadAttention(DropIn, _Stock):
         if query_mask is not None:
             set_keras_mask(output, query_mask)
         return (output, scores) if return_attention_scores else output
+
+    def _attention_sizes(self):
+        return self._num_heads, self._key_dim, len(self._attention_axes)
 
     def _compute_attention_mask(
         self,
@@ -123,7 +171,9 @@ class MultiHeadAttention(DropIn, _Stock):
         attention_mask=None,
         use_causal_mask=False,
     ):
-        if dense_reason(self, MultiHeadAttention, *_STEPS):
+        reason = dense_reason(self, MultiHeadAttention, *_STEPS)
+        if reason:
+            self._refuse_masks(reason, attention_mask)
             return super()._compute_attention_mask(
                 query,
                 value,
@@ -142,6 +192,7 @@ class MultiHeadAttention(DropIn, _Stock):
             attention_mask=attention_mask,
             is_causal=use_causal_mask,
             sliding_window=getattr(self, "_sliding_window", None),  # Keras >= 3.15
+            mask=self.mask,
         )
 
     def _compute_attention(
@@ -153,6 +204,8 @@ class MultiHeadAttention(DropIn, _Stock):
         training=None,
         return_attention_scores=False,
         use_causal_mask=False,
+        attention_bias=None,
+        query_offset=None,
     ):
         """Attention of projected `[batch, *dims, num_heads, key_dim]` tensors.
 
@@ -165,6 +218,7 @@ class MultiHeadAttention(DropIn, _Stock):
         reason = dense_reason(self, MultiHeadAttention, "_masked_softmax") if in_softmax else None
         if reason:
             refuse_if_forced(self, reason)
+            self._refuse_beyond_stock(reason, attention_bias=attention_bias, query_offset=query_offset)
             options = {"return_attention_scores": return_attention_scores} if _ASKS_FOR_SCORES else {}
             options.update({"use_causal_mask": True} if use_causal_mask else {})
             return super()._compute_attention(query, key, value, attention_mask, training, **options)
@@ -173,9 +227,16 @@ class MultiHeadAttention(DropIn, _Stock):
             attention_mask = keras_mask(axes, query, key, attention_mask=attention_mask)
         if use_causal_mask:
             attention_mask = combine([attention_mask, keras_mask(axes, query, key, is_causal=True)])
+        if attention_bias is not None:
+            attention_bias = axes.flatten_mask(ops.convert_to_tensor(attention_bias), query, key, "attention_bias")
+        if query_offset is not None and len(axes.attended) != 1:
+            raise ValueError(
+                f"{type(self).__name__}: query_offset needs exactly one attention axis, and there are {len(axes.attended)}"
+            )
+        flat_query, flat_key = self._rotated(axes.flatten(query), axes.flatten(key), query_offset)
         out, scores = attend(
-            axes.flatten(query),
-            axes.flatten(key),
+            flat_query,
+            flat_key,
             axes.flatten(value),
             mask=attention_mask,
             scale=self._inverse_sqrt_key_dim,
@@ -183,6 +244,7 @@ class MultiHeadAttention(DropIn, _Stock):
             dropout_rate=self._dropout,
             dropout_seed=dropout_seed(self._dropout_layer, self._dropout, training),
             scores="undropped" if wants_scores else None,
+            **self._score_options(attention_bias, query_offset),
         )
         if scores is not None:
             scores = axes.unflatten_scores(scores, query, key)
@@ -202,8 +264,13 @@ class MultiHeadAttention(DropIn, _Stock):
         return_attention_scores=False,
         training=None,
         use_causal_mask=False,
+        attention_bias=None,
+        query_offset=None,
     ):
+        self._refuse_symbolic_mask(attention_mask)
         spec = super().compute_output_spec(query, value, key)
+        if getattr(query, "ragged", False):
+            return keras.KerasTensor(spec.shape, dtype=spec.dtype, ragged=True)
         if query_mask is not None and not self.as_in_keras:
             set_keras_mask(spec, query_mask)
         if not return_attention_scores:

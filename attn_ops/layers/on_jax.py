@@ -6,7 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn_ops.jax import attention, philox, xp  # noqa: F401  attention: for the layers, the module with the functions
+from attn_ops.jax import attention, philox, rotary, xp  # noqa: F401  attention, rotary: modules with functions for the layers
+
+
+def is_ragged(x):
+    return False  # JAX has none
 
 
 def draw_seed(generator):

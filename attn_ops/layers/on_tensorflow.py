@@ -5,9 +5,20 @@ from __future__ import annotations
 import tensorflow as tf
 
 import attn_ops
-from attn_ops.tensorflow import constants, philox, rematerialization
+from attn_ops.tensorflow import constants, philox, rematerialization, rotary  # noqa: F401  rotary: for the layers
 
 attention = attn_ops  # the module with scaled_dot_product_attention and attention_weights
+
+
+def is_ragged(x):
+    return isinstance(x, tf.RaggedTensor)
+
+
+def tokens(name, query, key, value):
+    """Ragged tensors as `attn_ops.layers.ragged.Tokens`."""
+    from attn_ops.layers import ragged
+
+    return ragged.tokens(name, query, key, value)
 
 
 def draw_seed(generator):

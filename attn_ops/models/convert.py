@@ -45,7 +45,8 @@ def revert(model):
     """Turns the layers of :mod:`attn_ops.layers` that have a stock counterpart in `model` into that, in place.
 
     The reverse of :func:`convert`, also for models that were made with our layers. A layer with
-    `flash_attention=True`, which stock layers refuse on TensorFlow, becomes one with `None`.
+    `flash_attention=True`, which stock layers refuse on TensorFlow, becomes one with `None`. One with options that stock
+    layers do not have (`sinks`, `position_bias`, …) is a ValueError, and nothing is changed.
 
     Args:
         model: A Keras layer or model.
@@ -55,6 +56,7 @@ def revert(model):
 
     Raises:
         TypeError: `model` is not a Keras layer.
+        ValueError: A layer computes what its stock counterpart cannot.
     """
     return _change_classes("revert", model, {ours: stock for stock, ours in _PAIRS})
 
@@ -64,6 +66,13 @@ def _change_classes(name, model, classes):
         raise TypeError(f"attn_ops.{name}: model must be a Keras layer or model, got {type(model).__name__}")
     changed = False
     all_layers = list(model._flatten_layers())
+    for layer in all_layers:
+        beyond = layer.beyond_stock() if type(layer) in classes and isinstance(layer, DropIn) else None
+        if beyond:
+            raise ValueError(
+                f"attn_ops.{name}: {layer.name} is a {type(layer).__name__} with {', '.join(beyond)}, which "
+                f"keras.layers.{classes[type(layer)].__name__} does not have"
+            )
     for layer in all_layers:
         target = classes.get(type(layer))
         if target is None:

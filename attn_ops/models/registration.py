@@ -20,6 +20,7 @@ CLASSES = {
     "AttentionWeights": ("models.operation", "Operation"),
     "GroupedQueryAttention": ("layers", "Layer"),
     "MultiHeadAttention": ("layers", "Layer"),
+    "RotaryEmbedding": ("layers", "Layer"),
     "ScaledDotProductAttention": ("models.operation", "Operation"),
     "SelfAttention": ("layers", "Layer"),
 }

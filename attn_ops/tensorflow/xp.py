@@ -108,3 +108,22 @@ def as_seed_array(name, seed):
 def seed_of_array(seed):
     """Integers [2] as the ``seed`` of an AttentionCall."""
     return seed if seed.dtype == tf.int64 else tf.cast(seed, tf.int64)
+
+
+# For rotary embeddings.
+cos, sin = tf.cos, tf.sin
+concat, stack, reshape = tf.concat, tf.stack, tf.reshape
+uint32 = tf.uint32
+
+
+def reshape_like(x, like):
+    return tf.reshape(x, tf.shape(like))
+
+
+def arange_like(count, like):
+    """Integers from 0 in the dtype of ``like``, int32 if that is a Python integer."""
+    return tf.range(tf.cast(count, like.dtype if tf.is_tensor(like) else tf.int32))
+
+
+def bitcast_int32(x):
+    return tf.bitcast(x, tf.int32)

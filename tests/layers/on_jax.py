@@ -255,3 +255,38 @@ def test_as_in_keras_gives_the_means_of_keras():
     stock, mine = twins("MultiHeadAttention", lambda layer: layer(x, x), num_heads=2, key_dim=8)
     mine.as_in_keras = True
     assert_same(mine(x, x, attention_mask=visible), stock(x, x, attention_mask=visible))
+
+
+@FLASH
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name, config", [("MultiHeadAttention", (4, 8)), ("GroupedQueryAttention", (8, 4, 2))])
+def test_options_for_scores(name, config, compiled, flash_attention):
+    """The projections are Keras's; the attention on them by the reference in NumPy, its rotation by `test_rotary.py`."""
+    options = dict(logits_soft_cap=3.0, sinks=True, position_bias="t5", rotary=True, flash_attention=flash_attention)
+    mask = attn_ops.masks.causal() & attn_ops.masks.chunked(4)
+    layer = getattr(layers, name)(*config, **options, mask=mask)
+    x, bias = random(2, 6, 16), random(1, 4, 6, 6)
+    layer(x, x)
+
+    def call(x, bias):
+        return layer(x, x, attention_bias=bias, query_offset=0)
+
+    q, k, v = (np.asarray(dense(x)) for dense in (layer._query_dense, layer._key_dense, layer._value_dense))
+    q, k = (np.asarray(attn_ops.jax.rotary_embedding(y)) for y in (q, k))
+    table = attn_ops.T5RelativeBias(np.asarray(layer.relative_attention_bias), bidirectional=False)
+    out, _ = attn_ops.reference.attention(
+        q, k, v, bias=bias, mask=mask, logits_soft_cap=3.0, sinks=np.asarray(layer.sinks), relative_bias=table
+    )
+    expected = layer._output_dense(np.asarray(out, "float32"))
+    assert_same((jax.jit(call) if compiled else call)(x, bias), expected, 1e-4)
+    again = type(layer).from_config(layer.get_config())
+    assert again.get_config() == layer.get_config() and repr(again.mask) == repr(mask)
+
+
+def test_the_layer_of_rotary_embedding():
+    x = random(2, 5, 3, 8)
+    layer = layers.RotaryEmbedding(interleaved=True)
+    expected = attn_ops.jax.rotary_embedding(x, np.arange(5) + 7, interleaved=True)
+    assert_same(jax.jit(lambda x, start: layer(x, start_index=start))(x, 7), expected)
+    inputs = keras.Input((None, 3, 8))
+    assert_same(keras.Model(inputs, layer(inputs)).predict(x, verbose=0), layer(x))

@@ -1,0 +1,56 @@
+"""Ragged input of the multi-head layers: its tokens one after the other, as one sequence, projected and attended to without
+padding. Keras hands `tf.RaggedTensor`s to layers as they are; its own cannot compute with them."""
+
+from __future__ import annotations
+
+import typing
+
+import tensorflow as tf
+
+import attn_ops
+
+
+class Tokens(typing.NamedTuple):
+    """What a layer computes with in place of ragged query, key and value: `[1, tokens, features]` each, and what puts the
+    result together again."""
+
+    query: tf.Tensor
+    key: tf.Tensor
+    value: tf.Tensor
+    splits: tuple  # row splits of queries and of keys; None for those of the queries
+    positions: tuple  # of queries and keys in their sequences, [1, tokens]
+    like: tf.RaggedTensor
+
+    def attend(self, query, key, value, **options):
+        """`[1, tokens, num_heads, head_dim]` of projected ones; options of :func:`attn_ops.varlen_attention`."""
+        return attn_ops.varlen_attention(query[0], key[0], value[0], *self.splits, **options)[None]
+
+    def ragged(self, out):
+        return self.like.with_values(out[0])
+
+
+def tokens(name, query, key, value):
+    """The `Tokens` of three ragged tensors `[batch, (seqlen), features]`.
+
+    Raises:
+        TypeError: One of them is dense.
+        ValueError: More ragged dimensions, or keys and values of different lengths.
+    """
+    for what, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, tf.RaggedTensor):
+            raise TypeError(f"{name}: query, key and value must all be ragged or all be dense, and {what} is dense")
+        if x.ragged_rank != 1 or x.values.shape.rank != 2:
+            raise ValueError(
+                f"{name}: {what} must be ragged [batch, (seqlen), features] with one ragged dimension, got shape {x.shape}"
+            )
+    if key.row_splits is not value.row_splits:
+        rule = f"{name}: key and value must have rows of the same lengths"
+        known = [tf.get_static_value(x.row_splits) for x in (key, value)]
+        if not any(x is None for x in known) and (known[0].shape != known[1].shape or (known[0] != known[1]).any()):
+            raise ValueError(f"{rule}, got row splits {known[0]} and {known[1]}")
+        with tf.control_dependencies([tf.debugging.assert_equal(key.row_splits, value.row_splits, rule)]):
+            value = value.with_values(tf.identity(value.values))
+    same = key.row_splits is query.row_splits
+    positions = tuple(tf.ragged.range(x.row_lengths()).values[None] for x in (query, key))
+    splits = query.row_splits, None if same else key.row_splits
+    return Tokens(query.values[None], key.values[None], value.values[None], splits, positions, query)

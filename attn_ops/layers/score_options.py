@@ -1,0 +1,256 @@
+"""What the multi-head layers can do to scores beside Keras's: caps, sinks, biases by distance, masks of attn_ops, rotation."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+
+from attn_ops import masks
+from attn_ops.call import options
+from attn_ops.call.position_bias import T5RelativeBias, alibi_slopes
+from attn_ops.call.rotary import Rotary
+from attn_ops.layers.backend import backend
+from attn_ops.layers.base import DropIn, dense_reason
+from attn_ops.layers.common import combine, dropout_seed
+from attn_ops.masks.config import config_of, from_config
+
+_POSITION_BIASES = (None, "alibi", "t5")
+
+
+class ScoreOptions(DropIn):
+    """Mixin of the multi-head layers, between them and the stock one. Each option is saved in the config only where it is
+    given, so that the configs of the stock layers stay theirs."""
+
+    # The defaults of a stock layer whose class was changed to ours (`attn_ops.convert`).
+    logits_soft_cap = None
+    position_bias = None
+    num_buckets = 32
+    max_distance = 128
+    bidirectional = None
+    mask = None
+    sinks = None  # the weight
+    relative_attention_bias = None  # the weight
+    _use_sinks = False
+    _rotary = None
+    _OWN = {
+        **DropIn._OWN,
+        "logits_soft_cap": None,
+        "sinks": False,
+        "position_bias": None,
+        "num_buckets": 32,
+        "max_distance": 128,
+        "bidirectional": None,
+        "mask": None,
+        "rotary": None,
+    }
+
+    def __init__(
+        self,
+        *args,
+        logits_soft_cap=None,
+        sinks=False,
+        position_bias=None,
+        num_buckets=32,
+        max_distance=128,
+        bidirectional=None,
+        mask=None,
+        rotary=None,
+        **kwargs,
+    ):
+        name = type(self).__name__
+        logits_soft_cap = options.logits_soft_cap(name, logits_soft_cap, in_float64=True)
+        sinks = options.flag(name, "sinks", sinks)
+        if position_bias not in _POSITION_BIASES:
+            raise ValueError(f"{name}: position_bias must be None, 'alibi' or 't5', not {position_bias!r}")
+        if bidirectional not in (None, True, False):
+            raise ValueError(f"{name}: bidirectional must be None, True or False, not {bidirectional!r}")
+        mask = _checked_mask(name, mask)
+        rotary = _checked_rotary(name, rotary)
+        super().__init__(*args, **kwargs)
+        self.logits_soft_cap = logits_soft_cap
+        self._use_sinks = sinks
+        self.position_bias = position_bias
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+        self.bidirectional = bidirectional
+        self.mask = mask
+        self._rotary = rotary
+        if position_bias == "t5":
+            if not options.is_integer(num_buckets):
+                raise TypeError(f"{name}: num_buckets must be an integer, got {num_buckets!r}")
+            self._t5(np.zeros((num_buckets, 1))).buckets(name, num_buckets)  # refuses what cannot be
+        if self.as_in_keras:
+            self._refuse_beyond_stock("as_in_keras=True")
+
+    def build(self, query_shape, value_shape, key_shape=None):
+        super().build(query_shape, value_shape, key_shape)
+        heads, key_dim, num_axes = self._attention_sizes()
+        name = type(self).__name__
+        needs_order = [what for what in self.beyond_stock() if what in ("position_bias", "mask", "rotary")]
+        if needs_order and num_axes != 1:
+            raise ValueError(f"{name}: {needs_order[0]} needs exactly one attention axis, and there are {num_axes}")
+        if self._rotary is not None:
+            self._rotary.width(name, key_dim)
+        # The attention takes them in float32 beside inputs of 16 bits.
+        if self._use_sinks:
+            self.sinks = self.add_weight(
+                name="sinks", shape=(heads,), initializer=keras.initializers.RandomNormal(stddev=0.02), autocast=False
+            )
+        if self.position_bias == "t5":
+            self.relative_attention_bias = self.add_weight(
+                name="relative_attention_bias",
+                shape=(self.num_buckets, heads),
+                initializer=keras.initializers.RandomNormal(stddev=query_shape[-1] ** -0.5),
+                autocast=False,
+            )
+
+    @property
+    def rotary(self):
+        """How queries and keys turn: None, True for the defaults, or a dict of those that are others."""
+        return None if self._rotary is None else self._rotary.config() or True
+
+    def beyond_stock(self, **given):
+        own = {
+            "logits_soft_cap": self.logits_soft_cap,
+            "sinks": self._use_sinks or None,
+            "position_bias": self.position_bias,
+            "mask": self.mask,
+            "rotary": self._rotary,
+        }
+        return [what for what, x in {**own, **given}.items() if x is not None]
+
+    def _refuse_beyond_stock(self, reason, **given):
+        """ValueError where this call needs what Keras's code, which runs for this ``reason``, does not have."""
+        beyond = self.beyond_stock(**given)
+        if beyond:
+            raise ValueError(f"{type(self).__name__}: Keras's own code has no {', '.join(beyond)}, and runs here: {reason}")
+
+    def _refuse_masks(self, reason, attention_mask):
+        """ValueError where Keras's dense mask, which is made for this ``reason``, would have to hold one of attn_ops."""
+        given = attention_mask if isinstance(attention_mask, masks.Mask) else self.mask
+        if given is not None:
+            raise ValueError(f"{type(self).__name__}: Keras's own code has no masks of attn_ops, and runs here: {reason}")
+
+    def _refuse_in_keras(self, attention_mask, **given):
+        """ValueError where a layer with `as_in_keras` is asked for what Keras does not have."""
+        if self.as_in_keras:
+            self._refuse_beyond_stock("as_in_keras=True", **given)
+            self._refuse_masks("as_in_keras=True", attention_mask)
+
+    def _refuse_symbolic_mask(self, attention_mask):
+        """ValueError for a mask object that holds tensors of a Keras model, which does not see them as inputs."""
+        if isinstance(attention_mask, masks.Mask) and any(isinstance(x, keras.KerasTensor) for x in attention_mask.arrays()):
+            raise ValueError(
+                f"{type(self).__name__}: attention_mask holds a tensor of a Keras model, which would not be an input of this "
+                f"layer: pass boolean tensors, as attention_mask, value_mask or query_mask; got {attention_mask!r}"
+            )
+
+    def _attend_ragged(self, cls, query, key, value, training, use_causal_mask, *, scale, rate, window, gate, **refused):
+        """The layer, a ``cls``, on ragged `[batch, (seqlen), features]`: a ragged one of the query's row lengths.
+
+        ``scale``, ``rate`` (of dropout), ``window`` (Keras's) and ``gate`` (whether there is one) are the layer's;
+        ``refused`` are the arguments of the call that go by `[batch, seqlen]`.
+        """
+        name = type(self).__name__
+        given = [what for what, x in refused.items() if x is not None and x is not False]
+        if given:
+            raise ValueError(f"{name}: a call with ragged tensors takes no {', '.join(given)}: pass dense ones")
+        reason = "as_in_keras=True" if self.as_in_keras else dense_reason(self, cls, "call", "_compute_attention", "_masked_softmax")
+        if reason:
+            raise ValueError(f"{name}: Keras's own code has no ragged tensors, and runs here: {reason}")
+        mask = combine(
+            [
+                masks.causal("top_left") if use_causal_mask else None,
+                None if window is None else masks.window(window - 1, window - 1),
+                self.mask,
+            ]
+        )
+        mask = masks.Mask() if mask is None else mask
+        if mask.structured or mask.arrays():
+            raise ValueError(f"{name}: of masks a call with ragged tensors has causal ones and windows, got {self.mask!r}")
+        tokens = backend.tokens(name, query, key, value)
+        turned_query, turned_key = self._rotated(
+            self._query_dense(tokens.query), self._key_dense(tokens.key), positions=tokens.positions
+        )
+        seed = dropout_seed(self._dropout_layer, rate, training)
+        out = tokens.attend(
+            turned_query,
+            turned_key,
+            self._value_dense(tokens.value),
+            scale=scale,
+            is_causal=mask.is_causal,
+            window=mask.window,
+            causal_alignment=mask.causal_alignment,
+            implementation=self.implementation,
+            **({} if seed is None else {"dropout_rate": rate, "dropout_seed": seed}),
+            **self._score_options(),
+        )
+        if gate:
+            out = out * self._gate_dense(tokens.query)
+        return tokens.ragged(self._output_dense(out))
+
+    def _score_options(self, attention_bias=None, query_offset=None):
+        """The options of the attention, those that are in effect."""
+        given = {"bias": attention_bias, "query_offset": query_offset, "logits_soft_cap": self.logits_soft_cap}
+        if self._use_sinks:
+            given["sinks"] = keras.ops.convert_to_tensor(self.sinks)
+        if self.position_bias == "alibi":
+            given["alibi_slopes"] = alibi_slopes(self._attention_sizes()[0])
+        if self.position_bias == "t5":
+            given["relative_bias"] = self._t5(keras.ops.convert_to_tensor(self.relative_attention_bias))
+        return {what: x for what, x in given.items() if x is not None}
+
+    def _rotated(self, query, key, query_offset=None, positions=(None, None)):
+        """Queries and keys `[batch, seqlen, num_heads, head_dim]` turned by their positions, where they are to be."""
+        if self._rotary is None:
+            return query, key
+        name = type(self).__name__
+        return (
+            backend.rotary.rotate(name, query, self._rotary, 1, query_offset, positions[0]),
+            backend.rotary.rotate(name, key, self._rotary, 1, None, positions[1]),
+        )
+
+    def _t5(self, table):
+        bidirectional = self.bidirectional
+        if bidirectional is None:
+            bidirectional = not (self.mask is not None and self.mask.is_causal)
+        return T5RelativeBias(table, bidirectional, self.max_distance)
+
+    def get_config(self):
+        config = super().get_config()
+        name = type(self).__name__
+        own = {
+            "logits_soft_cap": self.logits_soft_cap,
+            "sinks": self._use_sinks,
+            "position_bias": self.position_bias,
+            "num_buckets": self.num_buckets,
+            "max_distance": self.max_distance,
+            "bidirectional": self.bidirectional,
+            "mask": None if self.mask is None else config_of(f"{name}.get_config", self.mask),
+            "rotary": self.rotary,
+        }
+        return {**config, **{what: x for what, x in own.items() if x != ScoreOptions._OWN[what]}}
+
+
+def _checked_mask(name, mask):
+    """The constructor's mask, also from a config."""
+    if isinstance(mask, dict):
+        return from_config(mask)
+    if mask is not None and not isinstance(mask, masks.Mask):
+        raise TypeError(f"{name}: mask must be an object of attn_ops.masks, got {type(mask).__name__}")
+    if mask is not None and any(isinstance(x, keras.KerasTensor) for x in mask.arrays()):
+        raise TypeError(f"{name}: mask holds a tensor of a Keras model, and is fixed when the layer is made: {mask!r}")
+    return mask
+
+
+def _checked_rotary(name, rotary):
+    if rotary is None or rotary is False:
+        return None
+    if rotary is True:
+        return Rotary.of(name)
+    if not isinstance(rotary, dict):
+        raise TypeError(f"{name}: rotary must be None, True or a dict of options of rotary_embedding, got {rotary!r}")
+    known = [*Rotary.__dataclass_fields__]
+    if not set(rotary) <= set(known):
+        raise ValueError(f"{name}: rotary takes {', '.join(known)}, not {', '.join(sorted(set(rotary) - set(known)))}")
+    return Rotary.of(name, **rotary)

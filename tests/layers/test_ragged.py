@@ -1,0 +1,119 @@
+"""Ragged input of the multi-head layers: each sequence gives what it gives by itself."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from attn_ops import masks
+from layer_twins import FLASH, ours, random
+
+CONFIGS = {
+    "MultiHeadAttention": dict(num_heads=4, key_dim=4),
+    "GroupedQueryAttention": dict(head_dim=4, num_query_heads=4, num_key_value_heads=2),
+}
+LENGTHS, OTHERS = [3, 0, 5, 1], [2, 4, 6, 3]
+each_layer = pytest.mark.parametrize("name", CONFIGS)
+OPTIONS = {
+    "plain": ({}, {}),
+    "causal": ({}, {"use_causal_mask": True}),
+    "window": ({"mask": masks.window(1, 2)}, {}),
+    "positions": (dict(rotary=True, position_bias="t5", sinks=True, logits_soft_cap=2.0, mask=masks.causal()), {}),
+    "alibi": (dict(position_bias="alibi"), {"use_causal_mask": True}),
+}
+
+
+@pytest.fixture(params=FLASH)
+def flash(request):
+    return FLASH[request.param]
+
+
+def ragged(lengths, seed=0, dtype="float64"):
+    return tf.RaggedTensor.from_row_lengths(random(sum(lengths), 8, seed=seed, dtype=dtype), lengths)
+
+
+def made(name, flash=None, **config):
+    layer = ours(name)(**CONFIGS[name], flash_attention=flash, dtype="float64", **config)
+    layer.build((2, 6, 8), (2, 6, 8))
+    rng = np.random.default_rng(7)
+    layer.set_weights([rng.normal(size=w.shape) * 0.5 for w in layer.weights])
+    return layer
+
+
+def one_by_one(layer, query, context, **call):
+    rows = [(query[i][None], context[i][None]) for i in range(query.shape[0])]
+    return tf.concat([layer(q, c, **call)[0] for q, c in rows if q.shape[1]], 0)
+
+
+@pytest.mark.parametrize("config, call", OPTIONS.values(), ids=OPTIONS)
+@each_layer
+def test_sequences_by_themselves(name, flash, config, call):
+    layer, x = made(name, flash, **config), ragged(LENGTHS)
+    out = layer(x, x, **call)
+    assert isinstance(out, tf.RaggedTensor)
+    np.testing.assert_array_equal(out.row_lengths(), LENGTHS)
+    np.testing.assert_allclose(out.values, one_by_one(layer, x, x, **call), rtol=1e-9, atol=1e-9)
+    traced = tf.function(lambda x: layer(x, x, **call), [tf.RaggedTensorSpec([None, None, 8], "float64", 1)])
+    np.testing.assert_allclose(traced(x).values, out.values, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("config, call", [({}, {}), ({"rotary": True}, {"use_causal_mask": True})])
+@each_layer
+def test_queries_and_keys_of_other_lengths(name, flash, config, call):
+    layer, x, y = made(name, flash, **config), ragged(LENGTHS), ragged(OTHERS, 1)
+    np.testing.assert_allclose(layer(x, y, **call).values, one_by_one(layer, x, y, **call), rtol=1e-9, atol=1e-9)
+
+
+@each_layer
+def test_gradients(name, flash):
+    layer, x = made(name, flash, sinks=True), ragged(LENGTHS)
+
+    def gradients(call):
+        with tf.GradientTape() as tape:
+            tape.watch(x.values)
+            total = tf.reduce_sum(tf.sin(call()))
+        return tape.gradient(total, [x.values, *(w.value for w in layer.trainable_variables)])
+
+    found = gradients(lambda: layer(x, x, use_causal_mask=True).values)
+    right = gradients(lambda: one_by_one(layer, x, x, use_causal_mask=True))
+    for a, b in zip(found, right):
+        np.testing.assert_allclose(tf.convert_to_tensor(a), tf.convert_to_tensor(b), rtol=1e-8, atol=1e-9)
+
+
+@each_layer
+def test_a_functional_model(name, tmp_path):
+    x = keras.Input((None, 8), ragged=True)
+    layer = ours(name)(**CONFIGS[name], dropout=0.2, seed=1)
+    out = layer(x, x, use_causal_mask=True)
+    assert out.ragged and out.shape == (None, None, 8)
+    model = keras.Model(x, out)
+    data = ragged(LENGTHS, dtype="float32")
+    expected = one_by_one(layer, data, data, use_causal_mask=True)
+    np.testing.assert_allclose(model.predict(data, verbose=0).values, expected, atol=1e-6)
+    model.save(tmp_path / "model.keras")
+    np.testing.assert_allclose(keras.models.load_model(tmp_path / "model.keras")(data).values, expected, atol=1e-6)
+    assert not np.allclose(layer(data, data, training=True).values, layer(data, data).values)
+
+
+@each_layer
+def test_what_does_not_go_with_ragged_tensors(name):
+    layer, x = made(name), ragged(LENGTHS)
+    for given in (
+        {"value_mask": np.ones((4, 5), bool)},
+        {"attention_mask": masks.causal()},
+        {"attention_bias": np.zeros((5, 5))},
+        {"query_offset": 1},
+        {"return_attention_scores": True},
+    ):
+        with pytest.raises(ValueError, match=f"{name}: a call with ragged tensors takes no {[*given][0]}: pass dense ones"):
+            layer(x, x, **given)
+    with pytest.raises(TypeError, match=f"{name}: query, key and value must all be ragged .* value is dense"):
+        layer(x, random(4, 5, 8), x)
+    with pytest.raises(ValueError, match=f"{name}: of masks a call with ragged tensors has causal ones and windows, got .*chunked"):
+        made(name, mask=masks.chunked(2))(x, x)
+    with pytest.raises(ValueError, match=f"{name}: Keras's own code has no ragged tensors, and runs here: as_in_keras=True"):
+        made(name, as_in_keras=True)(x, x)
+    with pytest.raises(ValueError, match=f"{name}: key and value must have rows of the same lengths"):
+        layer(x, ragged(OTHERS), ragged(OTHERS[::-1]))
+    with pytest.raises(ValueError, match="position_bias|alibi_slopes needs sequences of the same lengths"):
+        made(name, position_bias="alibi")(x, ragged(OTHERS))
