@@ -73,7 +73,7 @@ def compiled_by_xla_whenever_traced():
 def errors_name_the_rule():
     for call in (kernels.library().attn_ops_forward, tf.function(kernels.library().attn_ops_forward)):
         try:
-            call(q[:, :, :3], k, v, (), (), (), (), ())
+            call(q[:, :, :3], k, v, *[()] * 12)
         except tf.errors.InvalidArgumentError as error:
             assert "num_heads (3) must be a multiple of num_kv_heads (2)" in str(error), error
         else:

@@ -96,12 +96,12 @@ def test_under_a_cpu_scope_the_cpu_computes():
 
 
 def raw(q):
-    return kernels.library().attn_ops_forward(q, q, q, [], [], [], [], [])
+    return kernels.library().attn_ops_forward(q, q, q, *[[]] * 12)
 
 
 def test_float64_is_put_on_the_cpu():
     out, _ = kernels.library().attn_ops_forward(
-        *[tf.constant(x.astype("float64")) for x in arrays()[0]], [], [], [], [], [], Tlse=tf.float64
+        *[tf.constant(x.astype("float64")) for x in arrays()[0]], *[[]] * 12, Tlse=tf.float64
     )
     assert "CPU:0" in out.device
 
@@ -131,7 +131,7 @@ def test_errors():
 def test_lengths_out_of_range_are_not_looked_at():
     """That would be waiting for the device. The kernels clamp them."""
     q = zeros(1, 2, 1, 8)
-    kernels.library().attn_ops_forward(q, q, q, [], [], [], [tf.constant(np.int32([3]))], [])
+    kernels.library().attn_ops_forward(q, q, q, [], [], [], [tf.constant(np.int32([3]))], *[[]] * 8)
 
 
 def test_the_libraries_own_errors():

@@ -14,7 +14,9 @@ MODES = ("eager", "graph", "unknown shapes", "xla", "xla, unknown shapes")
 def compiled(function, mode, *arguments):
     if mode == "eager":
         return function
-    unknown = [tf.TensorSpec([None] * x.shape.rank, x.dtype) for x in arguments] if "unknown" in mode else None
+    unknown = None
+    if "unknown" in mode:  # but for tables, of whose buckets the number must be known
+        unknown = [tf.TensorSpec([None] * x.shape.rank if x.shape.rank > 2 else x.shape, x.dtype) for x in arguments]
     return tf.function(function, jit_compile=mode.startswith("xla"), input_signature=unknown)
 
 

@@ -51,7 +51,7 @@ def core(number, seed):
                 assert not out.any() if out.size and keys == 0 else True
                 if 2**20 < np.prod(k, dtype=float) < 2**50 or 2**20 < np.prod(v, dtype=float) < 2**50:
                     continue  # gradients that would take gigabytes of zeros
-                gradients = _core.backward(claim(*q), claim(*k), claim(*v), out, statistics[-1], out, **options)
+                *gradients, _, _ = _core.backward(claim(*q), claim(*k), claim(*v), out, statistics[-1], out, **options)
             counts["backward"] += 1
             assert [x.shape for x in gradients] == [q, k, v, (1, 1, 1, 1)]
             assert not any(x.any() for x in gradients if x.size)
@@ -74,8 +74,8 @@ def tensorflow():
         return attn_ops.scaled_dot_product_attention(q, k, k, implementation="fused")
 
     def gradients(q, k):  # not by a tape, whose zeros for what nobody used are counted in int32
-        results = library.attn_ops_forward(q, k, k, *[[]] * 5, num_lse=0)
-        return library.attn_ops_backward(q, k, k, results.out, results.statistics, results.out, *[[]] * 6)
+        results = library.attn_ops_forward(q, k, k, *[[]] * 12, num_lse=0)
+        return library.attn_ops_backward(q, k, k, results.out, results.statistics, results.out, *[[]] * 13)
 
     compiled = tf.function(attend, jit_compile=True)
     for q, k in SHAPES:
@@ -89,8 +89,9 @@ def tensorflow():
         query, key = tf.zeros(q), tf.zeros(k)
         out = attn_ops.scaled_dot_product_attention(query, key, key, implementation="composite")
         assert tuple(out.shape) == q
-        dq, *others, d_bias = gradients(query, key)
-        assert [tuple(x.shape) for x in (dq, *others)] == [q, k, k] and d_bias == []
+        dq, *others, d_bias, d_relative_bias, d_sinks = gradients(query, key)
+        assert [tuple(x.shape) for x in (dq, *others)] == [q, k, k]
+        assert [d_bias, d_relative_bias, d_sinks] == [[], [], []]
         assert not any(x.numpy().any() for x in others)
 
 

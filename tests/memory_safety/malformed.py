@@ -90,7 +90,7 @@ def tensorflow_calls():
     library = kernels.library()
 
     def lists(a):
-        return [a["bias"]], [a["mask"]], [a["query_lengths"]], [a["key_lengths"]], [a["seed"]]
+        return [a["bias"]], [a["mask"]], [a["query_lengths"]], [a["key_lengths"]], [a["seed"]], *[[]] * 7
 
     def forward(a):
         a = {name: tf.constant(x) for name, x in a.items()}  # arrays of NumPy would be cast to each other's type

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from attn_ops import kernels, reference
+from attn_ops import kernels, masks, reference
 
 import children
 
@@ -21,7 +21,20 @@ assert library is not None, kernels.unavailable_reason()
 
 SHAPES = {"q": (2, 7, 4, 19), "k": (2, 11, 2, 19), "v": (2, 11, 2, 13), "d_out": (2, 7, 4, 13)}
 STATISTICS = (2, 4, 7)
-LISTS = ("bias", "masks", "query_lengths", "key_lengths", "seed")
+LISTS = (
+    "bias",
+    "masks",
+    "query_lengths",
+    "key_lengths",
+    "seed",
+    "intervals",
+    "query_offset",
+    "segments",
+    "blocks",
+    "slopes",
+    "relative_bias",
+    "sinks",
+)
 
 
 def forward(q, k, v, **options):
@@ -47,8 +60,8 @@ def expected(a, **options):
 def run(a, **options):
     out, statistics, (lse,) = forward(a["q"], a["k"], a["v"], num_lse=1, **options)
     options.pop("Tlse", None)  # follows from the statistics
-    *gradients, d_bias = backward(a["q"], a["k"], a["v"], out, statistics, a["d_out"], **options)
-    return out, lse, *gradients, *d_bias
+    dq, dk, dv, *others = backward(a["q"], a["k"], a["v"], out, statistics, a["d_out"], **options)
+    return out, lse, dq, dk, dv, *(d for gradients in others for d in gradients)
 
 
 def assert_close(results, references, tolerance):
@@ -88,6 +101,40 @@ def test_all_inputs_and_attributes(rng):
         causal_alignment="bottom_right",
     )
     assert_close(results, wanted, 1e-12)
+
+
+def test_scores_and_structured_masks(rng):
+    a = arrays(rng, "float64")
+    slopes, table, sinks = rng.normal(size=(2, 4)), rng.normal(size=(4, 7)), rng.normal(size=4)
+    begin, end = np.sort(rng.integers(0, 12, (2, 2, 7)), axis=-1).astype("int32")
+    ids = [rng.integers(0, 3, (2, n)).astype("int32") for n in (7, 11)]
+    blocks = rng.random((1, 4, 3, 3)) < 0.7
+    results = run(
+        a,
+        intervals=[begin // 2, end],
+        query_offset=[np.int32([1, 4])],
+        segments=ids,
+        blocks=[blocks],
+        slopes=[tf.constant(slopes)],  # arrays of NumPy would be cast to the default of their type
+        relative_bias=[tf.constant(table)],
+        sinks=[tf.constant(sinks)],
+        block_q=3,
+        block_k=4,
+        soft_cap=repr(1.5),
+        window_right=2,
+        Tlse=tf.float64,
+    )
+    wanted = expected(
+        a,
+        mask=masks.intervals(begin // 2, end) & masks.segments(*ids) & masks.block_sparse(blocks, 3, 4),
+        query_offset=np.array([1, 4]),
+        alibi_slopes=slopes,
+        relative_bias=table.T,
+        sinks=sinks,
+        logits_soft_cap=1.5,
+        window=(None, 2),
+    )
+    assert_close(results, [*wanted[:5], wanted[5].T, wanted[6]], 1e-12)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float16", 1e-2), ("bfloat16", 1e-1)])
@@ -185,7 +232,7 @@ BAD_FORWARD = [
     ("shapes", "(11), got 12", dict(v=zeros(2, 12, 2, 13))),
     ("shapes", "(2), got 4", dict(v=zeros(2, 11, 4, 13))),
     ("shapes", "head_dim must be at least 1, got 0", dict(q=zeros(2, 7, 4, 0), k=zeros(2, 11, 2, 0))),
-    ("shapes", "must have rank 4 [batch, num_heads, seqlen_q, seqlen_k]", dict(bias=[zeros(7, 11)])),
+    ("shapes", "must have rank 4 [batch, num_heads, seqlen_q, seqlen_k]", dict(bias=[zeros(2, 7, 11)])),
     ("values", "num_heads (6) must be a multiple of num_kv_heads (4)",
      dict(q=zeros(2, 7, 6, 19), k=zeros(2, 11, 4, 19), v=zeros(2, 11, 4, 13))),
     ("values", "num_heads (4) must be a multiple of num_kv_heads (0)",
@@ -364,7 +411,7 @@ from attn_ops import kernels
 
 def digest():
     x = tf.reshape(tf.sin(tf.range(2 * 300 * 4 * 16, dtype="float32")), (2, 300, 4, 16))
-    return hashlib.sha256(kernels.library().attn_ops_forward(x, x, x, (), (), (), (), ()).out.numpy()).hexdigest()
+    return hashlib.sha256(kernels.library().attn_ops_forward(x, x, x, *[()] * 12).out.numpy()).hexdigest()
 """
 
 
