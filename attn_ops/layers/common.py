@@ -42,7 +42,8 @@ def refuse_ragged(layer, **inputs):
         if type(x).__name__ == "RaggedTensor":
             raise TypeError(
                 f"{type(layer).__name__}: {name} is a RaggedTensor, and this layer takes dense tensors (on TensorFlow "
-                f"MultiHeadAttention takes ragged ones): pass {name}.to_tensor(), and tf.sequence_mask({name}.row_lengths()) as its mask"
+                f"MultiHeadAttention takes ragged ones): pass {name}.to_tensor(), and "
+                f"tf.sequence_mask({name}.row_lengths()) as its mask"
             )
 
 

@@ -123,13 +123,17 @@ class ScoreOptions(DropIn):
         """ValueError where this call needs what Keras's code, which runs for this ``reason``, does not have."""
         beyond = self.beyond_stock(**given)
         if beyond:
-            raise ValueError(f"{type(self).__name__}: Keras's own code has no {', '.join(beyond)}, and runs here: {reason}")
+            raise ValueError(
+                f"{type(self).__name__}: Keras's own code has no {', '.join(beyond)}, and runs here: {reason}"
+            )
 
     def _refuse_masks(self, reason, attention_mask):
         """ValueError where Keras's dense mask, which is made for this ``reason``, would have to hold one of attn_ops."""
         given = attention_mask if isinstance(attention_mask, masks.Mask) else self.mask
         if given is not None:
-            raise ValueError(f"{type(self).__name__}: Keras's own code has no masks of attn_ops, and runs here: {reason}")
+            raise ValueError(
+                f"{type(self).__name__}: Keras's own code has no masks of attn_ops, and runs here: {reason}"
+            )
 
     def _refuse_in_keras(self, attention_mask, **given):
         """ValueError where a layer with `as_in_keras` is asked for what Keras does not have."""
@@ -139,13 +143,17 @@ class ScoreOptions(DropIn):
 
     def _refuse_symbolic_mask(self, attention_mask):
         """ValueError for a mask object that holds tensors of a Keras model, which does not see them as inputs."""
-        if isinstance(attention_mask, masks.Mask) and any(isinstance(x, keras.KerasTensor) for x in attention_mask.arrays()):
+        if isinstance(attention_mask, masks.Mask) and any(
+            isinstance(x, keras.KerasTensor) for x in attention_mask.arrays()
+        ):
             raise ValueError(
                 f"{type(self).__name__}: attention_mask holds a tensor of a Keras model, which would not be an input of this "
                 f"layer: pass boolean tensors, as attention_mask, value_mask or query_mask; got {attention_mask!r}"
             )
 
-    def _attend_ragged(self, cls, query, key, value, training, use_causal_mask, *, scale, rate, window, gate, **refused):
+    def _attend_ragged(
+        self, cls, query, key, value, training, use_causal_mask, *, scale, rate, window, gate, **refused
+    ):
         """The layer, a ``cls``, on ragged `[batch, (seqlen), features]`: a ragged one of the query's row lengths.
 
         ``scale``, ``rate`` (of dropout), ``window`` (Keras's) and ``gate`` (whether there is one) are the layer's;
@@ -155,7 +163,8 @@ class ScoreOptions(DropIn):
         given = [what for what, x in refused.items() if x is not None and x is not False]
         if given:
             raise ValueError(f"{name}: a call with ragged tensors takes no {', '.join(given)}: pass dense ones")
-        reason = "as_in_keras=True" if self.as_in_keras else dense_reason(self, cls, "call", "_compute_attention", "_masked_softmax")
+        steps = "call", "_compute_attention", "_masked_softmax"
+        reason = "as_in_keras=True" if self.as_in_keras else dense_reason(self, cls, *steps)
         if reason:
             raise ValueError(f"{name}: Keras's own code has no ragged tensors, and runs here: {reason}")
         mask = combine(
@@ -167,7 +176,9 @@ class ScoreOptions(DropIn):
         )
         mask = masks.Mask() if mask is None else mask
         if mask.structured or mask.arrays():
-            raise ValueError(f"{name}: of masks a call with ragged tensors has causal ones and windows, got {self.mask!r}")
+            raise ValueError(
+                f"{name}: of masks a call with ragged tensors has causal ones and windows, got {self.mask!r}"
+            )
         tokens = backend.tokens(name, query, key, value)
         turned_query, turned_key = self._rotated(
             self._query_dense(tokens.query), self._key_dense(tokens.key), positions=tokens.positions

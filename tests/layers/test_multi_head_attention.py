@@ -391,12 +391,6 @@ def test_regularizers_go_to_the_projections(flash):
     assert len(losses[0]) >= 4
 
 
-def test_ragged_inputs_are_refused():
-    ragged = tf.RaggedTensor.from_row_lengths(tf.ones((5, 6)), [2, 3])
-    with pytest.raises((TypeError, ValueError), match="(?i)ragged"):
-        built(None)(ragged, ragged)
-
-
 @pytest.mark.parametrize("policy, tolerance", [("mixed_float16", 4e-3), ("mixed_bfloat16", 3e-2), ("float16", 4e-3)])
 def test_low_precision(flash, policy, tolerance):
     exact = built(flash, dtype="float64")

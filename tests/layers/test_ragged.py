@@ -105,13 +105,19 @@ def test_what_does_not_go_with_ragged_tensors(name):
         {"query_offset": 1},
         {"return_attention_scores": True},
     ):
-        with pytest.raises(ValueError, match=f"{name}: a call with ragged tensors takes no {[*given][0]}: pass dense ones"):
+        with pytest.raises(
+            ValueError, match=f"{name}: a call with ragged tensors takes no {[*given][0]}: pass dense ones"
+        ):
             layer(x, x, **given)
     with pytest.raises(TypeError, match=f"{name}: query, key and value must all be ragged .* value is dense"):
         layer(x, random(4, 5, 8), x)
-    with pytest.raises(ValueError, match=f"{name}: of masks a call with ragged tensors has causal ones and windows, got .*chunked"):
+    with pytest.raises(
+        ValueError, match=f"{name}: of masks a call with ragged tensors has causal ones and windows, got .*chunked"
+    ):
         made(name, mask=masks.chunked(2))(x, x)
-    with pytest.raises(ValueError, match=f"{name}: Keras's own code has no ragged tensors, and runs here: as_in_keras=True"):
+    with pytest.raises(
+        ValueError, match=f"{name}: Keras's own code has no ragged tensors, and runs here: as_in_keras=True"
+    ):
         made(name, as_in_keras=True)(x, x)
     with pytest.raises(ValueError, match=f"{name}: key and value must have rows of the same lengths"):
         layer(x, ragged(OTHERS), ragged(OTHERS[::-1]))

@@ -132,14 +132,19 @@ def runs(function, constant):
         for jit_compile in (False, True):
             yield lambda x, positions, jit_compile=jit_compile, **options: tf.function(
                 lambda x, positions: function(x, positions, **options),
-                [tf.TensorSpec([None, None, None, x.shape[-1]], x.dtype), tf.TensorSpec([None] * positions.ndim, positions.dtype)],
+                [
+                    tf.TensorSpec([None, None, None, x.shape[-1]], x.dtype),
+                    tf.TensorSpec([None] * positions.ndim, positions.dtype),
+                ],
                 jit_compile=jit_compile,
             )(x, positions)
     else:
         yield lambda x, positions, **options: jax.jit(lambda x, p: function(x, p, **options))(x, positions)
 
 
-@pytest.mark.parametrize("positions", [np.arange(FAR, FAR + 6), np.array([0, -1, -FAR, 2**30, 77777, 3])], ids=["far", "any"])
+@pytest.mark.parametrize(
+    "positions", [np.arange(FAR, FAR + 6), np.array([0, -1, -FAR, 2**30, 77777, 3])], ids=["far", "any"]
+)
 def test_far_positions_are_right_in_float32(framework, positions):
     """A float32 product of position and frequency is some 0.004 off there."""
     x = array(2, 6, 2, 64).astype("float32")
@@ -239,7 +244,10 @@ def test_the_layer():
     start = tf.constant([4, FAR])
     expected = rotated(x, start.numpy()[:, None] + np.arange(5), plain(8))
     np.testing.assert_allclose(layer(x, start_index=start), expected, atol=2e-6)
-    traced = tf.function(lambda x, start: layer(x, start_index=start), [tf.TensorSpec([None, None, 3, 8]), tf.TensorSpec([None], tf.int32)])
+    traced = tf.function(
+        lambda x, start: layer(x, start_index=start),
+        [tf.TensorSpec([None, None, 3, 8]), tf.TensorSpec([None], tf.int32)],
+    )
     np.testing.assert_allclose(traced(x, start), expected, atol=2e-6)
     scalar = tf.function(lambda x, start: layer(x, start), [tf.TensorSpec([2, 5, 3, 8]), tf.TensorSpec([], tf.int64)])
     np.testing.assert_allclose(scalar(x, 7), layer(x, start_index=7), atol=1e-6)
@@ -265,7 +273,9 @@ def test_axes_of_the_layer(sequence_axis, feature_axis):
 def test_the_layer_in_files_and_in_mixed_precision(tmp_path):
     inputs = keras.Input((None, 3, 16))
     layer = RotaryEmbedding(500, rotary_dim=8, interleaved=True, scaling=("yarn", YARN), dtype="mixed_bfloat16")
-    heads_first = attn_ops.rotary_embedding(keras.ops.swapaxes(inputs, 1, 2), base=700.0, layout="BHSD", scaling=("ntk", 2.0))
+    heads_first = attn_ops.rotary_embedding(
+        keras.ops.swapaxes(inputs, 1, 2), base=700.0, layout="BHSD", scaling=("ntk", 2.0)
+    )
     model = keras.Model(inputs, [layer(inputs), heads_first])
     x = random(2, 5, 3, 16, dtype="float32")
     expected = rotated(x, [np.arange(5)], yarn_frequencies(8, 500.0), True, 0.1 * math.log(4) + 1)

@@ -138,7 +138,9 @@ def test_attention_bias_and_its_gradient(name, flash, shape):
     layer, x = made(name, flash), random(2, T, 8)
     bias, way = random(*shape, seed=1), random(*shape, seed=2)
     full = bias.numpy()[:, None] if len(shape) == 3 else bias.numpy()
-    np.testing.assert_allclose(layer(x, x, attention_bias=bias), expected(layer, x.numpy(), added=full)[0], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        layer(x, x, attention_bias=bias), expected(layer, x.numpy(), added=full)[0], rtol=1e-9, atol=1e-9
+    )
     with tf.GradientTape() as tape:
         tape.watch(bias)
         total = tf.reduce_sum(tf.sin(layer(x, x, attention_bias=bias)))
@@ -191,7 +193,9 @@ def test_an_attention_axis_that_is_not_the_first(flash, name, config):
     y = tf.reshape(x, (6, T, 8))
     flat.build(y.shape, y.shape)
     flat.set_weights(layer.get_weights())
-    np.testing.assert_allclose(out, tf.reshape(flat(y, y, attention_bias=BIAS[None].astype("float32")), x.shape), atol=1e-5)
+    np.testing.assert_allclose(
+        out, tf.reshape(flat(y, y, attention_bias=BIAS[None].astype("float32")), x.shape), atol=1e-5
+    )
     for option in ({"position_bias": "alibi"}, {"rotary": True}, {"mask": masks.causal()}):
         with pytest.raises(ValueError, match="needs exactly one attention axis, and there are 2"):
             ours(name)(4, 4, **option).build(x.shape, x.shape)
@@ -268,7 +272,9 @@ def test_masks_in_configs(mask):
 
 def test_masks_that_no_config_holds():
     function = masks.from_function(lambda b, h, q, k: q >= k)
-    with pytest.raises(ValueError, match="MultiHeadAttention.get_config: .*holds a Python function, which cannot be saved"):
+    with pytest.raises(
+        ValueError, match="MultiHeadAttention.get_config: .*holds a Python function, which cannot be saved"
+    ):
         ours("MultiHeadAttention")(2, 4, mask=function).get_config()
     layer = ours("MultiHeadAttention")(2, 4, mask=masks.prefix(tf.constant([2, 3])))
     x = random(2, T, 8, dtype="float32")
@@ -302,7 +308,10 @@ def test_what_keras_has_not_cannot_be_keras_s(name, option):
     [what] = option
     other = ours(name)(**CONFIGS[name])
     model = keras.Sequential([other, layer])
-    with pytest.raises(ValueError, match=f"attn_ops.revert: .* is a {name} with {what}, which keras.layers.{STOCK[name].__name__} does not have"):
+    with pytest.raises(
+        ValueError,
+        match=f"attn_ops.revert: .* is a {name} with {what}, which keras.layers.{STOCK[name].__name__} does not have",
+    ):
         attn_ops.revert(model)
     assert type(other) is ours(name)  # nothing was changed
     with pytest.raises(ValueError, match=f"{name}: Keras's own code has no {what}, and runs here: as_in_keras=True"):
