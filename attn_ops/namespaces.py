@@ -219,12 +219,17 @@ def as_written(function):
     """``function`` kept from TensorFlow's AutoGraph, which in `tf.function` would convert it, for seconds and for nothing:
     its conditions are of Python."""
 
+    unconverted = None
+
     @functools.wraps(function)
     def call(*args, **kwargs):
-        autograph = getattr(sys.modules.get("tensorflow"), "autograph", None)
-        if autograph is None:
-            return function(*args, **kwargs)
-        return autograph.experimental.do_not_convert(function)(*args, **kwargs)
+        nonlocal unconverted
+        if unconverted is None:
+            autograph = getattr(sys.modules.get("tensorflow"), "autograph", None)
+            if autograph is None:
+                return function(*args, **kwargs)
+            unconverted = autograph.experimental.do_not_convert(function)
+        return unconverted(*args, **kwargs)
 
     return call
 

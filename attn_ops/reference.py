@@ -31,10 +31,10 @@ import types
 
 import numpy as np
 
-from attn_ops import masks
 from attn_ops.call import arrays, options, philox, public
 from attn_ops.call.options import Options
 from attn_ops.call.position_bias import T5RelativeBias
+from attn_ops.masks.mask import combined
 
 
 @public.function(without=("return_lse",))
@@ -156,7 +156,7 @@ class _Call:
             self.bias = self.bias[None, None] if self.bias.ndim == 2 else self.bias[:, None]
 
         weights_shape = (batch, num_heads, seqlen_q, seqlen_k)
-        mask = masks.combined(
+        mask = combined(
             given.mask,
             is_causal=given.is_causal,
             causal_alignment=given.causal_alignment,

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 
-from attn_ops import masks, requirements
+from attn_ops import requirements
 from attn_ops.masks import pictures
+from attn_ops.masks.mask import combined
 
 _MAX_COLUMNS = 4
 _LABELS_PER_INCH = 7  # more cannot be read
-_MASK_COLOURS = ("#ffffff", "#d9dde3", "#2166ac")  # skipped, hidden, seen
-_GRID = 64  # rows and keys between which lines are drawn
 
 
 def plot_attention_weights(
@@ -65,7 +63,7 @@ def plot_attention_weights(
 
     rows = math.ceil(len(panels) / _MAX_COLUMNS)
     columns = math.ceil(len(panels) / rows)  # as even as can be: 6 is 2 x 3
-    width, height = _panel_inches(seqlen_q, seqlen_k, alone=len(panels) == 1)
+    width, height = pictures.panel_inches(seqlen_q, seqlen_k, alone=len(panels) == 1)
     figure = _figure(figure, columns * width + 1.4, rows * height + 1.0)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     largest = max(np.nanmax(panel, initial=0.0) for _, panel in panels) or 1.0
@@ -132,32 +130,17 @@ def plot_mask(
         ImportError: matplotlib is not installed.
         ValueError: an entry or head that does not exist, or what `Mask.materialize` raises.
     """
-    try:
-        from matplotlib import colors, patches, pyplot
-    except ImportError as error:
-        raise ImportError(requirements.missing("attn_ops.visualize.plot_mask", "matplotlib")) from error
-    mask = masks.combined(mask)
-    seen, skipped = pictures.seen_and_skipped("plot_mask", mask, seqlen_q, seqlen_k, entry, head, query_offset, block)
-    kind = np.where(seen, 2, np.where(skipped, 0, 1))
-    if ax is None:
-        width, height = _panel_inches(max(seen.shape[0], 1), max(seen.shape[1], 1), alone=True)
-        _, ax = pyplot.subplots(figsize=(width + 1.4, height + 0.8), layout="constrained")
-    ax.imshow(kind, cmap=colors.ListedColormap(_MASK_COLOURS), vmin=0, vmax=2, interpolation="nearest", aspect="equal")
-    if max(seen.shape) <= _GRID:  # cells that can be told apart
-        ax.set_xticks(np.arange(seen.shape[1] + 1) - 0.5, minor=True)
-        ax.set_yticks(np.arange(seen.shape[0] + 1) - 0.5, minor=True)
-        ax.grid(which="minor", color="white", linewidth=0.8)
-        ax.tick_params(which="minor", length=0)
-    ax.set_xlabel("key")
-    ax.set_ylabel("query")
-    ax.set_title(textwrap.shorten(mask.described() if title is None else title, 70), fontsize=10)
-    names = ("skipped", "hidden", "seen")
-    shown = [n for n in (2, 1, 0) if (kind == n).any()]
-    ax.legend(
-        handles=[patches.Patch(facecolor=_MASK_COLOURS[n], edgecolor="0.6", label=names[n]) for n in shown],
-        loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=9,
-    )  # fmt: skip
-    return ax
+    return pictures.plot(
+        combined(mask),
+        seqlen_q,
+        seqlen_k,
+        entry=entry,
+        head=head,
+        query_offset=query_offset,
+        block=block,
+        title=title,
+        ax=ax,
+    )
 
 
 def _to_numpy(weights) -> np.ndarray:
@@ -213,13 +196,6 @@ def _labels(argument: str, tokens, extent: int) -> list[str]:
     if len(labels) != extent:
         raise ValueError(f"plot_attention_weights: {argument} has {len(labels)} labels for {extent} positions")
     return labels
-
-
-def _panel_inches(seqlen_q: int, seqlen_k: int, alone: bool) -> tuple[float, float]:
-    """Width and height of one panel: the aspect of the matrix, within reason."""
-    side = 5.5 if alone else 3.0
-    ratio = min(max(seqlen_q / seqlen_k, 0.25), 4.0)
-    return (side, side * ratio) if ratio <= 1 else (side / ratio, side)
 
 
 def _figure(figure, width: float, height: float):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from attn_ops import masks
 from attn_ops.call import options
 from attn_ops.call.position_bias import T5RelativeBias
+from attn_ops.masks import checks
 
 _SCORE_AXES = ("batch", "num_heads", "seqlen_q", "seqlen_k")
 LAYOUTS = "'BSHD' is [batch, seqlen, num_heads, head_dim], 'BHSD' is [batch, num_heads, seqlen, head_dim]"
@@ -87,10 +87,10 @@ def _what_it_may_be(what, rank, full, dims):
 
 def boolean(xp, name, mask, dims):
     if isinstance(mask, str):  # MLX's "causal"
-        raise TypeError(masks.not_boolean(name, "mask", "str"))
+        raise TypeError(checks.not_boolean(name, "mask", "str"))
     mask = xp.as_tensor(name, "mask", mask)
     if mask.dtype != xp.bool_:
-        raise TypeError(masks.not_boolean(name, "mask", mask.dtype.name))
+        raise TypeError(checks.not_boolean(name, "mask", mask.dtype.name))
     return score_shaped(xp, name, "mask", mask, dims)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from attn_ops.masks import Mask
+from attn_ops.masks.mask import Mask
 
 
 @dataclasses.dataclass(frozen=True)

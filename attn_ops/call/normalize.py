@@ -9,12 +9,10 @@ tensorflow/xp.py or jax/xp.py.
 
 from __future__ import annotations
 
-import typing
-
 from attn_ops.call import arrays, options, precision
 from attn_ops.call.attention_call import MAX_MASKS, AttentionCall, canonical
 from attn_ops.call.options import Options
-from attn_ops.masks import Mask
+from attn_ops.masks.mask import Mask, Parts
 
 
 def normalize(xp, name, query, key, value, **given):
@@ -77,10 +75,10 @@ def normalize(xp, name, query, key, value, **given):
             if structure.structured:
                 # What of it is causal or a window goes to the kernels as such, where nothing else counts distances.
                 alone = query_offset is None and alibi_slopes is None and relative_bias is None
-                structure, structured, dense = _structured(
+                structure, structured = _structured(
                     xp, name, structure, query, key, dims, layout, query_offset, alone
                 )
-                masks += dense
+                masks += structured.dense
             else:
                 masks += structure.tensors()
             window, is_causal = (structure.window_left, structure.window_right), structure.is_causal
@@ -144,36 +142,26 @@ def normalize(xp, name, query, key, value, **given):
     )
 
 
-class _Structured(typing.NamedTuple):
-    """What of a mask the kernels know how to skip; see `AttentionCall`."""
-
-    intervals: tuple | None = None
-    segments: tuple | None = None
-    blocks: typing.Any = None
-    block_q: int = 0
-    block_k: int = 0
-
-
-_NONE = _Structured()
+_NONE = Parts()
 
 
 def _structured(xp, name, mask, query, key, dims, layout, offset, resolve):
-    """A `Mask` (with ``resolve``, functions in it resolved), its `_Structured` and the tuple of its boolean arrays."""
+    """A `Mask` (with ``resolve``, functions in it resolved) and its `Parts` as the kernels take them."""
     axis = 1 if layout == "BSHD" else 2
     rows, keys = xp.extent(query, axis), xp.extent(key, axis)
     try:
         if resolve:
             mask = mask.resolved(rows, keys, offset)
-        intervals, segments, blocks, block_q, block_k, dense = mask.parts(rows, keys, offset, like=(query,))
+        parts = mask.parts(rows, keys, offset, like=(query,))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if intervals is not None:
-        intervals = arrays.intervals(xp, name, intervals, dims)
-    if segments is not None:
-        segments = arrays.segments(xp, name, segments, dims)
-    if blocks is not None:
-        blocks = arrays.blocks(xp, name, blocks, block_q, block_k, dims)
-    return mask, _Structured(intervals, segments, blocks, block_q, block_k), tuple(dense)
+    if parts.intervals is not None:
+        parts = parts._replace(intervals=arrays.intervals(xp, name, parts.intervals, dims))
+    if parts.segments is not None:
+        parts = parts._replace(segments=arrays.segments(xp, name, parts.segments, dims))
+    if parts.blocks is not None:
+        parts = parts._replace(blocks=arrays.blocks(xp, name, parts.blocks, parts.block_q, parts.block_k, dims))
+    return mask, parts
 
 
 def normalize_weights(xp, name, query, key, **given):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from attn_ops import masks, namespaces
+from attn_ops import namespaces
 from attn_ops.call import arrays, options
 from attn_ops.masks import checks
+from attn_ops.masks.mask import Mask
 from attn_ops.masks.structure import Packed
 
 # Options of the attention that packed sequences have no use for: they are of batches, or [seqlen_q, seqlen_k].
@@ -38,6 +39,14 @@ def with_own_names(name, given):
             raise TypeError(f"{name}: {alias} and {ours} are the same option, got both: {value!r} and {given[ours]!r}")
         given[ours] = value
     return given
+
+
+def attend(xp, attention, name, *packed):
+    """What the framework's ``attention``, `scaled_dot_product_attention`, gives for packed sequences: the ``packed``
+    `arguments`."""
+    query, key, value, options = arguments(xp, name, *packed)
+    result = attention(query, key, value, **options)
+    return (result[0][0], result[1][0]) if isinstance(result, tuple) else result[0]
 
 
 def arguments(xp, name, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given):
@@ -70,7 +79,7 @@ def arguments(xp, name, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_s
     if options.flag(name, "is_causal", given.pop("is_causal", False)):
         right = 0
     bottom_right = options.bottom_right(name, given.pop("causal_alignment", OWN["causal_alignment"]))
-    given["mask"] = masks.Mask(structured=(Packed(*cu.values(), left, right, bottom_right),))
+    given["mask"] = Mask(structured=(Packed(*cu.values(), left, right, bottom_right),))
     return *(xp.expand_dims(x, 0) for x in tokens.values()), given
 
 

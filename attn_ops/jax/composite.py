@@ -21,10 +21,10 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from attn_ops import masks
 from attn_ops.call.attention_call import canonical
 from attn_ops.jax import philox
 from attn_ops.jax.call import Arrays, Options, accumulator
+from attn_ops.masks import key_range
 
 # Scores that are computed in one piece, and the scores of a chunk when there are more.
 UNCHUNKED_SCORES = 2**24
@@ -109,7 +109,7 @@ def _to_layout(options, x):
 def _scores(options, arrays, seqlens, start, q, k, bias, dense):
     """The scores of the rows from ``start`` on, -inf where hidden, and whether any can be hidden."""
     rows = start + jnp.arange(q.shape[2])
-    visible = masks.interval(
+    visible = key_range.interval(
         rows[:, None],
         jnp.arange(seqlens[1]),
         *seqlens,

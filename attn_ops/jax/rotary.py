@@ -6,7 +6,7 @@ import functools
 
 from attn_ops.call import rotary
 from attn_ops.jax import xp
-from attn_ops.models import keras_tensors
+from attn_ops.models.rotary import embedding
 
 rotate = functools.partial(rotary.rotate, xp)
 
@@ -16,11 +16,5 @@ def rotary_embedding(
 ):
     """`attn_ops.rotary_embedding` on JAX arrays: the same arguments, results and errors. Works under every
     transformation of JAX."""
-    name = "rotary_embedding"
-    settings = rotary.Rotary.of(name, base, rotary_dim, interleaved, scaling)
-    if keras_tensors.any_among(x, positions):
-        from attn_ops.models import rotary as of_models
-
-        return of_models.rotary_embedding(x, positions, settings, layout)
-    x, axis = rotary.checked_input(xp, name, x, layout)
-    return rotate(name, x, settings, axis, positions=positions)
+    settings = rotary.Rotary.of("rotary_embedding", base, rotary_dim, interleaved, scaling)
+    return embedding(xp, x, positions, settings, layout)

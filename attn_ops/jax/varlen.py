@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import attn_ops
 from attn_ops.call import public, varlen
 from attn_ops.jax import xp
-from attn_ops.jax.attention import scaled_dot_product_attention
 
 
 @public.function(without=varlen.WITHOUT, **varlen.OWN, **varlen.OF_FLASH_ATTENTION)
@@ -43,9 +43,7 @@ def varlen_attention(
             lengths.
     """
     name = "varlen_attention"
-    implementation = given.pop("implementation", None)
-    query, key, value, options = varlen.arguments(
-        xp, name, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given
+    attention = attn_ops.jax.scaled_dot_product_attention
+    return varlen.attend(
+        xp, attention, name, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given
     )
-    result = scaled_dot_product_attention(query, key, value, **options, implementation=implementation)
-    return (result[0][0], result[1][0]) if isinstance(result, tuple) else result[0]

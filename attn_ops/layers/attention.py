@@ -7,12 +7,12 @@ import math
 import keras
 from keras import ops
 
-from attn_ops import masks
 from attn_ops.call.arrays import compatible
 from attn_ops.layers.axes import dims
 from attn_ops.layers.base import DropIn, overridden, refuse_if_forced
 from attn_ops.layers.common import attend_one_head, boolean, combine, dropout_seed, hide_rows, refuse_ragged
 from attn_ops.layers.empty_rows import empty_rows
+from attn_ops.masks import constructors
 
 _Stock = keras.layers.Attention
 
@@ -63,7 +63,7 @@ class Attention(DropIn, _Stock):
         if reason:
             refuse_if_forced(self, reason)
             return in_keras()
-        visible = combine([masks.causal("top_left") if use_causal_mask else None, _value_mask(value_mask, value)])
+        visible = combine([constructors.causal("top_left") if use_causal_mask else None, _value_mask(value_mask, value)])
 
         seed = dropout_seed(self, self.dropout, training)
 
@@ -123,5 +123,5 @@ def _value_mask(mask, value):
         return None
     mask = boolean(mask, "the value mask")
     if len(mask.shape) == len(value.shape):
-        return masks.boolean(ops.expand_dims(mask, 1))
-    return masks.key_padding(_one_batch_axis(mask, 1))
+        return constructors.boolean(ops.expand_dims(mask, 1))
+    return constructors.key_padding(_one_batch_axis(mask, 1))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import keras
 
-from attn_ops import masks
 from attn_ops.call.arrays import compatible
 from attn_ops.layers.base import FlashAttention, checked_dropout, checked_number
 from attn_ops.layers.common import attend_one_head, boolean, combine, dropout_seed, hide_rows, refuse_ragged
+from attn_ops.masks import constructors
 
 
 class _QueryKeyValue(FlashAttention, keras.layers.Layer):
@@ -34,8 +34,8 @@ class _QueryKeyValue(FlashAttention, keras.layers.Layer):
         refuse_ragged(self, query=query, key=key, value=value)
         self._check_shapes([x.shape for x in inputs])
         query_mask, *key_masks = mask or (None, None, None)
-        parts = [masks.causal("top_left") if use_causal_mask else None]
-        parts += [masks.key_padding(boolean(m, "a mask")) for m in key_masks if m is not None]
+        parts = [constructors.causal("top_left") if use_causal_mask else None]
+        parts += [constructors.key_padding(boolean(m, "a mask")) for m in key_masks if m is not None]
         out, weights = attend_one_head(
             query,
             key,

@@ -8,9 +8,10 @@ import operator
 import keras
 from keras import ops
 
-from attn_ops import masks
 from attn_ops.layers.axes import dims
 from attn_ops.layers.backend import backend
+from attn_ops.masks import checks, constructors
+from attn_ops.masks.mask import Mask
 
 
 def boolean(mask, name):
@@ -27,11 +28,11 @@ def boolean(mask, name):
     if dtype == "bool":
         return mask
     if "float" in dtype or not dtype.startswith("u"):
-        message = masks.not_boolean("attn_ops.layers", name, dtype, numbers=True)
+        message = checks.not_boolean("attn_ops.layers", name, dtype, numbers=True)
         values = backend.known_values(mask)
         if values is None:
-            mask = backend.asserted(mask, masks.tells_visible(mask, dtype), message)
-        elif not masks.tells_visible(values, dtype).all():
+            mask = backend.asserted(mask, checks.tells_visible(mask, dtype), message)
+        elif not checks.tells_visible(values, dtype).all():
             raise TypeError(message)
     return ops.cast(mask, "bool")
 
@@ -90,19 +91,19 @@ def keras_mask(
             f"{len(axes.attended)}: {axes.attended}"
         )
     parts = [
-        masks.causal("top_left") if is_causal else None,
-        None if sliding_window is None else masks.window(sliding_window - 1, sliding_window - 1),
+        constructors.causal("top_left") if is_causal else None,
+        None if sliding_window is None else constructors.window(sliding_window - 1, sliding_window - 1),
     ]
     if query_mask is not None:
-        parts.append(masks.query_padding(axes.flatten_padding(boolean(query_mask, "query_mask"), query)))
+        parts.append(constructors.query_padding(axes.flatten_padding(boolean(query_mask, "query_mask"), query)))
     # Keras fills both the mask of `value` and that of `key`, often with the same tensor.
     for key_mask in {id(x): x for x in key_masks if x is not None}.values():
-        parts.append(masks.key_padding(axes.flatten_padding(boolean(key_mask, "value_mask"), key)))
-    if isinstance(attention_mask, masks.Mask):
+        parts.append(constructors.key_padding(axes.flatten_padding(boolean(key_mask, "value_mask"), key)))
+    if isinstance(attention_mask, Mask):
         parts.append(attention_mask)
     elif attention_mask is not None:
         attention_mask = boolean(attention_mask, "attention_mask")
-        parts.append(masks.boolean(axes.flatten_mask(attention_mask, query, key)))
+        parts.append(constructors.boolean(axes.flatten_mask(attention_mask, query, key)))
     return combine([*parts, mask])
 
 

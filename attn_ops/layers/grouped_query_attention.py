@@ -5,13 +5,14 @@ from __future__ import annotations
 import keras
 from keras import ops
 
-from attn_ops import masks
 from attn_ops.layers.axes import AttentionAxes, dims
 from attn_ops.layers.backend import backend, set_keras_mask
 from attn_ops.layers.base import dense_reason, refuse_if_forced
 from attn_ops.layers.common import attend, boolean, combine, dropout_seed, keras_mask, refuse_ragged, without_keras_mask
 from attn_ops.layers.empty_rows import empty_rows, with_means
-from attn_ops.layers.score_options import ScoreOptions
+from attn_ops.layers.score_options import ScoreOptions, present
+from attn_ops.masks import constructors
+from attn_ops.masks.mask import Mask
 
 _Stock = keras.layers.GroupQueryAttention
 _AXES = AttentionAxes((1,), 2)
@@ -55,26 +56,12 @@ class GroupedQueryAttention(ScoreOptions, _Stock):
         query_offset=None,
     ):
         self._return_attention_scores = return_attention_scores
-        given = {"attention_bias": attention_bias, "query_offset": query_offset}
-        given = {what: x for what, x in given.items() if x is not None}
+        given = present(attention_bias=attention_bias, query_offset=query_offset)
         if any(backend.is_ragged(x) for x in (query, value, key)):
+            padded = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask}
+            padded |= {"attention_mask": attention_mask, "return_attention_scores": return_attention_scores or None}
             return self._attend_ragged(
-                GroupedQueryAttention,
-                query,
-                value if key is None else key,
-                value,
-                training,
-                use_causal_mask,
-                scale=self._inverse_sqrt_head_dim,
-                rate=self.dropout,
-                window=getattr(self, "sliding_window", None),
-                gate=getattr(self, "use_gate", False),
-                query_mask=query_mask,
-                value_mask=value_mask,
-                key_mask=key_mask,
-                attention_mask=attention_mask,
-                return_attention_scores=return_attention_scores,
-                **given,
+                GroupedQueryAttention, query, value if key is None else key, value, training, use_causal_mask, {**padded, **given}
             )
         self._refuse_in_keras(attention_mask, **given)
         key = value if key is None else key
@@ -102,6 +89,15 @@ class GroupedQueryAttention(ScoreOptions, _Stock):
         if query_mask is not None and not self.as_in_keras:
             set_keras_mask(output, query_mask)
         return (output, scores) if return_attention_scores else output
+
+    def _own_settings(self, training):
+        return {
+            "scale": self._inverse_sqrt_head_dim,
+            "rate": self.dropout,
+            "seed": dropout_seed(self._dropout_layer, self.dropout, training),
+            "window": getattr(self, "sliding_window", None),
+            "gate": getattr(self, "use_gate", False),
+        }
 
     def _attention_sizes(self):
         return self.num_query_heads, self.head_dim, 1
@@ -165,9 +161,9 @@ class GroupedQueryAttention(ScoreOptions, _Stock):
             self._refuse_beyond_stock(reason, attention_bias=attention_bias, query_offset=query_offset)
             options = {"use_causal_mask": True} if use_causal_mask else {}
             return super()._compute_attention(query, key, value, attention_mask, training, **options)
-        if not isinstance(attention_mask, masks.Mask):
+        if not isinstance(attention_mask, Mask):
             attention_mask = keras_mask(_AXES, query, key, attention_mask=attention_mask)
-        attention_mask = combine([attention_mask, masks.causal("top_left") if use_causal_mask else None])
+        attention_mask = combine([attention_mask, constructors.causal("top_left") if use_causal_mask else None])
         if attention_bias is not None:
             attention_bias = _AXES.flatten_mask(ops.convert_to_tensor(attention_bias), query, key, "attention_bias")
         turned_query, turned_key = self._rotated(query, key, query_offset)

@@ -7,13 +7,13 @@ import inspect
 import keras
 from keras import ops
 
-from attn_ops import masks
 from attn_ops.layers.axes import AttentionAxes, dims
 from attn_ops.layers.backend import backend, set_keras_mask
 from attn_ops.layers.base import dense_reason, refuse_if_forced
 from attn_ops.layers.common import attend, boolean, combine, dropout_seed, keras_mask, refuse_ragged, without_keras_mask
 from attn_ops.layers.empty_rows import empty_rows, with_means
-from attn_ops.layers.score_options import ScoreOptions
+from attn_ops.layers.score_options import ScoreOptions, present
+from attn_ops.masks.mask import Mask
 
 _Stock = keras.layers.MultiHeadAttention
 # Keras before 3.8 keeps the request for scores in an attribute, and its subclasses expect no such argument.
@@ -90,26 +90,12 @@ class MultiHeadAttention(ScoreOptions, _Stock):
         attention_bias=None,
         query_offset=None,
     ):
-        given = {"attention_bias": attention_bias, "query_offset": query_offset}
-        given = {what: x for what, x in given.items() if x is not None}
+        given = present(attention_bias=attention_bias, query_offset=query_offset)
         if any(backend.is_ragged(x) for x in (query, value, key)):
+            padded = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask}
+            padded |= {"attention_mask": attention_mask, "return_attention_scores": return_attention_scores or None}
             return self._attend_ragged(
-                MultiHeadAttention,
-                query,
-                value if key is None else key,
-                value,
-                training,
-                use_causal_mask,
-                scale=self._inverse_sqrt_key_dim,
-                rate=self._dropout,
-                window=getattr(self, "_sliding_window", None),
-                gate=getattr(self, "_use_gate", False),
-                query_mask=query_mask,
-                value_mask=value_mask,
-                key_mask=key_mask,
-                attention_mask=attention_mask,
-                return_attention_scores=return_attention_scores,
-                **given,
+                MultiHeadAttention, query, value if key is None else key, value, training, use_causal_mask, {**padded, **given}
             )
         self._refuse_in_keras(attention_mask, **given)
         if self.as_in_keras:
@@ -157,6 +143,15 @@ class MultiHeadAttention(ScoreOptions, _Stock):
         if query_mask is not None:
             set_keras_mask(output, query_mask)
         return (output, scores) if return_attention_scores else output
+
+    def _own_settings(self, training):
+        return {
+            "scale": self._inverse_sqrt_key_dim,
+            "rate": self._dropout,
+            "seed": dropout_seed(self._dropout_layer, self._dropout, training),
+            "window": getattr(self, "_sliding_window", None),
+            "gate": getattr(self, "_use_gate", False),
+        }
 
     def _attention_sizes(self):
         return self._num_heads, self._key_dim, len(self._attention_axes)
@@ -223,7 +218,7 @@ class MultiHeadAttention(ScoreOptions, _Stock):
             options.update({"use_causal_mask": True} if use_causal_mask else {})
             return super()._compute_attention(query, key, value, attention_mask, training, **options)
         axes = AttentionAxes(self._attention_axes, len(query.shape) - 2)
-        if not isinstance(attention_mask, masks.Mask):
+        if not isinstance(attention_mask, Mask):
             attention_mask = keras_mask(axes, query, key, attention_mask=attention_mask)
         if use_causal_mask:
             attention_mask = combine([attention_mask, keras_mask(axes, query, key, is_causal=True)])

@@ -8,6 +8,7 @@ import typing
 import tensorflow as tf
 
 import attn_ops
+from attn_ops.tensorflow.runtime_checks import with_rows_of
 
 
 class Tokens(typing.NamedTuple):
@@ -43,13 +44,7 @@ def tokens(name, query, key, value):
             raise ValueError(
                 f"{name}: {what} must be ragged [batch, (seqlen), features] with one ragged dimension, got shape {x.shape}"
             )
-    if key.row_splits is not value.row_splits:
-        rule = f"{name}: key and value must have rows of the same lengths"
-        known = [tf.get_static_value(x.row_splits) for x in (key, value)]
-        if not any(x is None for x in known) and (known[0].shape != known[1].shape or (known[0] != known[1]).any()):
-            raise ValueError(f"{rule}, got row splits {known[0]} and {known[1]}")
-        with tf.control_dependencies([tf.debugging.assert_equal(key.row_splits, value.row_splits, rule)]):
-            value = value.with_values(tf.identity(value.values))
+    value = with_rows_of(name, key, value)
     same = key.row_splits is query.row_splits
     positions = tuple(tf.ragged.range(x.row_lengths()).values[None] for x in (query, key))
     splits = query.row_splits, None if same else key.row_splits

@@ -5,14 +5,13 @@ from __future__ import annotations
 import keras
 import numpy as np
 
-from attn_ops import masks
 from attn_ops.call import options
 from attn_ops.call.position_bias import T5RelativeBias, alibi_slopes
 from attn_ops.call.rotary import Rotary
 from attn_ops.layers.backend import backend
 from attn_ops.layers.base import DropIn, dense_reason
-from attn_ops.layers.common import combine, dropout_seed
 from attn_ops.masks.config import config_of, from_config
+from attn_ops.masks.mask import Mask, combined
 
 _POSITION_BIASES = (None, "alibi", "t5")
 
@@ -117,7 +116,7 @@ class ScoreOptions(DropIn):
             "mask": self.mask,
             "rotary": self._rotary,
         }
-        return [what for what, x in {**own, **given}.items() if x is not None]
+        return [*present(**own, **given)]
 
     def _refuse_beyond_stock(self, reason, **given):
         """ValueError where this call needs what Keras's code, which runs for this ``reason``, does not have."""
@@ -129,7 +128,7 @@ class ScoreOptions(DropIn):
 
     def _refuse_masks(self, reason, attention_mask):
         """ValueError where Keras's dense mask, which is made for this ``reason``, would have to hold one of attn_ops."""
-        given = attention_mask if isinstance(attention_mask, masks.Mask) else self.mask
+        given = attention_mask if isinstance(attention_mask, Mask) else self.mask
         if given is not None:
             raise ValueError(
                 f"{type(self).__name__}: Keras's own code has no masks of attn_ops, and runs here: {reason}"
@@ -143,7 +142,7 @@ class ScoreOptions(DropIn):
 
     def _refuse_symbolic_mask(self, attention_mask):
         """ValueError for a mask object that holds tensors of a Keras model, which does not see them as inputs."""
-        if isinstance(attention_mask, masks.Mask) and any(
+        if isinstance(attention_mask, Mask) and any(
             isinstance(x, keras.KerasTensor) for x in attention_mask.arrays()
         ):
             raise ValueError(
@@ -151,30 +150,24 @@ class ScoreOptions(DropIn):
                 f"layer: pass boolean tensors, as attention_mask, value_mask or query_mask; got {attention_mask!r}"
             )
 
-    def _attend_ragged(
-        self, cls, query, key, value, training, use_causal_mask, *, scale, rate, window, gate, **refused
-    ):
+    def _attend_ragged(self, cls, query, key, value, training, use_causal_mask, padded):
         """The layer, a ``cls``, on ragged `[batch, (seqlen), features]`: a ragged one of the query's row lengths.
 
-        ``scale``, ``rate`` (of dropout), ``window`` (Keras's) and ``gate`` (whether there is one) are the layer's;
-        ``refused`` are the arguments of the call that go by `[batch, seqlen]`.
+        ``padded`` are the arguments of the call that go by `[batch, seqlen]`, which it refuses. The layer's `_own_settings`
+        are its scale, the rate and the seed of its dropout, Keras's window, and whether it has a gate.
         """
         name = type(self).__name__
-        given = [what for what, x in refused.items() if x is not None and x is not False]
+        given = [*present(**padded)]
         if given:
             raise ValueError(f"{name}: a call with ragged tensors takes no {', '.join(given)}: pass dense ones")
         steps = "call", "_compute_attention", "_masked_softmax"
         reason = "as_in_keras=True" if self.as_in_keras else dense_reason(self, cls, *steps)
         if reason:
             raise ValueError(f"{name}: Keras's own code has no ragged tensors, and runs here: {reason}")
-        mask = combine(
-            [
-                masks.causal("top_left") if use_causal_mask else None,
-                None if window is None else masks.window(window - 1, window - 1),
-                self.mask,
-            ]
-        )
-        mask = masks.Mask() if mask is None else mask
+        own = self._own_settings(training)
+        window = own["window"]
+        window = None if window is None else (window - 1, window - 1)
+        mask = combined(self.mask, is_causal=use_causal_mask, window=window)
         if mask.structured or mask.arrays():
             raise ValueError(
                 f"{name}: of masks a call with ragged tensors has causal ones and windows, got {self.mask!r}"
@@ -183,20 +176,19 @@ class ScoreOptions(DropIn):
         turned_query, turned_key = self._rotated(
             self._query_dense(tokens.query), self._key_dense(tokens.key), positions=tokens.positions
         )
-        seed = dropout_seed(self._dropout_layer, rate, training)
         out = tokens.attend(
             turned_query,
             turned_key,
             self._value_dense(tokens.value),
-            scale=scale,
+            scale=own["scale"],
             is_causal=mask.is_causal,
             window=mask.window,
             causal_alignment=mask.causal_alignment,
             implementation=self.implementation,
-            **({} if seed is None else {"dropout_rate": rate, "dropout_seed": seed}),
+            **({} if own["seed"] is None else {"dropout_rate": own["rate"], "dropout_seed": own["seed"]}),
             **self._score_options(),
         )
-        if gate:
+        if own["gate"]:
             out = out * self._gate_dense(tokens.query)
         return tokens.ragged(self._output_dense(out))
 
@@ -209,7 +201,7 @@ class ScoreOptions(DropIn):
             given["alibi_slopes"] = alibi_slopes(self._attention_sizes()[0])
         if self.position_bias == "t5":
             given["relative_bias"] = self._t5(keras.ops.convert_to_tensor(self.relative_attention_bias))
-        return {what: x for what, x in given.items() if x is not None}
+        return present(**given)
 
     def _rotated(self, query, key, query_offset=None, positions=(None, None)):
         """Queries and keys `[batch, seqlen, num_heads, head_dim]` turned by their positions, where they are to be."""
@@ -243,11 +235,16 @@ class ScoreOptions(DropIn):
         return {**config, **{what: x for what, x in own.items() if x != ScoreOptions._OWN[what]}}
 
 
+def present(**given):
+    """Those that are not None."""
+    return {what: x for what, x in given.items() if x is not None}
+
+
 def _checked_mask(name, mask):
     """The constructor's mask, also from a config."""
     if isinstance(mask, dict):
         return from_config(mask)
-    if mask is not None and not isinstance(mask, masks.Mask):
+    if mask is not None and not isinstance(mask, Mask):
         raise TypeError(f"{name}: mask must be an object of attn_ops.masks, got {type(mask).__name__}")
     if mask is not None and any(isinstance(x, keras.KerasTensor) for x in mask.arrays()):
         raise TypeError(f"{name}: mask holds a tensor of a Keras model, and is fixed when the layer is made: {mask!r}")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import keras
 
-from attn_ops import masks
 from attn_ops.call.options import is_integer
 from attn_ops.layers.base import FlashAttention, checked_dropout, checked_number
 from attn_ops.layers.common import attend_one_head, boolean, combine, dropout_seed, refuse_ragged
+from attn_ops.masks import constructors
 
 
 @keras.saving.register_keras_serializable(package="attn_ops")
@@ -97,10 +97,10 @@ class SelfAttention(FlashAttention, keras.layers.Layer):
 
     def call(self, inputs, mask=None, training=False, use_causal_mask=False, return_attention_scores=False):
         refuse_ragged(self, inputs=inputs)
-        parts = [masks.causal("top_left") if use_causal_mask else None]
+        parts = [constructors.causal("top_left") if use_causal_mask else None]
         if mask is not None:
             mask = boolean(mask, "mask")
-            parts += [masks.query_padding(mask), masks.key_padding(mask)]
+            parts += [constructors.query_padding(mask), constructors.key_padding(mask)]
         query, key, value = (keras.ops.matmul(inputs, w) for w in (self.W_q, self.W_k, self.W_v))
         out, scores = attend_one_head(
             query,

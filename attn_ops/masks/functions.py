@@ -17,6 +17,7 @@ import typing
 import numpy as np
 
 from attn_ops import namespaces
+from attn_ops.masks import checks
 from attn_ops.masks.mask import Mask
 from attn_ops.masks.structure import Blocks, Boolean, Chunked, Intervals, Part, Prefix, Segments, hull
 
@@ -84,6 +85,38 @@ class Function(Part):
             return f"from_function({self.name}, evaluated when called)"
         found, _ = list(self._found.values())[-1]
         return f"from_function({self.name}: {found.described()})"
+
+
+@namespaces.as_written
+def from_function(fn, seqlen_q=None, seqlen_k=None, batch=1, num_heads=1):
+    """The mask that a function says, as FlexAttention's `mask_mod`: `fn(b, h, q, k)` is true where row q sees key k.
+
+    It is evaluated on the host, once for each pair of extents, and recognised where it is causal, a window, a prefix,
+    chunks, segments, another interval per row, or made of blocks; what it is then runs as such, all else as exact bits.
+    `repr` tells.
+
+    Args:
+      fn: takes NumPy integer arrays that broadcast against each other and gives booleans, elementwise. Where it fails
+        with arrays (`if`, `and`) it is called for each pair, which is slow for long sequences. q is the row's own
+        position: counted from a `query_offset` on.
+      seqlen_q, seqlen_k: the extents to evaluate it for; None for those of the call, which must be known when it is
+        traced.
+      batch, num_heads: how many b and h there are, where the mask depends on them.
+    Raises:
+      TypeError: fn is no function, or gives what is not boolean.
+      ValueError: an extent below 0 (1 of batch and num_heads), or what fn raises.
+    """
+    if not callable(fn):
+        raise TypeError(f"from_function: fn must be a function of (b, h, q, k), got {type(fn).__name__}")
+    seqlen_q, seqlen_k = (
+        x if x is None else checks.size(f"from_function: {what}", x, least=0)
+        for what, x in (("seqlen_q", seqlen_q), ("seqlen_k", seqlen_k))
+    )
+    batch, num_heads = checks.size("from_function: batch", batch), checks.size("from_function: num_heads", num_heads)
+    function = Function(fn, seqlen_q, seqlen_k, batch, num_heads)
+    if seqlen_q is not None and seqlen_k is not None:
+        function.found(seqlen_q, seqlen_k)
+    return Mask(structured=(function,))
 
 
 class _Table:

@@ -11,8 +11,10 @@ import numpy as np
 
 from attn_ops import namespaces
 from attn_ops.call import options
+from attn_ops.call.options import LARGEST_OFFSET
 from attn_ops.masks import checks, pictures
-from attn_ops.masks.structure import LARGEST_OFFSET, Places, extents
+from attn_ops.masks.key_range import interval
+from attn_ops.masks.structure import Boolean, Places, extents
 
 ALIGNMENTS = ("top_left", "bottom_right")
 
@@ -137,10 +139,6 @@ class Mask:
             dense=self.dense + other.dense,
             structured=self.structured + other.structured,
         )
-
-    def tensors(self):
-        """The dense parts: bool arrays broadcastable to `[batch, num_heads, seqlen_q, seqlen_k]`, to be ANDed."""
-        return tuple(part.tensor() for part in self.dense)
 
     @namespaces.as_written
     def resolved(self, seqlen_q, seqlen_k, query_offset=None, windows=True):
@@ -271,62 +269,40 @@ class Mask:
 
     def plot(self, seqlen_q, seqlen_k=None, **options):
         """A picture by matplotlib; see `attn_ops.visualize.plot_mask`."""
-        from attn_ops import visualize
-
-        return visualize.plot_mask(self, seqlen_q, seqlen_k, **options)
+        return pictures.plot(self, seqlen_q, seqlen_k, **options)
 
 
-def interval(
-    rows,
-    columns,
-    seqlen_q,
-    seqlen_k,
-    query_lengths,
-    key_lengths,
-    window_left,
-    window_right,
-    bottom_right,
-    query_offset=None,
-    intervals=None,
-):
-    """`key_range()` of csrc/mask.h for many rows and keys at once, as a list of conditions to be ANDed.
+@namespaces.as_written
+def boolean(mask):
+    """A bool mask, true = may see: `[seqlen_q, seqlen_k]`, `[batch, seqlen_q, seqlen_k]`, or `[batch, num_heads,
+    seqlen_q, seqlen_k]`; every extent may be 1.
 
-    They are separate so that each keeps its own small shape; none is there for what restricts nothing.
-
-    Args:
-      rows, columns: int64 arrays (in JAX of its default integers) that broadcast against each other: query rows and
-        keys.
-      seqlen_q, seqlen_k: extents.
-      query_lengths, key_lengths: None, or int64 arrays that broadcast against rows and columns.
-      window_left, window_right: Python integers, -1 = unbounded.
-      bottom_right: whether the last row stands at the last key.
-      query_offset: None, or the position of row 0, from 0 to 2^30: an integer or an int64 array that broadcasts against
-        rows and columns. Never with bottom_right.
-      intervals: None, or (key_begin, key_end), arrays that broadcast against rows and columns: the keys from
-        key_begin to before key_end.
+    Two axes are always `[seqlen_q, seqlen_k]`: a mask `[batch, seqlen_k]` of the keys goes through `key_padding`.
+    Raises TypeError for other dtypes: floats are a `bias`, and integers are ambiguous.
     """
-    own = rows
-    if query_offset is not None:
-        own = rows + query_offset
-    elif bottom_right:
-        length_q = seqlen_q if query_lengths is None else query_lengths
-        own = rows + ((seqlen_k if key_lengths is None else key_lengths) - length_q)
-    terms = []
-    if query_lengths is not None:
-        terms.append(rows < query_lengths)
-    if key_lengths is not None:
-        terms.append(columns < key_lengths)
-    # Windows can be as large as INT64_MAX: those that reach everywhere hide nothing, and sums must not overflow.
-    known = isinstance(seqlen_q, int) and isinstance(seqlen_k, int)
-    everywhere = seqlen_q + seqlen_k if known else 2**62
-    if 0 <= window_left < everywhere + (0 if query_offset is None else LARGEST_OFFSET):
-        terms.append(columns >= own - window_left)
-    if 0 <= window_right < everywhere:
-        terms.append(columns <= own + window_right)
-    if intervals is not None:
-        begin, end = intervals
-        terms += [columns >= begin, columns < end]
-    return terms
+    mask = checks.checked("boolean", mask, (2, 3, 4), "bool")
+    rank = len(mask.shape)
+    return Mask(dense=(Boolean(mask[None, None] if rank == 2 else mask[:, None] if rank == 3 else mask),))
+
+
+@namespaces.as_written
+def combined(
+    mask=None,
+    *,
+    is_causal=False,
+    causal_alignment=options.TOP_LEFT,
+    window=None,
+    query_lengths=None,
+    key_lengths=None,
+):
+    """One `Mask` from the arguments of an attention call.
+
+    `mask` is None, a `Mask`, a boolean array (see `boolean`), or a list or tuple of those; all are ANDed.
+    """
+    result = Mask(is_causal, causal_alignment, window, query_lengths, key_lengths)
+    for part in mask if isinstance(mask, (list, tuple)) else () if mask is None else (mask,):
+        result = result & (part if isinstance(part, Mask) else boolean(part))
+    return result
 
 
 class _CallPlaces:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import numpy as np
+
+from attn_ops import requirements
 
 BLOCK = (64, 128)  # rows and keys; of those that hold nothing visible the kernels compute nothing
 SEEN, HIDDEN, SKIPPED = "█", "·", " "
 PARTLY = "░▒▓"  # up to a third, two thirds, all but some
+_COLOURS = ("#ffffff", "#d9dde3", "#2166ac")  # skipped, hidden, seen
+_GRID = 64  # rows and keys between which lines are drawn
 
 
 class Picture(str):
@@ -49,6 +55,42 @@ def text(mask, seqlen_q, seqlen_k=None, *, entry=0, head=0, query_offset=None, w
     legend += [f"blank: skipped, in blocks of {block[0]} x {block[1]}"] if every.any() else []
     legend += [f"each is {cell[0]} x {cell[1]} pairs"] if side > 1 else []
     return Picture("\n".join([head_line, *("".join(row) for row in cells), ", ".join(legend)]))
+
+
+def plot(mask, seqlen_q, seqlen_k=None, *, entry=0, head=0, query_offset=None, block=BLOCK, title=None, ax=None):
+    """A picture of a `Mask` by matplotlib: `attn_ops.visualize.plot_mask`, which has the documentation."""
+    try:
+        from matplotlib import colors, patches, pyplot
+    except ImportError as error:
+        raise ImportError(requirements.missing("attn_ops.visualize.plot_mask", "matplotlib")) from error
+    seen, skipped = seen_and_skipped("plot_mask", mask, seqlen_q, seqlen_k, entry, head, query_offset, block)
+    kind = np.where(seen, 2, np.where(skipped, 0, 1))
+    if ax is None:
+        width, height = panel_inches(max(seen.shape[0], 1), max(seen.shape[1], 1), alone=True)
+        _, ax = pyplot.subplots(figsize=(width + 1.4, height + 0.8), layout="constrained")
+    ax.imshow(kind, cmap=colors.ListedColormap(_COLOURS), vmin=0, vmax=2, interpolation="nearest", aspect="equal")
+    if max(seen.shape) <= _GRID:  # cells that can be told apart
+        ax.set_xticks(np.arange(seen.shape[1] + 1) - 0.5, minor=True)
+        ax.set_yticks(np.arange(seen.shape[0] + 1) - 0.5, minor=True)
+        ax.grid(which="minor", color="white", linewidth=0.8)
+        ax.tick_params(which="minor", length=0)
+    ax.set_xlabel("key")
+    ax.set_ylabel("query")
+    ax.set_title(textwrap.shorten(mask.described() if title is None else title, 70), fontsize=10)
+    names = ("skipped", "hidden", "seen")
+    shown = [n for n in (2, 1, 0) if (kind == n).any()]
+    ax.legend(
+        handles=[patches.Patch(facecolor=_COLOURS[n], edgecolor="0.6", label=names[n]) for n in shown],
+        loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=9,
+    )  # fmt: skip
+    return ax
+
+
+def panel_inches(seqlen_q: int, seqlen_k: int, alone: bool) -> tuple[float, float]:
+    """Width and height of one panel: the aspect of the matrix, within reason."""
+    side = 5.5 if alone else 3.0
+    ratio = min(max(seqlen_q / seqlen_k, 0.25), 4.0)
+    return (side, side * ratio) if ratio <= 1 else (side / ratio, side)
 
 
 def seen_and_skipped(name, mask, seqlen_q, seqlen_k, entry, head, query_offset, block):

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from attn_ops import namespaces
-
-LARGEST_OFFSET = 2**30  # of a query_offset: sums of positions stay within 32 bits
+from attn_ops.call.options import LARGEST_OFFSET
 
 
 class Places(typing.NamedTuple):

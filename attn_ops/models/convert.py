@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import keras
 
-from attn_ops import layers
+from attn_ops.layers.attention import Attention
 from attn_ops.layers.base import DropIn
+from attn_ops.layers.grouped_query_attention import GroupedQueryAttention
+from attn_ops.layers.multi_head_attention import MultiHeadAttention
 
 _PAIRS = (
-    (keras.layers.MultiHeadAttention, layers.MultiHeadAttention),
-    (keras.layers.GroupQueryAttention, layers.GroupedQueryAttention),
-    (keras.layers.Attention, layers.Attention),
+    (keras.layers.MultiHeadAttention, MultiHeadAttention),
+    (keras.layers.GroupQueryAttention, GroupedQueryAttention),
+    (keras.layers.Attention, Attention),
 )
 
 

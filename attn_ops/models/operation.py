@@ -11,7 +11,7 @@ from attn_ops.call import explanation, options, public
 from attn_ops.call.arrays import compatible
 from attn_ops.call.normalize import normalize, split_masks
 from attn_ops.call.position_bias import T5RelativeBias
-from attn_ops.masks import Mask
+from attn_ops.masks.mask import Mask
 from attn_ops.masks.structure import put_together, taken_apart
 from attn_ops.models import specs
 

@@ -12,9 +12,9 @@ import keras
 import tensorflow as tf
 
 import attn_ops
-from attn_ops import masks
 from attn_ops.layers.axes import dims
 from attn_ops.layers.empty_rows import empty_rows, with_means
+from attn_ops.masks.mask import combined
 
 _HOOK = "keras.src.backend.tensorflow.nn"
 _NAME = "dot_product_attention"
@@ -136,7 +136,7 @@ def _replacement(original):
             )
             if mask is None or value.shape[1] == 0:
                 return out
-            visible = masks.combined(mask, is_causal=is_causal)
+            visible = combined(mask, is_causal=is_causal)
             return with_means(out, value, empty_rows(visible, dims(query)[1], dims(key)[1]))
 
         if bias is None or (mask is None and not is_causal) or flash_attention:

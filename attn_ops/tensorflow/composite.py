@@ -104,6 +104,34 @@ def _attention_weights(call, lse):
         return tf.cast(p, call.query.dtype)
 
 
+def gradients(call, cotangents, wanted=None, **options):
+    """The gradients of `attention` with respect to the differentiable inputs of the call.
+
+    Args:
+      call: an `AttentionCall` whose inputs are `separate`.
+      cotangents: [d_out] or [d_out, d_lse].
+      wanted: for which of these inputs, by number; None for all.
+      **options: of `attention`.
+    """
+    inputs = call.differentiable()
+    if wanted is None:
+        wanted = range(len(inputs))
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        outputs = attention(call, **options)
+    return tape.gradient(
+        outputs[: len(cotangents)],  # without d_lse only `out` counts
+        [inputs[i] for i in wanted],
+        output_gradients=list(cotangents),
+        unconnected_gradients=tf.UnconnectedGradients.ZERO,
+    )
+
+
+def separate(call):
+    """``call`` with copies: one tensor may be key and value at once, and a tape would give each the gradient of both."""
+    return call.with_differentiable([tf.identity(x) for x in call.differentiable()])
+
+
 def _room(call, in_xla=False):
     """The `dynamic_sizes.Room` of a call in a function that XLA compiles, whose loops over rows need known sizes; or
     None."""

@@ -80,34 +80,6 @@ def _in_this_graph(call):
     return call.map_tensors(own)
 
 
-def composite_gradients(call: AttentionCall, cotangents, wanted=None, **options):
-    """The gradients of the composite with respect to the differentiable inputs of the call.
-
-    Args:
-        call: The attention. Its inputs are `separate`.
-        cotangents: [d_out] or [d_out, d_lse].
-        wanted: For which of these inputs, by number; None for all.
-        **options: Of `composite.attention`.
-    """
-    inputs = call.differentiable()
-    if wanted is None:
-        wanted = range(len(inputs))
-    with tf.GradientTape() as tape:
-        tape.watch(inputs)
-        outputs = composite.attention(call, **options)
-    return tape.gradient(
-        outputs[: len(cotangents)],  # without d_lse only `out` counts
-        [inputs[i] for i in wanted],
-        output_gradients=list(cotangents),
-        unconnected_gradients=tf.UnconnectedGradients.ZERO,
-    )
-
-
-def separate(call: AttentionCall):
-    """``call`` with copies: one tensor may be key and value at once, and a tape would give each the gradient of both."""
-    return call.with_differentiable([tf.identity(x) for x in call.differentiable()])
-
-
 def _second_order(call, cotangents, incoming):
     """How a function of the gradients of ``call`` changes with its inputs and with the cotangents.
 
@@ -121,11 +93,11 @@ def _second_order(call, cotangents, incoming):
         Two lists: for the differentiable inputs, and for the cotangents. None where nothing depends.
     """
     wanted = [i for i, g in enumerate(incoming) if g is not None]
-    call = separate(call)
+    call = composite.separate(call)
     inputs = call.differentiable()
     with tf.GradientTape() as tape:
         tape.watch(inputs + list(cotangents))
-        first = composite_gradients(call, cotangents, wanted, query_chunk=None)
+        first = composite.gradients(call, cotangents, wanted, query_chunk=None)
     d = tape.gradient(first, inputs + list(cotangents), output_gradients=[incoming[i] for i in wanted])
     return d[: len(inputs)], d[len(inputs) :]
 

@@ -7,7 +7,7 @@ import functools
 import tensorflow as tf
 
 from attn_ops.call import rotary
-from attn_ops.models import keras_tensors
+from attn_ops.models.rotary import embedding
 from attn_ops.tensorflow import xp
 
 rotate = functools.partial(rotary.rotate, xp)
@@ -49,11 +49,5 @@ def rotary_embedding(
         ValueError: an odd number of features, a rotary_dim beyond them, shapes that do not fit, a scaling that is not
             known or lacks a number, or numbers out of their range.
     """
-    name = "rotary_embedding"
-    settings = rotary.Rotary.of(name, base, rotary_dim, interleaved, scaling)
-    if keras_tensors.any_among(x, positions):
-        from attn_ops.models import rotary as of_models
-
-        return of_models.rotary_embedding(x, positions, settings, layout)
-    x, axis = rotary.checked_input(xp, name, x, layout)
-    return rotate(name, x, settings, axis, positions=positions)
+    settings = rotary.Rotary.of("rotary_embedding", base, rotary_dim, interleaved, scaling)
+    return embedding(xp, x, positions, settings, layout)

@@ -10,8 +10,8 @@ import math
 
 import tensorflow as tf
 
-from attn_ops import masks
 from attn_ops.call.attention_call import OPTIONAL_DIFFERENTIABLE
+from attn_ops.masks import key_range
 from attn_ops.tensorflow import philox
 from attn_ops.tensorflow.runtime_checks import at_least_1, canonical_extents, extents
 
@@ -137,7 +137,7 @@ class Problem:
             t = tf.tanh(s / cap)
             s, slope_of_cap = cap * t, 1.0 - t * t
         seqlen_q, seqlen_k = tf.cast(self.seqlen_q, tf.int64), tf.cast(self.seqlen_k, tf.int64)
-        visible = masks.interval(
+        visible = key_range.interval(
             tf.cast(block.rows, tf.int64)[:, None],
             tf.range(seqlen_k),
             seqlen_q,
@@ -188,16 +188,14 @@ class Problem:
 
     def _distances(self, block):
         """j - own, int32 `[batch or 1, 1, n, seqlen_k]`."""
-        own = block.rows[None, None, :, None]
-        if self.query_offset is not None:
-            own += tf.cast(self.query_offset, tf.int32)
-        elif self.call.bottom_right:
-            length_q, length_k = (
-                seqlen if lengths is None else tf.cast(lengths, tf.int32)
-                for seqlen, lengths in ((self.seqlen_q, self.query_lengths), (self.seqlen_k, self.key_lengths))
-            )
-            own += length_k - length_q
-        return tf.range(self.seqlen_k) - own
+        query_lengths, key_lengths, offset = (
+            None if x is None else tf.cast(x, tf.int32)
+            for x in (self.query_lengths, self.key_lengths, self.query_offset)
+        )
+        rows = block.rows[None, None, :, None]
+        return tf.range(self.seqlen_k) - key_range.positions(
+            rows, self.seqlen_q, self.seqlen_k, query_lengths, key_lengths, self.call.bottom_right, offset
+        )
 
     @staticmethod
     def _by_distance(distances, table):

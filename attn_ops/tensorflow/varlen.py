@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+import attn_ops
 from attn_ops.call import public, varlen
-from attn_ops.tensorflow import xp
-from attn_ops.tensorflow.attention import scaled_dot_product_attention
+from attn_ops.tensorflow import runtime_checks, xp
 
 
 @tf.autograph.experimental.do_not_convert
@@ -51,13 +51,11 @@ def varlen_attention(
         tf.errors.InvalidArgumentError: traced cumulative lengths of which that is found when they run (not in XLA).
     """
     name = "varlen_attention"
-    implementation = given.pop("implementation", None)
     cu_seqlens_q, cu_seqlens_k = _checked(name, q, k, cu_seqlens_q, cu_seqlens_k)
-    query, key, value, options = varlen.arguments(
-        xp, name, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given
+    attention = attn_ops.scaled_dot_product_attention
+    return varlen.attend(
+        xp, attention, name, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given
     )
-    result = scaled_dot_product_attention(query, key, value, **options, implementation=implementation)
-    return (result[0][0], result[1][0]) if isinstance(result, tuple) else result[0]
 
 
 @tf.autograph.experimental.do_not_convert
@@ -85,7 +83,8 @@ def ragged_attention(query, key, value, **given):
     name = "ragged_attention"
     for what, x in (("query", query), ("key", key), ("value", value)):
         _check_ragged(name, what, x)
-    splits, of_keys = query.row_splits, _common_splits(name, key, value)
+    value = runtime_checks.with_rows_of(name, key, value)
+    splits, of_keys = query.row_splits, key.row_splits
     result = varlen_attention(
         query.values, key.values, value.values, splits, None if of_keys is splits else of_keys, **given
     )
@@ -105,21 +104,6 @@ def _check_ragged(name, what, x):
             f"{name}: {what} must be [batch, (seqlen), num_heads, head_dim] with one ragged dimension, got shape {x.shape} "
             f"and {x.ragged_rank}; tf.ragged.constant takes ragged_rank=1"
         )
-
-
-def _common_splits(name, key, value):
-    """The row splits of key and value, which must be the same."""
-    if key.row_splits is value.row_splits:
-        return key.row_splits
-    splits = [tf.cast(x.row_splits, tf.int64) for x in (key, value)]
-    known = [tf.get_static_value(x) for x in splits]
-    rule = f"{name}: key and value must have rows of the same lengths"
-    if not any(x is None for x in known):
-        if known[0].shape != known[1].shape or (known[0] != known[1]).any():
-            raise ValueError(f"{rule}, got row splits {known[0]} and {known[1]}")
-        return key.row_splits
-    with tf.control_dependencies([tf.debugging.assert_equal(*splits, message=rule)]):
-        return tf.identity(key.row_splits)
 
 
 def _checked(name, q, k, cu_seqlens_q, cu_seqlens_k):

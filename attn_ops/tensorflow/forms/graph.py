@@ -12,7 +12,7 @@ import functools
 import tensorflow as tf
 
 from attn_ops.call.attention_call import AttentionCall
-from attn_ops.tensorflow import composite, derivatives, dynamic_sizes, export
+from attn_ops.tensorflow import composite, dynamic_sizes, export
 from attn_ops.tensorflow.forms import eager, xla
 
 
@@ -72,4 +72,4 @@ def _composite_forward(call):
 def _composite_backward(call, out, statistics, d_out, d_lse):
     del out, statistics  # computed anew
     cotangents = [d_out, *([] if d_lse is None else [d_lse])]
-    return derivatives.composite_gradients(derivatives.separate(call), cotangents, in_xla=True)
+    return composite.gradients(composite.separate(call), cotangents, in_xla=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from attn_ops import masks, reference
+from attn_ops import reference
 from attn_ops.call.attention_call import OPTIONAL_DIFFERENTIABLE, AttentionCall
+from attn_ops.masks import constructors
 
 
 def attention(call: AttentionCall):
@@ -49,11 +50,11 @@ def attention(call: AttentionCall):
         given = dict(zip(named, arrays))
         seen_by = list(arrays[len(named) :])
         if "key_begin" in given:
-            seen_by.append(masks.intervals(given.pop("key_begin"), given.pop("key_end")))
+            seen_by.append(constructors.intervals(given.pop("key_begin"), given.pop("key_end")))
         if "q_ids" in given:
-            seen_by.append(masks.segments(given.pop("q_ids"), given.pop("kv_ids")))
+            seen_by.append(constructors.segments(given.pop("q_ids"), given.pop("kv_ids")))
         if "blocks" in given:
-            seen_by.append(masks.block_sparse(given.pop("blocks"), call.block_q, call.block_k))
+            seen_by.append(constructors.block_sparse(given.pop("blocks"), call.block_q, call.block_k))
         if "relative_bias" in given:  # that of a call has the heads first
             given["relative_bias"] = given["relative_bias"].T
         if "query_offset" in given and len(given["query_offset"]) == 1:
