@@ -28,7 +28,7 @@ class KeyRows {
         view_(v),
         dim_(dim),
         stride_(v.step()),
-        in_place_(v.dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32) && v.stride[3] == 1 &&
+        in_place_(v.dtype == kDTypeOf<T> && v.stride[3] == 1 &&
                   (!shared || v.stride[1] == dim)),
         kept_(shared && keeps_keys<T>(r.p)) {
     copy_ = arena->take<T>(copies(r.p) * kBlockKeys * dim);

@@ -73,6 +73,11 @@ ATTN_INLINE Vec<T> exp(Vec<T> x) {
   return Simd<T>::fma(e.slope, e.r, Simd<T>::set1(1)) * e.two_n;
 }
 
+template <class T>
+ATTN_INLINE T exp_of(T x) {
+  return exp<T>(Simd<T>::set1(x))[0];
+}
+
 // float: x P(x^2) / Q(x^2), own fit for |x| <= 9, from where on tanh is 1; relative error 2.1e-8 before rounding. It takes
 // half the time of the other way. NaN stays NaN.
 ATTN_INLINE Vec<float> tanh(Vec<float> x) {

@@ -206,7 +206,7 @@ void finish_partial(const HeadRows& r, const ForwardTile<T>& tile, T* partial) {
     at[1] = tile.l[i];
     row[i] = reinterpret_cast<char*>(at + 2);
   }
-  store_transposed<T>(sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32, row, tile.rows, tile.lanes, sizeof(T),
+  store_transposed<T>(kDTypeOf<T>, row, tile.rows, tile.lanes, sizeof(T),
                       r.p.value_dim, tile.out, tile.lanes, [](const T* at, int) { return S::load(at); });
 }
 
@@ -270,7 +270,7 @@ void combine(const AttentionParams& p, const CombineTask& task) {
     const T base = softmax_base<T>(Simd<T>::set1(m))[0];
     for (int64_t s = 0; s < task.splits; ++s) {
       T* const part = first + s * split_size;
-      const T weight = exp<T>(Simd<T>::set1(part[0] - base))[0];
+      const T weight = exp_of(part[0] - base);
       l += weight * part[1];
       for (int64_t d = 0; d < p.value_dim; ++d)  // into the first split's row
         first[2 + d] = s == 0 ? weight * part[2 + d] : first[2 + d] + weight * part[2 + d];

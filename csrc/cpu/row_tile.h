@@ -66,8 +66,8 @@ T join_sink(const AttentionParams& p, int64_t head, T* m, T* l) {
   const T sink = static_cast<const T*>(p.sinks)[head];
   if (!(sink > -kInfinity<T>) || *m != *m) return T{1};
   const T highest = sink > *m ? sink : *m;
-  const T correction = static_cast<T>(std::exp(static_cast<double>(*m - highest)));
-  *l = *l * correction + static_cast<T>(std::exp(static_cast<double>(sink - highest)));
+  const T correction = exp_of(*m - highest);
+  *l = *l * correction + exp_of(sink - highest);
   *m = highest;
   return correction;
 }

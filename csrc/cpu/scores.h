@@ -155,7 +155,7 @@ __attribute__((noinline)) void add_relative_bias(const HeadRows& r, const RowTil
     relative_values(r.p, tile.head[i], k0 - r.own(tile.position[i]), keys, values);
     row[i] = reinterpret_cast<const char*>(values);
   }
-  load_transposed<T>(sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32, row, tile.rows, tile.lanes, sizeof(T), keys,
+  load_transposed<T>(kDTypeOf<T>, row, tile.rows, tile.lanes, sizeof(T), keys,
                      scores, ld, [](T* at, Vec<T> x) { S::store(at, biased<T>(S::load(at), x)); });
 }
 

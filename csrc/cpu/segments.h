@@ -2,12 +2,13 @@
 //
 // Kernels skip by intervals whose ends never move back. Those of segments that follow one another (packed documents) are
 // exactly that; of any others the smallest such intervals around them are taken, and what is inside and yet of another
-// id is found by comparing ids (structure_bits). Nothing of size seqlen_q * seqlen_k is made.
+// id is found by comparing ids (structure_bits). Nothing of size seqlen_q * seqlen_k is made. A call that has intervals
+// already keeps those: whoever made them has looked at the ids (masks/structure.py does).
 #pragma once
 
 #include <algorithm>
 
-#include "../attention.h"
+#include "schedule.h"
 
 namespace attn_ops::cpu {
 namespace {
@@ -15,27 +16,24 @@ namespace {
 class SegmentRanges {
  public:
   explicit SegmentRanges(const AttentionParams& p)
-      : p_(p), given_(p.query_ids.data != nullptr),
-        shared_(p.query_ids.stride == 0 && p.key_ids.stride == 0 && (!p.mask.key_begin || p.mask.interval_stride == 0)) {}
+      : p_(p), wanted_(p.query_ids.data && !p.mask.key_begin),
+        batches_(p.query_ids.stride == 0 && p.key_ids.stride == 0 ? 1 : p.batch) {}
 
   int64_t bytes() const {
-    if (!given_) return 0;
-    const int64_t ranges = (shared_ ? 1 : p_.batch) * p_.seqlen_q * 2 * static_cast<int64_t>(sizeof(int32_t));
-    return aligned(ranges) + aligned(p_.seqlen_k * static_cast<int64_t>(sizeof(Key)));
+    return wanted_ ? ranges_bytes() + aligned(p_.seqlen_k * static_cast<int64_t>(sizeof(Key))) : 0;
   }
 
-  // The call with those intervals besides its own.
+  // The call with those intervals.
   AttentionParams in(char* memory) const {
     AttentionParams p = p_;
-    if (!given_) return p;
-    const int64_t batches = shared_ ? 1 : p.batch;
+    if (!wanted_) return p;
     int32_t* const begin = reinterpret_cast<int32_t*>(memory);
-    int32_t* const end = begin + batches * p.seqlen_q;
-    Key* const keys = reinterpret_cast<Key*>(memory + bytes() - aligned(p.seqlen_k * static_cast<int64_t>(sizeof(Key))));
-    for (int64_t b = 0; b < batches; ++b) find(b, keys, begin + b * p.seqlen_q, end + b * p.seqlen_q);
+    int32_t* const end = begin + batches_ * p.seqlen_q;
+    Key* const keys = reinterpret_cast<Key*>(memory + ranges_bytes());
+    for (int64_t b = 0; b < batches_; ++b) find(b, keys, begin + b * p.seqlen_q, end + b * p.seqlen_q);
     p.mask.key_begin = begin;
     p.mask.key_end = end;
-    p.mask.interval_stride = shared_ ? 0 : p.seqlen_q;
+    p.mask.interval_stride = batches_ == 1 ? 0 : p.seqlen_q;
     return p;
   }
 
@@ -44,7 +42,7 @@ class SegmentRanges {
     int32_t id, at;
     bool operator<(const Key& other) const { return id != other.id ? id < other.id : at < other.at; }
   };
-  static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+  int64_t ranges_bytes() const { return aligned(batches_ * p_.seqlen_q * 2 * static_cast<int64_t>(sizeof(int32_t))); }
 
   void find(int64_t batch, Key* keys, int32_t* begin, int32_t* end) const {
     const int64_t seqlen_q = p_.seqlen_q, seqlen_k = p_.seqlen_k;
@@ -65,15 +63,11 @@ class SegmentRanges {
     }
     for (int64_t i = 1; i < seqlen_q; ++i) end[i] = std::max(end[i], end[i - 1]);
     for (int64_t i = seqlen_q - 1; i > 0; --i) begin[i - 1] = std::min(begin[i - 1], begin[i]);
-    if (!p_.mask.key_begin) return;
-    for (int64_t i = 0, at = batch * p_.mask.interval_stride; i < seqlen_q; ++i, ++at) {
-      begin[i] = std::max(begin[i], p_.mask.key_begin[at]);
-      end[i] = std::min(end[i], p_.mask.key_end[at]);
-    }
   }
 
   const AttentionParams& p_;
-  const bool given_, shared_;
+  const bool wanted_;
+  const int64_t batches_;
 };
 
 }  // namespace

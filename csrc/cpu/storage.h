@@ -57,6 +57,10 @@ struct BFloat16 {
   }
 };
 
+// The dtype of arrays of T.
+template <class T>
+constexpr DType kDTypeOf = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+
 // Calls f with the storage of dtype t, one that T (told by the tag) can come from and go to. Any other dtype has
 // another element size: then nothing is read or written.
 template <class F>

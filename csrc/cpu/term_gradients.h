@@ -80,7 +80,7 @@ void add_sink_gradient(const BackwardParams& params, const HeadRows& r, const Ba
   for (int i = 0; i < tile.rows; ++i) {
     const double sink = static_cast<double>(static_cast<const T*>(r.p.sinks)[tile.head[i]]);
     if (tile.inverse_l[i] == 0 || !(sink > -kInfinity<double>)) continue;
-    const double weight = std::exp(sink - static_cast<double>(tile.m[i])) * static_cast<double>(tile.inverse_l[i]);
+    const double weight = exp_of(sink - static_cast<double>(tile.m[i])) * static_cast<double>(tile.inverse_l[i]);
     double delta = static_cast<double>(tile.delta[i]);
     if (weight == 1 && !(delta - delta == 0))
       delta = d_lse ? -static_cast<double>(d_lse[r.statistic(tile.position[i], tile.head[i])]) : 0.0;
