@@ -6,27 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from bench_modules import bench_modules
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def bench():
-    """The modules of benchmarks/, which is no package; their names are taken back at the end."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import rows
-        from gpu import command, device, measure, peers, tables, workloads
-        from report import comparison
-
-        modules = (rows, command, device, measure, peers, tables, workloads, comparison)
-        yield type("Bench", (), {module.__name__.rpartition(".")[2]: module for module in modules})
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-        for name in set(sys.modules) - before:
-            if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(ROOT / "benchmarks")):
-                del sys.modules[name]
+    with bench_modules(
+        "rows", "gpu.command", "gpu.device", "gpu.measure",
+        "gpu.peers", "gpu.tables", "gpu.workloads", "report.comparison",
+    ) as modules:  # fmt: skip
+        yield modules
 
 
 def a_row(bench, seconds=1e-3, peer="attn_ops_cuda", which="forward", **changes):

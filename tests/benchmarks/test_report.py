@@ -9,27 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from bench_modules import bench_modules
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def bench():
-    """The modules of benchmarks/, which is no package; their names are taken back at the end."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import rows
-        import workloads
-        from report import command, comparison, progress, sections, tables, targets
-
-        modules = (rows, workloads, command, comparison, progress, sections, tables, targets)
-        yield type("Bench", (), {module.__name__.rpartition(".")[2]: module for module in modules})
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-        for name in set(sys.modules) - before:
-            if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(ROOT / "benchmarks")):
-                del sys.modules[name]
+    with bench_modules(
+        "rows", "workloads", "report.command", "report.comparison",
+        "report.progress", "report.sections", "report.tables", "report.targets",
+    ) as modules:  # fmt: skip
+        yield modules
 
 
 def a_row(bench, workload="long_2048", mode="forward", threads=1, peer="attn_ops", seconds=0.1, **changes):

@@ -25,6 +25,6 @@ def test_jax(pytestconfig):
 
 
 def test_other_backends_are_refused():
-    process = run("import attn_ops; attn_ops.layers", KERAS_BACKEND="numpy")
+    process = run("import attn_ops; attn_ops.layers", without=(), KERAS_BACKEND="numpy")
     assert process.returncode
     assert "attn_ops.layers needs Keras on the tensorflow or the jax backend, not on 'numpy'" in process.stderr

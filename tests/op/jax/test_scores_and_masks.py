@@ -250,7 +250,8 @@ def test_cuda_leaves_these_to_the_composite(monkeypatch):
         reason = forms.cuda_reason(*parts)
         assert reason.startswith("its kernels do not have ") and what in reason
         whole = f"the default device is of the platform gpu, and {reason}"
-        assert attn_ops.jax.explain(*arrays, **given) == Explanation("composite", (whole,))
+        notes = (f"mask: {given['mask'].described()}",) if "mask" in given else ()
+        assert attn_ops.jax.explain(*arrays, **given) == Explanation("composite", (whole,), notes=notes)
         with pytest.raises(ValueError, match=f"explain: implementation 'fused' cannot run: .* {what}"):
             attn_ops.jax.explain(*arrays, **given, implementation="fused")
 
