@@ -55,7 +55,7 @@ STOCK = {
 }
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(5)
 @FLASH
 @pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("name", STOCK)
@@ -257,6 +257,7 @@ def test_as_in_keras_gives_the_means_of_keras():
     assert_same(mine(x, x, attention_mask=visible), stock(x, x, attention_mask=visible))
 
 
+@pytest.mark.wide(4)
 @FLASH
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name, config", [("MultiHeadAttention", (4, 8)), ("GroupedQueryAttention", (8, 4, 2))])

@@ -156,6 +156,7 @@ def test_nested_regions(form):
     assert_same(results, run(lambda f: f))
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("flash", FLASH)
 @pytest.mark.parametrize("where", ["persistent", "outside"])
 def test_other_tapes(where, flash):
@@ -230,6 +231,7 @@ class Block(keras.layers.Layer):
         return function(x)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_fit(jit_compile):
     def fitted(make):

@@ -87,6 +87,7 @@ def test_files_load_after_import_attn_ops_alone(files, order):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("order", ["before keras", "after keras"])
 def test_files_load_on_the_jax_backend_without_tensorflow(files, order):
     hidden = "sys.modules['tensorflow'] = None\n"
