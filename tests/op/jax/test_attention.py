@@ -52,6 +52,7 @@ def test_specification(case, forced):
 
 
 @pytest.mark.wide(4)
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("chunk_rows", [1, 2, 3])
 @pytest.mark.parametrize(
     "name",
@@ -108,6 +109,7 @@ def test_jit_of_gradients():
     transformed(lambda i: jax.jit(jax.grad(lambda *a: loss(i, *a), argnums=(0, 1, 2, 3)))(*everything()))
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("wanted", range(4))
 def test_second_order(wanted):
     arrays = everything()
