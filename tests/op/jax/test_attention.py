@@ -52,7 +52,6 @@ def test_specification(case, forced):
 
 
 @pytest.mark.wide(4)
-@pytest.mark.wide(3)
 @pytest.mark.parametrize("chunk_rows", [1, 2, 3])
 @pytest.mark.parametrize(
     "name",
