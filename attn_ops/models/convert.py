@@ -1,7 +1,9 @@
-"""The stock attention layers of a model turned into those of :mod:`attn_ops.layers`, which fuse more (dropout, scores,
-windows, grouped heads), and back."""
+"""The attention in the layers of a model turned into ours, and back: stock layers become those of :mod:`attn_ops.layers`,
+which fuse more (dropout, scores, windows, grouped heads); other classes get the adapters of their seams."""
 
 from __future__ import annotations
+
+import logging
 
 import keras
 
@@ -9,27 +11,36 @@ from attn_ops.layers.attention import Attention
 from attn_ops.layers.base import DropIn
 from attn_ops.layers.grouped_query_attention import GroupedQueryAttention
 from attn_ops.layers.multi_head_attention import MultiHeadAttention
+from attn_ops.models import found, seams
 
-_PAIRS = (
-    (keras.layers.MultiHeadAttention, MultiHeadAttention),
-    (keras.layers.GroupQueryAttention, GroupedQueryAttention),
-    (keras.layers.Attention, Attention),
-)
+_PAIRS = {
+    keras.layers.MultiHeadAttention: MultiHeadAttention,
+    keras.layers.GroupQueryAttention: GroupedQueryAttention,
+    keras.layers.Attention: Attention,
+}
+_STOCK = {ours: stock for stock, ours in _PAIRS.items()}
+_TRACED = ("train_function", "test_function", "predict_function", "generate_function")
+_logger = logging.getLogger("attn_ops")
 
 
 def convert(model):
-    """Turns every stock attention layer in `model` into its :mod:`attn_ops.layers` counterpart, in place.
+    """Makes every attention in `model` that is known run in :func:`attn_ops.scaled_dot_product_attention`, in place.
 
-    Layers are found wherever Keras tracks them: in functional, sequential and subclassed models, in custom layers,
-    wrappers and nested models. They stay the same objects with the same weights, names and connections; so optimizers,
-    callbacks and shared layers keep working. Only exactly the stock classes are converted, not subclasses of them. The
-    model's traced functions are dropped, to be traced again.
+    Known are the attention layers of Keras and their subclasses, the classes of KerasHub (the table is in the
+    documentation), and what was given to :func:`attn_ops.models.register`. Layers are found wherever Keras tracks them: in
+    functional, sequential and subclassed models, in custom layers, wrappers and nested models. They stay the same objects
+    with the same weights, names and connections; so optimizers, callbacks and shared layers keep working. The model's
+    traced functions, KerasHub's `generate_function` among them, are dropped, to be traced again. What has become of each
+    layer is logged ("attn_ops", at level INFO, or WARNING where some are left), and :func:`attn_ops.explain` tells it.
 
-    The layers get `as_in_keras=True`: the model's answers stay those of the stock layers wherever a mask hides what no
-    model should read, and where Keras forgets it. Set `layer.as_in_keras = False` for what our layers do instead.
+    Exactly the stock classes become layers of attn_ops with `as_in_keras=True`: the model's answers stay those of the
+    stock layers wherever a mask hides what no model should read, and where Keras forgets it. Set `layer.as_in_keras =
+    False` for what our layers do instead. Such a model saves layers of attn_ops, which need attn_ops to be loaded (weights
+    files do not): :func:`revert` it before saving for others.
 
-    A converted model saves layers of attn_ops, which need attn_ops to be loaded (weights files do not): :func:`revert`
-    it before saving for others.
+    Other classes keep their class, and are saved as before; a method of theirs is replaced in these layers alone. Where
+    the installed release of a class is not the one that is known, or a subclass overrides what would be replaced, the
+    layer is left alone.
 
     Args:
         model: A Keras layer or model, built or not.
@@ -40,15 +51,35 @@ def convert(model):
     Raises:
         TypeError: `model` is not a Keras layer.
     """
-    return _change_classes("convert", model, dict(_PAIRS))
+    layers = _layers("convert", model)
+    changed, attentions, left = False, 0, []
+    for layer in layers:
+        state = found.state(layer)
+        if type(layer) in _PAIRS:
+            _change_class(layer, _PAIRS[type(layer)])
+            changed = True
+        elif isinstance(layer, tuple(_STOCK)) or state is None:
+            pass
+        elif state.reason is None and not seams.installed(layer):
+            for seam in state.seams:
+                seams.install(seam, layer)
+            changed = True
+        if state is not None and state.attends:
+            attentions += 1
+            left += [f"{layer.name} ({state.reason})"] if state.reason else []
+    if changed:
+        drop_traced_functions(layers)
+    text = f"attn_ops.convert: {attentions - len(left)} of {attentions} attention layers of {model.name} converted"
+    _logger.log(logging.WARNING if left else logging.INFO, "%s%s", text, "; left: " + "; ".join(left) if left else "")
+    return model
 
 
 def revert(model):
-    """Turns the layers of :mod:`attn_ops.layers` that have a stock counterpart in `model` into that, in place.
+    """Undoes :func:`convert`, and turns the layers of :mod:`attn_ops.layers` that have a stock counterpart into that.
 
-    The reverse of :func:`convert`, also for models that were made with our layers. A layer with
-    `flash_attention=True`, which stock layers refuse on TensorFlow, becomes one with `None`. One with options that stock
-    layers do not have (`sinks`, `position_bias`, …) is a ValueError, and nothing is changed.
+    Works in place, also for models that were made with our layers. A layer with `flash_attention=True`, which stock layers
+    refuse on TensorFlow, becomes one with `None`. One with options that stock layers do not have (`sinks`,
+    `position_bias`, …) is a ValueError, and nothing is changed.
 
     Args:
         model: A Keras layer or model.
@@ -60,34 +91,42 @@ def revert(model):
         TypeError: `model` is not a Keras layer.
         ValueError: A layer computes what its stock counterpart cannot.
     """
-    return _change_classes("revert", model, {ours: stock for stock, ours in _PAIRS})
-
-
-def _change_classes(name, model, classes):
-    if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"attn_ops.{name}: model must be a Keras layer or model, got {type(model).__name__}")
-    changed = False
-    all_layers = list(model._flatten_layers())
-    for layer in all_layers:
-        beyond = layer.beyond_stock() if type(layer) in classes and isinstance(layer, DropIn) else None
+    layers = _layers("revert", model)
+    ours = [layer for layer in layers if type(layer) in _STOCK]
+    for layer in ours:
+        beyond = layer.beyond_stock()
         if beyond:
             raise ValueError(
-                f"attn_ops.{name}: {layer.name} is a {type(layer).__name__} with {', '.join(beyond)}, which "
-                f"keras.layers.{classes[type(layer)].__name__} does not have"
+                f"attn_ops.revert: {layer.name} is a {type(layer).__name__} with {', '.join(beyond)}, which "
+                f"keras.layers.{_STOCK[type(layer)].__name__} does not have"
             )
-    for layer in all_layers:
-        target = classes.get(type(layer))
-        if target is None:
-            continue
-        if getattr(layer, "flash_attention", None):
-            layer.flash_attention = layer._flash_attention = None
-        # Keras stores no attribute that equals the class's own, and the stock classes have no such defaults.
-        vars(layer).setdefault("_flash_attention", None)
-        vars(layer)["as_in_keras"] = issubclass(target, DropIn)
-        layer.__class__ = target
-        changed = True
-    if changed:
-        for layer in all_layers:
-            if isinstance(layer, keras.Model):
-                layer.train_function = layer.test_function = layer.predict_function = None
+    for layer in ours:
+        _change_class(layer, _STOCK[type(layer)])
+    adapted = [seams.uninstall(layer) for layer in layers]
+    if ours or any(adapted):
+        drop_traced_functions(layers)
     return model
+
+
+def _layers(name, model):
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"attn_ops.{name}: model must be a Keras layer or model, got {type(model).__name__}")
+    return found.layers(model)
+
+
+def _change_class(layer, target):
+    if getattr(layer, "flash_attention", None):
+        layer.flash_attention = layer._flash_attention = None
+    # Keras stores no attribute that equals the class's own, and the stock classes have no such defaults.
+    vars(layer).setdefault("_flash_attention", None)
+    vars(layer)["as_in_keras"] = issubclass(target, DropIn)
+    layer.__class__ = target
+
+
+def drop_traced_functions(layers):
+    """Has the models among these layers trace again what they have traced."""
+    for layer in layers:
+        if isinstance(layer, keras.Model):
+            for name in _TRACED:
+                if getattr(layer, name, None) is not None:
+                    setattr(layer, name, None)

@@ -1,0 +1,1 @@
+"""What stands in for attention in the classes of Keras and KerasHub: an adapter per kind, and the table of them all."""

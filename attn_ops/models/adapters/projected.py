@@ -1,0 +1,115 @@
+"""Methods that get projected queries, keys and values: the `_compute_attention` of the language models of KerasHub."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import keras
+from keras import ops
+
+from attn_ops.layers.common import attend, dropout_seed
+from attn_ops.masks import constructors
+from attn_ops.models.adapters import structure
+
+# What their arguments are called, and what they are.
+_ROLES = {
+    **dict.fromkeys(("query", "q", "query_states"), "query"),
+    **dict.fromkeys(("key", "k", "key_states"), "key"),
+    **dict.fromkeys(("value", "v", "value_states"), "value"),
+    "attention_mask": "mask",
+    "training": "training",
+    **dict.fromkeys(("cache_update_index", "start_index"), "index"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Projected:
+    """The adapter of such a method, from the names of the layer's attributes that say what it computes.
+
+    out = softmax(cap tanh(scale q k^T / cap), masked, beside sinks) v, with `[batch, seqlen, heads, head_dim]` tensors. Keys
+    and values that were repeated for each query head are taken back to one per group.
+
+    Attributes:
+        parameters: the names of the method's arguments.
+        scale: an attribute, or a function of the layer.
+        groups: the attribute with the number of query heads for a key head, if the method gets repeated keys.
+        window: a function of the layer: (keys before, keys after) that a row sees, or None.
+        soft_cap, sinks: attributes, None or as attn_ops has them.
+        dropout: the attributes with the rate and the layer of dropout on the weights.
+    """
+
+    parameters: tuple[str, ...]
+    scale: str | Callable = "_inv_norm_factor"
+    groups: str | None = None
+    window: Callable | None = None
+    soft_cap: str | None = None
+    sinks: str | None = None
+    dropout: tuple[str, str] | None = None
+
+    def __call__(self, layer, stock, *args, **kwargs):
+        given = dict(zip(self.parameters, args)) | kwargs
+        if not set(given) <= _ROLES.keys():
+            return stock(*args, **kwargs)
+        call = {_ROLES[name]: x for name, x in given.items()}
+        query, key, value = (ops.convert_to_tensor(call[what]) for what in ("query", "key", "value"))
+        masks = _masks(call.get("mask"), None if self.window is None else self.window(layer), call.get("index"))
+        if masks is None or not query.dtype == key.dtype == value.dtype:
+            return stock(*args, **kwargs)
+        groups = 1 if self.groups is None else getattr(layer, self.groups)
+        if groups > 1 and key.shape[2] == query.shape[2]:
+            key, value = key[:, :, ::groups], value[:, :, ::groups]
+        rate = seed = None
+        if self.dropout is not None:
+            rate, owner = (getattr(layer, name) for name in self.dropout)
+            seed = dropout_seed(owner, rate, call.get("training"))
+        more = {
+            "logits_soft_cap": None if self.soft_cap is None else getattr(layer, self.soft_cap),
+            "sinks": None if self.sinks is None else ops.convert_to_tensor(getattr(layer, self.sinks)),
+        }
+        return attend(
+            query,
+            key,
+            value,
+            scale=self.scale(layer) if callable(self.scale) else getattr(layer, self.scale),
+            implementation=None,
+            dropout_rate=rate,
+            dropout_seed=seed,
+            **masks,
+            **{what: x for what, x in more.items() if x is not None},
+        )[0]
+
+
+def _masks(mask, window, index):
+    """The options `mask` and `query_offset` of a call, or None where this is no boolean `[batch, seqlen_q, seqlen_k]`."""
+    if mask is None:
+        if window is not None:  # the stock methods apply their window to a mask
+            return None
+        return {"mask": None}
+    known = structure.of(mask)
+    if known is not None:
+        parts, index = known.mask(), known.offset
+    else:
+        dtype = keras.backend.standardize_dtype(mask.dtype)
+        if "float" in dtype or len(mask.shape) != 3:
+            return None
+        parts = constructors.boolean(ops.cast(ops.expand_dims(mask, 1), "bool"))
+    if window is not None:
+        parts = parts & constructors.window(*window)
+    offset = structure.query_offset(index) if known is not None or window is not None else None
+    return {"mask": parts} if offset is None else {"mask": parts, "query_offset": offset}
+
+
+def symmetric(enabled, size="sliding_window_size"):
+    """The window of Qwen and Gemma: fewer than ``size`` keys away in both directions, where ``enabled`` says so."""
+
+    def window(layer):
+        return (getattr(layer, size) - 1,) * 2 if getattr(layer, enabled) else None
+
+    return window
+
+
+def gemma_scale(layer):
+    """Gemma 2 of 27 billion weights scales by the width of the model per head, the others by that of a head."""
+    return 1.0 / math.sqrt(layer.head_dim if layer.query_head_dim_normalize else layer.hidden_dim // layer.num_query_heads)
