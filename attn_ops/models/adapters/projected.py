@@ -6,11 +6,9 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-import keras
 from keras import ops
 
 from attn_ops.layers.common import attend, dropout_seed
-from attn_ops.masks import constructors
 from attn_ops.models.adapters import structure
 
 # What their arguments are called, and what they are.
@@ -38,6 +36,7 @@ class Projected:
         window: a function of the layer: (keys before, keys after) that a row sees, or None.
         soft_cap, sinks: attributes, None or as attn_ops has them.
         dropout: the attributes with the rate and the layer of dropout on the weights.
+        additive: whether masks are added to the scores, `[batch, num_heads or 1, seqlen_q, seqlen_k]`.
     """
 
     parameters: tuple[str, ...]
@@ -47,6 +46,7 @@ class Projected:
     soft_cap: str | None = None
     sinks: str | None = None
     dropout: tuple[str, str] | None = None
+    additive: bool = False
 
     def __call__(self, layer, stock, *args, **kwargs):
         given = dict(zip(self.parameters, args)) | kwargs
@@ -54,8 +54,8 @@ class Projected:
             return stock(*args, **kwargs)
         call = {_ROLES[name]: x for name, x in given.items()}
         query, key, value = (ops.convert_to_tensor(call[what]) for what in ("query", "key", "value"))
-        masks = _masks(call.get("mask"), None if self.window is None else self.window(layer), call.get("index"))
-        if masks is None or not query.dtype == key.dtype == value.dtype:
+        options = self._masks(layer, call.get("mask"), call.get("index"))
+        if options is None or not query.dtype == key.dtype == value.dtype:
             return stock(*args, **kwargs)
         groups = 1 if self.groups is None else getattr(layer, self.groups)
         if groups > 1 and key.shape[2] == query.shape[2]:
@@ -64,41 +64,26 @@ class Projected:
         if self.dropout is not None:
             rate, owner = (getattr(layer, name) for name in self.dropout)
             seed = dropout_seed(owner, rate, call.get("training"))
-        more = {
-            "logits_soft_cap": None if self.soft_cap is None else getattr(layer, self.soft_cap),
-            "sinks": None if self.sinks is None else ops.convert_to_tensor(getattr(layer, self.sinks)),
-        }
+        if self.sinks is not None:
+            options["sinks"] = ops.convert_to_tensor(getattr(layer, self.sinks))
+        if self.soft_cap is not None and getattr(layer, self.soft_cap) is not None:
+            options["logits_soft_cap"] = getattr(layer, self.soft_cap)
         return attend(
             query,
             key,
             value,
+            mask=options.pop("mask", None),
             scale=self.scale(layer) if callable(self.scale) else getattr(layer, self.scale),
             implementation=None,
             dropout_rate=rate,
             dropout_seed=seed,
-            **masks,
-            **{what: x for what, x in more.items() if x is not None},
+            **options,
         )[0]
 
-
-def _masks(mask, window, index):
-    """The options `mask` and `query_offset` of a call, or None where this is no boolean `[batch, seqlen_q, seqlen_k]`."""
-    if mask is None:
-        if window is not None:  # the stock methods apply their window to a mask
-            return None
-        return {"mask": None}
-    known = structure.of(mask)
-    if known is not None:
-        parts, index = known.mask(), known.offset
-    else:
-        dtype = keras.backend.standardize_dtype(mask.dtype)
-        if "float" in dtype or len(mask.shape) != 3:
-            return None
-        parts = constructors.boolean(ops.cast(ops.expand_dims(mask, 1), "bool"))
-    if window is not None:
-        parts = parts & constructors.window(*window)
-    offset = structure.query_offset(index) if known is not None or window is not None else None
-    return {"mask": parts} if offset is None else {"mask": parts, "query_offset": offset}
+    def _masks(self, layer, mask, index):
+        if self.additive and mask is not None and structure.of(mask) is None:
+            return {"bias": mask}
+        return structure.options(mask, None if self.window is None else self.window(layer), index)
 
 
 def symmetric(enabled, size="sliding_window_size"):
@@ -108,6 +93,14 @@ def symmetric(enabled, size="sliding_window_size"):
         return (getattr(layer, size) - 1,) * 2 if getattr(layer, enabled) else None
 
     return window
+
+
+def gemma3_window(layer):
+    """As :func:`symmetric`, but in models for embeddings a row sees half the window before it and half after."""
+    size = layer.sliding_window_size
+    if not layer.use_sliding_window_attention:
+        return None
+    return (size - size // 2 - 1, size // 2) if layer.use_bidirectional_attention else (size - 1, size - 1)
 
 
 def gemma_scale(layer):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import typing
 from typing import Any
 
+import keras
 from keras import ops
 
 from attn_ops.masks import constructors
@@ -24,17 +25,21 @@ class Structure(typing.NamedTuple):
 
     Attributes:
         padding: None or bool `[batch, seqlen_k or 1]`, true for real keys.
+        causal: whether there is anything but padding.
         offset: an integer or an integer scalar: the position of the first row in the cache; None for 0.
         size: None or the number of keys that a row sees: itself and the ones before.
     """
 
     padding: Any = None
+    causal: bool = True
     offset: Any = None
     size: int | None = None
 
     def mask(self) -> Mask:
         """The mask, beside which `query_offset` has to be given."""
-        mask = constructors.causal() if self.size is None else constructors.window(self.size - 1, 0)
+        mask = Mask()
+        if self.causal:
+            mask = constructors.causal() if self.size is None else constructors.window(self.size - 1, 0)
         return mask if self.padding is None else mask & constructors.boolean(self.padding[:, None, None, :])
 
 
@@ -81,11 +86,56 @@ def causal_decoder(parameters, sequence, padding, index, *, unknown=(), causal=N
         if keys is None and keras_masks:
             keys = getattr(given[sequence], "_keras_mask", None)
         if keys is not None:
-            keys = ops.cast(ops.cast(keys, "int32"), "bool")  # as in KerasHub: what is below 1 hides
-            if len(keys.shape) == 3 and keys.shape[1] == 1:
-                keys = keys[:, 0]
-            if len(keys.shape) != 2:
+            keys = real_keys(keys)
+            if keys is None:
                 return dense
-        return keep(dense, Structure(keys, given.get(index), None if size is None else size(layer)))
+        return keep(dense, Structure(keys, True, given.get(index), None if size is None else size(layer)))
 
     return adapter
+
+
+def padding(parameters, name):
+    """An adapter of a method that makes a mask of nothing but the padding, the argument with this name."""
+
+    def adapter(layer, stock, *args, **kwargs):
+        dense = stock(*args, **kwargs)
+        keys = (dict(zip(parameters, args)) | kwargs).get(name)
+        keys = None if dense is None or keys is None else real_keys(keys)
+        return dense if keys is None else keep(dense, Structure(keys, causal=False))
+
+    return adapter
+
+
+def real_keys(padding):
+    """A padding mask of KerasHub, `[batch, seqlen_k]` or `[batch, 1, seqlen_k]`, as bool `[batch, seqlen_k]`, or None for
+    another one. Numbers below 1 hide."""
+    keys = ops.cast(ops.cast(padding, "int32"), "bool")
+    if len(keys.shape) == 3 and keys.shape[1] == 1:
+        keys = keys[:, 0]
+    return keys if len(keys.shape) == 2 else None
+
+
+def options(mask, window=None, index=None):
+    """The options `mask` and `query_offset` for a mask of KerasHub, boolean or integer `[batch, seqlen_q, seqlen_k]`.
+
+    Args:
+        mask: the mask or None.
+        window: None, or (keys before, keys after) that a row sees besides.
+        index: the position in the cache that a window counts from, where the mask does not know it.
+
+    Returns:
+        The options, or None for a mask of another kind.
+    """
+    if mask is None:
+        return {} if window is None else None  # the stock methods apply their window to a mask
+    known = of(mask)
+    if known is not None:
+        parts, index = known.mask(), known.offset
+    else:
+        if "float" in keras.backend.standardize_dtype(mask.dtype) or len(mask.shape) != 3:
+            return None
+        parts = constructors.boolean(ops.cast(ops.expand_dims(mask, 1), "bool"))
+    if window is not None:
+        parts = parts & constructors.window(*window)
+    offset = query_offset(index) if known is not None or window is not None else None
+    return {"mask": parts} if offset is None else {"mask": parts, "query_offset": offset}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from attn_ops.models.adapters import multi_head
+from attn_ops.models.adapters import by_distance, multi_head, structure
 from attn_ops.models.adapters.known_code import KNOWN_CODE
-from attn_ops.models.adapters.projected import Projected, gemma_scale, symmetric
-from attn_ops.models.adapters.structure import causal_decoder
+from attn_ops.models.adapters.projected import Projected, gemma3_window, gemma_scale, symmetric
 from attn_ops.models.seams import Seam
 
 _HUB = "keras_hub.src."
@@ -24,7 +23,7 @@ def _attention(module, name, parameters, method="_compute_attention", steps=(), 
 
 def _decoder(module, name, parameters, sequence, padding, index, method="_compute_self_attention_mask", **more):
     parameters = tuple(parameters.split())
-    adapter = causal_decoder(parameters, sequence, padding, index, **more)
+    adapter = structure.causal_decoder(parameters, sequence, padding, index, **more)
     return _seam(module, name, method, parameters, adapter, attends=False)
 
 
@@ -80,6 +79,42 @@ _ATTENTIONS = (
         dropout=("dropout", "dropout_layer"),
     ),
     _attention(
+        "models.gemma3.gemma3_attention",
+        "CachedGemma3Attention",
+        _QKV_GEMMA,
+        steps=("_mask_sliding_window", "_compute_bidirectional_sliding_mask"),
+        scale=gemma_scale,
+        window=gemma3_window,
+        soft_cap="logit_soft_cap",
+        dropout=("dropout", "dropout_layer"),
+    ),
+    _attention(
+        "models.gemma4.gemma4_attention",
+        "Gemma4TextAttention",
+        _QKV_GEMMA,
+        scale=lambda layer: 1.0,  # queries and keys are normalized
+        soft_cap="logit_soft_cap",
+        dropout=("dropout", "dropout_layer"),
+    ),
+    *(
+        _attention(
+            f"models.{model}.{model}_attention",
+            name,
+            "query_states key_states value_states attention_mask training",
+            steps=("_compute_attention_without_fused_op",),
+            scale="scaling",
+            groups="num_key_value_groups",
+            soft_cap="logit_soft_cap",
+            dropout=("attention_dropout", "dropout_layer"),
+            additive=True,
+        )
+        for model, name in (
+            ("t5gemma", "T5GemmaAttention"),
+            ("t5gemma2", "T5Gemma2Attention"),
+            ("t5gemma2", "T5Gemma2MergedAttention"),
+        )
+    ),
+    _attention(
         "models.gpt_oss.gpt_oss_attention",
         "GptOssAttention",
         f"{_QKV} start_index",
@@ -97,6 +132,13 @@ _DECODER_ROLES = {
     "index": "self_attention_cache_update_index",
     "unknown": ("decoder_attention_mask",),
 }
+
+
+
+def _gemma4_size(layer):
+    sliding = layer.use_sliding_window_attention and not layer.is_global_attention
+    return layer.sliding_window_size if sliding else None
+
 
 _DECODERS = (
     *(
@@ -145,6 +187,103 @@ _DECODERS = (
         "cache_update_index",
         method="_compute_attention_mask",
     ),
+    _decoder(
+        "models.pali_gemma.pali_gemma_decoder_block",
+        "PaliGemmaDecoderBlock",
+        "x padding_mask cache cache_update_index response_mask",
+        "x",
+        "padding_mask",
+        "cache_update_index",
+        method="_compute_attention_mask",
+        unknown=("padding_mask", "response_mask"),  # images and prompts are seen in both directions
+        keras_masks=False,
+    ),
+    *(
+        _decoder(
+            f"models.{model}.{model}_decoder_block",
+            name,
+            "x padding_mask vision_mask cache cache_update_index",
+            "x",
+            "padding_mask",
+            "cache_update_index",
+            method="_compute_attention_mask",
+            unknown=("vision_mask",),
+            causal=lambda layer, given: not layer.use_bidirectional_attention,
+            size=size,
+        )
+        for model, name, size in (
+            ("gemma3", "Gemma3DecoderBlock", None),
+            ("gemma4", "Gemma4TextDecoderBlock", _gemma4_size),
+        )
+    ),
+    _decoder(
+        "models.t5.t5_transformer_layer",
+        "T5TransformerLayer",
+        f"hidden_states attention_mask {_CACHE}",
+        "hidden_states",
+        "attention_mask",
+        "self_attention_cache_update_index",
+        keras_masks=False,
+    ),
+    _decoder(
+        "models.bloom.bloom_decoder",
+        "BloomDecoder",
+        f"{_DECODER} use_causal_mask cache cache_update_index",
+        method="_compute_attention_mask",
+        causal=lambda layer, given: given.get("use_causal_mask"),
+        **{**_DECODER_ROLES, "index": "cache_update_index"},
+    ),
+    _decoder(
+        "models.falcon.falcon_transformer_decoder",
+        "FalconTransformerDecoder",
+        f"{_DECODER} attention_cache attention_cache_update_index",
+        method="_compute_attention_mask",
+        **{**_DECODER_ROLES, "index": "attention_cache_update_index"},
+    ),
+    _decoder(
+        "models.moonshine.moonshine_decoder",
+        "MoonshineDecoderBlock",
+        f"decoder_sequence decoder_padding_mask {_CACHE}",
+        "decoder_sequence",
+        "decoder_padding_mask",
+        "self_attention_cache_update_index",
+        causal=lambda layer, given: layer.self_attention.use_causal_mask,
+    ),
+    _decoder(
+        "models.t5gemma.t5gemma_decoder",
+        "T5GemmaDecoderLayer",
+        "hidden_states padding_mask cache cache_update_index",
+        "hidden_states",
+        "padding_mask",
+        "cache_update_index",
+        method="_make_self_attention_mask",
+        unknown=("cache",),  # whose padding mask may be longer
+        size=lambda layer: layer.sliding_window + 1 if layer.layer_type == "sliding_attention" else None,
+        keras_masks=False,
+    ),
+    *(
+        _seam(module, name, method, parameters, structure.padding(parameters, "padding_mask"), attends=False)
+        for module, name, method in (
+            ("models.t5gemma.t5gemma_decoder", "T5GemmaDecoderLayer", "_make_cross_attention_mask"),
+            ("models.t5gemma.t5gemma_encoder", "T5GemmaEncoderLayer", "_make_attention_mask"),
+        )
+        for parameters in (("hidden_states", "padding_mask"),)
+    ),
+)
+
+_CALL = "attention_mask cache cache_update_index"
+
+_CALLS = (
+    _seam("models.bloom.bloom_attention", "BloomAttention", "call", f"hidden_states {_CALL}".split(), by_distance.bloom),
+    _seam("models.falcon.falcon_attention", "FalconAttention", "call", f"inputs alibi {_CALL}".split(), by_distance.falcon),
+    _seam(
+        "models.t5.t5_multi_head_attention",
+        "T5MultiHeadAttention",
+        "call",
+        "hidden_states mask key_value_states position_bias cache cache_update_index training".split(),
+        by_distance.t5,
+        ("compute_bias", "_relative_position_bucket"),
+    ),
 )
 
 SEAMS = (
@@ -158,6 +297,7 @@ SEAMS = (
     ),
     *_ATTENTIONS,
     *_DECODERS,
+    *_CALLS,
 )
 
 BY_CLASS: dict[tuple[str, str], tuple[Seam, ...]] = {}

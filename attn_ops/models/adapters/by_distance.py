@@ -1,0 +1,162 @@
+"""Attention with biases by distance: BLOOM and Falcon (Press et al. 2021, arXiv:2108.12409), T5 (Raffel et al. 2020,
+arXiv:1910.10683), whose `call` projects, biases and attends in one."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+import keras
+from keras import ops
+
+from attn_ops.call.position_bias import T5RelativeBias, alibi_slopes
+from attn_ops.layers.axes import dims
+from attn_ops.layers.common import attend, dropout_seed
+from attn_ops.models.adapters import cache as caches
+from attn_ops.models.adapters import structure
+
+_NAME = "_attn_ops_position_bias"
+
+
+def bloom(layer, stock, hidden_states, attention_mask=None, cache=None, cache_update_index=None):
+    """`BloomAttention.call`: scores scale q k^T + slope j, where j is the key; as a distance but for a constant per row."""
+    options = structure.options(attention_mask)
+    if not options or layer._alibi_layer.alibi_bias_max != 8 or (cache is None and cache_update_index is not None):
+        return stock(hidden_states, attention_mask, cache, cache_update_index)
+    query = layer._query_dense(hidden_states)
+    key, value, cache = caches.update(
+        cache, cache_update_index, layer._key_dense(hidden_states), layer._value_dense(hidden_states)
+    )
+    slopes = alibi_slopes(layer.num_heads)
+    out = _attended(layer, query, key, value, layer.dropout, layer._dropout_layer, alibi_slopes=slopes, **options)
+    out = layer._dropout_layer(layer._output_dense(out))
+    return out if cache is None else (out, cache)
+
+
+def falcon(layer, stock, inputs, alibi, attention_mask=None, cache=None, cache_update_index=None):
+    """`FalconAttention.call`: scores scale (q k^T + alibi), with `[batch, num_heads, 1, seqlen_k]` biases that count the
+    real keys: only where padding has no holes they are those of slopes."""
+    options = structure.options(attention_mask)
+    if not options or (cache is None and cache_update_index is not None):
+        return stock(inputs, alibi, attention_mask, cache, cache_update_index)
+    query = layer.query_dense(inputs)
+    key, value, cache = caches.update(cache, cache_update_index, layer.key_dense(inputs), layer.value_dense(inputs))
+    bias = ops.stop_gradient(ops.cast(alibi, query.dtype) * ops.cast(layer.inv_norm_factor, query.dtype))
+    out = _attended(
+        layer, query, key, value, layer.attention_dropout_rate, layer.attention_dropout, bias=bias, **options
+    )
+    out = layer.output_dense(out)
+    return out if cache is None else (out, cache)
+
+
+def _attended(layer, query, key, value, rate, dropout, **options):
+    """The heads of the output joined: `[batch, seqlen_q, num_heads * head_dim]`."""
+    out, _ = attend(
+        query,
+        key,
+        value,
+        mask=options.pop("mask"),
+        scale=layer.inv_norm_factor,
+        implementation=None,
+        dropout_rate=rate,
+        dropout_seed=dropout_seed(dropout, rate, _in_training(query) if rate else False),
+        **options,
+    )
+    batch, seqlen_q = dims(query)[:2]
+    return ops.reshape(out, [batch, seqlen_q, query.shape[2] * value.shape[3]])
+
+
+class _Training(keras.layers.Layer):
+    """Tells whether the layer around it is called for training, for those whose `call` does not take the argument."""
+
+    def call(self, x, training=None):
+        self.answer = bool(training)
+        return x
+
+
+def _in_training(x):
+    asked = _Training(dtype=x.dtype)
+    asked(x)
+    return asked.answer
+
+
+class PositionBias(typing.NamedTuple):
+    """What the first layer of T5's stacks hands to the others beside its dense tensor: the table and the mask."""
+
+    table: Any
+    options: dict
+
+    def given(self, layer):
+        bidirectional, distance = not layer.is_decoder, layer.relative_attention_max_distance
+        table = {} if self.table is None else {"relative_bias": T5RelativeBias(self.table, bidirectional, distance)}
+        return {**table, **self.options}
+
+
+def t5(
+    layer,
+    stock,
+    hidden_states,
+    mask=None,
+    key_value_states=None,
+    position_bias=None,
+    cache=None,
+    cache_update_index=None,
+    training=False,
+):
+    """`T5MultiHeadAttention.call`: unscaled scores plus a table by buckets of distances, shared by all layers of a stack.
+
+    The dense `position_bias` that the first layer returns is made by the stock code, and computed only where somebody reads
+    it.
+    """
+    known = getattr(position_bias, _NAME, None)
+    if position_bias is None:
+        options = structure.options(mask)
+        if options is not None:
+            if cache_update_index is not None:
+                options["query_offset"] = structure.query_offset(cache_update_index)
+            own = layer.relative_attention_bias if layer.use_relative_attention_bias else None
+            known = PositionBias(None if own is None else ops.convert_to_tensor(own), options)
+    if known is None and position_bias is None or (cache is None and cache_update_index is not None):
+        return stock(hidden_states, mask, key_value_states, position_bias, cache, cache_update_index, training)
+    batch, seqlen_q = dims(hidden_states)[:2]
+
+    def heads(x):
+        return ops.reshape(x, [batch, -1, layer.num_heads, layer.key_value_dim])
+
+    states = hidden_states if key_value_states is None else key_value_states
+    query = heads(layer.query_projector(hidden_states))
+    if cache is not None and cache_update_index is None:
+        key, value = cache[:, 0], cache[:, 1]
+    else:
+        key, value = heads(layer.key_projector(states)), heads(layer.value_projector(states))
+        key, value, cache = caches.update(cache, cache_update_index, key, value)
+    options = {"bias": position_bias} if known is None else known.given(layer)
+    rate = layer.dropout_layer.rate
+    out, _ = attend(
+        query,
+        key,
+        value,
+        mask=options.pop("mask", None),
+        scale=1.0,
+        implementation=None,
+        dropout_rate=rate,
+        dropout_seed=dropout_seed(layer.dropout_layer, rate, training),
+        **{what: x for what, x in options.items() if x is not None},
+    )
+    out = layer.output_projector(ops.reshape(out, [batch, seqlen_q, layer.inner_dim]))
+    if position_bias is None:
+        position_bias = _dense_position_bias(layer, mask, seqlen_q, dims(key)[1], cache_update_index or 0)
+        try:
+            setattr(position_bias, _NAME, known)
+        except AttributeError:  # an array of JAX
+            pass
+    return out, position_bias, cache
+
+
+def _dense_position_bias(layer, mask, seqlen_q, seqlen_k, index):
+    """What the stock layer returns for the layers after it, `[batch or 1, num_heads, seqlen_q, seqlen_k]`."""
+    if layer.use_relative_attention_bias:
+        bias = layer.compute_bias(seqlen_q, seqlen_k, query_start_index=index)
+    else:
+        bias = ops.zeros([1, layer.num_heads, seqlen_q, seqlen_k], layer.compute_dtype)
+    return bias if mask is None else bias + (1.0 - ops.cast(ops.expand_dims(mask, 1), bias.dtype)) * -1e9
