@@ -14,7 +14,7 @@ from attn_ops.models import registration as _registration
 
 __version__ = "0.1.0"
 
-_MODULES = ("integration", "jax", "layers", "masks", "reference", "visualize")
+_MODULES = ("integration", "jax", "layers", "masks", "models", "reference", "visualize")
 _ATTRIBUTES = {
     "scaled_dot_product_attention": "tensorflow.attention",
     "attention_weights": "tensorflow.attention",

@@ -37,6 +37,9 @@ def _explain(arguments) -> int:
 
     from attn_ops import explain
 
+    if isinstance(arguments.query, pathlib.Path):
+        return _explain_model(arguments.query, arguments.convert)
+
     def spec(shape, dtype=arguments.dtype):
         return None if shape is None else tf.TensorSpec(shape, dtype)
 
@@ -58,6 +61,20 @@ def _explain(arguments) -> int:
     except (TypeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+    return 0
+
+
+def _explain_model(path, convert) -> int:
+    import keras
+
+    import attn_ops
+
+    try:
+        model = keras.saving.load_model(path, compile=False)
+    except (OSError, TypeError, ValueError) as error:
+        print(f"cannot load {path}: {error}", file=sys.stderr)
+        return 1
+    print(attn_ops.explain(attn_ops.convert(model) if convert else model))
     return 0
 
 
@@ -85,6 +102,11 @@ def _bench(arguments) -> int:
     return int(pytest.main([str(suite), *arguments.pytest_arguments]))
 
 
+def _shape_or_model(text):
+    """A shape, or the path of a Keras model."""
+    return pathlib.Path(text) if pathlib.Path(text).suffix in (".keras", ".h5") else _shape(text)
+
+
 def _shape(text):
     """'1,?,8,64' as (1, None, 8, 64)."""
     try:
@@ -101,8 +123,11 @@ def _parser():
     command.set_defaults(run=_info)
     command = commands.add_parser("selftest", help="compare every implementation here with the reference")
     command.set_defaults(run=_selftest)
-    command = commands.add_parser("explain", help="what a call of these shapes would run, and why")
-    command.add_argument("query", type=_shape, help="for example 1,2048,12,64; ? for an unknown dimension")
+    command = commands.add_parser("explain", help="what a call of these shapes, or a saved model, would run, and why")
+    command.add_argument(
+        "query", type=_shape_or_model, help="for example 1,2048,12,64; ? for an unknown dimension. Or model.keras"
+    )
+    command.add_argument("--convert", action="store_true", help="of a model: after attn_ops.convert")
     command.add_argument("key", type=_shape, nargs="?", help="the shape of query when left out")
     command.add_argument("value", type=_shape, nargs="?", help="the shape of key when left out")
     command.add_argument("--dtype", default="float32")

@@ -14,7 +14,7 @@ _IMPLEMENTATIONS = {None: None, True: "fused", False: "composite"}
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 # Keras before 3.10 leaves the scores of a row without keys, which its softmax layer made, as they are: not 0.
-_EMPTY_SCORES_ARE_UNIFORM = tuple(int(part) for part in keras.__version__.split(".")[:2]) < (3, 10)
+EMPTY_SCORES_ARE_UNIFORM = tuple(int(part) for part in keras.__version__.split(".")[:2]) < (3, 10)
 _DENSE_AS_IN_KERAS = "as_in_keras=True, and this Keras spreads the scores of a row without keys over all of them"
 
 
@@ -163,7 +163,7 @@ def dense_reason(layer, cls, *steps):
     step = overridden(layer, cls, *steps)
     if step:
         return f"{type(layer).__name__} overrides {step}()"
-    return _DENSE_AS_IN_KERAS if layer.as_in_keras and _EMPTY_SCORES_ARE_UNIFORM else None
+    return _DENSE_AS_IN_KERAS if layer.as_in_keras and EMPTY_SCORES_ARE_UNIFORM else None
 
 
 def refuse_if_forced(layer, reason):

@@ -19,7 +19,6 @@ _PAIRS = {
     keras.layers.Attention: Attention,
 }
 _STOCK = {ours: stock for stock, ours in _PAIRS.items()}
-_TRACED = ("train_function", "test_function", "predict_function", "generate_function")
 _logger = logging.getLogger("attn_ops")
 
 
@@ -51,7 +50,7 @@ def convert(model):
     Raises:
         TypeError: `model` is not a Keras layer.
     """
-    layers = _layers("convert", model)
+    layers = found.layers("convert", model)
     changed, attentions, left = False, 0, []
     for layer in layers:
         state = found.state(layer)
@@ -68,8 +67,8 @@ def convert(model):
             attentions += 1
             left += [f"{layer.name} ({state.reason})"] if state.reason else []
     if changed:
-        drop_traced_functions(layers)
-    text = f"attn_ops.convert: {attentions - len(left)} of {attentions} attention layers of {model.name} converted"
+        found.drop_traced_functions(layers)
+    text = f"attn_ops.convert: {attentions - len(left)} of {attentions} attention layers of {model.name} fused"
     _logger.log(logging.WARNING if left else logging.INFO, "%s%s", text, "; left: " + "; ".join(left) if left else "")
     return model
 
@@ -91,7 +90,7 @@ def revert(model):
         TypeError: `model` is not a Keras layer.
         ValueError: A layer computes what its stock counterpart cannot.
     """
-    layers = _layers("revert", model)
+    layers = found.layers("revert", model)
     ours = [layer for layer in layers if type(layer) in _STOCK]
     for layer in ours:
         beyond = layer.beyond_stock()
@@ -104,14 +103,8 @@ def revert(model):
         _change_class(layer, _STOCK[type(layer)])
     adapted = [seams.uninstall(layer) for layer in layers]
     if ours or any(adapted):
-        drop_traced_functions(layers)
+        found.drop_traced_functions(layers)
     return model
-
-
-def _layers(name, model):
-    if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"attn_ops.{name}: model must be a Keras layer or model, got {type(model).__name__}")
-    return found.layers(model)
 
 
 def _change_class(layer, target):
@@ -121,12 +114,3 @@ def _change_class(layer, target):
     vars(layer).setdefault("_flash_attention", None)
     vars(layer)["as_in_keras"] = issubclass(target, DropIn)
     layer.__class__ = target
-
-
-def drop_traced_functions(layers):
-    """Has the models among these layers trace again what they have traced."""
-    for layer in layers:
-        if isinstance(layer, keras.Model):
-            for name in _TRACED:
-                if getattr(layer, name, None) is not None:
-                    setattr(layer, name, None)

@@ -10,7 +10,9 @@ from attn_ops.layers.base import FlashAttention
 from attn_ops.models import seams
 from attn_ops.models.adapters import table
 
-_STOCK = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention, keras.layers.Attention)
+# Keras's, and KerasHub's for text generation.
+_TRACED = ("train_function", "test_function", "predict_function", "generate_function")
+STOCK = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention, keras.layers.Attention)
 
 
 class State(typing.NamedTuple):
@@ -27,24 +29,36 @@ class State(typing.NamedTuple):
     reason: str | None = None
 
 
-def layers(model) -> list:
-    """The model and all layers in it, each once."""
+def layers(name, model) -> list:
+    """The model and all layers in it, each once; TypeError in the name of ``attn_ops.name`` where it is none."""
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"attn_ops.{name}: model must be a Keras layer or model, got {type(model).__name__}")
     return list(model._flatten_layers())
+
+
+def drop_traced_functions(layers):
+    """Has the models among these layers trace again what they have traced."""
+    for model in (layer for layer in layers if isinstance(layer, keras.Model)):
+        for name in _TRACED:
+            if getattr(model, name, None) is not None:
+                setattr(model, name, None)
 
 
 def state(layer) -> State | None:
     """What is known about this layer, None where it has nothing to do with attention."""
     kind = type(layer)
-    if isinstance(layer, FlashAttention) or kind in _STOCK:
+    if isinstance(layer, FlashAttention) or kind in STOCK:
         return State(True)
     of_class = seams_of(kind)
     if of_class:
         reason = next(filter(None, (seam.reason_against(kind) for seam in of_class)), None)
         return State(any(seam.attends for seam in of_class), of_class, reason)
-    if isinstance(layer, _STOCK):
+    if isinstance(layer, keras.layers.AdditiveAttention):
+        return State(True, (), "its scores are no dot products")
+    if isinstance(layer, STOCK):
         return State(True, (), f"a subclass of {_stock_base(kind).__name__}")
     if "Attention" in kind.__name__ and not any(state(inner) for inner in layer._flatten_layers(include_self=False)):
-        return State(True, (), f"attn_ops does not know {kind.__name__}: attn_ops.models.register")
+        return State(True, (), f"attn_ops does not know {kind.__name__}")
     return None
 
 
@@ -61,4 +75,4 @@ def seams_of(kind) -> tuple:
 
 
 def _stock_base(kind):
-    return next(cls for cls in kind.__mro__ if cls in _STOCK)
+    return next(cls for cls in kind.__mro__ if cls in STOCK)

@@ -1,4 +1,5 @@
-"""The function behind `keras.ops.dot_product_attention` replaced, so that the stock layers that call it run ours."""
+"""A process in which the attention of stock layers and models runs in ours: what is behind
+`keras.ops.dot_product_attention` is replaced, and the seams of all classes that are known."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import importlib
 import inspect
 import sys
 import threading
+import warnings
 
 import keras
 import tensorflow as tf
@@ -15,6 +17,9 @@ import attn_ops
 from attn_ops.layers.axes import dims
 from attn_ops.layers.empty_rows import empty_rows, with_means
 from attn_ops.masks.mask import combined
+from attn_ops.models import found, seams
+from attn_ops.models.adapters import table
+from attn_ops.tensorflow import choice
 
 _HOOK = "keras.src.backend.tensorflow.nn"
 _NAME = "dot_product_attention"
@@ -36,16 +41,16 @@ _lock = threading.Lock()
 
 
 def patch():
-    """Replaces the function behind `keras.ops.dot_product_attention` (Keras's TensorFlow backend), in this process.
+    """Has the attention of stock layers and models run in :func:`attn_ops.scaled_dot_product_attention`, in this process.
 
-    Stock `MultiHeadAttention` and `GroupQueryAttention` without dropout, KerasHub's `CachedMultiHeadAttention` and
-    direct calls reach it, in the functions that are traced or run eagerly while it is in place. A call runs fused where
-    the fused op can, otherwise in the composite; `flash_attention=True` runs fused or raises ValueError with the
-    reasons. Keras's own function still serves `flash_attention=False`, a soft cap, and everything that
-    :func:`attn_ops.scaled_dot_product_attention` does not take. Queries that see no key give the mean of all values, as
-    there: a stock model may read them as keys later. Beside a mask, a bias with values below `-1e38` (`finfo.min`,
-    `-inf`) is left to Keras as well, when it runs: there such a key counts less than a masked one. Patching twice is
-    patching once.
+    Replaced are the function behind `keras.ops.dot_product_attention` (Keras's TensorFlow backend), and in each class of
+    attention of Keras and KerasHub that is imported by now, and known, the method that :func:`attn_ops.convert` replaces in
+    a layer. That holds for the functions that are traced or run eagerly while it is in place, with dropout too. A call
+    runs fused where the fused op can, otherwise in the composite; `flash_attention=True` runs fused or raises ValueError
+    with the reasons. Keras's own function still serves `flash_attention=False` and everything that
+    :func:`attn_ops.scaled_dot_product_attention` does not take. Queries that see no key give what Keras gives them: a stock
+    model may read them as keys later. Beside a mask, a bias with values below `-1e38` (`finfo.min`, `-inf`) is left to
+    Keras as well, when it runs: there such a key counts less than a masked one. Patching twice is patching once.
 
     Raises:
         RuntimeError: This Keras has no such function, calls it in another way, or does not use TensorFlow; the message
@@ -55,6 +60,11 @@ def patch():
         if not _is_patched():
             module = _hook()
             setattr(module, _NAME, _replacement(getattr(module, _NAME)))
+            for seam in table.SEAMS:
+                if seam.cls() is not None and not seam.reason_against(seam.cls()):
+                    seams.install_in_class(seam)
+            for seam in (seam for of_class in seams.registered.values() for seam in of_class):
+                seams.install_in_class(seam)
 
 
 def unpatch():
@@ -67,18 +77,43 @@ def unpatch():
         if _is_patched():
             module = sys.modules[_HOOK]
             setattr(module, _NAME, getattr(module, _NAME).original)
+            seams.uninstall_in_classes()
 
 
 @contextlib.contextmanager
-def patched():
-    """:func:`patch` for the duration of a `with` block; leaves alone a patch that was in place before."""
-    before = _is_patched()
+def patched(model=None):
+    """:func:`patch` for the duration of a `with` block; leaves alone a patch that was in place before.
+
+    Warns once where the block ends without a single fused call: a function that was traced before it goes on as it was.
+
+    Args:
+        model: A Keras model, or None: what it has traced is dropped as the block begins and as it ends, so that it runs
+            patched inside, and stock after it.
+
+    Raises:
+        TypeError: `model` is not a Keras layer.
+        RuntimeError: See :func:`patch`.
+    """
+    layers = [] if model is None else found.layers("patched", model)
+    before, fused = _is_patched(), choice.calls["fused"]
     patch()
+    found.drop_traced_functions(layers)
     try:
         yield
     finally:
         if not before:
             unpatch()
+            found.drop_traced_functions(layers)
+    if choice.calls["fused"] == fused:
+        _warn_of_no_call()
+
+
+def _warn_of_no_call():
+    warnings.warn(
+        "attn_ops.patched: no attention ran fused inside the block. Functions that were traced before it stay what they are "
+        "(pass the model, to have it traced again), and attn_ops.explain(model) tells what each layer runs.",
+        stacklevel=4,
+    )
 
 
 def _hook():
@@ -117,9 +152,10 @@ def _replacement(original):
         attn_logits_soft_cap=None,
     ):
         query, key, value = (tf.convert_to_tensor(x) for x in (query, key, value))
-        soft_cap = {} if attn_logits_soft_cap is None else {"attn_logits_soft_cap": attn_logits_soft_cap}
-        if flash_attention is False or soft_cap or not _is_taken(query, key, value, bias, mask):
-            return original(query, key, value, bias, mask, scale, is_causal, flash_attention, **soft_cap)
+        soft_cap = attn_logits_soft_cap
+        if flash_attention is False or not _is_taken(query, key, value, bias, mask):
+            own = {} if soft_cap is None else {"attn_logits_soft_cap": soft_cap}
+            return original(query, key, value, bias, mask, scale, is_causal, flash_attention, **own)
         bias, mask = _rank_4(bias), _rank_4(mask)
 
         def here():
@@ -133,13 +169,14 @@ def _replacement(original):
                 is_causal=is_causal,
                 causal_alignment="top_left",  # said, so that nobody is warned of it: Keras's answer is wanted
                 implementation="fused" if flash_attention else None,
+                **({} if soft_cap is None else {"logits_soft_cap": soft_cap}),
             )
             if mask is None or value.shape[1] == 0:
                 return out
             visible = combined(mask, is_causal=is_causal)
             return with_means(out, value, empty_rows(visible, dims(query)[1], dims(key)[1]))
 
-        if bias is None or (mask is None and not is_causal) or flash_attention:
+        if bias is None or (mask is None and not is_causal) or flash_attention or soft_cap is not None:
             return here()
 
         def in_keras():

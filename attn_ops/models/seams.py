@@ -178,30 +178,43 @@ def installed(layer) -> list[Seam]:
     return [seam for seam in found if isinstance(seam, Seam)]
 
 
+def in_effect(layer) -> bool:
+    """Whether an adapter stands in for this layer's attention, its own or that of its class."""
+    kind = type(layer)
+    return bool(installed(layer)) or any(
+        issubclass(kind, cls) and hasattr(getattr(kind, method), "stock") for cls, method in _in_classes
+    )
+
+
+_in_classes: list[tuple[type, str]] = []
+
+
 def install_in_class(seam):
     """Puts the adapter in the place of the method of the class, for all its layers, also those to come.
 
     Layers that have an adapter themselves, and subclasses that the adapter does not fit, go on as before.
     """
-    cls = seam.cls()
-    stock = getattr(cls, seam.method)
+    cls, method = seam.cls(), seam.method
+    stock = getattr(cls, method)
 
     @functools.wraps(stock)
     def adapted(self, *args, **kwargs):
-        if seam.reason_against(type(self)):
+        if method in vars(self) or seam.reason_against(type(self)):
             return stock(self, *args, **kwargs)
         return seam.adapter(self, functools.partial(stock, self), *args, **kwargs)
 
-    adapted.stock, adapted.own = stock, seam.method in vars(cls)
-    setattr(cls, seam.method, adapted)
+    adapted.stock, adapted.inherited = stock, method not in vars(cls)
+    setattr(cls, method, adapted)
+    _in_classes.append((cls, method))
 
 
-def uninstall_in_class(seam):
-    """Undoes :func:`install_in_class`, unless somebody else has put a function there since."""
-    cls = seam.cls()
-    found = vars(cls).get(seam.method)
-    if hasattr(found, "stock"):
-        if found.own:
-            setattr(cls, seam.method, found.stock)
-        else:
-            delattr(cls, seam.method)
+def uninstall_in_classes():
+    """Undoes :func:`install_in_class` wherever it was done; a function that somebody else put there since stays."""
+    while _in_classes:
+        cls, method = _in_classes.pop()
+        adapted = vars(cls).get(method)
+        if hasattr(adapted, "stock"):
+            if adapted.inherited:
+                delattr(cls, method)
+            else:
+                setattr(cls, method, adapted.stock)

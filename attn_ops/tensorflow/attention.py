@@ -61,7 +61,9 @@ def scaled_dot_product_attention(query, key, value, **given):
     name = "scaled_dot_product_attention"
     implementation = given.pop("implementation", None)
     call = normalize(xp, name, query, key, value, **given)
-    out, lse = _RUN[choice.choose(name, call, implementation)](call)
+    chosen = choice.choose(name, call, implementation)
+    choice.calls[chosen] += 1
+    out, lse = _RUN[chosen](call)
     if call.squeeze:
         out = tf.squeeze(out, call.added_axes(call.heads_axis()))
         lse = tf.squeeze(lse, call.added_axes(1)) if call.return_lse else None

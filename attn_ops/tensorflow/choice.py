@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import tensorflow as tf
 
 from attn_ops import kernels
@@ -11,6 +13,8 @@ from attn_ops.tensorflow import export, gpu, place
 from attn_ops.tensorflow.forms import xla
 
 IMPLEMENTATIONS = ("fused", "composite", "reference")
+# How many calls of scaled_dot_product_attention each has got in this process; in traced functions, how many were traced.
+calls: collections.Counter = collections.Counter()
 
 
 def reasons_against(implementation: str, call: AttentionCall) -> list[str]:

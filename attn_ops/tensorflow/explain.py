@@ -12,13 +12,22 @@ from attn_ops.tensorflow import choice, gpu, place, xp
 
 @tf.autograph.experimental.do_not_convert
 @public.function(implementation=None)
-def explain(query, key, value, **given) -> Explanation:
-    """What `scaled_dot_product_attention` would run for these arguments, and why. Nothing is computed.
+def explain(query, key=None, value=None, **given) -> Explanation:
+    """What `scaled_dot_product_attention` would run for these arguments, and why; or what a whole model runs.
 
-    Takes the arguments of `scaled_dot_product_attention` and raises the same errors; tensors may be `tf.TensorSpec`
+    Nothing is computed. Takes the arguments of `scaled_dot_product_attention` and raises the same errors; tensors may be `tf.TensorSpec`
     (or `KerasTensor`) as well. The answer holds for the place of the call: inside a function traced with
     ``jit_compile=True`` it differs from outside.
+
+    Of one Keras layer or model alone it tells what each attention layer in it runs, and what to do about those that do
+    not run fused: `attn_ops.models.explanation.ModelExplanation`, a table when printed, `.to_dict()` for programs.
     """
+    if key is None and value is None and not given and hasattr(query, "_flatten_layers"):
+        from attn_ops.models import explanation
+
+        return explanation.of_model(query)
+    if key is None or value is None:
+        raise TypeError("explain: takes query, key and value, or a Keras layer or model alone")
     implementation = given.pop("implementation", None)
     call = described("explain", query, key, value, given)
     chosen = choice.choose("explain", call, implementation)

@@ -1,17 +1,23 @@
-"""Subclasses of `keras.layers.MultiHeadAttention` with a `call` of their own, such as KerasHub's with a cache."""
+"""The multi-head layers of Keras: subclasses with a `call` of their own, such as KerasHub's with a cache, and stock layers
+in a patched process."""
 
 from __future__ import annotations
+
+import functools
 
 import keras
 from keras import ops
 
 from attn_ops.layers.axes import AttentionAxes, dims
+from attn_ops.layers.base import EMPTY_SCORES_ARE_UNIFORM
 from attn_ops.layers.common import attend, combine, dropout_seed, keras_mask
 from attn_ops.layers.empty_rows import empty_rows, with_means
 from attn_ops.models.adapters import structure
 
+_AXES = AttentionAxes([1], 2)
 
-def attention(
+
+def multi_head(
     layer,
     stock,
     query,
@@ -22,40 +28,67 @@ def attention(
     return_attention_scores=False,
     use_causal_mask=False,
 ):
-    """`_compute_attention` of `[batch, seqlen, num_heads, dim]` tensors; returns the output and the scores or None."""
+    """`MultiHeadAttention._compute_attention` of `[batch, seqlen, num_heads, dim]` tensors: the output, and the scores or
+    None."""
+    more = {"return_attention_scores": True} if return_attention_scores else {}
+    more |= {"use_causal_mask": True} if use_causal_mask else {}
+    return _attention(
+        layer,
+        functools.partial(stock, query, key, value, attention_mask, training, **more),
+        *(query, key, value, attention_mask, training, use_causal_mask),
+        wants_scores=return_attention_scores or getattr(layer, "_return_attention_scores", False),
+        scale=layer._inverse_sqrt_key_dim,
+        rate=layer._dropout,
+    )
 
-    def in_keras():
-        options = {"return_attention_scores": True} if return_attention_scores else {}
-        options |= {"use_causal_mask": True} if use_causal_mask else {}
-        return stock(query, key, value, attention_mask, training, **options)
 
+def grouped(layer, stock, query, key, value, attention_mask=None, training=None, use_causal_mask=False):
+    """`GroupQueryAttention._compute_attention`, whose keys and values are repeated for each query head."""
+    more = {"use_causal_mask": True} if use_causal_mask else {}
+    groups = layer.num_repeats if key.shape[2] == query.shape[2] else 1
+    return _attention(
+        layer,
+        functools.partial(stock, query, key, value, attention_mask, training, **more),
+        query,
+        *(x[:, :, ::groups] if groups > 1 else x for x in (key, value)),
+        *(attention_mask, training, use_causal_mask),
+        wants_scores=layer._return_attention_scores,
+        scale=layer._inverse_sqrt_head_dim,
+        rate=layer.dropout,
+    )
+
+
+def _attention(
+    layer, in_keras, query, key, value, attention_mask, training, use_causal_mask, *, wants_scores, scale, rate
+):
+    in_softmax = rate > 0 or wants_scores  # in Keras: beside its op
     is_float = attention_mask is not None and "float" in keras.backend.standardize_dtype(attention_mask.dtype)
-    if len(query.shape) != 4 or is_float or layer._flash_attention:
+    if len(query.shape) != 4 or is_float or layer._flash_attention is not None:
         return in_keras()
-    wants_scores = return_attention_scores or getattr(layer, "_return_attention_scores", False)
-    axes = AttentionAxes(layer._attention_axes, 2)
+    if in_softmax and attention_mask is not None and EMPTY_SCORES_ARE_UNIFORM:
+        return in_keras()
     known = structure.of(attention_mask)
+    offset = None
     if known is not None:
         mask, offset = known.mask(), structure.query_offset(known.offset)
     else:
-        mask, offset = keras_mask(axes, query, key, attention_mask=attention_mask), None
+        mask = keras_mask(_AXES, query, key, attention_mask=attention_mask)
     if use_causal_mask:
-        mask = combine([mask, keras_mask(axes, query, key, is_causal=True)])
+        mask = combine([mask, keras_mask(_AXES, query, key, is_causal=True)])
     out, scores = attend(
         query,
         key,
         value,
         mask=mask,
-        scale=layer._inverse_sqrt_key_dim,
+        scale=scale,
         implementation=None,
-        dropout_rate=layer._dropout,
-        dropout_seed=dropout_seed(layer._dropout_layer, layer._dropout, training),
+        dropout_rate=rate,
+        dropout_seed=dropout_seed(layer._dropout_layer, rate, training),
         scores="undropped" if wants_scores else None,
         **({} if offset is None else {"query_offset": offset}),
     )
-    # Beside its softmax layer, Keras gives rows without a key the mean of the values. Causal rows see a key unless padding
-    # hides it.
-    if layer._dropout > 0 or wants_scores or mask is None or known is not None and known.padding is None:
+    # The op of Keras gives rows without a key the mean of the values. Causal rows see one unless padding hides it.
+    if in_softmax or mask is None or attention_mask is None or known is not None and known.padding is None:
         return out, scores
     if offset is None:
         empty = empty_rows(mask, dims(query)[1], dims(key)[1])

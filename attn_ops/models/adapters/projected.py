@@ -100,7 +100,8 @@ def gemma3_window(layer):
     size = layer.sliding_window_size
     if not layer.use_sliding_window_attention:
         return None
-    return (size - size // 2 - 1, size // 2) if layer.use_bidirectional_attention else (size - 1, size - 1)
+    both = getattr(layer, "use_bidirectional_attention", False)  # KerasHub >= 0.23
+    return (size - size // 2 - 1, size // 2) if both else (size - 1, size - 1)
 
 
 def gemma_scale(layer):

@@ -58,10 +58,10 @@ def of(dense) -> Structure | None:
 
 
 def query_offset(index):
-    """The option `query_offset` for an index into a cache: None, a number or `[1]`."""
+    """The option `query_offset` for an index into a cache: None, a number or a scalar."""
     if index is None or (isinstance(index, int) and index == 0):
         return None
-    return index if isinstance(index, int) else ops.reshape(ops.cast(index, "int32"), [1])
+    return index if isinstance(index, int) else ops.reshape(ops.cast(index, "int32"), [])
 
 
 def causal_decoder(parameters, sequence, padding, index, *, unknown=(), causal=None, size=None, keras_masks=True):

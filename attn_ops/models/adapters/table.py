@@ -8,6 +8,7 @@ from attn_ops.models.adapters.projected import Projected, gemma3_window, gemma_s
 from attn_ops.models.seams import Seam
 
 _HUB = "keras_hub.src."
+_LAYERS = "keras.src.layers.attention"
 
 
 def _seam(module, name, method, parameters, adapter, steps=(), **more):
@@ -208,7 +209,7 @@ _DECODERS = (
             "cache_update_index",
             method="_compute_attention_mask",
             unknown=("vision_mask",),
-            causal=lambda layer, given: not layer.use_bidirectional_attention,
+            causal=lambda layer, given: not getattr(layer, "use_bidirectional_attention", False),
             size=size,
         )
         for model, name, size in (
@@ -288,11 +289,19 @@ _CALLS = (
 
 SEAMS = (
     Seam(
-        "keras.src.layers.attention.multi_head_attention",
+        f"{_LAYERS}.multi_head_attention",
         "MultiHeadAttention",
         "_compute_attention",
         ("query", "key", "value", "attention_mask", "training", "return_attention_scores", "use_causal_mask"),
-        multi_head.attention,
+        multi_head.multi_head,
+        ("_masked_softmax",),
+    ),
+    Seam(
+        f"{_LAYERS}.grouped_query_attention",
+        "GroupedQueryAttention",
+        "_compute_attention",
+        ("query", "key", "value", "attention_mask", "training", "use_causal_mask"),
+        multi_head.grouped,
         ("_masked_softmax",),
     ),
     *_ATTENTIONS,

@@ -1,0 +1,153 @@
+"""What each attention layer of a model runs, and why: `attn_ops.explain(model)`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import keras
+import tensorflow as tf
+
+from attn_ops.layers.base import FlashAttention
+from attn_ops.models import found, seams
+from attn_ops.tensorflow import explain
+
+_HEADS = ("num_heads", "num_query_heads", "num_attention_heads", "_num_heads")
+_CONVERT = "attn_ops.convert(model)"
+_REGISTER = "attn_ops.models.register(cls, adapter)"
+_PLACES = ("eager", "graph", "xla", "training")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerExplanation:
+    """One row: what a layer runs.
+
+    Attributes:
+        layer: the path of names in the model.
+        cls: the name of its class.
+        heads: how many query heads it has, None where it does not tell.
+        eager, graph, xla, training: "fused", "composite" (TensorFlow's operations in ours) or "keras" (its own code), in eager
+            calls, in `tf.function`, in functions with `jit_compile=True`, and in a training step.
+        reason: why it is not "fused" everywhere, or None.
+        remedy: what to do about that, or None.
+    """
+
+    layer: str
+    cls: str
+    heads: int | None
+    eager: str
+    graph: str
+    xla: str
+    training: str
+    reason: str | None = None
+    remedy: str | None = None
+
+    @property
+    def fused(self) -> bool:
+        return all(getattr(self, place) == "fused" for place in _PLACES)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelExplanation:
+    """The attention layers of a model in the order of its layers, a table when printed."""
+
+    model: str
+    layers: tuple[LayerExplanation, ...]
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def __str__(self):
+        count = sum(layer.fused for layer in self.layers)
+        lines = [f"{self.model}: {count} of {len(self.layers)} attention layers run fused"]
+        if not self.layers:
+            return lines[0]
+        head = ["layer", "class", "heads", *_PLACES]
+        rows = [[str(getattr(x, {"class": "cls"}.get(name, name)) or "?") for name in head] for x in self.layers]
+        widths = [max(map(len, column)) for column in zip(head, *rows)]
+        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
+        reasons: dict = {}
+        for x in self.layers:
+            if x.reason:
+                reasons.setdefault((x.reason, x.remedy), []).append(x.layer)
+        for (reason, remedy), names in reasons.items():
+            which = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+            lines.append(f"{which}: {reason}" + (f"; remedy: {remedy}" if remedy else ""))
+        return "\n".join(lines)
+
+
+def of_model(model) -> ModelExplanation:
+    """What the attention layers in this Keras layer or model run; nothing is computed, and nothing traced anew."""
+    rows = []
+    paths = _paths(model)
+    for layer in found.layers("explain", model):
+        state = found.state(layer)
+        if state is not None and state.attends:
+            rows.append(_row(paths.get(id(layer), layer.name), layer, state))
+    return ModelExplanation(model.name, tuple(rows))
+
+
+def _row(path, layer, state):
+    heads = next((getattr(layer, name) for name in _HEADS if isinstance(getattr(layer, name, None), int)), None)
+    row = functools.partial(LayerExplanation, path, type(layer).__name__, heads)
+    reason, remedy = _why_keras(layer, state)
+    if reason is not None:
+        return row(*["keras"] * len(_PLACES), reason, remedy)
+    implementation = layer.implementation if isinstance(layer, FlashAttention) else None
+    places = _places(keras.backend.standardize_dtype(layer.compute_dtype), implementation)
+    reasons = dict.fromkeys(reason for _, of_place in places for reason in of_place)
+    if implementation == "composite":
+        return row(*(name for name, _ in places), "flash_attention=False", "make the layer with flash_attention=None")
+    return row(*(name for name, _ in places), "; ".join(reasons) or None)
+
+
+def _why_keras(layer, state):
+    """Why this layer runs its own code, and what to do about it; None twice where it runs ours."""
+    if isinstance(layer, FlashAttention):
+        return None, None
+    if state.reason is not None:
+        return state.reason, None if isinstance(layer, keras.layers.AdditiveAttention) else _REGISTER
+    if seams.in_effect(layer):
+        return None, None
+    return "its own code", _CONVERT
+
+
+@functools.cache
+def _places(dtype, implementation):
+    """The implementation and the reasons against the fused one in each of `_PLACES`."""
+    x = tf.TensorSpec([2, 8, 2, 8], dtype)
+    asked = None if implementation == "fused" else implementation
+
+    def ask(**options):
+        answer = explain.explain(x, x, x, implementation=asked, **options)
+        return answer.implementation, answer.reasons
+
+    found_there = {}
+
+    def traced(jit_compile):
+        @tf.function(jit_compile=jit_compile, autograph=False)
+        def function():
+            found_there[jit_compile] = ask()
+
+        function.get_concrete_function()
+        return found_there[jit_compile]
+
+    graph, xla = traced(False), traced(True)
+    return ask(), graph, xla, graph
+
+
+def _paths(model):
+    """The names on the way to each layer, by identity."""
+    paths = {}
+
+    def visit(layer, prefix):
+        if id(layer) in paths:
+            return
+        path = paths[id(layer)] = f"{prefix}/{layer.name}" if prefix else layer.name
+        for inner in layer._layers:
+            visit(inner, path)
+
+    for layer in model._layers:
+        visit(layer, "")
+    paths.setdefault(id(model), model.name)
+    return paths

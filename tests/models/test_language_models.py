@@ -1,0 +1,257 @@
+"""Every language model of KerasHub that is known: converted against stock."""
+
+import re
+
+import hub
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import attn_ops
+
+from attn_ops.tensorflow import choice
+
+MODELS = list(hub.LANGUAGE_MODELS)
+
+
+@pytest.fixture(scope="module")
+def keras_hub():
+    return pytest.importorskip("keras_hub")
+
+
+def fused_calls(function):
+    """The result of a function, and how many attentions ran fused in it, if no other ran otherwise."""
+    before = choice.calls.copy()
+    result = function()
+    ran = choice.calls - before
+    assert set(ran) <= {"fused"}
+    return result, ran["fused"]
+
+
+@pytest.mark.wide(3)
+@pytest.mark.parametrize("name", MODELS)
+def test_converted_models_answer_as_stock_ones(keras_hub, name):
+    """The output and all gradients at real positions, every attention fused; and afterwards stock again."""
+    model = hub.make(keras_hub, name)
+    values, real = hub.inputs(model)
+    expected, expected_gradients = hub.results(model, values, real)
+    assert attn_ops.convert(model) is model
+    explained = attn_ops.explain(model)
+    count = hub.LANGUAGE_MODELS[name][2]
+    assert len(explained.layers) == count and all(layer.fused for layer in explained.layers)
+    (out, gradients), fused = fused_calls(lambda: hub.results(model, values, real))
+    assert fused == count
+    assert hub.error(out, expected) < 1e-5
+    assert hub.gradient_error(gradients, expected_gradients) < 5e-5
+    attn_ops.revert(model)
+    (again, _), fused = fused_calls(lambda: hub.results(model, values, real))
+    assert fused == 0
+    np.testing.assert_array_equal(again, expected)
+
+
+@pytest.mark.wide(5)
+@pytest.mark.parametrize("padding", ["left", "holes"])
+@pytest.mark.parametrize("name", MODELS)
+def test_other_padding(keras_hub, name, padding):
+    """Padding on the left and in the middle; what padding rows get, real tokens of the next layer do not see."""
+    model = hub.make(keras_hub, name)
+    values, real = hub.inputs(model, padding="left")
+    if padding == "holes":
+        real[1, :3] = 1
+        for key in values:
+            if "padding_mask" in key:
+                values[key][1, :3] = 1
+    expected = hub.output(model, values) * real
+    out = hub.output(attn_ops.convert(model), values) * real
+    assert hub.error(out, expected) < 1e-5
+
+
+@pytest.mark.wide(6)
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_mixed_precision(keras_hub, name, policy):
+    """Against stock in float32: not further off than stock in the same precision, but for rounding."""
+    exact = hub.make(keras_hub, name)
+    values, real = hub.inputs(exact)
+    expected = hub.output(exact, values) * real
+    model = hub.make(keras_hub, name, dtype=policy)
+    stock = hub.error(hub.output(model, values) * real, expected)
+    out, fused = fused_calls(lambda: hub.output(attn_ops.convert(model), values) * real)
+    assert fused == hub.LANGUAGE_MODELS[name][2]
+    assert hub.error(out, expected) < 1.5 * stock + 1e-3
+
+
+@pytest.mark.wide(6)
+@pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
+@pytest.mark.parametrize("name", ["BERT", "GPT-2", "GPT-OSS", "Gemma 2", "Llama", "T5"])
+def test_training(keras_hub, name, jit):
+    """`fit`, before and after the conversion of a model that was traced."""
+    losses = []
+    for converted in (False, True):
+        model = hub.make(keras_hub, name)
+        values, real = hub.inputs(model)
+        x = keras.layers.Lambda(lambda out: out)(_sequence(model.output))
+        whole = keras.Model(model.input, x)
+        whole.compile(keras.optimizers.SGD(1e-3), "mse", jit_compile=jit)
+        target = np.zeros((2, x.shape[1] or hub.LENGTH, x.shape[2]), "float32")
+        whole.fit(values, target, verbose=0, sample_weight=real[..., 0])
+        if converted:
+            _, fused = fused_calls(lambda: attn_ops.convert(whole).fit(values, target, verbose=0, sample_weight=real[..., 0]))
+            assert fused >= hub.LANGUAGE_MODELS[name][2]
+        losses.append(whole.fit(values, target, verbose=0, sample_weight=real[..., 0]).history["loss"][0])
+        if not converted:
+            losses.append(whole.fit(values, target, verbose=0, sample_weight=real[..., 0]).history["loss"][0])
+    first_stock, second_stock, second = losses
+    assert first_stock != second_stock
+    np.testing.assert_allclose(second, second_stock, rtol=1e-4)
+
+
+def _sequence(outputs):
+    return outputs.get("sequence_output", outputs.get("decoder_sequence_output")) if isinstance(outputs, dict) else outputs
+
+
+CAUSAL = {
+    "BLOOM": "BloomCausalLM",
+    "Falcon": "FalconCausalLM",
+    "GPT-2": "GPT2CausalLM",
+    "GPT-NeoX": "GPTNeoXCausalLM",
+    "GPT-OSS": "GptOssCausalLM",
+    "Gemma": "GemmaCausalLM",
+    "Gemma 2": "GemmaCausalLM",
+    "Llama": "LlamaCausalLM",
+    "Mistral": "MistralCausalLM",
+    "Mixtral": "MixtralCausalLM",
+    "OPT": "OPTCausalLM",
+    "Phi-3": "Phi3CausalLM",
+    "Qwen 3": "Qwen3CausalLM",
+    "Qwen 3 MoE": "Qwen3MoeCausalLM",
+    "SmolLM3": "SmolLM3CausalLM",
+}
+
+
+@pytest.mark.wide(15)
+@pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_text_generation(keras_hub, name, jit):
+    """The same tokens with a cache, by a function traced before the conversion; and the same logits."""
+    model = hub.make(keras_hub, name)
+    lm = getattr(keras_hub.models, CAUSAL[name])(backbone=model, preprocessor=None)
+    lm.compile(sampler="greedy", jit_compile=jit)
+    values, _ = hub.inputs(model)
+    values["padding_mask"] = np.ones_like(values["padding_mask"])
+    values["padding_mask"][:, 10:] = 0
+
+    def generate():
+        return np.asarray(lm.generate(values, stop_token_ids=None)["token_ids"])
+
+    expected = generate()
+    attn_ops.convert(lm)
+    tokens, fused = fused_calls(generate)
+    assert fused >= hub.LANGUAGE_MODELS[name][2]
+    np.testing.assert_array_equal(tokens, expected)
+    assert len(np.unique(tokens[:, 10:])) > 1
+
+
+def test_dropout_runs_fused_in_training(keras_hub):
+    model = hub.make(keras_hub, "GPT-2", dropout=0.5)
+    values, _ = hub.inputs(model)
+    attn_ops.convert(model)
+    outs, fused = fused_calls(lambda: [hub.output(model, values, training=True) for _ in range(2)])
+    assert fused == 4
+    assert hub.error(outs[0], outs[1]) > 0.01  # other weights are dropped each time
+    np.testing.assert_array_equal(hub.output(model, values), hub.output(model, values))
+
+
+@pytest.mark.wide(2)
+@pytest.mark.parametrize("name", ["Llama", "T5", "GPT-2", "ALBERT"])
+def test_saved_files_are_those_of_stock_models(keras_hub, name, tmp_path):
+    model = hub.make(keras_hub, name)
+    values, real = hub.inputs(model)
+    expected = hub.output(model, values)
+    attn_ops.convert(model)
+    if name != "ALBERT":  # whose stock layers of Keras become ours
+        model.save(tmp_path / "converted.keras")
+        loaded = keras.saving.load_model(tmp_path / "converted.keras")
+        out, fused = fused_calls(lambda: hub.output(loaded, values))
+        assert fused == 0
+        np.testing.assert_array_equal(out, expected)
+    attn_ops.revert(model)
+    model.save(tmp_path / "reverted.keras")
+    np.testing.assert_array_equal(hub.output(keras.saving.load_model(tmp_path / "reverted.keras"), values), expected)
+
+
+@pytest.mark.wide(4)
+@pytest.mark.parametrize("name", ["BERT", "Llama", "Gemma 2", "T5", "BLOOM", "Qwen", "GPT-OSS", "BART"])
+def test_patched_process(keras_hub, name):
+    """As converted, for the duration of a block; also what `predict` had traced before it."""
+    model = hub.make(keras_hub, name)
+    values, real = hub.inputs(model)
+    expected = _sequence(model.predict(values, verbose=0)) * real
+    with attn_ops.patched(model):
+        assert all(layer.fused for layer in attn_ops.explain(model).layers)
+        out, fused = fused_calls(lambda: _sequence(model.predict(values, verbose=0)) * real)
+        assert fused >= hub.LANGUAGE_MODELS[name][2]
+    assert hub.error(out, expected) < 1e-5
+    out, fused = fused_calls(lambda: _sequence(model.predict(values, verbose=0)) * real)
+    assert fused == 0
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_a_changed_release_is_left_alone(keras_hub, monkeypatch):
+    from keras_hub.src.models.llama.llama_attention import LlamaAttention
+
+    model = hub.make(keras_hub, "Llama")
+    values, real = hub.inputs(model)
+
+    def other_arguments(self, query, key, value, mask=None):
+        return query
+
+    def other_code(self, query, key, value, attention_mask=None):
+        return query
+
+    for method, reason in ((other_arguments, "takes \\(query, key, value, mask\\)"), (other_code, "code")):
+        monkeypatch.setattr(LlamaAttention, "_compute_attention", method)
+        expected = hub.output(model, values)
+        with attn_ops.patched():
+            np.testing.assert_array_equal(hub.output(model, values), expected)
+        attn_ops.convert(model)
+        np.testing.assert_array_equal(hub.output(model, values), expected)
+        for layer in attn_ops.explain(model).layers:
+            assert layer.eager == "keras"
+            assert re.search(reason, layer.reason)
+
+
+def test_left_padding_of_decoders_that_share_a_mask_is_not_lost(keras_hub):
+    """A mask of the user's beside the causal one: nothing is known of it, and it counts."""
+    decoder = keras_hub.layers.TransformerDecoder(16, 4)
+    x = np.random.default_rng(0).normal(size=(2, 6, 8)).astype("float32")
+    mask = np.random.default_rng(1).random((2, 6, 6)) > 0.4
+    mask |= np.eye(6, dtype=bool)
+    expected = decoder(x, decoder_attention_mask=mask)
+    attn_ops.convert(decoder)
+    np.testing.assert_allclose(decoder(x, decoder_attention_mask=mask), expected, atol=1e-5)
+    free = decoder(x, use_causal_mask=False)
+    np.testing.assert_allclose(free, attn_ops.revert(decoder)(x, use_causal_mask=False), atol=1e-5)
+
+
+def test_cached_calls_from_any_position(keras_hub):
+    """Several new tokens at once, at a position that is a tensor."""
+    model = hub.make(keras_hub, "Llama")
+    lm = keras_hub.models.LlamaCausalLM(backbone=model, preprocessor=None)
+    values, _ = hub.inputs(model)
+    tokens = tf.constant(values["token_ids"])
+    cache = tf.zeros([2, 2, 2, hub.LENGTH, 2, 8])
+
+    def steps():
+        logits, hidden, filled = lm.call_with_cache(tokens[:, :8], cache, 0)
+        more = lm.call_with_cache(tokens[:, 8:12], filled, tf.constant(8))
+        last = lm.call_with_cache(tokens[:, 12:13], more[2], tf.constant(12))
+        return logits, more[0], *last
+
+    expected = steps()
+    attn_ops.convert(lm)
+    actual, fused = fused_calls(steps)
+    assert fused == 6
+    for a, e in zip(actual, expected):
+        assert hub.error(a, e) < 1e-5
