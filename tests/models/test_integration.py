@@ -311,7 +311,7 @@ def test_revert_of_a_layer_that_was_made_as_ours(name, arguments):
     np.testing.assert_allclose(layer(X, X), expected, atol=1e-6)
 
 
-def test_subclasses_are_left_alone():
+def test_subclasses_keep_their_class():
     class Mine(keras.layers.MultiHeadAttention):
         pass
 
