@@ -16,6 +16,7 @@ IMPLEMENTATIONS = []
 
 def pytest_addoption(parser):
     parser.addoption("--whole", action="store_true", help="run all cases of the tests marked `wide`, not a share of them")
+    parser.addoption("--models", choices=["share", "all"], default="share", help="all: all cases of tests/models")
 
 
 def pytest_configure(config):
@@ -81,7 +82,8 @@ def pytest_collection_modifyitems(config, items):
         if cuda_run.on_device(config) and "cuda" in item.fixturenames:
             item.add_marker("gpu")
     if not config.getoption("whole"):
-        shares.pytest_collection_modifyitems(config, items)
+        whole = [config.rootpath / "tests" / "models"] if config.getoption("models") == "all" else []
+        shares.leave_out(config, items, whole)
 
 
 @pytest.fixture

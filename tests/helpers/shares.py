@@ -7,7 +7,12 @@ import zlib
 
 
 def pytest_collection_modifyitems(config, items):
-    left_out = _left_out(items)
+    leave_out(config, items)
+
+
+def leave_out(config, items, whole=()):
+    """Leaves the share in ``items``, but all in the folders ``whole``."""
+    left_out = _left_out([item for item in items if not any(folder in item.path.parents for folder in whole)])
     config.hook.pytest_deselected(items=left_out)
     left_out = set(left_out)
     items[:] = [item for item in items if item not in left_out]
