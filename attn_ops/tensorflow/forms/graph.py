@@ -33,17 +33,27 @@ def backward(call: AttentionCall, out, statistics, d_out, d_lse):
 
 
 def _native_or(call, operator, in_xla):
-    def native():
-        export.leave_hint()
-        return operator()
-
     if dynamic_sizes.any_unknown(call):
         # Some of its operations exist for XLA alone. Inlined, as branches are where they run, they would have to find a place.
         in_xla = tf.function(in_xla, autograph=False, experimental_attributes={"_noinline": True})
+    return by_device(operator, operator, in_xla)
+
+
+def by_device(on_cpu, on_gpu, in_xla):
+    """The results of one of three functions: by the device, or whether XLA compiles the graph. The first two may hold
+    operators of the library."""
+
+    def native(operator):
+        def run():
+            export.leave_hint()
+            return operator()
+
+        return run
+
     # Called as a function without state: `DeviceIndex` counts as one that has it, of which `tf.vectorized_map` would
     # want a value for each iteration.
     (device,) = tf.raw_ops.PartitionedCall(args=[], Tout=[tf.int32], f=_device_index())
-    return tf.switch_case(device, [native, native, in_xla])
+    return tf.switch_case(device, [native(on_cpu), native(on_gpu), in_xla])
 
 
 @functools.cache
