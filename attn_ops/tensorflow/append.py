@@ -104,8 +104,13 @@ def _new(shape, dtype):
     return x
 
 
+def only_scatters() -> bool:
+    """Whether the operator cannot be in what is being computed or traced here."""
+    return bool(kernels.unavailable_reason() or place.in_xla() or export.reasons_against_fused(forced=False))
+
+
 def _on_its_device(native, scattered):
-    if kernels.unavailable_reason() is not None or place.in_xla() or export.reasons_against_fused(forced=False):
+    if only_scatters():
         return scattered()
     if tf.executing_eagerly():
         return scattered() if gpu.takes_eager_ops() else native()

@@ -9,6 +9,7 @@ import tensorflow as tf
 from attn_ops.call import public
 from attn_ops.generation import decode
 from attn_ops.tensorflow import append, attention, xp
+from attn_ops.tensorflow.forms import graph
 
 update = tf.autograph.experimental.do_not_convert(functools.partial(decode.update, xp, append.append))
 rewound = functools.partial(decode.rewound, xp)
@@ -49,9 +50,15 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
             Options along the axis of keys (``bias``, masks by position) beside a cache with a window, or a wider window.
         tf.errors.InvalidArgumentError: the same, where only the running op can know; in XLA the attention finds it.
     """
+    if tf.executing_eagerly() or append.only_scatters() or given.get("implementation") not in (None, "fused"):
+        return _decode(q, cache, k_new, v_new, **given)
+    # One choice for the append and the attention.
+    run = functools.partial(_decode, q, cache, k_new, v_new, **given)
+    return graph.by_device(run, run, run)
+
+
+def _decode(q, cache, k_new, v_new, implementation=None, return_lse=False, rotary=None, is_causal=True, **given):
     name = "decode_attention"
-    implementation, return_lse = given.pop("implementation", None), given.pop("return_lse", False)
-    rotary, is_causal = given.pop("rotary", None), given.pop("is_causal", True)
     q = xp.as_tensor(name, "q", q)
     query, key, value, options, cache = decode.prepared(
         xp, append.append, name, q, cache, k_new, v_new, rotary, is_causal, **given
