@@ -9,7 +9,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops import kernels
-from attn_ops.tensorflow import export, gpu, place
+from attn_ops.tensorflow import export, gpu, place, runtime_checks
 from attn_ops.tensorflow.forms import graph
 
 
@@ -125,33 +125,27 @@ def _operator(caches, k_new, v_new, positions, counts, dropped, written, layout)
 def _scattered(new, old, positions, counts, heads_first, planes=None):
     """``old`` with the rows ``new`` at ``positions``, of which there are ``counts``."""
     axis = 2 if heads_first or planes else 1
-    shape = tf.shape(new)
+    shape = runtime_checks.extents(new)
     at = tf.range(shape[axis])[None]  # [1, rows]
     start = positions[:, None]
     if counts is not None:
         # Those that are not there repeat the last one that is; where there is none, what is there already.
         at = tf.minimum(at, tf.maximum(counts - 1, 0)[:, None])
         new = tf.gather(new, at, axis=axis, batch_dims=1)
-        last = tf.shape(old)[axis] - 1
-        none = tf.reshape(counts == 0, [-1, 1, 1, 1])
+        last = runtime_checks.extents(old)[axis] - 1
+        none = counts == 0
         there = tf.gather(old, tf.minimum(start + at, last), axis=axis, batch_dims=1)
-        new = tf.where(none, there, new)
-        start = tf.where((counts == 0)[:, None], tf.minimum(start, last), start)
-    at = tf.broadcast_to(start + at, [shape[0], shape[axis]])
+        new = tf.where(none[:, None, None, None], there, new)
+        start = tf.where(none[:, None], tf.minimum(start, last), start)
+    at = start + at  # [batch or 1, rows]
     batch = tf.range(shape[0])
     if axis == 1:
-        indices = tf.stack([tf.broadcast_to(batch[:, None], tf.shape(at)), at], -1)
+        grid = shape[:2]
+        axes = [batch[:, None], at]
     else:
         grid = shape[:3]
-        indices = tf.stack(
-            [
-                tf.broadcast_to(batch[:, None, None], grid),
-                tf.broadcast_to(tf.range(shape[1])[None, :, None], grid),
-                tf.broadcast_to(at[:, None], grid),
-            ],
-            -1,
-        )
-    return tf.tensor_scatter_nd_update(old, indices, new)
+        axes = [batch[:, None, None], tf.range(shape[1])[:, None], at[:, None]]
+    return tf.tensor_scatter_nd_update(old, tf.stack([tf.broadcast_to(x, grid) for x in axes], -1), new)
 
 
 def _moved_up(key, value, dropped, layout):
