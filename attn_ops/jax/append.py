@@ -10,6 +10,15 @@ import jax.numpy as jnp
 from attn_ops.jax import xp
 
 
+def append_to_cache(cache, k_new, v_new, positions):
+    """`attn_ops.tensorflow.append.append_to_cache` on JAX arrays. Memory is taken over in loops, and in functions whose
+    argument the cache is, donated."""
+    new = jnp.stack([k_new, v_new], 1).astype(cache.dtype)
+    at = jnp.reshape(positions, (-1, 1)) + jnp.arange(k_new.shape[1])  # [batch or 1, rows]
+    batch = jnp.arange(cache.shape[0])[:, None, None]
+    return cache.at[batch, jnp.arange(2)[:, None], at[:, None]].set(new, mode="drop")
+
+
 def append(cache, key, value, k_new, v_new, positions, counts, dropped, written):
     """(key, value, None) with the new rows from ``positions`` on, int32 [batch].
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 from keras import ops
 
+from attn_ops.layers import cached
 from attn_ops.layers.axes import AttentionAxes, dims
 from attn_ops.layers.backend import backend, set_keras_mask
 from attn_ops.layers.base import dense_reason, refuse_if_forced
@@ -54,8 +55,27 @@ class GroupedQueryAttention(ScoreOptions, _Stock):
         use_causal_mask=False,
         attention_bias=None,
         query_offset=None,
+        cache=None,
+        cache_update_index=None,
     ):
         self._return_attention_scores = return_attention_scores
+        if cache is not None:
+            return cached.attend(
+                self,
+                GroupedQueryAttention,
+                query,
+                value,
+                value if key is None else key,
+                cache,
+                cache_update_index,
+                training=training,
+                query_mask=query_mask,
+                key_masks=(value_mask, key_mask),
+                attention_mask=attention_mask,
+                return_attention_scores=return_attention_scores,
+                attention_bias=attention_bias,
+                query_offset=query_offset,
+            )
         given = present(attention_bias=attention_bias, query_offset=query_offset)
         if any(backend.is_ragged(x) for x in (query, value, key)):
             padded = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask}
@@ -197,8 +217,12 @@ class GroupedQueryAttention(ScoreOptions, _Stock):
         use_causal_mask=False,
         attention_bias=None,
         query_offset=None,
+        cache=None,
+        cache_update_index=None,
     ):
         self._refuse_symbolic_mask(attention_mask)
+        if cache is not None:
+            return cached.spec(super().compute_output_spec(query, value, key=key), cache)
         spec = super().compute_output_spec(
             query,
             value,

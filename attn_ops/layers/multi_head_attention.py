@@ -7,6 +7,7 @@ import inspect
 import keras
 from keras import ops
 
+from attn_ops.layers import cached
 from attn_ops.layers.axes import AttentionAxes, dims
 from attn_ops.layers.backend import backend, set_keras_mask
 from attn_ops.layers.base import dense_reason, refuse_if_forced
@@ -89,7 +90,26 @@ class MultiHeadAttention(ScoreOptions, _Stock):
         use_causal_mask=False,
         attention_bias=None,
         query_offset=None,
+        cache=None,
+        cache_update_index=None,
     ):
+        if cache is not None:
+            return cached.attend(
+                self,
+                MultiHeadAttention,
+                query,
+                value,
+                value if key is None else key,
+                cache,
+                cache_update_index,
+                training=training,
+                query_mask=query_mask,
+                key_masks=(value_mask, key_mask),
+                attention_mask=attention_mask,
+                return_attention_scores=return_attention_scores,
+                attention_bias=attention_bias,
+                query_offset=query_offset,
+            )
         given = present(attention_bias=attention_bias, query_offset=query_offset)
         if any(backend.is_ragged(x) for x in (query, value, key)):
             padded = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask}
@@ -261,8 +281,12 @@ class MultiHeadAttention(ScoreOptions, _Stock):
         use_causal_mask=False,
         attention_bias=None,
         query_offset=None,
+        cache=None,
+        cache_update_index=None,
     ):
         self._refuse_symbolic_mask(attention_mask)
+        if cache is not None:
+            return cached.spec(super().compute_output_spec(query, value, key), cache)
         spec = super().compute_output_spec(query, value, key)
         if getattr(query, "ragged", False):
             return keras.KerasTensor(spec.shape, dtype=spec.dtype, ragged=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn_ops.jax import attention, philox, rotary, xp  # noqa: F401  attention, rotary: modules with functions for the layers
+from attn_ops.jax import append, attention, decode, philox, rotary, xp  # noqa: F401  modules with functions for the layers
 
 
 def is_ragged(x):

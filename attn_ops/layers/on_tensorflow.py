@@ -5,7 +5,14 @@ from __future__ import annotations
 import tensorflow as tf
 
 import attn_ops
-from attn_ops.tensorflow import constants, philox, rematerialization, rotary  # noqa: F401  rotary: for the layers
+from attn_ops.tensorflow import (  # noqa: F401  append, decode, rotary: for the layers
+    append,
+    constants,
+    decode,
+    philox,
+    rematerialization,
+    rotary,
+)
 
 attention = attn_ops  # the module with scaled_dot_product_attention and attention_weights
 

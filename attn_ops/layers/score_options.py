@@ -8,6 +8,7 @@ import numpy as np
 from attn_ops.call import options
 from attn_ops.call.position_bias import T5RelativeBias, alibi_slopes
 from attn_ops.call.rotary import from_option
+from attn_ops.layers import cached
 from attn_ops.layers.backend import backend
 from attn_ops.layers.base import DropIn, dense_reason
 from attn_ops.masks.config import config_of, from_config
@@ -102,6 +103,11 @@ class ScoreOptions(DropIn):
                 initializer=keras.initializers.RandomNormal(stddev=query_shape[-1] ** -0.5),
                 autocast=False,
             )
+
+    def __call__(self, *args, **kwargs):
+        if kwargs.get("cache") is not None:
+            kwargs["cache"] = cached.kept(kwargs["cache"])
+        return super().__call__(*args, **kwargs)
 
     @property
     def rotary(self):
