@@ -9,7 +9,7 @@ import typing
 
 import numpy as np
 
-from attn_ops.call import arrays, options
+from attn_ops.call import options
 from attn_ops.call.options import LARGEST_OFFSET
 
 _NAME = "KVCache.create"
@@ -83,7 +83,7 @@ class KVCache(typing.NamedTuple):
             ValueError: extents below 1, a dtype that is not floating, or another layout.
         """
         if layout not in ("BSHD", "BHSD"):
-            raise ValueError(f"{_NAME}: layout must be 'BSHD' or 'BHSD', got {layout!r}; {arrays.LAYOUTS}")
+            raise ValueError(f"{_NAME}: layout must be 'BSHD' or 'BHSD', got {layout!r}")
         max_length = _extent("max_length", max_length)
         num_kv_heads, head_dim = _extent("num_kv_heads", num_kv_heads), _extent("head_dim", head_dim)
         value_dim = head_dim if value_dim is None else _extent("value_dim", value_dim)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 
 from attn_ops.call import public
+from attn_ops.call.normalize import normalize
 from attn_ops.generation import decode
-from attn_ops.jax import append, attention, xp
+from attn_ops.jax import append, choice, run, xp
 
 update = functools.partial(decode.update, xp, append.append)
 rewound = functools.partial(decode.rewound, xp)
@@ -45,9 +46,7 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
     query, key, value, options, cache = decode.prepared(
         xp, append.append, name, q, cache, k_new, v_new, rotary, is_causal, **given
     )
-    out = attention.scaled_dot_product_attention(
-        query, key, value, **options, return_lse=return_lse, implementation=implementation
-    )
-    out, lse = out if return_lse else (out, None)
+    call = normalize(xp, name, query, key, value, **options, return_lse=return_lse)
+    out, lse = run.attention(name, call, choice.choose(name, implementation), forced=implementation is not None)
     out = out if out.dtype == q.dtype else out.astype(q.dtype)
     return (out, lse, cache) if return_lse else (out, cache)

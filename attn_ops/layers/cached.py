@@ -8,24 +8,12 @@ from keras import ops
 from attn_ops.generation.cache import KVCache, kind
 from attn_ops.layers.backend import backend, set_keras_mask
 from attn_ops.layers.base import dense_reason
-from attn_ops.layers.common import boolean, refuse_ragged
-from attn_ops.masks import constructors
+from attn_ops.layers.inputs import boolean, refuse_ragged
+from attn_ops.layers.kept import Kept
+from attn_ops.masks import mask as masks
 from attn_ops.masks.mask import Mask
 
 _STEPS = "call", "_compute_attention", "_compute_attention_mask", "_masked_softmax"
-
-
-class Kept:
-    """A cache on its way through `Layer.__call__`, which would cast a cache of 16 bits to the dtype of the layer."""
-
-    def __init__(self, cache):
-        self.cache = cache
-
-
-def kept(cache):
-    """``cache`` as an argument of `Layer.__call__`."""
-    own = isinstance(cache, KVCache) and not any(isinstance(x, keras.KerasTensor) for x in cache)
-    return Kept(cache) if own else cache
 
 
 def attend(layer, cls, query, value, key, cache, cache_update_index, *, training, query_mask, key_masks, **given):
@@ -44,13 +32,13 @@ def attend(layer, cls, query, value, key, cache, cache_update_index, *, training
     _check(layer, cls, name, query, training, given)
     refuse_ragged(layer, query=query, value=value, key=key)
     own = layer._own_settings(False)
-    masks = [*(boolean(x, "query_mask") for x in (query_mask, *key_masks) if x is not None)]
+    padding = [*(boolean(x, "query_mask") for x in (query_mask, *key_masks) if x is not None)]
     options = {
         "mask": _mask(layer, given.get("attention_mask")),
         "window": None if own["window"] is None else (own["window"] - 1, own["window"] - 1),
         "scale": own["scale"],
         "rotary": layer._rotary,
-        "query_seq_lengths": _counts(name, masks[0]) if masks else None,
+        "query_seq_lengths": _counts(name, padding[0]) if padding else None,
         "implementation": layer.implementation,
         **layer._score_options(given.get("attention_bias")),
     }
@@ -78,7 +66,7 @@ def spec(out, cache):
 def _with_cache(rows, cache, options):
     heads_first = cache.layout == "BHSD"
     query, key, value = (ops.transpose(x, (0, 2, 1, 3)) if heads_first else x for x in rows)
-    out, cache = backend.decode.decode_attention(query, cache, key, value, **options)
+    out, cache = backend.decode_attention(query, cache, key, value, **options)
     return ops.transpose(out, (0, 2, 1, 3)) if heads_first else out, cache
 
 
@@ -100,7 +88,7 @@ def _with_tensor(name, rows, cache, index, options):
     counts = options["query_seq_lengths"]
     lengths = index + (ops.shape(query)[1] if counts is None else counts)
     own = kind("BSHD", None)(cache[:, 0], cache[:, 1], lengths)
-    out, _ = backend.decode.decode_attention(query, own, **options)
+    out, _ = backend.decode_attention(query, own, **options)
     return out, cache
 
 
@@ -123,7 +111,7 @@ def _mask(layer, attention_mask):
     if isinstance(attention_mask, Mask):
         parts.append(attention_mask)
     elif attention_mask is not None:
-        parts.append(constructors.boolean(boolean(attention_mask, "attention_mask")))
+        parts.append(masks.boolean(boolean(attention_mask, "attention_mask")))
     parts = [part for part in parts if part is not None]
     return parts or None
 

@@ -8,9 +8,9 @@ import numpy as np
 from attn_ops.call import options
 from attn_ops.call.position_bias import T5RelativeBias, alibi_slopes
 from attn_ops.call.rotary import from_option
-from attn_ops.layers import cached
 from attn_ops.layers.backend import backend
 from attn_ops.layers.base import DropIn, dense_reason
+from attn_ops.layers.kept import kept
 from attn_ops.masks.config import config_of, from_config
 from attn_ops.masks.mask import Mask, combined
 
@@ -106,7 +106,7 @@ class ScoreOptions(DropIn):
 
     def __call__(self, *args, **kwargs):
         if kwargs.get("cache") is not None:
-            kwargs["cache"] = cached.kept(kwargs["cache"])
+            kwargs["cache"] = kept(kwargs["cache"])
         return super().__call__(*args, **kwargs)
 
     @property
