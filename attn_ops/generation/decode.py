@@ -5,6 +5,8 @@ The rules are the same for TensorFlow and JAX: ``xp`` is tensorflow/xp.py or jax
 
 from __future__ import annotations
 
+import typing
+
 from attn_ops.call import arrays, options
 from attn_ops.call import rotary as rotations
 from attn_ops.call.attention_call import canonical
@@ -25,8 +27,26 @@ NOT_TAKEN = (
 _ALONG_KEYS = "bias", "mask"
 
 
-def prepared(xp, append, name, q, cache, k_new, v_new, rotary, is_causal, **given):
-    """(query, key, value, options of the attention, cache): the call of the attention, and the cache afterwards."""
+class Decoding(typing.NamedTuple):
+    """What is to be done: a call of the attention, and how the cache grows before that."""
+
+    query: typing.Any
+    key: typing.Any  # the memory of the cache, as it is before: a call that is refused leaves it so
+    value: typing.Any
+    options: dict  # of the attention
+    cache: typing.Any
+    plan: typing.Any  # `growth.Growth`, or None without new rows
+    new: tuple  # the new keys and values
+
+    def grown(self, xp, append):
+        """(key, value) with the new rows, and the cache afterwards."""
+        if self.plan is None:
+            return self.key, self.value, self.cache
+        return growth.grown(xp, append, self.cache, self.plan, *self.new)
+
+
+def prepared(xp, name, q, cache, k_new, v_new, rotary, is_causal, **given) -> Decoding:
+    """The arguments of `decode_attention`, checked; ``given`` are options of the attention."""
     cache = growth.checked(xp, name, cache)
     dtype = cache.key.dtype
     batch, _, _, dim = canonical(xp.extents(cache.key), cache.layout)
@@ -49,23 +69,26 @@ def prepared(xp, append, name, q, cache, k_new, v_new, rotary, is_causal, **give
     window = _window(name, cache, given.pop("window", None), is_causal, given)
 
     if k_new is None and v_new is None:
-        before = _before(xp, name, cache, q, axis, counts, is_causal)
+        plan, new = None, ()
         key, value, first, after = cache.key, cache.value, growth.first_kept(xp, cache), cache.lengths
+        before = _before(xp, name, cache, q, axis, counts, is_causal)
         if cache.rolls and not (isinstance(rows, int) and rows <= step(cache.window)):
             raise ValueError(
                 f"{name}: without new keys, at most {step(cache.window)} rows at once see all that a cache with a window "
                 f"of {cache.window} has let them, got {rows}"
             )
         if rotary is not None:
-            q = _turned(xp, name, q, rotary, axis, before)
+            q = rotations.rotate(xp, name, q, rotary, axis, before)
     else:
         k_new, v_new = growth.checked_rows(xp, name, cache, k_new, v_new)
         k_rows = xp.extents(k_new)[axis]
         if not arrays.compatible([k_rows], [rows]):
             raise ValueError(f"{name}: there must be as many new keys as rows of q, got {k_rows} and {rows}")
+        plan = growth.planned(xp, name, cache, k_new, counts)
+        key, value, first, before, after = plan.key, plan.value, plan.first_after, plan.before, plan.after
         if rotary is not None:
-            q, k_new = _turned_together(xp, name, q, k_new, rotary, axis, cache.lengths)
-        cache, key, value, first, before, after = growth.grown(xp, append, name, cache, k_new, v_new, counts)
+            q, k_new = _turned_together(xp, name, q, k_new, rotary, axis, before)
+        new = k_new, v_new
     if first is not None:
         before, after = before - first, after - first
     given = {
@@ -77,7 +100,7 @@ def prepared(xp, append, name, q, cache, k_new, v_new, rotary, is_causal, **give
         "query_offset": before,
         "query_seq_lengths": counts,
     }
-    return q if q.dtype == dtype else xp.cast(q, dtype), key, value, given, cache
+    return Decoding(q if q.dtype == dtype else xp.cast(q, dtype), key, value, given, cache, plan, new)
 
 
 def update(xp, append, name, cache, k, v, lengths):
@@ -86,7 +109,7 @@ def update(xp, append, name, cache, k, v, lengths):
     k, v = growth.checked_rows(xp, name, cache, k, v)
     rows = xp.extents(k)[1 if cache.layout == "BSHD" else 2]
     counts = arrays.lengths(xp, name, "lengths", lengths, xp.extents(k)[0], rows)
-    return growth.grown(xp, append, name, cache, k, v, counts).cache
+    return growth.grown(xp, append, cache, growth.planned(xp, name, cache, k, counts), k, v)[2]
 
 
 def rewound(xp, name, cache, lengths):
@@ -141,15 +164,11 @@ def _before(xp, name, cache, q, axis, counts, is_causal):
     return before if is_causal else xp.maximum(before, 0)
 
 
-def _turned(xp, name, x, rotary, axis, start):
-    return rotations.rotate(xp, name, x, rotary, axis, start)
-
-
 def _turned_together(xp, name, q, k, rotary, axis, start):
     """Both turned by the same angles, which so are computed once."""
     heads_axis = 3 - axis
     heads = xp.extents(q)[heads_axis]
     if q.dtype != k.dtype or heads is None:
-        return (_turned(xp, name, x, rotary, axis, start) for x in (q, k))
-    both = _turned(xp, name, xp.concat([q, k], heads_axis), rotary, axis, start)
+        return (rotations.rotate(xp, name, x, rotary, axis, start) for x in (q, k))
+    both = rotations.rotate(xp, name, xp.concat([q, k], heads_axis), rotary, axis, start)
     return (both[:, :, :heads], both[:, :, heads:]) if heads_axis == 2 else (both[:, :heads], both[:, heads:])

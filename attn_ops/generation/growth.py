@@ -12,20 +12,22 @@ from attn_ops.call.attention_call import canonical
 from attn_ops.generation.cache import KVCache, step
 
 
-class Grown(typing.NamedTuple):
-    """A cache with new rows, and what they attend to.
+class Growth(typing.NamedTuple):
+    """How a cache will grow by new rows: what `planned` says, and `grown` does.
 
-    ``key`` and ``value`` hold the positions from ``first``, int32 [batch] or None for 0, on: those of the cache, but for
-    many new rows at once in one with a window, whose first rows see what has made way for the last ones already.
-    ``before`` and ``after`` are the lengths, int32 [batch].
+    ``key`` and ``value`` are the memory that the new rows go to, as it is before: the cache's, or longer ones where a cache
+    with a window gets so many rows at once that the first of them see what makes way for the last. They hold the positions
+    from ``first`` on, int32 [batch] or None for 0, and from ``first_after`` on once the rows are there. ``before`` and
+    ``after`` are the lengths, int32 [batch]; ``counts`` is None or int32 [batch], how many of the new rows there are.
     """
 
-    cache: KVCache
     key: typing.Any
     value: typing.Any
     first: typing.Any
+    first_after: typing.Any
     before: typing.Any
     after: typing.Any
+    counts: typing.Any
 
 
 def checked(xp, name, cache):
@@ -77,46 +79,50 @@ def checked_rows(xp, name, cache, k_new, v_new):
     return found
 
 
-def grown(xp, append, name, cache, k_new, v_new, counts=None) -> Grown:
-    """``cache`` with the `checked_rows` ``k_new`` and ``v_new`` after those that it has.
-
-    ``append`` is the framework's, of append.py; ``counts`` are None or int32 [batch], how many of the new rows there are.
-    """
+def planned(xp, name, cache, k_new, counts=None) -> Growth:
+    """How ``cache`` will grow by as many rows as ``k_new``, of which there are ``counts``, int32 [batch] or None for all."""
     axis = _positions_axis(cache)
     new = xp.extent(k_new, axis)
     if xp.static_value(cache.lengths) is not None and isinstance(new, int):
         _check_room(xp, name, cache, new, counts)
     elif not cache.rolls and isinstance(new, int) and counts is None and new > cache.rows:
         raise ValueError(f"{name}: {new} new rows do not fit a cache for {cache.rows}")
+    key, value = cache.key, cache.value
     before = cache.lengths
     after = before + (new if counts is None else counts)
     if not cache.rolls:
-        key, value, written = append(cache, cache.key, cache.value, k_new, v_new, before, counts, None, cache.written)
-        cache = cache._replace(key=key, value=value, lengths=after, written=written)
-        return Grown(cache, key, value, None, before, after)
-
-    first, next_first = _first(xp, cache, before), _first(xp, cache, after)
+        return Growth(key, value, None, None, before, after, counts)
+    first = _first(xp, cache, before)
     if isinstance(new, int) and new <= step(cache.window):
-        dropped = next_first - first
-        key, value, written = append(
-            cache, cache.key, cache.value, k_new, v_new, before - first, counts, dropped, cache.written
-        )
-        cache = cache._replace(key=key, value=value, lengths=after, written=written)
-        return Grown(cache, key, value, next_first, before, after)
+        return Growth(key, value, first, _first(xp, cache, after), before, after, counts)
+    key, value = (xp.with_more_rows(x, axis, new) for x in (key, value))
+    return Growth(key, value, first, first, before, after, counts)
 
-    # More than make way at a time: into memory for all, of which the last positions are kept.
-    longer = (xp.with_more_rows(x, axis, new) for x in (cache.key, cache.value))
-    key, value, _ = append(cache, *longer, k_new, v_new, before - first, counts, None, None)
-    kept = xp.minimum(
-        (next_first - first)[:, None] + xp.arange_like(cache.rows, before), cache.rows + new - 1
-    )
+
+def grown(xp, append, cache, plan, k_new, v_new):
+    """(key, value) of the ``plan`` with the new rows, and the cache afterwards; ``append`` is the framework's, of append.py."""
+    if not cache.rolls:
+        key, value, written = append(
+            cache, plan.key, plan.value, k_new, v_new, plan.before, plan.counts, None, cache.written
+        )
+        return key, value, cache._replace(key=key, value=value, lengths=plan.after, written=written)
+    at = plan.before - plan.first
+    if plan.key is cache.key:
+        key, value, written = append(
+            cache, plan.key, plan.value, k_new, v_new, at, plan.counts, plan.first_after - plan.first, cache.written
+        )
+        return key, value, cache._replace(key=key, value=value, lengths=plan.after, written=written)
+    key, value, _ = append(cache, plan.key, plan.value, k_new, v_new, at, plan.counts, None, None)
+    axis = _positions_axis(cache)
+    kept = (_first(xp, cache, plan.after) - plan.first)[:, None] + xp.arange_like(cache.rows, at)
+    kept = xp.minimum(kept, xp.extent(key, axis) - 1)
     cache = cache._replace(
         key=xp.take_rows(key, kept, axis),
         value=xp.take_rows(value, kept, axis),
-        lengths=after,
+        lengths=plan.after,
         written=None if cache.written is None else cache.written * 0 - 1,  # nobody's lengths: a copy comes before the next
     )
-    return Grown(cache, key, value, first, before, after)
+    return key, value, cache
 
 
 def first_kept(xp, cache):

@@ -61,7 +61,7 @@ def scaled_dot_product_attention(query, key, value, **given):
     name = "scaled_dot_product_attention"
     implementation = given.pop("implementation", None)
     call = normalize(xp, name, query, key, value, **given)
-    out, lse = _RUN[choice.choose(name, call, implementation)](call)
+    out, lse = RUN[choice.choose(name, call, implementation)](call)
     if call.squeeze:
         out = tf.squeeze(out, call.added_axes(call.heads_axis()))
         lse = tf.squeeze(lse, call.added_axes(1)) if call.return_lse else None
@@ -103,4 +103,4 @@ def _composite(call):
     return composite.attention(call, exporting=place.exporting())
 
 
-_RUN = {"fused": _fused, "composite": _composite, "reference": reference.attention}
+RUN = {"fused": _fused, "composite": _composite, "reference": reference.attention}

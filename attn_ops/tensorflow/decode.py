@@ -7,8 +7,9 @@ import functools
 import tensorflow as tf
 
 from attn_ops.call import public
+from attn_ops.call.normalize import normalize
 from attn_ops.generation import decode
-from attn_ops.tensorflow import append, attention, xp
+from attn_ops.tensorflow import append, attention, choice, xp
 from attn_ops.tensorflow.forms import graph
 
 update = tf.autograph.experimental.do_not_convert(functools.partial(decode.update, xp, append.append))
@@ -60,12 +61,11 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
 def _decode(q, cache, k_new, v_new, implementation=None, return_lse=False, rotary=None, is_causal=True, **given):
     name = "decode_attention"
     q = xp.as_tensor(name, "q", q)
-    query, key, value, options, cache = decode.prepared(
-        xp, append.append, name, q, cache, k_new, v_new, rotary, is_causal, **given
-    )
-    out = attention.scaled_dot_product_attention(
-        query, key, value, **options, return_lse=return_lse, implementation=implementation
-    )
-    out, lse = out if return_lse else (out, None)
+    decoding = decode.prepared(xp, name, q, cache, k_new, v_new, rotary, is_causal, **given)
+    call = normalize(xp, name, decoding.query, decoding.key, decoding.value, **decoding.options, return_lse=return_lse)
+    run = attention.RUN[choice.choose(name, call, implementation)]
+    # Only what nothing speaks against changes the cache.
+    key, value, cache = decoding.grown(xp, append.append)
+    out, lse = run(call._replace(key=key, value=value))
     out = out if out.dtype == q.dtype else tf.cast(out, q.dtype)
     return (out, lse, cache) if return_lse else (out, cache)
