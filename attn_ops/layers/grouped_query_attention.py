@@ -34,7 +34,7 @@ class GroupedQueryAttention(ScoreOptions, _Stock):
     - Keys and values keep `num_key_value_heads` heads: query head h reads head `h // (num_query_heads //
       num_key_value_heads)`. Keras repeats them, once per query head.
     - The options of the constructor and of calls that MultiHeadAttention has beyond Keras's: `attention_bias`,
-      `query_offset` and masks of `attn_ops.masks` in calls; `logits_soft_cap`, `sinks`, `position_bias`,
+      `query_offset`, `cache` and masks of `attn_ops.masks` in calls; `logits_soft_cap`, `sinks`, `position_bias`,
       `num_buckets`, `max_distance`, `bidirectional`, `mask` and `rotary`.
     - `as_in_keras=True`, which `attn_ops.convert` sets, keeps Keras's answers where masks make a difference.
     - No warning that the projections destroy the mask of an input. The output has the mask of the query, a given

@@ -58,6 +58,12 @@ class MultiHeadAttention(ScoreOptions, _Stock):
       `[batch, num_heads, seqlen_q, seqlen_k]`, every extent may be 1. It has a gradient. `query_offset`, an integer or
       integers `[batch]`, is the position of the first query among the keys, which count from 0 (decoding with a cache):
       causal masks, windows, `position_bias` and `rotary` follow it.
+    - `cache` of a call, an :class:`attn_ops.KVCache`, holds the keys and values of the tokens before; the call appends those of
+      its own `[batch, rows, features]`, any number of them, attends causally to all, and returns `(output, cache)`. Masks and
+      `attention_bias` have the cache's axis of keys; a `query_mask` tells how many of the rows are tokens, padding
+      last; `rotary` follows the cache. Or `cache` is KerasHub's tensor `[batch, 2, max_length, num_heads, key_dim]`, with
+      `cache_update_index`, an integer or integers `[batch]`, as the position of the first row. For generation: no gradient,
+      dropout or scores.
     - An `attention_mask` may be an object of `attn_ops.masks`, which stays structured.
     - Query, value and key may be `tf.RaggedTensor`s `[batch, (seqlen), features]`, also of functional models
       (`keras.Input(ragged=True)`): no padding is made, and the output is ragged like the query. Causal masks and windows

@@ -51,21 +51,20 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
             Options along the axis of keys (``bias``, masks by position) beside a cache with a window, or a wider window.
         tf.errors.InvalidArgumentError: the same, where only the running op can know; in XLA the attention finds it.
     """
-    if tf.executing_eagerly() or append.only_scatters() or given.get("implementation") not in (None, "fused"):
-        return _decode(q, cache, k_new, v_new, **given)
-    # One choice for the append and the attention.
-    run = functools.partial(_decode, q, cache, k_new, v_new, **given)
-    return graph.by_device(run, run, run)
-
-
-def _decode(q, cache, k_new, v_new, implementation=None, return_lse=False, rotary=None, is_causal=True, **given):
     name = "decode_attention"
+    implementation, return_lse = given.pop("implementation", None), given.pop("return_lse", False)
+    rotary, is_causal = given.pop("rotary", None), given.pop("is_causal", True)
     q = xp.as_tensor(name, "q", q)
     decoding = decode.prepared(xp, name, q, cache, k_new, v_new, rotary, is_causal, **given)
     call = normalize(xp, name, decoding.query, decoding.key, decoding.value, **decoding.options, return_lse=return_lse)
-    run = attention.RUN[choice.choose(name, call, implementation)]
-    # Only what nothing speaks against changes the cache.
-    key, value, cache = decoding.grown(xp, append.append)
-    out, lse = run(call._replace(key=key, value=value))
-    out = out if out.dtype == q.dtype else tf.cast(out, q.dtype)
-    return (out, lse, cache) if return_lse else (out, cache)
+    chosen = choice.choose(name, call, implementation)
+
+    def run():  # only what nothing speaks against changes the cache
+        key, value, cache = decoding.grown(xp, append.append)
+        out, lse = attention.RUN[chosen](call._replace(key=key, value=value))
+        out = out if out.dtype == q.dtype else tf.cast(out, q.dtype)
+        return (out, lse, cache) if return_lse else (out, cache)
+
+    if chosen != "fused" or tf.executing_eagerly() or append.only_scatters():
+        return run()
+    return graph.by_device(run, run, run)  # one choice for the append and the attention
