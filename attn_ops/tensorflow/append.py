@@ -36,8 +36,7 @@ def append_to_cache(cache, k_new, v_new, positions):
         positions = positions[None]
 
     def scattered():
-        stacked = tf.stack([k_new, v_new], 1)
-        return (_scattered(stacked, cache, positions, None, heads_first=False, planes=2),)
+        return tuple(_scattered([(tf.stack([k_new, v_new], 1), cache)], positions, None, axis=2))
 
     def native():
         (grown,), _ = _operator([cache], k_new, v_new, positions, None, None, None, "B2SHD")
@@ -61,8 +60,7 @@ def append(cache, key, value, k_new, v_new, positions, counts, dropped, written)
         if dropped is not None:
             keys, values = _moved_up(keys, values, dropped, layout)
             at = at - dropped
-        heads_first = layout == "BHSD"
-        rows = [_scattered(new, old, at, counts, heads_first) for new, old in ((k_new, keys), (v_new, values))]
+        rows = _scattered([(k_new, keys), (v_new, values)], at, counts, axis=1 if layout == "BSHD" else 2)
         # Nobody's lengths: in the memory of these others are at work.
         return (*rows, *([] if written is None else [written * 0 - 1]))
 
@@ -114,7 +112,7 @@ def _on_its_device(native, scattered):
         return scattered()
     if tf.executing_eagerly():
         return scattered() if gpu.takes_eager_ops() else native()
-    return graph.by_device(native, scattered, scattered)
+    return graph.by_device(native, scattered if gpu.any_visible() else native, scattered)
 
 
 def _operator(caches, k_new, v_new, positions, counts, dropped, written, layout):
@@ -122,30 +120,34 @@ def _operator(caches, k_new, v_new, positions, counts, dropped, written, layout)
     return kernels.library().attn_ops_append_to_cache(caches, k_new, v_new, positions, *optional, layout=layout)
 
 
-def _scattered(new, old, positions, counts, heads_first, planes=None):
-    """``old`` with the rows ``new`` at ``positions``, of which there are ``counts``."""
-    axis = 2 if heads_first or planes else 1
+def _scattered(pairs, positions, counts, axis):
+    """Each ``old`` of the pairs (new, old), of rank 4 or 5, with its rows ``new`` at ``positions`` of ``axis``, of which there
+    are ``counts``."""
+    new, old = pairs[0]
     shape = runtime_checks.extents(new)
-    at = tf.range(shape[axis])[None]  # [1, rows]
-    start = positions[:, None]
+    at = tf.expand_dims(tf.range(shape[axis]), 0)  # [1, rows]
+    start = tf.expand_dims(positions, 1)
     if counts is not None:
         # Those that are not there repeat the last one that is; where there is none, what is there already.
-        at = tf.minimum(at, tf.maximum(counts - 1, 0)[:, None])
-        new = tf.gather(new, at, axis=axis, batch_dims=1)
+        at = tf.minimum(at, tf.expand_dims(tf.maximum(counts - 1, 0), 1))
         last = runtime_checks.extents(old)[axis] - 1
         none = counts == 0
-        there = tf.gather(old, tf.minimum(start + at, last), axis=axis, batch_dims=1)
-        new = tf.where(none[:, None, None, None], there, new)
-        start = tf.where(none[:, None], tf.minimum(start, last), start)
+        there, chosen = tf.minimum(start + at, last), at
+        start = tf.where(tf.expand_dims(none, 1), tf.minimum(start, last), start)
+
+        def rows_of(new, old):
+            new, old = (tf.gather(x, i, axis=axis, batch_dims=1) for x, i in ((new, chosen), (old, there)))
+            return tf.where(tf.reshape(none, [-1] + [1] * (old.shape.rank - 1)), old, new)
+
+        pairs = [(rows_of(*pair), pair[1]) for pair in pairs]
     at = start + at  # [batch or 1, rows]
     batch = tf.range(shape[0])
     if axis == 1:
-        grid = shape[:2]
-        axes = [batch[:, None], at]
+        axes = [tf.expand_dims(batch, 1), at]
     else:
-        grid = shape[:3]
-        axes = [batch[:, None, None], tf.range(shape[1])[:, None], at[:, None]]
-    return tf.tensor_scatter_nd_update(old, tf.stack([tf.broadcast_to(x, grid) for x in axes], -1), new)
+        axes = [tf.reshape(batch, [-1, 1, 1]), tf.expand_dims(tf.range(shape[1]), 1), tf.expand_dims(at, 1)]
+    indices = tf.stack([tf.broadcast_to(x, shape[: axis + 1]) for x in axes], -1)
+    return [tf.tensor_scatter_nd_update(old, indices, new) for new, old in pairs]
 
 
 def _moved_up(key, value, dropped, layout):

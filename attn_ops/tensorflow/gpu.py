@@ -24,9 +24,14 @@ def in_use(call: AttentionCall) -> bool:
     return has_kernel or "CPU" not in call.query.device
 
 
+def any_visible() -> bool:
+    """Whether TensorFlow has a GPU."""
+    return bool(_ordinals())
+
+
 def takes_eager_ops() -> bool:
     """Whether an eager operation that has kernels everywhere runs on a GPU here."""
-    return bool(_ordinals()) and "CPU" not in place.device()
+    return any_visible() and "CPU" not in place.device()
 
 
 def unsupported_reasons(call: AttentionCall, forced: bool) -> list[str]:
