@@ -21,6 +21,8 @@ _ATTRIBUTES = {
     "varlen_attention": "tensorflow.varlen",
     "ragged_attention": "tensorflow.varlen",
     "rotary_embedding": "tensorflow.rotary",
+    "KVCache": "generation.cache",
+    "decode_attention": "tensorflow.decode",
     "alibi_slopes": "call.position_bias",
     "T5RelativeBias": "call.position_bias",
     "explain": "tensorflow.explain",

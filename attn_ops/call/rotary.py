@@ -71,6 +71,22 @@ class Rotary:
         return width
 
 
+def from_option(name, rotary):
+    """The `Rotary` of an option ``rotary``: None or False, True for the defaults, or a dict of the arguments that are others."""
+    if rotary is None or rotary is False:
+        return None
+    if isinstance(rotary, Rotary):
+        return rotary
+    if rotary is True:
+        return Rotary.of(name)
+    if not isinstance(rotary, dict):
+        raise TypeError(f"{name}: rotary must be None, True or a dict of options of rotary_embedding, got {rotary!r}")
+    known = [*Rotary.__dataclass_fields__]
+    if not set(rotary) <= set(known):
+        raise ValueError(f"{name}: rotary takes {', '.join(known)}, not {', '.join(sorted(set(rotary) - set(known)))}")
+    return Rotary.of(name, **rotary)
+
+
 @functools.lru_cache(maxsize=64)
 def frequencies(name, rotary, width):
     """(the angles per position of each pair, float64 [width / 2], the factor of cosine and sine).

@@ -7,9 +7,19 @@ Works under `jax.jit`, `jax.grad` (to any order), `jax.vmap`, `jax.lax.scan` and
 needed.
 """
 
+from attn_ops.generation.cache import KVCache
 from attn_ops.jax.attention import attention_weights, scaled_dot_product_attention
+from attn_ops.jax.decode import decode_attention
 from attn_ops.jax.explain import explain
 from attn_ops.jax.rotary import rotary_embedding
 from attn_ops.jax.varlen import varlen_attention
 
-__all__ = ["attention_weights", "explain", "rotary_embedding", "scaled_dot_product_attention", "varlen_attention"]
+__all__ = [
+    "KVCache",
+    "attention_weights",
+    "decode_attention",
+    "explain",
+    "rotary_embedding",
+    "scaled_dot_product_attention",
+    "varlen_attention",
+]

@@ -7,7 +7,7 @@ import jax
 from attn_ops.call import explanation, public
 from attn_ops.call.normalize import checked_lse, normalize, normalize_weights
 from attn_ops.jax import call as calls
-from attn_ops.jax import choice, composite, derivatives, xp
+from attn_ops.jax import choice, composite, run, xp
 from attn_ops.models import keras_tensors
 
 
@@ -53,7 +53,7 @@ def scaled_dot_product_attention(query, key, value, **given):
     name = "scaled_dot_product_attention"
     implementation = given.pop("implementation", None)
     call = normalize(xp, name, query, key, value, **given)
-    out, lse = _run(name, call, implementation)
+    out, lse = run.attention(name, call, choice.choose(name, implementation), forced=implementation is not None)
     if call.squeeze:
         out = out.squeeze(call.added_axes(call.heads_axis()))
         lse = lse.squeeze(call.added_axes(1)) if call.return_lse else None
@@ -77,7 +77,7 @@ def attention_weights(query, key, **given):
     implementation, lse = given.pop("implementation", None), given.pop("lse", None)
     call = normalize_weights(xp, name, query, key, **given)
     if lse is None:
-        _, lse = _run(name, call, implementation)
+        _, lse = run.attention(name, call, choice.choose(name, implementation), forced=implementation is not None)
     else:
         explanation.check_name(name, implementation, choice.IMPLEMENTATIONS)
         lse = checked_lse(xp, name, call, lse)
@@ -85,20 +85,4 @@ def attention_weights(query, key, **given):
     return weights.squeeze(call.added_axes(1)) if call.squeeze else weights
 
 
-_composite = jax.jit(composite.attention, static_argnums=0)
 _weights = jax.jit(composite.attention_weights, static_argnums=0)
-
-
-def _run(name, call, implementation):
-    options, arrays = calls.split(call)
-    if choice.choose(name, implementation) == "composite":
-        return _composite(options, arrays)
-    try:
-        return derivatives.attention(implementation == "fused", options, arrays)[:2]
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        raise TypeError(
-            f"{name}: the kernels have no forward mode (jax.jvp, jax.jacfwd, jax.hessian): "
-            'implementation="composite" has it'
-        ) from error

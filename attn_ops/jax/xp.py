@@ -136,3 +136,17 @@ def arange_like(count, like):
 
 def bitcast_int32(x):
     return jax.lax.bitcast_convert_type(x, np.int32)
+
+
+# For caches.
+minimum, maximum = jnp.minimum, jnp.maximum
+
+
+def with_more_rows(x, axis, count):
+    """``x`` with so many rows of zeros behind those along ``axis``, of rank 4."""
+    return jnp.pad(x, [(0, count if i == axis else 0) for i in range(4)])
+
+
+def take_rows(x, indices, axis):
+    """The rows ``indices`` [batch, n] of ``x`` along ``axis``, of each batch entry its own."""
+    return jnp.take_along_axis(x, jnp.expand_dims(indices, (2, 3) if axis == 1 else (1, 3)), axis, mode="clip")

@@ -10,8 +10,9 @@ from keras import ops
 from attn_ops.call.arrays import compatible
 from attn_ops.layers.axes import dims
 from attn_ops.layers.base import DropIn, overridden, refuse_if_forced
-from attn_ops.layers.common import attend_one_head, boolean, combine, dropout_seed, hide_rows, refuse_ragged
+from attn_ops.layers.common import attend_one_head, combine, dropout_seed, hide_rows
 from attn_ops.layers.empty_rows import empty_rows
+from attn_ops.layers.inputs import boolean, refuse_ragged
 from attn_ops.masks import constructors
 
 _Stock = keras.layers.Attention

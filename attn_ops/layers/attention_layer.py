@@ -6,7 +6,8 @@ import keras
 
 from attn_ops.call.arrays import compatible
 from attn_ops.layers.base import FlashAttention, checked_dropout, checked_number
-from attn_ops.layers.common import attend_one_head, boolean, combine, dropout_seed, hide_rows, refuse_ragged
+from attn_ops.layers.common import attend_one_head, combine, dropout_seed, hide_rows
+from attn_ops.layers.inputs import boolean, refuse_ragged
 from attn_ops.masks import constructors
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import keras
 from keras import ops
 
+from attn_ops.layers import cached
 from attn_ops.layers.axes import AttentionAxes, dims
 from attn_ops.layers.backend import backend, set_keras_mask
 from attn_ops.layers.base import dense_reason, refuse_if_forced
-from attn_ops.layers.common import attend, boolean, combine, dropout_seed, keras_mask, refuse_ragged, without_keras_mask
+from attn_ops.layers.common import attend, combine, dropout_seed, keras_mask
 from attn_ops.layers.empty_rows import empty_rows, with_means
+from attn_ops.layers.inputs import boolean, refuse_ragged, without_keras_mask
 from attn_ops.layers.score_options import ScoreOptions, present
 from attn_ops.masks import constructors
 from attn_ops.masks.mask import Mask
@@ -32,7 +34,7 @@ class GroupedQueryAttention(ScoreOptions, _Stock):
     - Keys and values keep `num_key_value_heads` heads: query head h reads head `h // (num_query_heads //
       num_key_value_heads)`. Keras repeats them, once per query head.
     - The options of the constructor and of calls that MultiHeadAttention has beyond Keras's: `attention_bias`,
-      `query_offset` and masks of `attn_ops.masks` in calls; `logits_soft_cap`, `sinks`, `position_bias`,
+      `query_offset`, `cache` and masks of `attn_ops.masks` in calls; `logits_soft_cap`, `sinks`, `position_bias`,
       `num_buckets`, `max_distance`, `bidirectional`, `mask` and `rotary`.
     - `as_in_keras=True`, which `attn_ops.convert` sets, keeps Keras's answers where masks make a difference.
     - No warning that the projections destroy the mask of an input. The output has the mask of the query, a given
@@ -54,8 +56,27 @@ class GroupedQueryAttention(ScoreOptions, _Stock):
         use_causal_mask=False,
         attention_bias=None,
         query_offset=None,
+        cache=None,
+        cache_update_index=None,
     ):
         self._return_attention_scores = return_attention_scores
+        if cache is not None:
+            return cached.attend(
+                self,
+                GroupedQueryAttention,
+                query,
+                value,
+                value if key is None else key,
+                cache,
+                cache_update_index,
+                training=training,
+                query_mask=query_mask,
+                key_masks=(value_mask, key_mask),
+                attention_mask=attention_mask,
+                return_attention_scores=return_attention_scores,
+                attention_bias=attention_bias,
+                query_offset=query_offset,
+            )
         given = present(attention_bias=attention_bias, query_offset=query_offset)
         if any(backend.is_ragged(x) for x in (query, value, key)):
             padded = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask}
@@ -197,8 +218,12 @@ class GroupedQueryAttention(ScoreOptions, _Stock):
         use_causal_mask=False,
         attention_bias=None,
         query_offset=None,
+        cache=None,
+        cache_update_index=None,
     ):
         self._refuse_symbolic_mask(attention_mask)
+        if cache is not None:
+            return cached.spec(super().compute_output_spec(query, value, key=key), cache)
         spec = super().compute_output_spec(
             query,
             value,

@@ -7,11 +7,13 @@ import inspect
 import keras
 from keras import ops
 
+from attn_ops.layers import cached
 from attn_ops.layers.axes import AttentionAxes, dims
 from attn_ops.layers.backend import backend, set_keras_mask
 from attn_ops.layers.base import dense_reason, refuse_if_forced
-from attn_ops.layers.common import attend, boolean, combine, dropout_seed, keras_mask, refuse_ragged, without_keras_mask
+from attn_ops.layers.common import attend, combine, dropout_seed, keras_mask
 from attn_ops.layers.empty_rows import empty_rows, with_means
+from attn_ops.layers.inputs import boolean, refuse_ragged, without_keras_mask
 from attn_ops.layers.score_options import ScoreOptions, present
 from attn_ops.masks.mask import Mask
 
@@ -56,6 +58,12 @@ class MultiHeadAttention(ScoreOptions, _Stock):
       `[batch, num_heads, seqlen_q, seqlen_k]`, every extent may be 1. It has a gradient. `query_offset`, an integer or
       integers `[batch]`, is the position of the first query among the keys, which count from 0 (decoding with a cache):
       causal masks, windows, `position_bias` and `rotary` follow it.
+    - `cache` of a call, an :class:`attn_ops.KVCache`, holds the keys and values of the tokens before; the call appends those of
+      its own `[batch, rows, features]`, any number of them, attends causally to all, and returns `(output, cache)`. Masks and
+      `attention_bias` have the cache's axis of keys; a `query_mask` tells how many of the rows are tokens, padding
+      last; `rotary` follows the cache. Or `cache` is KerasHub's tensor `[batch, 2, max_length, num_heads, key_dim]`, with
+      `cache_update_index`, an integer or integers `[batch]`, as the position of the first row. For generation: no gradient,
+      dropout or scores.
     - An `attention_mask` may be an object of `attn_ops.masks`, which stays structured.
     - Query, value and key may be `tf.RaggedTensor`s `[batch, (seqlen), features]`, also of functional models
       (`keras.Input(ragged=True)`): no padding is made, and the output is ragged like the query. Causal masks and windows
@@ -89,7 +97,26 @@ class MultiHeadAttention(ScoreOptions, _Stock):
         use_causal_mask=False,
         attention_bias=None,
         query_offset=None,
+        cache=None,
+        cache_update_index=None,
     ):
+        if cache is not None:
+            return cached.attend(
+                self,
+                MultiHeadAttention,
+                query,
+                value,
+                value if key is None else key,
+                cache,
+                cache_update_index,
+                training=training,
+                query_mask=query_mask,
+                key_masks=(value_mask, key_mask),
+                attention_mask=attention_mask,
+                return_attention_scores=return_attention_scores,
+                attention_bias=attention_bias,
+                query_offset=query_offset,
+            )
         given = present(attention_bias=attention_bias, query_offset=query_offset)
         if any(backend.is_ragged(x) for x in (query, value, key)):
             padded = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask}
@@ -261,8 +288,12 @@ class MultiHeadAttention(ScoreOptions, _Stock):
         use_causal_mask=False,
         attention_bias=None,
         query_offset=None,
+        cache=None,
+        cache_update_index=None,
     ):
         self._refuse_symbolic_mask(attention_mask)
+        if cache is not None:
+            return cached.spec(super().compute_output_spec(query, value, key), cache)
         spec = super().compute_output_spec(query, value, key)
         if getattr(query, "ragged", False):
             return keras.KerasTensor(spec.shape, dtype=spec.dtype, ragged=True)

@@ -9,7 +9,7 @@ from attn_ops.call.options import is_integer
 from attn_ops.call.rotary import Rotary
 from attn_ops.layers.backend import backend
 from attn_ops.layers.base import checked_number
-from attn_ops.layers.common import refuse_ragged
+from attn_ops.layers.inputs import refuse_ragged
 
 
 @keras.saving.register_keras_serializable(package="attn_ops")

@@ -7,9 +7,10 @@ import numpy as np
 
 from attn_ops.call import options
 from attn_ops.call.position_bias import T5RelativeBias, alibi_slopes
-from attn_ops.call.rotary import Rotary
+from attn_ops.call.rotary import from_option
 from attn_ops.layers.backend import backend
 from attn_ops.layers.base import DropIn, dense_reason
+from attn_ops.layers.kept import kept
 from attn_ops.masks.config import config_of, from_config
 from attn_ops.masks.mask import Mask, combined
 
@@ -64,7 +65,7 @@ class ScoreOptions(DropIn):
         if bidirectional not in (None, True, False):
             raise ValueError(f"{name}: bidirectional must be None, True or False, not {bidirectional!r}")
         mask = _checked_mask(name, mask)
-        rotary = _checked_rotary(name, rotary)
+        rotary = from_option(name, rotary)
         super().__init__(*args, **kwargs)
         self.logits_soft_cap = logits_soft_cap
         self._use_sinks = sinks
@@ -102,6 +103,11 @@ class ScoreOptions(DropIn):
                 initializer=keras.initializers.RandomNormal(stddev=query_shape[-1] ** -0.5),
                 autocast=False,
             )
+
+    def __call__(self, *args, **kwargs):
+        if kwargs.get("cache") is not None:
+            kwargs["cache"] = kept(kwargs["cache"])
+        return super().__call__(*args, **kwargs)
 
     @property
     def rotary(self):
@@ -249,16 +255,3 @@ def _checked_mask(name, mask):
     if mask is not None and any(isinstance(x, keras.KerasTensor) for x in mask.arrays()):
         raise TypeError(f"{name}: mask holds a tensor of a Keras model, and is fixed when the layer is made: {mask!r}")
     return mask
-
-
-def _checked_rotary(name, rotary):
-    if rotary is None or rotary is False:
-        return None
-    if rotary is True:
-        return Rotary.of(name)
-    if not isinstance(rotary, dict):
-        raise TypeError(f"{name}: rotary must be None, True or a dict of options of rotary_embedding, got {rotary!r}")
-    known = [*Rotary.__dataclass_fields__]
-    if not set(rotary) <= set(known):
-        raise ValueError(f"{name}: rotary takes {', '.join(known)}, not {', '.join(sorted(set(rotary) - set(known)))}")
-    return Rotary.of(name, **rotary)

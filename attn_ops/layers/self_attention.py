@@ -6,7 +6,8 @@ import keras
 
 from attn_ops.call.options import is_integer
 from attn_ops.layers.base import FlashAttention, checked_dropout, checked_number
-from attn_ops.layers.common import attend_one_head, boolean, combine, dropout_seed, refuse_ragged
+from attn_ops.layers.common import attend_one_head, combine, dropout_seed
+from attn_ops.layers.inputs import boolean, refuse_ragged
 from attn_ops.masks import constructors
 
 

@@ -63,7 +63,7 @@ def scaled_dot_product_attention(query, key, value, **given):
     call = normalize(xp, name, query, key, value, **given)
     chosen = choice.choose(name, call, implementation)
     choice.calls[chosen] += 1
-    out, lse = _RUN[chosen](call)
+    out, lse = RUN[chosen](call)
     if call.squeeze:
         out = tf.squeeze(out, call.added_axes(call.heads_axis()))
         lse = tf.squeeze(lse, call.added_axes(1)) if call.return_lse else None
@@ -105,4 +105,4 @@ def _composite(call):
     return composite.attention(call, exporting=place.exporting())
 
 
-_RUN = {"fused": _fused, "composite": _composite, "reference": reference.attention}
+RUN = {"fused": _fused, "composite": _composite, "reference": reference.attention}

@@ -24,6 +24,16 @@ def in_use(call: AttentionCall) -> bool:
     return has_kernel or "CPU" not in call.query.device
 
 
+def any_visible() -> bool:
+    """Whether TensorFlow has a GPU."""
+    return bool(_ordinals())
+
+
+def takes_eager_ops() -> bool:
+    """Whether an eager operation that has kernels everywhere runs on a GPU here."""
+    return any_visible() and "CPU" not in place.device()
+
+
 def unsupported_reasons(call: AttentionCall, forced: bool) -> list[str]:
     """Why the fused op cannot run ``call`` on the GPU that it would run on; empty when it can, or when that is a CPU.
 

@@ -127,3 +127,17 @@ def arange_like(count, like):
 
 def bitcast_int32(x):
     return tf.bitcast(x, tf.int32)
+
+
+# For caches.
+minimum, maximum = tf.minimum, tf.maximum
+
+
+def with_more_rows(x, axis, count):
+    """``x`` with so many rows of zeros behind those along ``axis``, of rank 4."""
+    return tf.pad(x, [[0, count if i == axis else 0] for i in range(4)])
+
+
+def take_rows(x, indices, axis):
+    """The rows ``indices`` [batch, n] of ``x`` along ``axis``, of each batch entry its own."""
+    return tf.gather(x, indices, axis=axis, batch_dims=1)

@@ -1,4 +1,4 @@
-// The operators AttnOps>Forward and AttnOps>Backward for TensorFlow, through its C API: one binary for every
+// The operators AttnOps>Forward, AttnOps>Backward and AttnOps>AppendToCache for TensorFlow, through its C API: one binary for every
 // TensorFlow from 2.16 up. Exceptions stay inside this file; whoever calls in sees a status.
 #include "tensorflow/c/kernels.h"
 
@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cuda_library.h"
+#include "tf_append.h"
 #include "tf_capi.h"
 #include "tf_devices.h"
 #include "tf_hint.h"
@@ -121,6 +122,7 @@ __attribute__((constructor)) void register_operators() {
     register_operator<true>();
     register_kernels<false>();
     register_kernels<true>();
+    register_append();
     register_hint();
   } catch (const std::exception& e) {
     std::fprintf(stderr, "attn_ops: the operators could not be registered: %s\n", e.what());

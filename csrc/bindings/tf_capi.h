@@ -99,6 +99,22 @@ class Execution {
     return tensor;
   }
 
+  // An output in the memory of this input, where nobody else uses that any more; else in its own.
+  Tensor forward_or_output(int input, int output, const int64_t* shape, int rank) const {
+    Status status;
+    int forwarded = -1;
+    Tensor tensor(TF_ForwardInputOrAllocateOutput(context_, &input, 1, output, shape, rank, &forwarded, status));
+    status.check();
+    return tensor;
+  }
+
+  // An output in the memory of this tensor.
+  void share(int output, const Tensor& tensor) const {
+    Status status;
+    TF_SetOutput(context_, output, tensor.get(), status);
+    status.check();
+  }
+
   // On the device of the kernel, or in the memory of the host.
   Tensor temporary(size_t bytes, bool on_host) const {
     Status status;

@@ -291,3 +291,29 @@ def test_the_layer_of_rotary_embedding():
     assert_same(jax.jit(lambda x, start: layer(x, start_index=start))(x, 7), expected)
     inputs = keras.Input((None, 3, 8))
     assert_same(keras.Model(inputs, layer(inputs)).predict(x, verbose=0), layer(x))
+
+
+@pytest.mark.wide(2)
+@pytest.mark.parametrize("name", STOCK)
+def test_cache(name):
+    """A prompt and three tokens by a cache, jitted, are the whole causal sequence."""
+    x = random(2, 7, 16)
+    layer = getattr(layers, name)(**STOCK[name], rotary=True)
+    right = layer(x, x, use_causal_mask=True)
+    heads = STOCK[name].get("num_key_value_heads", 4)
+    weights = [w.value for w in layer.trainable_variables]
+
+    @jax.jit
+    def step(weights, x, cache):
+        (out, cache), _ = layer.stateless_call(weights, [], x, x, cache=cache)
+        return out, cache
+
+    cache, outs = attn_ops.KVCache.create(2, 8, heads, 8), []
+    stacked = jax.numpy.zeros((2, 2, 8, heads, 8))
+    for begin, end in ((0, 4), (4, 5), (5, 6), (6, 7)):
+        out, cache = step(weights, x[:, begin:end], cache)
+        other, stacked = layer(x[:, begin:end], x[:, begin:end], cache=stacked, cache_update_index=begin)
+        assert_same(other, out)
+        outs.append(out)
+    assert_same(np.concatenate(outs, 1), right)
+    assert cache.lengths.tolist() == [7, 7]

@@ -7,6 +7,7 @@ XLA a constant 2, and it drops the other branches (TensorFlow's own recurrent la
 
 from __future__ import annotations
 
+import contextvars
 import functools
 
 import tensorflow as tf
@@ -14,6 +15,9 @@ import tensorflow as tf
 from attn_ops.call.attention_call import AttentionCall
 from attn_ops.tensorflow import composite, dynamic_sizes, export
 from attn_ops.tensorflow.forms import eager, xla
+
+_IN_XLA = 2  # of the functions that `by_device` is given
+_decided = contextvars.ContextVar("attn_ops.graph.decided", default=None)
 
 
 def forward(call: AttentionCall):
@@ -33,17 +37,36 @@ def backward(call: AttentionCall, out, statistics, d_out, d_lse):
 
 
 def _native_or(call, operator, in_xla):
-    def native():
-        export.leave_hint()
-        return operator()
-
     if dynamic_sizes.any_unknown(call):
         # Some of its operations exist for XLA alone. Inlined, as branches are where they run, they would have to find a place.
         in_xla = tf.function(in_xla, autograph=False, experimental_attributes={"_noinline": True})
+    return by_device(operator, operator, in_xla)
+
+
+def by_device(on_cpu, on_gpu, in_xla):
+    """The results of one of three functions: by the device, or whether XLA compiles the graph. The first two may hold
+    operators of the library. Inside of such a function it is decided already, and another choice costs nothing."""
+    functions = on_cpu, on_gpu, in_xla
+    decided = _decided.get()
+    if decided is not None:
+        return functions[decided]()
+
+    def branch(which):
+        def run():
+            token = _decided.set(which)
+            try:
+                if which != _IN_XLA:
+                    export.leave_hint()
+                return functions[which]()
+            finally:
+                _decided.reset(token)
+
+        return run
+
     # Called as a function without state: `DeviceIndex` counts as one that has it, of which `tf.vectorized_map` would
     # want a value for each iteration.
     (device,) = tf.raw_ops.PartitionedCall(args=[], Tout=[tf.int32], f=_device_index())
-    return tf.switch_case(device, [native, native, in_xla])
+    return tf.switch_case(device, [branch(which) for which in range(len(functions))])
 
 
 @functools.cache

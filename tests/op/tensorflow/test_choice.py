@@ -24,8 +24,8 @@ def without_library(monkeypatch):
 def ran(monkeypatch):
     """The names of the implementations that ran."""
     names = []
-    for name, function in list(attention._RUN.items()):
-        monkeypatch.setitem(attention._RUN, name, lambda call, n=name, f=function: (names.append(n), f(call))[1])
+    for name, function in list(attention.RUN.items()):
+        monkeypatch.setitem(attention.RUN, name, lambda call, n=name, f=function: (names.append(n), f(call))[1])
     return names
 
 

@@ -1,0 +1,155 @@
+"""How a cache grows: what may be appended to it, where that goes, and what makes way for it.
+
+The rules are the same for TensorFlow and JAX: ``xp`` is tensorflow/xp.py or jax/xp.py.
+"""
+
+from __future__ import annotations
+
+import typing
+
+from attn_ops.call import arrays
+from attn_ops.call.attention_call import canonical
+from attn_ops.generation.cache import KVCache, step
+
+
+class Growth(typing.NamedTuple):
+    """How a cache will grow by new rows: what `planned` says, and `grown` does.
+
+    ``key`` and ``value`` are the memory that the new rows go to, as it is before: the cache's, or longer ones where a cache
+    with a window gets so many rows at once that the first of them see what makes way for the last. They hold the positions
+    from ``first`` on, int32 [batch] or None for 0, and from ``first_after`` on once the rows are there. ``before`` and
+    ``after`` are the lengths, int32 [batch]; ``counts`` is None or int32 [batch], how many of the new rows there are.
+    """
+
+    key: typing.Any
+    value: typing.Any
+    first: typing.Any
+    first_after: typing.Any
+    before: typing.Any
+    after: typing.Any
+    counts: typing.Any
+
+
+def checked(xp, name, cache):
+    """``cache`` with tensors of ``xp``; TypeError or ValueError where it is none."""
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"{name}: cache must be an attn_ops.KVCache, got {type(cache).__name__}")
+    key, value = xp.as_tensor(name, "cache.key", cache.key), xp.as_tensor(name, "cache.value", cache.value)
+    for what, x in (("cache.key", key), ("cache.value", value)):
+        extents = xp.extents(x)
+        if extents is None or len(extents) != 4:
+            raise ValueError(f"{name}: {what} must have rank 4, got shape {arrays.shape_text(extents)}")
+        if x.dtype not in xp.FLOATS:
+            raise TypeError(f"{name}: {what} must be float16, bfloat16, float32 or float64, got {x.dtype.name}")
+    k, v = (canonical(xp.extents(x), cache.layout) for x in (key, value))
+    if key.dtype != value.dtype or not arrays.compatible(k[:3], v[:3]):
+        raise ValueError(
+            f"{name}: keys and values of the cache must have one dtype and, but for the last axis, one shape, got "
+            f"{key.dtype.name} {key.shape} and {value.dtype.name} {value.shape}"
+        )
+    if cache.rows is None:
+        raise ValueError(f"{name}: the length of the cache's memory must be known, got shape {key.shape}")
+    lengths = arrays.lengths(xp, name, "cache.lengths", cache.lengths, k[0], None if cache.rolls else cache.rows)
+    return cache._replace(key=key, value=value, lengths=lengths)
+
+
+def checked_rows(xp, name, cache, k_new, v_new):
+    """The new rows in the cache's dtype; ``cache`` is a checked one."""
+    if (k_new is None) != (v_new is None):
+        raise ValueError(f"{name}: k_new and v_new come together, and {'k' if k_new is None else 'v'}_new is None")
+    found = []
+    for what, x, of in (("k_new", k_new, cache.key), ("v_new", v_new, cache.value)):
+        x = xp.as_tensor(name, what, x)
+        if not xp.is_floating(x.dtype):
+            raise TypeError(f"{name}: {what} must be floating, got {x.dtype.name}; cast it: {xp.cast_text(what)}")
+        batch, heads, _, dim = canonical(xp.extents(of), cache.layout)
+        extents = xp.extents(x)
+        rank_4 = extents is not None and len(extents) == 4
+        if not rank_4 or not arrays.compatible(canonical(extents, cache.layout), [batch, heads, None, dim]):
+            wanted = canonical((batch, heads, "any number", dim), cache.layout)
+            raise ValueError(
+                f"{name}: {what} must have shape ({', '.join(map(str, wanted))}) for this cache (layout {cache.layout}), "
+                f"got {arrays.shape_text(extents)}"
+            )
+        found.append(x if x.dtype == of.dtype else xp.cast(x, of.dtype))
+    axis = _positions_axis(cache)
+    k_rows, v_rows = (xp.extents(x)[axis] for x in found)
+    if not arrays.compatible([k_rows], [v_rows]):
+        raise ValueError(f"{name}: k_new and v_new must have the same number of rows, got {k_rows} and {v_rows}")
+    return found
+
+
+def planned(xp, name, cache, k_new, counts=None) -> Growth:
+    """How ``cache`` will grow by as many rows as ``k_new``, of which there are ``counts``, int32 [batch] or None for all."""
+    axis = _positions_axis(cache)
+    new = xp.extent(k_new, axis)
+    if xp.static_value(cache.lengths) is not None and isinstance(new, int):
+        _check_room(xp, name, cache, new, counts)
+    elif not cache.rolls and isinstance(new, int) and counts is None and new > cache.rows:
+        raise ValueError(f"{name}: {new} new rows do not fit a cache for {cache.rows}")
+    key, value = cache.key, cache.value
+    before = cache.lengths
+    after = before + (new if counts is None else counts)
+    if not cache.rolls:
+        return Growth(key, value, None, None, before, after, counts)
+    first = _first(xp, cache, before)
+    if isinstance(new, int) and new <= step(cache.window):
+        return Growth(key, value, first, _first(xp, cache, after), before, after, counts)
+    key, value = (xp.with_more_rows(x, axis, new) for x in (key, value))
+    return Growth(key, value, first, first, before, after, counts)
+
+
+def grown(xp, append, cache, plan, k_new, v_new):
+    """(key, value) of the ``plan`` with the new rows, and the cache afterwards; ``append`` is the framework's, of append.py."""
+    if not cache.rolls:
+        key, value, written = append(
+            cache, plan.key, plan.value, k_new, v_new, plan.before, plan.counts, None, cache.written
+        )
+        return key, value, cache._replace(key=key, value=value, lengths=plan.after, written=written)
+    at = plan.before - plan.first
+    if plan.key is cache.key:
+        key, value, written = append(
+            cache, plan.key, plan.value, k_new, v_new, at, plan.counts, plan.first_after - plan.first, cache.written
+        )
+        return key, value, cache._replace(key=key, value=value, lengths=plan.after, written=written)
+    key, value, _ = append(cache, plan.key, plan.value, k_new, v_new, at, plan.counts, None, None)
+    axis = _positions_axis(cache)
+    kept = (_first(xp, cache, plan.after) - plan.first)[:, None] + xp.arange_like(cache.rows, at)
+    kept = xp.minimum(kept, xp.extent(key, axis) - 1)
+    cache = cache._replace(
+        key=xp.take_rows(key, kept, axis),
+        value=xp.take_rows(value, kept, axis),
+        lengths=plan.after,
+        written=None if cache.written is None else cache.written * 0 - 1,  # nobody's lengths: a copy comes before the next
+    )
+    return key, value, cache
+
+
+def first_kept(xp, cache):
+    """The position of a cache's first row, int32 [batch], or None for 0."""
+    return _first(xp, cache, cache.lengths) if cache.rolls else None
+
+
+def _first(xp, cache, lengths):
+    """Where the memory of a cache with a window begins when it has these lengths: at a multiple of `step`."""
+    by = step(cache.window)
+    return xp.maximum(lengths - cache.rows + by - 1, 0) // by * by
+
+
+def _check_room(xp, name, cache, new, counts):
+    lengths = xp.static_value(cache.lengths)
+    added = new if counts is None else xp.static_value(counts)
+    if added is None:
+        return
+    after = lengths + added
+    most = cache.max_length
+    if after.size and after.max() > most:
+        at = int(after.argmax())
+        raise ValueError(
+            f"{name}: the cache is full: sequence {at} has {lengths[at]} of {most} positions, and "
+            f"{new if counts is None else added[at]} more do not fit"
+        )
+
+
+def _positions_axis(cache):
+    return 1 if cache.layout == "BSHD" else 2

@@ -1,0 +1,87 @@
+"""New rows in the memory of a cache: scatters, which XLA does in place in loops and where arguments are donated."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from attn_ops.jax import xp
+
+
+def append_to_cache(cache, k_new, v_new, positions):
+    """`attn_ops.tensorflow.append.append_to_cache` on JAX arrays. Memory is taken over in loops, and in functions whose
+    argument the cache is, donated."""
+    new = jnp.stack([k_new, v_new], 1).astype(cache.dtype)
+    at = jnp.reshape(positions, (-1, 1)) + jnp.arange(k_new.shape[1])  # [batch or 1, rows]
+    batch = jnp.arange(cache.shape[0])[:, None, None]
+    return cache.at[batch, jnp.arange(2)[:, None], at[:, None]].set(new, mode="drop")
+
+
+def append(cache, key, value, k_new, v_new, positions, counts, dropped, written):
+    """(key, value, None) with the new rows from ``positions`` on, int32 [batch].
+
+    ``cache`` has their layout. ``counts`` and ``dropped`` are int32 [batch] or None: how many of the new rows there are, and how
+    many of the oldest make way, by which all others and ``positions`` move.
+    """
+    del written  # arrays of JAX are taken over whole
+    arrays = key, value, k_new, v_new, positions, counts, dropped
+    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+        return (*_appended(cache.layout, *arrays), None)
+    if key.is_deleted() or value.is_deleted():
+        raise ValueError(
+            "KVCache: this cache was taken over by an earlier update; go on with the one that returned, or copy() it first"
+        )
+    return (*_donated(cache.layout, *arrays), None)
+
+
+def empty(name, key_shape, value_shape, dtype):
+    """The fields of an empty cache of these shapes."""
+    try:
+        dtype = jnp.dtype(getattr(dtype, "as_numpy_dtype", dtype))
+    except TypeError as error:
+        raise ValueError(f"{name}: dtype must be a floating one, got {dtype!r}") from error
+    if dtype not in xp.FLOATS:
+        raise ValueError(f"{name}: dtype must be float16, bfloat16, float32 or float64, got {dtype.name}")
+    return jnp.zeros(key_shape, dtype), jnp.zeros(value_shape, dtype), jnp.zeros(key_shape[:1], "int32"), None
+
+
+def copied(cache):
+    """``cache`` in memory of its own."""
+    return cache._replace(key=jnp.array(cache.key, copy=True), value=jnp.array(cache.value, copy=True))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _appended(layout, key, value, k_new, v_new, positions, counts, dropped):
+    axis = 1 if layout == "BSHD" else 2
+    rows, new = key.shape[axis], k_new.shape[axis]
+    if dropped is not None:
+        def move(key, value):
+            kept = jnp.minimum(jnp.arange(rows)[None] + dropped[:, None], rows - 1)
+            return tuple(xp.take_rows(x, kept, axis) for x in (key, value))
+
+        key, value = jax.lax.cond(jnp.any(dropped > 0), move, lambda *x: x, key, value)
+        positions = positions - dropped
+    at = positions[:, None] + jnp.arange(new)
+    if counts is not None:
+        at = jnp.where(jnp.arange(new) < counts[:, None], at, rows)  # where nothing is
+    batch = jnp.arange(key.shape[0])[:, None]
+
+    def written(old, new):
+        if layout == "BSHD":
+            return old.at[batch, at].set(new, mode="drop")
+        return old.at[batch, :, at].set(new.transpose(0, 2, 1, 3), mode="drop")
+
+    return written(key, k_new), written(value, v_new)
+
+
+@_appended.defjvp
+def _no_derivative(layout, primals, tangents):
+    raise NotImplementedError(
+        "attn_ops: a KVCache is for generation, and has no derivative: train with scaled_dot_product_attention, or with "
+        "the layers without cache="
+    )
+
+
+_donated = jax.jit(_appended, static_argnums=0, donate_argnums=(1, 2))

@@ -1,0 +1,53 @@
+"""decode_attention on JAX arrays: new rows attend to a cache, and become part of it."""
+
+from __future__ import annotations
+
+import functools
+
+from attn_ops.call import public
+from attn_ops.call.normalize import normalize
+from attn_ops.generation import decode
+from attn_ops.jax import append, choice, run, xp
+
+update = functools.partial(decode.update, xp, append.append)
+rewound = functools.partial(decode.rewound, xp)
+
+
+@public.function(without=decode.NOT_TAKEN, is_causal=True, rotary=None, implementation=None)
+def decode_attention(q, cache, k_new=None, v_new=None, **given):
+    """Appends new keys and values to a cache, and attends to all that it has then.
+
+    The function of `attn_ops.decode_attention` on JAX arrays: the same arguments, results and errors. Works under
+    `jax.jit`, `jax.lax.scan` and `jax.lax.while_loop`. Forward only. Memory is taken over in loops, and in functions whose
+    argument the cache is, donated: ``jax.jit(step, donate_argnums=…)``; outside of functions the arrays of the old cache
+    are deleted.
+
+    Args:
+        q: floating [batch, rows, num_heads, head_dim], in the layout of the cache.
+        cache: an `attn_ops.KVCache`.
+        k_new, v_new: floating [batch, rows, num_kv_heads, head_dim] and [..., value_dim], or None.
+        is_causal: whether a row sees no key behind its own.
+        rotary: None, True, or a dict of the options of `attn_ops.rotary_embedding`: turns q and k_new by their positions.
+        {options}
+        implementation: as in `attn_ops.jax.scaled_dot_product_attention`.
+
+    Returns:
+        (out, cache); with return_lse (out, lse, cache).
+
+    Raises:
+        TypeError, ValueError: as in `attn_ops.decode_attention`.
+        jax.errors.JaxRuntimeError: no room for the new rows, where only the running kernel can know. The composite does not
+            find that.
+    """
+    name = "decode_attention"
+    implementation, return_lse = given.pop("implementation", None), given.pop("return_lse", False)
+    rotary, is_causal = given.pop("rotary", None), given.pop("is_causal", True)
+    q = xp.as_tensor(name, "q", q)
+    decoding = decode.prepared(xp, name, q, cache, k_new, v_new, rotary, is_causal, **given)
+    call = normalize(xp, name, decoding.query, decoding.key, decoding.value, **decoding.options, return_lse=return_lse)
+    chosen = choice.choose(name, implementation)
+    # Only what nothing speaks against changes the cache.
+    key, value, cache = decoding.grown(xp, append.append)
+    out, lse = run.attention(name, call._replace(key=key, value=value), chosen, forced=implementation is not None)
+    out = out if out.dtype == q.dtype else out.astype(q.dtype)
+    return (out, lse, cache) if return_lse else (out, cache)

@@ -1,0 +1,48 @@
+"""What the layers do with their inputs first: masks to booleans, ragged tensors refused, Keras masks put aside."""
+
+from __future__ import annotations
+
+import keras
+from keras import ops
+
+from attn_ops.layers.backend import backend
+from attn_ops.masks import checks
+
+
+def boolean(mask, name):
+    """`mask` as a bool tensor, from booleans, or numbers that tell as much: floats 0 and 1, integers from 0.
+
+    Keras would cast an additive mask of zeros and large negative numbers to bool, which inverts it. Raises TypeError
+    instead, as the op does, where the values are known: eagerly, and those of constants in what TensorFlow or JAX
+    trace. Graphs of TensorFlow check the others as they run (tf.errors.InvalidArgumentError). XLA cannot, in functions
+    of JAX, and of TensorFlow with `jit_compile=True` (and so in `fit` and `predict`, for the most part): there what only
+    the data decide is cast as Keras does.
+    """
+    mask = ops.convert_to_tensor(mask)
+    dtype = keras.backend.standardize_dtype(mask.dtype)
+    if dtype == "bool":
+        return mask
+    if "float" in dtype or not dtype.startswith("u"):
+        message = checks.not_boolean("attn_ops.layers", name, dtype, numbers=True)
+        values = backend.known_values(mask)
+        if values is None:
+            mask = backend.asserted(mask, checks.tells_visible(mask, dtype), message)
+        elif not checks.tells_visible(values, dtype).all():
+            raise TypeError(message)
+    return ops.cast(mask, "bool")
+
+
+def refuse_ragged(layer, **inputs):
+    """Raises TypeError where one of the `inputs` is ragged, as which Keras hands them over."""
+    for name, x in inputs.items():
+        if type(x).__name__ == "RaggedTensor":
+            raise TypeError(
+                f"{type(layer).__name__}: {name} is a RaggedTensor, and this layer takes dense tensors (on TensorFlow "
+                f"MultiHeadAttention takes ragged ones): pass {name}.to_tensor(), and "
+                f"tf.sequence_mask({name}.row_lengths()) as its mask"
+            )
+
+
+def without_keras_mask(x):
+    """`x` without its Keras mask, for a sublayer that would warn about it; the caller's tensor keeps it."""
+    return backend.without_keras_mask(x)

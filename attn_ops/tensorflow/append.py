@@ -1,0 +1,170 @@
+"""New rows in the memory of a cache: by the operator AttnOps>AppendToCache on CPUs, by scatters elsewhere.
+
+The operator is registered by csrc/bindings/tf_append.h, which says when it writes in place. XLA and GPUs do so as well,
+in loops and where arguments are donated.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from attn_ops import kernels
+from attn_ops.tensorflow import export, gpu, place, runtime_checks
+from attn_ops.tensorflow.forms import graph
+
+
+def append_to_cache(cache, k_new, v_new, positions):
+    """KerasHub's cache with new rows in it: what `AttnOps>AppendToCache` is where keys and values are one tensor.
+
+    Args:
+        cache: floating [batch, 2, max_length, num_kv_heads, head_dim], keys and then values.
+        k_new, v_new: [batch, rows, num_kv_heads, head_dim], cast to the dtype of the cache.
+        positions: integers [batch] or a scalar: where the first of the new rows goes.
+
+    Returns:
+        The shape and dtype of the cache. On CPUs it takes over the memory of ``cache`` where that is used nowhere else, as in
+        `tf.while_loop`. It has no gradient.
+
+    Raises:
+        ValueError, tf.errors.InvalidArgumentError: rows that do not fit the cache, or lie beyond its end; the cache stays
+            as it was.
+    """
+    cache = tf.convert_to_tensor(cache)
+    k_new, v_new = (tf.cast(x, cache.dtype) for x in (k_new, v_new))
+    positions = tf.cast(positions, tf.int32)
+    if positions.shape.rank == 0:
+        positions = positions[None]
+
+    def scattered():
+        return tuple(_scattered([(tf.stack([k_new, v_new], 1), cache)], positions, None, axis=2))
+
+    def native():
+        (grown,), _ = _operator([cache], k_new, v_new, positions, None, None, None, "B2SHD")
+        grown.set_shape(cache.shape)
+        return (grown,)
+
+    return _on_its_device(native, scattered)[0]
+
+
+def append(cache, key, value, k_new, v_new, positions, counts, dropped, written):
+    """(key, value, written) with the new rows from ``positions`` on, int32 [batch].
+
+    ``cache`` has their layout. ``counts`` and ``dropped`` are int32 [batch] or None: how many of the new rows there are, and how
+    many of the oldest make way, by which all others and ``positions`` move. ``written`` may be None.
+    """
+    layout = cache.layout
+
+    def scattered():
+        keys, values = key, value
+        at = positions
+        if dropped is not None:
+            keys, values = _moved_up(keys, values, dropped, layout)
+            at = at - dropped
+        rows = _scattered([(k_new, keys), (v_new, values)], at, counts, axis=1 if layout == "BSHD" else 2)
+        # Nobody's lengths: in the memory of these others are at work.
+        return (*rows, *([] if written is None else [written * 0 - 1]))
+
+    def native():
+        grown, marks = _operator([key, value], k_new, v_new, positions, counts, dropped, written, layout)
+        for x, like in zip((*grown, *marks), (key, value, written)):
+            x.set_shape(like.shape)
+        return (*grown, *marks)
+
+    key, value, *marks = _on_its_device(native, scattered)
+    return key, value, marks[0] if marks else None
+
+
+def empty(name, key_shape, value_shape, dtype):
+    """The fields of an empty cache of these shapes."""
+    try:
+        dtype = tf.as_dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"{name}: dtype must be a floating one, got {dtype!r}") from error
+    if dtype not in (tf.float16, tf.bfloat16, tf.float32, tf.float64):
+        raise ValueError(f"{name}: dtype must be float16, bfloat16, float32 or float64, got {dtype.name}")
+    key, value = (_new(shape, dtype) for shape in (key_shape, value_shape))
+    return key, value, tf.zeros(key_shape[:1], tf.int32), _new(key_shape[:1], tf.int32)
+
+
+def copied(cache):
+    """``cache`` in memory of its own."""
+    key, value = (_new(tf.shape(x), x.dtype) + x for x in (cache.key, cache.value))
+    written = _new(tf.shape(cache.lengths), tf.int32) - 1
+    return cache._replace(key=key, value=value, written=written)
+
+
+def _new(shape, dtype):
+    """Zeros in memory that nothing else is given: graphs let equal constants share theirs."""
+    known = [n for n in shape] if isinstance(shape, tuple) else None
+    x = tf.raw_ops.Empty(shape=tf.cast(tf.stack(shape) if known else shape, tf.int32), dtype=dtype, init=True)
+    if known:
+        x.set_shape([n if isinstance(n, int) else None for n in known])
+    return x
+
+
+def only_scatters() -> bool:
+    """Whether the operator cannot be in what is being computed or traced here."""
+    return bool(kernels.unavailable_reason() or place.in_xla() or export.reasons_against_fused(forced=False))
+
+
+def _on_its_device(native, scattered):
+    if only_scatters():
+        return scattered()
+    if tf.executing_eagerly():
+        return scattered() if gpu.takes_eager_ops() else native()
+    return graph.by_device(native, scattered if gpu.any_visible() else native, scattered)
+
+
+def _operator(caches, k_new, v_new, positions, counts, dropped, written, layout):
+    optional = ([] if x is None else [x] for x in (counts, dropped, written))
+    return kernels.library().attn_ops_append_to_cache(caches, k_new, v_new, positions, *optional, layout=layout)
+
+
+def _scattered(pairs, positions, counts, axis):
+    """Each ``old`` of the pairs (new, old), of rank 4 or 5, with its rows ``new`` at ``positions`` of ``axis``, of which there
+    are ``counts``."""
+    new, old = pairs[0]
+    shape = runtime_checks.extents(new)
+    at = tf.expand_dims(tf.range(shape[axis]), 0)  # [1, rows]
+    start = tf.expand_dims(positions, 1)
+    if counts is not None:
+        # Those that are not there repeat the last one that is; where there is none, what is there already.
+        at = tf.minimum(at, tf.expand_dims(tf.maximum(counts - 1, 0), 1))
+        last = runtime_checks.extents(old)[axis] - 1
+        none = counts == 0
+        there, chosen = tf.minimum(start + at, last), at
+        start = tf.where(tf.expand_dims(none, 1), tf.minimum(start, last), start)
+
+        def rows_of(new, old):
+            new, old = (tf.gather(x, i, axis=axis, batch_dims=1) for x, i in ((new, chosen), (old, there)))
+            return tf.where(tf.reshape(none, [-1] + [1] * (old.shape.rank - 1)), old, new)
+
+        pairs = [(rows_of(*pair), pair[1]) for pair in pairs]
+    at = start + at  # [batch or 1, rows]
+    batch = tf.range(shape[0])
+    if axis == 1:
+        axes = [tf.expand_dims(batch, 1), at]
+    else:
+        axes = [tf.reshape(batch, [-1, 1, 1]), tf.expand_dims(tf.range(shape[1]), 1), tf.expand_dims(at, 1)]
+    indices = tf.stack([tf.broadcast_to(x, shape[: axis + 1]) for x in axes], -1)
+    return [tf.tensor_scatter_nd_update(old, indices, new) for new, old in pairs]
+
+
+def _moved_up(key, value, dropped, layout):
+    """Both without their first ``dropped`` rows, and as many at the end that have no meaning."""
+    axis = 1 if layout == "BSHD" else 2
+
+    def move():
+        last = tf.shape(key)[axis] - 1
+        rows = tf.minimum(tf.range(last + 1)[None] + dropped[:, None], last)
+        return tuple(tf.gather(x, rows, axis=axis, batch_dims=1) for x in (key, value))
+
+    return tf.cond(tf.reduce_any(dropped > 0), move, lambda: (key, value))
+
+
+@tf.RegisterGradient("AttnOps>AppendToCache")
+def _no_gradient(op, *_):
+    raise NotImplementedError(
+        "attn_ops: a KVCache is for generation, and has no gradient: train with scaled_dot_product_attention, or with the "
+        "layers without cache="
+    )

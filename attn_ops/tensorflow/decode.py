@@ -1,0 +1,70 @@
+"""decode_attention for TensorFlow: new rows attend to a cache, and become part of it."""
+
+from __future__ import annotations
+
+import functools
+
+import tensorflow as tf
+
+from attn_ops.call import public
+from attn_ops.call.normalize import normalize
+from attn_ops.generation import decode
+from attn_ops.tensorflow import append, attention, choice, xp
+from attn_ops.tensorflow.forms import graph
+
+update = tf.autograph.experimental.do_not_convert(functools.partial(decode.update, xp, append.append))
+rewound = functools.partial(decode.rewound, xp)
+
+
+@tf.autograph.experimental.do_not_convert
+@public.function(without=decode.NOT_TAKEN, is_causal=True, rotary=None, implementation=None)
+def decode_attention(q, cache, k_new=None, v_new=None, **given):
+    """Appends new keys and values to a cache, and attends to all that it has then.
+
+    One call for all of generation: a prompt (as many rows as it has, or in parts), a token, a few at once (speculative
+    decoding). Row i of a sequence stands behind what the cache had of that, and sees no later key: what a causal attention
+    over the whole sequence gives it. Only keys that exist are read, and appending costs as much as the new rows (see
+    `attn_ops.KVCache`). Works eagerly, in `tf.function`, `tf.while_loop` and XLA. Forward only.
+
+    Args:
+        q: floating [batch, rows, num_heads, head_dim], in the layout of the cache. The attention runs in the dtype of the
+            cache; the output has that of q.
+        cache: an `attn_ops.KVCache`. The axis of keys, of a ``bias`` or ``mask``, is the cache's: [..., max_length].
+        k_new, v_new: floating [batch, rows, num_kv_heads, head_dim] and [..., value_dim], as many rows as q, cast to the dtype
+            of the cache. None: the rows of q are the last ones that the cache has already (or, with ``is_causal=False``,
+            rows that have no place there, as in cross-attention).
+        is_causal: whether a row sees no key behind its own. With False it sees those of the rows beside it too.
+        rotary: None, True, or a dict of the options of `attn_ops.rotary_embedding` (base, rotary_dim, interleaved, scaling):
+            turns q and k_new by their positions. The cache holds turned keys.
+        {options}
+        implementation: as in `attn_ops.scaled_dot_product_attention`.
+
+        ``query_seq_lengths`` tells how many of the new rows each sequence has, where prompts are padded at their ends:
+        the others are not appended.
+
+    Returns:
+        (out, cache), out [batch, rows, num_heads, value_dim]; with return_lse (out, lse, cache).
+
+    Raises:
+        TypeError: cache is no KVCache, or an argument of another kind.
+        ValueError: shapes that do not fit the cache, or no room for the new rows: then the cache stays as it was.
+            Options along the axis of keys (``bias``, masks by position) beside a cache with a window, or a wider window.
+        tf.errors.InvalidArgumentError: the same, where only the running op can know; in XLA the attention finds it.
+    """
+    name = "decode_attention"
+    implementation, return_lse = given.pop("implementation", None), given.pop("return_lse", False)
+    rotary, is_causal = given.pop("rotary", None), given.pop("is_causal", True)
+    q = xp.as_tensor(name, "q", q)
+    decoding = decode.prepared(xp, name, q, cache, k_new, v_new, rotary, is_causal, **given)
+    call = normalize(xp, name, decoding.query, decoding.key, decoding.value, **decoding.options, return_lse=return_lse)
+    chosen = choice.choose(name, call, implementation)
+
+    def run():  # only what nothing speaks against changes the cache
+        key, value, cache = decoding.grown(xp, append.append)
+        out, lse = attention.RUN[chosen](call._replace(key=key, value=value))
+        out = out if out.dtype == q.dtype else tf.cast(out, q.dtype)
+        return (out, lse, cache) if return_lse else (out, cache)
+
+    if chosen != "fused" or tf.executing_eagerly() or append.only_scatters():
+        return run()
+    return graph.by_device(run, run, run)  # one choice for the append and the attention

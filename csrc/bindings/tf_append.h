@@ -1,0 +1,195 @@
+// The operator AttnOps>AppendToCache for TensorFlow: new rows of keys and values, written into the memory that the cache
+// has wherever nobody else can tell.
+//
+// Two ways tell that nobody can. One is TensorFlow's, that this is the last use of the memory
+// (TF_ForwardInputOrAllocateOutput): so in loops; but what Python holds, or the caller of a function, is never free. The
+// other is for those. A cache may bring `written`, how many rows of its memory were ever written. It is an array whose
+// memory the cache and all that grew from it share. What is past the length of a cache is nobody's, so
+// whoever finds `written` equal to its own lengths may go on in place, and counts its rows there. A second one that grows
+// from the same cache finds other numbers, and copies first. Values so stay values, and a token costs a token.
+#pragma once
+
+#include <mutex>
+
+#include "append.h"
+#include "tf_kernel.h"
+
+namespace attn_ops::tf {
+
+constexpr const char* kAppend = "AttnOps>AppendToCache";
+
+class AppendKernel {
+ public:
+  explicit AppendKernel(const Attributes& attributes)
+      : layout_(cache_layout_named(attributes.string("layout"))),
+        num_caches_(attributes.integer("num_caches")),
+        num_counts_(attributes.integer("num_counts")),
+        num_dropped_(attributes.integer("num_dropped")),
+        num_written_(attributes.integer("num_written")),
+        type_(attributes.type("T")) {
+    if (num_caches_ != (layout_ == CacheLayout::kStacked ? 1 : 2)) {
+      throw std::invalid_argument("num_caches (" + text(num_caches_) + ") must be 2, or 1 in layout B2SHD");
+    }
+    for (int64_t count : {num_counts_, num_dropped_, num_written_}) {
+      if (count > 1) throw std::invalid_argument("num_counts, num_dropped and num_written must be 0 or 1");
+    }
+  }
+
+  void compute(TF_OpKernelContext* context) const {
+    const Execution execution(context);
+    int next = 0;
+    Tensor cache[2], added[2], positions, counts, dropped, written;
+    for (int64_t i = 0; i < num_caches_; ++i) cache[i] = execution.input(next++);
+    for (Tensor& tensor : added) tensor = execution.input(next++);
+    positions = execution.input(next++);
+    if (num_counts_) counts = execution.input(next++);
+    if (num_dropped_) dropped = execution.input(next++);
+    const int written_at = next;
+    if (num_written_) written = execution.input(next++);
+
+    Append append{};
+    append.layout = layout_;
+    const int64_t element = static_cast<int64_t>(TF_DataTypeSize(type_));
+    for (int half = 0; half < 2; ++half) {
+      const Extents shape = extents(cache[num_caches_ == 2 ? half : 0]), rows = extents(added[half]);
+      check_append_shapes(half == 0 ? "k" : "v", shape, rows, layout_);
+      append.cache[half] = position_rows(shape, layout_, element);
+      append.added[half] = position_rows(rows, layout_, element);
+    }
+    for (const auto& [name, keys, values] :
+         {std::tuple{"max_length", append.cache[0].length, append.cache[1].length},
+          std::tuple{"number of new rows", append.added[0].length, append.added[1].length}}) {
+      if (keys != values) throw std::invalid_argument(std::string("keys and values must have the same ") + name);
+    }
+    const int64_t batch = append.cache[0].batch;
+    append.positions = integers("positions", positions, batch, true);
+    append.position_stride = batch == 1 || TF_Dim(positions.get(), 0) == 1 ? 0 : 1;
+    if (counts) append.counts = integers("counts", counts, batch, false);
+    if (dropped) append.dropped = integers("dropped", dropped, batch, false);
+    int32_t* const marks = written ? integers("written", written, batch, false) : nullptr;
+    check_append_positions(append);  // nothing is written before
+
+    if (claimed(append, cache, marks)) {
+      for (int64_t i = 0; i < num_caches_; ++i) execution.share(static_cast<int>(i), cache[i]);
+      execution.share(static_cast<int>(num_caches_), written);
+    } else {
+      for (int64_t i = 0; i < num_caches_; ++i) own(execution, static_cast<int>(i), static_cast<int>(i), &cache[i]);
+      if (marks != nullptr) {
+        own(execution, written_at, static_cast<int>(num_caches_), &written);
+        int32_t* const mine = static_cast<int32_t*>(TF_TensorData(written.get()));
+        for (int64_t b = 0; b < batch; ++b) {
+          mine[b] = static_cast<int32_t>(append.position(b) - append.drop(b) + append.count(b));
+        }
+      }
+    }
+    for (int half = 0; half < 2; ++half) {
+      write_rows(append, half, TF_TensorData(cache[num_caches_ == 2 ? half : 0].get()), TF_TensorData(added[half].get()));
+    }
+  }
+
+ private:
+  static Extents extents(const Tensor& tensor) {
+    Extents shape(static_cast<size_t>(TF_NumDims(tensor.get())));
+    for (size_t i = 0; i < shape.size(); ++i) shape[i] = TF_Dim(tensor.get(), static_cast<int>(i));
+    return shape;
+  }
+
+  // int32 [batch], or [1] with `one`.
+  static int32_t* integers(const char* name, const Tensor& tensor, int64_t batch, bool one) {
+    const Extents shape = extents(tensor);
+    if (shape != Extents{batch} && !(one && shape == Extents{1})) {
+      throw std::invalid_argument(std::string(name) + " must have the shape [" + text(batch) + "], got " +
+                                  extents_text(shape));
+    }
+    return static_cast<int32_t*>(TF_TensorData(tensor.get()));
+  }
+
+  // Whether the rows may be written past those that the cache has, in its memory; if so, they count as written.
+  bool claimed(const Append& append, const Tensor* cache, int32_t* marks) const {
+    if (marks == nullptr || marks == append.positions || append.moves()) return false;
+    const void* const keys = TF_TensorData(cache[0].get());
+    if (num_caches_ == 2 && keys == TF_TensorData(cache[1].get()) && append.cache[0].batch_bytes > 0) return false;
+    static std::mutex* const marking = new std::mutex;
+    const std::lock_guard<std::mutex> lock(*marking);
+    const int64_t batch = append.cache[0].batch;
+    for (int64_t b = 0; b < batch; ++b) {
+      if (marks[b] != append.position(b)) return false;
+    }
+    for (int64_t b = 0; b < batch; ++b) marks[b] += static_cast<int32_t>(append.count(b));
+    return true;
+  }
+
+  // An input as an output that may be written: its memory where this is the last use of it, else a copy.
+  static void own(const Execution& execution, int input, int output, Tensor* tensor) {
+    const TF_DataType type = TF_TensorType(tensor->get());
+    const Extents shape = extents(*tensor);
+    const void* const data = TF_TensorData(tensor->get());
+    tensor->reset();  // which would count as a use
+    Tensor result = execution.forward_or_output(input, output, shape.data(), static_cast<int>(shape.size()));
+    if (TF_TensorData(result.get()) != data) {
+      int64_t bytes = static_cast<int64_t>(TF_DataTypeSize(type));
+      for (int64_t extent : shape) bytes *= extent;
+      const Tensor source = execution.input(input);
+      if (bytes > 0) std::memcpy(TF_TensorData(result.get()), TF_TensorData(source.get()), static_cast<size_t>(bytes));
+    }
+    *tensor = std::move(result);
+  }
+
+  CacheLayout layout_;
+  int64_t num_caches_, num_counts_, num_dropped_, num_written_;
+  TF_DataType type_;
+};
+
+// The results have the shapes of what they grow from. A stacked cache, of rank 5, is the only one there is.
+inline void infer_append_shapes(TF_ShapeInferenceContext* context, TF_Status*) {
+  const Inference inference(context);
+  inference.set_all_outputs_unknown();
+  const int64_t rank = inference.rank(inference.input(0));
+  if (rank == -1) return;
+  const int caches = rank == 5 ? 1 : 2;
+  for (int i = 0; i < caches; ++i) inference.set_output(i, inference.input(i));
+  inference.set_output_if_there(caches, inference.slice(inference.input(0), 0, 1));
+}
+
+inline void register_append() {
+  TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(kAppend);
+  for (const char* attribute :
+       {"T: {float, double, half, bfloat16}", "layout: {'BSHD', 'BHSD', 'B2SHD'} = 'BSHD'", "num_caches: int >= 1",
+        "num_counts: int >= 0 = 0", "num_dropped: int >= 0 = 0", "num_written: int >= 0 = 0"}) {
+    TF_OpDefinitionBuilderAddAttr(op, attribute);
+  }
+  for (const char* input : {"caches: num_caches * T", "k_new: T", "v_new: T", "positions: int32",
+                            "counts: num_counts * int32", "dropped: num_dropped * int32", "written: num_written * int32"}) {
+    TF_OpDefinitionBuilderAddInput(op, input);
+  }
+  for (const char* output : {"grown: num_caches * T", "now_written: num_written * int32"}) {
+    TF_OpDefinitionBuilderAddOutput(op, output);
+  }
+  TF_OpDefinitionBuilderSetShapeInferenceFunction(op, [](TF_ShapeInferenceContext* context, TF_Status* result) {
+    guarded(
+        kAppend, [&] { infer_append_shapes(context, result); },
+        [&](TF_Status* status) { TF_SetStatus(result, TF_GetCode(status), TF_Message(status)); });
+  });
+  Status status;
+  TF_RegisterOpDefinition(op, status);
+  status.check();
+
+  const auto create = [](TF_OpKernelConstruction* construction) -> void* {
+    AppendKernel* kernel = nullptr;
+    guarded(
+        kAppend, [&] { kernel = new AppendKernel(Attributes(construction)); },
+        [&](TF_Status* status) { TF_OpKernelConstruction_Failure(construction, status); });
+    return kernel;
+  };
+  const auto compute = [](void* kernel, TF_OpKernelContext* context) {
+    guarded(
+        kAppend, [&] { static_cast<AppendKernel*>(kernel)->compute(context); },
+        [&](TF_Status* status) { TF_OpKernelContext_Failure(context, status); });
+  };
+  const auto destroy = [](void* kernel) { delete static_cast<AppendKernel*>(kernel); };
+  TF_KernelBuilder* kernel = TF_NewKernelBuilder(kAppend, "CPU", create, compute, destroy);
+  TF_RegisterKernelBuilder(kAppend, kernel, status);
+  status.check();
+}
+
+}  // namespace attn_ops::tf

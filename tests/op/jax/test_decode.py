@@ -1,0 +1,140 @@
+"""attn_ops.jax.decode_attention and caches of JAX arrays: rows in parts are the rows of one causal attention."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import attn_ops.jax
+from cached_calls import (
+    BATCH, DIM, HEADS, KEY, KV_HEADS, MAX_LENGTH, OPTIONS, QUERY, TOKENS, VALUE, VALUE_DIM, in_parts, turned, whole,
+)  # fmt: skip
+
+TWO = (15, *[1] * 8)  # parts of two lengths: each is a function to compile
+FORMS = {"eager": lambda f: f, "jit": functools.partial(jax.jit, donate_argnums=1)}
+each_form = pytest.mark.parametrize("form", FORMS)
+each_layout = pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
+
+
+def new_cache(dtype="float32", batch=BATCH, length=MAX_LENGTH, **named):
+    return attn_ops.jax.KVCache.create(batch, length, KV_HEADS, DIM, dtype, value_dim=VALUE_DIM, framework="jax", **named)
+
+
+def array(x):
+    return jnp.asarray(x, "float32")
+
+
+def step_of(form, **options):
+    return FORMS[form](lambda q, cache, k, v: attn_ops.jax.decode_attention(q, cache, k, v, **options))
+
+
+def close(found, right, tolerance=2e-5):
+    np.testing.assert_allclose(np.asarray(found, np.float64), right, rtol=0, atol=tolerance)
+
+
+@pytest.mark.wide(27)
+@pytest.mark.parametrize("forced", [None, "composite"])
+@pytest.mark.parametrize("name", OPTIONS)
+@each_layout
+@each_form
+def test_options(form, layout, name, forced):
+    options = {what: array(x) if what == "bias" else x for what, x in OPTIONS[name][0].items()}
+    out, cache = in_parts(step_of(form, implementation=forced, **options), new_cache(layout=layout), layout, TWO, array)
+    close(out, whole(name))
+    assert cache.lengths.tolist() == [TOKENS] * BATCH
+
+
+def test_rotary_and_another_dtype():
+    out, cache = in_parts(step_of("jit", rotary=True), new_cache("bfloat16"), parts=TWO, array=array)
+    assert cache.key.dtype == "bfloat16" and out.dtype == np.float32
+    close(out, whole("plain", rotary=True), 0.1)
+    close(cache.key[:, :TOKENS], turned(KEY), 0.05)
+
+
+@pytest.mark.wide(12)
+@pytest.mark.parametrize("window", [1, 5, 40])
+@each_layout
+@each_form
+def test_window(form, layout, window, monkeypatch):
+    for module in ("cache", "growth", "decode"):
+        monkeypatch.setattr(f"attn_ops.generation.{module}.step", lambda window: 3)
+    cache = new_cache(window=window, layout=layout, length=1000)
+    assert cache.rows == window + 6
+    close(in_parts(step_of(form), cache, layout, (5, *[2] * 9), array)[0], whole("plain", window=window))
+
+
+@pytest.mark.wide(2)
+@each_form
+def test_prompts_of_different_lengths(form):
+    prompts = np.array([3, 7])
+    step = FORMS[form](lambda q, cache, k, v, n: attn_ops.jax.decode_attention(q, cache, k, v, query_seq_lengths=n))
+    out, cache = step(array(QUERY[:, :7]), new_cache(), array(KEY[:, :7]), array(VALUE[:, :7]), prompts)
+    for b, n in enumerate(prompts):
+        close(out[b, :n], whole("plain")[b, :n])
+        assert not out[b, n:].any()
+        close(cache.key[b, :n], KEY[b, :n])
+        assert not cache.key[b, n:].any()
+
+
+def test_scan():
+    rows = [jnp.moveaxis(array(x), 1, 0)[:, :, None] for x in (QUERY, KEY, VALUE)]
+
+    @jax.jit
+    def run(cache, rows):
+        def step(cache, row):
+            q, k, v = row
+            out, cache = attn_ops.jax.decode_attention(q, cache, k, v)
+            return cache, out[:, 0]
+
+        return jnp.moveaxis(jax.lax.scan(step, cache, rows)[1], 0, 1)
+
+    close(run(new_cache(), rows), whole("plain"))
+
+
+def test_memory_is_taken_over_and_a_copy_is_not():
+    first = new_cache()
+    copy = first.copy()
+    address = first.key.unsafe_buffer_pointer()
+    second = first.update(array(KEY[:, :2]), array(VALUE[:, :2]))
+    assert first.key.is_deleted() and second.key.unsafe_buffer_pointer() == address
+    with pytest.raises(ValueError, match="this cache was taken over by an earlier update"):
+        first.update(array(KEY[:, :2]), array(VALUE[:, :2]))
+    third = jax.jit(lambda cache, k, v: cache.update(k, v), donate_argnums=0)(second, array(KEY[:, 2:3]), array(VALUE[:, 2:3]))
+    assert third.key.unsafe_buffer_pointer() == address
+    close(third.key[:, :3], KEY[:, :3])
+    assert not copy.key.any()
+    rewound = third.rewind(1).update(array(KEY[:, 5:6]), array(VALUE[:, 5:6]))
+    close(rewound.key[:, :2], KEY[:, [0, 5]])
+
+
+def test_pytrees():
+    cache = new_cache(layout="BHSD", window=3)
+    assert len(jax.tree_util.tree_leaves(cache)) == 3
+    again = jax.jit(lambda cache: cache)(cache)
+    assert again.layout == "BHSD" and again.window == 3
+
+
+def test_what_is_wrong_is_said_and_changes_nothing():
+    cache = new_cache(length=4).update(array(KEY[:, :3]), array(VALUE[:, :3]))
+    q, k, v = (array(x[:, :2]) for x in (QUERY, KEY, VALUE))
+    for given, error, message in (
+        ((q, cache, k, v), ValueError, "the cache is full: sequence 0 has 3 of 4 positions, and 2 more do not fit"),
+        ((q[:, :1, :3], cache, k[:, :1], v[:, :1]), ValueError, "num_heads"),
+        ((q, 3), TypeError, "cache must be an attn_ops.KVCache, got int"),
+        ((q, cache._replace(lengths=[5, 1])), ValueError, "cache.lengths must be between 0 and 4, got 5"),
+    ):
+        with pytest.raises(error, match=f"decode_attention: .*{message}"):
+            attn_ops.jax.decode_attention(*given)
+    close(cache.key[:, :3], KEY[:, :3])
+    step = jax.jit(attn_ops.jax.decode_attention)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="lengths"):
+        step(q, cache, k, v)[0].block_until_ready()
+
+
+def test_there_is_no_derivative():
+    cache = new_cache()
+    with pytest.raises(NotImplementedError, match="a KVCache is for generation, and has no derivative"):
+        jax.grad(lambda k: cache.update(k, array(VALUE[:, :2])).key.sum())(array(KEY[:, :2]))
+    assert not cache.key.is_deleted() and HEADS == QUERY.shape[2]
