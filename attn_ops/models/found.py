@@ -20,7 +20,7 @@ class State(typing.NamedTuple):
 
     Attributes:
         attends: whether it is an attention itself, and does not only make masks for one.
-        seams: the seams of its class.
+        seams: the seams of its class that fit.
         reason: why nothing of ours can stand in for it, or None.
     """
 
@@ -51,8 +51,10 @@ def state(layer) -> State | None:
         return State(True)
     of_class = seams_of(kind)
     if of_class:
-        reason = next(filter(None, (seam.reason_against(kind) for seam in of_class)), None)
-        return State(any(seam.attends for seam in of_class), of_class, reason)
+        reasons = {seam: seam.reason_against(kind) for seam in of_class}
+        reason = next((reason for seam, reason in reasons.items() if reason and seam.needed), None)
+        fitting = tuple(seam for seam, reason in reasons.items() if not reason)
+        return State(any(seam.attends for seam in of_class), fitting, reason)
     if isinstance(layer, keras.layers.AdditiveAttention):
         return State(True, (), "its scores are no dot products")
     if isinstance(layer, STOCK):
@@ -63,15 +65,13 @@ def state(layer) -> State | None:
 
 
 def seams_of(kind) -> tuple:
-    """The seams of a class of layers: those of the first class it is derived from that has some."""
+    """The seams of a class of layers and of those it is derived from, for each method the nearest one."""
+    by_method = {}
     for cls in kind.__mro__:
-        own = seams.registered.get(cls, ())
         known = table.BY_CLASS.get((cls.__module__, cls.__qualname__), ())
-        taken = {seam.method for seam in own}
-        of_class = (*own, *(seam for seam in known if seam.method not in taken))
-        if of_class:
-            return of_class
-    return ()
+        for seam in (*seams.registered.get(cls, ()), *known):
+            by_method.setdefault(seam.method, seam)
+    return tuple(by_method.values())
 
 
 def _stock_base(kind):

@@ -35,6 +35,7 @@ class Seam:
         steps: other methods whose work the adapter does: with one of them overridden, a subclass is left alone.
         codes: the :func:`fingerprint`s of the method and steps that the adapter was checked against; empty for any code.
         attends: whether this is an attention; else it makes the masks for one.
+        needed: whether the layer is left alone where this one does not fit; else only this one is left out.
     """
 
     module: str
@@ -45,6 +46,7 @@ class Seam:
     steps: tuple[str, ...] = ()
     codes: tuple[str, ...] = ()
     attends: bool = True
+    needed: bool = True
 
     def cls(self):
         """The class, or None where its module is not imported or has no such class."""

@@ -71,7 +71,10 @@ def test_other_padding(keras_hub, name, padding):
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_mixed_precision(keras_hub, name, policy):
-    """Against stock in float32: not further off than stock in the same precision, but for rounding."""
+    """Against stock in float32: not further off than stock in the same precision, but for rounding.
+
+    In float16 stock T5 is NaN: it multiplies 0 and -1e9, which is infinite there.
+    """
     exact = hub.make(keras_hub, name)
     values, real = hub.inputs(exact)
     expected = hub.output(exact, values) * real
@@ -79,7 +82,7 @@ def test_mixed_precision(keras_hub, name, policy):
     stock = hub.error(hub.output(model, values) * real, expected)
     out, fused = fused_calls(lambda: hub.output(attn_ops.convert(model), values) * real)
     assert fused == hub.LANGUAGE_MODELS[name][2]
-    assert hub.error(out, expected) < 1.5 * stock + 1e-3
+    assert hub.error(out, expected) < (5e-3 if np.isnan(stock) else 1.5 * stock + 1e-3)
 
 
 @pytest.mark.wide(6)
@@ -150,7 +153,7 @@ def test_text_generation(keras_hub, name, jit):
     tokens, fused = fused_calls(generate)
     assert fused >= hub.LANGUAGE_MODELS[name][2]
     np.testing.assert_array_equal(tokens, expected)
-    assert len(np.unique(tokens[:, 10:])) > 1
+    assert name == "BLOOM" or len(np.unique(tokens[:, 10:])) > 1  # with these weights it repeats itself
 
 
 def test_dropout_runs_fused_in_training(keras_hub):
@@ -235,23 +238,25 @@ def test_left_padding_of_decoders_that_share_a_mask_is_not_lost(keras_hub):
     np.testing.assert_allclose(free, attn_ops.revert(decoder)(x, use_causal_mask=False), atol=1e-5)
 
 
-def test_cached_calls_from_any_position(keras_hub):
+@pytest.mark.wide(4)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Mistral", "Mixtral", "Phi-3", "Qwen 3", "Qwen 3 MoE", "Gemma 2"])
+def test_cached_calls_from_any_position(keras_hub, name, batch):
     """Several new tokens at once, at a position that is a tensor."""
-    model = hub.make(keras_hub, "Llama")
-    lm = keras_hub.models.LlamaCausalLM(backbone=model, preprocessor=None)
+    model = hub.make(keras_hub, name)
+    lm = getattr(keras_hub.models, CAUSAL[name])(backbone=model, preprocessor=None)
     values, _ = hub.inputs(model)
-    tokens = tf.constant(values["token_ids"])
-    cache = tf.zeros([2, 2, 2, hub.LENGTH, 2, 8])
+    tokens = tf.constant(values["token_ids"])[:batch]
+    heads = 4 if name == "GPT-2" else 2
 
     def steps():
-        logits, hidden, filled = lm.call_with_cache(tokens[:, :8], cache, 0)
-        more = lm.call_with_cache(tokens[:, 8:12], filled, tf.constant(8))
-        last = lm.call_with_cache(tokens[:, 12:13], more[2], tf.constant(12))
-        return logits, more[0], *last
+        logits, _, cache = lm.call_with_cache(tokens[:, :8], tf.zeros([batch, 2, 2, hub.LENGTH, heads, 8]), 0)
+        more, _, cache = lm.call_with_cache(tokens[:, 8:12], cache, tf.constant(8))
+        return logits, more, *lm.call_with_cache(tokens[:, 12:13], cache, tf.constant(12))
 
     expected = steps()
     attn_ops.convert(lm)
     actual, fused = fused_calls(steps)
     assert fused == 6
     for a, e in zip(actual, expected):
-        assert hub.error(a, e) < 1e-5
+        assert hub.error(a, e) < 5e-5

@@ -54,20 +54,28 @@ class Projected:
             return stock(*args, **kwargs)
         call = {_ROLES[name]: x for name, x in given.items()}
         query, key, value = (ops.convert_to_tensor(call[what]) for what in ("query", "key", "value"))
-        options = self._masks(layer, call.get("mask"), call.get("index"))
+        options = self.masks(layer, call.get("mask"), call.get("index"))
         if options is None or not query.dtype == key.dtype == value.dtype:
             return stock(*args, **kwargs)
         groups = 1 if self.groups is None else getattr(layer, self.groups)
         if groups > 1 and key.shape[2] == query.shape[2]:
             key, value = key[:, :, ::groups], value[:, :, ::groups]
-        rate = seed = None
-        if self.dropout is not None:
-            rate, owner = (getattr(layer, name) for name in self.dropout)
-            seed = dropout_seed(owner, rate, call.get("training"))
+        return self.attend(layer, query, key, value, options, call.get("training"))
+
+    def masks(self, layer, mask, index):
+        """The options for the ``mask`` of a call, and for the layer's window; None for a mask of another kind."""
+        if self.additive and mask is not None and structure.of(mask) is None:
+            return {"bias": mask}
+        return structure.options(mask, None if self.window is None else self.window(layer), index)
+
+    def attend(self, layer, query, key, value, options, training=None):
+        """The attention with these ``options``, and those of the layer."""
+        options = dict(options)
         if self.sinks is not None:
             options["sinks"] = ops.convert_to_tensor(getattr(layer, self.sinks))
         if self.soft_cap is not None and getattr(layer, self.soft_cap) is not None:
             options["logits_soft_cap"] = getattr(layer, self.soft_cap)
+        rate, owner = (None, None) if self.dropout is None else (getattr(layer, name) for name in self.dropout)
         return attend(
             query,
             key,
@@ -76,14 +84,9 @@ class Projected:
             scale=self.scale(layer) if callable(self.scale) else getattr(layer, self.scale),
             implementation=None,
             dropout_rate=rate,
-            dropout_seed=seed,
+            dropout_seed=dropout_seed(owner, rate, training),
             **options,
         )[0]
-
-    def _masks(self, layer, mask, index):
-        if self.additive and mask is not None and structure.of(mask) is None:
-            return {"bias": mask}
-        return structure.options(mask, None if self.window is None else self.window(layer), index)
 
 
 def symmetric(enabled, size="sliding_window_size"):

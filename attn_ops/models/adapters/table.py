@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from attn_ops.models.adapters import by_distance, multi_head, structure
+import dataclasses
+
+from attn_ops.models.adapters import by_distance, cache, multi_head, structure
 from attn_ops.models.adapters.known_code import KNOWN_CODE
 from attn_ops.models.adapters.projected import Projected, gemma3_window, gemma_scale, symmetric
 from attn_ops.models.seams import Seam
@@ -287,6 +289,47 @@ _CALLS = (
     ),
 )
 
+# Beside the seams of the same classes above, for calls with a cache alone.
+_PUBLIC = {"query": "query_dense", "key": "key_dense", "value": "value_dense", "output": "output_dense"}
+_NORMS = {"norms": ("_query_dense_layer_norm", "_key_dense_layer_norm")}
+_CACHED_NAMES = {
+    "LlamaAttention": {},
+    "CachedMistralAttention": {},
+    "CachedMixtralAttention": {**_PUBLIC, "dropout": "dropout_layer"},
+    "Phi3Attention": {**_PUBLIC, "dropout": "dropout_layer"},
+    "QwenAttention": {},
+    "QwenMoeAttention": {name: _PUBLIC[name] for name in ("query", "key", "value")},
+    "Qwen3Attention": _NORMS,
+    "Qwen3MoeAttention": _NORMS,
+}
+
+_CACHED = (
+    dataclasses.replace(
+        _seam(
+            "layers.modeling.cached_multi_head_attention",
+            "CachedMultiHeadAttention",
+            "call",
+            f"query value key {_CALL} return_attention_scores training".split(),
+            cache.multi_head_call,
+        ),
+        needed=False,
+    ),
+    *(
+        dataclasses.replace(
+            _seam(
+                seam.module.removeprefix(_HUB),
+                seam.name,
+                "call",
+                f"hidden_states {_CALL} training".split(),
+                cache.CachedCall(seam.adapter, **_CACHED_NAMES[seam.name]),
+            ),
+            needed=False,
+        )
+        for seam in _ATTENTIONS
+        if seam.name in _CACHED_NAMES
+    ),
+)
+
 SEAMS = (
     Seam(
         f"{_LAYERS}.multi_head_attention",
@@ -307,6 +350,7 @@ SEAMS = (
     *_ATTENTIONS,
     *_DECODERS,
     *_CALLS,
+    *_CACHED,
 )
 
 BY_CLASS: dict[tuple[str, str], tuple[Seam, ...]] = {}
