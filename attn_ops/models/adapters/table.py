@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from attn_ops.models.adapters import multi_head
-from attn_ops.models.adapters.known_code import KNOWN_CODE
+from attn_ops.models.adapters import multi_head, other_models
+from attn_ops.models.adapters.hub_seam import hub_seam
 from attn_ops.models.adapters.projected import Projected, gemma_scale, symmetric
 from attn_ops.models.adapters.structure import causal_decoder
 from attn_ops.models.seams import Seam
-
-_HUB = "keras_hub.src."
-
-
-def _seam(module, name, method, parameters, adapter, steps=(), **more):
-    codes = KNOWN_CODE.get(f"{name}.{method}", ("unknown",))
-    return Seam(_HUB + module, name, method, tuple(parameters), adapter, steps, codes, **more)
 
 
 def _attention(module, name, parameters, method="_compute_attention", steps=(), **attributes):
     parameters = tuple(parameters.split())
     known = tuple(p for p in parameters if p != "kwargs")
-    return _seam(module, name, method, parameters, Projected(known, **attributes), steps)
+    return hub_seam(module, name, method, parameters, Projected(known, **attributes), steps)
 
 
 def _decoder(module, name, parameters, sequence, padding, index, method="_compute_self_attention_mask", **more):
     parameters = tuple(parameters.split())
     adapter = causal_decoder(parameters, sequence, padding, index, **more)
-    return _seam(module, name, method, parameters, adapter, attends=False)
+    return hub_seam(module, name, method, parameters, adapter, attends=False)
 
 
 _QKV = "query key value attention_mask"
@@ -158,6 +151,7 @@ SEAMS = (
     ),
     *_ATTENTIONS,
     *_DECODERS,
+    *other_models.SEAMS,
 )
 
 BY_CLASS: dict[tuple[str, str], tuple[Seam, ...]] = {}
