@@ -17,11 +17,11 @@ def joint_blocks(layer, stock, query, key, value):
 
 def flux(layer, stock, q, k, v, positional_encoding):
     """`call` of `[batch, heads, seqlen, dim]` tensors, rotated first; returns the heads joined."""
-    if layer.dropout_p > 0:  # dropped in inference too, without a seed generator of the layer's
+    if layer.dropout_p > 0 or layer.is_causal:  # drops in inference too; cannot be causal in KerasHub 0.32
         return stock(q, k, v, positional_encoding)
     q, k = sys.modules[_FLUX].ApplyRoPE()(q, k, positional_encoding)
     q, k, v = (ops.transpose(x, (0, 2, 1, 3)) for x in (q, k, ops.cast(v, q.dtype)))
-    return heads.join(heads.attention(q, k, v, scale=q.shape[-1] ** -0.5, is_causal=layer.is_causal)[0])
+    return heads.join(heads.attention(q, k, v, scale=q.shape[-1] ** -0.5)[0])
 
 
 def feature_map(layer, stock, inputs, training=None):

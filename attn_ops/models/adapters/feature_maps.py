@@ -28,7 +28,8 @@ def vit_det(layer, stock, x):
         lines = relative._get_rel_pos(height, height, relative.rel_pos_h)
         columns = relative._get_rel_pos(width, width, relative.rel_pos_w)
         terms = ops.einsum("bhwnc,hkc->bhwnk", grid, lines), ops.einsum("bhwnc,wkc->bhwnk", grid, columns)
-        terms = (ops.reshape(t, (batch, height * width, layer.num_heads, t.shape[-1])) for t in terms)
+        shape = (batch, height * width, layer.num_heads, -1)
+        terms = (ops.reshape(ops.cast(x, query.dtype), shape) for x in terms)
         places = [ops.repeat(ops.eye(height, dtype=key.dtype), width, axis=0)]
         places += [ops.tile(ops.eye(width, dtype=key.dtype), (height, 1))]
         places = ops.concatenate(places, axis=-1)[None, :, None, :]
