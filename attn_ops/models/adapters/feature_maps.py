@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import keras
 from keras import ops
 
 from attn_ops.models.adapters import heads
@@ -48,8 +49,10 @@ def swin(layer, stock, x, mask=None, return_attns=False):
     windows = 1
     if mask is not None:
         windows = ops.shape(mask)[0]
-        # Windows are heads here, so that nothing is repeated for each image.
-        bias = ops.reshape(bias + ops.cast(mask, bias.dtype)[:, None], (1, windows * layer.num_heads, seqlen, seqlen))
+        # Windows are heads here, so that nothing is repeated for each image. A sum of 16 bits would round what is visible.
+        wide = keras.backend.result_type(bias.dtype, "float32")
+        bias = ops.cast(bias, wide) + ops.cast(mask, wide)[:, None]
+        bias = ops.reshape(bias, (1, windows * layer.num_heads, seqlen, seqlen))
     qkv = ops.reshape(layer.qkv(x), (rows // windows, windows, seqlen, 3, layer.num_heads, layer.head_dim))
     qkv = ops.transpose(qkv, (3, 0, 1, 4, 2, 5))
     query, key, value = (
