@@ -24,7 +24,7 @@ VIT = {"patch_size": 8, **SMALL}
 MODELS = {}
 
 
-def hub(module, name, *args, **kwargs):
+def hub(module, name, /, *args, **kwargs):
     """A class of KerasHub's made, or the test skipped where it has none."""
     try:
         module = importlib.import_module(f"keras_hub.src.models.{module}")
@@ -115,9 +115,8 @@ def gemma_3():
 def gemma_4():
     more = {"image_size": 32, "output_dim": 16, "pool_size": 2, "head_dim": 8, "use_clipped_linears": False}
     made = hub("gemma4.gemma4_vision_encoder", "Gemma4VisionEncoder", **VIT, **more)
-    pixels, places = (made.input[what].shape[1:] for what in ("pixel_values", "pixel_position_ids"))
-    places = np.arange(2 * 4 * places[1] * 2).reshape(2, 4, -1, 2) % 4
-    return made, {"pixel_values": random(2, 4, *pixels[1:]), "pixel_position_ids": places.astype("int32")}
+    places = np.stack(np.meshgrid(np.arange(4), np.arange(4)), -1).reshape(1, 1, 16, 2).astype("int32")
+    return made, {"pixel_values": random(2, 1, 16, 192), "pixel_position_ids": np.tile(places, (2, 1, 1, 1))}
 
 
 @model(2)
@@ -267,7 +266,8 @@ def mobilenet():
 def parseq():
     encoder = hub("vit.vit_backbone", "ViTBackbone", (16, 32, 3), (8, 8), 2, 2, 16, 32, use_class_token=False)
     sizes = {"decoder_hidden_dim": 16, "num_decoder_layers": 1, "num_decoder_heads": 2, "decoder_mlp_dim": 32}
-    made = hub("parseq.parseq_backbone", "PARSeqBackbone", 20, 5, encoder, **sizes)
+    sizes |= {"vocabulary_size": 20, "max_label_length": 5, "image_encoder": encoder}
+    made = hub("parseq.parseq_backbone", "PARSeqBackbone", **sizes)
     return made, {"images": random(2, 16, 32, 3), "token_ids": np.ones((2, 6), "int32"), "padding_mask": PADDING[:, 3:9]}
 
 
@@ -321,35 +321,30 @@ def test_every_attention_runs_fused_and_computes_the_same(fused, name):
     assert_close(ours, stock, 2e-5, 2e-5)
 
 
-@pytest.mark.wide(6)
-@pytest.mark.parametrize("name", ["deberta", "esm", "dinov3", "swin", "segformer", "paligemma"])
+@pytest.mark.wide(5)
+@pytest.mark.parametrize("name", ["deberta", "esm", "dinov3", "swin", "roformer"])
 def test_a_converted_model_trains_and_is_saved_without_us(fused, tmp_path, name):
     model, inputs = made(name)
-    model = keras.Model(model.input, model.output)
-    model.compile("sgd", "mse")
-    answers = tf.nest.map_structure(lambda x: np.zeros_like(x), model.predict(inputs, verbose=0))
-    before = model.evaluate(inputs, answers, verbose=0)
+    answers = np.zeros_like(model(inputs))
+    model.compile("sgd", "mse", jit_compile=False)
     attn_ops.convert(model)
-    calls = fused.calls
-    np.testing.assert_allclose(model.evaluate(inputs, answers, verbose=0), before, rtol=1e-4)
-    losses = model.fit(inputs, answers, verbose=0, epochs=1).history["loss"]
-    assert np.isfinite(losses).all() and fused.calls >= calls + 2 * MODELS[name][1]
-    ours = model.predict(inputs, verbose=0)
+    losses = model.fit(inputs, answers, verbose=0, epochs=2).history["loss"]
+    assert losses[1] < losses[0] and fused.calls == MODELS[name][1]  # traced once
+    ours = model(inputs)
     attn_ops.revert(model).save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras").predict(inputs, verbose=0)
-    for x, y in zip(tf.nest.flatten(ours), tf.nest.flatten(loaded), strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * abs(y).max())
+    stock = keras.models.load_model(tmp_path / "model.keras")(inputs)
+    np.testing.assert_allclose(ours, stock, rtol=0, atol=1e-5 * np.abs(stock).max())
 
 
 def test_gemma_3n_decodes_with_a_cache_as_stock(fused):
     """Windows and causality as structure, at a position in the cache."""
     backbone, inputs = made("gemma_3n")
     lm = hub("gemma3n.gemma3n_causal_lm", "Gemma3nCausalLM", preprocessor=None, backbone=backbone)
-    tokens, length = inputs["token_ids"][:, :6], 10
+    tokens = inputs["token_ids"]
 
     def logits():
-        cache = np.zeros((2, 3, 2, 2, length, 8), "float32")
-        steps = [(tokens[:, :4], 0), (tokens[:, 4:5], 4), (tokens[:, 5:6], 5)]
+        cache = np.zeros((2, 3, 2, 2, 12, 8), "float32")
+        steps = [(tokens, 0), (tokens[:, 4:5], 4), (tokens[:, 5:6], 5)]
         found = []
         for given, index in steps:
             out, _, cache = lm.call_with_cache(given, cache, index)
