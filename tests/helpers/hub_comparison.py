@@ -53,7 +53,9 @@ def results(call, weights, inputs=(), at=None, **options):
             rng = np.random.default_rng(5)
             loss = sum(tf.reduce_sum(x * rng.normal(size=x.shape).astype("float32")) for x in outs)
         by = [*(weight.value for weight in weights), *(x for x in inputs if x.dtype.is_floating)]
-        return outs, [tf.zeros_like(x) if g is None else tf.convert_to_tensor(g) for x, g in zip(by, tape.gradient(loss, by))]
+        return outs, [
+            tf.zeros_like(x) if g is None else tf.convert_to_tensor(g) for x, g in zip(by, tape.gradient(loss, by))
+        ]
 
     run = tf.function(run, **options) if options else run
     outs, gradients = run(*(tf.convert_to_tensor(x) for x in inputs))

@@ -74,11 +74,26 @@ def added(*shape, hidden):
 
 
 VIT = {"hidden_dim": 16, "num_heads": 2}
-PALIGEMMA, GEMMA_3 = ("pali_gemma.pali_gemma_vit", "PaliGemmaVitAttention"), ("gemma3.gemma3_vision_encoder", "Gemma3VisionAttention")
+PALIGEMMA, GEMMA_3 = (
+    ("pali_gemma.pali_gemma_vit", "PaliGemmaVitAttention"),
+    ("gemma3.gemma3_vision_encoder", "Gemma3VisionAttention"),
+)
 DIM_16 = {"hidden_dim": 16, "num_heads": 2}
 VIDEO = {"hidden_dim": 16, "num_heads": 2, "key_dim": 8}
-GEMMA_4 = {"head_dim": 8, "num_query_heads": 4, "num_key_value_heads": 2, "logit_soft_cap": 2.0, "use_clipped_linears": False}
-GEMMA_3N = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "attention_dropout": 0.0}
+GEMMA_4 = {
+    "head_dim": 8,
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "logit_soft_cap": 2.0,
+    "use_clipped_linears": False,
+}
+GEMMA_3N = {
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "attention_dropout": 0.0,
+}
 GEMMA_3N |= {"attention_bias": False, "rms_norm_eps": 1e-6}
 CAUSAL = (np.tril(np.ones((7, 7), "int32"))[None] & KEYS[:, None]).astype("int32")
 XLNET = {
@@ -98,9 +113,14 @@ CASES = {
         fused=2,
     ),
     "flux": Case(
-        "flux.flux_maths", "FluxRoPEAttention", {}, (*(random(2, 3, 7, 8, seed=i) for i in range(3)), random(2, 7, 4, 2))
+        "flux.flux_maths",
+        "FluxRoPEAttention",
+        {},
+        (*(random(2, 3, 7, 8, seed=i) for i in range(3)), random(2, 7, 4, 2)),
     ),
-    "autoencoder": Case("vae.vae_layers", "Conv2DMultiHeadAttention", {"filters": 8, "groups": 4}, (random(2, 3, 4, 8),)),
+    "autoencoder": Case(
+        "vae.vae_layers", "Conv2DMultiHeadAttention", {"filters": 8, "groups": 4}, (random(2, 3, 4, 8),)
+    ),
     "paligemma": Case(*PALIGEMMA, VIT, (X,), dropout="dropout", read=(0,)),
     "paligemma, mask": Case(*PALIGEMMA, VIT, (X, added(2, 1, 1, 7, hidden=5)), {"return_attention_scores": True}),
     "gemma 3": Case(*GEMMA_3, VIT, (X,), dropout="dropout", read=(0,)),
@@ -259,10 +279,17 @@ CASES = {
         {**XLNET, "query_attention_mask": CAUSAL.astype("float32") * (1 - np.eye(7, dtype="float32"))},
         fused=2,
     ),
-    "roformer": Case("roformer_v2.roformer_v2_attention", "RoformerAttention", {"heads": 2, "head_size": 8}, (X, KEYS > 0)),
+    "roformer": Case(
+        "roformer_v2.roformer_v2_attention", "RoformerAttention", {"heads": 2, "head_size": 8}, (X, KEYS > 0)
+    ),
     "esm": Case("esm.esm_attention", "EsmSelfAttention", {"heads": 2, "head_size": 8}, (X, KEYS > 0)),
     "gemma 3n": Case(
-        "gemma3n.gemma3n_attention", "Gemma3nTextAttention", GEMMA_3N, (X, CAUSAL), dropout="attention_dropout", read=(0, 2)
+        "gemma3n.gemma3n_attention",
+        "Gemma3nTextAttention",
+        GEMMA_3N,
+        (X, CAUSAL),
+        dropout="attention_dropout",
+        read=(0, 2),
     ),
     "gemma 3n, window": Case(
         "gemma3n.gemma3n_attention",
@@ -336,7 +363,7 @@ def test_converted_in_graphs(fused, name):
 
 @pytest.mark.wide(35)
 @pytest.mark.parametrize("name", IN_GRAPHS)
-def test_converted_in_xla(fused, name):
+def test_converted_with_xla(fused, name):
     compare(CASES[name], fused, CASES[name].make(), 5e-6, 2e-5, jit_compile=True)
 
 

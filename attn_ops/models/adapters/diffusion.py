@@ -10,6 +10,7 @@ from attn_ops.models.adapters import heads
 
 _FLUX = "keras_hub.src.models.flux.flux_maths"
 
+
 def joint_blocks(layer, stock, query, key, value):
     """`_compute_attention` of MMDiT: `[batch, seqlen, heads, dim]`; returns the heads joined."""
     return heads.join(heads.attention(query, key, value, scale=layer._inverse_sqrt_key_dim)[0])

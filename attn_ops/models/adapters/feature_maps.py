@@ -56,7 +56,8 @@ def swin(layer, stock, x, mask=None, return_attns=False):
     qkv = ops.reshape(layer.qkv(x), (rows // windows, windows, seqlen, 3, layer.num_heads, layer.head_dim))
     qkv = ops.transpose(qkv, (3, 0, 1, 4, 2, 5))
     query, key, value = (
-        ops.reshape(part, (rows // windows, windows * layer.num_heads, seqlen, layer.head_dim)) for part in ops.unstack(qkv)
+        ops.reshape(part, (rows // windows, windows * layer.num_heads, seqlen, layer.head_dim))
+        for part in ops.unstack(qkv)
     )
     out, _ = heads.attention(
         query,
@@ -130,8 +131,6 @@ def mobile_multi_query(layer, stock, x, training=False):
     batch, height, width, _ = ops.shape(query)
     query = ops.reshape(query, (batch, -1, layer.num_heads, layer.key_dim))
     key, value = (ops.reshape(tensor, (batch, -1, 1, tensor.shape[-1])) for tensor in (key, value))
-    out, _ = heads.attention(
-        query, key, value, scale=layer.scale, dropout=layer.attn_drop_layer, training=training
-    )
+    out, _ = heads.attention(query, key, value, scale=layer.scale, dropout=layer.attn_drop_layer, training=training)
     out = ops.reshape(out, (batch, height, width, layer.num_heads * layer.value_dim))
     return through(layer.output_proj_layers, ops.transpose(out, (0, 3, 1, 2)) if first else out)

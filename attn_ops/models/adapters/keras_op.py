@@ -56,7 +56,9 @@ def roformer(layer, stock, x, attention_mask=None):
     """
     if keras.config.is_flash_attention_enabled():
         return stock(x, attention_mask)
-    query, key, value = (heads.split(project(x), layer.heads) for project in (layer.q_dense, layer.k_dense, layer.v_dense))
+    query, key, value = (
+        heads.split(project(x), layer.heads) for project in (layer.q_dense, layer.k_dense, layer.v_dense)
+    )
     if getattr(layer, "use_rotary", None) is None:
         query, key = layer.rotary_embedding_layer([query, key])
     elif layer.use_rotary:

@@ -30,9 +30,7 @@ def paligemma(layer, stock, x, attention_mask=None, return_attention_scores=None
     return layer.out_proj(heads.join(out), training=training), scores
 
 
-def dinov3(
-    layer, stock, inputs, attention_mask=None, position_embeddings=None, num_prefix_tokens=0, training=None
-):
+def dinov3(layer, stock, inputs, attention_mask=None, position_embeddings=None, num_prefix_tokens=0, training=None):
     """`call`; the tokens after the first ones are rotated."""
     query, key, value = (
         heads.split(project(inputs, training=training), layer.num_heads)
