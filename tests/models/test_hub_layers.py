@@ -321,13 +321,14 @@ def compare(case, fused, layer, out, gradient, **options):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", CASES)
 def test_converted_computes_the_same(fused, name):
     case = CASES[name]
     compare(case, fused, case.make(), 5e-6, 2e-5)
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dropout is not None])
 def test_dropout_runs_fused_and_keeps_the_mean(fused, name):
     """What follows the weights is linear, so that the mean over many draws is the output without dropout."""
@@ -355,9 +356,9 @@ def test_dropout_runs_fused_and_keeps_the_mean(fused, name):
 IN_GRAPHS = [name for name in CASES if name != "qwen 3.5, frames"]
 
 
-@pytest.mark.wide(18)
+@pytest.mark.wide(35)
 @pytest.mark.parametrize("name", IN_GRAPHS)
-def test_converted_in_graphs(fused, name):
+def test_converted_in_a_graph(fused, name):
     compare(CASES[name], fused, CASES[name].make(), 5e-6, 2e-5, jit_compile=False)
 
 
@@ -375,7 +376,7 @@ def policy():
     keras.config.set_dtype_policy(before)
 
 
-@pytest.mark.wide(18)
+@pytest.mark.wide(36)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_converted_in_half_precision_is_no_worse_than_stock(fused, policy, name, dtype):

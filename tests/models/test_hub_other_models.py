@@ -1,4 +1,4 @@
-"""Small random models of KerasHub that are not plain language models, converted against stock: every attention runs fused."""
+"""Small random models of KerasHub that are not plain language models, converted: every attention fused, as stock."""
 
 import importlib
 

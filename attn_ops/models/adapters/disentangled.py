@@ -44,7 +44,7 @@ def xlnet(
     segment_attention_bias=None,
     attention_mask=None,
 ):
-    """`compute_attention` of XLNet's, of `[batch, seqlen, heads, dim]`: terms of the distance, and of being in one segment."""
+    """`compute_attention` of XLNet's, of `[batch, seqlen, heads, dim]`: terms of the distance, and of one segment or two."""
     shift = sys.modules["keras_hub.src.models.xlnet.relative_attention"]._rel_shift
     bias = ops.einsum("aecd,abcd->acbe", position, query + positional_attention_bias)
     bias = shift(bias, klen=ops.shape(key)[1])

@@ -15,8 +15,9 @@ def vit_det(layer, stock, x):
     """`call` of ViTDet's (and so of SAM's image encoder): `[batch, height, width, features]`.
 
     A row adds to the score of a key one learned term for the key's line of the image and one for its column, both dot
-    products with the row's query. As the line and the column of a key are one of few, they are further dimensions of the
-    heads: the row's terms for all lines and columns beside its query, and ones at those of the key beside the key.
+    products with the row's query. There are few lines and columns, so they are further dimensions of the heads: the
+    row's terms for all of them beside its query, and ones at those of the key beside the key. Nothing of the size of
+    the scores is made.
     """
     batch, height, width, channels = ops.shape(x)
     shape = (batch, height * width, 3, layer.num_heads, layer.key_dim)
@@ -41,7 +42,7 @@ def vit_det(layer, stock, x):
 
 
 def swin(layer, stock, x, mask=None, return_attns=False):
-    """`call` of `[batch * windows, seqlen, features]` with a bias of heads, and one of windows where there is a mask."""
+    """`call` of `[batch * windows, seqlen, features]`, with a bias of each head, and of each window if there is a mask."""
     if return_attns:
         return stock(x, mask, return_attns)
     rows, seqlen, channels = ops.shape(x)
@@ -49,7 +50,7 @@ def swin(layer, stock, x, mask=None, return_attns=False):
     windows = 1
     if mask is not None:
         windows = ops.shape(mask)[0]
-        # Windows are heads here, so that nothing is repeated for each image. A sum of 16 bits would round what is visible.
+        # Windows are heads here, so that nothing is repeated for each image. 16 bits would round what is visible.
         wide = keras.backend.result_type(bias.dtype, "float32")
         bias = ops.cast(bias, wide) + ops.cast(mask, wide)[:, None]
         bias = ops.reshape(bias, (1, windows * layer.num_heads, seqlen, seqlen))

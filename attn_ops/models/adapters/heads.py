@@ -45,7 +45,8 @@ def attention(query, key, value, *, scale, dropout=None, training=None, scores=N
         query, key, value, scale, more: as for :func:`attn_ops.layers.common.attend`.
         dropout: None or the layer of dropout on the weights.
         scores: None, "undropped" or "dropped", for the weights.
-        means: whether rows to which the mask leaves no key get the mean of the values, as from a softmax of equal scores.
+        means: whether rows to which the mask leaves no key get the mean of the values, as a softmax of equal scores
+            gives it.
     """
     rate = 0.0 if dropout is None else dropout.rate
     mask = more.pop("mask", None)
@@ -64,3 +65,16 @@ def attention(query, key, value, *, scale, dropout=None, training=None, scores=N
     if means and mask is not None:
         out = with_means(out, value, empty_rows(mask, dims(query)[1], dims(key)[1]))
     return out, weights
+
+
+def as_keras_op(query, key, value, *, mask=None, bias=None, scale=None):
+    """What `keras.ops.dot_product_attention` gives: rows to which a mask leaves no key have the mean of the values."""
+    return attention(
+        query,
+        key,
+        value,
+        scale=scale,
+        mask=None if mask is None else constructors.boolean(rank_4(ops.cast(mask, "bool"))),
+        bias=None if bias is None else rank_4(bias),
+        means=True,
+    )[0]

@@ -7,20 +7,6 @@ from keras import ops
 
 from attn_ops.layers.axes import dims
 from attn_ops.models.adapters import heads
-from attn_ops.masks import constructors
-
-
-def attention(query, key, value, *, mask=None, bias=None, scale=None):
-    """The op, for `[batch, seqlen, heads, dim]` tensors: rows to which a mask leaves no key give the mean of the values."""
-    return heads.attention(
-        query,
-        key,
-        value,
-        scale=scale,
-        mask=None if mask is None else constructors.boolean(heads.rank_4(ops.cast(mask, "bool"))),
-        bias=None if bias is None else heads.rank_4(bias),
-        means=True,
-    )[0]
 
 
 def sam3(layer, stock, query, key, value, attention_mask=None, attention_bias=None, training=None):
@@ -31,7 +17,7 @@ def sam3(layer, stock, query, key, value, attention_mask=None, attention_bias=No
         heads.split(project(x, training=training), layer.num_heads)
         for project, x in ((layer.q_proj, query), (layer.k_proj, key), (layer.v_proj, value))
     )
-    out = attention(query, key, value, mask=attention_mask, bias=attention_bias, scale=layer.scale)
+    out = heads.as_keras_op(query, key, value, mask=attention_mask, bias=attention_bias, scale=layer.scale)
     return layer.o_proj(heads.join(out), training=training)
 
 
@@ -44,15 +30,15 @@ def sam3_rotary(layer, stock, hidden_states, position_embeddings, training=None)
     )
     cos, sin = position_embeddings
     query, key = layer.apply_rotary_pos_emb_2d(query, key, cos=cos, sin=sin)
-    out = attention(query, key, value, scale=layer.scale)
+    out = heads.as_keras_op(query, key, value, scale=layer.scale)
     out = ops.reshape(out, (-1, layer.height, layer.width, layer.hidden_dim))
     return layer.o_proj(out, training=training)
 
 
 def roformer(layer, stock, x, attention_mask=None):
-    """`call` of RoFormer's and ESM's, whose mask `[batch, seqlen]` hides rows, not keys: their real tokens see the padding.
+    """`call` of RoFormer's and ESM's, whose mask `[batch, seqlen]` hides rows, not keys: real tokens see the padding.
 
-    Padding gives the mean of the values, which the next layer's real tokens read.
+    The rows of padding give the mean of the values, which the real tokens of the next layer read.
     """
     if keras.config.is_flash_attention_enabled():
         return stock(x, attention_mask)
@@ -64,5 +50,5 @@ def roformer(layer, stock, x, attention_mask=None):
     elif layer.use_rotary:
         query, key = layer.rotary_embedding_layer(query, key)
     batch, seqlen = dims(x)[:2]
-    out = attention(query, key, value, mask=ops.reshape(attention_mask, (batch, 1, seqlen, 1)))
+    out = heads.as_keras_op(query, key, value, mask=ops.reshape(attention_mask, (batch, 1, seqlen, 1)))
     return layer.o_dense(heads.join(out))

@@ -1,4 +1,4 @@
-"""The seams of models that are not plain language models: images, video, diffusion, proteins, and relative scores of words."""
+"""The seams of models that are not plain language models: images, video, diffusion, proteins, relative scores."""
 
 from __future__ import annotations
 

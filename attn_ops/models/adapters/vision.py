@@ -5,14 +5,14 @@ from __future__ import annotations
 from keras import ops
 
 from attn_ops.masks import constructors
-from attn_ops.models.adapters import heads, keras_op
+from attn_ops.models.adapters import heads
 
 
 def paligemma(layer, stock, x, attention_mask=None, return_attention_scores=None, training=False):
     """`call` of PaliGemma's and Gemma 3's; the mask is added to the scores.
 
-    The second result is None unless `return_attention_scores` asks for it. The stock layers always make it, and nothing in
-    KerasHub reads it.
+    The second result is None unless `return_attention_scores` asks for it. The stock layers always make it, and nothing
+    in KerasHub reads it.
     """
     query, key, value = (
         heads.split(project(x), layer.num_heads) for project in (layer.query_proj, layer.key_proj, layer.value_proj)
@@ -38,7 +38,7 @@ def dinov3(layer, stock, inputs, attention_mask=None, position_embeddings=None, 
     )
     if position_embeddings is not None:
         query, key = layer._apply_rotary(query, key, *position_embeddings, num_prefix_tokens)
-    out = keras_op.attention(query, key, value, mask=attention_mask, scale=layer.scale)
+    out = heads.as_keras_op(query, key, value, mask=attention_mask, scale=layer.scale)
     return layer.output_dense(layer.dropout(heads.join(out), training=training), training=training)
 
 
