@@ -65,10 +65,22 @@ class Release:
         inherited = (self.method(*imported.get(base, (module, base)), method) for base in bases)
         return next(filter(None, inherited), None)
 
+    def function(self, module, name):
+        """The source of a function of a module, or of a method "Class.method" of it; or None."""
+        if "." in name:
+            return self.method(module, *name.split("."))
+        source = self._files.get(module.replace(".", "/") + ".py", "")
+        nodes = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name)
+        return next((ast.get_source_segment(source, node) + "\n" for node in nodes), None)
+
     def code(self, seam):
         """The fingerprint of a seam, or None where the release does not have it."""
         sources = [self.method(seam.module, seam.name, name) for name in (seam.method, *seam.steps)]
-        return None if None in sources else seams.fingerprint_of_source(*sources)
+        beside = [self.function(seam.module, name) for name in seam.beside]
+        if None in sources + beside:
+            return None
+        own = seams.fingerprint_of_source(*sources)
+        return f"{own}+{seams.fingerprint_of_source(*beside)}" if beside else own
 
 
 def main():

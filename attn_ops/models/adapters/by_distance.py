@@ -6,7 +6,6 @@ from __future__ import annotations
 import typing
 from typing import Any
 
-import keras
 from keras import ops
 
 from attn_ops.call.position_bias import T5RelativeBias, alibi_slopes
@@ -14,6 +13,7 @@ from attn_ops.layers.axes import dims
 from attn_ops.layers.common import attend, dropout_seed
 from attn_ops.models.adapters import cache as caches
 from attn_ops.models.adapters import structure
+from attn_ops.models.adapters.training import in_training
 
 _NAME = "_attn_ops_position_bias"
 
@@ -59,25 +59,11 @@ def _attended(layer, query, key, value, rate, dropout, **options):
         scale=layer.inv_norm_factor,
         implementation=None,
         dropout_rate=rate,
-        dropout_seed=dropout_seed(dropout, rate, _in_training(query) if rate else False),
+        dropout_seed=dropout_seed(dropout, rate, in_training() if rate else False),
         **options,
     )
     batch, seqlen_q = dims(query)[:2]
     return ops.reshape(out, [batch, seqlen_q, query.shape[2] * value.shape[3]])
-
-
-class _Training(keras.layers.Layer):
-    """Tells whether the layer around it is called for training, for those whose `call` does not take the argument."""
-
-    def call(self, x, training=None):
-        self.answer = bool(training)
-        return x
-
-
-def _in_training(x):
-    asked = _Training(dtype=x.dtype)
-    asked(x)
-    return asked.answer
 
 
 class PositionBias(typing.NamedTuple):
