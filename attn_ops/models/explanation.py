@@ -10,7 +10,6 @@ import tensorflow as tf
 
 from attn_ops.layers.base import FlashAttention
 from attn_ops.models import found, seams
-from attn_ops.tensorflow import explain
 
 _HEADS = ("num_heads", "num_query_heads", "num_attention_heads", "_num_heads")
 _CONVERT = "attn_ops.convert(model)"
@@ -76,25 +75,25 @@ class ModelExplanation:
         return "\n".join(lines)
 
 
-def of_model(model) -> ModelExplanation:
-    """What the attention layers in this Keras layer or model run; nothing is computed, and nothing traced anew."""
+def of_model(model, explain) -> ModelExplanation:
+    """What the attention layers in this Keras layer or model run, by `attn_ops.explain` of their calls."""
     rows = []
     paths = _paths(model)
     for layer in found.layers("explain", model):
         state = found.state(layer)
         if state is not None and state.attends:
-            rows.append(_row(paths.get(id(layer), layer.name), layer, state))
+            rows.append(_row(paths.get(id(layer), layer.name), layer, state, explain))
     return ModelExplanation(model.name, tuple(rows))
 
 
-def _row(path, layer, state):
+def _row(path, layer, state, explain):
     heads = next((getattr(layer, name) for name in _HEADS if isinstance(getattr(layer, name, None), int)), None)
     row = functools.partial(LayerExplanation, path, type(layer).__name__, heads)
     reason, remedy = _why_keras(layer, state)
     if reason is not None:
         return row(*["keras"] * len(_PLACES), reason, remedy)
     implementation = layer.implementation if isinstance(layer, FlashAttention) else None
-    places = _places(keras.backend.standardize_dtype(layer.compute_dtype), implementation)
+    places = _places(explain, keras.backend.standardize_dtype(layer.compute_dtype), implementation)
     reasons = dict.fromkeys(reason for _, of_place in places for reason in of_place)
     if implementation == "composite":
         return row(*(name for name, _ in places), "flash_attention=False", "make the layer with flash_attention=None")
@@ -113,13 +112,13 @@ def _why_keras(layer, state):
 
 
 @functools.cache
-def _places(dtype, implementation):
+def _places(explain, dtype, implementation):
     """The implementation and the reasons against the fused one in each of `_PLACES`."""
     x = tf.TensorSpec([2, 8, 2, 8], dtype)
     asked = None if implementation == "fused" else implementation
 
     def ask(**options):
-        answer = explain.explain(x, x, x, implementation=asked, **options)
+        answer = explain(x, x, x, implementation=asked, **options)
         return answer.implementation, answer.reasons
 
     found_there = {}

@@ -59,9 +59,15 @@ def state(layer) -> State | None:
         return State(True, (), "its scores are no dot products")
     if isinstance(layer, STOCK):
         return State(True, (), f"a subclass of {_stock_base(kind).__name__}")
-    if "Attention" in kind.__name__ and not any(state(inner) for inner in layer._flatten_layers(include_self=False)):
+    if _is_named_attention(kind) and not any(state(inner) for inner in layer._flatten_layers(include_self=False)):
         return State(True, (), f"attn_ops does not know {kind.__name__}")
     return None
+
+
+def _is_named_attention(kind):
+    """Whether a class without seams calls itself an attention, and not the mask, the bias or the deformation of one."""
+    name = kind.__name__
+    return "Attention" in name and not any(other in name for other in ("Mask", "Deformable", "Bias", "Embedding"))
 
 
 def seams_of(kind) -> tuple:

@@ -25,7 +25,7 @@ def explain(query, key=None, value=None, **given) -> Explanation:
     if key is None and value is None and not given and hasattr(query, "_flatten_layers"):
         from attn_ops.models import explanation
 
-        return explanation.of_model(query)
+        return explanation.of_model(query, explain)
     if key is None or value is None:
         raise TypeError("explain: takes query, key and value, or a Keras layer or model alone")
     implementation = given.pop("implementation", None)
