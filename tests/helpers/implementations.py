@@ -175,6 +175,7 @@ _ARRAYS = (
     "alibi_slopes",
     "relative_bias",
     "sinks",
+    "scale",
 )
 
 
@@ -310,3 +311,10 @@ def all_implementations(on_device=False):
         yield Implementation(f"jax-{implementation}", run, _jax_missing(implementation), thinning)
     yield Cuda(on_device)
     yield Cuda(on_device, decodes=False)
+
+
+def of_own_choice():
+    """The public functions where they choose, in each place, what runs; graphs know all sizes."""
+    for mode in ("eager", "function", "xla"):
+        yield Implementation(mode, functools.partial(_run_tensorflow, mode, None))
+    yield Implementation("jax", functools.partial(_run_jax, None))
