@@ -222,9 +222,10 @@ class Mask:
         rows, columns = at.rows[:, None, :, None], at.keys[None, None, None, :]
         lengths = (None if n is None else xp.int64(n)[:, None, None, None] for n in (self.query_lengths, self.key_lengths))
         offset = None if query_offset is None else _by_entry(xp, query_offset, 4)
+        extents = (n if isinstance(n, int) else xp.int64(n) for n in (seqlen_q, seqlen_k))
         visible = (rows >= 0) & (columns >= 0)
         for term in interval(
-            rows, columns, seqlen_q, seqlen_k, *lengths, self.window_left, self.window_right, self.bottom_right, offset
+            rows, columns, *extents, *lengths, self.window_left, self.window_right, self.bottom_right, offset
         ):
             visible = visible & term
         for part in self.structured:
