@@ -195,6 +195,16 @@ def bottom_right(name, causal_alignment) -> bool:
     raise ValueError(f"{name}: causal_alignment must be 'top_left' or 'bottom_right', got {causal_alignment!r}")
 
 
+def check_distances(name, causal_alignment, of_mask) -> None:
+    """ValueError where slopes or tables count distances and ``causal_alignment`` was said to be another one than that
+    ``of_mask``, of a mask with parts that ask where rows stand: a row stands at one key."""
+    if not isinstance(causal_alignment, Unsaid) and causal_alignment != of_mask:
+        raise ValueError(
+            f"{name}: alibi_slopes and relative_bias count from where rows stand, and causal_alignment is "
+            f"{causal_alignment!r}, but {str(of_mask)!r} in the mask: make them the same"
+        )
+
+
 def warn_of_top_left(name, seqlen_k) -> None:
     """Tells, once, whoever decodes with ``is_causal`` and the default alignment that the row sees the first key only.
 

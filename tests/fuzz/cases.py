@@ -148,7 +148,9 @@ class Case:
             axes = tuple(axis for axis in range(4) if bias.shape[axis] == 1)
             hidden["bias"] = ~unbiased.seen.any(axis=axes, keepdims=True)
         if self.options.get("relative_bias") is not None:
-            unbiased = dataclasses.replace(self, options={**self.options, "relative_bias": None}, _seen=None)
+            # Also without the bias: either may hide pairs, and must go on to, while there is garbage in the other.
+            none = dict.fromkeys(("bias", "relative_bias"))
+            unbiased = dataclasses.replace(self, options={**self.options, **none}, _seen=None)
             hidden["relative_bias"] = ~truth.gathered(self, unbiased.seen, np.logical_or, False)
         return hidden
 

@@ -126,6 +126,33 @@ def test_identities(chosen):
     check({"logits_soft_cap": 1e300}, {})  # beyond float32
 
 
+HIDE_NOTHING = {
+    "array": np.ones((BATCH, 1, 1, SEQLEN_K), bool),
+    "arrays": [np.ones((BATCH, 1, 1, SEQLEN_K), bool)] * 2,
+    "padding": masks.key_padding(np.ones((BATCH, SEQLEN_K), bool)),
+    "intervals": masks.intervals(np.zeros(SEQLEN_Q, int)),
+    "segments": masks.segments(np.zeros((1, SEQLEN_Q), int), np.zeros((1, SEQLEN_K), int)),
+    "blocks": masks.block_sparse(np.ones((1, 1), bool), 8, 8),
+    "a function": masks.from_function(lambda b, h, q, k: k >= 0),
+    "several": [masks.prefix(SEQLEN_K, "bottom_right"), masks.block_sparse(np.ones((1, 1), bool), 8, 8)],
+    "said in it": masks.Mask(causal_alignment="bottom_right"),
+}
+
+
+@pytest.mark.parametrize("chosen", ["fused", "composite", "reference", "jax"])
+@pytest.mark.parametrize("mask", HIDE_NOTHING)
+def test_rows_stand_where_the_call_says_whatever_the_mask(mask, chosen):
+    attention = attn_ops.jax if chosen == "jax" else attn_ops
+    chosen = {} if chosen == "jax" else {"implementation": chosen}
+    said = {} if mask == "said in it" else {"causal_alignment": "bottom_right"}
+    terms = {"alibi_slopes": SLOPES, "relative_bias": TABLE}
+    found, expected = (
+        attention.scaled_dot_product_attention(**inputs(), **terms, **chosen, **options)
+        for options in ({**said, "mask": HIDE_NOTHING[mask]}, {"query_offset": SEQLEN_K - SEQLEN_Q})
+    )
+    np.testing.assert_allclose(found, expected, atol=3e-6)
+
+
 @pytest.mark.parametrize("chosen", ["fused", "composite"])
 def test_tiny_caps_make_all_scores_equal(chosen):
     for cap in (1e-30, 1e-300, 5e-324):
@@ -218,6 +245,16 @@ BAD = {
         "query_offset .*bottom_right",
     ),
     "alignment of a mask": ({"query_offset": 1, "mask": masks.causal("bottom_right")}, ValueError, "query_offset .*bottom_right"),
+    "two places of a row": (
+        {"alibi_slopes": SLOPES, "mask": masks.causal(), "causal_alignment": "bottom_right"},
+        ValueError,
+        "alibi_slopes and relative_bias count from where rows stand, .*'bottom_right', but 'top_left' in the mask",
+    ),
+    "two places of a row, of a table": (
+        {"relative_bias": TABLE, "mask": masks.prefix(2, "bottom_right"), "causal_alignment": "top_left"},
+        ValueError,
+        "alibi_slopes and relative_bias count from where rows stand, .*'top_left', but 'bottom_right' in the mask",
+    ),
     "slopes too few": ({"alibi_slopes": SLOPES[:3]}, ValueError, r"alibi_slopes must have shape \[num_heads=4\].*\(3,\)"),
     "slopes of other entries": ({"alibi_slopes": np.ones((3, 4), "f")}, ValueError, r"\[batch=2, num_heads=4\], got \(3, 4\)"),
     "slopes of no rank": ({"alibi_slopes": np.float32(0.5)}, ValueError, r"alibi_slopes must have shape .*got \(\)"),
