@@ -17,7 +17,7 @@ import numpy as np
 
 from cases import DTYPES
 from fuzz import truth as truths
-from plain_formula import plain_results, serial_products
+from plain_formula import pairwise_sums, plain_results, serial_products, serial_sums
 
 FACTOR = 2
 FLOOR = 4
@@ -169,7 +169,7 @@ class Judge:
         wide = np.dtype(np.float32) if precision.itemsize == 2 else precision
         epsilon = float(_finfo(precision).eps)
         sizes = self.truth.sizes(epsilon)
-        lost = self.truth.underflow(float(_finfo(wide).tiny), float(_finfo(wide).smallest_subnormal))
+        lost = self.truth.underflow(float(_finfo(wide).tiny))
         ratios = self._plain_ratios(precision, sizes, lost)
         classes = self._largest(np.log10(np.maximum(self.truth.score_sizes, 1)).astype(int))
         spread = self.truth.spread(epsilon)
@@ -215,7 +215,8 @@ def _largest_of_class(ratio, classes):
 
 
 def _plain(case, truth, precision, shuffled):
-    """The plain formula's results; `shuffled`: keys in another order, plain sums over dimensions, scaled queries."""
+    """The plain formula's results; `shuffled`: keys in another order, plain sums of dimensions and of weights, scaled
+    queries."""
     q, k, v, g = (truths.heads_first(case, getattr(case, name)) for name in ("query", "key", "value", "d_out"))
     options, seen, scale = case.options, case.seen, truth.scale
     bias = relative = slopes = None
@@ -248,6 +249,7 @@ def _plain(case, truth, precision, shuffled):
         relative=relative,
         sinks=sinks,
         products=serial_products if shuffled else np.matmul,
+        sums=serial_sums if shuffled else pairwise_sums,
     )
     for name in ("out", "dq", "dk", "dv"):
         results[name] = results[name].swapaxes(1, 2)

@@ -254,7 +254,7 @@ class Truth:
     def _largest_sink_weights(self, epsilon):
         """The same of the sinks, `[batch, num_heads, seqlen_q]`."""
         with np.errstate(over="ignore", under="ignore"):
-            off = 4 * epsilon * (self.score_sizes + self._sink_sizes) + self._beyond
+            off = 4 * epsilon * self.score_sizes + 4 * epsilon * self._sink_sizes + self._beyond
             return np.exp(np.minimum(self.log_p_sink.astype(np.float64) + off, 0))
 
     @functools.cached_property
@@ -294,16 +294,16 @@ class Truth:
         moved = sink_changes + np.minimum(changes.sum(axis=-1) * p_sink, p_sink)
         return self._changes(p, changes + p * sink_changes[..., None], 0.0, p_sink, moved)
 
-    def underflow(self, tiny, smallest):
-        """By name: what numbers below `tiny`, the smallest that is normal, can amount to when they are lost."""
-        batch, _, seqlen_q, seqlen_k = self.case.scores_shape
+    def underflow(self, tiny):
+        """By name: what numbers below `tiny`, the smallest that is normal, can amount to when they are lost, as in threads
+        of TensorFlow and in XLA."""
+        _, _, seqlen_q, seqlen_k = self.case.scores_shape
         terms = seqlen_q + seqlen_k + self.case.query.shape[-1] + self.case.value.shape[-1]
         lost = np.where(self.seen, np.float64(tiny), 0)
         p_sink = np.exp(self.log_p_sink).astype(np.float64)
-        ds = np.where(self.seen, smallest * terms, 0)
-        lost = self._changes(self.p.astype(np.float64), lost, ds, p_sink, np.full(p_sink.shape, tiny))
-        lost["lse"] = lost["maximum"] = np.full(self.lse.shape, tiny)
-        return {name: x + smallest * terms for name, x in lost.items()}
+        lost = self._changes(self.p.astype(np.float64), lost, lost, p_sink, np.full(p_sink.shape, tiny))
+        lost["lse"] = lost["maximum"] = np.zeros(self.lse.shape)
+        return {name: x + tiny * terms for name, x in lost.items()}
 
     def _changes(self, p, changes, ds, p_sink, sink_changes):
         """By name: how far results are off if weights p are by `changes`, those of sinks by `sink_changes`, and gradients

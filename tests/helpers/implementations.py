@@ -235,7 +235,7 @@ def _run_tensorflow(mode, implementation, query, key, value, d_out, d_lse, optio
                 lambda x: None if x is None else tf.TensorSpec([None] * x.shape.rank, x.dtype), (tensors, d_out, d_lse)
             )
             if "buckets" in static:  # of which the number must be known
-                unknown[0]["relative_bias"] = tf.TensorSpec(tensors["relative_bias"].shape, d_out.dtype)
+                unknown[0]["relative_bias"] = tf.TensorSpec(tensors["relative_bias"].shape, tensors["relative_bias"].dtype)
             function = function.get_concrete_function(*unknown)
             results = function(*[x for x in tf.nest.flatten((tensors, d_out, d_lse)) if x is not None])
         else:

@@ -24,6 +24,17 @@ def serial_products(a, b):
     return total
 
 
+def serial_sums(x):
+    """The sums over the last axis, kept: one term after the other in blocks of 128, whose sums are added."""
+    blocks = [np.cumsum(x[..., at : at + 128], axis=-1)[..., -1] for at in range(0, x.shape[-1], 128)]
+    return sum(blocks, np.zeros(x.shape[:-1], x.dtype))[..., None]
+
+
+def pairwise_sums(x):
+    """The same as NumPy takes them."""
+    return x.sum(axis=-1, keepdims=True)
+
+
 def plain_results(
     query,
     key,
@@ -41,12 +52,13 @@ def plain_results(
     relative=None,
     sinks=None,
     products=np.matmul,
+    sums=pairwise_sums,
 ):
     """`out`, `lse` and `maximum`, and with d_out also `dq`, `dk`, `dv`, `ds` and `d_sinks`, by name.
 
     As `plain_attention`, and rows may see no key. `factors` multiply the weights (dropout). `slopes` are a slope and a
     distance, whose product is added, and `relative` is a second bias; both, like `sinks` `[num_heads, 1]`, broadcast.
-    `products` computes those over a head's dimensions. A finite score that would be beyond the range of the dtype is its
+    `products` computes those over a head's dimensions, `sums` those of a row's weights. A finite score that would be beyond the range of the dtype is its
     largest finite number. `lse`, `maximum` (`[batch, num_heads, seqlen_q]`), `ds`, the gradient of the scores, and
     `d_sinks` `[num_heads]` are of the dtype that sums have.
     """
@@ -86,7 +98,7 @@ def plain_results(
         maximum = np.maximum(maximum, sink)
         base = np.where(maximum == -np.inf, 0, maximum)
         e, e_sink = rounded(np.exp(s - base)), rounded(np.exp(sink - base))
-        total = rounded(e.sum(axis=-1, keepdims=True) + e_sink)
+        total = rounded(sums(e) + e_sink)
         p = rounded(e / np.where(total == 0, 1, total))
         z = 1 if factors is None else np.asarray(factors).astype(wide)
         out = matmul(rounded(p * z), v)
