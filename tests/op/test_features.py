@@ -208,6 +208,8 @@ def test_what_one_bias_hides_the_other_cannot_show(implementation):
     """A table and a bias, -inf in one where NaN or infinity is in the other."""
     if isinstance(implementation, Cuda):
         pytest.skip("the CUDA kernels leave tables to the composite")
+    if implementation.is_slow and not implementation.name.startswith("jax"):
+        pytest.skip("the operations in graphs are those of eager calls")
     rng = np.random.default_rng(4)
     for garbage, seqlen_q in implementation.thin([(np.nan, 13), (np.inf, 13), (np.nan, 1), (np.inf, 1)]):
         table = rng.standard_normal((5, 4)).astype("float32")
