@@ -11,6 +11,7 @@ import typing
 import warnings
 
 _LARGEST_WINDOW = 2**63 - 1  # the ops take int64
+LARGEST_SLOPE = 2.0**64  # times a distance, it stays within float32
 LARGEST_OFFSET = 2**30  # a row's position and its distance to any key fit 32 bits
 _warned_under = None  # the filters of warnings when `warn_of_top_left` spoke last
 
