@@ -291,7 +291,10 @@ __attribute__((noinline)) void finish_row_scores(const HeadRows& r, int64_t posi
     if (p.soft_cap != 0) s = capped<T>(p.soft_cap, s, nullptr);
     if (p.slopes) s = S::fma(S::set1(slope_of<T>(r, head)), S::load(distances + j), s);
     if (p.relative_bias) s = biased<T>(s, S::load(relative + j));
-    if (bias.data) s = p.relative_bias ? biased_unless_hidden<T>(s, S::load(added + j)) : biased<T>(s, S::load(added + j));
+    if (bias.data) {
+      const Vec<T> x = S::load(added + j);
+      s = p.relative_bias ? biased_unless_hidden<T>(s, x) : biased<T>(s, x);
+    }
     S::store(scores + j, seen_or_hidden<T>(bits >> j, s));
   }
 }
