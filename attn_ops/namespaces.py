@@ -141,6 +141,14 @@ class TensorFlow:
     def check_lengths(self, name, lengths, seqlen):
         """Values of a graph tensor are not known here; the attention op checks them when it runs."""
 
+    def required(self, x, holds, rule):
+        """``x``, which where a graph runs (but not in XLA) waits until ``holds()``, else tf.errors.InvalidArgumentError."""
+        tf = self.tf
+        if tf.executing_eagerly():
+            return x
+        with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(holds()), [rule, "got", x], summarize=8)]):
+            return tf.identity(x)
+
 
 class Jax:
     def __init__(self, jax):
@@ -202,6 +210,10 @@ class Jax:
     def check_lengths(self, name, lengths, seqlen):
         """Values of a traced array are not known here; the attention checks them where it can."""
 
+    def required(self, x, holds, rule):
+        """``x``: what is traced cannot be asked."""
+        return x
+
 
 class Keras:
     """KerasTensors: what a mask of them needs to be combined with others and handed to the attention."""
@@ -213,6 +225,10 @@ class Keras:
 
     def int64(self, x):
         return self.keras.ops.cast(x, "int64")
+
+    def required(self, x, holds, rule):
+        """``x``, whose values the attention will know."""
+        return x
 
 
 def as_written(function):

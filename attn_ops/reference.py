@@ -117,7 +117,8 @@ def attention_gradients(query, key, value, d_out, d_lse=None, **given):
         sinks = np.broadcast_to(c.sinks[:, None], c.lse.shape)
         there = sinks != -np.inf
         p_sink = np.where(there, np.exp(sinks - np.where(there, c.lse, 0.0)), 0.0)
-        gradients.append(np.where(p_sink != 0, p_sink * (d_lse - delta), 0.0).sum(axis=(0, 2)))
+        with np.errstate(invalid="ignore"):
+            gradients.append(np.where(p_sink != 0, p_sink * (d_lse - delta), 0.0).sum(axis=(0, 2)))
     return tuple(gradients)
 
 
@@ -156,6 +157,10 @@ class _Call:
             self.bias = self.bias[None, None] if self.bias.ndim == 2 else self.bias[:, None]
 
         weights_shape = (batch, num_heads, seqlen_q, seqlen_k)
+        counts_distances = given.alibi_slopes is not None or given.relative_bias is not None
+        alone = combined(given.mask)
+        if counts_distances and alone.is_aligned:
+            options.check_distances(name, given.causal_alignment, alone.causal_alignment)
         mask = combined(
             given.mask,
             is_causal=given.is_causal,

@@ -211,8 +211,8 @@ def alibi_slopes(xp, name, slopes, batch, num_heads, dtype):
             f"got {shape_text(extents)}; attn_ops.alibi_slopes(num_heads) makes the usual ones"
         )
     values = xp.static_value(slopes)
-    if values is not None and not np.isfinite(values.astype(np.float64)).all():
-        raise ValueError(f"{name}: alibi_slopes must be finite, got {values.tolist()}")
+    if values is not None and not (np.abs(values.astype(np.float64)) <= options.LARGEST_SLOPE).all():  # NaN fails too
+        raise ValueError(f"{name}: alibi_slopes must be finite numbers from -2^64 to 2^64, got {values.tolist()}")
     return xp.stop_gradient(_cast(xp, slopes, dtype))
 
 

@@ -59,6 +59,9 @@ def normalize(xp, name, query, key, value, **given):
     if mask is not None:
         structure, masks = split_masks(name, mask)
         if structure is not None:
+            counts_distances = alibi_slopes is not None or relative_bias is not None
+            if counts_distances and structure.is_aligned:
+                options.check_distances(name, causal_alignment, structure.causal_alignment)
             structure = _both(
                 name,
                 structure,
@@ -74,7 +77,7 @@ def normalize(xp, name, query, key, value, **given):
             )
             if structure.structured:
                 # What of it is causal or a window goes to the kernels as such, where nothing else counts distances.
-                alone = query_offset is None and alibi_slopes is None and relative_bias is None
+                alone = query_offset is None and not counts_distances
                 structure, structured = _structured(
                     xp, name, structure, query, key, dims, layout, query_offset, alone
                 )

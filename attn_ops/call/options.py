@@ -11,6 +11,7 @@ import typing
 import warnings
 
 _LARGEST_WINDOW = 2**63 - 1  # the ops take int64
+LARGEST_SLOPE = 2.0**64  # times a distance, it stays within float32
 LARGEST_OFFSET = 2**30  # a row's position and its distance to any key fit 32 bits
 _warned_under = None  # the filters of warnings when `warn_of_top_left` spoke last
 
@@ -193,6 +194,16 @@ def bottom_right(name, causal_alignment) -> bool:
     if causal_alignment == "bottom_right":
         return True
     raise ValueError(f"{name}: causal_alignment must be 'top_left' or 'bottom_right', got {causal_alignment!r}")
+
+
+def check_distances(name, causal_alignment, of_mask) -> None:
+    """ValueError where slopes or tables count distances and ``causal_alignment`` was said to be another one than that
+    ``of_mask``, of a mask with parts that ask where rows stand: a row stands at one key."""
+    if not isinstance(causal_alignment, Unsaid) and causal_alignment != of_mask:
+        raise ValueError(
+            f"{name}: alibi_slopes and relative_bias count from where rows stand, and causal_alignment is "
+            f"{causal_alignment!r}, but {str(of_mask)!r} in the mask: make them the same"
+        )
 
 
 def warn_of_top_left(name, seqlen_k) -> None:

@@ -1,4 +1,4 @@
-"""python -m attn_ops info | selftest | explain | bench"""
+"""python -m attn_ops info | selftest | matrix | explain | bench"""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def _selftest(arguments) -> int:
     from attn_ops.cli import selftest
 
     return selftest.run()
+
+
+def _matrix(arguments) -> int:
+    from attn_ops.cli import matrix
+
+    print(matrix.render(), end="")
+    return 0
 
 
 def _explain(arguments) -> int:
@@ -123,6 +130,8 @@ def _parser():
     command.set_defaults(run=_info)
     command = commands.add_parser("selftest", help="compare every implementation here with the reference")
     command.set_defaults(run=_selftest)
+    command = commands.add_parser("matrix", help="which implementation takes which feature, forward and backward")
+    command.set_defaults(run=_matrix)
     command = commands.add_parser("explain", help="what a call of these shapes, or a saved model, would run, and why")
     command.add_argument(
         "query", type=_shape_or_model, help="for example 1,2048,12,64; ? for an unknown dimension. Or model.keras"

@@ -12,11 +12,16 @@ _FAR = 2**30  # beyond every key, and positions stay within 32 bits
 
 
 def empty_rows(mask, seqlen_q, seqlen_k):
-    """Which rows an :class:`attn_ops.masks.Mask` (top left, without lengths) leaves without a key, as bool
-    `[batch | 1, num_heads | 1, seqlen_q | 1, 1]`.
+    """Which rows an :class:`attn_ops.masks.Mask` leaves without a key, as bool `[batch | 1, num_heads | 1, seqlen_q | 1,
+    1]`.
 
-    Needs the memory of the mask's own arrays: only what is dense in rows and keys together is combined with the rest.
+    What Keras's arguments make of masks (top left, without lengths and structured parts) needs the memory of its own
+    arrays: only what is dense in rows and keys together is combined with the rest. Others become dense.
     """
+    lengths = mask.query_lengths is not None or mask.key_lengths is not None
+    if mask.structured or mask.bottom_right or lengths:
+        visible = ops.convert_to_tensor(mask.materialize(seqlen_q, seqlen_k))
+        return ops.logical_not(ops.any(visible, -1, keepdims=True))
     by_row, by_key, by_both = [], [], []
     for part in mask.tensors():
         extents = part.shape

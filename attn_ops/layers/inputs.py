@@ -7,6 +7,7 @@ from keras import ops
 
 from attn_ops.layers.backend import backend
 from attn_ops.masks import checks
+from attn_ops.masks.mask import Mask
 
 
 def boolean(mask, name):
@@ -18,6 +19,11 @@ def boolean(mask, name):
     of JAX, and of TensorFlow with `jit_compile=True` (and so in `fit` and `predict`, for the most part): there what only
     the data decide is cast as Keras does.
     """
+    if isinstance(mask, Mask):
+        raise TypeError(
+            f"attn_ops.layers: {name} must be a boolean tensor, got {mask!r}; of the layers MultiHeadAttention and "
+            "GroupedQueryAttention take masks of attn_ops, as attention_mask"
+        )
     mask = ops.convert_to_tensor(mask)
     dtype = keras.backend.standardize_dtype(mask.dtype)
     if dtype == "bool":

@@ -92,6 +92,30 @@ def normalized_lengths(name, lengths):
     return None if lengths is None else checked(f"Mask: {name}", lengths, 1, "int")
 
 
+def required(x, holds, rule):
+    """``x``, for whose elements ``holds(x)`` is true.
+
+    Where they are known a ValueError with the rule and them, or of many axes the first wrong one, tells otherwise; in graphs
+    of TensorFlow, as they run, an InvalidArgumentError. XLA and JAX do not tell of what they trace.
+    """
+    values = namespaces.known(x)
+    if values is None:
+        return namespaces.of((x,)).required(x, lambda: holds(x), rule)
+    wrong = values[~np.asarray(holds(values))]
+    if wrong.size:
+        raise ValueError(f"{rule}, got {values if values.ndim < 2 else wrong[0]}")
+    return x
+
+
+def ascending(rule, x):
+    """``x``, which never goes back along its last axis, or `required`."""
+    values = namespaces.known(x)
+    if values is not None:
+        never_back(rule, values)
+        return x
+    return required(x, lambda x: x[..., 1:] >= x[..., :-1], rule)
+
+
 def never_back(rule, values):
     """ValueError with the rule and the place where values go back along their last axis."""
     back = np.argwhere(values[..., 1:] < values[..., :-1])
@@ -105,7 +129,7 @@ def never_back(rule, values):
 def cumulative(name, given, totals=None):
     """Cumulative lengths by argument, or None, checked: integers `[n + 1]` from 0 that never go back, the same n.
 
-    ``totals`` are what each must end with, by argument, None where unknown.
+    ``totals`` are what each must end with, by argument, None where unknown; whoever gives them has checked what is traced.
     """
     result, counts = {}, {}
     for what, x in given.items():
@@ -117,6 +141,9 @@ def cumulative(name, given, totals=None):
             raise ValueError(f"{name}: {what} must hold a 0 and the end of each sequence, got shape (0,)")
         values = namespaces.known(x)
         if values is None:
+            if totals is None:
+                x = required(x, lambda x: x[:1] == 0, f"{name}: {what} must start at 0")
+                result[what] = ascending(f"{name}: {what} must never go back", x)
             continue
         if values[0] != 0:
             raise ValueError(f"{name}: {what} must start at 0, got {values[0]}")

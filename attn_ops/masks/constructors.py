@@ -82,9 +82,7 @@ def prefix(length, alignment=options.TOP_LEFT):
     """
     if not _is_integer(length):
         length = checks.checked("prefix: length", length, (0, 1), "int")
-    values = namespaces.known(length)
-    if values is not None and values.size and values.min() < 0:
-        raise ValueError(f"prefix: length must not be negative, got {values}")
+    length = checks.required(length, lambda x: x >= 0, "prefix: length must not be negative")
     return Mask(causal_alignment=alignment, structured=(Prefix(length),))
 
 
@@ -109,13 +107,15 @@ def segments(q_ids, kv_ids=None, *, contiguous=None):
     Raises:
       TypeError: not integers.
       ValueError: another rank, or (where known) ids that go back where `contiguous` was promised.
+      tf.errors.InvalidArgumentError: traced ones that do, as the graph runs (not in XLA, nor in JAX).
     """
     kv_ids = q_ids if kv_ids is None else kv_ids
     q_ids, kv_ids = (_with_batch(checks.checked("segments", ids, (1, 2), "int")) for ids in (q_ids, kv_ids))
-    for what, ids in (("q_ids", q_ids), ("kv_ids", kv_ids)) if contiguous else ():
-        values = namespaces.known(ids)
-        if values is not None:
-            checks.never_back(f"segments: with contiguous=True {what} must never go back", values)
+    if contiguous:
+        q_ids, kv_ids = (
+            checks.ascending(f"segments: with contiguous=True {what} must never go back", ids)
+            for what, ids in (("q_ids", q_ids), ("kv_ids", kv_ids))
+        )
     return Mask(structured=(Segments(q_ids, kv_ids, None if contiguous is None else bool(contiguous)),))
 
 
@@ -129,7 +129,8 @@ def packed(cu_seqlens_q, cu_seqlens_k=None):
       cu_seqlens_k: the same of the keys; None: the same, and rows are counted from a `query_offset` on.
     Raises:
       TypeError: not integers.
-      ValueError: another rank, different numbers of sequences, or (where known) not from 0, or going back.
+      ValueError: another rank, different numbers of sequences, or (where known) not from 0, or going back; from the
+        attention, where they end past the rows or keys.
     """
     given = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     return Mask(structured=(Packed(**checks.cumulative("packed", given)),))
@@ -147,9 +148,8 @@ def block_sparse(blocks, block_q, block_k):
       TypeError: another dtype. ValueError: another rank, sizes below 1, or (where known) other numbers than 0 and 1.
     """
     blocks = checks.checked("block_sparse", blocks, (2, 3, 4), "bits")
-    values = namespaces.known(blocks)
-    if values is not None and values.dtype != bool and values.size and values.max() > 1:
-        raise ValueError(f"block_sparse: blocks must be boolean, or hold 0 and 1, got {values.max()}")
+    if blocks.dtype != bool:
+        blocks = checks.required(blocks, lambda x: x <= 1, "block_sparse: blocks must be boolean, or hold 0 and 1")
     rank = len(blocks.shape)
     blocks = blocks[None, None] if rank == 2 else blocks[:, None] if rank == 3 else blocks
     sizes = checks.size("block_sparse: block_q", block_q), checks.size("block_sparse: block_k", block_k)

@@ -157,10 +157,11 @@ class _Table:
             except Exception:  # a function of numbers, with `if` or `and`, fails with arrays in any way
                 self._by_element = True
         try:
-            values = np.frompyfunc(lambda *index: bool(self._checked(fn(*index))), 4, 1)(*indices)
+            values = np.frompyfunc(lambda *index: self._one(fn(*index)), 4, 1)(*indices)
         except Exception as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"from_function: {name}(b, h, q, k) cannot be evaluated on integers: {error}") from error
+            told = str(error) if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: {error}"
+            raise kind(f"from_function: {name}(b, h, q, k) cannot be evaluated on integers: {told}") from error
         return np.broadcast_to(values.astype(bool), shape)
 
     def _checked(self, values):
@@ -168,6 +169,13 @@ class _Table:
         if values.dtype != bool:
             raise TypeError(f"what it returns must be boolean (True = may be seen), got {values.dtype.name}")
         return values
+
+    def _one(self, value):
+        """What the function returned for one pair, as a bool."""
+        value = self._checked(value)
+        if value.ndim:
+            raise ValueError(f"what it returns must be one boolean for each q and k, got shape {value.shape}")
+        return bool(value)
 
 
 def _recognised(table, may_stand_at_the_end):

@@ -116,11 +116,12 @@ class Mask:
         The result describes one attention call with all the parts: lengths given on either side are the effective
         lengths that a bottom-right alignment refers to. Raises ValueError for two windows of different alignment,
         which no single interval can express; other parts that ask where a row stands (prefix, chunked) count as windows.
+        A side with no such part has no say in the alignment, unless neither has one.
         """
         if not isinstance(other, Mask):
             return NotImplemented
-        alignments = [m.causal_alignment for m in (self, other) if m.is_aligned]
-        if len(set(alignments)) > 1:
+        aligned = [m.causal_alignment for m in (self, other) if m.is_aligned]
+        if len(set(aligned)) > 1:
             raise ValueError(
                 "Mask &: both sides have a causal, window, prefix or chunked part, with causal_alignment "
                 f"{self.causal_alignment!r} and {other.causal_alignment!r}; make one of them dense: "
@@ -132,7 +133,10 @@ class Mask:
             window = tuple(min(ends) if min(ends) >= 0 else max(ends) for ends in pairs)
         return Mask(
             is_causal=self.is_causal or other.is_causal,
-            causal_alignment=min(alignments, key=lambda a: isinstance(a, options.Unsaid), default=options.TOP_LEFT),
+            # Without parts that ask for it, what was said still tells slopes and tables where rows stand.
+            causal_alignment=min(
+                aligned or [self.causal_alignment, other.causal_alignment], key=lambda a: isinstance(a, options.Unsaid)
+            ),
             window=window,
             query_lengths=_minimum(self.query_lengths, other.query_lengths),
             key_lengths=_minimum(self.key_lengths, other.key_lengths),
@@ -222,9 +226,10 @@ class Mask:
         rows, columns = at.rows[:, None, :, None], at.keys[None, None, None, :]
         lengths = (None if n is None else xp.int64(n)[:, None, None, None] for n in (self.query_lengths, self.key_lengths))
         offset = None if query_offset is None else _by_entry(xp, query_offset, 4)
+        extents = (n if isinstance(n, int) else xp.int64(n) for n in (seqlen_q, seqlen_k))
         visible = (rows >= 0) & (columns >= 0)
         for term in interval(
-            rows, columns, seqlen_q, seqlen_k, *lengths, self.window_left, self.window_right, self.bottom_right, offset
+            rows, columns, *extents, *lengths, self.window_left, self.window_right, self.bottom_right, offset
         ):
             visible = visible & term
         for part in self.structured:

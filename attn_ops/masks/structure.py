@@ -140,6 +140,16 @@ class Packed(Part):
 
     arrays = ("cu_seqlens_q", "cu_seqlens_k")
 
+    def _check(self, at):
+        """ValueError where known lengths end beyond the rows or keys of the call."""
+        extents = [namespaces.known(n) for n in (at.seqlen_q, at.seqlen_k)]
+        if self.cu_seqlens_k is None:  # of rows and keys; of more than there are where an offset is given
+            extents = [max(extents) if None not in extents and at.query_offset is None else None]
+        for what, extent in zip(self.arrays, extents):
+            values = namespaces.known(getattr(self, what))
+            if values is not None and extent is not None and values[-1] > extent:
+                raise ValueError(f"packed: {what} must end within the {extent} tokens of the call, got {values[-1]}")
+
     def _sequences(self, xp, at):
         """The rows, and of each: its sequence, which may be none, and where that and the next one begin among rows and
         among keys."""
@@ -158,6 +168,7 @@ class Packed(Part):
         return first_key + (rows - first_row) + shift
 
     def piece(self, xp, at):
+        self._check(at)
         rows, _, *sequence = self._sequences(xp, at)
         begin, end = begin_all, end_all = sequence[2:]
         own = self._own(rows, *sequence)
@@ -169,6 +180,7 @@ class Packed(Part):
         return Piece(begin, end)
 
     def visible(self, xp, at):
+        self._check(at)
         rows, sequence, *starts = self._sequences(xp, at)
         starts_k = xp.int64(self.cu_seqlens_q if self.cu_seqlens_k is None else self.cu_seqlens_k)
         count = xp.int64(xp.extent(starts_k, 0)) - 1

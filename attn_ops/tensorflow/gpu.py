@@ -41,7 +41,7 @@ def unsupported_reasons(call: AttentionCall, forced: bool) -> list[str]:
     """
     if not in_use(call):
         return []
-    reason = _device_reason() or _call_reason(call, forced)
+    reason = _device_reason() or call_reason(call, forced)
     return [f"a GPU is in use, and {reason}; under tf.device('CPU') the fused op runs on the CPU"] if reason else []
 
 
@@ -59,7 +59,8 @@ def _ordinals() -> tuple[int, ...]:
     return tuple(int(device.name.rpartition(":")[2]) for device in tf.config.get_visible_devices("GPU"))
 
 
-def _call_reason(call, forced):
+def call_reason(call: AttentionCall, forced: bool) -> str | None:
+    """Why the CUDA kernels, where they are available, do not take ``call``; None when they do."""
     lacking = beyond_cuda(call, call)
     if lacking is not None:
         return lacking

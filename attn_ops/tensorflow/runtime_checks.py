@@ -8,7 +8,7 @@ the operations themselves, but lengths out of range go unnoticed.
 import tensorflow as tf
 
 from attn_ops.call.attention_call import canonical
-from attn_ops.call.options import LARGEST_OFFSET
+from attn_ops.call.options import LARGEST_OFFSET, LARGEST_SLOPE
 
 _NAME = "scaled_dot_product_attention"
 
@@ -104,6 +104,9 @@ def _assertions_of_scores(call, batch, num_heads):
         entries, heads = extents(call.alibi_slopes)
         fits = [_one_or(entries, batch), _equal(heads, num_heads)]
         assertions += _assert(fits, "alibi_slopes must have shape [num_heads] or [batch, num_heads]", (call.alibi_slopes,))
+        legal = tf.reduce_all(tf.abs(call.alibi_slopes) <= LARGEST_SLOPE)
+        rule = f"{_NAME}: alibi_slopes must be finite numbers from -2^64 to 2^64"
+        assertions.append(tf.debugging.Assert(legal, [rule, "got", call.alibi_slopes], summarize=8))
     if call.relative_bias is not None:
         heads, distances = extents(call.relative_bias)
         odd = None if isinstance(distances, int) else tf.equal(distances % 2, 1)

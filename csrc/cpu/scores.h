@@ -26,6 +26,12 @@ ATTN_INLINE Vec<T> biased(Vec<T> s, Vec<T> bias) {
   return S::select(bias == hidden, hidden, S::select(finite == S::zero(), inside, sum));
 }
 
+// The same of scores that something added before may have hidden: those stay so, whatever the bias is.
+template <class T>
+ATTN_INLINE Vec<T> biased_unless_hidden(Vec<T> s, Vec<T> bias) {
+  return Simd<T>::select(s == Simd<T>::set1(-kInfinity<T>), s, biased<T>(s, bias));
+}
+
 // The scores whose bit is set, and -inf in the other lanes.
 template <class T>
 ATTN_INLINE Vec<T> seen_or_hidden(uint64_t bits, Vec<T> s) {
@@ -159,14 +165,13 @@ __attribute__((noinline)) void add_relative_bias(const HeadRows& r, const RowTil
                      scores, ld, [](T* at, Vec<T> x) { S::store(at, biased<T>(S::load(at), x)); });
 }
 
-// scores[j * ld + lane] += bias, as `biased` does.
-template <class T>
-__attribute__((noinline)) void add_bias(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys, T* scores,
-                                        int64_t ld) {
+// add(&scores[j * ld + lane], bias)
+template <class T, class Add>
+__attribute__((noinline)) void each_bias(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys, T* scores,
+                                         int64_t ld, const Add& add) {
   using S = Simd<T>;
   const StridedView& bias = r.p.bias;
   const int64_t stride = bias.step();
-  const auto add = [](T* at, Vec<T> x) { S::store(at, biased<T>(S::load(at), x)); };
   const auto row_of = [&](int lane) { return r.score_row(bias, tile.position[lane], tile.head[lane]) + k0 * stride; };
   if (same_for_all_rows(r, tile, bias)) {
     T column[kBlockKeys];
@@ -182,6 +187,18 @@ __attribute__((noinline)) void add_bias(const HeadRows& r, const RowTile<T>& til
     for (int64_t b = 0; b < keys * stride; b += 64) __builtin_prefetch(next_block + b);
   }
   load_transposed<T>(bias.dtype, row, tile.rows, tile.lanes, stride, keys, scores, ld, add);
+}
+
+// scores[j * ld + lane] += bias, as `biased` does.
+template <class T>
+ATTN_INLINE void add_bias(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys, T* scores, int64_t ld) {
+  using S = Simd<T>;
+  if (r.p.relative_bias) {
+    each_bias<T>(r, tile, k0, keys, scores, ld,
+                 [](T* at, Vec<T> x) { S::store(at, biased_unless_hidden<T>(S::load(at), x)); });
+  } else {
+    each_bias<T>(r, tile, k0, keys, scores, ld, [](T* at, Vec<T> x) { S::store(at, biased<T>(S::load(at), x)); });
+  }
 }
 
 // scores[j * ld + lane] = -inf where the lane does not see key j; `visible` null: all do. see(v, score) is told the
@@ -274,7 +291,10 @@ __attribute__((noinline)) void finish_row_scores(const HeadRows& r, int64_t posi
     if (p.soft_cap != 0) s = capped<T>(p.soft_cap, s, nullptr);
     if (p.slopes) s = S::fma(S::set1(slope_of<T>(r, head)), S::load(distances + j), s);
     if (p.relative_bias) s = biased<T>(s, S::load(relative + j));
-    if (bias.data) s = biased<T>(s, S::load(added + j));
+    if (bias.data) {
+      const Vec<T> x = S::load(added + j);
+      s = p.relative_bias ? biased_unless_hidden<T>(s, x) : biased<T>(s, x);
+    }
     S::store(scores + j, seen_or_hidden<T>(bits >> j, s));
   }
 }

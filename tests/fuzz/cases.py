@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from attn_ops import T5RelativeBias
 from cases import DTYPES
 from fuzz import truth
 
@@ -77,10 +78,11 @@ class Case:
         return np.dtype("float64" if self.dtype == "float64" else "float32")
 
     def __str__(self):
-        described = {name: x for name, x in self.options.items() if x is not None and name not in ("mask", "bias")}
-        bias, masks = self.options.get("bias"), self.options.get("mask") or ()
-        if bias is not None:
-            described["bias"] = f"{bias.dtype.name}{list(bias.shape)}"
+        described = {name: x for name, x in self.options.items() if x is not None and name != "mask"}
+        for name in ("bias", "relative_bias", "alibi_slopes"):
+            if isinstance(described.get(name), np.ndarray):
+                described[name] = f"{described[name].dtype.name}{list(described[name].shape)}"
+        masks = self.options.get("mask") or ()
         if masks:
             described["mask"] = [list(mask.shape) for mask in masks]
         if self.structure:
@@ -95,6 +97,7 @@ class Case:
         """(query, key, value, d_out, d_lse, options) with the garbage of this turn, 0 or 1, in all hidden places."""
         arrays = {name: getattr(self, name) for name in ("query", "key", "value", "d_out", "d_lse")}
         arrays["bias"] = self.options.get("bias")
+        arrays["relative_bias"] = truth.table_of(self)
         rng = np.random.default_rng([self.seed, self.number, garbage])
         if self.garbage:
             hidden = self._hidden()
@@ -106,6 +109,8 @@ class Case:
         options = dict(self.options)
         if arrays["bias"] is not None:
             options["bias"] = arrays["bias"]
+        if arrays["relative_bias"] is not None:
+            options["relative_bias"] = self.with_table(arrays["relative_bias"])
         return *(arrays[name] for name in ("query", "key", "value", "d_out", "d_lse")), options
 
     @property
@@ -117,6 +122,11 @@ class Case:
 
     _seen: np.ndarray = None
 
+    def with_table(self, table):
+        """The option relative_bias with these values."""
+        given = self.options["relative_bias"]
+        return T5RelativeBias(table, given.bidirectional, given.max_distance) if isinstance(given, T5RelativeBias) else table
+
     def hidden_keys(self):
         """`[batch, num_kv_heads, seqlen_k]`: keys that no row sees."""
         batch, num_heads, seqlen_q, seqlen_k = self.scores_shape
@@ -126,7 +136,8 @@ class Case:
     def _hidden(self):
         """Which elements of each array are behind masks."""
         rows, keys = ~self.seen.any(axis=-1), self.hidden_keys()
-        hidden = {"d_lse": rows}
+        sinks = self.options.get("sinks")
+        hidden = {"d_lse": rows if sinks is None else rows & (sinks == -np.inf)[:, None]}
         for names, places in ((("query", "d_out"), rows), (("key", "value"), keys)):
             for name in names:
                 hidden[name] = np.broadcast_to(places[..., None], truth.heads_first(self, getattr(self, name)).shape)
@@ -136,6 +147,11 @@ class Case:
             unbiased = dataclasses.replace(self, options={**self.options, "bias": None}, _seen=None)
             axes = tuple(axis for axis in range(4) if bias.shape[axis] == 1)
             hidden["bias"] = ~unbiased.seen.any(axis=axes, keepdims=True)
+        if self.options.get("relative_bias") is not None:
+            # Also without the bias: either may hide pairs, and must go on to, while there is garbage in the other.
+            none = dict.fromkeys(("bias", "relative_bias"))
+            unbiased = dataclasses.replace(self, options={**self.options, **none}, _seen=None)
+            hidden["relative_bias"] = ~truth.gathered(self, unbiased.seen, np.logical_or, False)
         return hidden
 
 
@@ -165,6 +181,7 @@ def draw(seed, number):
     case.options["layout"] = _pick(rng, {"BSHD": 2, "BHSD": 1})
     _draw_options(rng, case, head_dim)
     _draw_structure(np.random.default_rng([seed, number, 16]), case)
+    _draw_scores(np.random.default_rng([seed, number, 17]), case)
     shapes = {
         "query": (batch, num_heads, seqlen_q, head_dim),
         "key": (batch, kv_heads, seqlen_k, head_dim),
@@ -290,6 +307,41 @@ def _draw_structure(rng, case):
         counts = [-(-n // size) for n, size in zip((seqlen_q, seqlen_k), sizes)]
         shape = (entries(), num_heads if rng.random() < 0.5 else 1, *counts)
         case.structure["blocks"] = rng.random(shape) < rng.choice([0.3, 0.8]), *sizes
+
+
+def _draw_scores(rng, case):
+    """What happens to scores beside a bias."""
+    batch, num_heads, seqlen_q, seqlen_k = case.scores_shape
+    options, dtype = case.options, case.accumulator
+    if rng.random() < 0.2:
+        options["logits_soft_cap"] = float(_pick(rng, {10 ** rng.uniform(-1, 2): 8, 1e-30: 0.3, 1e30: 0.3}))
+    if rng.random() < 0.2:
+        shape = (num_heads,) if rng.random() < 0.5 else (batch, num_heads)
+        slopes = rng.standard_normal(shape) if rng.random() < 0.5 else 2.0 ** -rng.uniform(0, 8, shape)
+        options["alibi_slopes"] = slopes.astype(dtype)
+    if rng.random() < 0.25:
+        options["relative_bias"] = _table(rng, num_heads, dtype)
+    if rng.random() < 0.2:
+        sinks = rng.standard_normal(num_heads)
+        kind = _pick(rng, {"normal": 4, "far": 2, "ends": 0.5})
+        if kind == "far":
+            sinks = sinks * 10 ** rng.uniform(0, 3)
+        elif kind == "ends":
+            sinks = rng.choice([-1, 0, 1], num_heads) * float(_finfo(dtype).max)
+        options["sinks"] = np.where(rng.random(num_heads) < 0.1, -np.inf, sinks).astype(dtype)
+
+
+def _table(rng, num_heads, dtype):
+    """By distance, or by T5's buckets; some of it hides."""
+    if rng.random() < 0.3:
+        bidirectional, rows = bool(rng.random() < 0.5), int(rng.choice([4, 8, 32]))
+        table = rng.standard_normal((rows, num_heads)).astype(dtype)
+        return T5RelativeBias(table, bidirectional, int(rng.integers(rows, 4 * rows + 100)))
+    reach = int(_pick(rng, {0: 0.5, 1: 1, 5: 1, 16: 1, 40: 1, 300: 1}))
+    table = rng.standard_normal((2 * reach + 1, num_heads)) * 10 ** rng.uniform(-1, 2)
+    if rng.random() < 0.3:
+        table = np.where(rng.random(table.shape) < rng.choice([0.1, 0.5]), -np.inf, table)
+    return table.astype(dtype)
 
 
 def _window_end(rng, most):

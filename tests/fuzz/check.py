@@ -17,7 +17,7 @@ import numpy as np
 
 from cases import DTYPES
 from fuzz import truth as truths
-from plain_formula import plain_results, serial_products
+from plain_formula import pairwise_sums, plain_results, serial_products, serial_sums
 
 FACTOR = 2
 FLOOR = 4
@@ -54,7 +54,7 @@ class Judge:
     def _findings(self, name, x, limit):
         expected = self.expected[name]
         unseen, unknown, infected = self.unseen[name], self.unknown[name], self.infected[name]
-        nothing = -np.inf if name == "lse" else 0
+        nothing = expected if name in ("lse", "maximum") else 0  # -inf and 0, or the sink
         wrong = {
             "must be exactly what nothing gives": unseen & (x != nothing),
             "must be NaN": infected & ~np.isnan(x),
@@ -84,7 +84,7 @@ class Judge:
         """The sum of exp(score - maximum): at least that of the maximum itself, and the lse together with it."""
         maximum, total, lse = (results[name].astype(np.float64) for name in ("maximum", "sum", "lse"))
         epsilon = np.finfo(results["sum"].dtype).eps
-        keys = self.truth.seen.sum(axis=-1)
+        keys = self.truth.seen.sum(axis=-1) + (self.truth.sink != -np.inf)  # or the sink
         sound = np.where(keys == 0, total == 0, (total >= 1) & (total <= keys * (1 + FLOOR * epsilon)))
         sound |= self.unknown["sum"]
         if not sound.all():
@@ -98,7 +98,8 @@ class Judge:
     @functools.cached_property
     def unseen(self):
         """By name: which elements nothing contributes to."""
-        return self._by_name(self.truth.empty_rows, self.case.hidden_keys(), ~self.truth.seen)
+        no_sinks = np.broadcast_to(self.truth.sink == -np.inf, self.truth.empty_rows.shape)
+        return self._by_name(self.truth.empty_rows, self.case.hidden_keys(), ~self.truth.seen, no_sinks)
 
     @functools.cached_property
     def infected(self):
@@ -107,7 +108,7 @@ class Judge:
         if self.case.options.get("dropout_rate"):  # whether a dropped NaN counts is nobody's promise
             rows = np.zeros_like(rows)
         keys = np.zeros_like(self.case.hidden_keys())
-        named = self._by_name(rows, keys, np.zeros_like(self.truth.seen), reduce=np.any)
+        named = self._by_name(rows, keys, np.zeros_like(self.truth.seen), np.zeros_like(rows), reduce=np.any)
         return named | {"maximum": np.zeros_like(rows)}  # its sum tells
 
     @functools.cached_property
@@ -115,7 +116,7 @@ class Judge:
         """By name: which elements have no number to be compared with, because of such rows."""
         rows = self._infected_rows
         pairs = rows[..., None] & self.truth.seen
-        return self._by_name(rows, self._any_row(pairs), pairs, reduce=np.any)
+        return self._by_name(rows, self._any_row(pairs), pairs, rows, reduce=np.any)
 
     @functools.cached_property
     def _infected_rows(self):
@@ -132,8 +133,8 @@ class Judge:
         pairs = pairs.reshape(batch, num_heads // self.truth.group, self.truth.group * seqlen_q, seqlen_k)
         return reduce(pairs, axis=2) if pairs.shape[2] else np.zeros_like(self.case.hidden_keys(), pairs.dtype)
 
-    def _by_name(self, rows, keys, pairs, reduce=np.all):
-        """What holds for rows, keys and pairs, as arrays like the results."""
+    def _by_name(self, rows, keys, pairs, sinks, reduce=np.all):
+        """What holds for rows, keys, pairs, and the sinks of rows, as arrays like the results."""
         like = {"out": rows, "dq": rows, "dk": keys, "dv": keys}
         named = {"lse": rows, "maximum": rows, "sum": rows}
         for name, x in like.items():
@@ -142,10 +143,16 @@ class Judge:
         if "d_bias" in self.expected:
             axes = tuple(axis for axis in range(4) if self.case.options["bias"].shape[axis] == 1)
             named["d_bias"] = reduce(pairs, axis=axes, keepdims=True)
+        if "d_relative_bias" in self.expected:
+            named["d_relative_bias"] = truths.gathered(self.case, pairs, *_UFUNCS.get(reduce, (np.maximum, 0)))
+        if "d_sinks" in self.expected:
+            named["d_sinks"] = reduce(sinks, axis=(0, 2))
         return named
 
     def dtype(self, name):
         if name in ("lse", "maximum", "sum"):
+            return self.case.accumulator
+        if name in ("d_relative_bias", "d_sinks"):
             return self.case.accumulator
         return self.case.options["bias"].dtype if name == "d_bias" else DTYPES[self.case.dtype]
 
@@ -162,7 +169,7 @@ class Judge:
         wide = np.dtype(np.float32) if precision.itemsize == 2 else precision
         epsilon = float(_finfo(precision).eps)
         sizes = self.truth.sizes(epsilon)
-        lost = self.truth.underflow(float(_finfo(wide).tiny), float(_finfo(wide).smallest_subnormal))
+        lost = self.truth.underflow(float(_finfo(wide).tiny))
         ratios = self._plain_ratios(precision, sizes, lost)
         classes = self._largest(np.log10(np.maximum(self.truth.score_sizes, 1)).astype(int))
         spread = self.truth.spread(epsilon)
@@ -195,7 +202,10 @@ class Judge:
         def largest(x, axis, keepdims=False):
             return x.max(axis=axis, keepdims=keepdims, initial=0)
 
-        return self._by_name(rows, self._any_row(pairs, largest), pairs, reduce=largest)
+        return self._by_name(rows, self._any_row(pairs, largest), pairs, rows, reduce=largest)
+
+
+_UFUNCS = {np.all: (np.logical_and, True), np.any: (np.logical_or, False)}
 
 
 def _largest_of_class(ratio, classes):
@@ -205,17 +215,26 @@ def _largest_of_class(ratio, classes):
 
 
 def _plain(case, truth, precision, shuffled):
-    """The plain formula's results; `shuffled`: keys in another order, plain sums over dimensions, scaled queries."""
+    """The plain formula's results; `shuffled`: keys in another order, plain sums of dimensions and of weights, scaled
+    queries."""
     q, k, v, g = (truths.heads_first(case, getattr(case, name)) for name in ("query", "key", "value", "d_out"))
-    bias, seen, scale = case.options.get("bias"), case.seen, truth.scale
-    bias = None if bias is None else np.broadcast_to(np.where(bias == -np.inf, 0, bias).astype(bias.dtype), seen.shape)
+    options, seen, scale = case.options, case.seen, truth.scale
+    bias = relative = slopes = None
+    if options.get("bias") is not None:
+        bias = np.broadcast_to(finite(options["bias"]), seen.shape)
+    if options.get("relative_bias") is not None:
+        relative = finite(truths.relative_bias(case))
+    if options.get("alibi_slopes") is not None:
+        slopes = [np.atleast_2d(options["alibi_slopes"])[..., None, None], truths.distances(case)[:, None]]
+    sinks = None if options.get("sinks") is None else options["sinks"][:, None]
     z = truths.keep_factors(case)
     keys = np.arange(k.shape[2])
     if shuffled:
         keys = np.random.default_rng(0).permutation(keys)
         q = q.astype(case.accumulator) * case.accumulator.type(scale)
         k, v, seen = k[:, :, keys], v[:, :, keys], seen[..., keys]
-        bias, z = (None if x is None else x[..., keys] for x in (bias, z))
+        bias, relative, z = (None if x is None else x[..., keys] for x in (bias, relative, z))
+        slopes = None if slopes is None else [slopes[0], slopes[1][..., keys]]
     results = plain_results(
         *(x.swapaxes(1, 2) for x in (q, k, v)),
         precision,
@@ -225,7 +244,12 @@ def _plain(case, truth, precision, shuffled):
         visible=seen,
         factors=z,
         scale=1.0 if shuffled else scale,
+        cap=options.get("logits_soft_cap"),
+        slopes=slopes,
+        relative=relative,
+        sinks=sinks,
         products=serial_products if shuffled else np.matmul,
+        sums=serial_sums if shuffled else pairwise_sums,
     )
     for name in ("out", "dq", "dk", "dv"):
         results[name] = results[name].swapaxes(1, 2)
@@ -234,11 +258,18 @@ def _plain(case, truth, precision, shuffled):
         back = np.argsort(keys)
         results["dq"] = results["dq"] * case.accumulator.type(scale)
         results["dk"], results["dv"], ds = results["dk"][:, :, back], results["dv"][:, :, back], ds[..., back]
-    if case.options.get("bias") is not None:
-        results["d_bias"] = truths.sum_to(case.options["bias"].shape, ds)
+    if bias is not None:
+        results["d_bias"] = truths.sum_to(options["bias"].shape, ds)
+    if relative is not None:
+        results["d_relative_bias"] = truths.gathered(case, ds, np.add, 0)
     for name in ("out", "dq", "dk", "dv"):
         results[name] = truths.heads_first(case, results[name])
     return results
+
+
+def finite(bias):
+    """What hides is told apart."""
+    return np.where(bias == -np.inf, 0, bias).astype(bias.dtype)
 
 
 def different(results, others):

@@ -6,6 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from attn_ops import T5RelativeBias
+
 from fuzz import cases, check, run, truth, ways
 
 SEED = 14
@@ -70,6 +72,24 @@ def poisoned_case():
     return case
 
 
+def scored_case():
+    """With all that happens to scores; a row that sees no key, and one that keys count little in beside the sink."""
+    case = small_case(
+        logits_soft_cap=1.5,
+        alibi_slopes=np.array([0.25, -0.5], np.float32),
+        relative_bias=np.random.default_rng(SEED).standard_normal((5, 2)).astype(np.float32),
+        sinks=np.array([0.5, 3.0], np.float32),
+        causal_alignment="bottom_right",
+    )
+    case.query *= 3
+    return case
+
+
+def with_option(case, **option):
+    case.options |= option
+    return case
+
+
 def rounded(case, wide):
     """Results of the dtypes that they have for the case."""
     judge = check.Judge(case)
@@ -121,6 +141,14 @@ def bias_gradient_without_d_lse(d_bias, case, right):
     return d_bias - right.p * case.d_lse[..., None]
 
 
+def ignored_slope_of_the_cap(dq, case, right):
+    return right.scale * (right.ds @ case.key.astype(float))
+
+
+def sinks_gradient_of_values_alone(d_sinks, case, right):
+    return d_sinks - (np.exp(right.log_p_sink) * case.d_lse).sum((0, 2))
+
+
 def ignored_delta(dq, case, right):
     dp = case.d_out @ case.value.swapaxes(-1, -2)
     return right.scale * (right.p * (dp + case.d_lse[..., None]) @ case.key)
@@ -145,6 +173,7 @@ def shifted(mask):
 
 
 MASK = small_case().options["mask"][0]
+TABLE, SLOPES, SINKS = (scored_case().options[name] for name in ("relative_bias", "alibi_slopes", "sinks"))
 FAULTS = {
     "mask off by one key": (small_case, of_other_options(mask=shifted(MASK))),
     "causal": (small_case, of_other_options(is_causal=True)),
@@ -171,6 +200,20 @@ FAULTS = {
     "statistics swapped": (small_case, statistics_swapped),
     "sum": (small_case, changed("sum", lambda total, case, right: total * 1.0001)),
     "no d_bias": (small_case, missing_gradient),
+    "no cap": (scored_case, of_other_options(logits_soft_cap=None)),
+    "another cap": (scored_case, of_other_options(logits_soft_cap=1.5001)),
+    "no slopes": (scored_case, of_other_options(alibi_slopes=SLOPES * 0)),
+    "slopes of the other heads": (scored_case, of_other_options(alibi_slopes=SLOPES[::-1])),
+    "distances from the first key": (scored_case, of_other_options(causal_alignment="top_left")),
+    "another row of the table": (scored_case, of_other_options(relative_bias=np.roll(TABLE, 1, axis=0))),
+    "one number of the table": (scored_case, of_other_options(relative_bias=TABLE + 1e-4 * (TABLE == TABLE.max()))),
+    "the sinks of the other heads": (scored_case, of_other_options(sinks=SINKS[::-1])),
+    "no sinks": (scored_case, of_other_options(sinks=SINKS - np.inf)),
+    "no derivative of the cap": (scored_case, changed("dq", ignored_slope_of_the_cap)),
+    "d_sinks without d_lse": (scored_case, changed("d_sinks", sinks_gradient_of_values_alone)),
+    "d_relative_bias backwards": (scored_case, changed("d_relative_bias", lambda x, case, right: x[::-1])),
+    "a row with a sink alone has values": (scored_case, changed("out", put((0, 0, 5), 0.1))),
+    "lse of a row with a sink alone": (scored_case, changed("lse", put((0, 0, 5), -np.inf))),
     "dtype": (small_case, narrow_output),
 }
 
@@ -183,7 +226,7 @@ def test_judge_catches(fault):
     assert judge.findings(results(case, judge.truth), case.accumulator)
 
 
-@pytest.mark.parametrize("make_case", (small_case, dropped_out_case, massive_case, poisoned_case))
+@pytest.mark.parametrize("make_case", (small_case, dropped_out_case, massive_case, poisoned_case, scored_case))
 def test_judge_accepts_the_truth(make_case):
     case = make_case()
     judge = check.Judge(case)
@@ -235,18 +278,27 @@ def test_limits_at_the_ends_of_the_range():
 
 
 @pytest.mark.parametrize(
-    "options",
-    ({}, {"scale": -0.4, "is_causal": True, "causal_alignment": "bottom_right"}),
-    ids=("plain", "causal"),
+    "make_case",
+    (
+        small_case,
+        lambda: small_case(scale=-0.4, is_causal=True, causal_alignment="bottom_right"),
+        scored_case,
+        lambda: with_option(scored_case(), relative_bias=T5RelativeBias(np.concatenate([TABLE, -TABLE])[:8], max_distance=4)),
+    ),
+    ids=("plain", "causal", "scores", "buckets"),
 )
-def test_truth_is_the_derivative(options):
+def test_truth_is_the_derivative(make_case):
     """Of the loss sum(out d_out) + sum(lse d_lse), by central differences of the truth's own forward in float64."""
-    case = small_case(**options)
-    found = truth.Truth(case).results()
-    rows = case.seen.any(axis=-1)
+    case = make_case()
+    right = truth.Truth(case)
+    found, rows = right.results(), ~right.alone
     arrays = {"dq": case.query, "dk": case.key, "dv": case.value, "d_bias": case.options["bias"]}
-    arrays = {name: x.astype(np.float64) for name, x in arrays.items()}
-    case.query, case.key, case.value, case.options["bias"] = arrays.values()
+    arrays |= {"d_relative_bias": truth.table_of(case), "d_sinks": case.options.get("sinks")}
+    arrays = {name: x.astype(np.float64) for name, x in arrays.items() if x is not None}
+    case.query, case.key, case.value, case.options["bias"] = (arrays[name] for name in ("dq", "dk", "dv", "d_bias"))
+    if "d_sinks" in arrays:
+        case.options["sinks"] = arrays["d_sinks"]
+        case.options["relative_bias"] = case.with_table(arrays["d_relative_bias"])
 
     def loss():
         results = truth.Truth(case).results()

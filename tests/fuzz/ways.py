@@ -7,6 +7,7 @@ from attn_ops import kernels, masks
 
 from cases import DTYPES
 from fuzz import cases
+from implementations import expanded_table, table_gradient
 
 
 class Core:
@@ -45,6 +46,7 @@ class Core:
             layout=options["layout"],
             query_offset=options.get("query_offset"),
             **self._structure(case),
+            **self._scores(options),
             isa=self.isa,
             num_threads=threads or case.threads[turn],
         )
@@ -53,7 +55,9 @@ class Core:
         out_again, d_out = self._seen_as(case, "out", out), self._seen_as(case, "d_out", d_out)
         gradients = core.backward(*inputs, out_again, statistics, d_out, d_lse=d_lse, **named)
         results = {"out": out, "lse": lse, "maximum": statistics[..., 0], "sum": statistics[..., 1]}
-        results |= dict(zip(("dq", "dk", "dv", "d_bias"), gradients))
+        results |= dict(zip(("dq", "dk", "dv", "d_bias", "d_relative_bias", "d_sinks"), gradients, strict=True))
+        if results["d_relative_bias"] is not None:
+            results["d_relative_bias"] = table_gradient(options["relative_bias"], results["d_relative_bias"])
         return {name: x for name, x in results.items() if x is not None}
 
     @staticmethod
@@ -62,6 +66,16 @@ class Core:
         if "blocks" in case.structure:
             named |= dict(zip(("blocks", "block_q", "block_k"), case.structure["blocks"]))
         return named
+
+    @staticmethod
+    def _scores(options):
+        slopes, table = options.get("alibi_slopes"), options.get("relative_bias")
+        return dict(
+            soft_cap=options.get("logits_soft_cap"),
+            slopes=None if slopes is None else np.atleast_2d(slopes),
+            relative_bias=None if table is None else expanded_table(table).T,
+            sinks=options.get("sinks"),
+        )
 
     @staticmethod
     def _seen_as(case, name, x):
@@ -83,7 +97,7 @@ class Other:
 
     dtypes = tuple(DTYPES)
     rounds = True
-    structured = True  # whether it takes offsets, and masks of more than windows, lengths and arrays
+    structured = True  # whether it takes offsets, masks of more than windows, lengths and arrays, and all for scores
 
     def __init__(self, name, share):
         self.name, self.share = name, share

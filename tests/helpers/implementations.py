@@ -175,6 +175,7 @@ _ARRAYS = (
     "alibi_slopes",
     "relative_bias",
     "sinks",
+    "scale",
 )
 
 
@@ -234,7 +235,7 @@ def _run_tensorflow(mode, implementation, query, key, value, d_out, d_lse, optio
                 lambda x: None if x is None else tf.TensorSpec([None] * x.shape.rank, x.dtype), (tensors, d_out, d_lse)
             )
             if "buckets" in static:  # of which the number must be known
-                unknown[0]["relative_bias"] = tf.TensorSpec(tensors["relative_bias"].shape, d_out.dtype)
+                unknown[0]["relative_bias"] = tf.TensorSpec(tensors["relative_bias"].shape, tensors["relative_bias"].dtype)
             function = function.get_concrete_function(*unknown)
             results = function(*[x for x in tf.nest.flatten((tensors, d_out, d_lse)) if x is not None])
         else:
@@ -310,3 +311,10 @@ def all_implementations(on_device=False):
         yield Implementation(f"jax-{implementation}", run, _jax_missing(implementation), thinning)
     yield Cuda(on_device)
     yield Cuda(on_device, decodes=False)
+
+
+def of_own_choice():
+    """The public functions where they choose, in each place, what runs; graphs know all sizes."""
+    for mode in ("eager", "function", "xla"):
+        yield Implementation(mode, functools.partial(_run_tensorflow, mode, None))
+    yield Implementation("jax", functools.partial(_run_jax, None))

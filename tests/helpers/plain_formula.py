@@ -24,6 +24,17 @@ def serial_products(a, b):
     return total
 
 
+def serial_sums(x):
+    """The sums over the last axis, kept: one term after the other in blocks of 128, whose sums are added."""
+    blocks = [np.cumsum(x[..., at : at + 128], axis=-1)[..., -1] for at in range(0, x.shape[-1], 128)]
+    return sum(blocks, np.zeros(x.shape[:-1], x.dtype))[..., None]
+
+
+def pairwise_sums(x):
+    """The same as NumPy takes them."""
+    return x.sum(axis=-1, keepdims=True)
+
+
 def plain_results(
     query,
     key,
@@ -36,17 +47,23 @@ def plain_results(
     visible=None,
     factors=None,
     scale=None,
+    cap=None,
+    slopes=None,
+    relative=None,
+    sinks=None,
     products=np.matmul,
+    sums=pairwise_sums,
 ):
-    """`out`, `lse` and `maximum`, and with d_out also `dq`, `dk`, `dv` and `ds`, by name.
+    """`out`, `lse` and `maximum`, and with d_out also `dq`, `dk`, `dv`, `ds` and `d_sinks`, by name.
 
-    As `plain_attention`, and rows may see no key. `factors` multiply the weights (dropout). `products` computes those
-    over a head's dimensions. A finite score that would
-    be beyond the range of the dtype is its largest finite number. `lse`, `maximum` (`[batch, num_heads, seqlen_q]`) and `ds`,
-    the gradient of the scores, are of the dtype that sums have.
+    As `plain_attention`, and rows may see no key. `factors` multiply the weights (dropout). `slopes` are a slope and a
+    distance, whose product is added, and `relative` is a second bias; both, like `sinks` `[num_heads, 1]`, broadcast.
+    `products` computes those over a head's dimensions, `sums` those of a row's weights. A finite score that would be beyond the range of the dtype is its
+    largest finite number. `lse`, `maximum` (`[batch, num_heads, seqlen_q]`), `ds`, the gradient of the scores, and
+    `d_sinks` `[num_heads]` are of the dtype that sums have.
     """
     dtype = np.dtype(dtype)
-    wide = np.result_type(dtype, np.float32) if dtype.kind == "f" else np.float32
+    wide = np.dtype(np.result_type(dtype, np.float32) if dtype.kind == "f" else np.float32)
     largest = np.finfo(wide).max
 
     def rounded(x):
@@ -65,15 +82,23 @@ def plain_results(
 
     with np.errstate(over="ignore", under="ignore", divide="ignore"):
         s = rounded(rounded(products(q, k.swapaxes(-1, -2))) * scale)
-        if bias is not None:
-            s = rounded(s + np.asarray(bias).astype(wide))
-            s = np.clip(s, -largest, largest)
+        slope_of_cap = 1
+        if cap is not None:
+            capped = rounded(np.tanh(rounded(s / wide.type(cap))))
+            s, slope_of_cap = rounded(capped * wide.type(cap)), rounded(1 - capped * capped)
+        if slopes is not None:
+            slopes = rounded(np.multiply(*(np.asarray(x).astype(wide) for x in slopes)))
+        for term in (slopes, relative, bias):
+            if term is not None:
+                s = np.clip(rounded(s + np.asarray(term).astype(wide)), -largest, largest)
         if visible is not None:
             s = np.where(visible, s, -np.inf)
         maximum = s.max(axis=-1, keepdims=True, initial=-np.inf)
+        sink = -np.inf if sinks is None else np.asarray(sinks).astype(wide)[..., None]
+        maximum = np.maximum(maximum, sink)
         base = np.where(maximum == -np.inf, 0, maximum)
-        e = rounded(np.exp(s - base))
-        total = rounded(e.sum(axis=-1, keepdims=True))
+        e, e_sink = rounded(np.exp(s - base)), rounded(np.exp(sink - base))
+        total = rounded(sums(e) + e_sink)
         p = rounded(e / np.where(total == 0, 1, total))
         z = 1 if factors is None else np.asarray(factors).astype(wide)
         out = matmul(rounded(p * z), v)
@@ -88,8 +113,10 @@ def plain_results(
         if d_lse is not None:
             delta = delta - np.asarray(d_lse).astype(wide)[..., None]
         ds = rounded(p * rounded(dp - delta))
-        dq = rounded(matmul(ds, k) * scale)
-        dk = rounded(matmul(ds.swapaxes(-1, -2), q) * scale)
+        dt = rounded(ds * slope_of_cap)
+        dq = rounded(matmul(dt, k) * scale)
+        dk = rounded(matmul(dt.swapaxes(-1, -2), q) * scale)
+        d_sinks = rounded(e_sink / np.where(total == 0, 1, total) * -delta).sum((0, 2, 3))
         dv = matmul(rounded(p * z).swapaxes(-1, -2), d_out)
 
     def sum_groups(x):
@@ -97,4 +124,4 @@ def plain_results(
 
     gradients = {"dq": dq, "dk": sum_groups(dk), "dv": sum_groups(dv)}
     results |= {name: x.swapaxes(1, 2).astype(dtype) for name, x in gradients.items()}
-    return results | {"ds": ds}
+    return results | {"ds": ds, "d_sinks": d_sinks}

@@ -174,6 +174,23 @@ def test_flash_attention_by_position_is_keras_s():
         assert layer.flash_attention is False and layer.implementation == "composite"
 
 
+@pytest.mark.parametrize(
+    "call",
+    (
+        lambda x, mask: ours("Attention")()([x, x], mask=[None, mask]),
+        lambda x, mask: ours("Attention")()([x, x], mask=[mask, None]),
+        lambda x, mask: ours("SelfAttention")(4)(x, mask=mask),
+        lambda x, mask: ours("MultiHeadAttention")(2, 4)(x, x, query_mask=mask),
+        lambda x, mask: ours("GroupedQueryAttention")(4, 2, 1)(x, x, value_mask=mask),
+    ),
+    ids=("values", "queries", "self", "query_mask", "value_mask"),
+)
+def test_masks_of_attn_ops_where_arrays_are_needed(call):
+    x = np.zeros((2, 5, 8), "float32")
+    with pytest.raises(TypeError, match="must be a boolean tensor, got <Mask: causal>; of the layers MultiHeadAttention"):
+        call(x, attn_ops.masks.causal())
+
+
 def test_as_in_keras_is_a_switch():
     with pytest.raises(ValueError, match="as_in_keras must be True or False, not 'yes'"):
         make("MultiHeadAttention", as_in_keras="yes")

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import attn_ops
 from attn_ops import masks
-from layer_twins import FLASH, STOCK, ours, random
+from layer_twins import FLASH, STOCK, assert_same, ours, random, twins
 
 CONFIGS = {
     "MultiHeadAttention": dict(num_heads=4, key_dim=4),
@@ -334,6 +334,48 @@ def test_converted_layers_refuse_what_keras_has_not(name):
             layer(x, x, **given)
     with pytest.raises(ValueError, match="Keras's own code has no masks of attn_ops, and runs here: as_in_keras=True"):
         layer(x, x, attention_mask=masks.causal())
+    layer = ours(name)(**CONFIGS[name], mask=masks.prefix(2))
+    layer.as_in_keras = True
+    with pytest.raises(ValueError, match="Keras's own code has no mask, and runs here: as_in_keras=True"):
+        layer(x, x)
+
+
+OF_SUBCLASSES = {  # each with rows without keys
+    "intervals": masks.intervals([[0, 0, 1, 3, 7]], [[0, 2, 2, 5, 7]]),
+    "segments": masks.segments([[0, 1, 5, 1, 3]], [[1, 0, 1, 0, 1, 2, 2]]),
+    "blocks": masks.block_sparse(np.array([[False] * 2, [True, False]])[[0, 1, 0]], 2, 4),
+    "lengths": masks.padding([3, 5, 0], [7, 4, 2]),
+    "at the last key": masks.causal("bottom_right") & masks.padding(key_lengths=[2, 7, 0]),
+    "a function": masks.from_function(lambda b, h, q, k: (q - k) % 3 > q),
+}
+
+
+@pytest.mark.wide(3)
+@pytest.mark.parametrize("mask", OF_SUBCLASSES)
+@each_layer
+def test_subclasses_with_masks_of_their_own_give_what_keras_gives(name, mask):
+    """The one way for masks with structure into a layer that answers as Keras does: calls and options refuse them."""
+
+    class Own(ours(name)):
+        def _compute_attention_mask(self, *inputs, **given):
+            return OF_SUBCLASSES[mask]
+
+    stock, mine = twins(name, (3, 5, 6), (3, 7, 6), **CONFIGS[name])
+    own = Own.from_config({**mine.get_config(), "as_in_keras": True})
+    own.build((3, 5, 6), (3, 7, 6))
+    own.set_weights(mine.get_weights())
+    dense = np.broadcast_to(OF_SUBCLASSES[mask].materialize(5, 7)[:, 0], (3, 5, 7))
+    assert not dense.any(-1).all()
+    inputs = [random(3, n, 6, seed=n) for n in (5, 7)]
+
+    def call(layer, inputs):
+        return layer(*inputs) if layer is own else layer(*inputs, attention_mask=dense)
+
+    assert_same(stock, own, inputs, call)
+    if mask != "a function":  # which needs to know the extents
+        unknown = [tf.TensorSpec([None, None, 6], tf.float64)] * 2
+        graph = tf.function(lambda *inputs: own(*inputs), input_signature=unknown)
+        np.testing.assert_allclose(graph(*inputs), own(*inputs), rtol=1e-12)
 
 
 BAD = [

@@ -204,6 +204,24 @@ def test_dropout_of_an_integer_seed(implementation, dtype):
     check(implementation, dtype, dropout_rate=0.3, dropout_seed=42)
 
 
+def test_what_one_bias_hides_the_other_cannot_show(implementation):
+    """A table and a bias, -inf in one where NaN or infinity is in the other."""
+    if isinstance(implementation, Cuda):
+        pytest.skip("the CUDA kernels leave tables to the composite")
+    if implementation.is_slow and not implementation.name.startswith("jax"):
+        pytest.skip("the operations in graphs are those of eager calls")
+    rng = np.random.default_rng(4)
+    for garbage, seqlen_q in implementation.thin([(np.nan, 13), (np.inf, 13), (np.nan, 1), (np.inf, 1)]):
+        table = rng.standard_normal((5, 4)).astype("float32")
+        bias = rng.standard_normal((1, 4, seqlen_q, 17)).astype("float32")
+        far_behind = np.arange(17) - np.arange(seqlen_q)[:, None] - 2 <= -2
+        table[0], bias[..., far_behind] = -np.inf, garbage
+        table[4, 1], bias[:, 1, :, ~far_behind[0]] = garbage, -np.inf
+        result, _ = check(implementation, seqlen_q=seqlen_q, relative_bias=table, bias=bias, query_offset=2)
+        for name, array in result.items():
+            assert not np.isnan(array).any(), name
+
+
 @pytest.mark.parametrize("hidden_by", ["lengths", "mask", "bias", "causal"])
 def test_what_is_masked_never_counts_even_nan(implementation, dtype, hidden_by):
     seen = np.arange(17) < 9

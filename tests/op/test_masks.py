@@ -244,6 +244,20 @@ def test_tensorflow_arrays_give_the_same(mode):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("lengths", [(None, None), ([4, 1, 3], None), (None, [6, 5, 4])], ids=["none", "rows", "keys"])
+def test_extents_that_tensorflow_traces(lengths):
+    """Where no length is given the extent stands for it, in whatever integers."""
+    import tensorflow as tf
+
+    mask = masks.causal("bottom_right") & masks.padding(*lengths)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None])])
+    def materialize(x):
+        return mask.materialize(tf.shape(x)[0], tf.shape(x)[1])
+
+    np.testing.assert_array_equal(materialize(tf.zeros([4, 6])), mask.materialize(4, 6))
+
+
 BAD = [
     (ValueError, "causal_alignment must be one of .*'middle'", lambda: masks.causal("middle")),
     (ValueError, r"window ends must be at least 0, .*\(-2, 3\)", lambda: masks.window(-2, 3)),

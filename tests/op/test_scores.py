@@ -126,6 +126,33 @@ def test_identities(chosen):
     check({"logits_soft_cap": 1e300}, {})  # beyond float32
 
 
+HIDE_NOTHING = {
+    "array": np.ones((BATCH, 1, 1, SEQLEN_K), bool),
+    "arrays": [np.ones((BATCH, 1, 1, SEQLEN_K), bool)] * 2,
+    "padding": masks.key_padding(np.ones((BATCH, SEQLEN_K), bool)),
+    "intervals": masks.intervals(np.zeros(SEQLEN_Q, int)),
+    "segments": masks.segments(np.zeros((1, SEQLEN_Q), int), np.zeros((1, SEQLEN_K), int)),
+    "blocks": masks.block_sparse(np.ones((1, 1), bool), 8, 8),
+    "a function": masks.from_function(lambda b, h, q, k: k >= 0),
+    "several": [masks.prefix(SEQLEN_K, "bottom_right"), masks.block_sparse(np.ones((1, 1), bool), 8, 8)],
+    "said in it": masks.Mask(causal_alignment="bottom_right"),
+}
+
+
+@pytest.mark.parametrize("chosen", ["fused", "composite", "reference", "jax"])
+@pytest.mark.parametrize("mask", HIDE_NOTHING)
+def test_rows_stand_where_the_call_says_whatever_the_mask(mask, chosen):
+    attention = attn_ops.jax if chosen == "jax" else attn_ops
+    chosen = {} if chosen == "jax" else {"implementation": chosen}
+    said = {} if mask == "said in it" else {"causal_alignment": "bottom_right"}
+    terms = {"alibi_slopes": SLOPES, "relative_bias": TABLE}
+    found, expected = (
+        attention.scaled_dot_product_attention(**inputs(), **terms, **chosen, **options)
+        for options in ({**said, "mask": HIDE_NOTHING[mask]}, {"query_offset": SEQLEN_K - SEQLEN_Q})
+    )
+    np.testing.assert_allclose(found, expected, atol=3e-6)
+
+
 @pytest.mark.parametrize("chosen", ["fused", "composite"])
 def test_tiny_caps_make_all_scores_equal(chosen):
     for cap in (1e-30, 1e-300, 5e-324):
@@ -218,11 +245,22 @@ BAD = {
         "query_offset .*bottom_right",
     ),
     "alignment of a mask": ({"query_offset": 1, "mask": masks.causal("bottom_right")}, ValueError, "query_offset .*bottom_right"),
+    "two places of a row": (
+        {"alibi_slopes": SLOPES, "mask": masks.causal(), "causal_alignment": "bottom_right"},
+        ValueError,
+        "alibi_slopes and relative_bias count from where rows stand, .*'bottom_right', but 'top_left' in the mask",
+    ),
+    "two places of a row, of a table": (
+        {"relative_bias": TABLE, "mask": masks.prefix(2, "bottom_right"), "causal_alignment": "top_left"},
+        ValueError,
+        "alibi_slopes and relative_bias count from where rows stand, .*'top_left', but 'bottom_right' in the mask",
+    ),
     "slopes too few": ({"alibi_slopes": SLOPES[:3]}, ValueError, r"alibi_slopes must have shape \[num_heads=4\].*\(3,\)"),
     "slopes of other entries": ({"alibi_slopes": np.ones((3, 4), "f")}, ValueError, r"\[batch=2, num_heads=4\], got \(3, 4\)"),
     "slopes of no rank": ({"alibi_slopes": np.float32(0.5)}, ValueError, r"alibi_slopes must have shape .*got \(\)"),
     "integer slopes": ({"alibi_slopes": [1, 1, 1, 1]}, TypeError, "alibi_slopes must be floating, got int"),
-    "infinite slopes": ({"alibi_slopes": [0.5, math.inf, 0.1, 0.1]}, ValueError, "alibi_slopes must be finite, got .*inf"),
+    "large slopes": ({"alibi_slopes": [0.5, 0.1, -1e20, 0.1]}, ValueError, r"from -2\^64 to 2\^64, got .*-1\S*e\+20"),
+    "infinite slopes": ({"alibi_slopes": [0.5, math.inf, 0.1, 0.1]}, ValueError, "alibi_slopes must be finite numbers .*got .*inf"),
     "an even table": ({"relative_bias": np.ones((4, 4), "f")}, ValueError, r"2 R \+ 1 rows.*\(4, 4\).*T5RelativeBias"),
     "an empty table": ({"relative_bias": np.ones((0, 4), "f")}, ValueError, r"2 R \+ 1 rows.*\(0, 4\)"),
     "table of other heads": ({"relative_bias": np.ones((5, 2), "f")}, ValueError, r"num_heads=4\], got \(5, 2\)"),
@@ -254,6 +292,19 @@ BAD = {
     "intervals of other rows": ({"mask": masks.intervals([0] * 4)}, ValueError, "seqlen_q"),
     "intervals of other entries": ({"mask": masks.intervals([[0] * 5] * 3)}, ValueError, "batch=2 or 1.*got"),
     "ids of other keys": ({"mask": masks.segments([[0] * 5], [[0] * 6])}, ValueError, "seqlen_k"),
+    "sequences past the rows": ({"mask": masks.packed([0, 3, 6], [0, 2, 7])}, ValueError, "cu_seqlens_q must end within the 5"),
+    "sequences past the keys": ({"mask": masks.packed([0, 3, 5], [0, 2, 8])}, ValueError, "cu_seqlens_k must end within the 7"),
+    "sequences past both": ({"mask": masks.packed([0, 3, 8])}, ValueError, "cu_seqlens_q must end within the 7 tokens.*got 8"),
+    "a function of another shape": (
+        {"mask": masks.from_function(lambda b, h, q, k: np.ones(3, bool))},
+        ValueError,
+        r"must be one boolean for each q and k, got shape \(3,\)",
+    ),
+    "a function that fails": (
+        {"mask": masks.from_function(lambda b, h, q, k: {}[1])},
+        ValueError,
+        "cannot be evaluated on integers: KeyError: 1",
+    ),
     "blocks too few": ({"mask": masks.block_sparse(np.ones((2, 2), bool), 2, 4)}, ValueError, "block_sparse|blocks of"),
     "blocks of other heads": (
         {"mask": masks.block_sparse(np.ones((1, 3, 1, 1), bool), 8, 8)},
@@ -295,6 +346,37 @@ def test_bad_buckets(arguments, error, words):
 RUNNING = {
     "negative offset": ("query_offset", [0, -1], lambda x: {"query_offset": x}),
     "large offset": ("query_offset", [2**30 + 1, 0], lambda x: {"query_offset": x}),
+    "rows whose ids go back": (
+        "contiguous=True q_ids must never go back",
+        [0, 1, 0, 2, 2],
+        lambda x: {"mask": masks.segments(x, np.arange(SEQLEN_K), contiguous=True)},
+    ),
+    "keys whose ids go back": (
+        "contiguous=True kv_ids must never go back",
+        [0, 1, 0, 2, 2, 2, 2],
+        lambda x: {"mask": masks.segments(np.arange(SEQLEN_Q), x, contiguous=True)},
+    ),
+    "lengths that go back": (
+        "packed: cu_seqlens_q must never go back",
+        [0, 3, 2, 5],
+        lambda x: {"mask": masks.packed(x, [0, 2, 4, 7])},
+    ),
+    "lengths that do not start": (
+        "packed: cu_seqlens_k must start at 0|never go back",
+        [3, 0, 5],
+        lambda x: {"mask": masks.packed([0, 2, 5], x)},
+    ),
+    "a negative prefix": ("prefix: length must not be negative", [2, -1], lambda x: {"mask": masks.prefix(x)}),
+    "blocks of other numbers": (
+        "block_sparse: blocks must be boolean, or hold 0 and 1",
+        [0, 1, 5, 0, 1],
+        lambda x: {"mask": masks.block_sparse(tf.cast(x // 5 * 4 + x % 2, tf.uint8)[:, None], 1, 8)},
+    ),
+    "large slopes": (
+        r"slopes.* must be (a number|finite numbers) from -2\^64 to 2\^64",
+        [0, -(2**30), 0, 1],
+        lambda x: {"alibi_slopes": tf.cast(x, tf.float32) * 2.0**40},
+    ),
     "ends that move back": ("never move back|must not be less than that of the row before", [0, 1, 2, 1, 3], lambda x: {"mask": masks.intervals(x)}),
 }
 
@@ -308,7 +390,8 @@ def test_what_only_the_running_op_can_refuse(chosen, case):
     )
     with pytest.raises(tf.errors.InvalidArgumentError, match=words):
         function(tf.constant(values, tf.int32))
-    function(tf.constant(sorted(min(max(v, 0), 5) for v in values), tf.int32))
+    right = [0, 1, 0, 0, 1] if case == "blocks of other numbers" else sorted(min(max(v, 0), 5) for v in values)
+    function(tf.constant(right, tf.int32))
 
 
 @pytest.mark.parametrize("explain", [attn_ops.explain, attn_ops.jax.explain], ids=["tensorflow", "jax"])
