@@ -1,5 +1,6 @@
 """Config, files and tools of Keras: our layers and the stock ones stand in for each other."""
 
+import functools
 import re
 import warnings
 
@@ -40,8 +41,8 @@ def functional(cls, name, **config):
     return keras.Model(inputs, keras.layers.Dense(3)(call(name, cls(**{**LAYERS[name], **config}), inputs)))
 
 
-def randomize(model):
-    rng = np.random.default_rng(3)
+def randomize(model, seed=3):
+    rng = np.random.default_rng(seed)
     model.set_weights([rng.normal(size=w.shape) for w in model.get_weights()])
 
 
@@ -156,19 +157,23 @@ def test_clone_model_keeps_our_class():
 FILES = {"MultiHeadAttention": "_query_dense", "GroupedQueryAttention": "_query_dense"}
 
 
-def quantized(cls, name):
+def quantized(cls, name, seed=3):
     model = functional(cls, name)
-    randomize(model)
+    randomize(model, seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about layers that have nothing to quantize
         model.quantize("int8")
     return model
 
 
+# For tests that leave the model as it is: quantizing takes seconds.
+quantized_once = functools.cache(quantized)
+
+
 @pytest.mark.wide(2)
 @pytest.mark.parametrize("name", FILES)
 def test_quantized_models_load_back(tmp_path, name):
-    model = quantized(ours(name), name)
+    model = quantized_once(ours(name), name)
     for i in range(2):  # and what was loaded can be saved
         model.save(tmp_path / f"{i}.keras")
         loaded = keras.saving.load_model(tmp_path / f"{i}.keras")
@@ -194,11 +199,11 @@ def test_models_with_some_quantized_projections_load_back(tmp_path, name):
 @pytest.mark.wide(2)
 @pytest.mark.parametrize("name", FILES)
 def test_weights_files_of_quantized_models_need_a_quantized_one(tmp_path, name):
-    model = quantized(ours(name), name)
+    model = quantized_once(ours(name), name)
     model.save_weights(tmp_path / "model.weights.h5")
     with pytest.raises(ValueError, match="could not be loaded"):
         functional(ours(name), name).load_weights(tmp_path / "model.weights.h5")
-    other = quantized(ours(name), name)
+    other = quantized(ours(name), name, seed=4)
     other.load_weights(tmp_path / "model.weights.h5")
     np.testing.assert_array_equal(other(X), model(X))
 

@@ -101,7 +101,7 @@ def test_in_mixed_precision(layer, dtype, atol):
     assert_same_at_real_tokens(two_blocks(layer, post_norm, dtype), atol)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("layer, jit_compile", [*((layer, False) for layer in LAYERS), (mha, True), (gqa, True)])
 def test_predict(layer, jit_compile):
     model = two_blocks(layer, post_norm)
@@ -109,7 +109,7 @@ def test_predict(layer, jit_compile):
     assert_same_at_real_tokens(lambda ids: model.predict(ids, verbose=0))
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(3)
 @pytest.mark.parametrize(
     "layer, jit_compile", [*((layer, False) for layer in LAYERS), (mha, True), (self_attention, True)]
 )

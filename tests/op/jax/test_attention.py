@@ -1,5 +1,6 @@
 """attn_ops.jax: against the specification, under JAX's transformations, and what it refuses."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def assert_same(found, expected, atol=2e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=atol, atol=atol), found, expected)
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(5)
 @both
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_specification(case, forced):
@@ -51,7 +52,7 @@ def test_specification(case, forced):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-13)
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("chunk_rows", [1, 2, 3])
 @pytest.mark.parametrize(
     "name",
@@ -67,24 +68,26 @@ def test_specification(case, forced):
     ],
 )
 def test_composite_in_chunks(name, chunk_rows):
+    results, gradients = chunked(name, chunk_rows)
+    expected, expected_gradients = chunked(name, None)
+    assert_same(results, expected)
+    assert_same(gradients, expected_gradients)
+
+
+@functools.cache
+def chunked(name, chunk_rows):
+    """(out, lse) of a case and the gradients of a loss of both."""
     (case,) = (case for case in CASES if case.name == name)
     inputs, options, of_caller = differentiable(case)
-    inputs = jax.tree.map(jnp.asarray, inputs)
 
-    def attend(chunk_rows, inputs):
+    def loss(inputs):
         parts = call.split(normalize(xp, "test", **of_caller(inputs), **options, return_lse=True))
-        return composite.attention(*parts, chunk_rows)
+        out, lse = composite.attention(*parts, chunk_rows)
+        finite = jnp.isfinite(lse)
+        return jnp.sin(out).sum() + jnp.where(finite, lse, 0.0).sum(), (out, lse)
 
-    expected = attend(None, inputs)
-    assert_same(attend(chunk_rows, inputs), expected)
-    finite = jnp.isfinite(expected[1])
-
-    def loss(chunk_rows, inputs):
-        out, lse = attend(chunk_rows, inputs)
-        return jnp.sin(out).sum() + jnp.where(finite, lse, 0.0).sum()
-
-    chunked, whole = (jax.jit(jax.grad(lambda x: loss(n, x)))(inputs) for n in (chunk_rows, None))
-    assert_same(chunked, whole)
+    (_, results), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(jax.tree.map(jnp.asarray, inputs))
+    return results, gradients
 
 
 def loss(implementation, query, key, value, bias, dropout_rate=0.2):
@@ -108,16 +111,17 @@ def test_jit_of_gradients():
     transformed(lambda i: jax.jit(jax.grad(lambda *a: loss(i, *a), argnums=(0, 1, 2, 3)))(*everything()))
 
 
-@pytest.mark.wide(2)
-@pytest.mark.parametrize("wanted", range(4))
-def test_second_order(wanted):
-    arrays = everything()
+# Compiled, since one by one the many operations of higher derivatives would each be compiled for its shapes.
 
-    def gradient_sum(implementation, x):
+
+def test_second_order():
+    """Of all gradients together, to each of the inputs."""
+
+    def gradient_sum(implementation, *arrays):
         gradients = jax.grad(lambda *a: loss(implementation, *a), argnums=(0, 1, 2, 3))
-        return sum(jnp.sin(g).sum() for g in gradients(*arrays[:wanted], x, *arrays[wanted + 1 :]))
+        return sum(jnp.sin(g).sum() for g in gradients(*arrays))
 
-    transformed(lambda i: jax.grad(lambda x: gradient_sum(i, x))(arrays[wanted]))
+    transformed(lambda i: jax.jit(jax.grad(lambda *a: gradient_sum(i, *a), argnums=(0, 1, 2, 3)))(*everything()))
 
 
 def test_third_order():
@@ -126,14 +130,18 @@ def test_third_order():
     def derivative(function):
         return lambda x: jnp.cos(jax.grad(function)(x)).sum()
 
-    transformed(lambda i: jax.grad(derivative(derivative(lambda q: loss(i, q, *rest))))(query))
+    transformed(lambda i: jax.jit(jax.grad(derivative(derivative(lambda q: loss(i, q, *rest)))))(query))
 
 
 def test_forward_mode_of_the_composite():
     query, *rest = everything()
     direction = jnp.cos(query)
-    _, along = jax.jvp(lambda q: loss("composite", q, *rest), (query,), (direction,))
-    assert_same(along, jnp.vdot(jax.grad(lambda q: loss("composite", q, *rest))(query), direction), 1e-4)
+
+    def of_query(q):
+        return loss("composite", q, *rest)
+
+    along = jax.jit(lambda q: jax.jvp(of_query, (q,), (direction,))[1])(query)
+    assert_same(along, jnp.vdot(jax.jit(jax.grad(of_query))(query), direction), 1e-4)
 
 
 @both
@@ -144,7 +152,7 @@ def test_vmap(forced):
     def gradients(query, bias):
         return jax.grad(lambda q, b: loss(forced, q, key, value, b), argnums=(0, 1))(query, bias)
 
-    each = [gradients(q, bias) for q in queries]
+    each = [jax.jit(gradients)(q, bias) for q in queries]
     assert_same(jax.jit(jax.vmap(gradients, (0, None)))(queries, bias), jax.tree.map(lambda *x: jnp.stack(x), *each))
 
 
