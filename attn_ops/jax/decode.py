@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 
+import jax.numpy as jnp
+
 from attn_ops.call import public
 from attn_ops.call.normalize import normalize
 from attn_ops.generation import decode
@@ -51,3 +53,22 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
     out, lse = run.attention(name, call._replace(key=key, value=value), chosen, forced=implementation is not None)
     out = out if out.dtype == q.dtype else out.astype(q.dtype)
     return (out, lse, cache) if return_lse else (out, cache)
+
+
+def attend_stacked(q, cache, k_new, v_new, positions, *, implementation=None, **given):
+    """`attn_ops.tensorflow.decode.attend_stacked` on JAX arrays: the same arguments and results."""
+    name = "decode_attention"
+    positions = jnp.broadcast_to(jnp.asarray(positions, "int32"), q.shape[:1])
+    counts = given.get("query_seq_lengths")
+    ends = positions + (q.shape[1] if counts is None else counts)
+    options = {"is_causal": True, **given, "query_offset": positions, "key_value_seq_lengths": ends}
+
+    def described(cache):
+        return normalize(xp, name, q.astype(cache.dtype), cache[:, 0], cache[:, 1], **options)
+
+    described(cache)  # what is refused leaves the cache as it was
+    if k_new is not None:
+        cache = append.append_to_cache(cache, k_new, v_new, positions)
+    chosen = choice.choose(name, implementation)
+    out = run.attention(name, described(cache), chosen, forced=implementation is not None)[0]
+    return out.astype(q.dtype), cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 from keras import ops
 
-from attn_ops.generation.cache import KVCache, kind
+from attn_ops.generation.cache import KVCache
 from attn_ops.layers.backend import backend, set_keras_mask
 from attn_ops.layers.base import dense_reason
 from attn_ops.layers.inputs import boolean, refuse_ragged
@@ -84,12 +84,7 @@ def _with_tensor(name, rows, cache, index, options):
     rotary = options.pop("rotary")
     if rotary is not None:
         query, key = (backend.rotary.rotate(name, x, rotary, 1, index) for x in (query, key))
-    cache = backend.append.append_to_cache(cache, key, value, index)
-    counts = options["query_seq_lengths"]
-    lengths = index + (ops.shape(query)[1] if counts is None else counts)
-    own = kind("BSHD", None)(cache[:, 0], cache[:, 1], lengths)
-    out, _ = backend.decode_attention(query, own, **options)
-    return out, cache
+    return backend.attend_stacked(query, cache, key, value, index, **options)
 
 
 def _check(layer, cls, name, query, training, given):

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn_ops.jax import append, attention, philox, rotary, xp  # noqa: F401  append, attention, rotary: for the layers
-from attn_ops.jax.decode import decode_attention  # noqa: F401
+from attn_ops.jax import attention, philox, rotary, xp  # noqa: F401  attention, rotary: modules with functions for the layers
+from attn_ops.jax.decode import attend_stacked, decode_attention  # noqa: F401
 
 
 def is_ragged(x):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+
 import tensorflow as tf
 
 import attn_ops
-from attn_ops.tensorflow import append, constants, philox, rematerialization, rotary  # noqa: F401  append, rotary: for the layers
+from attn_ops.tensorflow import constants, philox, rematerialization, rotary  # noqa: F401  rotary: for the layers
 
 attention = attn_ops  # the module with scaled_dot_product_attention and attention_weights
 
 
 def decode_attention(*args, **kwargs):
     return attn_ops.decode_attention(*args, **kwargs)
+
+
+def attend_stacked(*args, **kwargs):
+    return importlib.import_module("attn_ops.tensorflow.decode").attend_stacked(*args, **kwargs)
 
 
 def is_ragged(x):

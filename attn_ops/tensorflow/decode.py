@@ -9,11 +9,11 @@ import tensorflow as tf
 from attn_ops.call import public
 from attn_ops.call.normalize import normalize
 from attn_ops.generation import decode
-from attn_ops.tensorflow import append, attention, choice, xp
-from attn_ops.tensorflow.forms import graph
+from attn_ops.tensorflow import append, attention, choice, place, runtime_checks, xp
+from attn_ops.tensorflow.forms import custom_call, eager, graph
 
-update = tf.autograph.experimental.do_not_convert(functools.partial(decode.update, xp, append.append))
 rewound = functools.partial(decode.rewound, xp)
+update = tf.autograph.experimental.do_not_convert(functools.partial(decode.update, xp, append.append))
 
 
 @tf.autograph.experimental.do_not_convert
@@ -68,3 +68,61 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
     if chosen != "fused" or tf.executing_eagerly() or append.only_scatters():
         return run()
     return graph.by_device(run, run, run)  # one choice for the append and the attention
+
+
+def attend_stacked(q, cache, k_new, v_new, positions, *, implementation=None, **given):
+    """`decode_attention` with KerasHub's cache, keys and values in one tensor, which the kernels read where it lies.
+
+    Args:
+        q: floating [batch, rows, num_heads, head_dim].
+        cache, k_new, v_new, positions: as in `append.append_to_cache`. The rows stand at ``positions``, and see what is there
+            before them, and themselves.
+        implementation: as in `decode_attention`.
+        **given: options of `scaled_dot_product_attention`, but for those that the positions decide. ``is_causal`` is True
+            unless given; ``query_seq_lengths`` tells how many of the new rows count.
+
+    Returns:
+        (out, cache). Where ``k_new`` is None the cache is as it was, and the rows are the ones at ``positions``.
+    """
+    name = "decode_attention"
+    q, cache = xp.as_tensor(name, "q", q), xp.as_tensor(name, "cache", cache)
+    positions = tf.cast(positions, tf.int32)
+    counts = given.get("query_seq_lengths")
+    ends = positions + (xp.extent(q, 1) if counts is None else tf.cast(counts, tf.int32))
+    options = {
+        "is_causal": True,
+        **given,
+        "query_offset": positions,
+        "key_value_seq_lengths": tf.broadcast_to(ends, [xp.extent(q, 0)]),
+    }
+
+    def grown():
+        return cache if k_new is None else append.append_to_cache(cache, k_new, v_new, positions)
+
+    def described(cache):
+        return normalize(xp, name, tf.cast(q, cache.dtype), cache[:, 0], cache[:, 1], **options)
+
+    chosen = choice.choose(name, described(cache), implementation)
+
+    def by_slices():
+        after = grown()
+        return tf.cast(attention.RUN[chosen](described(after))[0], q.dtype), after
+
+    def by_halves(forward):
+        def run():
+            after = grown()
+            call = described(after)  # whose slices nothing reads: a graph drops them
+            shape = runtime_checks.extents(after)
+            both = tf.reshape(after, [shape[0], 2 * shape[2], *shape[3:]])
+            return tf.cast(forward(call._replace(key=both, value=both), halves=True)[0], q.dtype), after
+
+        return run
+
+    if chosen != "fused" or tf.executing_eagerly() or append.only_scatters() and not place.in_xla():
+        return by_slices()
+    unknown = None in cache.shape.as_list() + q.shape.as_list() or custom_call.unavailable_reason()
+    in_xla = by_slices if unknown else by_halves(custom_call.forward)
+    if place.in_xla():
+        return in_xla()
+    native = by_halves(eager.forward)
+    return graph.by_device(native, native, in_xla)

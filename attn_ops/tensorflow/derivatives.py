@@ -120,6 +120,8 @@ def _of_inputs(lists, gradients):
 
 @tf.RegisterGradient("AttnOps>Forward")
 def _forward_gradient(op, d_out, _, *d_lse):
+    if op.get_attr("halves"):
+        raise NotImplementedError("attn_ops: attention to a cache of keys and values in one tensor has no gradient")
     query, key, value = op.inputs[:3]
     out, statistics = op.outputs[:2]
     lists = _split(op, op.inputs[3:])

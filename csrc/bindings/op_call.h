@@ -55,8 +55,12 @@ class OpCall {
     options_.mask.window_right = attributes.integer("window_right");
     options_.mask.bottom_right = attributes.boolean("bottom_right");
     options_.allow_tf32 = attributes.boolean("allow_tf32", false);
+    halves_ = attributes.boolean("halves", false);
     const std::string layout = attributes.string("layout");
     options_.layout = layout_named(layout);
+    if (halves_ && (backward || options_.layout != Layout::kBSHD)) {
+      throw std::invalid_argument("halves is for forward calls in layout BSHD");
+    }
     for (const std::string& reason : {layout_reason(layout), options_reason(options_)}) {
       if (!reason.empty()) throw std::invalid_argument(reason);
     }
@@ -69,6 +73,10 @@ class OpCall {
     call.q = next("q", Element::kValue);
     call.k = next("k", Element::kValue);
     call.v = next("v", Element::kValue);
+    if (halves_) {
+      take_half(&call.k, 0);
+      take_half(&call.v, 1);
+    }
     if (call.backward) {
       call.out = next("out", Element::kValue);
       call.statistics = next("statistics", Element::kValue);
@@ -127,6 +135,18 @@ class OpCall {
     return result;
   }
 
+  // A cache with keys and values in one array [batch, 2, length, heads, dim] comes as [batch, 2 length, heads, dim].
+  static void take_half(Array* a, int64_t half) {
+    if (a->rank != 4 || a->shape[1] % 2 != 0) {
+      throw std::invalid_argument(std::string(a->name) +
+                                  " must be [batch, 2 length, heads, dim] where halves is true, got " + text(*a));
+    }
+    a->shape[1] /= 2;
+    if (a->data != nullptr) {
+      a->data = static_cast<char*>(a->data) + half * a->shape[1] * a->stride[1] * size_of(a->dtype);
+    }
+  }
+
   static void read_seed(const Array& seed, Call* call) {
     const int64_t two = 2;
     const std::string reason = same_shape_reason(seed, 1, &two, "(seed, offset)");
@@ -144,7 +164,7 @@ class OpCall {
   Call options_;  // each execution adds the arrays
   int num_d_lse_, num_bias_, num_query_lengths_, num_key_lengths_, num_seed_;
   int num_query_offset_, num_blocks_, num_slopes_, num_relative_bias_, num_sinks_;
-  bool has_intervals_, has_segments_;
+  bool has_intervals_, has_segments_, halves_;
 };
 
 }  // namespace attn_ops

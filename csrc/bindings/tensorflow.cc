@@ -41,7 +41,8 @@ void register_operator() {
         "bottom_right: bool = false", "layout: {'BSHD', 'BHSD'} = 'BSHD'", "allow_tf32: bool = false",
         "num_intervals: int >= 0 = 0", "num_query_offset: int >= 0 = 0", "num_segments: int >= 0 = 0",
         "num_blocks: int >= 0 = 0", "num_slopes: int >= 0 = 0", "num_relative_bias: int >= 0 = 0",
-        "num_sinks: int >= 0 = 0", "soft_cap: string = ''", "block_q: int = 0", "block_k: int = 0"}) {
+        "num_sinks: int >= 0 = 0", "soft_cap: string = ''", "block_q: int = 0", "block_k: int = 0",
+        "halves: bool = false"}) {
     TF_OpDefinitionBuilderAddAttr(op, attribute);
   }
   for (const char* input : {"q: T", "k: T", "v: T"}) TF_OpDefinitionBuilderAddInput(op, input);

@@ -104,6 +104,8 @@ def test_padded_prompts():
 def test_generation_in_a_loop(jit_compile):
     """Two layers, a token at a time, each the output of the one before."""
     stack = [LAYERS[name](rotary=True) for name in LAYERS]
+    for layer in stack:
+        whole(layer)  # a function that makes weights is traced twice
 
     def model(x, caches):
         grown = []

@@ -31,8 +31,9 @@ def unavailable_reason() -> str | None:
     return kernels.xla_unavailable_reason() or place.xla_call_missing_reason()
 
 
-def forward(call: AttentionCall):
-    """(out, lse, statistics), without a gradient of their own; lse is None unless ``call.return_lse``."""
+def forward(call: AttentionCall, **more):
+    """(out, lse, statistics), without a gradient of their own; lse is None unless ``call.return_lse``. ``more`` are
+    attributes."""
     query, key, value = range(3)
     _, heads, rows, _ = canonical(range(4), call.layout)
     out_shape, lse_shape = call.result_shapes()
@@ -46,7 +47,7 @@ def forward(call: AttentionCall):
         "attn_ops.forward",
         [call.query, call.key, call.value],
         call,
-        {"num_lse": int(call.return_lse)},
+        {"num_lse": int(call.return_lse), **more},
         *map(list, zip(*results)),
     )
     return out, lse[0] if lse else None, statistics

@@ -11,8 +11,8 @@ from attn_ops import kernels
 from attn_ops.call.attention_call import AttentionCall, attributes, optional_inputs
 
 
-def forward(call: AttentionCall):
-    """(out, lse, statistics), differentiable; lse is None unless ``call.return_lse``."""
+def forward(call: AttentionCall, **more):
+    """(out, lse, statistics), differentiable; lse is None unless ``call.return_lse``. ``more`` are attributes."""
     out, statistics, lse = kernels.library().attn_ops_forward(
         call.query,
         call.key,
@@ -21,6 +21,7 @@ def forward(call: AttentionCall):
         num_lse=int(call.return_lse),
         Tlse=call.lse_dtype,
         **attributes(call),
+        **more,
     )
     lse = lse[0] if call.return_lse else None
     if not tf.executing_eagerly():

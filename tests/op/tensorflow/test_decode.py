@@ -5,6 +5,8 @@ import pytest
 import tensorflow as tf
 
 import attn_ops
+from attn_ops import kernels
+from attn_ops.tensorflow import decode
 from cached_calls import (
     BATCH, DIM, HEADS, KEY, KV_HEADS, MAX_LENGTH, OPTIONS, QUERY, TOKENS, VALUE, VALUE_DIM, in_parts, laid_out, turned, whole,
 )  # fmt: skip
@@ -144,6 +146,36 @@ def test_unknown_lengths(form):
         input_signature=[*specs, attn_ops.KVCache(*(tf.TensorSpec(x.shape, x.dtype) for x in new_cache()))],
     )
     close(in_parts(lambda q, cache, k, v: step(q, k, v, cache), new_cache(), array=tf.constant)[0], whole("plain"))
+
+
+@pytest.mark.wide(2)
+@each_form
+def test_keys_and_values_in_one_tensor(form):
+    """KerasHub's cache, which the kernels read where it lies."""
+
+    def step(q, cache, k, v):
+        cache, at = cache
+        out, cache = decode.attend_stacked(q, cache, k, v, at, logits_soft_cap=2.0, scale=0.5)
+        return out, (cache, at + tf.shape(q)[1])
+
+    value = np.concatenate([VALUE, VALUE[..., :2]], -1)  # as wide as the keys
+    run = FORMS[form](step)
+    cache, outs, at = (tf.zeros([BATCH, 2, MAX_LENGTH, KV_HEADS, DIM], tf.float64), tf.constant(0)), [], 0
+    for count in TWO:
+        out, cache = run(tf.constant(QUERY[:, at : at + count]), cache, *(tf.constant(x[:, at : at + count]) for x in (KEY, value)))
+        outs.append(out)
+        at += count
+    close(np.concatenate(outs, 1)[..., :VALUE_DIM], whole("scale and cap"))
+
+
+@pytest.mark.skipif(kernels.unavailable_reason() is not None, reason="no compiled library")
+def test_keys_and_values_in_one_tensor_have_no_gradient():
+    key = tf.zeros([1, 4, 1, 2])
+    with tf.GradientTape() as tape:
+        tape.watch(key)
+        out = kernels.library().attn_ops_forward(key[:, :1], key, key, *[[]] * 12, halves=True)[0]
+    with pytest.raises(NotImplementedError, match="keys and values in one tensor has no gradient"):
+        tape.gradient(out, key)
 
 
 def test_rows_that_are_there_already():
