@@ -58,6 +58,7 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
     decoding = decode.prepared(xp, name, q, cache, k_new, v_new, rotary, is_causal, **given)
     call = normalize(xp, name, decoding.query, decoding.key, decoding.value, **decoding.options, return_lse=return_lse)
     chosen = choice.choose(name, call, implementation)
+    choice.calls[chosen] += 1
 
     def run():  # only what nothing speaks against changes the cache
         key, value, cache = decoding.grown(xp, append.append)
@@ -103,6 +104,7 @@ def attend_stacked(q, cache, k_new, v_new, positions, *, implementation=None, **
         return normalize(xp, name, tf.cast(q, cache.dtype), cache[:, 0], cache[:, 1], **options)
 
     chosen = choice.choose(name, described(cache), implementation)
+    choice.calls[chosen] += 1
 
     def by_slices():
         after = grown()

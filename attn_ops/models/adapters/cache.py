@@ -8,7 +8,7 @@ import sys
 from keras import ops
 
 from attn_ops.layers.backend import backend
-from attn_ops.layers.common import attend
+from attn_ops.masks import constructors
 from attn_ops.models.adapters import structure
 
 
@@ -22,10 +22,16 @@ def update(cache, index, key, value):
         return key, value, None
     if index is not None:
         cache = backend.append.append_to_cache(cache, key, value, index)
-    if cache.shape[0] == 1:  # two slices of the first axis are no copies
-        both = ops.reshape(cache, (2, *cache.shape[2:]) if None not in cache.shape[2:] else (2, -1, *cache.shape[3:]))
-        return both[:1], both[1:], cache
     return cache[:, 0], cache[:, 1], cache
+
+
+def attended(query, cache, index, key, value, mask, **options):
+    """The attention to a cache, read where it lies, and the cache with the new rows. The ``mask`` knows its structure."""
+    known = structure.of(mask)
+    positions = ops.broadcast_to(ops.cast(index, "int32"), (ops.shape(query)[0],))
+    window = options.pop("window", None)
+    parts = known.mask() if window is None else known.mask() & constructors.window(*window)
+    return backend.attend_stacked(query, cache, key, value, positions, is_causal=False, mask=parts, **options)
 
 
 def in_vllm() -> bool:
@@ -63,17 +69,15 @@ class CachedCall:
             given = {"cache": cache, "cache_update_index": cache_update_index, "training": training}
             return stock(hidden_states, attention_mask=attention_mask, **given)
 
-        if cache is None or cache_update_index is None or in_vllm():
-            return in_keras()
-        options = self.attention.masks(layer, attention_mask, cache_update_index)
-        if options is None:
+        if cache is None or cache_update_index is None or structure.of(attention_mask) is None or in_vllm():
             return in_keras()
         query, key, value = (getattr(layer, name)(hidden_states) for name in (self.query, self.key, self.value))
         if self.norms is not None:
             query, key = (getattr(layer, name)(x) for name, x in zip(self.norms, (query, key)))
         query, key = (layer.rotary_embedding_layer(x, start_index=cache_update_index) for x in (query, key))
-        key, value, cache = update(cache, cache_update_index, key, value)
-        out = self.attention.attend(layer, query, key, value, options)
+        window = None if self.attention.window is None else self.attention.window(layer)
+        options = self.attention.score_options(layer)
+        out, cache = attended(query, cache, cache_update_index, key, value, attention_mask, window=window, **options)
         out = getattr(layer, self.output)(getattr(layer, self.dropout)(out, training=training))
         return out, cache
 
@@ -91,31 +95,15 @@ def multi_head_call(
     training=None,
 ):
     """`CachedMultiHeadAttention.call`, for calls with a cache and the position of the new tokens."""
-    given = {"training": training, **({"return_attention_scores": True} if return_attention_scores else {})}
-    options = None
-    if cache is not None and cache_update_index is not None and not in_vllm() and not return_attention_scores:
-        options = structure.options(attention_mask)
+    known = structure.of(attention_mask)
+    cached = cache is not None and cache_update_index is not None
     # Dropout, and rows without keys but for those of a causal mask, are the affair of the method in the middle.
-    if not options or training and layer._dropout or not _every_row_sees(attention_mask):
-        more = {"cache": cache, "cache_update_index": cache_update_index}
-        return stock(query, value, key=key, attention_mask=attention_mask, **more, **given)
-    key = value if key is None else key
-    rows = layer._key_dense(key), layer._value_dense(value)
-    keys, values, cache = update(cache, cache_update_index, *rows)
-    out, _ = attend(
-        layer._query_dense(query),
-        keys,
-        values,
-        mask=options.pop("mask"),
-        scale=layer._inverse_sqrt_key_dim,
-        implementation=None,
-        dropout_rate=None,
-        dropout_seed=None,
-        **options,
+    if not cached or known is None or known.padding is not None or return_attention_scores or training and layer._dropout or in_vllm():
+        scores = {"return_attention_scores": True} if return_attention_scores else {}
+        more = {"cache": cache, "cache_update_index": cache_update_index, "training": training, **scores}
+        return stock(query, value, key=key, attention_mask=attention_mask, **more)
+    rows = (dense(x) for dense, x in ((layer._key_dense, value if key is None else key), (layer._value_dense, value)))
+    out, cache = attended(
+        layer._query_dense(query), cache, cache_update_index, *rows, attention_mask, scale=layer._inverse_sqrt_key_dim
     )
     return layer._output_dense(out), cache
-
-
-def _every_row_sees(mask):
-    known = structure.of(mask)
-    return known is not None and known.padding is None

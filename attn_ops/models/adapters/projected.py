@@ -60,7 +60,18 @@ class Projected:
         groups = 1 if self.groups is None else getattr(layer, self.groups)
         if groups > 1 and key.shape[2] == query.shape[2]:
             key, value = key[:, :, ::groups], value[:, :, ::groups]
-        return self.attend(layer, query, key, value, options, call.get("training"))
+        rate, owner = (None, None) if self.dropout is None else (getattr(layer, name) for name in self.dropout)
+        return attend(
+            query,
+            key,
+            value,
+            mask=options.pop("mask", None),
+            implementation=None,
+            dropout_rate=rate,
+            dropout_seed=dropout_seed(owner, rate, call.get("training")),
+            **options,
+            **self.score_options(layer),
+        )[0]
 
     def masks(self, layer, mask, index):
         """The options for the ``mask`` of a call, and for the layer's window; None for a mask of another kind."""
@@ -68,25 +79,14 @@ class Projected:
             return {"bias": mask}
         return structure.options(mask, None if self.window is None else self.window(layer), index)
 
-    def attend(self, layer, query, key, value, options, training=None):
-        """The attention with these ``options``, and those of the layer."""
-        options = dict(options)
+    def score_options(self, layer):
+        """The scale, the soft cap and the sinks of the layer, as options."""
+        options = {"scale": self.scale(layer) if callable(self.scale) else getattr(layer, self.scale)}
         if self.sinks is not None:
             options["sinks"] = ops.convert_to_tensor(getattr(layer, self.sinks))
         if self.soft_cap is not None and getattr(layer, self.soft_cap) is not None:
             options["logits_soft_cap"] = getattr(layer, self.soft_cap)
-        rate, owner = (None, None) if self.dropout is None else (getattr(layer, name) for name in self.dropout)
-        return attend(
-            query,
-            key,
-            value,
-            mask=options.pop("mask", None),
-            scale=self.scale(layer) if callable(self.scale) else getattr(layer, self.scale),
-            implementation=None,
-            dropout_rate=rate,
-            dropout_seed=dropout_seed(owner, rate, training),
-            **options,
-        )[0]
+        return options
 
 
 def symmetric(enabled, size="sliding_window_size"):
