@@ -10,8 +10,8 @@ byte. The model is a small decoder of attn_ops's layers (rotary positions, group
     Embedding -> 3 x [norm, GroupedQueryAttention(rotary=True), norm, Dense, Dense] -> norm -> Dense(256)
 
 What it writes is of the manual's sort and makes little sense: it has trained for a minute. The text is generated four
-times, greedily, to the same bytes: with a cache (`attn_ops.KVCache`, one per layer), where a token costs one row of each
-layer, and without, where it costs the whole text so far; each with and without XLA (``jit_compile``).
+times, greedily, to the same bytes: with a cache (`attn_ops.KVCache`, one per layer), where a token costs one row of
+each layer, and without, where it costs the whole text so far; each with and without XLA (``jit_compile``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Block(keras.layers.Layer):
     def __init__(self, width: int, **kwargs):
         super().__init__(**kwargs)
         self.norms = [keras.layers.LayerNormalization() for _ in range(2)]
-        self.attention = attn_ops.layers.GroupedQueryAttention(width // HEADS, HEADS, KV_HEADS, rotary=True, use_bias=False)
+        self.attention = attn_ops.layers.GroupedQueryAttention(width // HEADS, HEADS, KV_HEADS, rotary=True)
         self.up = keras.layers.Dense(4 * width, activation="gelu")
         self.down = keras.layers.Dense(width)
 
@@ -130,7 +130,7 @@ def without_cache(model: Writer, count: int, jit_compile: bool):
     @tf.function(jit_compile=jit_compile)
     def generate(prompt):
         batch, length = prompt.shape
-        text = tf.concat([prompt, tf.zeros([batch, count], tf.int32)], 1)  # what is not there yet, nothing before it sees
+        text = tf.concat([prompt, tf.zeros([batch, count], tf.int32)], 1)  # causal: nothing sees what is not there yet
 
         def body(i, text):
             last = tf.argmax(model(text)[:, i - 1], -1, tf.int32)

@@ -22,18 +22,20 @@ class KVCache(typing.NamedTuple):
         cache = attn_ops.KVCache.create(batch, max_length, num_kv_heads, head_dim, "bfloat16")
         out, cache = attn_ops.decode_attention(q, cache, k_new, v_new)
 
-    A named tuple of tensors: `tf.nest`, `tf.while_loop`, `tf.function`, saved models, the transformations of JAX, `keras.tree`
-    and Keras layers take it as it is. What is no tensor, layout and window, is in its class, so that a function is traced
-    anew for another one. It is a value: `update` returns another cache, and the old one keeps its rows.
+    A named tuple of tensors: `tf.nest`, `tf.while_loop`, `tf.function`, saved models, the transformations of JAX,
+    `keras.tree` and Keras layers take it as it is. What is no tensor, layout and window, is in its class, so that a
+    function is traced anew for another one. It is a value: `update` returns another cache, and the old one keeps its
+    rows.
 
-    To append a row costs a row. In TensorFlow that holds eagerly, in functions and in loops: the new cache shares the memory
-    of the old one, whose rows it leaves alone, and only a second update of one and the same cache copies it. In JAX it
-    holds in functions, as far as their arguments are donated (``jax.jit(step, donate_argnums=…)``), and in loops; called
-    outside of them, `update` takes the old cache over, whose arrays are deleted: `copy` it first to keep both.
+    To append a row costs a row. In TensorFlow that holds eagerly, in functions and in loops: the new cache shares the
+    memory of the old one, whose rows it leaves alone, and only a second update of one and the same cache copies it. In
+    JAX it holds in functions, as far as their arguments are donated (``jax.jit(step, donate_argnums=…)``), and in
+    loops; called outside of them, `update` takes the old cache over, whose arrays are deleted: `copy` it first to keep
+    both.
 
     Attributes:
-        key: [batch, max_length, num_kv_heads, head_dim] (``layout`` "BSHD"), or with heads before positions ("BHSD"). Turned
-            by their positions already, where the model has rotary embeddings.
+        key: [batch, max_length, num_kv_heads, head_dim] (``layout`` "BSHD"), or with heads before positions ("BHSD").
+            Turned by their positions already, where the model has rotary embeddings.
         value: the same with value_dim. What is at or past the length of a sequence has no meaning.
         lengths: int32 [batch], how many positions of each sequence there are, or were: see ``window``.
         written: int32 [batch] in TensorFlow, by which caches that share memory know of each other; None in JAX.
@@ -68,15 +70,17 @@ class KVCache(typing.NamedTuple):
 
         Args:
             batch: how many sequences; in graphs of TensorFlow it may be a tensor.
-            max_length: how many positions a sequence may have. With a window shorter than that, sequences may go on beyond it.
+            max_length: how many positions a sequence may have. With a window shorter than that, sequences may go on
+                beyond it.
             num_kv_heads, head_dim: of the keys and values.
-            dtype: float16, bfloat16, float32 or float64. Keys, values and queries of other floating dtypes are cast to it.
+            dtype: float16, bfloat16, float32 or float64. Keys, values and queries of other floating dtypes are cast to
+                it.
             layout: "BSHD" or "BHSD".
             window: None, or how many keys a row sees, its own among them: a model's sliding window (Keras's
                 ``sliding_window``, Mistral's). Also (left, right) as in the attention: left + 1 keys.
             value_dim: None: head_dim.
-            framework: "tensorflow" or "jax"; None: that of ``dtype``, where it is a dtype of one, else of Keras's backend,
-                else the one that is imported, TensorFlow if both are.
+            framework: "tensorflow" or "jax"; None: that of ``dtype``, where it is a dtype of one, else of Keras's
+                backend, else the one that is imported, TensorFlow if both are.
 
         Raises:
             TypeError: extents that are no integers, or a window that is none.
@@ -133,9 +137,9 @@ class KVCache(typing.NamedTuple):
         return decode.update("KVCache.update", self, k, v, lengths)
 
     def rewind(self, lengths):
-        """The cache without the positions at and past these ``lengths``, integers [batch] or one: what was tried and not
-        taken (speculative decoding). New rows overwrite it in loops of TensorFlow and in JAX; elsewhere the first of them
-        copies the cache, since the one before may still be wanted.
+        """The cache without the positions at and past these ``lengths``, integers [batch] or one: what was tried and
+        not taken (speculative decoding). New rows overwrite it in loops of TensorFlow and in JAX; elsewhere the first
+        of them copies the cache, since the one before may still be wanted.
 
         Raises:
             ValueError: lengths that are negative or longer than those of the cache, or a cache with a window, which has

@@ -15,10 +15,11 @@ from attn_ops.generation.cache import KVCache, step
 class Growth(typing.NamedTuple):
     """How a cache will grow by new rows: what `planned` says, and `grown` does.
 
-    ``key`` and ``value`` are the memory that the new rows go to, as it is before: the cache's, or longer ones where a cache
-    with a window gets so many rows at once that the first of them see what makes way for the last. They hold the positions
-    from ``first`` on, int32 [batch] or None for 0, and from ``first_after`` on once the rows are there. ``before`` and
-    ``after`` are the lengths, int32 [batch]; ``counts`` is None or int32 [batch], how many of the new rows there are.
+    ``key`` and ``value`` are the memory that the new rows go to, as it is before: the cache's, or longer ones where a
+    cache with a window gets so many rows at once that the first of them see what makes way for the last. They hold the
+    positions from ``first`` on, int32 [batch] or None for 0, and from ``first_after`` on once the rows are there.
+    ``before`` and ``after`` are the lengths, int32 [batch]; ``counts`` is None or int32 [batch], how many of the new
+    rows there are.
     """
 
     key: typing.Any
@@ -80,7 +81,8 @@ def checked_rows(xp, name, cache, k_new, v_new):
 
 
 def planned(xp, name, cache, k_new, counts=None) -> Growth:
-    """How ``cache`` will grow by as many rows as ``k_new``, of which there are ``counts``, int32 [batch] or None for all."""
+    """How ``cache`` will grow by as many rows as ``k_new``, of which there are ``counts``, int32 [batch] or None for
+    all."""
     axis = _positions_axis(cache)
     new = xp.extent(k_new, axis)
     if xp.static_value(cache.lengths) is not None and isinstance(new, int):
@@ -100,7 +102,8 @@ def planned(xp, name, cache, k_new, counts=None) -> Growth:
 
 
 def grown(xp, append, cache, plan, k_new, v_new):
-    """(key, value) of the ``plan`` with the new rows, and the cache afterwards; ``append`` is the framework's, of append.py."""
+    """(key, value) of the ``plan`` with the new rows, and the cache afterwards; ``append`` is the framework's, of
+    append.py."""
     if not cache.rolls:
         key, value, written = append(
             cache, plan.key, plan.value, k_new, v_new, plan.before, plan.counts, None, cache.written
@@ -120,7 +123,7 @@ def grown(xp, append, cache, plan, k_new, v_new):
         key=xp.take_rows(key, kept, axis),
         value=xp.take_rows(value, kept, axis),
         lengths=plan.after,
-        written=None if cache.written is None else cache.written * 0 - 1,  # nobody's lengths: a copy comes before the next
+        written=None if cache.written is None else cache.written * 0 - 1,  # nobody's: the next one copies
     )
     return key, value, cache
 

@@ -22,8 +22,8 @@ def append_to_cache(cache, k_new, v_new, positions):
 def append(cache, key, value, k_new, v_new, positions, counts, dropped, written):
     """(key, value, None) with the new rows from ``positions`` on, int32 [batch].
 
-    ``cache`` has their layout. ``counts`` and ``dropped`` are int32 [batch] or None: how many of the new rows there are, and how
-    many of the oldest make way, by which all others and ``positions`` move.
+    ``cache`` has their layout. ``counts`` and ``dropped`` are int32 [batch] or None: how many of the new rows there
+    are, and how many of the oldest make way, by which all others and ``positions`` move.
     """
     del written  # arrays of JAX are taken over whole
     arrays = key, value, k_new, v_new, positions, counts, dropped

@@ -20,16 +20,17 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
     """Appends new keys and values to a cache, and attends to all that it has then.
 
     The function of `attn_ops.decode_attention` on JAX arrays: the same arguments, results and errors. Works under
-    `jax.jit`, `jax.lax.scan` and `jax.lax.while_loop`. Forward only. Memory is taken over in loops, and in functions whose
-    argument the cache is, donated: ``jax.jit(step, donate_argnums=…)``; outside of functions the arrays of the old cache
-    are deleted.
+    `jax.jit`, `jax.lax.scan` and `jax.lax.while_loop`. Forward only. Memory is taken over in loops, and in functions
+    whose argument the cache is, donated: ``jax.jit(step, donate_argnums=…)``; outside of functions the arrays of the old
+    cache are deleted.
 
     Args:
         q: floating [batch, rows, num_heads, head_dim], in the layout of the cache.
         cache: an `attn_ops.KVCache`.
         k_new, v_new: floating [batch, rows, num_kv_heads, head_dim] and [..., value_dim], or None.
         is_causal: whether a row sees no key behind its own.
-        rotary: None, True, or a dict of the options of `attn_ops.rotary_embedding`: turns q and k_new by their positions.
+        rotary: None, True, or a dict of the options of `attn_ops.rotary_embedding`: turns q and k_new by their
+            positions.
         {options}
         implementation: as in `attn_ops.jax.scaled_dot_product_attention`.
 
@@ -38,8 +39,8 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
 
     Raises:
         TypeError, ValueError: as in `attn_ops.decode_attention`.
-        jax.errors.JaxRuntimeError: no room for the new rows, where only the running kernel can know. The composite does not
-            find that.
+        jax.errors.JaxRuntimeError: no room for the new rows, where only the running kernel can know. The composite
+            does not find that.
     """
     name = "decode_attention"
     implementation, return_lse = given.pop("implementation", None), given.pop("return_lse", False)

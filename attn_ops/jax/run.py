@@ -11,8 +11,8 @@ _composite = jax.jit(composite.attention, static_argnums=0)
 
 
 def attention(name, call, chosen, forced):
-    """(out, lse) of an `AttentionCall` by the implementation that was ``chosen``, because it was ``forced`` or not; lse is
-    None unless asked for."""
+    """(out, lse) of an `AttentionCall` by the implementation that was ``chosen``, because it was ``forced`` or not;
+    lse is None unless asked for."""
     options, arrays = calls.split(call)
     if chosen == "composite":
         return _composite(options, arrays)

@@ -42,7 +42,7 @@ def attend(layer, cls, query, value, key, cache, cache_update_index, *, training
         "implementation": layer.implementation,
         **layer._score_options(given.get("attention_bias")),
     }
-    rows = [dense(x) for dense, x in zip((layer._query_dense, layer._key_dense, layer._value_dense), (query, key, value))]
+    rows = [layer._query_dense(query), layer._key_dense(key), layer._value_dense(value)]
     if isinstance(cache, KVCache):
         if cache_update_index is not None:
             raise ValueError(f"{name}: cache_update_index goes with a tensor; a KVCache knows its lengths")
@@ -60,7 +60,8 @@ def attend(layer, cls, query, value, key, cache, cache_update_index, *, training
 def spec(out, cache):
     """What `attend` gives in a model that is being made, with ``out`` as its output."""
     cache = cache.cache if isinstance(cache, Kept) else cache
-    return out, keras.tree.map_structure(lambda x: keras.KerasTensor(x.shape, keras.backend.standardize_dtype(x.dtype)), cache)
+    described = lambda x: keras.KerasTensor(x.shape, keras.backend.standardize_dtype(x.dtype))  # noqa: E731
+    return out, keras.tree.map_structure(described, cache)
 
 
 def _with_cache(rows, cache, options):

@@ -16,8 +16,8 @@ def boolean(mask, name):
     Keras would cast an additive mask of zeros and large negative numbers to bool, which inverts it. Raises TypeError
     instead, as the op does, where the values are known: eagerly, and those of constants in what TensorFlow or JAX
     trace. Graphs of TensorFlow check the others as they run (tf.errors.InvalidArgumentError). XLA cannot, in functions
-    of JAX, and of TensorFlow with `jit_compile=True` (and so in `fit` and `predict`, for the most part): there what only
-    the data decide is cast as Keras does.
+    of JAX, and of TensorFlow with `jit_compile=True` (and so in `fit` and `predict`, for the most part): there what
+    only the data decide is cast as Keras does.
     """
     if isinstance(mask, Mask):
         raise TypeError(

@@ -22,12 +22,12 @@ def append_to_cache(cache, k_new, v_new, positions):
         positions: integers [batch] or a scalar: where the first of the new rows goes.
 
     Returns:
-        The shape and dtype of the cache. On CPUs it takes over the memory of ``cache`` where that is used nowhere else, as in
-        `tf.while_loop`. It has no gradient.
+        The shape and dtype of the cache. On CPUs it takes over the memory of ``cache`` where that is used nowhere
+        else, as in `tf.while_loop`. It has no gradient.
 
     Raises:
-        ValueError, tf.errors.InvalidArgumentError: rows that do not fit the cache, or lie beyond its end; the cache stays
-            as it was.
+        ValueError, tf.errors.InvalidArgumentError: rows that do not fit the cache, or lie beyond its end; the cache
+            stays as it was.
     """
     cache = tf.convert_to_tensor(cache)
     k_new, v_new = (tf.cast(x, cache.dtype) for x in (k_new, v_new))
@@ -49,8 +49,8 @@ def append_to_cache(cache, k_new, v_new, positions):
 def append(cache, key, value, k_new, v_new, positions, counts, dropped, written):
     """(key, value, written) with the new rows from ``positions`` on, int32 [batch].
 
-    ``cache`` has their layout. ``counts`` and ``dropped`` are int32 [batch] or None: how many of the new rows there are, and how
-    many of the oldest make way, by which all others and ``positions`` move. ``written`` may be None.
+    ``cache`` has their layout. ``counts`` and ``dropped`` are int32 [batch] or None: how many of the new rows there
+    are, and how many of the oldest make way, by which all others and ``positions`` move. ``written`` may be None.
     """
     layout = cache.layout
 
@@ -121,8 +121,8 @@ def _operator(caches, k_new, v_new, positions, counts, dropped, written, layout)
 
 
 def _scattered(pairs, positions, counts, axis):
-    """Each ``old`` of the pairs (new, old), of rank 4 or 5, with its rows ``new`` at ``positions`` of ``axis``, of which there
-    are ``counts``."""
+    """Each ``old`` of the pairs (new, old), of rank 4 or 5, with its rows ``new`` at ``positions`` of ``axis``, of
+    which there are ``counts``."""
     new, old = pairs[0]
     shape = runtime_checks.extents(new)
     at = tf.expand_dims(tf.range(shape[axis]), 0)  # [1, rows]

@@ -22,20 +22,20 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
     """Appends new keys and values to a cache, and attends to all that it has then.
 
     One call for all of generation: a prompt (as many rows as it has, or in parts), a token, a few at once (speculative
-    decoding). Row i of a sequence stands behind what the cache had of that, and sees no later key: what a causal attention
-    over the whole sequence gives it. Only keys that exist are read, and appending costs as much as the new rows (see
-    `attn_ops.KVCache`). Works eagerly, in `tf.function`, `tf.while_loop` and XLA. Forward only.
+    decoding). Row i of a sequence stands behind what the cache had of that, and sees no later key: what a causal
+    attention over the whole sequence gives it. Only keys that exist are read, and appending costs as much as the new
+    rows (see `attn_ops.KVCache`). Works eagerly, in `tf.function`, `tf.while_loop` and XLA. Forward only.
 
     Args:
-        q: floating [batch, rows, num_heads, head_dim], in the layout of the cache. The attention runs in the dtype of the
-            cache; the output has that of q.
+        q: floating [batch, rows, num_heads, head_dim], in the layout of the cache. The attention runs in the dtype of
+            the cache; the output has that of q.
         cache: an `attn_ops.KVCache`. The axis of keys, of a ``bias`` or ``mask``, is the cache's: [..., max_length].
-        k_new, v_new: floating [batch, rows, num_kv_heads, head_dim] and [..., value_dim], as many rows as q, cast to the dtype
-            of the cache. None: the rows of q are the last ones that the cache has already (or, with ``is_causal=False``,
-            rows that have no place there, as in cross-attention).
+        k_new, v_new: floating [batch, rows, num_kv_heads, head_dim] and [..., value_dim], as many rows as q, cast to
+            the dtype of the cache. None: the rows of q are the last ones that the cache has already (or, with
+            ``is_causal=False``, rows that have no place there, as in cross-attention).
         is_causal: whether a row sees no key behind its own. With False it sees those of the rows beside it too.
-        rotary: None, True, or a dict of the options of `attn_ops.rotary_embedding` (base, rotary_dim, interleaved, scaling):
-            turns q and k_new by their positions. The cache holds turned keys.
+        rotary: None, True, or a dict of the options of `attn_ops.rotary_embedding` (base, rotary_dim, interleaved,
+            scaling): turns q and k_new by their positions. The cache holds turned keys.
         {options}
         implementation: as in `attn_ops.scaled_dot_product_attention`.
 
@@ -48,7 +48,8 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
     Raises:
         TypeError: cache is no KVCache, or an argument of another kind.
         ValueError: shapes that do not fit the cache, or no room for the new rows: then the cache stays as it was.
-            Options along the axis of keys (``bias``, masks by position) beside a cache with a window, or a wider window.
+            Options along the axis of keys (``bias``, masks by position) beside a cache with a window, or a wider
+            window.
         tf.errors.InvalidArgumentError: the same, where only the running op can know; in XLA the attention finds it.
     """
     name = "decode_attention"
@@ -76,11 +77,11 @@ def attend_stacked(q, cache, k_new, v_new, positions, *, implementation=None, **
 
     Args:
         q: floating [batch, rows, num_heads, head_dim].
-        cache, k_new, v_new, positions: as in `append.append_to_cache`. The rows stand at ``positions``, and see what is there
-            before them, and themselves.
+        cache, k_new, v_new, positions: as in `append.append_to_cache`. The rows stand at ``positions``, and see what
+            is there before them, and themselves.
         implementation: as in `decode_attention`.
-        **given: options of `scaled_dot_product_attention`, but for those that the positions decide. ``is_causal`` is True
-            unless given; ``query_seq_lengths`` tells how many of the new rows count.
+        **given: options of `scaled_dot_product_attention`, but for those that the positions decide. ``is_causal`` is
+            True unless given; ``query_seq_lengths`` tells how many of the new rows count.
 
     Returns:
         (out, cache). Where ``k_new`` is None the cache is as it was, and the rows are the ones at ``positions``.

@@ -1,4 +1,5 @@
-"""Calls with a cache and what they must give: the rows of one causal attention over the whole sequence, by the specification."""
+"""Calls with a cache and what they must give: the rows of one causal attention over the whole sequence, by the
+specification."""
 
 import functools
 
@@ -54,7 +55,8 @@ def laid_out(x, layout):
 
 
 def in_parts(step, cache, layout="BSHD", parts=PARTS, array=np.asarray):
-    """out of all tokens, ``parts`` of them at a time, by ``step(q, cache, k, v) -> (out, cache)``; and the cache at last."""
+    """out of all tokens, ``parts`` of them at a time, by ``step(q, cache, k, v) -> (out, cache)``; and the cache at
+    last."""
     outs, at = [], 0
     for count in parts:
         rows = [array(np.ascontiguousarray(laid_out(x[:, at : at + count], layout))) for x in (QUERY, KEY, VALUE)]

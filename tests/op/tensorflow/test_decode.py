@@ -1,4 +1,5 @@
-"""attn_ops.decode_attention: rows in parts, with a cache, are the rows of one causal attention over the whole sequence."""
+"""attn_ops.decode_attention: rows in parts, with a cache, are the rows of one causal attention over the whole
+sequence."""
 
 import numpy as np
 import pytest
