@@ -20,12 +20,12 @@ def random(*shape):
     return RNG.normal(size=shape).astype("float32")
 
 
-def twins(name, call, flash_attention=None, **config):
+def twins(name, build, flash_attention=None, **config):
     """A stock layer and ours, with the weights of the first."""
     stock = getattr(keras.layers, name)(**config)
     mine = getattr(layers, name)(**config, flash_attention=flash_attention)
     for layer in (stock, mine):
-        call(layer)
+        build(layer)
     assert [w.path.split("/")[-1] for w in mine.weights] == [w.path.split("/")[-1] for w in stock.weights]
     mine.set_weights(stock.get_weights())
     return stock, mine
@@ -61,7 +61,7 @@ STOCK = {
 @pytest.mark.parametrize("name", STOCK)
 def test_parity(name, options, flash_attention):
     x, y = random(2, 5, 16), random(2, 5, 16)
-    stock, mine = twins(name, lambda layer: layer(x, y), flash_attention, **STOCK[name])
+    stock, mine = twins(name, lambda layer: layer.build(x.shape, y.shape), flash_attention, **STOCK[name])
 
     def results(layer):
         """The outputs, and the gradients of a sum of them."""
@@ -91,7 +91,7 @@ def test_parity_of_attention(flash_attention):
 def test_several_attention_axes():
     x = random(2, 3, 4, 8)
     config = {"num_heads": 2, "key_dim": 4, "attention_axes": (1, 2)}
-    stock, mine = twins("MultiHeadAttention", lambda layer: layer(x, x), **config)
+    stock, mine = twins("MultiHeadAttention", lambda layer: layer.build(x.shape, x.shape), **config)
     found, expected = (jax.jit(lambda x: layer(x, x, return_attention_scores=True))(x) for layer in (mine, stock))
     assert_same(found, expected)
 

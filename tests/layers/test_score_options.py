@@ -209,7 +209,7 @@ EVERYTHING = dict(
 )  # fmt: skip
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", "mixed_float16"])
 @each_layer
 def test_training_files_and_mixed_precision(name, dtype, tmp_path):

@@ -28,9 +28,15 @@ def model(classes, dropout=0.0, **kwargs):
 OURS = [ours(name) for name in STOCK]
 
 
-def losses(net, jit_compile, epochs=3):
+def fitted(net, jit_compile):
+    """The losses of a few epochs."""
     net.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=jit_compile)
-    history = net.fit(TOKENS, TARGETS, batch_size=32, epochs=epochs, shuffle=False, verbose=0).history["loss"]
+    return net.fit(TOKENS, TARGETS, batch_size=32, epochs=3, shuffle=False, verbose=0).history["loss"]
+
+
+def losses(net, jit_compile):
+    """The same, of a model that evaluates and predicts as one thing."""
+    history = fitted(net, jit_compile)
     evaluated = net.evaluate(TOKENS, TARGETS, batch_size=32, verbose=0)
     predicted = net.predict(TOKENS, batch_size=32, verbose=0)
     np.testing.assert_allclose(np.mean((predicted - TARGETS) ** 2), evaluated, rtol=1e-2)
@@ -45,7 +51,7 @@ def stock_run():
     weights = stock.get_weights()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # GroupQueryAttention's about masks
-        return weights, losses(stock, False)
+        return weights, fitted(stock, False)
 
 
 @pytest.mark.wide(3)

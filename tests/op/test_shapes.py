@@ -100,6 +100,8 @@ def test_every_feature_over_many_tiles(implementation, of):
     check(
         implementation,
         of,
+        num_heads=2,
+        num_kv_heads=1,
         seqlen_q=150,
         seqlen_k=170,
         head_dim=33,

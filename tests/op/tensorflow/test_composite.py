@@ -23,7 +23,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=repr)
 
 
 @each_case
-@pytest.mark.parametrize("query_chunk", [None, 1, 3, "auto"])
+@pytest.mark.parametrize("query_chunk", [None, 1, 3, pytest.param("auto", marks=pytest.mark.wide(4))])
 def test_chunks_are_the_specification(case, query_chunk):
     assert_same(run(case, query_chunk), specification(case))
 
@@ -31,7 +31,7 @@ def test_chunks_are_the_specification(case, query_chunk):
 SOME = [case for case in CASES if case.name in ("everything", "bias", "causal, more queries", "every score and mask")]
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("case", SOME, ids=repr)
 @pytest.mark.parametrize("mode", MODES[1:])
 @pytest.mark.parametrize("query_chunk", [None, 3])
