@@ -92,7 +92,7 @@ def fused_alone(monkeypatch):
         raise AssertionError("this is not fused")
 
     for name in ("composite", "reference"):
-        monkeypatch.setitem(attention._RUN, name, refuse)
+        monkeypatch.setitem(attention.RUN, name, refuse)
     for name in ("attention", "gradients"):
         monkeypatch.setattr(composite, name, refuse)
 

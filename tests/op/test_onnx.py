@@ -5,9 +5,10 @@ Where rows stand: at key i, after a cache of `past` keys at i + past, and with `
 The output of scores is compared where it is that of the softmax (`scores` 3); we do not give the scores before that.
 """
 
-import attn_ops.jax
 import numpy as np
 import pytest
+
+import attn_ops
 
 from cases import DTYPES, TOLERANCES
 
@@ -234,4 +235,6 @@ def test_composite(name):
 @pytest.mark.wide(20)
 @pytest.mark.parametrize("name", CASES)
 def test_jax(name):
+    import attn_ops.jax
+
     check(name, attn_ops.jax)
