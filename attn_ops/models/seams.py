@@ -2,7 +2,8 @@
 
 A seam is one method of one class, as it was known when its adapter was written. It is checked each time it is used: where
 the method takes other arguments or has other code now, or a subclass does a step of the computation itself, the layer is
-left alone and the reason is told. The adapters are in adapters/, the table of them in adapters/table.py, those of users in `registered`.
+left alone and the reason is told. The adapters are in adapters/, the table of them in adapters/table.py, those of users in
+`registered`.
 """
 
 from __future__ import annotations

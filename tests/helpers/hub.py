@@ -39,7 +39,11 @@ _T5_GEMMA = {
 
 # By name: the class of the backbone, its arguments, and how many attentions it has.
 LANGUAGE_MODELS = {
-    "ALBERT": ("AlbertBackbone", {**_LEARNED, "num_layers": 1, "embedding_dim": 16, "num_groups": 1, "num_inner_repetitions": 1}, 1),
+    "ALBERT": (
+        "AlbertBackbone",
+        {**_LEARNED, "num_layers": 1, "embedding_dim": 16, "num_groups": 1, "num_inner_repetitions": 1},
+        1,
+    ),
     "BART": ("BartBackbone", _LEARNED, 6),
     "BERT": ("BertBackbone", _LEARNED, 2),
     "BLOOM": ("BloomBackbone", {**_HEADS, "dropout": 0.0, "max_sequence_length": 64}, 2),

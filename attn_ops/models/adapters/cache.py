@@ -98,7 +98,8 @@ def multi_head_call(
     known = structure.of(attention_mask)
     cached = cache is not None and cache_update_index is not None
     # Dropout, and rows without keys but for those of a causal mask, are the affair of the method in the middle.
-    if not cached or known is None or known.padding is not None or return_attention_scores or training and layer._dropout or in_vllm():
+    plain = not return_attention_scores and not (training and layer._dropout)
+    if not (cached and plain) or known is None or known.padding is not None or in_vllm():
         scores = {"return_attention_scores": True} if return_attention_scores else {}
         more = {"cache": cache, "cache_update_index": cache_update_index, "training": training, **scores}
         return stock(query, value, key=key, attention_mask=attention_mask, **more)
