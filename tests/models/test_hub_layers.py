@@ -328,7 +328,7 @@ def test_converted_computes_the_same(fused, name):
     compare(case, fused, case.make(), 5e-6, 2e-5)
 
 
-@pytest.mark.wide(6)
+@pytest.mark.wide(10)
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dropout is not None])
 def test_dropout_runs_fused_and_keeps_the_mean(fused, name):
     """What follows the weights is linear, so that the mean over many draws is the output without dropout."""

@@ -29,7 +29,7 @@ def fused_calls(function):
     return result, ran["fused"]
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(5)
 @pytest.mark.parametrize("name", MODELS)
 def test_converted_models_answer_as_stock_ones(keras_hub, name):
     """The output and all gradients at real positions, every attention fused; and afterwards stock again."""
@@ -50,7 +50,7 @@ def test_converted_models_answer_as_stock_ones(keras_hub, name):
     np.testing.assert_array_equal(again, expected)
 
 
-@pytest.mark.wide(5)
+@pytest.mark.wide(8)
 @pytest.mark.parametrize("padding", ["left", "holes"])
 @pytest.mark.parametrize("name", MODELS)
 def test_other_padding(keras_hub, name, padding):
@@ -67,7 +67,7 @@ def test_other_padding(keras_hub, name, padding):
     assert hub.error(out, expected) < 1e-5
 
 
-@pytest.mark.wide(6)
+@pytest.mark.wide(10)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_mixed_precision(keras_hub, name, policy):
@@ -85,7 +85,7 @@ def test_mixed_precision(keras_hub, name, policy):
     assert hub.error(out, expected) < (5e-3 if np.isnan(stock) else 1.5 * stock + 1e-3)
 
 
-@pytest.mark.wide(6)
+@pytest.mark.wide(12)
 @pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
 @pytest.mark.parametrize("name", ["BERT", "GPT-2", "GPT-OSS", "Gemma 2", "Llama", "T5"])
 def test_training(keras_hub, name, jit):
@@ -133,7 +133,7 @@ CAUSAL = {
 }
 
 
-@pytest.mark.wide(15)
+@pytest.mark.wide(30)
 @pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_text_generation(keras_hub, name, jit):
@@ -184,7 +184,7 @@ def test_saved_files_are_those_of_stock_models(keras_hub, name, tmp_path):
     np.testing.assert_array_equal(hub.output(keras.saving.load_model(tmp_path / "reverted.keras"), values), expected)
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(8)
 @pytest.mark.parametrize("name", ["BERT", "Llama", "Gemma 2", "T5", "BLOOM", "Qwen", "GPT-OSS", "BART"])
 def test_patched_process(keras_hub, name):
     """As converted, for the duration of a block; also what `predict` had traced before it."""
@@ -238,7 +238,7 @@ def test_left_padding_of_decoders_that_share_a_mask_is_not_lost(keras_hub):
     np.testing.assert_allclose(free, attn_ops.revert(decoder)(x, use_causal_mask=False), atol=1e-5)
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(8)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", ["GPT-2", "Llama", "Mistral", "Mixtral", "Phi-3", "Qwen 3", "Qwen 3 MoE", "Gemma 2"])
 def test_cached_calls_from_any_position(keras_hub, name, batch):
