@@ -16,6 +16,10 @@ def decode_attention(*args, **kwargs):
     return attn_ops.decode_attention(*args, **kwargs)
 
 
+def append_to_cache(*args):
+    return importlib.import_module("attn_ops.tensorflow.append").append_to_cache(*args)
+
+
 def attend_stacked(*args, **kwargs):
     return importlib.import_module("attn_ops.tensorflow.decode").attend_stacked(*args, **kwargs)
 

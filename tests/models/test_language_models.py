@@ -238,16 +238,25 @@ def test_left_padding_of_decoders_that_share_a_mask_is_not_lost(keras_hub):
     np.testing.assert_allclose(free, attn_ops.revert(decoder)(x, use_causal_mask=False), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["BLOOM", "Falcon"])
+def test_cached_calls_with_biases_by_distance(keras_hub, name):
+    compare_cached_calls(keras_hub, name, batch=2)
+
+
 @pytest.mark.wide(8)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", ["GPT-2", "Llama", "Mistral", "Mixtral", "Phi-3", "Qwen 3", "Qwen 3 MoE", "Gemma 2"])
 def test_cached_calls_from_any_position(keras_hub, name, batch):
-    """Several new tokens at once, at a position that is a tensor."""
+    compare_cached_calls(keras_hub, name, batch)
+
+
+def compare_cached_calls(keras_hub, name, batch):
+    """Several new tokens at once, at a position that is a tensor: converted against stock."""
     model = hub.make(keras_hub, name)
     lm = getattr(keras_hub.models, CAUSAL[name])(backbone=model, preprocessor=None)
     values, _ = hub.inputs(model)
     tokens = tf.constant(values["token_ids"])[:batch]
-    heads = 4 if name == "GPT-2" else 2
+    heads = 4 if name in ("BLOOM", "Falcon", "GPT-2") else 2
 
     def steps():
         logits, _, cache = lm.call_with_cache(tokens[:, :8], tf.zeros([batch, 2, 2, hub.LENGTH, heads, 8]), 0)
@@ -260,3 +269,34 @@ def test_cached_calls_from_any_position(keras_hub, name, batch):
     assert fused == 6
     for a, e in zip(actual, expected):
         assert hub.error(a, e) < 5e-5
+
+
+def test_t5_with_a_cache(keras_hub):
+    """One layer that has the table and one that is handed its bias, token by token after a prompt."""
+    from keras_hub.src.models.t5.t5_multi_head_attention import T5MultiHeadAttention
+
+    first, second = (hub.randomize(_built(T5MultiHeadAttention(True, 32, 8, 4, 0.0, first))) for first in (True, False))
+    x = np.random.default_rng(0).normal(size=(2, 12, 32)).astype("float32")
+
+    def steps():
+        outs, caches = [], [tf.zeros([2, 2, 16, 4, 8])] * 2
+        for start, end in ((0, 7), (7, 10), (10, 11)):
+            mask = tf.range(16)[None, None] <= tf.range(start, end)[None, :, None]
+            at = {"mask": mask, "cache_update_index": tf.constant(start)}
+            out, bias, caches[0] = first(x[:, start:end], cache=caches[0], **at)
+            out, _, caches[1] = second(out, cache=caches[1], position_bias=bias, cache_update_index=at["cache_update_index"])
+            outs.append(out)
+        return [*outs, *caches]
+
+    expected = steps()
+    for layer in (first, second):
+        attn_ops.convert(layer)
+    actual, fused = fused_calls(steps)
+    assert fused == 6
+    for a, e in zip(actual, expected):
+        assert hub.error(a, e) < 1e-5
+
+
+def _built(layer):
+    layer(np.zeros((1, 2, 32), "float32"))
+    return layer

@@ -21,7 +21,7 @@ def update(cache, index, key, value):
     if cache is None:
         return key, value, None
     if index is not None:
-        cache = backend.append.append_to_cache(cache, key, value, index)
+        cache = backend.append_to_cache(cache, key, value, index)
     return cache[:, 0], cache[:, 1], cache
 
 
