@@ -5,19 +5,13 @@ from __future__ import annotations
 
 import logging
 
-import keras
-
 from attn_ops.layers.attention import Attention
 from attn_ops.layers.base import DropIn
 from attn_ops.layers.grouped_query_attention import GroupedQueryAttention
 from attn_ops.layers.multi_head_attention import MultiHeadAttention
 from attn_ops.models import found, seams
 
-_PAIRS = {
-    keras.layers.MultiHeadAttention: MultiHeadAttention,
-    keras.layers.GroupQueryAttention: GroupedQueryAttention,
-    keras.layers.Attention: Attention,
-}
+_PAIRS = dict(zip(found.STOCK, (MultiHeadAttention, GroupedQueryAttention, Attention)))
 _STOCK = {ours: stock for stock, ours in _PAIRS.items()}
 _logger = logging.getLogger("attn_ops")
 
@@ -57,9 +51,7 @@ def convert(model):
         if type(layer) in _PAIRS:
             _change_class(layer, _PAIRS[type(layer)])
             changed = True
-        elif isinstance(layer, tuple(_STOCK)) or state is None:
-            pass
-        elif state.reason is None and not seams.installed(layer):
+        elif state is not None and state.seams and state.reason is None and not seams.installed(layer):
             for seam in state.seams:
                 seams.install(seam, layer)
             changed = True

@@ -10,12 +10,9 @@ from keras import ops
 
 from attn_ops.call.position_bias import T5RelativeBias, alibi_slopes
 from attn_ops.layers.axes import dims
-from attn_ops.layers.common import attend, dropout_seed
 from attn_ops.models.adapters import cache as caches
-from attn_ops.models.adapters import structure
+from attn_ops.models.adapters import heads, structure
 from attn_ops.models.adapters.training import in_training
-
-_NAME = "_attn_ops_position_bias"
 
 
 def bloom(layer, stock, hidden_states, attention_mask=None, cache=None, cache_update_index=None):
@@ -27,8 +24,8 @@ def bloom(layer, stock, hidden_states, attention_mask=None, cache=None, cache_up
     key, value, cache = caches.update(
         cache, cache_update_index, layer._key_dense(hidden_states), layer._value_dense(hidden_states)
     )
-    slopes = alibi_slopes(layer.num_heads)
-    out = _attended(layer, query, key, value, layer.dropout, layer._dropout_layer, alibi_slopes=slopes, **options)
+    options["alibi_slopes"] = alibi_slopes(layer.num_heads)
+    out = _attended(layer, query, key, value, layer._dropout_layer, options)
     out = layer._dropout_layer(layer._output_dense(out))
     return out if cache is None else (out, cache)
 
@@ -41,29 +38,17 @@ def falcon(layer, stock, inputs, alibi, attention_mask=None, cache=None, cache_u
         return stock(inputs, alibi, attention_mask, cache, cache_update_index)
     query = layer.query_dense(inputs)
     key, value, cache = caches.update(cache, cache_update_index, layer.key_dense(inputs), layer.value_dense(inputs))
-    bias = ops.stop_gradient(ops.cast(alibi, query.dtype) * ops.cast(layer.inv_norm_factor, query.dtype))
-    out = _attended(
-        layer, query, key, value, layer.attention_dropout_rate, layer.attention_dropout, bias=bias, **options
-    )
-    out = layer.output_dense(out)
+    scaled = ops.cast(alibi, query.dtype) * ops.cast(layer.inv_norm_factor, query.dtype)
+    options["bias"] = ops.stop_gradient(scaled)
+    out = layer.output_dense(_attended(layer, query, key, value, layer.attention_dropout, options))
     return out if cache is None else (out, cache)
 
 
-def _attended(layer, query, key, value, rate, dropout, **options):
+def _attended(layer, query, key, value, dropout, options):
     """The heads of the output joined: `[batch, seqlen_q, num_heads * head_dim]`."""
-    out, _ = attend(
-        query,
-        key,
-        value,
-        mask=options.pop("mask"),
-        scale=layer.inv_norm_factor,
-        implementation=None,
-        dropout_rate=rate,
-        dropout_seed=dropout_seed(dropout, rate, in_training() if rate else False),
-        **options,
-    )
-    batch, seqlen_q = dims(query)[:2]
-    return ops.reshape(out, [batch, seqlen_q, query.shape[2] * value.shape[3]])
+    training = in_training() if dropout.rate else False
+    more = {"dropout": dropout, "training": training, **options}
+    return heads.join(heads.attention(query, key, value, scale=layer.inv_norm_factor, **more)[0])
 
 
 class PositionBias(typing.NamedTuple):
@@ -94,48 +79,33 @@ def t5(
     The dense `position_bias` that the first layer returns is made by the stock code, and computed only where somebody reads
     it.
     """
-    known = getattr(position_bias, _NAME, None)
+    known = structure.of(position_bias)
     if position_bias is None:
         options = structure.options(mask)
         if options is not None:
-            if cache_update_index is not None:
-                options["query_offset"] = structure.query_offset(cache_update_index)
+            options.update(structure.query_offset(cache_update_index))
             own = layer.relative_attention_bias if layer.use_relative_attention_bias else None
             known = PositionBias(None if own is None else ops.convert_to_tensor(own), options)
     if known is None and position_bias is None or (cache is None and cache_update_index is not None):
         return stock(hidden_states, mask, key_value_states, position_bias, cache, cache_update_index, training)
     batch, seqlen_q = dims(hidden_states)[:2]
 
-    def heads(x):
+    def split(x):
         return ops.reshape(x, [batch, -1, layer.num_heads, layer.key_value_dim])
 
     states = hidden_states if key_value_states is None else key_value_states
-    query = heads(layer.query_projector(hidden_states))
+    query = split(layer.query_projector(hidden_states))
     if cache is not None and cache_update_index is None:
         key, value = cache[:, 0], cache[:, 1]
     else:
-        key, value = heads(layer.key_projector(states)), heads(layer.value_projector(states))
+        key, value = split(layer.key_projector(states)), split(layer.value_projector(states))
         key, value, cache = caches.update(cache, cache_update_index, key, value)
     options = {"bias": position_bias} if known is None else known.given(layer)
-    rate = layer.dropout_layer.rate
-    out, _ = attend(
-        query,
-        key,
-        value,
-        mask=options.pop("mask", None),
-        scale=1.0,
-        implementation=None,
-        dropout_rate=rate,
-        dropout_seed=dropout_seed(layer.dropout_layer, rate, training),
-        **{what: x for what, x in options.items() if x is not None},
-    )
-    out = layer.output_projector(ops.reshape(out, [batch, seqlen_q, layer.inner_dim]))
+    more = {"dropout": layer.dropout_layer, "training": training, **options}
+    out = layer.output_projector(heads.join(heads.attention(query, key, value, scale=1.0, **more)[0]))
     if position_bias is None:
         position_bias = _dense_position_bias(layer, mask, seqlen_q, dims(key)[1], cache_update_index or 0)
-        try:
-            setattr(position_bias, _NAME, known)
-        except AttributeError:  # an array of JAX
-            pass
+        structure.keep(position_bias, known)
     return out, position_bias, cache
 
 

@@ -8,7 +8,6 @@ import sys
 from keras import ops
 
 from attn_ops.layers.backend import backend
-from attn_ops.masks import constructors
 from attn_ops.models.adapters import structure
 
 
@@ -27,11 +26,9 @@ def update(cache, index, key, value):
 
 def attended(query, cache, index, key, value, mask, **options):
     """The attention to a cache, read where it lies, and the cache with the new rows. The ``mask`` knows its structure."""
-    known = structure.of(mask)
     positions = ops.broadcast_to(ops.cast(index, "int32"), (ops.shape(query)[0],))
-    window = options.pop("window", None)
-    parts = known.mask() if window is None else known.mask() & constructors.window(*window)
-    return backend.attend_stacked(query, cache, key, value, positions, is_causal=False, mask=parts, **options)
+    mask = structure.of(mask).options(options.pop("window", None))["mask"]
+    return backend.attend_stacked(query, cache, key, value, positions, is_causal=False, mask=mask, **options)
 
 
 def in_vllm() -> bool:

@@ -16,16 +16,14 @@ def attention(layer, stock, query, key, value, attention_mask, training=False):
     """
     query, key, value = (ops.transpose(tensor, (0, 2, 1, 3)) for tensor in (query, key, value))
     known = structure.of(attention_mask)
-    mask = offset = None
+    options = {}
     if known is not None:
-        mask, offset = known.mask(), structure.query_offset(known.offset)
+        options = known.options()
     elif attention_mask is not None:
         attention_mask = ops.cast(attention_mask[:, :, : key.shape[1]], "bool")
-        mask = constructors.boolean(attention_mask[:, None])
-    out, _ = heads.attention(
-        query, key, value, scale=1.0, mask=mask, query_offset=offset, dropout=layer.dropout, training=training
-    )
-    if mask is not None and (known is None or known.padding is not None):
+        options = {"mask": constructors.boolean(attention_mask[:, None])}
+    out, _ = heads.attention(query, key, value, scale=1.0, dropout=layer.dropout, training=training, **options)
+    if options and (known is None or known.padding is not None):
         empty = ops.logical_not(ops.any(ops.cast(attention_mask, "bool"), -1))
         out = with_means(out, value, empty[:, None, :, None])
     return out, None

@@ -21,6 +21,13 @@ def join(x):
     return ops.reshape(x, (*ops.shape(x)[:-2], x.shape[-2] * x.shape[-1]))
 
 
+def ungrouped(query, key, value, groups):
+    """Keys and values with one head for ``groups`` query heads, where they were repeated for each query head."""
+    if groups > 1 and key.shape[2] == query.shape[2]:
+        return key[:, :, ::groups], value[:, :, ::groups]
+    return key, value
+
+
 def rank_4(x, axis=0):
     """A mask or bias with the axes that it lacks of `[batch, num_heads, seqlen_q, seqlen_k]`, put in at ``axis``."""
     for _ in range(4 - len(x.shape)):

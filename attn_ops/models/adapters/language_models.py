@@ -43,7 +43,7 @@ _ATTENTIONS = (
         "GPTNeoXAttention",
         f"{_QKV} training",
         steps=_MASKED,
-        dropout=("dropout", "_attn_dropout_layer"),
+        dropout="_attn_dropout_layer",
     ),
     *(
         _attention(
@@ -70,7 +70,7 @@ _ATTENTIONS = (
         scale=gemma_scale,
         window=symmetric("use_sliding_window_attention"),
         soft_cap="logit_soft_cap",
-        dropout=("dropout", "dropout_layer"),
+        dropout="dropout_layer",
     ),
     _attention(
         "models.gemma3.gemma3_attention",
@@ -80,7 +80,7 @@ _ATTENTIONS = (
         scale=gemma_scale,
         window=gemma3_window,
         soft_cap="logit_soft_cap",
-        dropout=("dropout", "dropout_layer"),
+        dropout="dropout_layer",
     ),
     _attention(
         "models.gemma4.gemma4_attention",
@@ -88,7 +88,7 @@ _ATTENTIONS = (
         _QKV_GEMMA,
         scale=lambda layer: 1.0,  # queries and keys are normalized
         soft_cap="logit_soft_cap",
-        dropout=("dropout", "dropout_layer"),
+        dropout="dropout_layer",
     ),
     *(
         _attention(
@@ -99,7 +99,7 @@ _ATTENTIONS = (
             scale="scaling",
             groups="num_key_value_groups",
             soft_cap="logit_soft_cap",
-            dropout=("attention_dropout", "dropout_layer"),
+            dropout="dropout_layer",
             additive=True,
         )
         for model, name in (

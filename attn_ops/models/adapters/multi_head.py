@@ -10,9 +10,9 @@ from keras import ops
 
 from attn_ops.layers.axes import AttentionAxes, dims
 from attn_ops.layers.base import EMPTY_SCORES_ARE_UNIFORM
-from attn_ops.layers.common import attend, combine, dropout_seed, keras_mask
+from attn_ops.layers.common import combine, keras_mask
 from attn_ops.layers.empty_rows import empty_rows, with_means
-from attn_ops.models.adapters import structure
+from attn_ops.models.adapters import heads, structure
 
 _AXES = AttentionAxes([1], 2)
 
@@ -45,12 +45,11 @@ def multi_head(
 def grouped(layer, stock, query, key, value, attention_mask=None, training=None, use_causal_mask=False):
     """`GroupQueryAttention._compute_attention`, whose keys and values are repeated for each query head."""
     more = {"use_causal_mask": True} if use_causal_mask else {}
-    groups = layer.num_repeats if key.shape[2] == query.shape[2] else 1
     return _attention(
         layer,
         functools.partial(stock, query, key, value, attention_mask, training, **more),
         query,
-        *(x[:, :, ::groups] if groups > 1 else x for x in (key, value)),
+        *heads.ungrouped(query, key, value, layer.num_repeats),
         *(attention_mask, training, use_causal_mask),
         wants_scores=layer._return_attention_scores,
         scale=layer._inverse_sqrt_head_dim,
@@ -68,29 +67,25 @@ def _attention(
     if in_softmax and attention_mask is not None and EMPTY_SCORES_ARE_UNIFORM:
         return in_keras()
     known = structure.of(attention_mask)
-    offset = None
-    if known is not None:
-        mask, offset = known.mask(), structure.query_offset(known.offset)
-    else:
-        mask = keras_mask(_AXES, query, key, attention_mask=attention_mask)
+    options = {"mask": keras_mask(_AXES, query, key, attention_mask=attention_mask)} if known is None else known.options()
+    mask = options.pop("mask")
     if use_causal_mask:
         mask = combine([mask, keras_mask(_AXES, query, key, is_causal=True)])
-    out, scores = attend(
+    out, scores = heads.attention(
         query,
         key,
         value,
         mask=mask,
         scale=scale,
-        implementation=None,
-        dropout_rate=rate,
-        dropout_seed=dropout_seed(layer._dropout_layer, rate, training),
+        dropout=layer._dropout_layer if rate else None,
+        training=training,
         scores="undropped" if wants_scores else None,
-        **({} if offset is None else {"query_offset": offset}),
+        **options,
     )
     # The op of Keras gives rows without a key the mean of the values. Causal rows see one unless padding hides it.
     if in_softmax or mask is None or attention_mask is None or known is not None and known.padding is None:
         return out, scores
-    if offset is None:
+    if not options:
         empty = empty_rows(mask, dims(query)[1], dims(key)[1])
     else:
         empty = ops.logical_not(ops.any(ops.cast(attention_mask, "bool"), -1))[:, None, :, None]

@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 from keras import ops
 
-from attn_ops.layers.common import attend, dropout_seed
-from attn_ops.models.adapters import structure
+from attn_ops.models.adapters import heads, structure
 
 # What their arguments are called, and what they are.
 _ROLES = {
@@ -35,7 +34,7 @@ class Projected:
         groups: the attribute with the number of query heads for a key head, if the method gets repeated keys.
         window: a function of the layer: (keys before, keys after) that a row sees, or None.
         soft_cap, sinks: attributes, None or as attn_ops has them.
-        dropout: the attributes with the rate and the layer of dropout on the weights.
+        dropout: the attribute with the layer of dropout on the weights.
         additive: whether masks are added to the scores, `[batch, num_heads or 1, seqlen_q, seqlen_k]`.
     """
 
@@ -45,7 +44,7 @@ class Projected:
     window: Callable | None = None
     soft_cap: str | None = None
     sinks: str | None = None
-    dropout: tuple[str, str] | None = None
+    dropout: str | None = None
     additive: bool = False
 
     def __call__(self, layer, stock, *args, **kwargs):
@@ -57,21 +56,11 @@ class Projected:
         options = self.masks(layer, call.get("mask"), call.get("index"))
         if options is None or not query.dtype == key.dtype == value.dtype:
             return stock(*args, **kwargs)
-        groups = 1 if self.groups is None else getattr(layer, self.groups)
-        if groups > 1 and key.shape[2] == query.shape[2]:
-            key, value = key[:, :, ::groups], value[:, :, ::groups]
-        rate, owner = (None, None) if self.dropout is None else (getattr(layer, name) for name in self.dropout)
-        return attend(
-            query,
-            key,
-            value,
-            mask=options.pop("mask", None),
-            implementation=None,
-            dropout_rate=rate,
-            dropout_seed=dropout_seed(owner, rate, call.get("training")),
-            **options,
-            **self.score_options(layer),
-        )[0]
+        if self.groups is not None:
+            key, value = heads.ungrouped(query, key, value, getattr(layer, self.groups))
+        dropout = None if self.dropout is None else getattr(layer, self.dropout)
+        more = {**options, **self.score_options(layer)}
+        return heads.attention(query, key, value, dropout=dropout, training=call.get("training"), **more)[0]
 
     def masks(self, layer, mask, index):
         """The options for the ``mask`` of a call, and for the layer's window; None for a mask of another kind."""

@@ -42,26 +42,31 @@ class Structure(typing.NamedTuple):
             mask = constructors.causal() if self.size is None else constructors.window(self.size - 1, 0)
         return mask if self.padding is None else mask & constructors.boolean(self.padding[:, None, None, :])
 
+    def options(self, window=None) -> dict:
+        """The options `mask` and `query_offset`, with a ``window`` (keys before, keys after) that rows have besides."""
+        mask = self.mask() if window is None else self.mask() & constructors.window(*window)
+        return {"mask": mask, **query_offset(self.offset)}
 
-def keep(dense, structure: Structure):
-    """``dense``, with the ``structure`` that it has."""
+
+def keep(dense, known):
+    """``dense``, with what is known of it: the `Structure` of a mask."""
     try:
-        setattr(dense, _NAME, structure)
+        setattr(dense, _NAME, known)
     except AttributeError:  # an array of JAX
         pass
     return dense
 
 
-def of(dense) -> Structure | None:
-    """The structure of a mask, where it is known."""
+def of(dense):
+    """What is known of a tensor, by :func:`keep`, or None."""
     return getattr(dense, _NAME, None)
 
 
-def query_offset(index):
-    """The option `query_offset` for an index into a cache: None, a number or a scalar."""
+def query_offset(index) -> dict:
+    """The option `query_offset` for an index into a cache, an integer or a scalar; none for the first position."""
     if index is None or (isinstance(index, int) and index == 0):
-        return None
-    return index if isinstance(index, int) else ops.reshape(ops.cast(index, "int32"), [])
+        return {}
+    return {"query_offset": index if isinstance(index, int) else ops.reshape(ops.cast(index, "int32"), [])}
 
 
 def causal_decoder(parameters, sequence, padding, index, *, unknown=(), causal=None, size=None, keras_masks=True):
@@ -130,12 +135,8 @@ def options(mask, window=None, index=None):
         return {} if window is None else None  # the stock methods apply their window to a mask
     known = of(mask)
     if known is not None:
-        parts, index = known.mask(), known.offset
-    else:
-        if "float" in keras.backend.standardize_dtype(mask.dtype) or len(mask.shape) != 3:
-            return None
-        parts = constructors.boolean(ops.cast(ops.expand_dims(mask, 1), "bool"))
-    if window is not None:
-        parts = parts & constructors.window(*window)
-    offset = query_offset(index) if known is not None or window is not None else None
-    return {"mask": parts} if offset is None else {"mask": parts, "query_offset": offset}
+        return known.options(window)
+    if "float" in keras.backend.standardize_dtype(mask.dtype) or len(mask.shape) != 3:
+        return None
+    parts = constructors.boolean(ops.cast(ops.expand_dims(mask, 1), "bool"))
+    return {"mask": parts} if window is None else {"mask": parts & constructors.window(*window), **query_offset(index)}
