@@ -79,25 +79,27 @@ def of_model(model, explain) -> ModelExplanation:
     """What the attention layers in this Keras layer or model run, by `attn_ops.explain` of their calls."""
     rows = []
     paths = _paths(model)
+    places = functools.cache(functools.partial(_places, explain))  # for this answer: the next one may stand elsewhere
     for layer in found.layers("explain", model):
         state = found.state(layer)
         if state is not None and state.attends:
-            rows.append(_row(paths.get(id(layer), layer.name), layer, state, explain))
+            rows.append(_row(paths.get(id(layer), layer.name), layer, state, places))
     return ModelExplanation(model.name, tuple(rows))
 
 
-def _row(path, layer, state, explain):
+def _row(path, layer, state, places):
     heads = next((getattr(layer, name) for name in _HEADS if isinstance(getattr(layer, name, None), int)), None)
     row = functools.partial(LayerExplanation, path, type(layer).__name__, heads)
     reason, remedy = _why_keras(layer, state)
     if reason is not None:
         return row(*["keras"] * len(_PLACES), reason, remedy)
     implementation = layer.implementation if isinstance(layer, FlashAttention) else None
-    places = _places(explain, keras.backend.standardize_dtype(layer.compute_dtype), implementation)
-    reasons = dict.fromkeys(reason for _, of_place in places for reason in of_place)
+    answers = places(keras.backend.standardize_dtype(layer.compute_dtype), implementation)
+    names = [answer.implementation for answer in answers]
+    reasons = dict.fromkeys(reason for answer in answers for reason in answer.reasons)
     if implementation == "composite":
-        return row(*(name for name, _ in places), "flash_attention=False", "make the layer with flash_attention=None")
-    return row(*(name for name, _ in places), "; ".join(reasons) or None)
+        return row(*names, "flash_attention=False", "make the layer with flash_attention=None")
+    return row(*names, "; ".join(reasons) or None)
 
 
 def _why_keras(layer, state):
@@ -111,28 +113,20 @@ def _why_keras(layer, state):
     return "its own code", _CONVERT
 
 
-@functools.cache
 def _places(explain, dtype, implementation):
-    """The implementation and the reasons against the fused one in each of `_PLACES`."""
+    """What `explain` answers in each of `_PLACES`."""
     x = tf.TensorSpec([2, 8, 2, 8], dtype)
     asked = None if implementation == "fused" else implementation
-
-    def ask(**options):
-        answer = explain(x, x, x, implementation=asked, **options)
-        return answer.implementation, answer.reasons
-
-    found_there = {}
+    ask = functools.partial(explain, x, x, x, implementation=asked)
 
     def traced(jit_compile):
-        @tf.function(jit_compile=jit_compile, autograph=False)
-        def function():
-            found_there[jit_compile] = ask()
-
+        answers = []
+        function = tf.function(lambda: answers.append(ask()), jit_compile=jit_compile, autograph=False)
         function.get_concrete_function()
-        return found_there[jit_compile]
+        return answers[0]
 
-    graph, xla = traced(False), traced(True)
-    return ask(), graph, xla, graph
+    graph = traced(jit_compile=False)
+    return ask(), graph, traced(jit_compile=True), graph
 
 
 def _paths(model):

@@ -59,15 +59,21 @@ class Seam:
         found = getattr(cls, self.method, None)
         if found is None:
             return f"{self.name} has no method {self.method}"
-        for step in (self.method, *self.steps):
-            if getattr(kind, step, None) is not getattr(cls, step, None):
-                return f"{kind.__name__} overrides {step}"
+        step = self.overridden_by(kind)
+        if step is not None:
+            return f"{kind.__name__} overrides {step}"
         names = parameter_names(getattr(found, "stock", found))
         if self.parameters is not None and names != self.parameters[: len(names)]:
             return f"{self.name}.{self.method} takes ({', '.join(names)}), and ({', '.join(self.parameters)}) is known"
         if self.codes and self.fingerprint() not in self.codes:
             return f"the code of {self.name}.{self.method} is not the one that is known"
         return None
+
+    def overridden_by(self, kind) -> str | None:
+        """The first of the method and the steps that the subclass ``kind`` has another one of, or None."""
+        cls = self.cls()
+        names = (self.method, *self.steps)
+        return next((name for name in names if getattr(kind, name, None) is not getattr(cls, name, None)), None)
 
     def fingerprint(self) -> str:
         """That of the code of the method and of the steps, as the class has them now."""
@@ -202,7 +208,7 @@ def install_in_class(seam):
 
     @functools.wraps(stock)
     def adapted(self, *args, **kwargs):
-        if method in vars(self) or seam.reason_against(type(self)):
+        if method in vars(self) or seam.overridden_by(type(self)):
             return stock(self, *args, **kwargs)
         return seam.adapter(self, functools.partial(stock, self), *args, **kwargs)
 
