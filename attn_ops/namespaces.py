@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 
 import numpy as np
@@ -232,20 +233,17 @@ class Keras:
 
 
 def as_written(function):
-    """``function`` kept from TensorFlow's AutoGraph, which in `tf.function` would convert it, for seconds and for nothing:
-    its conditions are of Python."""
-
-    unconverted = None
+    """``function`` as tensorflow/as_written.py keeps it, once there is a TensorFlow."""
+    kept = None
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        nonlocal unconverted
-        if unconverted is None:
-            autograph = getattr(sys.modules.get("tensorflow"), "autograph", None)
-            if autograph is None:
+        nonlocal kept
+        if kept is None:
+            if getattr(sys.modules.get("tensorflow"), "autograph", None) is None:
                 return function(*args, **kwargs)
-            unconverted = autograph.experimental.do_not_convert(function)
-        return unconverted(*args, **kwargs)
+            kept = importlib.import_module("attn_ops.tensorflow.as_written").as_written(function)
+        return kept(*args, **kwargs)
 
     return call
 

@@ -157,6 +157,15 @@ class AttentionCall(typing.NamedTuple):
         tuples = {name: getattr(self, name) for name in _TUPLES}
         return self._replace(**tensors, **{name: tuple(map(function, x)) for name, x in tuples.items() if x is not None})
 
+    def has_other_tensors(self):
+        """Whether there are arrays beside query, key and value."""
+        optional = (getattr(self, name) for name in _TENSORS[3:])
+        return any(x is not None for x in optional) or any(getattr(self, name) for name in _TUPLES)
+
+    def sees_the_first_key_alone(self):
+        """Whether a single row stands at the first key and looks no further, which callers are warned of."""
+        return self.window_right == 0 and not self.bottom_right and canonical(self.query.shape, self.layout)[2] == 1
+
     def set_result_shapes(self, out, lse, statistics):
         """Tells tensors of a TensorFlow graph what is known of their shapes; ``lse`` may be None."""
         out_shape, lse_shape = self.result_shapes()

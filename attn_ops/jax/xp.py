@@ -53,6 +53,11 @@ def cast(x, dtype):
     return x.astype(dtype)
 
 
+def kind(x):
+    """Dtype and extents of an array, hashable; None of everything else."""
+    return (x.dtype, *x.shape) if isinstance(x, jax.Array) else None
+
+
 def extents(x):
     return list(x.shape)
 

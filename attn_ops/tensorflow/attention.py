@@ -8,10 +8,11 @@ from attn_ops.call import public
 from attn_ops.call.normalize import checked_lse, normalize, normalize_weights
 from attn_ops.models import keras_tensors
 from attn_ops.tensorflow import choice, composite, derivatives, export, place, xp
+from attn_ops.tensorflow.as_written import as_written
 from attn_ops.tensorflow.forms import eager, graph, reference, xla
 
 
-@tf.autograph.experimental.do_not_convert
+@as_written
 @public.function(implementation=None)
 def scaled_dot_product_attention(query, key, value, **given):
     """softmax(scale * query @ key^T + bias, masked) @ value, without ever storing the scores.
@@ -70,7 +71,7 @@ def scaled_dot_product_attention(query, key, value, **given):
     return (out, lse) if call.return_lse else out
 
 
-@tf.autograph.experimental.do_not_convert
+@as_written
 @public.function(without=("dropout_rate", "dropout_seed", "return_lse"), lse=None, implementation=None)
 def attention_weights(query, key, **given):
     """The probabilities that `scaled_dot_product_attention` weighs the values with, before dropout.

@@ -48,15 +48,20 @@ def unsupported_reasons(call: AttentionCall, forced: bool = False) -> list[str]:
     that takes no custom call, a GPU without kernels for it, an export that is to load without the library unless the
     choice is ``forced``.
     """
-    reasons = export.reasons_against_fused(forced)
     missing = kernels.unavailable_reason()
-    if missing is not None:
-        reasons.append(missing)
-    elif place.in_xla() and xla.unavailable_reason(call):
-        reasons.append(f"the call is traced for XLA (jit_compile=True), and {xla.unavailable_reason(call)}")
-    if not tf.executing_eagerly() and place.in_forward_mode(call.differentiable()):
-        reasons.append("a ForwardAccumulator watches the inputs, and in graphs only the composite has forward mode")
+    reasons = [] if missing is None else [missing]
+    if not tf.executing_eagerly():
+        reasons = _reasons_of_graph(call, forced) + reasons
     return reasons + gpu.unsupported_reasons(call, forced)
+
+
+def _reasons_of_graph(call, forced):
+    reasons = export.reasons_against_fused(forced)
+    if place.in_xla() and kernels.unavailable_reason() is None and xla.unavailable_reason(call):
+        reasons.append(f"the call is traced for XLA (jit_compile=True), and {xla.unavailable_reason(call)}")
+    if place.in_forward_mode(call.differentiable()):
+        reasons.append("a ForwardAccumulator watches the inputs, and in graphs only the composite has forward mode")
+    return reasons
 
 
 def form(call: AttentionCall) -> str:

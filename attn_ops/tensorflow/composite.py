@@ -18,13 +18,14 @@ import math
 import tensorflow as tf
 
 from attn_ops.tensorflow import dynamic_sizes, place, rows
+from attn_ops.tensorflow.as_written import as_written
 from attn_ops.tensorflow.runtime_checks import at_least_1, checked, extents
 
 # Scores that query_chunk="auto" computes in one piece, and the scores of a chunk when there are more.
 UNCHUNKED_SCORES = 2**24
 CHUNK_SCORES = 2**22
 
-@tf.autograph.experimental.do_not_convert
+@as_written
 def attention(call, query_chunk="auto", in_xla=False, exporting=False):
     """Scaled dot-product attention.
 
@@ -76,7 +77,7 @@ def _attention(call, query_chunk, exporting):
         return problem.to_layout(tf.cast(out, call.query.dtype)), lse
 
 
-@tf.autograph.experimental.do_not_convert
+@as_written
 def attention_weights(call, lse=None):
     """The softmax before dropout: `[batch, num_heads, seqlen_q, seqlen_k]`, query's dtype.
 

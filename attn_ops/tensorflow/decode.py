@@ -10,13 +10,14 @@ from attn_ops.call import public
 from attn_ops.call.normalize import normalize
 from attn_ops.generation import decode
 from attn_ops.tensorflow import append, attention, choice, place, runtime_checks, xp
+from attn_ops.tensorflow.as_written import as_written
 from attn_ops.tensorflow.forms import custom_call, eager, graph
 
 rewound = functools.partial(decode.rewound, xp)
-update = tf.autograph.experimental.do_not_convert(functools.partial(decode.update, xp, append.append))
+update = as_written(functools.partial(decode.update, xp, append.append))
 
 
-@tf.autograph.experimental.do_not_convert
+@as_written
 @public.function(without=decode.NOT_TAKEN, is_causal=True, rotary=None, implementation=None)
 def decode_attention(q, cache, k_new=None, v_new=None, **given):
     """Appends new keys and values to a cache, and attends to all that it has then.

@@ -8,9 +8,10 @@ from attn_ops.call import public
 from attn_ops.call.explanation import Explanation, Support, mask_notes
 from attn_ops.call.normalize import normalize
 from attn_ops.tensorflow import choice, gpu, place, xp
+from attn_ops.tensorflow.as_written import as_written
 
 
-@tf.autograph.experimental.do_not_convert
+@as_written
 @public.function(implementation=None)
 def explain(query, key=None, value=None, **given) -> Explanation:
     """What `scaled_dot_product_attention` would run for these arguments, and why; or what a whole model runs.
@@ -38,7 +39,7 @@ def explain(query, key=None, value=None, **given) -> Explanation:
     return Explanation(chosen, reasons, choice.form(call), "gpu" if gpu.in_use(call) else "cpu", notes)
 
 
-@tf.autograph.experimental.do_not_convert
+@as_written
 @public.function()
 def can_use_fused(query, key, value, **given) -> Support:
     """Whether the fused op can run these arguments of `scaled_dot_product_attention` here, with the reasons if not.

@@ -9,11 +9,12 @@ import tensorflow as tf
 from attn_ops.call import rotary
 from attn_ops.models.rotary import embedding
 from attn_ops.tensorflow import xp
+from attn_ops.tensorflow.as_written import as_written
 
 rotate = functools.partial(rotary.rotate, xp)
 
 
-@tf.autograph.experimental.do_not_convert
+@as_written
 def rotary_embedding(
     x, positions=None, *, base=10000.0, rotary_dim=None, interleaved=False, scaling=None, layout="BSHD"
 ):

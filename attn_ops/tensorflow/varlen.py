@@ -7,9 +7,10 @@ import tensorflow as tf
 import attn_ops
 from attn_ops.call import public, varlen
 from attn_ops.tensorflow import runtime_checks, xp
+from attn_ops.tensorflow.as_written import as_written
 
 
-@tf.autograph.experimental.do_not_convert
+@as_written
 @public.function(without=varlen.WITHOUT, **varlen.OWN, **varlen.OF_FLASH_ATTENTION)
 def varlen_attention(
     q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, **given
@@ -58,7 +59,7 @@ def varlen_attention(
     )
 
 
-@tf.autograph.experimental.do_not_convert
+@as_written
 @public.function(without=varlen.WITHOUT, **varlen.OWN)
 def ragged_attention(query, key, value, **given):
     """Attention of ragged tensors, each sequence by itself, without padding.

@@ -45,6 +45,13 @@ def cast_text(what):
     return f"tf.cast({what}, tf.float32)"
 
 
+def kind(x):
+    """Dtype and extents of a tensor of known rank, hashable; None of everything else."""
+    if not isinstance(x, tf.Tensor) or (known := extents(x)) is None:
+        return None
+    return (x.dtype, *known)
+
+
 def extents(x):
     """The extents of ``x``, None where unknown; None when not even the rank is known."""
     try:

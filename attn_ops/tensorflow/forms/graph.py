@@ -13,7 +13,7 @@ import functools
 import tensorflow as tf
 
 from attn_ops.call.attention_call import AttentionCall
-from attn_ops.tensorflow import composite, dynamic_sizes, export
+from attn_ops.tensorflow import composite, dynamic_sizes, export, place
 from attn_ops.tensorflow.forms import eager, xla
 
 _IN_XLA = 2  # of the functions that `by_device` is given
@@ -22,8 +22,7 @@ _decided = contextvars.ContextVar("attn_ops.graph.decided", default=None)
 
 def forward(call: AttentionCall):
     """(out, lse, statistics), without a gradient of their own; lse is None unless ``call.return_lse``."""
-    in_xla = _composite_forward if xla.unavailable_reason(call) else xla.forward
-    out, statistics, *lse = _native_or(call, lambda: _present(eager.forward(call)), lambda: _present(in_xla(call)))
+    out, statistics, *lse = _either("forward", call)
     lse = lse[0] if lse else None
     call.set_result_shapes(out, lse, statistics)
     return out, lse, statistics
@@ -31,16 +30,58 @@ def forward(call: AttentionCall):
 
 def backward(call: AttentionCall, out, statistics, d_out, d_lse):
     """The gradients of the differentiable inputs of ``call``; ``d_lse`` may be None."""
-    in_xla = _composite_backward if xla.unavailable_reason(call) else xla.backward
-    arguments = (call, out, statistics, d_out, d_lse)
-    return list(_native_or(call, lambda: tuple(eager.backward(*arguments)), lambda: tuple(in_xla(*arguments))))
+    return _either("backward", call, out, statistics, d_out, *([] if d_lse is None else [d_lse]))
 
 
-def _native_or(call, operator, in_xla):
-    if dynamic_sizes.any_unknown(call):
+def _either(direction, call, *more):
+    """The results of the operator or of what XLA takes, of a ``call`` and the tensors ``more`` that its backward needs."""
+    kinds = ("native", "composite" if xla.unavailable_reason(call) else "xla")
+    decided = _decided.get()
+    if decided is not None:
+        return _RUN[direction, kinds[decided == _IN_XLA]](call, *more)
+    tensors = []
+    like = call.map_tensors(lambda x: tensors.append(x) or _like(x))
+    kept_apart = place.exporting()  # whose branches have the hint of `export`
+    native, in_xla = (_branch(direction, kind, like, tuple(map(_like, more)), kept_apart) for kind in kinds)
+    results = tf.raw_ops.Case(
+        branch_index=_which_device(),
+        input=[*tensors, *more],
+        Tout=in_xla.output_dtypes,
+        branches=[native, native, in_xla],
+        output_shapes=[x.shape for x in in_xla.outputs],
+    )
+    if place.can_set_attributes():
+        place.set_attribute(results[0].op, "_lower_using_switch_merge")  # inlined, as `tf.switch_case` has its branches
+    return [tf.identity(x) for x in results]  # of the inlined branches; the Case cannot be fetched
+
+
+@functools.lru_cache(maxsize=512)
+def _branch(direction, kind, like, more, kept_apart):
+    """The function of tensors that a Case has for a call ``like`` this one of `tf.TensorSpec`s, one for all that are
+    (``kept_apart`` or not): the layers of a model share it, which halves the time to trace them."""
+    flat = []
+    like.map_tensors(flat.append)
+
+    def run(*tensors):
+        given = iter(tensors)
+        call = like.map_tensors(lambda _: next(given))
+        if kind == "native":
+            export.leave_hint()
+        return _RUN[direction, kind](call, *given)
+
+    if kind != "native" and dynamic_sizes.any_unknown(like):
         # Some of its operations exist for XLA alone. Inlined, as branches are where they run, they would have to find a place.
-        in_xla = tf.function(in_xla, autograph=False, experimental_attributes={"_noinline": True})
-    return by_device(operator, operator, in_xla)
+        inner = tf.function(run, autograph=False, experimental_attributes={"_noinline": True})
+
+        def run(*tensors):
+            return inner(*tensors)
+
+    with tf.init_scope(), tf.device(None):
+        return tf.function(run, autograph=False).get_concrete_function(*flat, *more)
+
+
+def _like(x):
+    return tf.TensorSpec(x.shape, x.dtype)
 
 
 def by_device(on_cpu, on_gpu, in_xla):
@@ -63,10 +104,13 @@ def by_device(on_cpu, on_gpu, in_xla):
 
         return run
 
+    return tf.switch_case(_which_device(), [branch(which) for which in range(len(functions))])
+
+
+def _which_device():
     # Called as a function without state: `DeviceIndex` counts as one that has it, of which `tf.vectorized_map` would
     # want a value for each iteration.
-    (device,) = tf.raw_ops.PartitionedCall(args=[], Tout=[tf.int32], f=_device_index())
-    return tf.switch_case(device, [branch(which) for which in range(len(functions))])
+    return tf.raw_ops.PartitionedCall(args=[], Tout=[tf.int32], f=_device_index())[0]
 
 
 @functools.cache
@@ -80,10 +124,19 @@ def _device_index():
         return attn_ops_device_index.get_concrete_function()
 
 
-def _present(results):
-    """What a branch of a Case can return: (out, statistics), and lse where there is one."""
-    out, lse, statistics = results
-    return (out, statistics) if lse is None else (out, statistics, lse)
+def _forward_by(form):
+    def forward(call):
+        out, lse, statistics = form(call)
+        return (out, statistics) if lse is None else (out, statistics, lse)
+
+    return forward
+
+
+def _backward_by(form):
+    def backward(call, out, statistics, d_out, d_lse=None):
+        return tuple(form(call, out, statistics, d_out, d_lse))
+
+    return backward
 
 
 def _composite_forward(call):
@@ -96,3 +149,13 @@ def _composite_backward(call, out, statistics, d_out, d_lse):
     del out, statistics  # computed anew
     cotangents = [d_out, *([] if d_lse is None else [d_lse])]
     return composite.gradients(composite.separate(call), cotangents, in_xla=True)
+
+
+_RUN = {
+    ("forward", "native"): _forward_by(eager.forward),
+    ("forward", "xla"): _forward_by(xla.forward),
+    ("forward", "composite"): _forward_by(_composite_forward),
+    ("backward", "native"): _backward_by(eager.backward),
+    ("backward", "xla"): _backward_by(xla.backward),
+    ("backward", "composite"): _backward_by(_composite_backward),
+}
