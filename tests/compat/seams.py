@@ -1,10 +1,12 @@
-"""Which releases of KerasHub have the code that the adapters of attn_ops were checked against.
+"""Which releases of KerasHub and of Keras have the seams that the adapters of attn_ops were checked against.
 
-    python tests/compat/seams.py [RELEASE ...]     the table; releases default to all the latest ones of 0.20 to 0.32
-    python tests/compat/seams.py --codes RELEASE   the fingerprints of one, as known_code.py has them
+    python tests/compat/seams.py                    the tables; releases default to the latest ones of 0.20 to 0.32 and 3.7 to 3.15
+    python tests/compat/seams.py --hub 0.32.0 --keras
+    python tests/compat/seams.py --codes --hub 0.32.0   the fingerprints, as known_code.py has them
 
-Needs Keras, and pip's access to a registry; nothing is installed. A cell is "yes", "other" (code that is not known, so that
-convert leaves the layer alone) or "-" (no such class or method in the release).
+Needs Keras, and pip's access to a registry; nothing is installed. A cell is "yes", "other" (code that is not known, or for
+the layers of Keras itself other arguments, so that convert leaves the layer alone) or "-" (no such class or method in the
+release).
 """
 
 from __future__ import annotations
@@ -15,24 +17,26 @@ import functools
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zipfile
 from pathlib import Path
 
 from attn_ops.models import seams
 from attn_ops.models.adapters.table import SEAMS
 
-RELEASES = (
+HUB = (
     *("0.20.0", "0.21.1", "0.22.2", "0.23.0", "0.24.0", "0.25.1", "0.26.0", "0.27.1", "0.28.0", "0.29.1", "0.30.0"),
     *("0.31.1", "0.32.0"),
 )
+KERAS = ("3.7.0", "3.8.0", "3.9.2", "3.10.0", "3.11.3", "3.12.4", "3.13.2", "3.14.1", "3.15.1")
 
 
 class Release:
-    """The sources of one release."""
+    """The sources of one release of a package."""
 
-    def __init__(self, version):
+    def __init__(self, package, version):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, f"keras-hub=={version}"]
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, f"{package}=={version}"]
             subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
             (wheel,) = Path(folder).glob("*.whl")
             with zipfile.ZipFile(wheel) as files:
@@ -73,6 +77,21 @@ class Release:
         nodes = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name)
         return next((ast.get_source_segment(source, node) + "\n" for node in nodes), None)
 
+    def parameters(self, seam):
+        """The names of the arguments of a seam, or None where the release does not have it."""
+        source = self.method(seam.module, seam.name, seam.method)
+        if source is None:
+            return None
+        (function,) = ast.parse(textwrap.dedent(source)).body
+        return tuple(argument.arg for argument in function.args.args[1:])
+
+    def cell(self, seam):
+        if not seam.codes:
+            names = self.parameters(seam)
+            return "-" if names is None else "yes" if names == seam.parameters[: len(names)] else "other"
+        code = self.code(seam)
+        return "-" if code is None else "yes" if code in seam.codes else "other"
+
     def code(self, seam):
         """The fingerprint of a seam, or None where the release does not have it."""
         sources = [self.method(seam.module, seam.name, name) for name in (seam.method, *seam.steps)]
@@ -83,24 +102,31 @@ class Release:
         return f"{own}+{seams.fingerprint_of_source(*beside)}" if beside else own
 
 
+def table(package, versions, known):
+    releases = {version: Release(package, version) for version in versions}
+    print(f"| {package} | " + " | ".join(releases) + " |\n|---|" + "---|" * len(releases))
+    for seam in known:
+        print(f"| `{seam.name}.{seam.method}` | " + " | ".join(release.cell(seam) for release in releases.values()) + " |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("releases", nargs="*", default=RELEASES)
-    parser.add_argument("--codes", action="store_true", help="print fingerprints in place of the table")
+    parser.add_argument("--hub", nargs="*", default=HUB, metavar="RELEASE")
+    parser.add_argument("--keras", nargs="*", default=KERAS, metavar="RELEASE")
+    parser.add_argument("--codes", action="store_true", help="print fingerprints of KerasHub's in place of the tables")
     options = parser.parse_args()
-    releases = {version: Release(version) for version in options.releases}
     of_hub = [seam for seam in SEAMS if seam.module.startswith("keras_hub.")]
     if options.codes:
+        releases = [Release("keras-hub", version) for version in options.hub]
         for seam in of_hub:
-            codes = dict.fromkeys(filter(None, (release.code(seam) for release in releases.values())))
+            codes = dict.fromkeys(filter(None, (release.code(seam) for release in releases)))
             print(f'    "{seam.name}.{seam.method}": {tuple(codes)},')
         return
-    print("| seam | " + " | ".join(releases) + " |")
-    print("|---|" + "---|" * len(releases))
-    for seam in of_hub:
-        codes = [release.code(seam) for release in releases.values()]
-        cells = ["-" if code is None else "yes" if code in seam.codes else "other" for code in codes]
-        print(f"| `{seam.name}.{seam.method}` | " + " | ".join(cells) + " |")
+    if options.keras:
+        table("keras", options.keras, [seam for seam in SEAMS if seam not in of_hub])
+        print()
+    if options.hub:
+        table("keras-hub", options.hub, of_hub)
 
 
 if __name__ == "__main__":
