@@ -35,14 +35,17 @@ def backward(call: AttentionCall, out, statistics, d_out, d_lse):
 
 def _either(direction, call, *more):
     """The results of the operator or of what XLA takes, of a ``call`` and the tensors ``more`` that its backward needs."""
-    kinds = ("native", "composite" if xla.unavailable_reason(call) else "xla")
+    if xla.unavailable_reason(call):
+        # Not shared: tapes do not record in the `tf.init_scope` of `_branch`, and the composite has one of its own.
+        native, in_xla = (functools.partial(_RUN[direction, kind], call, *more) for kind in ("native", "composite"))
+        return list(by_device(native, native, _not_inlined(in_xla) if dynamic_sizes.any_unknown(call) else in_xla))
     decided = _decided.get()
     if decided is not None:
-        return _RUN[direction, kinds[decided == _IN_XLA]](call, *more)
+        return _RUN[direction, "xla" if decided == _IN_XLA else "native"](call, *more)
     tensors = []
     like = call.map_tensors(lambda x: tensors.append(x) or _like(x))
     kept_apart = place.exporting()  # whose branches have the hint of `export`
-    native, in_xla = (_branch(direction, kind, like, tuple(map(_like, more)), kept_apart) for kind in kinds)
+    native, in_xla = (_branch(direction, kind, like, tuple(map(_like, more)), kept_apart) for kind in ("native", "xla"))
     results = tf.raw_ops.Case(
         branch_index=_which_device(),
         input=[*tensors, *more],
@@ -69,15 +72,17 @@ def _branch(direction, kind, like, more, kept_apart):
             export.leave_hint()
         return _RUN[direction, kind](call, *given)
 
-    if kind != "native" and dynamic_sizes.any_unknown(like):
-        # Some of its operations exist for XLA alone. Inlined, as branches are where they run, they would have to find a place.
-        inner = tf.function(run, autograph=False, experimental_attributes={"_noinline": True})
-
-        def run(*tensors):
-            return inner(*tensors)
-
+    if kind == "xla" and dynamic_sizes.any_unknown(like):
+        run = _not_inlined(run)
     with tf.init_scope(), tf.device(None):
         return tf.function(run, autograph=False).get_concrete_function(*flat, *more)
+
+
+def _not_inlined(function):
+    """``function``, of which some operations exist for XLA alone: inlined, as branches are where they run, they would have
+    to find a place."""
+    apart = tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
+    return lambda *tensors: apart(*tensors)
 
 
 def _like(x):
