@@ -27,8 +27,8 @@ def _left_out(items):
         if marker:
             of = item.originalname if hasattr(item, "callspec") else item.parent.name  # a test, or a class of them
             wide.setdefault((item.path, of, marker.args[0]), []).append(item)
-        elif implementation is not None and implementation.is_slow:  # of each module a sixth, another one of each
-            wide.setdefault((item.path, repr(implementation), 6), []).append(item)
+        elif implementation is not None and implementation.is_slow:  # of each module an eighth, another one of each
+            wide.setdefault((item.path, repr(implementation), 8), []).append(item)
     left_out = []
     for (_, _, n), cases in wide.items():
         cases.sort(key=lambda item: zlib.crc32(item.name.encode()))  # as if drawn: no parameter is always the one left out

@@ -21,7 +21,7 @@ for _fused in (False, True):
     for _module in runner.MODULES:
         for _name, _cls in runner.load_classes(_module, _fused).items():
             _FOUND.update(f"{_name}.{test}" for test in unittest.TestLoader().getTestCaseNames(_cls))
-            globals()[f"{_name}_{'fused' if _fused else 'composite'}"] = _cls if _fused else pytest.mark.wide(3)(_cls)
+            globals()[f"{_name}_{'fused' if _fused else 'composite'}"] = _cls if _fused else pytest.mark.wide(6)(_cls)
 del _cls
 
 

@@ -55,7 +55,7 @@ STOCK = {
 }
 
 
-@pytest.mark.wide(6)
+@pytest.mark.wide(12)
 @FLASH
 @pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("name", STOCK)
@@ -155,7 +155,7 @@ def attend(layer, mask):
     return layer(x, x, attention_mask=mask)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("hidden", [-1e9, -np.inf, np.finfo("float32").min, -(10**9), 2.0])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", [np.asarray, jax.numpy.asarray])
@@ -234,7 +234,7 @@ def test_a_recomputation_drops_the_same(compiled):
     np.testing.assert_allclose((v * gradient).sum(), value, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("name, config", [("MultiHeadAttention", (2, 8)), ("GroupedQueryAttention", (8, 4, 2))])
 def test_padding_changes_no_real_token(name, config):
     inputs = keras.Input((None,), dtype="int32")
@@ -263,7 +263,7 @@ def test_as_in_keras_gives_the_means_of_keras():
     assert_same(mine(x, x, attention_mask=visible), stock(x, x, attention_mask=visible))
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(8)
 @FLASH
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name, config", [("MultiHeadAttention", (4, 8)), ("GroupedQueryAttention", (8, 4, 2))])
@@ -299,7 +299,7 @@ def test_the_layer_of_rotary_embedding():
     assert_same(keras.Model(inputs, layer(inputs)).predict(x, verbose=0), layer(x))
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("name", STOCK)
 def test_cache(name):
     """A prompt and three tokens by a cache, jitted, are the whole causal sequence."""

@@ -120,7 +120,7 @@ def test_export(tmp_path, name):
     assert b"AttnOps>" not in (tmp_path / "saved_model.pb").read_bytes()
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("name", ["MultiHeadAttention", "GroupedQueryAttention"])
 def test_quantize_int8(name):
     model = functional(ours(name), name)
@@ -170,7 +170,7 @@ def quantized(cls, name, seed=3):
 quantized_once = functools.cache(quantized)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("name", FILES)
 def test_quantized_models_load_back(tmp_path, name):
     model = quantized_once(ours(name), name)
@@ -196,7 +196,7 @@ def test_models_with_some_quantized_projections_load_back(tmp_path, name):
     np.testing.assert_array_equal(loaded(X), model(X))
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("name", FILES)
 def test_weights_files_of_quantized_models_need_a_quantized_one(tmp_path, name):
     model = quantized_once(ours(name), name)
@@ -208,7 +208,7 @@ def test_weights_files_of_quantized_models_need_a_quantized_one(tmp_path, name):
     np.testing.assert_array_equal(other(X), model(X))
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("name", FILES)
 def test_stock_layers_still_lose_their_quantization(tmp_path, name):
     """Why ours save it with what they were built of. When this fails, files of either load into the other."""

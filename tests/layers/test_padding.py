@@ -94,14 +94,14 @@ def test_eagerly(layer, norm):
     assert_same_at_real_tokens(two_blocks(layer, norm))
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("dtype, atol", [("mixed_float16", 4e-3), ("mixed_bfloat16", 4e-2)])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_in_mixed_precision(layer, dtype, atol):
     assert_same_at_real_tokens(two_blocks(layer, post_norm, dtype), atol)
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("layer, jit_compile", [*((layer, False) for layer in LAYERS), (mha, True), (gqa, True)])
 def test_predict(layer, jit_compile):
     model = two_blocks(layer, post_norm)
@@ -109,7 +109,7 @@ def test_predict(layer, jit_compile):
     assert_same_at_real_tokens(lambda ids: model.predict(ids, verbose=0))
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(6)
 @pytest.mark.parametrize(
     "layer, jit_compile", [*((layer, False) for layer in LAYERS), (mha, True), (self_attention, True)]
 )

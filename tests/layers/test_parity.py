@@ -50,7 +50,7 @@ def _keras_masked(x, mask):
     return x
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("flash", FLASH)
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 @pytest.mark.parametrize("scores", [False, True], ids=["output", "scores"])

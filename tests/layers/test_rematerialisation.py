@@ -77,7 +77,7 @@ def assert_same(results, expected):
     tf.nest.map_structure(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), results, expected)
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("make", LAYERS)
 def test_a_region_around_the_layer(make, form):
@@ -94,7 +94,7 @@ def test_a_region_around_the_layer(make, form):
     np.testing.assert_array_equal(*([v for v in x.variables if "seed" in v.path][0].numpy() for x in (layer, plain)))
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("make", LAYERS)
 def test_a_layer_made_in_a_scope(make, form):
@@ -156,7 +156,7 @@ def test_nested_regions(form):
     assert_same(results, run(lambda f: f))
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("flash", FLASH)
 def test_other_tapes(flash):
     """A tape that is asked twice, and one outside of the compiled function."""
@@ -231,7 +231,7 @@ class Block(keras.layers.Layer):
         return function(x)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_fit(jit_compile):
     def fitted(make):

@@ -54,7 +54,7 @@ def stock_run():
         return weights, fitted(stock, False)
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("jit_compile", [False, True, "auto"])
 def test_training_follows_that_of_the_stock_layers(stock_run, jit_compile):
     """The padded positions differ (zeros, not means) but the pooling leaves them out."""
@@ -68,7 +68,7 @@ def test_training_follows_that_of_the_stock_layers(stock_run, jit_compile):
     assert all(layer.supports_jit for layer in mine._flatten_layers())
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_training(policy):
     keras.utils.set_random_seed(0)
@@ -95,7 +95,7 @@ def seeded():
     return keras.initializers.RandomNormal(stddev=0.3, seed=2)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_forced_fusion_trains(jit_compile):
     keras.utils.set_random_seed(0)

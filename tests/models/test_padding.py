@@ -241,8 +241,8 @@ def test_pre_norm_models(layer):
     [
         (row_masked, "patched"),
         (mha, "patched"),
-        pytest.param(mha, "convert", marks=pytest.mark.wide(2)),
-        pytest.param(gqa, "convert", marks=pytest.mark.wide(2)),
+        pytest.param(mha, "convert", marks=pytest.mark.wide(4)),
+        pytest.param(gqa, "convert", marks=pytest.mark.wide(4)),
         (attention, "convert, XLA"),
     ],
 )
@@ -295,7 +295,7 @@ DENSE = some(3, 5, 7)
 DENSE[0, 1] = DENSE[2] = False
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("flash", FLASH)
 @pytest.mark.parametrize("name", CONFIGS)

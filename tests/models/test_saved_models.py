@@ -153,7 +153,7 @@ for result in (loaded.serve(x), layer(x)):
 """
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("by_path", [False, True], ids=("attn_ops.load_library", "tf.load_library"))
 def test_loading_without_the_library_says_what_to_do(tmp_path, by_path):
     model = of_our_layers()

@@ -64,7 +64,7 @@ def problem(case, dtype, seed):
     return inputs, options, expected, plainly
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("of", ["float32", "float16", "bfloat16"])
 def test_at_most_twice_the_error_of_the_plain_formula(implementation, of, pytestconfig):
     for case in implementation.thin(CASES):

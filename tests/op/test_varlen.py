@@ -130,7 +130,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(8)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("mode", RUN)
 def test_packed_tokens_are_attended_sequence_by_sequence(mode, options):
@@ -141,7 +141,7 @@ def test_packed_tokens_are_attended_sequence_by_sequence(mode, options):
     assert_near(found, expected(*inputs, LENGTHS_Q, LENGTHS_K, **theirs))
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("mode", RUN)
 def test_the_keys_lengths_are_the_rows_own_by_default(mode):
     inputs = tokens(LENGTHS_Q, LENGTHS_Q)
@@ -149,7 +149,7 @@ def test_the_keys_lengths_are_the_rows_own_by_default(mode):
     assert_near(found, expected(*inputs, LENGTHS_Q, LENGTHS_Q, causal=True, slopes=SLOPES))
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("alike", ["left out", "the same array", "equal values"])
 @pytest.mark.parametrize("run", [run_tensorflow, run_jax])
 def test_distances_of_sequences_of_the_same_lengths(run, alike):

@@ -62,7 +62,7 @@ FORMS = {
 }
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_works_without(hidden, form):
     for found, right in zip(FORMS[form](values_and_gradients)(*inputs()), expected(*inputs()), strict=True):

@@ -70,7 +70,7 @@ def test_traced(name, forced):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(8)
 @both
 @each_traced
 def test_vmap(name, forced):
@@ -120,7 +120,7 @@ def second_order_case(name):
     return inputs, {**options, "logits_soft_cap": 0.9}, of_caller
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(8)
 @both
 @pytest.mark.parametrize("first", ["query", "all"])
 @pytest.mark.parametrize("name", SECOND)

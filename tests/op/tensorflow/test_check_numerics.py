@@ -38,7 +38,7 @@ def inputs():
     return [tf.constant(random.standard_normal(shape), tf.float32) for shape in [(2, 5, 4, 8), (2, 6, 2, 8)]]
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("chosen", ["composite", "fused"])
@@ -83,7 +83,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("flash", [None, False])
 @pytest.mark.parametrize("mode", MODES)

@@ -23,7 +23,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=repr)
 
 
 @each_case
-@pytest.mark.parametrize("query_chunk", [None, 1, 3, pytest.param("auto", marks=pytest.mark.wide(4))])
+@pytest.mark.parametrize("query_chunk", [None, 1, 3, pytest.param("auto", marks=pytest.mark.wide(8))])
 def test_chunks_are_the_specification(case, query_chunk):
     assert_same(run(case, query_chunk), specification(case))
 
@@ -31,7 +31,7 @@ def test_chunks_are_the_specification(case, query_chunk):
 SOME = [case for case in CASES if case.name in ("everything", "bias", "causal, more queries", "every score and mask")]
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(8)
 @pytest.mark.parametrize("case", SOME, ids=repr)
 @pytest.mark.parametrize("mode", MODES[1:])
 @pytest.mark.parametrize("query_chunk", [None, 3])
@@ -39,7 +39,7 @@ def test_chunks_in_graphs(case, mode, query_chunk):
     assert_same(run(case, query_chunk, mode), specification(case))
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("query_chunk", [2, "auto"])
 @pytest.mark.parametrize("mode", MODES)
 def test_empty_extents_in_chunks(query_chunk, mode):
@@ -118,7 +118,7 @@ print(peak(3072) - before)
 """
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 def test_memory_stays_below_one_score_matrix(mode):
     """Two layers, forward and backward: stock attention keeps at least one such matrix for each."""
@@ -145,7 +145,7 @@ def test_eager_tapes_keep_no_scores():
 POISONED = ("key", "value", "query", "d_out")
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("name", POISONED)
 @pytest.mark.parametrize("mode, query_chunk", [("eager", None), ("eager", 2), ("graph", None), ("xla", 2)])
 def test_nan_stays_where_the_specification_has_it(name, mode, query_chunk):
@@ -224,7 +224,7 @@ def misfits():
         yield fit, (*bad, ones((2, 1, 3, 6), tf.bool))
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("query_chunk", [None, 2, "auto"])
 @pytest.mark.parametrize("mode", ["unknown shapes", "xla, unknown shapes"])
 def test_shapes_that_only_a_running_graph_can_refuse(mode, query_chunk):

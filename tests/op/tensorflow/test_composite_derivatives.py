@@ -46,7 +46,7 @@ def reference_gradients(case):
     return gradients
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("case", DERIVED, ids=repr)
 @pytest.mark.parametrize("mode", ["eager", "graph", "unknown shapes", "xla"])
 def test_second_order(case, mode):
@@ -71,7 +71,7 @@ def test_second_order(case, mode):
         np.testing.assert_allclose(x, y, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("case", DERIVED, ids=repr)
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 def test_forward_mode(case, mode):

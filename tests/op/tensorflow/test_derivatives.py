@@ -72,7 +72,7 @@ def assert_second_order(first_order, inputs):
     np.testing.assert_allclose(slope, quotient / (2 * step), rtol=1e-6)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @both
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("traced", [False, True])
@@ -104,7 +104,7 @@ def test_second_order_with_bias():
     assert_second_order(penalty, [query, tf.constant(np.random.default_rng(0).standard_normal((1, 1, 3, 4)))])
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @both
 @pytest.mark.parametrize("feature", FEATURES)
 def test_forward_mode(chosen, feature):

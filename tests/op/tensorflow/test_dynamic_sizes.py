@@ -77,7 +77,7 @@ def with_gradients(attend, select, *x):
 SELECTIONS = (keep_rows, keep_keys, keep_entries, keep_some_of_each, keep_rows_of_the_query_alone)
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("select", SELECTIONS, ids=lambda select: select.__name__)
 @pytest.mark.parametrize("chosen", ["fused", "composite"])
 def test_boolean_masks(chosen, select):
@@ -124,7 +124,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_layers(axis, name):
@@ -171,7 +171,7 @@ def everything_new(query, key, value, bias, chosen):
     )
 
 
-@pytest.mark.wide(10)
+@pytest.mark.wide(20)
 @pytest.mark.parametrize("select", SELECTIONS, ids=lambda select: select.__name__)
 @pytest.mark.parametrize("chosen", ["fused", "composite"])
 def test_scores_and_structured_masks(select, chosen):

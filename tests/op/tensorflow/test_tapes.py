@@ -126,14 +126,14 @@ def assert_right(job, found):
         np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
 @pytest.mark.parametrize("form", [eagerly, in_a_graph, in_xla], ids=lambda form: form.__name__)
 def test_in_one_place(form, job):
     assert_right(job, form(job, fused)(*inputs()))
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("form", [around_a_function, around_a_compiled_function, compiled_around_a_graph])
 @pytest.mark.parametrize("job", [two_losses, penalty, persistent_penalty])
 def test_across_functions(form, job):
@@ -185,7 +185,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_gradient_penalty_of_a_layer(name, jit_compile):

@@ -310,7 +310,7 @@ def model():
     return keras.Model(inputs, keras.layers.Dense(1, dtype="float32")(keras.layers.GlobalAveragePooling1D()(x)))
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(9)
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
 @pytest.mark.parametrize("jit_compile", ["auto", True, False])
 def test_keras_trains_evaluates_and_predicts(policy, jit_compile):
