@@ -110,17 +110,31 @@ struct HeadLanesScratch {
   }
 };
 
-// scores[i][j] for R rows and keys k0 .. k0 + n. A tile is R rows by width / R keys: `width` sums of vectors, which a
+// Keys and values `first` .. first + n: where those of kv head 0 begin, n rows stride[1] apart.
+struct KeyBlock {
+  int64_t first, n;
+  const char *keys, *values;
+
+  KeyBlock(const AttentionParams& p, int64_t batch, int64_t first_key, int64_t end)
+      : first(first_key), n(neighbours_end(p, first, end) - first), keys(nullptr), values(nullptr) {
+    if (n <= 0) return;
+    if (n > kHeadLanesKeys) n = kHeadLanesKeys;
+    keys = key_position(p, p.k, batch, first);
+    values = key_position(p, p.v, batch, first);
+  }
+};
+
+// scores[i][j] for R rows and a block of n keys. A tile is R rows by width / R keys: `width` sums of vectors, which a
 // transposition turns into one vector.
 template <class T, int R, class Storage>
-ATTN_INLINE void raw_scores(Storage storage, const RowGroup<T>& f, int64_t k0, int64_t n, RowsAhead& ahead, T* scores) {
+ATTN_INLINE void raw_scores(Storage storage, const RowGroup<T>& f, const KeyBlock& block, RowsAhead& ahead, T* scores) {
   using S = Simd<T>;
   constexpr int W = S::width, K = W / R;
   static_assert(kHeadLanesKeys % K == 0, "a tile must not write past the block");
   const AttentionParams& p = f.head_rows->p;
   const int64_t whole = p.head_dim / W * W, q_size = round_to_width<T>(p.head_dim);
-  const int64_t stride = p.k.stride[1] * Storage::size;
-  const char* const keys = f.head_rows->key_row(p.k, k0);
+  const int64_t n = block.n, stride = p.k.stride[1] * Storage::size;
+  const char* const keys = block.keys + f.head_rows->kv_head * p.k.stride[2] * Storage::size;
   for (int64_t j = 0; j < n; j += K) {
     const char* key[K];
     for (int t = 0; t < K; ++t) {
@@ -150,19 +164,20 @@ ATTN_INLINE void raw_scores(Storage storage, const RowGroup<T>& f, int64_t k0, i
   }
 }
 
-// out[i] = correction[i] out[i] + sum_j p[i][j] v[k0 + j], a few keys at a time: rows a multiple of 4 KiB apart share
+// out[i] = correction[i] out[i] + sum_j p[i][j] v[j], a few keys at a time: rows a multiple of 4 KiB apart share
 // cache sets, and a whole block of them would not stay in L1 from one panel of d to the next. With `hides`, a zero
 // probability leaves its value out: the key may be hidden from the row, and what it holds be Inf or NaN.
 template <class T, int R, bool hides, class Storage>
-ATTN_INLINE void add_values(Storage storage, const RowGroup<T>& f, int64_t k0, int64_t n, RowsAhead& ahead,
+ATTN_INLINE void add_values(Storage storage, const RowGroup<T>& f, const KeyBlock& block, RowsAhead& ahead,
                             const T* probabilities) {
   using S = Simd<T>;
   constexpr int W = S::width, kKeys = 8, kPanel = kVectorRegisters == 32 ? 4 : 2;
   const AttentionParams& p = f.head_rows->p;
-  const int64_t stride = p.v.stride[1] * Storage::size, out_size = round_to_width<T>(p.value_dim);
+  const int64_t n = block.n, stride = p.v.stride[1] * Storage::size, out_size = round_to_width<T>(p.value_dim);
+  const char* const first = block.values + f.head_rows->kv_head * p.v.stride[2] * Storage::size;
   for (int64_t j0 = 0; j0 < n; j0 += kKeys) {
     const int64_t keys = n - j0 < kKeys ? n - j0 : kKeys;
-    const char* const values = f.head_rows->key_row(p.v, k0 + j0);
+    const char* const values = first + j0 * stride;
     for (int64_t j = 0; j < keys; ++j) ahead.ask();
     const auto panel = [&](int64_t d, auto vectors, const auto& load) {
       constexpr int NV = decltype(vectors)::value;
@@ -241,23 +256,24 @@ ATTN_INLINE void row_softmax(RowGroup<T>& f, int64_t k0, int64_t n, Visibility s
 }
 
 template <class T, int R, class Storage>
-__attribute__((noinline)) void row_group_block(Storage storage, RowGroup<T>& f, int64_t k0, int64_t n,
+__attribute__((noinline)) void row_group_block(Storage storage, RowGroup<T>& f, const KeyBlock& block,
                                                RowsAhead& keys_ahead, RowsAhead& values_ahead,
                                                const HeadLanesScratch<T>& scratch) {
   const AttentionParams& p = f.head_rows->p;
+  const int64_t k0 = block.first, n = block.n;
   uint64_t bits[kSharedRows<T>];
   const Visibility seen = visible_keys<T>(f, k0, n, bits);
   if (seen == Visibility::kNothing) return;
   T* const s = scratch.scores;
-  raw_scores<T, R>(storage, f, k0, n, keys_ahead, s);
+  raw_scores<T, R>(storage, f, block, keys_ahead, s);
   row_softmax<T>(f, k0, n, seen, bits, s);
   if (p.dropout_rate > 0) {  // after the sum: dropout acts on the normalised probabilities
     dropout_factors<T>(Dropout(p, f.head_rows->batch), f.position, f.head, f.rows, k0, n, scratch.factors);
     for (int i = 0; i < f.rows; ++i)
       for (int64_t j = 0; j < n; ++j) s[i * kHeadLanesKeys + j] *= scratch.factors[j * f.rows + i];
   }
-  if (seen == Visibility::kSome) add_values<T, R, true>(storage, f, k0, n, values_ahead, s);
-  else add_values<T, R, false>(storage, f, k0, n, values_ahead, s);
+  if (seen == Visibility::kSome) add_values<T, R, true>(storage, f, block, values_ahead, s);
+  else add_values<T, R, false>(storage, f, block, values_ahead, s);
 }
 
 // Writes out and the statistics, or m, l and the unnormalised o of a key split.
@@ -296,19 +312,21 @@ void forward_head_lanes(const AttentionParams& p, const HeadLanesTask& task, voi
   const int64_t block_bytes = kHeadLanesKeys * heads * key_bytes;
   const bool fits_l1 = block_bytes <= kL1Bytes / 2;
   with_storage(T{}, p.dtype, [&](auto storage) {
-    int64_t n;
     // From a multiple of 4 on: key 4 n starts a group of random numbers.
-    for (int64_t k0 = seen.begin / 4 * 4; k0 < seen.end; k0 += n) {
-      n = seen.end - k0 < kHeadLanesKeys ? seen.end - k0 : kHeadLanesKeys;
-      const int64_t next = k0 + n, next_keys = seen.end - next < kHeadLanesKeys ? seen.end - next : kHeadLanesKeys;
-      RowsAhead keys_ahead(p.k, task.batch, next, next_keys, task.head_begin, heads, p.head_dim, fits_l1);
-      RowsAhead values_ahead(p.v, task.batch, next, next_keys, task.head_begin, heads, p.value_dim, fits_l1);
+    KeyBlock block(p, task.batch, seen.begin / 4 * 4, seen.end);
+    while (block.n > 0) {
+      const KeyBlock next(p, task.batch, block.first + block.n, seen.end);
+      const auto ahead = [&](const StridedView& v, const char* at, int64_t dim) {
+        return RowsAhead(v, at + task.head_begin * v.stride[2] * size_of(v.dtype), next.n, heads, dim, fits_l1);
+      };
+      RowsAhead keys_ahead = ahead(p.k, next.keys, p.head_dim), values_ahead = ahead(p.v, next.values, p.value_dim);
       for (int64_t g = 0; g < heads * per_head; ++g) {
         RowGroup<T>& f = scratch.groups[g];
-        if (f.rows == 1) row_group_block<T, 1>(storage, f, k0, n, keys_ahead, values_ahead, scratch);
-        else if (f.rows == 2) row_group_block<T, 2>(storage, f, k0, n, keys_ahead, values_ahead, scratch);
-        else row_group_block<T, kSharedRows<T>>(storage, f, k0, n, keys_ahead, values_ahead, scratch);
+        if (f.rows == 1) row_group_block<T, 1>(storage, f, block, keys_ahead, values_ahead, scratch);
+        else if (f.rows == 2) row_group_block<T, 2>(storage, f, block, keys_ahead, values_ahead, scratch);
+        else row_group_block<T, kSharedRows<T>>(storage, f, block, keys_ahead, values_ahead, scratch);
       }
+      block = next;
     }
   });
   for (int64_t g = 0; g < heads * per_head; ++g) {

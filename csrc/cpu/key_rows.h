@@ -28,7 +28,7 @@ class KeyRows {
         view_(v),
         dim_(dim),
         stride_(v.step()),
-        in_place_(v.dtype == kDTypeOf<T> && v.stride[3] == 1 &&
+        in_place_(v.dtype == kDTypeOf<T> && v.stride[3] == 1 && !r.p.block_table &&
                   (!shared || v.stride[1] == dim)),
         kept_(shared && keeps_keys<T>(r.p)) {
     copy_ = arena->take<T>(copies(r.p) * kBlockKeys * dim);
@@ -76,8 +76,13 @@ class KeyRows {
   static int64_t copies(const AttentionParams& p) { return keeps_keys<T>(p) ? p.seqlen_k / kBlockKeys + 1 : 1; }
 
   void copy(int64_t k0, int64_t k1, T* to) const {
-    for (int64_t j = k0; j < k1; ++j, to += dim_)
-      load_row<T>(view_.dtype, rows_.key_row(view_, j), stride_, dim_, false, to);
+    const int64_t next_row = view_.stride[1] * size_of(view_.dtype);
+    for (int64_t j = k0, end; j < k1; j = end) {
+      end = neighbours_end(rows_.p, j, k1);
+      const char* row = rows_.key_row(view_, j);
+      for (int64_t i = j; i < end; ++i, row += next_row, to += dim_)
+        load_row<T>(view_.dtype, row, stride_, dim_, false, to);
+    }
   }
 
   const HeadRows& rows_;
