@@ -11,12 +11,11 @@
 
 #include <mutex>
 
-#include "append.h"
-#include "tf_kernel.h"
+#include "tf_tensors.h"
 
 namespace attn_ops::tf {
 
-constexpr const char* kAppend = "AttnOps>AppendToCache";
+inline constexpr const char* kAppend = "AttnOps>AppendToCache";
 
 class AppendKernel {
  public:
@@ -73,9 +72,9 @@ class AppendKernel {
       for (int64_t i = 0; i < num_caches_; ++i) execution.share(static_cast<int>(i), cache[i]);
       execution.share(static_cast<int>(num_caches_), written);
     } else {
-      for (int64_t i = 0; i < num_caches_; ++i) own(execution, static_cast<int>(i), static_cast<int>(i), &cache[i]);
+      for (int64_t i = 0; i < num_caches_; ++i) own_input(execution, static_cast<int>(i), static_cast<int>(i), &cache[i]);
       if (marks != nullptr) {
-        own(execution, written_at, static_cast<int>(num_caches_), &written);
+        own_input(execution, written_at, static_cast<int>(num_caches_), &written);
         int32_t* const mine = static_cast<int32_t*>(TF_TensorData(written.get()));
         for (int64_t b = 0; b < batch; ++b) {
           mine[b] = static_cast<int32_t>(append.position(b) - append.drop(b) + append.count(b));
@@ -88,12 +87,6 @@ class AppendKernel {
   }
 
  private:
-  static Extents extents(const Tensor& tensor) {
-    Extents shape(static_cast<size_t>(TF_NumDims(tensor.get())));
-    for (size_t i = 0; i < shape.size(); ++i) shape[i] = TF_Dim(tensor.get(), static_cast<int>(i));
-    return shape;
-  }
-
   // int32 [batch], or [1] with `one`.
   static int32_t* integers(const char* name, const Tensor& tensor, int64_t batch, bool one) {
     const Extents shape = extents(tensor);
@@ -117,22 +110,6 @@ class AppendKernel {
     }
     for (int64_t b = 0; b < batch; ++b) marks[b] += static_cast<int32_t>(append.count(b));
     return true;
-  }
-
-  // An input as an output that may be written: its memory where this is the last use of it, else a copy.
-  static void own(const Execution& execution, int input, int output, Tensor* tensor) {
-    const TF_DataType type = TF_TensorType(tensor->get());
-    const Extents shape = extents(*tensor);
-    const void* const data = TF_TensorData(tensor->get());
-    tensor->reset();  // which would count as a use
-    Tensor result = execution.forward_or_output(input, output, shape.data(), static_cast<int>(shape.size()));
-    if (TF_TensorData(result.get()) != data) {
-      int64_t bytes = static_cast<int64_t>(TF_DataTypeSize(type));
-      for (int64_t extent : shape) bytes *= extent;
-      const Tensor source = execution.input(input);
-      if (bytes > 0) std::memcpy(TF_TensorData(result.get()), TF_TensorData(source.get()), static_cast<size_t>(bytes));
-    }
-    *tensor = std::move(result);
   }
 
   CacheLayout layout_;
@@ -174,22 +151,7 @@ inline void register_append() {
   TF_RegisterOpDefinition(op, status);
   status.check();
 
-  const auto create = [](TF_OpKernelConstruction* construction) -> void* {
-    AppendKernel* kernel = nullptr;
-    guarded(
-        kAppend, [&] { kernel = new AppendKernel(Attributes(construction)); },
-        [&](TF_Status* status) { TF_OpKernelConstruction_Failure(construction, status); });
-    return kernel;
-  };
-  const auto compute = [](void* kernel, TF_OpKernelContext* context) {
-    guarded(
-        kAppend, [&] { static_cast<AppendKernel*>(kernel)->compute(context); },
-        [&](TF_Status* status) { TF_OpKernelContext_Failure(context, status); });
-  };
-  const auto destroy = [](void* kernel) { delete static_cast<AppendKernel*>(kernel); };
-  TF_KernelBuilder* kernel = TF_NewKernelBuilder(kAppend, "CPU", create, compute, destroy);
-  TF_RegisterKernelBuilder(kAppend, kernel, status);
-  status.check();
+  register_cpu_kernel<AppendKernel, kAppend>();
 }
 
 }  // namespace attn_ops::tf

@@ -5,8 +5,10 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops import reference
+from attn_ops.call import pages
 from attn_ops.call.attention_call import OPTIONAL_DIFFERENTIABLE, AttentionCall
 from attn_ops.masks import constructors
+from attn_ops.tensorflow import xp
 
 
 def attention(call: AttentionCall):
@@ -14,6 +16,7 @@ def attention(call: AttentionCall):
 
     Runs eagerly and in graphs, in the Python process that built them; differentiable once.
     """
+    call = pages.gathered(xp, call)
     key_begin, key_end = call.intervals or (None, None)
     q_ids, kv_ids = call.segments or (None, None)
     named = {
