@@ -48,13 +48,19 @@ def append_to_pages(pages, k_new, v_new, table, positions, counts, layout, in_pl
 
 def empty(name, key_shape, value_shape, dtype):
     """The fields of an empty cache of these shapes."""
+    key, value = zeros(name, key_shape, value_shape, dtype)
+    return key, value, jnp.zeros(key_shape[:1], "int32"), None
+
+
+def zeros(name, key_shape, value_shape, dtype):
+    """Zeros of these shapes."""
     try:
         dtype = jnp.dtype(getattr(dtype, "as_numpy_dtype", dtype))
     except TypeError as error:
         raise ValueError(f"{name}: dtype must be a floating one, got {dtype!r}") from error
     if dtype not in xp.FLOATS:
         raise ValueError(f"{name}: dtype must be float16, bfloat16, float32 or float64, got {dtype.name}")
-    return jnp.zeros(key_shape, dtype), jnp.zeros(value_shape, dtype), jnp.zeros(key_shape[:1], "int32"), None
+    return jnp.zeros(key_shape, dtype), jnp.zeros(value_shape, dtype)
 
 
 def copied(cache):

@@ -117,14 +117,19 @@ def _scattered_to_pages(old, new, page, row, kept, layout):
 
 def empty(name, key_shape, value_shape, dtype):
     """The fields of an empty cache of these shapes."""
+    key, value = zeros(name, key_shape, value_shape, dtype)
+    return key, value, tf.zeros(key_shape[:1], tf.int32), _new(key_shape[:1], tf.int32)
+
+
+def zeros(name, key_shape, value_shape, dtype):
+    """Zeros of these shapes, in memory of their own."""
     try:
         dtype = tf.as_dtype(dtype)
     except TypeError as error:
         raise ValueError(f"{name}: dtype must be a floating one, got {dtype!r}") from error
     if dtype not in (tf.float16, tf.bfloat16, tf.float32, tf.float64):
         raise ValueError(f"{name}: dtype must be float16, bfloat16, float32 or float64, got {dtype.name}")
-    key, value = (_new(shape, dtype) for shape in (key_shape, value_shape))
-    return key, value, tf.zeros(key_shape[:1], tf.int32), _new(key_shape[:1], tf.int32)
+    return tuple(_new(shape, dtype) for shape in (key_shape, value_shape))
 
 
 def copied(cache):
