@@ -59,12 +59,13 @@ def prepared(xp, name, q, k_pages, v_pages, block_table, lengths, k_new, v_new, 
     is_causal = options.flag(name, "is_causal", is_causal)
     counts = arrays.lengths(xp, name, "query_seq_lengths", given.pop("query_seq_lengths", None), batch, rows)
     new = _new_rows(xp, name, k_new, v_new, q, k_pages, v_pages, layout)
-    pages.check_entries(xp, name, block_table, k_pages, lengths, layout)
 
     present = xp.extent(q, axis) if counts is None else counts
     if is_causal or new:  # rows are keys as well: a sequence has no more of them
-        present = counts = xp.minimum(lengths, present)
-    before = xp.maximum(lengths - present, 0)
+        counts = xp.minimum(lengths, present)
+        before = lengths - counts
+    else:
+        before = xp.maximum(lengths - present, 0)
     if rotary is not None:
         if new:
             new = rotations.rotate(xp, name, new[0], rotary, axis, before), new[1]
