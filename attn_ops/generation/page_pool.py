@@ -6,8 +6,8 @@ import importlib
 
 import numpy as np
 
-from attn_ops.call import arrays, options, pages
-from attn_ops.call.attention_call import canonical
+from attn_ops.call import arrays, options
+from attn_ops.call.attention_call import PAGE_ROWS, canonical
 from attn_ops.generation.cache import append_module, chosen_framework, extent
 
 _NAME = "PagedKVCache"
@@ -96,8 +96,8 @@ class PagedKVCache:
         given = {"num_pages": num_pages, "page_size": page_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
                  "value_dim": head_dim if value_dim is None else value_dim, "num_layers": num_layers}  # fmt: skip
         count, size, heads, dim, value_dim, layers = (extent(name, what, x) for what, x in given.items())
-        if size % pages.ROWS:
-            raise ValueError(f"{name}: page_size must be a multiple of {pages.ROWS}, got {size}")
+        if size % PAGE_ROWS:
+            raise ValueError(f"{name}: page_size must be a multiple of {PAGE_ROWS}, got {size}")
         framework = chosen_framework(name, framework, dtype)
         key, value = (
             (count, size, heads, d) if layout == "BSHD" else (count, heads, size, d) for d in (dim, value_dim)
