@@ -14,10 +14,10 @@
 
 namespace attn_ops {
 
-enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16, kBool };
+enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16, kBool, kInt8 };
 
 static constexpr int64_t size_of(DType t) {
-  return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : t == DType::kBool ? 1 : 2;
+  return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : t == DType::kBool || t == DType::kInt8 ? 1 : 2;
 }
 
 // Softmax statistics, lse and accumulation: float32, or float64 when the inputs are float64.
@@ -65,13 +65,18 @@ constexpr int64_t kMaxOffset = int64_t{1} << 30;  // of query_offset
 constexpr double kMaxSlope = 18446744073709551616.0;  // 2^64: times any distance it cannot leave the range of float32
 
 struct AttentionParams {
-  DType dtype = DType::kFloat32;  // of q, k, v, out and their gradients
+  DType dtype = DType::kFloat32;  // of q, k, v, out and their gradients; in forward k and v may have another, below
   int64_t batch = 0, seqlen_q = 0, seqlen_k = 0;
   int64_t num_heads = 0, num_kv_heads = 0;  // query head h reads kv head h / (num_heads / num_kv_heads)
   int64_t head_dim = 0, value_dim = 0;
   double scale = 1.0;
 
-  StridedView q, k, v;            // [batch, seqlen, heads, dim]
+  // [batch, seqlen, heads, dim]. Forward reads k and v of any one dtype of float32, float16, bfloat16 and int8 beside a q
+  // that is not float64: caches, which may be narrower than queries.
+  StridedView q, k, v;
+  // Of int8 keys and values, else data null: float32 [batch, seqlen_k, num_kv_heads, 1]. Key j of head h is k_scales[j, h]
+  // times k[j, h]. A scale that is NaN makes NaN of its row, for whoever sees it.
+  StridedView k_scales, v_scales;
   StridedView out;                // [batch, seqlen_q, num_heads, value_dim]; an input of backward
   // What backward needs of every row, contiguous [batch, num_heads, seqlen_q, 2], accumulator_of(dtype): the maximum of
   // its scores and sum(exp(s - maximum)); 0 and 0 where it sees no key. Their logarithm is lse, but once that is
