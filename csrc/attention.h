@@ -62,6 +62,7 @@ constexpr int64_t kMaxDim = int64_t{1} << 24;
 constexpr int64_t kMaxExtent = INT32_MAX;      // of seqlen_q, seqlen_k, num_heads
 constexpr int64_t kMaxStreams = UINT32_MAX;    // of dropout: batch * num_heads
 constexpr int64_t kMaxOffset = int64_t{1} << 30;  // of query_offset
+constexpr int64_t kPageRows = 16;                 // the size of a page of keys is a multiple of it
 constexpr double kMaxSlope = 18446744073709551616.0;  // 2^64: times any distance it cannot leave the range of float32
 
 struct AttentionParams {
@@ -77,6 +78,11 @@ struct AttentionParams {
   // Of int8 keys and values, else data null: float32 [batch, seqlen_k, num_kv_heads, 1]. Key j of head h is k_scales[j, h]
   // times k[j, h]. A scale that is NaN makes NaN of its row, for whoever sees it.
   StridedView k_scales, v_scales;
+  // Keys and values in pages, for forward alone: those of batch entry b from n page_size on are the rows of page
+  // block_table[b block_table_stride + n], which k and v have in place of the batch (stride[0] goes from page to page,
+  // stride[1] stays inside one). page_size is a multiple of kPageRows. Entries that no length reaches are not read.
+  const int32_t* block_table = nullptr;  // null: none
+  int64_t block_table_stride = 0, page_size = 0;
   StridedView out;                // [batch, seqlen_q, num_heads, value_dim]; an input of backward
   // What backward needs of every row, contiguous [batch, num_heads, seqlen_q, 2], accumulator_of(dtype): the maximum of
   // its scores and sum(exp(s - maximum)); 0 and 0 where it sees no key. Their logarithm is lse, but once that is

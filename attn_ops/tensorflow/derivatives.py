@@ -143,6 +143,14 @@ def _forward_gradient(op, d_out, _, *d_lse):
     return [d_query, d_key, d_value] + [None if at in unwanted else d for at, d in enumerate(others, 3)]
 
 
+@tf.RegisterGradient("AttnOps>Decode")
+def _no_gradient(op, *_):
+    raise NotImplementedError(
+        "attn_ops: attention to caches in pages or int8 is for generation, and has no gradient: train with "
+        "scaled_dot_product_attention"
+    )
+
+
 @tf.RegisterGradient("AttnOps>Backward")
 def _backward_gradient(op, *gradients):
     """Second order. `out` and `statistics` are inputs of the op but functions of the others, which get it all."""

@@ -102,7 +102,10 @@ Call read(const char* function, const py::object& q, const py::object& k, const 
   call.has_seed = true;
   call.dropout_seed = keywords->word("dropout_seed");
   call.dropout_offset = keywords->word("dropout_offset");
-  require(function, invalid_reason(call));  // before lengths are measured against its sizes
+  if (const py::object table = keywords->take("block_table"); !table.is_none()) {
+    call.block_table = arrays->integers("block_table", table);
+  }
+  require(function, sizes_reason(call));  // before lengths are measured against them
 
   const Sizes n = sizes_of(call);
   if (const py::object lengths = keywords->take("query_lengths"); !lengths.is_none()) {
@@ -267,7 +270,7 @@ std::map<std::string, std::map<std::string, py::capsule>> xla_handlers() {
 constexpr const char* kForward = R"(
 forward(q, k, v, *, bias=None, masks=(), scale=None, window_left=-1, window_right=-1, bottom_right=False,
         query_lengths=None, key_lengths=None, dropout_rate=0.0, dropout_seed=0, dropout_offset=0, layout='BSHD',
-        isa=None, num_threads=0) -> (out, lse, statistics)
+        block_table=None, isa=None, num_threads=0) -> (out, lse, statistics)
 
 softmax(scale * q k^T + bias, masked) v, the log-sum-exp of the scores, and what backward needs of them.
 
@@ -277,6 +280,8 @@ float16 or ml_dtypes' bfloat16. Any strides, read in place.
 bias (their dtype or float32) and up to four bool masks (True: may be seen): [batch, num_heads, seqlen_q, seqlen_k], where any
 extent may be 1. window_left, window_right: keys seen before and after a query's own position, -1 for all; that
 position is the query's, or with bottom_right counted from the last key. query_lengths, key_lengths: [batch] integers.
+block_table: [batch, pages] integers, for forward alone: k and v are then pages [num_pages, page_size, num_kv_heads, dim],
+page_size a multiple of 16, of which each sequence has those that its row of the table names, as far as its length reaches.
 scale: None is 1/sqrt(head_dim). isa: one of isas(). num_threads: 0 is all CPUs of this process.
 
 out is like q with value_dim for head_dim; lse: [batch, num_heads, seqlen_q] and statistics: [batch, num_heads, seqlen_q,

@@ -13,8 +13,8 @@ bool keeps_keys(const AttentionParams& p) {
 }
 
 // The keys or the values of one head as rows of T, block by block: in place when the memory already is that, else
-// copied, and multiplied by their scales. Copies pay when several tiles share them, even of the same type: BSHD rows lie num_heads * dim apart, often
-// a multiple of 4 KiB, where the rows of a block would fight for a few cache sets.
+// copied, and multiplied by their scales. Copies pay when several tiles share them, even of the same type: BSHD rows lie
+// num_heads * dim apart, often a multiple of 4 KiB, where the rows of a block would fight for a few cache sets.
 template <class T>
 class KeyRows {
  public:
@@ -30,7 +30,7 @@ class KeyRows {
         scales_(scales),
         dim_(dim),
         stride_(v.step()),
-        in_place_(v.dtype == kDTypeOf<T> && v.stride[3] == 1 &&
+        in_place_(v.dtype == kDTypeOf<T> && v.stride[3] == 1 && !r.p.block_table &&
                   (!shared || v.stride[1] == dim)),
         kept_(shared && keeps_keys<T>(r.p)) {
     copy_ = arena->take<T>(copies(r.p) * kBlockKeys * dim);
@@ -78,12 +78,19 @@ class KeyRows {
   static int64_t copies(const AttentionParams& p) { return keeps_keys<T>(p) ? p.seqlen_k / kBlockKeys + 1 : 1; }
 
   void copy(int64_t k0, int64_t k1, T* to) const {
-    for (int64_t j = k0; j < k1; ++j, to += dim_) {
-      load_row<T>(view_.dtype, rows_.key_row(view_, j), stride_, dim_, false, to);
-      if (!scales_.data) continue;
-      const T scale = rows_.scale<T>(scales_, j);
-      for (int64_t d = 0; d < dim_; ++d) to[d] *= scale;
+    const int64_t next_row = view_.stride[1] * size_of(view_.dtype);
+    for (int64_t j = k0, end; j < k1; j = end) {
+      end = neighbours_end(rows_.p, j, k1);
+      const char* row = rows_.key_row(view_, j);
+      for (int64_t i = j; i < end; ++i, row += next_row, to += dim_) {
+        load_row<T>(view_.dtype, row, stride_, dim_, false, to);
+        if (scales_.data) multiply(to, rows_.scale<T>(scales_, i));
+      }
     }
+  }
+
+  void multiply(T* row, T scale) const {
+    for (int64_t d = 0; d < dim_; ++d) row[d] *= scale;
   }
 
   const HeadRows& rows_;
