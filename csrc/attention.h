@@ -177,6 +177,12 @@ const char* default_isa();
 double probe(const ProbeSlice&, double* sink, const char* isa = nullptr);
 
 // `isa` null is the default one. With an unusable one, or too little workspace, these do nothing and return 0 / false.
+
+// `count` rows of `dim` elements of float32, float16 or bfloat16, one behind the other, as an int8 cache keeps them, and what
+// they are to be multiplied with: the rule is in cpu/quantize.h.
+bool quantize(DType dtype, const void* rows, int64_t count, int64_t dim, int8_t* out, float* scales,
+              const char* isa = nullptr);
+
 size_t forward_workspace_bytes(const AttentionParams&, int num_threads, const char* isa = nullptr);
 bool forward(const AttentionParams&, Threads, Workspace, const char* isa = nullptr);
 

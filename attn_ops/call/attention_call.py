@@ -8,7 +8,7 @@ _FIRST_INPUTS = 5  # optional inputs that every custom call in a saved file coun
 MAX_MASKS = 4  # boolean masks the kernels AND on the fly (kMaxMasks in csrc/attention.h)
 
 _TENSORS = ("query", "key", "value", "bias", "query_lengths", "key_lengths", "seed", "query_offset", "blocks",
-            "alibi_slopes", "relative_bias", "sinks")  # fmt: skip
+            "alibi_slopes", "relative_bias", "sinks", "key_scales", "value_scales")  # fmt: skip
 _TUPLES = ("masks", "intervals", "segments")  # of tensors
 OPTIONAL_DIFFERENTIABLE = ("bias", "relative_bias", "sinks")  # in the order in which kernels and rules give gradients
 
@@ -60,9 +60,21 @@ def optional_inputs(arrays) -> dict:
     }
 
 
+def cache_inputs(arrays) -> dict:
+    """The same of what only keys and values of a cache have, behind those of `optional_inputs`."""
+    return {
+        "num_scales": [] if arrays.key_scales is None else [arrays.key_scales, arrays.value_scales],
+    }
+
+
+def reads_cache(arrays) -> bool:
+    """Whether keys and values are kept otherwise than queries: in a cache of another dtype. Such a call has no gradient."""
+    return arrays.key.dtype != arrays.query.dtype
+
+
 def given_inputs(arrays) -> dict:
-    """Those of `optional_inputs` that the kernels have always had, and those of the later ones that the call has."""
-    lists = optional_inputs(arrays)
+    """Those of both that the kernels have always had, and those of the later ones that the call has."""
+    lists = {**optional_inputs(arrays), **cache_inputs(arrays)}
     return {count: x for at, (count, x) in enumerate(lists.items()) if x or at < _FIRST_INPUTS}
 
 
@@ -71,6 +83,8 @@ def beyond_cuda(options, arrays) -> str | None:
     lacking = [word for name, word in _NOT_ON_CUDA.items() if getattr(arrays, name) is not None]
     if options.logits_soft_cap is not None:
         lacking.append("logits_soft_cap")
+    if reads_cache(arrays):
+        lacking.append(f"keys of {arrays.key.dtype.name} beside queries of {arrays.query.dtype.name}")
     return f"its kernels do not have {', '.join(lacking)}" if lacking else None
 
 
@@ -97,7 +111,9 @@ class AttentionCall(typing.NamedTuple):
     seqlen], and a row sees the keys of its own id; ``blocks`` is bool [batch or 1, num_heads or 1, blocks of ``block_q``
     rows, blocks of ``block_k`` keys], True where a row may see a key. ``query_offset`` is int32 [batch or 1], never with
     ``bottom_right``. ``alibi_slopes`` [batch or 1, num_heads], ``relative_bias`` [num_heads, 2 R + 1] and ``sinks``
-    [num_heads] have ``lse_dtype``.
+    [num_heads] have ``lse_dtype``. Keys and values of a cache may have another dtype than the query, which is not float64
+    then: float16, bfloat16 or float32, or int8 with ``key_scales`` and ``value_scales``, float32 [batch, seqlen_k,
+    num_kv_heads] (in ``layout``), by which they are multiplied. Such a call has no gradient.
     ``squeeze`` tells how many axes the caller's tensors lacked: 1 for rank 3, 2 for rank 2. A named tuple because it is
     made at every eager call, and a frozen dataclass costs several times as much.
     """
@@ -130,6 +146,8 @@ class AttentionCall(typing.NamedTuple):
     alibi_slopes: typing.Any = None
     relative_bias: typing.Any = None
     sinks: typing.Any = None
+    key_scales: typing.Any = None
+    value_scales: typing.Any = None
 
     def result_shapes(self):
         """The static shapes of out and lse in rank 4 and 3."""

@@ -58,6 +58,8 @@ class Room:
             blocks=None if call.blocks is None else self._blocks(call),
             query_offset=None if call.query_offset is None else self._positions(call.query_offset),
             alibi_slopes=None if call.alibi_slopes is None else self._broadcasting(call.alibi_slopes, _LENGTHS),
+            key_scales=None if call.key_scales is None else self._widened(call.key_scales, keys),
+            value_scales=None if call.value_scales is None else self._widened(call.value_scales, keys),
         )
 
     def like_out(self, x):
@@ -151,7 +153,8 @@ def _full(call):
     """The tensors of ``call`` that do not broadcast, query and key first, and their axes."""
     rows, keys = _input_axes(call.layout)
     lengths = [(x, _LENGTHS) for x in (call.query_lengths, call.key_lengths) if x is not None]
-    return [(call.query, rows), (call.key, keys), (call.value, keys), *lengths]
+    scales = [(x, keys) for x in (call.key_scales, call.value_scales) if x is not None]
+    return [(call.query, rows), (call.key, keys), (call.value, keys), *lengths, *scales]
 
 
 def _broadcasting(call):

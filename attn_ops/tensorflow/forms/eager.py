@@ -1,4 +1,4 @@
-"""The operators `AttnOps>Forward` and `AttnOps>Backward` of the compiled library, as TensorFlow functions.
+"""The operators `AttnOps>Forward`, `AttnOps>Decode` and `AttnOps>Backward` of the compiled library, as TensorFlow functions.
 
 They are registered by csrc/bindings/tensorflow.cc, and their gradients by derivatives.py.
 """
@@ -8,16 +8,19 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops import kernels
-from attn_ops.call.attention_call import AttentionCall, attributes, optional_inputs
+from attn_ops.call.attention_call import AttentionCall, attributes, cache_inputs, optional_inputs, reads_cache
 
 
 def forward(call: AttentionCall, **more):
     """(out, lse, statistics), differentiable; lse is None unless ``call.return_lse``. ``more`` are attributes."""
-    out, statistics, lse = kernels.library().attn_ops_forward(
+    decodes = reads_cache(call)
+    operator = kernels.library().attn_ops_decode if decodes else kernels.library().attn_ops_forward
+    out, statistics, lse = operator(
         call.query,
         call.key,
         call.value,
         *optional_inputs(call).values(),
+        *((), *cache_inputs(call).values()) if decodes else (),
         num_lse=int(call.return_lse),
         Tlse=call.lse_dtype,
         **attributes(call),
