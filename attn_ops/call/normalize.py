@@ -9,18 +9,18 @@ tensorflow/xp.py or jax/xp.py.
 
 from __future__ import annotations
 
-from attn_ops.call import arrays, options, precision
+from attn_ops.call import arrays, options, pages, precision
 from attn_ops.call.attention_call import MAX_MASKS, AttentionCall, canonical
 from attn_ops.call.options import Options
 from attn_ops.masks.mask import Mask, Parts
 
 
-def normalize(xp, name, query, key, value, *, scales=None, of_cache=False, **given):
+def normalize(xp, name, query, key, value, *, block_table=None, scales=(), of_cache=False, **given):
     """The `AttentionCall` for the arguments of the public attention functions: query, key, value and the `Options` given.
 
-    ``xp`` is the framework, ``name`` the function that errors name. With ``of_cache``, keys and values stay in the dtype
-    that they are kept in, which has been checked; ``scales`` are those of both in int8. Raises TypeError for a wrong kind or dtype and
-    ValueError for a wrong value or shape.
+    ``xp`` is the framework, ``name`` the function that errors name. With a ``block_table``, key and value are pages
+    (pages.py). With ``of_cache`` they stay in the dtype that they are kept in, which has been checked; ``scales`` are those
+    of both in int8. Raises TypeError for a wrong kind or dtype and ValueError for a wrong value or shape.
     """
     (
         bias,
@@ -46,6 +46,9 @@ def normalize(xp, name, query, key, value, *, scales=None, of_cache=False, **giv
     query, key, value, squeeze, original, *extents = _inputs(
         xp, name, query, key, value, 2 if layout == "BSHD" else 1, of_cache
     )
+    if block_table is not None:
+        block_table = pages.checked(xp, name, block_table, query, key, value, layout)
+        extents = [extents[0], *(pages.sequence_extents(xp, x, block_table, layout) for x in (key, value))]
     dims = _score_dims(name, layout, *extents, original)
     batch, _, seqlen_q, seqlen_k, _ = dims
     dtype = query.dtype
@@ -82,7 +85,7 @@ def normalize(xp, name, query, key, value, *, scales=None, of_cache=False, **giv
                 # What of it is causal or a window goes to the kernels as such, where nothing else counts distances.
                 alone = query_offset is None and not counts_distances
                 structure, structured = _structured(
-                    xp, name, structure, query, key, dims, layout, query_offset, alone
+                    xp, name, structure, query, (key, block_table), dims, layout, query_offset, alone
                 )
                 masks += structured.dense
             else:
@@ -108,6 +111,9 @@ def normalize(xp, name, query, key, value, *, scales=None, of_cache=False, **giv
     if scale is not None and not options.is_number(scale):
         query = arrays.times_tensor(xp, name, query, scale)
         scale = 1.0
+    key_lengths = arrays.lengths(xp, name, "key_value_seq_lengths", key_value_seq_lengths, batch, seqlen_k)
+    if block_table is not None:
+        pages.check_entries(xp, name, block_table, key, key_lengths, layout)
     lse_dtype = xp.float64 if dtype is xp.float64 else xp.float32
     if alibi_slopes is not None:
         alibi_slopes = arrays.alibi_slopes(xp, name, alibi_slopes, batch, dims[1], lse_dtype)
@@ -127,7 +133,7 @@ def normalize(xp, name, query, key, value, *, scales=None, of_cache=False, **giv
         window_right,
         bottom_right,
         arrays.lengths(xp, name, "query_seq_lengths", query_seq_lengths, batch, seqlen_q),
-        arrays.lengths(xp, name, "key_value_seq_lengths", key_value_seq_lengths, batch, seqlen_k),
+        key_lengths,
         dropout_rate,
         arrays.seed(xp, name, dropout_seed) if dropout_rate else None,
         layout,
@@ -145,6 +151,7 @@ def normalize(xp, name, query, key, value, *, scales=None, of_cache=False, **giv
         alibi_slopes,
         relative_bias,
         sinks,
+        block_table,
         *(scales or (None, None)),
     )
 
@@ -152,10 +159,14 @@ def normalize(xp, name, query, key, value, *, scales=None, of_cache=False, **giv
 _NONE = Parts()
 
 
-def _structured(xp, name, mask, query, key, dims, layout, offset, resolve):
-    """A `Mask` (with ``resolve``, functions in it resolved) and its `Parts` as the kernels take them."""
+def _structured(xp, name, mask, query, keys, dims, layout, offset, resolve):
+    """A `Mask` (with ``resolve``, functions in it resolved) and its `Parts` as the kernels take them; ``keys`` are the
+    key and the table of its pages."""
     axis = 1 if layout == "BSHD" else 2
+    key, block_table = keys
     rows, keys = xp.extent(query, axis), xp.extent(key, axis)
+    if block_table is not None:
+        keys = keys * xp.extent(block_table, 1)
     try:
         if resolve:
             mask = mask.resolved(rows, keys, offset)

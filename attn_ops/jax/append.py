@@ -7,6 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from attn_ops.call import pages as paged
+from attn_ops.call.attention_call import canonical
 from attn_ops.generation import int8
 from attn_ops.jax import xp
 
@@ -37,6 +39,14 @@ def append(layout, memory, new, positions, counts, dropped, written):
             "KVCache: this cache was taken over by an earlier update; go on with the one that returned, or copy() it first"
         )
     return _donated(layout, *arguments), None
+
+
+def append_to_pages(pages, k_new, v_new, table, positions, counts, layout, in_place):
+    """`attn_ops.tensorflow.append.append_to_pages` on JAX arrays. ``in_place`` counts outside of functions: there the
+    arrays of ``pages`` are taken over, and deleted."""
+    arrays = *pages, k_new, v_new, table, positions, counts
+    traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
+    return (_donated_pages if in_place and not traced else _appended_to_pages)(layout, *arrays)
 
 
 def empty(name, key_shape, value_shape, dtype):
@@ -92,4 +102,20 @@ def _no_derivative(layout, primals, tangents):
     )
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _appended_to_pages(layout, keys, values, k_new, v_new, table, positions, counts):
+    total, _, size, _ = canonical(keys.shape, layout)
+    rows = k_new.shape[1 if layout == "BSHD" else 2]
+    page, row = paged.slots(xp, table, positions, counts, rows, size, total)
+
+    def written(old, new):
+        if layout == "BSHD":
+            return old.at[page, row].set(new, mode="drop")
+        return old.at[page, :, row].set(new.transpose(0, 2, 1, 3), mode="drop")
+
+    return written(keys, k_new), written(values, v_new)
+
+
+_appended_to_pages.defjvp(_no_derivative)
+_donated_pages = jax.jit(_appended_to_pages, static_argnums=0, donate_argnums=(1, 2))
 _donated = jax.jit(_appended, static_argnums=0, donate_argnums=1)

@@ -149,6 +149,16 @@ def with_more_rows(x, axis, count):
     return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])
 
 
+def take_entries(x, indices):
+    """The entries ``indices`` of ``x`` along the first axis."""
+    return jnp.take(x, indices, axis=0, mode="clip")
+
+
+def take_along(x, indices):
+    """x[b, indices[b, i]] of ``x`` [batch, n]."""
+    return jnp.take_along_axis(x, indices, 1, mode="clip")
+
+
 def take_rows(x, indices, axis):
     """The rows ``indices`` [batch, n] of ``x`` along ``axis``, of each batch entry its own."""
     others = tuple(i for i in range(1, x.ndim) if i != axis)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops import kernels
+from attn_ops.call import pages as paged
+from attn_ops.call.attention_call import canonical
 from attn_ops.generation import int8
 from attn_ops.tensorflow import export, gpu, place, runtime_checks, xp
 from attn_ops.tensorflow.forms import graph
@@ -77,6 +79,45 @@ def append(layout, memory, new, positions, counts, dropped, written):
     found = _on_its_device(native, scattered)
     count = len(memory)
     return tuple(found[:count]), found[count] if written is not None else None
+
+
+def append_to_pages(pages, k_new, v_new, table, positions, counts, layout, in_place):
+    """(keys, values) of ``pages``, a pair of them, with the new rows where ``table`` says.
+
+    Args:
+        k_new, v_new: [batch, rows, num_kv_heads, dim] in ``layout``, of the dtype of the pages.
+        table: int32 [batch, pages].
+        positions, counts: int32 [batch]: where the first of the new rows goes, and how many there are; None: all.
+        in_place: whether the operator writes into the memory of ``pages``, whoever else looks at it. False: where this
+            is the last use of that.
+    """
+
+    def scattered():
+        total, _, size, _ = canonical(runtime_checks.extents(pages[0]), layout)
+        rows = runtime_checks.extents(k_new)[1 if layout == "BSHD" else 2]
+        page, row = paged.slots(xp, table, positions, counts, rows, size, total)
+        kept = None if place.in_xla() else page < total  # XLA leaves out what goes nowhere, others refuse it
+        return tuple(_scattered_to_pages(*x, page, row, kept, layout) for x in zip(pages, (k_new, v_new)))
+
+    def native():
+        grown = kernels.library().attn_ops_append_to_pages(
+            *pages, k_new, v_new, table, positions, [] if counts is None else [counts], layout=layout, in_place=in_place
+        )
+        return tuple(grown)
+
+    return _on_its_device(native, scattered)
+
+
+def _scattered_to_pages(old, new, page, row, kept, layout):
+    """Pages with the rows ``new``, of which those ``kept`` (None: all) go to the ``row`` of their ``page``."""
+    at = tf.stack([page, row], -1)  # [batch, rows, 2]
+    if layout == "BHSD":
+        new = tf.transpose(new, [0, 2, 1, 3])
+        old = tf.transpose(old, [0, 2, 1, 3])
+    if kept is not None:
+        at, new = (tf.boolean_mask(x, kept) for x in (at, new))
+    grown = tf.tensor_scatter_nd_update(old, at, new)
+    return grown if layout == "BSHD" else tf.transpose(grown, [0, 2, 1, 3])
 
 
 def empty(name, key_shape, value_shape, dtype):

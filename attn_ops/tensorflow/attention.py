@@ -5,7 +5,6 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops.call import public
-from attn_ops.call.attention_call import reads_cache
 from attn_ops.call.normalize import checked_lse, normalize, normalize_weights
 from attn_ops.models import keras_tensors
 from attn_ops.tensorflow import choice, composite, derivatives, export, place, xp
@@ -99,10 +98,7 @@ def _fused(call):
     if tf.executing_eagerly():
         return eager.forward(call)[:2]
     export.leave_hint()  # again in the branches of `graph`: which loader looks where first is its affair
-    form = xla if place.in_xla() else graph
-    if reads_cache(call):  # which have no gradient
-        return form.forward(call)[:2]
-    return derivatives.differentiable(form, call)
+    return derivatives.differentiable(xla if place.in_xla() else graph, call)
 
 
 def _composite(call):

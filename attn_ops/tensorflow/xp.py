@@ -140,6 +140,16 @@ def with_more_rows(x, axis, count):
     return tf.pad(x, [[0, count if i == axis else 0] for i in range(x.shape.rank)])
 
 
+def take_entries(x, indices):
+    """The entries ``indices`` of ``x`` along the first axis."""
+    return tf.gather(x, indices)
+
+
+def take_along(x, indices):
+    """x[b, indices[b, i]] of ``x`` [batch, n]."""
+    return tf.gather(x, indices, batch_dims=1)
+
+
 def take_rows(x, indices, axis):
     """The rows ``indices`` [batch, n] of ``x`` along ``axis``, of each batch entry its own."""
     return tf.gather(x, indices, axis=axis, batch_dims=1)

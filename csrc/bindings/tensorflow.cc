@@ -1,5 +1,6 @@
-// The operators AttnOps>Forward, AttnOps>Decode, AttnOps>Backward and AttnOps>AppendToCache for TensorFlow, through its C
-// API: one binary for every TensorFlow from 2.16 up. Exceptions stay inside this file; whoever calls in sees a status.
+// The operators AttnOps>Forward, AttnOps>Decode, AttnOps>Backward, AttnOps>AppendToCache and AttnOps>AppendToPages for
+// TensorFlow, through its C API: one binary for every TensorFlow from 2.16 up. Exceptions stay inside this file; whoever
+// calls in sees a status.
 #include "tensorflow/c/kernels.h"
 
 #include <link.h>
@@ -10,6 +11,7 @@
 
 #include "cuda_library.h"
 #include "tf_append.h"
+#include "tf_append_pages.h"
 #include "tf_capi.h"
 #include "tf_devices.h"
 #include "tf_hint.h"
@@ -147,6 +149,7 @@ __attribute__((constructor)) void register_operators() {
     register_attention<Operator::kDecode>();
     register_append<false>();
     register_append<true>();
+    register_append_to_pages();
     register_hint();
   } catch (const std::exception& e) {
     std::fprintf(stderr, "attn_ops: the operators could not be registered: %s\n", e.what());

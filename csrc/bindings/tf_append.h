@@ -11,19 +11,19 @@
 
 #include <mutex>
 
-#include "append.h"
-#include "tf_kernel.h"
+#include "tf_tensors.h"
 
 namespace attn_ops::tf {
 
 // The second has keys, values and the scales of both as its caches, and rows of any dtype to be rounded.
-constexpr const char* append_name(bool int8) { return int8 ? "AttnOps>AppendToInt8Cache" : "AttnOps>AppendToCache"; }
+template <bool int8>
+inline constexpr const char* kAppend = int8 ? "AttnOps>AppendToInt8Cache" : "AttnOps>AppendToCache";
 
+template <bool int8>
 class AppendKernel {
  public:
-  AppendKernel(const Attributes& attributes, bool int8)
-      : int8_(int8),
-        layout_(cache_layout_named(attributes.string("layout"))),
+  explicit AppendKernel(const Attributes& attributes)
+      : layout_(cache_layout_named(attributes.string("layout"))),
         num_caches_(int8 ? 4 : attributes.integer("num_caches")),
         num_counts_(attributes.integer("num_counts")),
         num_dropped_(attributes.integer("num_dropped")),
@@ -51,16 +51,16 @@ class AppendKernel {
 
     Append append{};
     append.layout = layout_;
-    append.int8 = int8_;
+    append.int8 = int8;
     append.added_dtype = dtype_of(type_);
     const int64_t element = static_cast<int64_t>(TF_DataTypeSize(type_));
     for (int half = 0; half < 2; ++half) {
       const char* const name = half == 0 ? "k" : "v";
       const Extents shape = extents(cache[of(half)]), rows = extents(added[half]);
       check_append_shapes(name, shape, rows, layout_);
-      append.cache[half] = position_rows(shape, layout_, int8_ ? 1 : element);
+      append.cache[half] = position_rows(shape, layout_, int8 ? 1 : element);
       append.added[half] = position_rows(rows, layout_, element);
-      if (!int8_) continue;
+      if (!int8) continue;
       Extents scales = extents(cache[2 + half]);
       check_append_scales(name, shape, scales);
       scales.push_back(1);
@@ -84,9 +84,9 @@ class AppendKernel {
       for (int64_t i = 0; i < num_caches_; ++i) execution.share(static_cast<int>(i), cache[i]);
       execution.share(static_cast<int>(num_caches_), written);
     } else {
-      for (int64_t i = 0; i < num_caches_; ++i) own(execution, static_cast<int>(i), static_cast<int>(i), &cache[i]);
+      for (int64_t i = 0; i < num_caches_; ++i) own_input(execution, static_cast<int>(i), static_cast<int>(i), &cache[i]);
       if (marks != nullptr) {
-        own(execution, written_at, static_cast<int>(num_caches_), &written);
+        own_input(execution, written_at, static_cast<int>(num_caches_), &written);
         int32_t* const mine = static_cast<int32_t*>(TF_TensorData(written.get()));
         for (int64_t b = 0; b < batch; ++b) {
           mine[b] = static_cast<int32_t>(append.position(b) - append.drop(b) + append.count(b));
@@ -95,19 +95,13 @@ class AppendKernel {
     }
     for (int half = 0; half < 2; ++half) {
       write_rows(append, half, TF_TensorData(cache[of(half)].get()),
-                 int8_ ? TF_TensorData(cache[2 + half].get()) : nullptr, TF_TensorData(added[half].get()));
+                 int8 ? TF_TensorData(cache[2 + half].get()) : nullptr, TF_TensorData(added[half].get()));
     }
   }
 
  private:
   // Which of the caches has keys (half 0), and which values.
   int of(int half) const { return num_caches_ > 1 ? half : 0; }
-
-  static Extents extents(const Tensor& tensor) {
-    Extents shape(static_cast<size_t>(TF_NumDims(tensor.get())));
-    for (size_t i = 0; i < shape.size(); ++i) shape[i] = TF_Dim(tensor.get(), static_cast<int>(i));
-    return shape;
-  }
 
   // int32 [batch], or [1] with `one`.
   static int32_t* integers(const char* name, const Tensor& tensor, int64_t batch, bool one) {
@@ -134,23 +128,6 @@ class AppendKernel {
     return true;
   }
 
-  // An input as an output that may be written: its memory where this is the last use of it, else a copy.
-  static void own(const Execution& execution, int input, int output, Tensor* tensor) {
-    const TF_DataType type = TF_TensorType(tensor->get());
-    const Extents shape = extents(*tensor);
-    const void* const data = TF_TensorData(tensor->get());
-    tensor->reset();  // which would count as a use
-    Tensor result = execution.forward_or_output(input, output, shape.data(), static_cast<int>(shape.size()));
-    if (TF_TensorData(result.get()) != data) {
-      int64_t bytes = static_cast<int64_t>(TF_DataTypeSize(type));
-      for (int64_t extent : shape) bytes *= extent;
-      const Tensor source = execution.input(input);
-      if (bytes > 0) std::memcpy(TF_TensorData(result.get()), TF_TensorData(source.get()), static_cast<size_t>(bytes));
-    }
-    *tensor = std::move(result);
-  }
-
-  bool int8_;
   CacheLayout layout_;
   int64_t num_caches_, num_counts_, num_dropped_, num_written_;
   TF_DataType type_;
@@ -170,8 +147,7 @@ void infer_append_shapes(TF_ShapeInferenceContext* context, TF_Status*) {
 
 template <bool int8>
 void register_append() {
-  constexpr const char* kName = append_name(int8);
-  TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(kName);
+  TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(kAppend<int8>);
   if (int8) {
     for (const char* attribute : {"T: {float, half, bfloat16}", "layout: {'BSHD', 'BHSD'} = 'BSHD'"}) {
       TF_OpDefinitionBuilderAddAttr(op, attribute);
@@ -204,29 +180,14 @@ void register_append() {
   TF_OpDefinitionBuilderAddOutput(op, "now_written: num_written * int32");
   TF_OpDefinitionBuilderSetShapeInferenceFunction(op, [](TF_ShapeInferenceContext* context, TF_Status* result) {
     guarded(
-        kName, [&] { infer_append_shapes<int8>(context, result); },
+        kAppend<int8>, [&] { infer_append_shapes<int8>(context, result); },
         [&](TF_Status* status) { TF_SetStatus(result, TF_GetCode(status), TF_Message(status)); });
   });
   Status status;
   TF_RegisterOpDefinition(op, status);
   status.check();
 
-  const auto create = [](TF_OpKernelConstruction* construction) -> void* {
-    AppendKernel* kernel = nullptr;
-    guarded(
-        kName, [&] { kernel = new AppendKernel(Attributes(construction), int8); },
-        [&](TF_Status* status) { TF_OpKernelConstruction_Failure(construction, status); });
-    return kernel;
-  };
-  const auto compute = [](void* kernel, TF_OpKernelContext* context) {
-    guarded(
-        kName, [&] { static_cast<AppendKernel*>(kernel)->compute(context); },
-        [&](TF_Status* status) { TF_OpKernelContext_Failure(context, status); });
-  };
-  const auto destroy = [](void* kernel) { delete static_cast<AppendKernel*>(kernel); };
-  TF_KernelBuilder* kernel = TF_NewKernelBuilder(kName, "CPU", create, compute, destroy);
-  TF_RegisterKernelBuilder(kName, kernel, status);
-  status.check();
+  register_cpu_kernel<AppendKernel<int8>, kAppend<int8>>();
 }
 
 }  // namespace attn_ops::tf

@@ -8,19 +8,21 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops import kernels
-from attn_ops.call.attention_call import AttentionCall, attributes, cache_inputs, optional_inputs, reads_cache
+from attn_ops.call.attention_call import AttentionCall, attributes, cache_inputs, optional_inputs
 
 
 def forward(call: AttentionCall, **more):
     """(out, lse, statistics), differentiable; lse is None unless ``call.return_lse``. ``more`` are attributes."""
-    decodes = reads_cache(call)
-    operator = kernels.library().attn_ops_decode if decodes else kernels.library().attn_ops_forward
+    library, caches = kernels.library(), ()
+    operator = library.attn_ops_forward
+    if call.reads_cache():
+        operator, caches = library.attn_ops_decode, cache_inputs(call).values()
     out, statistics, lse = operator(
         call.query,
         call.key,
         call.value,
         *optional_inputs(call).values(),
-        *((), *cache_inputs(call).values()) if decodes else (),
+        *caches,
         num_lse=int(call.return_lse),
         Tlse=call.lse_dtype,
         **attributes(call),
