@@ -9,7 +9,7 @@ PAGE_ROWS = 16  # the size of a page of keys is a multiple of it (kPageRows in c
 MAX_MASKS = 4  # boolean masks the kernels AND on the fly (kMaxMasks in csrc/attention.h)
 
 _TENSORS = ("query", "key", "value", "bias", "query_lengths", "key_lengths", "seed", "query_offset", "blocks",
-            "alibi_slopes", "relative_bias", "sinks", "block_table")  # fmt: skip
+            "alibi_slopes", "relative_bias", "sinks", "block_table", "key_scales", "value_scales")  # fmt: skip
 _TUPLES = ("masks", "intervals", "segments")  # of tensors
 OPTIONAL_DIFFERENTIABLE = ("bias", "relative_bias", "sinks")  # in the order in which kernels and rules give gradients
 
@@ -65,12 +65,12 @@ def cache_inputs(arrays) -> dict:
     """The same of those that only attention to caches has, behind the others: of AttnOps>Decode, without a gradient."""
     return {
         "num_block_table": [] if arrays.block_table is None else [arrays.block_table],
-        "num_scales": [],
+        "num_scales": [] if arrays.key_scales is None else [arrays.key_scales, arrays.value_scales],
     }
 
 
 def given_inputs(arrays) -> dict:
-    """Those of `optional_inputs` that the kernels have always had, and those of the later ones that the call has."""
+    """Those of both that the kernels have always had, and those of the later ones that the call has."""
     lists = {**optional_inputs(arrays), **cache_inputs(arrays)}
     return {count: x for at, (count, x) in enumerate(lists.items()) if x or at < _FIRST_INPUTS}
 
@@ -80,6 +80,8 @@ def beyond_cuda(options, arrays) -> str | None:
     lacking = [word for name, word in _NOT_ON_CUDA.items() if getattr(arrays, name) is not None]
     if options.logits_soft_cap is not None:
         lacking.append("logits_soft_cap")
+    if arrays.key.dtype != arrays.query.dtype:
+        lacking.append(f"keys of {arrays.key.dtype.name} beside queries of {arrays.query.dtype.name}")
     return f"its kernels do not have {', '.join(lacking)}" if lacking else None
 
 
@@ -114,7 +116,9 @@ class AttentionCall(typing.NamedTuple):
     ``bottom_right``. ``alibi_slopes`` [batch or 1, num_heads], ``relative_bias`` [num_heads, 2 R + 1] and ``sinks``
     [num_heads] have ``lse_dtype``. With ``block_table``, int32 [batch, pages], key and value are pages [pages in all,
     page_size, num_kv_heads, dim] (in ``layout``) and not a batch: those of a sequence from n page_size on are the page
-    block_table[b, n] (pages.py).
+    block_table[b, n] (pages.py). Keys and values of a cache may have another dtype than the query, which is not float64
+    then: float16, bfloat16 or float32, or int8 with ``key_scales`` and ``value_scales``, float32 like key and value without
+    their last axis, by which they are multiplied.
     ``squeeze`` tells how many axes the caller's tensors lacked: 1 for rank 3, 2 for rank 2. A named tuple because it is
     made at every eager call, and a frozen dataclass costs several times as much.
     """
@@ -148,6 +152,8 @@ class AttentionCall(typing.NamedTuple):
     relative_bias: typing.Any = None
     sinks: typing.Any = None
     block_table: typing.Any = None
+    key_scales: typing.Any = None
+    value_scales: typing.Any = None
 
     def result_shapes(self):
         """The static shapes of out and lse in rank 4 and 3."""
@@ -189,7 +195,7 @@ class AttentionCall(typing.NamedTuple):
 
     def reads_cache(self):
         """Whether it is one of AttnOps>Decode, which has no gradient."""
-        return self.block_table is not None
+        return self.block_table is not None or self.key.dtype != self.query.dtype
 
     def heads_axis(self):
         """Where query, key, value and out have their heads."""

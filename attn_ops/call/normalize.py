@@ -15,11 +15,12 @@ from attn_ops.call.options import Options
 from attn_ops.masks.mask import Mask, Parts
 
 
-def normalize(xp, name, query, key, value, *, block_table=None, **given):
+def normalize(xp, name, query, key, value, *, block_table=None, scales=(), of_cache=False, **given):
     """The `AttentionCall` for the arguments of the public attention functions: query, key, value and the `Options` given.
 
     ``xp`` is the framework, ``name`` the function that errors name. With a ``block_table``, key and value are pages
-    (pages.py). Raises TypeError for a wrong kind or dtype and ValueError for a wrong value or shape.
+    (pages.py). With ``of_cache`` they stay in the dtype that they are kept in, which has been checked; ``scales`` are those
+    of both in int8. Raises TypeError for a wrong kind or dtype and ValueError for a wrong value or shape.
     """
     (
         bias,
@@ -42,7 +43,9 @@ def normalize(xp, name, query, key, value, *, block_table=None, **given):
     ) = Options(**given)
     if layout not in ("BSHD", "BHSD"):
         raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}; {arrays.LAYOUTS}")
-    query, key, value, squeeze, original, *extents = _inputs(xp, name, query, key, value, 2 if layout == "BSHD" else 1)
+    query, key, value, squeeze, original, *extents = _inputs(
+        xp, name, query, key, value, 2 if layout == "BSHD" else 1, of_cache
+    )
     if block_table is not None:
         block_table = pages.checked(xp, name, block_table, query, key, value, layout)
         extents = [extents[0], *(pages.sequence_extents(xp, x, block_table, layout) for x in (key, value))]
@@ -149,6 +152,7 @@ def normalize(xp, name, query, key, value, *, block_table=None, **given):
         relative_bias,
         sinks,
         block_table,
+        *(scales or (None, None)),
     )
 
 
@@ -195,8 +199,8 @@ def checked_lse(xp, name, call, lse):
     return lse
 
 
-def _inputs(xp, name, query, key, value, heads_axis):
-    """The three inputs with one dtype and rank 4, how many axes they lacked, and the extents of each.
+def _inputs(xp, name, query, key, value, heads_axis, of_cache=False):
+    """The three inputs with one dtype (unless ``of_cache``) and rank 4, how many axes they lacked, and the extents of each.
 
     Between the two the text of the extents they came with, None for those of rank 4.
     """
@@ -204,7 +208,7 @@ def _inputs(xp, name, query, key, value, heads_axis):
     key = xp.as_tensor(name, "key", key)
     value = xp.as_tensor(name, "value", value)
     dtypes = query.dtype, key.dtype, value.dtype
-    if dtypes[0] is not dtypes[1] or dtypes[0] is not dtypes[2] or dtypes[0] not in xp.FLOATS:
+    if not of_cache and (dtypes[0] is not dtypes[1] or dtypes[0] is not dtypes[2] or dtypes[0] not in xp.FLOATS):
         dtype = _promoted(xp, name, dtypes)
         query, key, value = (xp.cast(x, dtype) for x in (query, key, value))
     q, k, v = xp.extents(query), xp.extents(key), xp.extents(value)

@@ -37,6 +37,8 @@ class KVCache(typing.NamedTuple):
         key: [batch, max_length, num_kv_heads, head_dim] (``layout`` "BSHD"), or with heads before positions ("BHSD").
             Turned by their positions already, where the model has rotary embeddings.
         value: the same with value_dim. What is at or past the length of a sequence has no meaning.
+        key_scale, value_scale: of a cache in int8 float32 like key and value without their last axis: a row of ``key`` stands
+            for the integers times its scale. None in other caches.
         lengths: int32 [batch], how many positions of each sequence there are, or were: see ``window``.
         written: int32 [batch] in TensorFlow, by which caches that share memory know of each other; None in JAX.
         layout: "BSHD" or "BHSD", of the new rows and of queries too.
@@ -49,6 +51,7 @@ class KVCache(typing.NamedTuple):
     lengths: typing.Any
     written: typing.Any = None
 
+    key_scale = value_scale = None
     layout = "BSHD"
     window = None
 
@@ -73,8 +76,11 @@ class KVCache(typing.NamedTuple):
             max_length: how many positions a sequence may have. With a window shorter than that, sequences may go on
                 beyond it.
             num_kv_heads, head_dim: of the keys and values.
-            dtype: float16, bfloat16, float32 or float64. Keys, values and queries of other floating dtypes are cast to
-                it.
+            dtype: float16, bfloat16, float32, float64 or int8. New keys and values are cast to it. In int8 each row of a
+                head keeps the largest magnitude as a float32, and its elements as multiples of 1/127 of that: a
+                quarter of float32's memory (and a scale for each row). Queries stay as they are, and the
+                attention computes in float32; only beside float64, on either side, they are cast to the cache's
+                dtype (or float32).
             layout: "BSHD" or "BHSD".
             window: None, or how many keys a row sees, its own among them: a model's sliding window (Keras's
                 ``sliding_window``, Mistral's). Also (left, right) as in the attention: left + 1 keys.
@@ -84,7 +90,7 @@ class KVCache(typing.NamedTuple):
 
         Raises:
             TypeError: extents that are no integers, or a window that is none.
-            ValueError: extents below 1, a dtype that is not floating, or another layout.
+            ValueError: extents below 1, a dtype that is none of these, or another layout.
         """
         if layout not in ("BSHD", "BHSD"):
             raise ValueError(f"{_NAME}: layout must be 'BSHD' or 'BHSD', got {layout!r}")
@@ -100,8 +106,17 @@ class KVCache(typing.NamedTuple):
         def shape(dim):
             return (batch, rows, num_kv_heads, dim) if layout == "BSHD" else (batch, num_kv_heads, rows, dim)
 
-        make = append_module(framework).empty
-        return kind(layout, window)(*make(_NAME, shape(head_dim), shape(value_dim), dtype))
+        fields = append_module(framework).empty(_NAME, shape(head_dim), shape(value_dim), dtype)
+        return kind(layout, window, len(fields) > len(KVCache._fields))(*fields)
+
+    @property
+    def memory(self):
+        """The arrays that grow: key and value, and in int8 the scales of both."""
+        return self.key, self.value
+
+    def with_memory(self, memory, **fields):
+        """The cache with these arrays for those of `memory`, and other ``fields``."""
+        return self._replace(**dict(zip(("key", "value", "key_scale", "value_scale"), memory)), **fields)
 
     @property
     def max_length(self):
@@ -150,13 +165,34 @@ class KVCache(typing.NamedTuple):
         return append_module(framework_of(self)).copied(self)
 
 
+class _Fields(typing.NamedTuple):
+    """Those of a cache in int8."""
+
+    key: typing.Any
+    value: typing.Any
+    lengths: typing.Any
+    written: typing.Any
+    key_scale: typing.Any
+    value_scale: typing.Any
+
+
+class _Int8KVCache(_Fields, KVCache):
+    __slots__ = ()
+
+    @property
+    def memory(self):
+        return self.key, self.value, self.key_scale, self.value_scale
+
+
 @functools.cache
-def kind(layout, window):
-    """The class of caches of this layout and window. Its name tells both, by which `tf.function` knows types apart."""
-    if (layout, window) == ("BSHD", None):
+def kind(layout, window, int8=False):
+    """The class of caches of this layout and window, in int8 or another dtype. Its name tells all, by which `tf.function`
+    knows types apart."""
+    if (layout, window, int8) == ("BSHD", None, False):
         return KVCache
-    name = f"KVCache_{layout}" + ("" if window is None else f"_window{window}")
-    return type(name, (KVCache,), {"__slots__": (), "layout": layout, "window": window, "__reduce__": _reduced})
+    name = f"KVCache_{layout}" + ("_int8" if int8 else "") + ("" if window is None else f"_window{window}")
+    base = _Int8KVCache if int8 else KVCache
+    return type(name, (base,), {"__slots__": (), "layout": layout, "window": window, "__reduce__": _reduced})
 
 
 def _reduced(cache):
@@ -164,7 +200,7 @@ def _reduced(cache):
 
 
 def _made(layout, window, fields):
-    return kind(layout, window)(*fields)
+    return kind(layout, window, len(fields) > len(KVCache._fields))(*fields)
 
 
 def step(window):

@@ -28,6 +28,8 @@ class Arrays(typing.NamedTuple):
     relative_bias: jax.Array | None = None
     sinks: jax.Array | None = None
     block_table: jax.Array | None = None
+    key_scales: jax.Array | None = None
+    value_scales: jax.Array | None = None
 
     def differentiable(self) -> tuple[str, ...]:
         """The names of those that have a gradient, in the order of the kernels."""

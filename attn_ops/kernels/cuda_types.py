@@ -48,6 +48,8 @@ class AttentionParams(ctypes.Structure):
         ("q", StridedView),
         ("k", StridedView),
         ("v", StridedView),
+        ("k_scales", StridedView),
+        ("v_scales", StridedView),
         ("block_table", ctypes.c_void_p),
         ("block_table_stride", ctypes.c_int64),
         ("page_size", ctypes.c_int64),

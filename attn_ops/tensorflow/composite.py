@@ -18,6 +18,7 @@ import math
 import tensorflow as tf
 
 from attn_ops.call import pages
+from attn_ops.generation import int8
 from attn_ops.tensorflow import dynamic_sizes, place, rows, xp
 from attn_ops.tensorflow.runtime_checks import at_least_1, checked, checked_pages, extents
 
@@ -48,7 +49,7 @@ def attention(call, query_chunk="auto", in_xla=False, exporting=False):
     """
     if query_chunk not in (None, "auto") and (not isinstance(query_chunk, int) or query_chunk < 1):
         raise ValueError(f"composite.attention: query_chunk must be None, 'auto' or at least 1, got {query_chunk!r}")
-    call = pages.gathered(xp, checked_pages(call))
+    call = pages.gathered(xp, int8.dequantized(xp, checked_pages(call)))
     room = _room(call, in_xla)
     if room is not None:
         out, lse = _attention(room.call, query_chunk, exporting)

@@ -108,7 +108,15 @@ inline StridedView tensor_view(const Array& a, Layout layout) {
   return {a.data, a.dtype, {a.stride[0], a.stride[sequence_axis(layout)], a.stride[heads_axis(layout)], inner}};
 }
 
-// The same of a new contiguous array.
+// That of contiguous scales, [batch, seqlen, heads] in the layout, with a last axis of one element.
+inline StridedView scales_view(const Array& a, Layout layout) {
+  Array with_axis = a;
+  with_axis.shape[3] = 1;
+  with_axis.stride = contiguous_strides(with_axis.shape);
+  return tensor_view(with_axis, layout);
+}
+
+// The view of a new contiguous array.
 inline StridedView output_view(void* data, DType dtype, const Shape4& shape, Layout layout) {
   return tensor_view(contiguous_array("", data, dtype, 4, [&](int i) { return shape[i]; }), layout);
 }
@@ -177,6 +185,10 @@ inline AttentionParams to_params(const Call& c) {
   p.q = tensor_view(c.q, c.layout);
   p.k = tensor_view(c.k, c.layout);
   p.v = tensor_view(c.v, c.layout);
+  if (c.k_scales.present) {
+    p.k_scales = scales_view(c.k_scales, c.layout);
+    p.v_scales = scales_view(c.v_scales, c.layout);
+  }
   if (c.block_table.present) {
     p.block_table = integers(c.block_table);
     p.block_table_stride = c.block_table.shape[1];

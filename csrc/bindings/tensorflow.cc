@@ -147,7 +147,8 @@ __attribute__((constructor)) void register_operators() {
     register_attention<Operator::kForward>();
     register_attention<Operator::kBackward>();
     register_attention<Operator::kDecode>();
-    register_append();
+    register_append<false>();
+    register_append<true>();
     register_append_to_pages();
     register_hint();
   } catch (const std::exception& e) {

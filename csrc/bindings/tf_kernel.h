@@ -46,6 +46,7 @@ inline DType dtype_of(TF_DataType type) {
     case TF_DOUBLE: return DType::kFloat64;
     case TF_HALF: return DType::kFloat16;
     case TF_BFLOAT16: return DType::kBFloat16;
+    case TF_INT8: return DType::kInt8;
     default: return DType::kBool;
   }
 }
@@ -105,9 +106,6 @@ template <class Device>
 class Kernel {
  public:
   Kernel(const Attributes& attributes, Operator which) : node_(attributes, Device::kPlace, which) {
-    if (which == Operator::kDecode && attributes.type("Tkv") == TF_INT8) {
-      throw Error(TF_UNIMPLEMENTED, "there are no kernels for keys and values in int8");
-    }
     if (dtype_of(attributes.type("Tlse")) != accumulator_of(dtype_of(attributes.type("T")))) {
       throw std::invalid_argument("Tlse must be double when T is double, else float");
     }

@@ -26,6 +26,7 @@ inline std::string text(DType type) {
     case DType::kFloat16: return "float16";
     case DType::kBFloat16: return "bfloat16";
     case DType::kBool: return "bool";
+    case DType::kInt8: return "int8";
   }
   return "unknown";
 }
@@ -309,10 +310,33 @@ inline std::string backward_reason(const Call& c, const Sizes& n) {
   return reason;
 }
 
+// Keys and values of a cache may be narrower than the queries, or wider: forward reads what it computes float32 from.
+inline std::string keys_dtype_reason(const Call& c) {
+  const bool int8 = c.k.dtype == DType::kInt8;
+  if (c.k.dtype != c.q.dtype) {
+    const bool as_float32 = c.k.dtype != DType::kBool && accumulator_of(c.k.dtype) == accumulator_of(c.q.dtype);
+    if (!as_float32 || (int8 && c.q.dtype == DType::kFloat64) || c.backward || c.place == Place::kGpu) {
+      return dtype_reason(c.k, c.q.dtype, "the dtype of q");
+    }
+  }
+  std::string reason = dtype_reason(c.v, c.k.dtype, c.k.dtype == c.q.dtype ? "the dtype of q" : "the dtype of k");
+  for (const Array* a : {&c.k_scales, &c.v_scales}) {
+    if (!reason.empty()) break;
+    if (a->present != int8) {
+      reason = int8 ? std::string("keys and values in int8 need scales") : "scales are for keys and values in int8";
+    } else if (int8) {
+      reason = dtype_reason(*a, DType::kFloat32, "of which int8 keys and values are multiples");
+    }
+  }
+  return reason;
+}
+
 inline std::string dtypes_reason(const Call& c) {
-  if (c.q.dtype == DType::kBool) return "q must be float32, float64, float16 or bfloat16, got bool";
-  std::string reason;
-  for (const Array* a : {&c.k, &c.v, &c.out, &c.d_out}) {
+  if (c.q.dtype == DType::kBool || c.q.dtype == DType::kInt8) {
+    return "q must be float32, float64, float16 or bfloat16, got " + text(c.q.dtype);
+  }
+  std::string reason = keys_dtype_reason(c);
+  for (const Array* a : {&c.out, &c.d_out}) {
     if (a->present && reason.empty()) reason = dtype_reason(*a, c.q.dtype, "the dtype of q");
   }
   const bool wide_bias = size_of(c.q.dtype) == 2;
@@ -324,7 +348,6 @@ inline std::string dtypes_reason(const Call& c) {
       reason = dtype_reason(*a, accumulator_of(c.q.dtype), "float64 when q is float64, else float32");
     }
   }
-  if (reason.empty() && c.k_scales.present) reason = "scales are for keys and values in int8";
   for (int i = 0; i < c.num_masks && reason.empty(); ++i) {
     reason = dtype_reason(c.masks[i], DType::kBool, "true where a key may be seen (additive terms are the bias)");
   }
@@ -343,18 +366,21 @@ inline std::string sizes_reason(const Call& c) {
     reason = tensors_reason(c.q, c.k, c.v, bshd ? "seqlen_k" : "num_kv_heads", bshd ? "num_kv_heads" : "seqlen_k");
   }
   if (reason.empty()) reason = c.block_table.present ? pages_reason(c) : batch_reason(c.q, c.k, c.v);
+  for (const Array* a : {&c.k_scales, &c.v_scales}) {
+    if (reason.empty() && a->present) reason = same_shape_reason(*a, 3, c.k.shape.data(), "k without its last axis");
+  }
   if (!reason.empty()) return reason;
 
   const Sizes n = sizes_of(c);
-  const size_t element = size_of(c.q.dtype), statistic = size_of(accumulator_of(c.q.dtype));
+  const size_t element = size_of(c.q.dtype), kept = size_of(c.k.dtype), statistic = size_of(accumulator_of(c.q.dtype));
   const auto check = [&reason](auto rule) {
     if (reason.empty()) reason = rule();
   };
   check([&] { return heads_reason(n); });
   check([&] { return size_reason("q", {n.batch, n.seqlen_q, n.num_heads, n.head_dim}, element); });
   const int64_t entries = c.k.shape[0], length = c.k.shape[sequence_axis(c.layout)];  // a batch, or pages
-  check([&] { return size_reason("k", {entries, length, n.num_kv_heads, n.head_dim}, element); });
-  check([&] { return size_reason("v", {entries, length, n.num_kv_heads, n.value_dim}, element); });
+  check([&] { return size_reason("k", {entries, length, n.num_kv_heads, n.head_dim}, kept); });
+  check([&] { return size_reason("v", {entries, length, n.num_kv_heads, n.value_dim}, kept); });
   check([&] { return size_reason("out", {n.batch, n.seqlen_q, n.num_heads, n.value_dim}, element); });
   check([&] { return size_reason("statistics", {n.batch, n.num_heads, n.seqlen_q, 2}, statistic); });
   check([&] { return size_reason("scores", {n.batch, n.num_heads, n.seqlen_q, n.seqlen_k}, 1); });

@@ -66,6 +66,11 @@ struct HeadRows {
   const char* key_row(const StridedView& v, int64_t j) const {
     return key_position(p, v, batch, j) + kv_head * v.stride[2] * size_of(v.dtype);
   }
+  // Of int8 key or value j.
+  template <class T>
+  T scale(const StridedView& scales, int64_t j) const {
+    return static_cast<T>(*reinterpret_cast<const float*>(key_row(scales, j)));
+  }
   // Keys that any of the rows [begin, end) sees.
   KeyRange keys_seen(int64_t begin, int64_t end) const {
     const int64_t valid_end = length_q * group < end ? length_q * group : end;

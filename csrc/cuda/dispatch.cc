@@ -41,7 +41,8 @@ std::string unsupported_reason(const AttentionParams& p) {
                  {p.soft_cap != 0, "logits_soft_cap"},
                  {p.slopes != nullptr, "alibi_slopes"},
                  {p.relative_bias != nullptr, "relative_bias"},
-                 {p.sinks != nullptr, "sinks"}};
+                 {p.sinks != nullptr, "sinks"},
+                 {p.k.data != nullptr && p.k.dtype != p.dtype, "keys of another dtype than the queries"}};
   for (const auto& option : not_yet) {
     if (option.given) return std::string("the CUDA kernels do not take ") + option.what;
   }
