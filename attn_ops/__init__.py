@@ -23,6 +23,8 @@ _ATTRIBUTES = {
     "rotary_embedding": "tensorflow.rotary",
     "KVCache": "generation.cache",
     "decode_attention": "tensorflow.decode",
+    "PagedKVCache": "generation.page_pool",
+    "paged_attention": "tensorflow.paged",
     "alibi_slopes": "call.position_bias",
     "T5RelativeBias": "call.position_bias",
     "explain": "tensorflow.explain",

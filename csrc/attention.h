@@ -14,10 +14,10 @@
 
 namespace attn_ops {
 
-enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16, kBool };
+enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16, kBool, kInt8 };
 
 static constexpr int64_t size_of(DType t) {
-  return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : t == DType::kBool ? 1 : 2;
+  return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : t == DType::kBool || t == DType::kInt8 ? 1 : 2;
 }
 
 // Softmax statistics, lse and accumulation: float32, or float64 when the inputs are float64.
@@ -62,16 +62,27 @@ constexpr int64_t kMaxDim = int64_t{1} << 24;
 constexpr int64_t kMaxExtent = INT32_MAX;      // of seqlen_q, seqlen_k, num_heads
 constexpr int64_t kMaxStreams = UINT32_MAX;    // of dropout: batch * num_heads
 constexpr int64_t kMaxOffset = int64_t{1} << 30;  // of query_offset
+constexpr int64_t kPageRows = 16;                 // the size of a page of keys is a multiple of it
 constexpr double kMaxSlope = 18446744073709551616.0;  // 2^64: times any distance it cannot leave the range of float32
 
 struct AttentionParams {
-  DType dtype = DType::kFloat32;  // of q, k, v, out and their gradients
+  DType dtype = DType::kFloat32;  // of q, k, v, out and their gradients; in forward k and v may have another, below
   int64_t batch = 0, seqlen_q = 0, seqlen_k = 0;
   int64_t num_heads = 0, num_kv_heads = 0;  // query head h reads kv head h / (num_heads / num_kv_heads)
   int64_t head_dim = 0, value_dim = 0;
   double scale = 1.0;
 
-  StridedView q, k, v;            // [batch, seqlen, heads, dim]
+  // [batch, seqlen, heads, dim]. Forward reads k and v of any one dtype of float32, float16, bfloat16 and int8 beside a q
+  // that is not float64: caches, which may be narrower than queries.
+  StridedView q, k, v;
+  // Of int8 keys and values, else data null: float32 [batch, seqlen_k, num_kv_heads, 1]. Key j of head h is k_scales[j, h]
+  // times k[j, h]. A scale that is NaN makes NaN of its row, for whoever sees it.
+  StridedView k_scales, v_scales;
+  // Keys and values in pages, for forward alone: those of batch entry b from n page_size on are the rows of page
+  // block_table[b block_table_stride + n], which k and v have in place of the batch (stride[0] goes from page to page,
+  // stride[1] stays inside one). page_size is a multiple of kPageRows. Entries that no length reaches are not read.
+  const int32_t* block_table = nullptr;  // null: none
+  int64_t block_table_stride = 0, page_size = 0;
   StridedView out;                // [batch, seqlen_q, num_heads, value_dim]; an input of backward
   // What backward needs of every row, contiguous [batch, num_heads, seqlen_q, 2], accumulator_of(dtype): the maximum of
   // its scores and sum(exp(s - maximum)); 0 and 0 where it sees no key. Their logarithm is lse, but once that is
@@ -166,6 +177,12 @@ const char* default_isa();
 double probe(const ProbeSlice&, double* sink, const char* isa = nullptr);
 
 // `isa` null is the default one. With an unusable one, or too little workspace, these do nothing and return 0 / false.
+
+// `count` rows of `dim` elements of float32, float16 or bfloat16, one behind the other, as an int8 cache keeps them, and what
+// they are to be multiplied with: the rule is in cpu/quantize.h.
+bool quantize(DType dtype, const void* rows, int64_t count, int64_t dim, int8_t* out, float* scales,
+              const char* isa = nullptr);
+
 size_t forward_workspace_bytes(const AttentionParams&, int num_threads, const char* isa = nullptr);
 bool forward(const AttentionParams&, Threads, Workspace, const char* isa = nullptr);
 

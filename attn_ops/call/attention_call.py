@@ -5,10 +5,11 @@ from __future__ import annotations
 import typing
 
 _FIRST_INPUTS = 5  # optional inputs that every custom call in a saved file counts
+PAGE_ROWS = 16  # the size of a page of keys is a multiple of it (kPageRows in csrc/attention.h)
 MAX_MASKS = 4  # boolean masks the kernels AND on the fly (kMaxMasks in csrc/attention.h)
 
 _TENSORS = ("query", "key", "value", "bias", "query_lengths", "key_lengths", "seed", "query_offset", "blocks",
-            "alibi_slopes", "relative_bias", "sinks")  # fmt: skip
+            "alibi_slopes", "relative_bias", "sinks", "block_table", "key_scales", "value_scales")  # fmt: skip
 _TUPLES = ("masks", "intervals", "segments")  # of tensors
 OPTIONAL_DIFFERENTIABLE = ("bias", "relative_bias", "sinks")  # in the order in which kernels and rules give gradients
 
@@ -60,9 +61,17 @@ def optional_inputs(arrays) -> dict:
     }
 
 
+def cache_inputs(arrays) -> dict:
+    """The same of those that only attention to caches has, behind the others: of AttnOps>Decode, without a gradient."""
+    return {
+        "num_block_table": [] if arrays.block_table is None else [arrays.block_table],
+        "num_scales": [] if arrays.key_scales is None else [arrays.key_scales, arrays.value_scales],
+    }
+
+
 def given_inputs(arrays) -> dict:
-    """Those of `optional_inputs` that the kernels have always had, and those of the later ones that the call has."""
-    lists = optional_inputs(arrays)
+    """Those of both that the kernels have always had, and those of the later ones that the call has."""
+    lists = {**optional_inputs(arrays), **cache_inputs(arrays)}
     return {count: x for at, (count, x) in enumerate(lists.items()) if x or at < _FIRST_INPUTS}
 
 
@@ -71,6 +80,8 @@ def beyond_cuda(options, arrays) -> str | None:
     lacking = [word for name, word in _NOT_ON_CUDA.items() if getattr(arrays, name) is not None]
     if options.logits_soft_cap is not None:
         lacking.append("logits_soft_cap")
+    if arrays.key.dtype != arrays.query.dtype:
+        lacking.append(f"keys of {arrays.key.dtype.name} beside queries of {arrays.query.dtype.name}")
     return f"its kernels do not have {', '.join(lacking)}" if lacking else None
 
 
@@ -82,7 +93,13 @@ _NOT_ON_CUDA = {
     "alibi_slopes": "alibi_slopes",
     "relative_bias": "relative_bias",
     "sinks": "sinks",
+    "block_table": "keys in pages",
 }
+
+NO_GRADIENT = (
+    "attn_ops: attention to a cache is for generation, and has no gradient: train with scaled_dot_product_attention, or with "
+    "the layers without cache="
+)
 
 
 class AttentionCall(typing.NamedTuple):
@@ -97,7 +114,11 @@ class AttentionCall(typing.NamedTuple):
     seqlen], and a row sees the keys of its own id; ``blocks`` is bool [batch or 1, num_heads or 1, blocks of ``block_q``
     rows, blocks of ``block_k`` keys], True where a row may see a key. ``query_offset`` is int32 [batch or 1], never with
     ``bottom_right``. ``alibi_slopes`` [batch or 1, num_heads], ``relative_bias`` [num_heads, 2 R + 1] and ``sinks``
-    [num_heads] have ``lse_dtype``.
+    [num_heads] have ``lse_dtype``. With ``block_table``, int32 [batch, pages], key and value are pages [pages in all,
+    page_size, num_kv_heads, dim] (in ``layout``) and not a batch: those of a sequence from n page_size on are the page
+    block_table[b, n] (pages.py). Keys and values of a cache may have another dtype than the query, which is not float64
+    then: float16, bfloat16 or float32, or int8 with ``key_scales`` and ``value_scales``, float32 like key and value without
+    their last axis, by which they are multiplied.
     ``squeeze`` tells how many axes the caller's tensors lacked: 1 for rank 3, 2 for rank 2. A named tuple because it is
     made at every eager call, and a frozen dataclass costs several times as much.
     """
@@ -130,6 +151,9 @@ class AttentionCall(typing.NamedTuple):
     alibi_slopes: typing.Any = None
     relative_bias: typing.Any = None
     sinks: typing.Any = None
+    block_table: typing.Any = None
+    key_scales: typing.Any = None
+    value_scales: typing.Any = None
 
     def result_shapes(self):
         """The static shapes of out and lse in rank 4 and 3."""
@@ -177,6 +201,10 @@ class AttentionCall(typing.NamedTuple):
     def added_axes(self, heads):
         """The axes that a result in the caller's rank lacks, where its heads are at ``heads``, in ascending order."""
         return (0, heads)[2 - self.squeeze :]
+
+    def reads_cache(self):
+        """Whether it is one of AttnOps>Decode, which has no gradient."""
+        return self.block_table is not None or self.key.dtype != self.query.dtype
 
     def heads_axis(self):
         """Where query, key, value and out have their heads."""

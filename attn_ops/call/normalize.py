@@ -9,7 +9,7 @@ tensorflow/xp.py or jax/xp.py.
 
 from __future__ import annotations
 
-from attn_ops.call import arrays, checked_before, options, precision
+from attn_ops.call import arrays, checked_before, options, pages, precision
 from attn_ops.call.attention_call import MAX_MASKS, AttentionCall, canonical
 from attn_ops.call.options import Options
 from attn_ops.masks.mask import Mask, Parts
@@ -18,8 +18,10 @@ from attn_ops.masks.mask import Mask, Parts
 def normalize(xp, name, query, key, value, **given):
     """The `AttentionCall` for the arguments of the public attention functions: query, key, value and the `Options` given.
 
-    ``xp`` is the framework, ``name`` the function that errors name. Raises TypeError for a wrong kind or dtype and
-    ValueError for a wrong value or shape.
+    ``xp`` is the framework, ``name`` the function that errors name. Also given may be a ``block_table``, with which key and
+    value are pages (pages.py), and ``of_cache``, with which they stay in the dtype that they are kept in, which has been
+    checked; ``scales`` are those of both in int8. Raises TypeError for a wrong kind or dtype and ValueError for a wrong
+    value or shape.
     """
     tensors = query, key, value
     like = checked_before.likeness(xp, tensors, given)
@@ -31,7 +33,7 @@ def normalize(xp, name, query, key, value, **given):
     return call
 
 
-def _checked(xp, name, query, key, value, **given):
+def _checked(xp, name, query, key, value, *, block_table=None, scales=(), of_cache=False, **given):
     (
         bias,
         mask,
@@ -53,7 +55,12 @@ def _checked(xp, name, query, key, value, **given):
     ) = Options(**given)
     if layout not in ("BSHD", "BHSD"):
         raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}; {arrays.LAYOUTS}")
-    query, key, value, squeeze, original, *extents = _inputs(xp, name, query, key, value, 2 if layout == "BSHD" else 1)
+    query, key, value, squeeze, original, *extents = _inputs(
+        xp, name, query, key, value, 2 if layout == "BSHD" else 1, of_cache
+    )
+    if block_table is not None:
+        block_table = pages.checked(xp, name, block_table, query, key, value, layout)
+        extents = [extents[0], *(pages.sequence_extents(xp, x, block_table, layout) for x in (key, value))]
     dims = _score_dims(name, layout, *extents, original)
     batch, _, seqlen_q, seqlen_k, _ = dims
     dtype = query.dtype
@@ -90,7 +97,7 @@ def _checked(xp, name, query, key, value, **given):
                 # What of it is causal or a window goes to the kernels as such, where nothing else counts distances.
                 alone = query_offset is None and not counts_distances
                 structure, structured = _structured(
-                    xp, name, structure, query, key, dims, layout, query_offset, alone
+                    xp, name, structure, query, (key, block_table), dims, layout, query_offset, alone
                 )
                 masks += structured.dense
             else:
@@ -116,6 +123,9 @@ def _checked(xp, name, query, key, value, **given):
     if scale is not None and not options.is_number(scale):
         query = arrays.times_tensor(xp, name, query, scale)
         scale = 1.0
+    key_lengths = arrays.lengths(xp, name, "key_value_seq_lengths", key_value_seq_lengths, batch, seqlen_k)
+    if block_table is not None:
+        pages.check_entries(xp, name, block_table, key, key_lengths, layout)
     lse_dtype = xp.float64 if dtype is xp.float64 else xp.float32
     if alibi_slopes is not None:
         alibi_slopes = arrays.alibi_slopes(xp, name, alibi_slopes, batch, dims[1], lse_dtype)
@@ -135,7 +145,7 @@ def _checked(xp, name, query, key, value, **given):
         window_right,
         bottom_right,
         arrays.lengths(xp, name, "query_seq_lengths", query_seq_lengths, batch, seqlen_q),
-        arrays.lengths(xp, name, "key_value_seq_lengths", key_value_seq_lengths, batch, seqlen_k),
+        key_lengths,
         dropout_rate,
         arrays.seed(xp, name, dropout_seed) if dropout_rate else None,
         layout,
@@ -153,16 +163,22 @@ def _checked(xp, name, query, key, value, **given):
         alibi_slopes,
         relative_bias,
         sinks,
+        block_table,
+        *(scales or (None, None)),
     )
 
 
 _NONE = Parts()
 
 
-def _structured(xp, name, mask, query, key, dims, layout, offset, resolve):
-    """A `Mask` (with ``resolve``, functions in it resolved) and its `Parts` as the kernels take them."""
+def _structured(xp, name, mask, query, keys, dims, layout, offset, resolve):
+    """A `Mask` (with ``resolve``, functions in it resolved) and its `Parts` as the kernels take them; ``keys`` are the
+    key and the table of its pages."""
     axis = 1 if layout == "BSHD" else 2
+    key, block_table = keys
     rows, keys = xp.extent(query, axis), xp.extent(key, axis)
+    if block_table is not None:
+        keys = keys * xp.extent(block_table, 1)
     try:
         if resolve:
             mask = mask.resolved(rows, keys, offset)
@@ -195,8 +211,8 @@ def checked_lse(xp, name, call, lse):
     return lse
 
 
-def _inputs(xp, name, query, key, value, heads_axis):
-    """The three inputs with one dtype and rank 4, how many axes they lacked, and the extents of each.
+def _inputs(xp, name, query, key, value, heads_axis, of_cache=False):
+    """The three inputs with one dtype (unless ``of_cache``) and rank 4, how many axes they lacked, and the extents of each.
 
     Between the two the text of the extents they came with, None for those of rank 4.
     """
@@ -204,7 +220,7 @@ def _inputs(xp, name, query, key, value, heads_axis):
     key = xp.as_tensor(name, "key", key)
     value = xp.as_tensor(name, "value", value)
     dtypes = query.dtype, key.dtype, value.dtype
-    if dtypes[0] is not dtypes[1] or dtypes[0] is not dtypes[2] or dtypes[0] not in xp.FLOATS:
+    if not of_cache and (dtypes[0] is not dtypes[1] or dtypes[0] is not dtypes[2] or dtypes[0] not in xp.FLOATS):
         dtype = _promoted(xp, name, dtypes)
         query, key, value = (xp.cast(x, dtype) for x in (query, key, value))
     q, k, v = xp.extents(query), xp.extents(key), xp.extents(value)

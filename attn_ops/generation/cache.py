@@ -37,6 +37,8 @@ class KVCache(typing.NamedTuple):
         key: [batch, max_length, num_kv_heads, head_dim] (``layout`` "BSHD"), or with heads before positions ("BHSD").
             Turned by their positions already, where the model has rotary embeddings.
         value: the same with value_dim. What is at or past the length of a sequence has no meaning.
+        key_scale, value_scale: of a cache in int8 float32 like key and value without their last axis: a row of ``key`` stands
+            for the integers times its scale. None in other caches.
         lengths: int32 [batch], how many positions of each sequence there are, or were: see ``window``.
         written: int32 [batch] in TensorFlow, by which caches that share memory know of each other; None in JAX.
         layout: "BSHD" or "BHSD", of the new rows and of queries too.
@@ -49,6 +51,7 @@ class KVCache(typing.NamedTuple):
     lengths: typing.Any
     written: typing.Any = None
 
+    key_scale = value_scale = None
     layout = "BSHD"
     window = None
 
@@ -73,8 +76,11 @@ class KVCache(typing.NamedTuple):
             max_length: how many positions a sequence may have. With a window shorter than that, sequences may go on
                 beyond it.
             num_kv_heads, head_dim: of the keys and values.
-            dtype: float16, bfloat16, float32 or float64. Keys, values and queries of other floating dtypes are cast to
-                it.
+            dtype: float16, bfloat16, float32, float64 or int8. New keys and values are cast to it. In int8 each row of a
+                head keeps the largest magnitude as a float32, and its elements as multiples of 1/127 of that: a
+                quarter of float32's memory (and a scale for each row). Queries stay as they are, and the
+                attention computes in float32; only beside float64, on either side, they are cast to the cache's
+                dtype (or float32).
             layout: "BSHD" or "BHSD".
             window: None, or how many keys a row sees, its own among them: a model's sliding window (Keras's
                 ``sliding_window``, Mistral's). Also (left, right) as in the attention: left + 1 keys.
@@ -84,27 +90,33 @@ class KVCache(typing.NamedTuple):
 
         Raises:
             TypeError: extents that are no integers, or a window that is none.
-            ValueError: extents below 1, a dtype that is not floating, or another layout.
+            ValueError: extents below 1, a dtype that is none of these, or another layout.
         """
         if layout not in ("BSHD", "BHSD"):
             raise ValueError(f"{_NAME}: layout must be 'BSHD' or 'BHSD', got {layout!r}")
-        max_length = _extent("max_length", max_length)
-        num_kv_heads, head_dim = _extent("num_kv_heads", num_kv_heads), _extent("head_dim", head_dim)
-        value_dim = head_dim if value_dim is None else _extent("value_dim", value_dim)
+        max_length = extent(_NAME, "max_length", max_length)
+        num_kv_heads, head_dim = extent(_NAME, "num_kv_heads", num_kv_heads), extent(_NAME, "head_dim", head_dim)
+        value_dim = head_dim if value_dim is None else extent(_NAME, "value_dim", value_dim)
         if not hasattr(batch, "shape"):
-            batch = _extent("batch", batch)
+            batch = extent(_NAME, "batch", batch)
         window = _window(window)
         rows = max_length if window is None else min(max_length, capacity(window))
-        if framework is None:
-            framework = _framework_of(dtype)
-        elif framework not in _FRAMEWORKS:
-            raise ValueError(f"{_NAME}: framework must be one of {_FRAMEWORKS}, got {framework!r}")
+        framework = chosen_framework(_NAME, framework, dtype)
 
         def shape(dim):
             return (batch, rows, num_kv_heads, dim) if layout == "BSHD" else (batch, num_kv_heads, rows, dim)
 
-        make = _append_module(framework).empty
-        return kind(layout, window)(*make(_NAME, shape(head_dim), shape(value_dim), dtype))
+        fields = append_module(framework).empty(_NAME, shape(head_dim), shape(value_dim), dtype)
+        return kind(layout, window, len(fields) > len(KVCache._fields))(*fields)
+
+    @property
+    def memory(self):
+        """The arrays that grow: key and value, and in int8 the scales of both."""
+        return self.key, self.value
+
+    def with_memory(self, memory, **fields):
+        """The cache with these arrays for those of `memory`, and other ``fields``."""
+        return self._replace(**dict(zip(("key", "value", "key_scale", "value_scale"), memory)), **fields)
 
     @property
     def max_length(self):
@@ -150,16 +162,37 @@ class KVCache(typing.NamedTuple):
 
     def copy(self):
         """The cache in memory of its own."""
-        return _append_module(framework_of(self)).copied(self)
+        return append_module(framework_of(self)).copied(self)
+
+
+class _Fields(typing.NamedTuple):
+    """Those of a cache in int8."""
+
+    key: typing.Any
+    value: typing.Any
+    lengths: typing.Any
+    written: typing.Any
+    key_scale: typing.Any
+    value_scale: typing.Any
+
+
+class _Int8KVCache(_Fields, KVCache):
+    __slots__ = ()
+
+    @property
+    def memory(self):
+        return self.key, self.value, self.key_scale, self.value_scale
 
 
 @functools.cache
-def kind(layout, window):
-    """The class of caches of this layout and window. Its name tells both, by which `tf.function` knows types apart."""
-    if (layout, window) == ("BSHD", None):
+def kind(layout, window, int8=False):
+    """The class of caches of this layout and window, in int8 or another dtype. Its name tells all, by which `tf.function`
+    knows types apart."""
+    if (layout, window, int8) == ("BSHD", None, False):
         return KVCache
-    name = f"KVCache_{layout}" + ("" if window is None else f"_window{window}")
-    return type(name, (KVCache,), {"__slots__": (), "layout": layout, "window": window, "__reduce__": _reduced})
+    name = f"KVCache_{layout}" + ("_int8" if int8 else "") + ("" if window is None else f"_window{window}")
+    base = _Int8KVCache if int8 else KVCache
+    return type(name, (base,), {"__slots__": (), "layout": layout, "window": window, "__reduce__": _reduced})
 
 
 def _reduced(cache):
@@ -167,7 +200,7 @@ def _reduced(cache):
 
 
 def _made(layout, window, fields):
-    return kind(layout, window)(*fields)
+    return kind(layout, window, len(fields) > len(KVCache._fields))(*fields)
 
 
 def step(window):
@@ -191,7 +224,17 @@ def framework_of(*tensors):
     return _framework_of(None)
 
 
+def chosen_framework(name, framework, dtype):
+    """The option ``framework`` of `create`, checked, or what else tells it."""
+    if framework is None:
+        return _framework_of(dtype)
+    if framework not in _FRAMEWORKS:
+        raise ValueError(f"{name}: framework must be one of {_FRAMEWORKS}, got {framework!r}")
+    return framework
+
+
 def _framework_of(dtype):
+    """The framework of a cache that nothing but this ``dtype`` tells."""
     if type(dtype).__module__.startswith("tensorflow"):
         return "tensorflow"
     if type(dtype).__module__.startswith("jax"):  # jax.numpy.float32
@@ -204,17 +247,19 @@ def _framework_of(dtype):
     return "jax" if "jax" in sys.modules and "tensorflow" not in sys.modules else "tensorflow"
 
 
-def _append_module(framework):
+def append_module(framework):
+    """append.py of this framework."""
     return importlib.import_module(f"attn_ops.{framework}.append")
 
 
-def _extent(what, value):
+def extent(name, what, value):
+    """``value`` as an extent that a cache may have."""
     if not options.is_integer(value):
-        raise TypeError(f"{_NAME}: {what} must be an integer, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name}: {what} must be an integer, got {value!r} of type {type(value).__name__}")
     if value < 1:
-        raise ValueError(f"{_NAME}: {what} must be at least 1, got {value}")
+        raise ValueError(f"{name}: {what} must be at least 1, got {value}")
     if value > np.iinfo(np.int32).max:
-        raise ValueError(f"{_NAME}: {what} must fit 32 bits, got {value}")
+        raise ValueError(f"{name}: {what} must fit 32 bits, got {value}")
     return int(value)
 
 
@@ -223,5 +268,5 @@ def _window(window):
         return None
     if isinstance(window, (tuple, list)):
         left, _ = options.window(_NAME, window)
-        return None if left < 0 else _extent("window", left + 1)
-    return _extent("window", window)
+        return None if left < 0 else extent(_NAME, "window", left + 1)
+    return extent(_NAME, "window", window)

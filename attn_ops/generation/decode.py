@@ -31,24 +31,34 @@ class Decoding(typing.NamedTuple):
     """What is to be done: a call of the attention, and how the cache grows before that."""
 
     query: typing.Any
-    key: typing.Any  # the memory of the cache, as it is before: a call that is refused leaves it so
-    value: typing.Any
+    memory: tuple  # of the cache, as it is before: a call that is refused leaves it so
     options: dict  # of the attention
     cache: typing.Any
     plan: typing.Any  # `growth.Growth`, or None without new rows
     new: tuple  # the new keys and values
 
     def grown(self, xp, append):
-        """(key, value) with the new rows, and the cache afterwards."""
+        """The memory with the new rows, and the cache afterwards."""
         if self.plan is None:
-            return self.key, self.value, self.cache
+            return self.memory, self.cache
         return growth.grown(xp, append, self.cache, self.plan, *self.new)
+
+
+def with_memory(call, memory):
+    """The `AttentionCall` on other memory of a cache of the same kind."""
+    return call._replace(**dict(zip(("key", "value", "key_scales", "value_scales"), memory)))
+
+
+def _query_dtype(xp, query, cache):
+    """In which dtype queries attend to a cache: in their own, unless one of the two is float64, which goes with itself."""
+    if cache == xp.float64:
+        return cache
+    return xp.float32 if query == xp.float64 else query
 
 
 def prepared(xp, name, q, cache, k_new, v_new, rotary, is_causal, **given) -> Decoding:
     """The arguments of `decode_attention`, checked; ``given`` are options of the attention."""
     cache = growth.checked(xp, name, cache)
-    dtype = cache.key.dtype
     batch, _, _, dim = canonical(xp.extents(cache.key), cache.layout)
     q = xp.as_tensor(name, "q", q)
     if not xp.is_floating(q.dtype):
@@ -70,7 +80,7 @@ def prepared(xp, name, q, cache, k_new, v_new, rotary, is_causal, **given) -> De
 
     if k_new is None and v_new is None:
         plan, new = None, ()
-        key, value, first, after = cache.key, cache.value, growth.first_kept(xp, cache), cache.lengths
+        memory, first, after = cache.memory, growth.first_kept(xp, cache), cache.lengths
         before = _before(xp, name, cache, q, axis, counts, is_causal)
         if cache.rolls and not (isinstance(rows, int) and rows <= step(cache.window)):
             raise ValueError(
@@ -85,7 +95,7 @@ def prepared(xp, name, q, cache, k_new, v_new, rotary, is_causal, **given) -> De
         if not arrays.compatible([k_rows], [rows]):
             raise ValueError(f"{name}: there must be as many new keys as rows of q, got {k_rows} and {rows}")
         plan = growth.planned(xp, name, cache, k_new, counts)
-        key, value, first, before, after = plan.key, plan.value, plan.first_after, plan.before, plan.after
+        memory, first, before, after = plan.memory, plan.first_after, plan.before, plan.after
         if rotary is not None:
             q, k_new = _turned_together(xp, name, q, k_new, rotary, axis, before)
         new = k_new, v_new
@@ -100,7 +110,8 @@ def prepared(xp, name, q, cache, k_new, v_new, rotary, is_causal, **given) -> De
         "query_offset": before,
         "query_seq_lengths": counts,
     }
-    return Decoding(q if q.dtype == dtype else xp.cast(q, dtype), key, value, given, cache, plan, new)
+    dtype = _query_dtype(xp, q.dtype, cache.key.dtype)
+    return Decoding(q if q.dtype == dtype else xp.cast(q, dtype), memory, given, cache, plan, new)
 
 
 def update(xp, append, name, cache, k, v, lengths):
@@ -109,7 +120,7 @@ def update(xp, append, name, cache, k, v, lengths):
     k, v = growth.checked_rows(xp, name, cache, k, v)
     rows = xp.extents(k)[1 if cache.layout == "BSHD" else 2]
     counts = arrays.lengths(xp, name, "lengths", lengths, xp.extents(k)[0], rows)
-    return growth.grown(xp, append, cache, growth.planned(xp, name, cache, k, counts), k, v)[2]
+    return growth.grown(xp, append, cache, growth.planned(xp, name, cache, k, counts), k, v)[1]
 
 
 def rewound(xp, name, cache, lengths):

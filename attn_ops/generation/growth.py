@@ -15,15 +15,14 @@ from attn_ops.generation.cache import KVCache, step
 class Growth(typing.NamedTuple):
     """How a cache will grow by new rows: what `planned` says, and `grown` does.
 
-    ``key`` and ``value`` are the memory that the new rows go to, as it is before: the cache's, or longer ones where a
+    ``memory`` is what the new rows go to, as it is before: the `KVCache.memory` of the cache, or longer arrays where a
     cache with a window gets so many rows at once that the first of them see what makes way for the last. They hold the
     positions from ``first`` on, int32 [batch] or None for 0, and from ``first_after`` on once the rows are there.
     ``before`` and ``after`` are the lengths, int32 [batch]; ``counts`` is None or int32 [batch], how many of the new
     rows there are.
     """
 
-    key: typing.Any
-    value: typing.Any
+    memory: tuple
     first: typing.Any
     first_after: typing.Any
     before: typing.Any
@@ -40,8 +39,11 @@ def checked(xp, name, cache):
         extents = xp.extents(x)
         if extents is None or len(extents) != 4:
             raise ValueError(f"{name}: {what} must have rank 4, got shape {arrays.shape_text(extents)}")
-        if x.dtype not in xp.FLOATS:
-            raise TypeError(f"{name}: {what} must be float16, bfloat16, float32 or float64, got {x.dtype.name}")
+        if x.dtype not in xp.FLOATS and not (x.dtype == xp.int8 and len(cache.memory) == 4):
+            raise TypeError(
+                f"{name}: {what} must be float16, bfloat16, float32 or float64, or int8 of KVCache.create(…, 'int8'), got "
+                f"{x.dtype.name}"
+            )
     k, v = (canonical(xp.extents(x), cache.layout) for x in (key, value))
     if key.dtype != value.dtype or not arrays.compatible(k[:3], v[:3]):
         raise ValueError(
@@ -51,11 +53,31 @@ def checked(xp, name, cache):
     if cache.rows is None:
         raise ValueError(f"{name}: the length of the cache's memory must be known, got shape {key.shape}")
     lengths = arrays.lengths(xp, name, "cache.lengths", cache.lengths, k[0], None if cache.rolls else cache.rows)
-    return cache._replace(key=key, value=value, lengths=lengths)
+    memory = key, value, *_checked_scales(xp, name, cache, key)
+    return cache.with_memory(memory, lengths=lengths)
+
+
+def _checked_scales(xp, name, cache, key):
+    """The scales of a cache in int8, or none."""
+    found = []
+    for what, x in zip(("cache.key_scale", "cache.value_scale"), cache.memory[2:]):
+        x = xp.as_tensor(name, what, x)
+        extents = xp.extents(x)
+        if extents is None or len(extents) != 3 or not arrays.compatible(extents, xp.extents(key)[:3]):
+            raise ValueError(
+                f"{name}: {what} must have the shape of the keys without their last axis, {arrays.shape_text(xp.extents(key))}, "
+                f"got {arrays.shape_text(extents)}"
+            )
+        if x.dtype != xp.float32 or key.dtype != xp.int8:
+            raise TypeError(
+                f"{name}: keys and values in int8 have scales in float32, got {key.dtype.name} and {what} in {x.dtype.name}"
+            )
+        found.append(x)
+    return found
 
 
 def checked_rows(xp, name, cache, k_new, v_new):
-    """The new rows in the cache's dtype; ``cache`` is a checked one."""
+    """The new rows as tensors; ``cache`` is a checked one."""
     if (k_new is None) != (v_new is None):
         raise ValueError(f"{name}: k_new and v_new come together, and {'k' if k_new is None else 'v'}_new is None")
     found = []
@@ -72,7 +94,7 @@ def checked_rows(xp, name, cache, k_new, v_new):
                 f"{name}: {what} must have shape ({', '.join(map(str, wanted))}) for this cache (layout {cache.layout}), "
                 f"got {arrays.shape_text(extents)}"
             )
-        found.append(x if x.dtype == of.dtype else xp.cast(x, of.dtype))
+        found.append(x)
     axis = _positions_axis(cache)
     k_rows, v_rows = (xp.extents(x)[axis] for x in found)
     if not arrays.compatible([k_rows], [v_rows]):
@@ -89,43 +111,44 @@ def planned(xp, name, cache, k_new, counts=None) -> Growth:
         _check_room(xp, name, cache, new, counts)
     elif not cache.rolls and isinstance(new, int) and counts is None and new > cache.rows:
         raise ValueError(f"{name}: {new} new rows do not fit a cache for {cache.rows}")
-    key, value = cache.key, cache.value
     before = cache.lengths
     after = before + (new if counts is None else counts)
     if not cache.rolls:
-        return Growth(key, value, None, None, before, after, counts)
+        return Growth(cache.memory, None, None, before, after, counts)
     first = _first(xp, cache, before)
     if isinstance(new, int) and new <= step(cache.window):
-        return Growth(key, value, first, _first(xp, cache, after), before, after, counts)
-    key, value = (xp.with_more_rows(x, axis, new) for x in (key, value))
-    return Growth(key, value, first, first, before, after, counts)
+        return Growth(cache.memory, first, _first(xp, cache, after), before, after, counts)
+    memory = tuple(xp.with_more_rows(x, axis, new) for x in cache.memory)
+    return Growth(memory, first, first, before, after, counts)
 
 
 def grown(xp, append, cache, plan, k_new, v_new):
-    """(key, value) of the ``plan`` with the new rows, and the cache afterwards; ``append`` is the framework's, of
+    """The memory of the ``plan`` with the new rows, and the cache afterwards; ``append`` is the framework's, of
     append.py."""
+    new = _as_kept(xp, cache, k_new, v_new)
     if not cache.rolls:
-        key, value, written = append(
-            cache, plan.key, plan.value, k_new, v_new, plan.before, plan.counts, None, cache.written
-        )
-        return key, value, cache._replace(key=key, value=value, lengths=plan.after, written=written)
+        memory, written = append(cache.layout, plan.memory, new, plan.before, plan.counts, None, cache.written)
+        return memory, cache.with_memory(memory, lengths=plan.after, written=written)
     at = plan.before - plan.first
-    if plan.key is cache.key:
-        key, value, written = append(
-            cache, plan.key, plan.value, k_new, v_new, at, plan.counts, plan.first_after - plan.first, cache.written
-        )
-        return key, value, cache._replace(key=key, value=value, lengths=plan.after, written=written)
-    key, value, _ = append(cache, plan.key, plan.value, k_new, v_new, at, plan.counts, None, None)
+    if plan.memory[0] is cache.key:
+        dropped = plan.first_after - plan.first
+        memory, written = append(cache.layout, plan.memory, new, at, plan.counts, dropped, cache.written)
+        return memory, cache.with_memory(memory, lengths=plan.after, written=written)
+    memory, _ = append(cache.layout, plan.memory, new, at, plan.counts, None, None)
     axis = _positions_axis(cache)
     kept = (_first(xp, cache, plan.after) - plan.first)[:, None] + xp.arange_like(cache.rows, at)
-    kept = xp.minimum(kept, xp.extent(key, axis) - 1)
-    cache = cache._replace(
-        key=xp.take_rows(key, kept, axis),
-        value=xp.take_rows(value, kept, axis),
-        lengths=plan.after,
-        written=None if cache.written is None else cache.written * 0 - 1,  # nobody's: the next one copies
-    )
-    return key, value, cache
+    kept = xp.minimum(kept, xp.extent(memory[0], axis) - 1)
+    written = None if cache.written is None else cache.written * 0 - 1  # nobody's: the next one copies
+    return memory, cache.with_memory([xp.take_rows(x, kept, axis) for x in memory], lengths=plan.after, written=written)
+
+
+def _as_kept(xp, cache, *new):
+    """The new rows in the cache's dtype; those of a cache in int8 in one that is rounded to it."""
+    dtype = cache.key.dtype
+    if dtype == xp.int8:
+        k, v = (x.dtype for x in new)
+        dtype = k if k == v and k != xp.float64 else xp.float32
+    return [x if x.dtype == dtype else xp.cast(x, dtype) for x in new]
 
 
 def first_kept(xp, cache):

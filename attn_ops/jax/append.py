@@ -7,6 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from attn_ops.call import pages as paged
+from attn_ops.call.attention_call import canonical
+from attn_ops.generation import int8
 from attn_ops.jax import xp
 
 
@@ -19,61 +22,82 @@ def append_to_cache(cache, k_new, v_new, positions):
     return cache.at[batch, jnp.arange(2)[:, None], at[:, None]].set(new, mode="drop")
 
 
-def append(cache, key, value, k_new, v_new, positions, counts, dropped, written):
-    """(key, value, None) with the new rows from ``positions`` on, int32 [batch].
+def append(layout, memory, new, positions, counts, dropped, written):
+    """(memory, None) with the new rows from ``positions`` on, int32 [batch].
 
-    ``cache`` has their layout. ``counts`` and ``dropped`` are int32 [batch] or None: how many of the new rows there
-    are, and how many of the oldest make way, by which all others and ``positions`` move.
+    ``memory`` is the `KVCache.memory` of a cache in ``layout``, and ``new`` keys and values for it: of its dtype, or floats
+    that int8 rounds. ``counts`` and ``dropped`` are int32 [batch] or None: how many of the new rows there are, and how many
+    of the oldest make way, by which all others and ``positions`` move.
     """
     del written  # arrays of JAX are taken over whole
-    arrays = key, value, k_new, v_new, positions, counts, dropped
-    if any(isinstance(x, jax.core.Tracer) for x in arrays):
-        return (*_appended(cache.layout, *arrays), None)
-    if key.is_deleted() or value.is_deleted():
+    memory, new = tuple(memory), tuple(new)
+    arguments = memory, new, positions, counts, dropped
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments)):
+        return _appended(layout, *arguments), None
+    if any(x.is_deleted() for x in memory):
         raise ValueError(
             "KVCache: this cache was taken over by an earlier update; go on with the one that returned, or copy() it first"
         )
-    return (*_donated(cache.layout, *arrays), None)
+    return _donated(layout, *arguments), None
+
+
+def append_to_pages(pages, k_new, v_new, table, positions, counts, layout, in_place):
+    """`attn_ops.tensorflow.append.append_to_pages` on JAX arrays. ``in_place`` counts outside of functions: there the
+    arrays of ``pages`` are taken over, and deleted."""
+    arrays = *pages, k_new, v_new, table, positions, counts
+    traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
+    return (_donated_pages if in_place and not traced else _appended_to_pages)(layout, *arrays)
 
 
 def empty(name, key_shape, value_shape, dtype):
     """The fields of an empty cache of these shapes."""
+    key, value, *scales = zeros(name, key_shape, value_shape, dtype)
+    return key, value, jnp.zeros(key_shape[:1], "int32"), None, *scales
+
+
+def zeros(name, key_shape, value_shape, dtype):
+    """Keys and values of zeros, and in int8 their scales."""
     try:
         dtype = jnp.dtype(getattr(dtype, "as_numpy_dtype", dtype))
     except TypeError as error:
-        raise ValueError(f"{name}: dtype must be a floating one, got {dtype!r}") from error
-    if dtype not in xp.FLOATS:
-        raise ValueError(f"{name}: dtype must be float16, bfloat16, float32 or float64, got {dtype.name}")
-    return jnp.zeros(key_shape, dtype), jnp.zeros(value_shape, dtype), jnp.zeros(key_shape[:1], "int32"), None
+        raise ValueError(f"{name}: dtype must be a floating one or int8, got {dtype!r}") from error
+    if dtype not in xp.FLOATS and dtype != xp.int8:
+        raise ValueError(f"{name}: dtype must be float16, bfloat16, float32, float64 or int8, got {dtype.name}")
+    shapes = key_shape, value_shape
+    scales = [jnp.zeros(shape[:3], "float32") for shape in shapes] if dtype == xp.int8 else []
+    return *(jnp.zeros(shape, dtype) for shape in shapes), *scales
 
 
 def copied(cache):
     """``cache`` in memory of its own."""
-    return cache._replace(key=jnp.array(cache.key, copy=True), value=jnp.array(cache.value, copy=True))
+    return cache.with_memory([jnp.array(x, copy=True) for x in cache.memory])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _appended(layout, key, value, k_new, v_new, positions, counts, dropped):
+def _appended(layout, memory, new, positions, counts, dropped):
     axis = 1 if layout == "BSHD" else 2
-    rows, new = key.shape[axis], k_new.shape[axis]
+    rows, added = memory[0].shape[axis], new[0].shape[axis]
+    if len(memory) == 4:
+        (k, k_scale), (v, v_scale) = (int8.quantized(xp, x) for x in new)
+        new = k, v, k_scale, v_scale
     if dropped is not None:
-        def move(key, value):
+        def move(*memory):
             kept = jnp.minimum(jnp.arange(rows)[None] + dropped[:, None], rows - 1)
-            return tuple(xp.take_rows(x, kept, axis) for x in (key, value))
+            return tuple(xp.take_rows(x, kept, axis) for x in memory)
 
-        key, value = jax.lax.cond(jnp.any(dropped > 0), move, lambda *x: x, key, value)
+        memory = jax.lax.cond(jnp.any(dropped > 0), move, lambda *x: x, *memory)
         positions = positions - dropped
-    at = positions[:, None] + jnp.arange(new)
+    at = positions[:, None] + jnp.arange(added)
     if counts is not None:
-        at = jnp.where(jnp.arange(new) < counts[:, None], at, rows)  # where nothing is
-    batch = jnp.arange(key.shape[0])[:, None]
+        at = jnp.where(jnp.arange(added) < counts[:, None], at, rows)  # where nothing is
+    batch = jnp.arange(memory[0].shape[0])[:, None]
 
     def written(old, new):
         if layout == "BSHD":
             return old.at[batch, at].set(new, mode="drop")
-        return old.at[batch, :, at].set(new.transpose(0, 2, 1, 3), mode="drop")
+        return old.at[batch, :, at].set(new.swapaxes(1, 2), mode="drop")
 
-    return written(key, k_new), written(value, v_new)
+    return tuple(map(written, memory, new))
 
 
 @_appended.defjvp
@@ -84,4 +108,20 @@ def _no_derivative(layout, primals, tangents):
     )
 
 
-_donated = jax.jit(_appended, static_argnums=0, donate_argnums=(1, 2))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _appended_to_pages(layout, keys, values, k_new, v_new, table, positions, counts):
+    total, _, size, _ = canonical(keys.shape, layout)
+    rows = k_new.shape[1 if layout == "BSHD" else 2]
+    page, row = paged.slots(xp, table, positions, counts, rows, size, total)
+
+    def written(old, new):
+        if layout == "BSHD":
+            return old.at[page, row].set(new, mode="drop")
+        return old.at[page, :, row].set(new.transpose(0, 2, 1, 3), mode="drop")
+
+    return written(keys, k_new), written(values, v_new)
+
+
+_appended_to_pages.defjvp(_no_derivative)
+_donated_pages = jax.jit(_appended_to_pages, static_argnums=0, donate_argnums=(1, 2))
+_donated = jax.jit(_appended, static_argnums=0, donate_argnums=1)

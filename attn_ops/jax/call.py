@@ -27,7 +27,9 @@ class Arrays(typing.NamedTuple):
     alibi_slopes: jax.Array | None = None
     relative_bias: jax.Array | None = None
     sinks: jax.Array | None = None
-
+    block_table: jax.Array | None = None
+    key_scales: jax.Array | None = None
+    value_scales: jax.Array | None = None
 
     def differentiable(self) -> tuple[str, ...]:
         """The names of those that have a gradient, in the order of the kernels."""

@@ -21,8 +21,10 @@ import operator
 import jax
 import jax.numpy as jnp
 
+from attn_ops.call import pages
 from attn_ops.call.attention_call import canonical
-from attn_ops.jax import philox
+from attn_ops.generation import int8
+from attn_ops.jax import philox, xp
 from attn_ops.jax.call import Arrays, Options, accumulator
 from attn_ops.masks import key_range
 
@@ -45,6 +47,7 @@ def with_statistics(options: Options, arrays: Arrays, chunk_rows: int | None = N
     ``chunk_rows`` is how many query rows to take at a time; None for all, unless that is more than `UNCHUNKED_SCORES`
     scores. Extents that `jax.export` leaves open, or Keras for a batch of any size, are taken in one piece.
     """
+    arrays = pages.gathered(xp, int8.dequantized(xp, arrays), options.layout)
     batch, num_heads, seqlen_q, _ = canonical(arrays.query.shape, options.layout)
     seqlen_k = canonical(arrays.key.shape, options.layout)[2]
     if chunk_rows is None:

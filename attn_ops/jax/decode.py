@@ -47,11 +47,14 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
     rotary, is_causal = given.pop("rotary", None), given.pop("is_causal", True)
     q = xp.as_tensor(name, "q", q)
     decoding = decode.prepared(xp, name, q, cache, k_new, v_new, rotary, is_causal, **given)
-    call = normalize(xp, name, decoding.query, decoding.key, decoding.value, **decoding.options, return_lse=return_lse)
+    key, value, *scales = decoding.memory
+    call = normalize(
+        xp, name, decoding.query, key, value, scales=scales, of_cache=True, **decoding.options, return_lse=return_lse
+    )
     chosen = choice.choose(name, implementation)
     # Only what nothing speaks against changes the cache.
-    key, value, cache = decoding.grown(xp, append.append)
-    out, lse = run.attention(name, call._replace(key=key, value=value), chosen, forced=implementation is not None)
+    memory, cache = decoding.grown(xp, append.append)
+    out, lse = run.attention(name, decode.with_memory(call, memory), chosen, forced=implementation is not None)
     out = out if out.dtype == q.dtype else out.astype(q.dtype)
     return (out, lse, cache) if return_lse else (out, cache)
 

@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from attn_ops.call.attention_call import NO_GRADIENT
 from attn_ops.jax import composite, forms
 from attn_ops.jax.call import Arrays, Options
 
@@ -38,6 +39,8 @@ def _attention_forward(forced, options, primals):
 
 def _attention_backward(forced, options, residuals, cotangents):
     arrays, out, statistics, wanted = residuals
+    if arrays.block_table is not None:
+        raise NotImplementedError(NO_GRADIENT)
     d_out, d_lse, _ = cotangents
     if isinstance(d_out, jax.custom_derivatives.SymbolicZero):
         d_out = jnp.zeros_like(out)

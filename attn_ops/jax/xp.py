@@ -144,14 +144,42 @@ def bitcast_int32(x):
 
 
 # For caches.
+def is_tracing():
+    """Whether what is done here becomes a part of a function."""
+    return isinstance(jax.lax.add(0, 0), jax.core.Tracer)
+
+
 minimum, maximum = jnp.minimum, jnp.maximum
+int8 = np.dtype("int8")
+where, zeros_like, ones_like, absolute, rounded = jnp.where, jnp.zeros_like, jnp.ones_like, jnp.abs, jnp.round
 
 
 def with_more_rows(x, axis, count):
-    """``x`` with so many rows of zeros behind those along ``axis``, of rank 4."""
-    return jnp.pad(x, [(0, count if i == axis else 0) for i in range(4)])
+    """``x`` with so many rows of zeros behind those along ``axis``."""
+    return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])
+
+
+def take_entries(x, indices):
+    """The entries ``indices`` of ``x`` along the first axis."""
+    return jnp.take(x, indices, axis=0, mode="clip")
+
+
+def take_along(x, indices):
+    """x[b, indices[b, i]] of ``x`` [batch, n]."""
+    return jnp.take_along_axis(x, indices, 1, mode="clip")
 
 
 def take_rows(x, indices, axis):
     """The rows ``indices`` [batch, n] of ``x`` along ``axis``, of each batch entry its own."""
-    return jnp.take_along_axis(x, jnp.expand_dims(indices, (2, 3) if axis == 1 else (1, 3)), axis, mode="clip")
+    others = tuple(i for i in range(1, x.ndim) if i != axis)
+    return jnp.take_along_axis(x, jnp.expand_dims(indices, others), axis, mode="clip")
+
+
+def highest(x):
+    """The largest element along the last axis, which stays."""
+    return jnp.max(x, -1, keepdims=True)
+
+
+def all_finite(x):
+    """Whether all elements along the last axis, which stays, are finite."""
+    return jnp.all(jnp.isfinite(x), -1, keepdims=True)

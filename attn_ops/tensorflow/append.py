@@ -1,6 +1,7 @@
-"""New rows in the memory of a cache: by the operator AttnOps>AppendToCache on CPUs, by scatters elsewhere.
+"""New rows in the memory of a cache: by the operators AttnOps>AppendToCache and AttnOps>AppendToInt8Cache on CPUs, by
+scatters elsewhere.
 
-The operator is registered by csrc/bindings/tf_append.h, which says when it writes in place. XLA and GPUs do so as well,
+The operators are registered by csrc/bindings/tf_append.h, which says when they write in place. XLA and GPUs do so as well,
 in loops and where arguments are donated.
 """
 
@@ -9,7 +10,10 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops import kernels
-from attn_ops.tensorflow import export, gpu, place, runtime_checks
+from attn_ops.call import pages as paged
+from attn_ops.call.attention_call import canonical
+from attn_ops.generation import int8
+from attn_ops.tensorflow import export, gpu, place, runtime_checks, xp
 from attn_ops.tensorflow.forms import graph
 
 
@@ -46,51 +50,99 @@ def append_to_cache(cache, k_new, v_new, positions):
     return _on_its_device(native, scattered)[0]
 
 
-def append(cache, key, value, k_new, v_new, positions, counts, dropped, written):
-    """(key, value, written) with the new rows from ``positions`` on, int32 [batch].
+def append(layout, memory, new, positions, counts, dropped, written):
+    """(memory, written) with the new rows from ``positions`` on, int32 [batch].
 
-    ``cache`` has their layout. ``counts`` and ``dropped`` are int32 [batch] or None: how many of the new rows there
-    are, and how many of the oldest make way, by which all others and ``positions`` move. ``written`` may be None.
+    ``memory`` is the `KVCache.memory` of a cache in ``layout``, and ``new`` keys and values for it: of its dtype, or floats
+    that int8 rounds. ``counts`` and ``dropped`` are int32 [batch] or None: how many of the new rows there are, and how many
+    of the oldest make way, by which all others and ``positions`` move. ``written`` may be None.
     """
-    layout = cache.layout
 
     def scattered():
-        keys, values = key, value
-        at = positions
+        arrays, at, rows = memory, positions, new
+        if len(memory) == 4:
+            (k, k_scale), (v, v_scale) = (int8.quantized(xp, x) for x in new)
+            rows = k, v, k_scale, v_scale
         if dropped is not None:
-            keys, values = _moved_up(keys, values, dropped, layout)
+            arrays = _moved_up(arrays, dropped, layout)
             at = at - dropped
-        rows = _scattered([(k_new, keys), (v_new, values)], at, counts, axis=1 if layout == "BSHD" else 2)
+        grown = _scattered(list(zip(rows, arrays)), at, counts, axis=1 if layout == "BSHD" else 2)
         # Nobody's lengths: in the memory of these others are at work.
-        return (*rows, *([] if written is None else [written * 0 - 1]))
+        return (*grown, *([] if written is None else [written * 0 - 1]))
 
     def native():
-        grown, marks = _operator([key, value], k_new, v_new, positions, counts, dropped, written, layout)
-        for x, like in zip((*grown, *marks), (key, value, written)):
+        grown, marks = _operator(memory, *new, positions, counts, dropped, written, layout)
+        for x, like in zip((*grown, *marks), (*memory, written)):
             x.set_shape(like.shape)
         return (*grown, *marks)
 
-    key, value, *marks = _on_its_device(native, scattered)
-    return key, value, marks[0] if marks else None
+    found = _on_its_device(native, scattered)
+    count = len(memory)
+    return tuple(found[:count]), found[count] if written is not None else None
+
+
+def append_to_pages(pages, k_new, v_new, table, positions, counts, layout, in_place):
+    """(keys, values) of ``pages``, a pair of them, with the new rows where ``table`` says.
+
+    Args:
+        k_new, v_new: [batch, rows, num_kv_heads, dim] in ``layout``, of the dtype of the pages.
+        table: int32 [batch, pages].
+        positions, counts: int32 [batch]: where the first of the new rows goes, and how many there are; None: all.
+        in_place: whether the operator writes into the memory of ``pages``, whoever else looks at it. False: where this
+            is the last use of that.
+    """
+
+    def scattered():
+        total, _, size, _ = canonical(runtime_checks.extents(pages[0]), layout)
+        rows = runtime_checks.extents(k_new)[1 if layout == "BSHD" else 2]
+        page, row = paged.slots(xp, table, positions, counts, rows, size, total)
+        kept = None if place.in_xla() else page < total  # XLA leaves out what goes nowhere, others refuse it
+        return tuple(_scattered_to_pages(*x, page, row, kept, layout) for x in zip(pages, (k_new, v_new)))
+
+    def native():
+        grown = kernels.library().attn_ops_append_to_pages(
+            *pages, k_new, v_new, table, positions, [] if counts is None else [counts], layout=layout, in_place=in_place
+        )
+        return tuple(grown)
+
+    return _on_its_device(native, scattered)
+
+
+def _scattered_to_pages(old, new, page, row, kept, layout):
+    """Pages with the rows ``new``, of which those ``kept`` (None: all) go to the ``row`` of their ``page``."""
+    at = tf.stack([page, row], -1)  # [batch, rows, 2]
+    if layout == "BHSD":
+        new = tf.transpose(new, [0, 2, 1, 3])
+        old = tf.transpose(old, [0, 2, 1, 3])
+    if kept is not None:
+        at, new = (tf.boolean_mask(x, kept) for x in (at, new))
+    grown = tf.tensor_scatter_nd_update(old, at, new)
+    return grown if layout == "BSHD" else tf.transpose(grown, [0, 2, 1, 3])
 
 
 def empty(name, key_shape, value_shape, dtype):
     """The fields of an empty cache of these shapes."""
+    key, value, *scales = zeros(name, key_shape, value_shape, dtype)
+    return key, value, tf.zeros(key_shape[:1], tf.int32), _new(key_shape[:1], tf.int32), *scales
+
+
+def zeros(name, key_shape, value_shape, dtype):
+    """Keys and values of zeros, and in int8 their scales, in memory of their own."""
     try:
         dtype = tf.as_dtype(dtype)
     except TypeError as error:
-        raise ValueError(f"{name}: dtype must be a floating one, got {dtype!r}") from error
-    if dtype not in (tf.float16, tf.bfloat16, tf.float32, tf.float64):
-        raise ValueError(f"{name}: dtype must be float16, bfloat16, float32 or float64, got {dtype.name}")
-    key, value = (_new(shape, dtype) for shape in (key_shape, value_shape))
-    return key, value, tf.zeros(key_shape[:1], tf.int32), _new(key_shape[:1], tf.int32)
+        raise ValueError(f"{name}: dtype must be a floating one or int8, got {dtype!r}") from error
+    if dtype not in (tf.float16, tf.bfloat16, tf.float32, tf.float64, tf.int8):
+        raise ValueError(f"{name}: dtype must be float16, bfloat16, float32, float64 or int8, got {dtype.name}")
+    shapes = key_shape, value_shape
+    scales = [_new(shape[:3], tf.float32) for shape in shapes] if dtype == tf.int8 else []
+    return *(_new(shape, dtype) for shape in shapes), *scales
 
 
 def copied(cache):
     """``cache`` in memory of its own."""
-    key, value = (_new(tf.shape(x), x.dtype) + x for x in (cache.key, cache.value))
     written = _new(tf.shape(cache.lengths), tf.int32) - 1
-    return cache._replace(key=key, value=value, written=written)
+    return cache.with_memory([_new(tf.shape(x), x.dtype) + x for x in cache.memory], written=written)
 
 
 def _new(shape, dtype):
@@ -116,8 +168,12 @@ def _on_its_device(native, scattered):
 
 
 def _operator(caches, k_new, v_new, positions, counts, dropped, written, layout):
+    library = kernels.library()
     optional = ([] if x is None else [x] for x in (counts, dropped, written))
-    return kernels.library().attn_ops_append_to_cache(caches, k_new, v_new, positions, *optional, layout=layout)
+    if len(caches) == 4:
+        *grown, marks = library.attn_ops_append_to_int8_cache(*caches, k_new, v_new, positions, *optional, layout=layout)
+        return grown, marks
+    return library.attn_ops_append_to_cache(list(caches), k_new, v_new, positions, *optional, layout=layout)
 
 
 def _scattered(pairs, positions, counts, axis):
@@ -150,19 +206,20 @@ def _scattered(pairs, positions, counts, axis):
     return [tf.tensor_scatter_nd_update(old, indices, new) for new, old in pairs]
 
 
-def _moved_up(key, value, dropped, layout):
-    """Both without their first ``dropped`` rows, and as many at the end that have no meaning."""
+def _moved_up(memory, dropped, layout):
+    """The arrays without their first ``dropped`` rows, and as many at the end that have no meaning."""
     axis = 1 if layout == "BSHD" else 2
 
     def move():
-        last = tf.shape(key)[axis] - 1
+        last = tf.shape(memory[0])[axis] - 1
         rows = tf.minimum(tf.range(last + 1)[None] + dropped[:, None], last)
-        return tuple(tf.gather(x, rows, axis=axis, batch_dims=1) for x in (key, value))
+        return tuple(tf.gather(x, rows, axis=axis, batch_dims=1) for x in memory)
 
-    return tf.cond(tf.reduce_any(dropped > 0), move, lambda: (key, value))
+    return tf.cond(tf.reduce_any(dropped > 0), move, lambda: tuple(memory))
 
 
 @tf.RegisterGradient("AttnOps>AppendToCache")
+@tf.RegisterGradient("AttnOps>AppendToInt8Cache")
 def _no_gradient(op, *_):
     raise NotImplementedError(
         "attn_ops: a KVCache is for generation, and has no gradient: train with scaled_dot_product_attention, or with the "

@@ -17,9 +17,11 @@ import math
 
 import tensorflow as tf
 
-from attn_ops.tensorflow import dynamic_sizes, place, rows
+from attn_ops.call import pages
+from attn_ops.generation import int8
+from attn_ops.tensorflow import dynamic_sizes, place, rows, xp
 from attn_ops.tensorflow.as_written import as_written
-from attn_ops.tensorflow.runtime_checks import at_least_1, checked, extents
+from attn_ops.tensorflow.runtime_checks import at_least_1, checked, checked_pages, extents
 
 # Scores that query_chunk="auto" computes in one piece, and the scores of a chunk when there are more.
 UNCHUNKED_SCORES = 2**24
@@ -48,6 +50,7 @@ def attention(call, query_chunk="auto", in_xla=False, exporting=False):
     """
     if query_chunk not in (None, "auto") and (not isinstance(query_chunk, int) or query_chunk < 1):
         raise ValueError(f"composite.attention: query_chunk must be None, 'auto' or at least 1, got {query_chunk!r}")
+    call = pages.gathered(xp, int8.dequantized(xp, checked_pages(call)))
     room = _room(call, in_xla)
     if room is not None:
         out, lse = _attention(room.call, query_chunk, exporting)

@@ -28,8 +28,8 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
     rows (see `attn_ops.KVCache`). Works eagerly, in `tf.function`, `tf.while_loop` and XLA. Forward only.
 
     Args:
-        q: floating [batch, rows, num_heads, head_dim], in the layout of the cache. The attention runs in the dtype of
-            the cache; the output has that of q.
+        q: floating [batch, rows, num_heads, head_dim], in the layout of the cache. The output has its dtype, and so
+            has the attention, whatever that of the cache is (see `KVCache.create`).
         cache: an `attn_ops.KVCache`. The axis of keys, of a ``bias`` or ``mask``, is the cache's: [..., max_length].
         k_new, v_new: floating [batch, rows, num_kv_heads, head_dim] and [..., value_dim], as many rows as q, cast to
             the dtype of the cache. None: the rows of q are the last ones that the cache has already (or, with
@@ -58,13 +58,16 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
     rotary, is_causal = given.pop("rotary", None), given.pop("is_causal", True)
     q = xp.as_tensor(name, "q", q)
     decoding = decode.prepared(xp, name, q, cache, k_new, v_new, rotary, is_causal, **given)
-    call = normalize(xp, name, decoding.query, decoding.key, decoding.value, **decoding.options, return_lse=return_lse)
+    key, value, *scales = decoding.memory
+    call = normalize(
+        xp, name, decoding.query, key, value, scales=scales, of_cache=True, **decoding.options, return_lse=return_lse
+    )
     chosen = choice.choose(name, call, implementation)
     choice.calls[chosen] += 1
 
     def run():  # only what nothing speaks against changes the cache
-        key, value, cache = decoding.grown(xp, append.append)
-        out, lse = attention.RUN[chosen](call._replace(key=key, value=value))
+        memory, cache = decoding.grown(xp, append.append)
+        out, lse = attention.RUN[chosen](decode.with_memory(call, memory))
         out = out if out.dtype == q.dtype else tf.cast(out, q.dtype)
         return (out, lse, cache) if return_lse else (out, cache)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops import kernels
-from attn_ops.call.attention_call import AttentionCall, attributes, optional_inputs
+from attn_ops.call.attention_call import NO_GRADIENT, AttentionCall, attributes, optional_inputs
 from attn_ops.tensorflow import composite, place
 
 # For the names of all attributes and of all counts of optional inputs.
@@ -30,6 +30,8 @@ def differentiable(form, call: AttentionCall):
         kept = _unwatched_tensors(out, statistics)
 
         def gradient(d_out, d_lse=None):
+            if own.reads_cache():
+                raise NotImplementedError(NO_GRADIENT)
             return _gradients(form, own, *kept, d_out, d_lse)
 
         return ((out, lse) if call.return_lse else out), gradient
@@ -141,6 +143,11 @@ def _forward_gradient(op, d_out, _, *d_lse):
     )
     others = _of_inputs(lists, [d for gradients in others for d in gradients])
     return [d_query, d_key, d_value] + [None if at in unwanted else d for at, d in enumerate(others, 3)]
+
+
+@tf.RegisterGradient("AttnOps>Decode")
+def _no_gradient(op, *_):
+    raise NotImplementedError(NO_GRADIENT)
 
 
 @tf.RegisterGradient("AttnOps>Backward")

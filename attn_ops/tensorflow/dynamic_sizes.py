@@ -24,6 +24,8 @@ _BY_KEY = {0: _BATCH, 1: _KEYS}
 
 def any_unknown(call: AttentionCall) -> bool:
     """Whether the batch, the query rows or the keys of a tensor of ``call`` are unknown."""
+    if call.block_table is not None and None in [*call.block_table.shape, *call.key.shape]:
+        return True
     return any(x.shape[axis] is None for x, axes in _full(call) + _broadcasting(call) for axis in axes)
 
 
@@ -58,6 +60,8 @@ class Room:
             blocks=None if call.blocks is None else self._blocks(call),
             query_offset=None if call.query_offset is None else self._positions(call.query_offset),
             alibi_slopes=None if call.alibi_slopes is None else self._broadcasting(call.alibi_slopes, _LENGTHS),
+            key_scales=None if call.key_scales is None else self._widened(call.key_scales, keys),
+            value_scales=None if call.value_scales is None else self._widened(call.value_scales, keys),
         )
 
     def like_out(self, x):
@@ -148,10 +152,12 @@ def _input_axes(layout):
 
 
 def _full(call):
-    """The tensors of ``call`` that do not broadcast, query and key first, and their axes."""
+    """The tensors of ``call`` that do not broadcast, query and key first, and their axes; pages have others."""
     rows, keys = _input_axes(call.layout)
     lengths = [(x, _LENGTHS) for x in (call.query_lengths, call.key_lengths) if x is not None]
-    return [(call.query, rows), (call.key, keys), (call.value, keys), *lengths]
+    by_key = [call.key, call.value, *(x for x in (call.key_scales, call.value_scales) if x is not None)]
+    by_key = [(x, keys) for x in by_key if call.block_table is None]
+    return [(call.query, rows), *by_key, *lengths]
 
 
 def _broadcasting(call):

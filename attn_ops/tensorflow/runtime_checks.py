@@ -22,6 +22,21 @@ def checked(call):
         return call.map_tensors(tf.identity)
 
 
+def checked_pages(call):
+    """`call`, with a table of pages, if it has one, that waits for the check of its entries."""
+    if call.block_table is None or tf.executing_eagerly():
+        return call
+    table = call.block_table
+    total, _, size, _ = canonical_extents(call.key, call.layout)
+    wrong = (table < 0) | (table >= total)
+    if call.key_lengths is not None:
+        wrong &= (tf.range(tf.shape(table)[1]) * size)[None] < call.key_lengths[:, None]
+    rule = f"{_NAME}: entries of block_table that a length reaches must be pages, from 0 to their number without it"
+    legal = tf.debugging.Assert(~tf.reduce_any(wrong), [rule, total, "got", table])
+    with tf.control_dependencies([legal]):
+        return call._replace(block_table=tf.identity(table))
+
+
 def extents(x):
     """The shape as a list: integers where known and int32 scalars elsewhere."""
     known = x.shape.as_list()

@@ -137,14 +137,41 @@ def bitcast_int32(x):
 
 
 # For caches.
+def is_tracing():
+    """Whether what is done here becomes a part of a function."""
+    return not tf.executing_eagerly()
+
+
 minimum, maximum = tf.minimum, tf.maximum
+int8 = tf.int8
+where, zeros_like, ones_like, absolute, rounded = tf.where, tf.zeros_like, tf.ones_like, tf.abs, tf.round
 
 
 def with_more_rows(x, axis, count):
-    """``x`` with so many rows of zeros behind those along ``axis``, of rank 4."""
-    return tf.pad(x, [[0, count if i == axis else 0] for i in range(4)])
+    """``x`` with so many rows of zeros behind those along ``axis``."""
+    return tf.pad(x, [[0, count if i == axis else 0] for i in range(x.shape.rank)])
+
+
+def take_entries(x, indices):
+    """The entries ``indices`` of ``x`` along the first axis."""
+    return tf.gather(x, indices)
+
+
+def take_along(x, indices):
+    """x[b, indices[b, i]] of ``x`` [batch, n]."""
+    return tf.gather(x, indices, batch_dims=1)
 
 
 def take_rows(x, indices, axis):
     """The rows ``indices`` [batch, n] of ``x`` along ``axis``, of each batch entry its own."""
     return tf.gather(x, indices, axis=axis, batch_dims=1)
+
+
+def highest(x):
+    """The largest element along the last axis, which stays."""
+    return tf.reduce_max(x, -1, keepdims=True)
+
+
+def all_finite(x):
+    """Whether all elements along the last axis, which stays, are finite."""
+    return tf.reduce_all(tf.math.is_finite(x), -1, keepdims=True)

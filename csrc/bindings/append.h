@@ -2,7 +2,8 @@
 // binding's affair (tf_append.h).
 //
 // A cache is keys [batch, max_length, heads, dim] and values likewise (BSHD, or BHSD with heads before positions), or
-// both in one array [batch, 2, max_length, heads, dim] (KerasHub's).
+// both in one array [batch, 2, max_length, heads, dim] (KerasHub's). One in int8 has scales besides, float32 like keys and
+// values without their last axis, and new rows become integers where they are written (cpu/quantize.h).
 #pragma once
 
 #include <cstdint>
@@ -49,6 +50,11 @@ inline PositionRows position_rows(const Extents& shape, CacheLayout layout, int6
 struct Append {
   CacheLayout layout;
   PositionRows cache[2], added[2];  // keys, values
+  // Of int8 caches: their scales, and what their new rows are.
+  bool int8 = false;
+  PositionRows scales[2];
+  DType added_dtype = DType::kFloat32;
+  int64_t dim[2] = {0, 0};
   const int32_t* positions;         // [batch] or [1] (stride 0): of the first new row
   int64_t position_stride;
   const int32_t* counts = nullptr;   // [batch] or null: how many of the new rows are there
@@ -88,6 +94,13 @@ inline void check_append_shapes(const char* half, const Extents& cache, const Ex
   }
 }
 
+// Throws std::invalid_argument unless the scales of an int8 cache have its shape but for the last axis.
+inline void check_append_scales(const char* half, const Extents& cache, const Extents& scales) {
+  if (scales == Extents(cache.begin(), cache.end() - 1)) return;
+  throw std::invalid_argument(std::string(half) + "_scale must have the shape of the cache " + extents_text(cache) +
+                              " without its last axis, got " + extents_text(scales));
+}
+
 // Throws std::invalid_argument where a row would be written outside the cache; nothing has been written then.
 inline void check_append_positions(const Append& a) {
   const int64_t room = a.cache[0].length, most = a.added[0].length;
@@ -104,21 +117,38 @@ inline void check_append_positions(const Append& a) {
   }
 }
 
-// Rows before the first new one stay as they are in `data`, keys' or values' by `half`, unless some are dropped.
-inline void write_rows(const Append& a, int half, void* data, void* added_data) {
+// Lets the oldest rows of `rows` make way; then write(b, plane, to) gets the place of the first new row.
+template <class Write>
+void grow_rows(const Append& a, const PositionRows& rows, char* start, const Write& write) {
+  for (int64_t b = 0; b < rows.batch; ++b) {
+    const int64_t kept = a.position(b) - a.drop(b);
+    for (int64_t plane = 0; plane < rows.planes; ++plane) {
+      char* const row = rows.at(start, b, plane, 0);
+      if (a.drop(b) > 0 && kept > 0) std::memmove(row, row + a.drop(b) * rows.row_bytes, kept * rows.row_bytes);
+      if (a.count(b) > 0) write(b, plane, row + kept * rows.row_bytes);
+    }
+  }
+}
+
+// Rows before the first new one stay as they are in `data`, keys' or values' by `half`, unless some are dropped. `scales`
+// are those of int8 caches.
+inline void write_rows(const Append& a, int half, void* data, void* scales, void* added_data) {
   const PositionRows &cache = a.cache[half], &added = a.added[half];
   char* const start = static_cast<char*>(data) +
                       (a.layout == CacheLayout::kStacked ? half * cache.length * cache.row_bytes : 0);
-  for (int64_t b = 0; b < cache.batch; ++b) {
-    const int64_t kept = a.position(b) - a.drop(b);
-    for (int64_t plane = 0; plane < cache.planes; ++plane) {
-      char* const row = cache.at(start, b, plane, 0);
-      if (a.drop(b) > 0 && kept > 0) std::memmove(row, row + a.drop(b) * cache.row_bytes, kept * cache.row_bytes);
-      if (a.count(b) > 0) {
-        std::memcpy(row + kept * cache.row_bytes, added.at(added_data, b, plane, 0), a.count(b) * cache.row_bytes);
-      }
-    }
+  if (!a.int8) {
+    grow_rows(a, cache, start, [&](int64_t b, int64_t plane, char* to) {
+      std::memcpy(to, added.at(added_data, b, plane, 0), a.count(b) * cache.row_bytes);
+    });
+    return;
   }
+  grow_rows(a, cache, start, [](int64_t, int64_t, char*) {});
+  grow_rows(a, a.scales[half], static_cast<char*>(scales), [&](int64_t b, int64_t plane, char* to) {
+    char* const rows = cache.at(start, b, plane, a.position(b) - a.drop(b));
+    const int64_t vectors = a.dim[half] > 0 ? a.count(b) * cache.row_bytes / a.dim[half] : 0;
+    cpu::quantize(a.added_dtype, added.at(added_data, b, plane, 0), vectors, a.dim[half],
+                  reinterpret_cast<int8_t*>(rows), reinterpret_cast<float*>(to));
+  });
 }
 
 }  // namespace attn_ops

@@ -40,6 +40,8 @@ struct Call {
   Array key_begin, key_end, query_offset, query_ids, key_ids, blocks;
   int64_t block_q = 0, block_k = 0;
   Array slopes, relative_bias, sinks;
+  Array block_table;         // present: k and v are pages [pages, page_size, heads, dim] instead of a batch
+  Array k_scales, v_scales;  // of keys and values in int8
   bool has_soft_cap = false;
   double soft_cap = 0.0;
   Mask mask;
@@ -77,9 +79,12 @@ struct Sizes {
 inline int sequence_axis(Layout layout) { return layout == Layout::kBSHD ? 1 : 2; }
 inline int heads_axis(Layout layout) { return layout == Layout::kBSHD ? 2 : 1; }
 
+inline int64_t page_size(const Call& c) { return c.k.shape[sequence_axis(c.layout)]; }  // where k and v are pages
+
 inline Sizes sizes_of(const Call& c) {
   const int seq = sequence_axis(c.layout), heads = heads_axis(c.layout);
-  return {c.q.shape[0], c.q.shape[seq], c.k.shape[seq], c.q.shape[heads], c.k.shape[heads], c.q.shape[3], c.v.shape[3]};
+  const int64_t seqlen_k = c.block_table.present ? c.block_table.shape[1] * page_size(c) : c.k.shape[seq];
+  return {c.q.shape[0], c.q.shape[seq], seqlen_k, c.q.shape[heads], c.k.shape[heads], c.q.shape[3], c.v.shape[3]};
 }
 
 inline Shape4 contiguous_strides(const Shape4& shape) {
@@ -103,7 +108,15 @@ inline StridedView tensor_view(const Array& a, Layout layout) {
   return {a.data, a.dtype, {a.stride[0], a.stride[sequence_axis(layout)], a.stride[heads_axis(layout)], inner}};
 }
 
-// The same of a new contiguous array.
+// That of contiguous scales, [batch, seqlen, heads] in the layout, with a last axis of one element.
+inline StridedView scales_view(const Array& a, Layout layout) {
+  Array with_axis = a;
+  with_axis.shape[3] = 1;
+  with_axis.stride = contiguous_strides(with_axis.shape);
+  return tensor_view(with_axis, layout);
+}
+
+// The view of a new contiguous array.
 inline StridedView output_view(void* data, DType dtype, const Shape4& shape, Layout layout) {
   return tensor_view(contiguous_array("", data, dtype, 4, [&](int i) { return shape[i]; }), layout);
 }
@@ -172,6 +185,15 @@ inline AttentionParams to_params(const Call& c) {
   p.q = tensor_view(c.q, c.layout);
   p.k = tensor_view(c.k, c.layout);
   p.v = tensor_view(c.v, c.layout);
+  if (c.k_scales.present) {
+    p.k_scales = scales_view(c.k_scales, c.layout);
+    p.v_scales = scales_view(c.v_scales, c.layout);
+  }
+  if (c.block_table.present) {
+    p.block_table = integers(c.block_table);
+    p.block_table_stride = c.block_table.shape[1];
+    p.page_size = page_size(c);
+  }
   to_visibility(c, &p);
   to_scores(c, &p);
   p.dropout_rate = c.dropout_rate;

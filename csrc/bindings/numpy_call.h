@@ -24,11 +24,12 @@ template <class Exception>
 inline std::string to_string(const py::handle& object) { return py::cast<std::string>(py::str(object)); }
 
 inline DType dtype_named(const char* function, const char* argument, const std::string& type) {
-  for (DType known : {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16, DType::kBool}) {
+  for (DType known : {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16, DType::kBool,
+                      DType::kInt8}) {
     if (type == text(known)) return known;
   }
   fail<py::type_error>(function,
-                       std::string(argument) + " must hold float32, float64, float16, bfloat16 or bool, got " + type);
+                       std::string(argument) + " must hold float32, float64, float16, bfloat16, int8 or bool, got " + type);
 }
 
 // The keywords of one call, taken one by one; what is left at the end was not asked for.

@@ -1,5 +1,6 @@
-// A node of AttnOps>Forward or AttnOps>Backward, whoever runs it: its attributes, read and checked once, and the order
-// in which its arrays come. TensorFlow's kernel and XLA's custom call have the same attributes and the same order.
+// A node of AttnOps>Forward, AttnOps>Decode or AttnOps>Backward, whoever runs it: its attributes, read and checked once,
+// and the order in which its arrays come. TensorFlow's kernel and XLA's custom call have the same attributes and the same
+// order.
 #pragma once
 
 #include <locale.h>
@@ -15,12 +16,18 @@ namespace attn_ops {
 // What the elements of an array are for. Floats and bools carry their own dtype, which validate.h checks.
 enum class Element { kValue, kInteger, kSeed };  // kInteger: int32; kSeed: 64 bits
 
+// Decode is Forward with keys and values as caches keep them, in pages or in int8, and without a gradient. To TensorFlow
+// it is another operator, since those in saved graphs have the inputs that they had; custom calls have the attributes
+// that they announce, so that for XLA both are one.
+enum class Operator { kForward, kBackward, kDecode };
+
 class OpCall {
  public:
   // `attributes` has integer(name), string(name) and boolean(name), and each of them with what is said where there is
   // none: custom calls saved earlier lack what was added since. Throws std::invalid_argument.
   template <class Attributes>
-  OpCall(const Attributes& attributes, Place place, bool backward) {
+  OpCall(const Attributes& attributes, Place place, Operator which) {
+    const bool backward = which == Operator::kBackward;
     if (place == Place::kCpu && !cpu::isa_usable(cpu::default_isa())) {
       throw std::invalid_argument("the environment variable ATTN_OPS_ISA ('" + std::string(cpu::default_isa()) +
                                   "') must name an instruction set that is usable here");
@@ -41,6 +48,10 @@ class OpCall {
     num_slopes_ = count(attributes, "num_slopes", 1, 0);
     num_relative_bias_ = count(attributes, "num_relative_bias", 1, 0);
     num_sinks_ = count(attributes, "num_sinks", 1, 0);
+    if (which == Operator::kDecode) {
+      num_block_table_ = count(attributes, "num_block_table", 1, 0);
+      has_scales_ = pair(attributes, "num_scales");
+    }
     options_.block_q = attributes.integer("block_q", 0);
     options_.block_k = attributes.integer("block_k", 0);
     const std::string soft_cap = attributes.string("soft_cap", "");
@@ -101,6 +112,11 @@ class OpCall {
     if (num_slopes_) call.slopes = next("slopes", Element::kValue);
     if (num_relative_bias_) call.relative_bias = next("relative_bias", Element::kValue);
     if (num_sinks_) call.sinks = next("sinks", Element::kValue);
+    if (num_block_table_) call.block_table = next("block_table", Element::kInteger);
+    if (has_scales_) {
+      call.k_scales = next("k_scales", Element::kValue);
+      call.v_scales = next("v_scales", Element::kValue);
+    }
     const std::string reason = invalid_reason(call);
     if (!reason.empty()) throw std::invalid_argument(reason);
     return call;
@@ -164,7 +180,8 @@ class OpCall {
   Call options_;  // each execution adds the arrays
   int num_d_lse_, num_bias_, num_query_lengths_, num_key_lengths_, num_seed_;
   int num_query_offset_, num_blocks_, num_slopes_, num_relative_bias_, num_sinks_;
-  bool has_intervals_, has_segments_, halves_;
+  int num_block_table_ = 0;
+  bool has_intervals_, has_segments_, halves_, has_scales_ = false;
 };
 
 }  // namespace attn_ops

@@ -102,7 +102,16 @@ Call read(const char* function, const py::object& q, const py::object& k, const 
   call.has_seed = true;
   call.dropout_seed = keywords->word("dropout_seed");
   call.dropout_offset = keywords->word("dropout_offset");
-  require(function, invalid_reason(call));  // before lengths are measured against its sizes
+  if (const py::object table = keywords->take("block_table"); !table.is_none()) {
+    call.block_table = arrays->integers("block_table", table);
+  }
+  if (const py::object scales = keywords->take("k_scales"); !scales.is_none()) {
+    call.k_scales = arrays->contiguous("k_scales", scales);
+  }
+  if (const py::object scales = keywords->take("v_scales"); !scales.is_none()) {
+    call.v_scales = arrays->contiguous("v_scales", scales);
+  }
+  require(function, sizes_reason(call));  // before lengths are measured against them
 
   const Sizes n = sizes_of(call);
   if (const py::object lengths = keywords->take("query_lengths"); !lengths.is_none()) {
@@ -212,6 +221,24 @@ py::tuple backward(const py::object& q, const py::object& k, const py::object& v
   return py::make_tuple(made[0], made[1], made[2], d_bias, d_relative_bias, d_sinks);
 }
 
+py::tuple quantize(const py::object& rows, const py::kwargs& given) {
+  Keywords keywords("quantize", given);
+  Arrays arrays("quantize");
+  const Array x = arrays.contiguous("rows", rows);
+  if (accumulator_of(x.dtype) == DType::kFloat64 || x.dtype == DType::kBool || x.dtype == DType::kInt8) {
+    fail<py::value_error>("quantize", "rows must be float32, float16 or bfloat16, got " + text(x.dtype));
+  }
+  if (x.rank < 1 || x.rank > 4) fail<py::value_error>("quantize", "rows must have rank 1 to 4, got " + text(int64_t{x.rank}));
+  CpuDevice device("quantize", &keywords);
+  keywords.finish();
+  const std::vector<py::ssize_t> shape(x.shape.begin(), x.shape.begin() + x.rank);
+  py::array_t<int8_t> integers(shape);
+  py::array_t<float> scales(std::vector<py::ssize_t>(shape.begin(), shape.end() - 1));
+  cpu::quantize(x.dtype, x.data, scales.size(), shape.back(), integers.mutable_data(), scales.mutable_data(),
+                device.isa().c_str());
+  return py::make_tuple(integers, scales);
+}
+
 double probe(const py::object& what, const py::kwargs& given) {
   const std::map<std::string, cpu::Probe> kinds = {{"fma_float32", cpu::Probe::kFmaFloat32},
                                                    {"fma_float64", cpu::Probe::kFmaFloat64},
@@ -267,7 +294,7 @@ std::map<std::string, std::map<std::string, py::capsule>> xla_handlers() {
 constexpr const char* kForward = R"(
 forward(q, k, v, *, bias=None, masks=(), scale=None, window_left=-1, window_right=-1, bottom_right=False,
         query_lengths=None, key_lengths=None, dropout_rate=0.0, dropout_seed=0, dropout_offset=0, layout='BSHD',
-        isa=None, num_threads=0) -> (out, lse, statistics)
+        block_table=None, k_scales=None, v_scales=None, isa=None, num_threads=0) -> (out, lse, statistics)
 
 softmax(scale * q k^T + bias, masked) v, the log-sum-exp of the scores, and what backward needs of them.
 
@@ -277,6 +304,10 @@ float16 or ml_dtypes' bfloat16. Any strides, read in place.
 bias (their dtype or float32) and up to four bool masks (True: may be seen): [batch, num_heads, seqlen_q, seqlen_k], where any
 extent may be 1. window_left, window_right: keys seen before and after a query's own position, -1 for all; that
 position is the query's, or with bottom_right counted from the last key. query_lengths, key_lengths: [batch] integers.
+block_table: [batch, pages] integers, for forward alone: k and v are then pages [num_pages, page_size, num_kv_heads, dim],
+page_size a multiple of 16, of which each sequence has those that its row of the table names, as far as its length reaches.
+Beside a q that is not float64, forward takes k and v of another dtype than q's, both of float32, float16, bfloat16 or int8. int8
+ones need k_scales and v_scales, float32 like k without its last axis: what a row of them is to be multiplied with.
 scale: None is 1/sqrt(head_dim). isa: one of isas(). num_threads: 0 is all CPUs of this process.
 
 out is like q with value_dim for head_dim; lse: [batch, num_heads, seqlen_q] and statistics: [batch, num_heads, seqlen_q,
@@ -290,6 +321,15 @@ backward(q, k, v, out, statistics, d_out, *, d_lse=None, <keywords of forward>) 
 
 The gradients for d_out (like out) and d_lse (like lse; None is zero), given what forward returned for the same
 arguments. d_bias has the shape and dtype of bias, and is None without one.
+
+Raises ValueError or TypeError which names the rule and the values.)";
+
+constexpr const char* kQuantize = R"(
+quantize(rows, *, isa=None) -> (integers, scales)
+
+Rows as an int8 cache keeps them: float32, float16 or bfloat16 [..., dim] as int8 [..., dim] and what those are to be
+multiplied with, float32 [...]: the largest magnitude of a row, divided by 127. A row with a NaN or an infinity becomes
+zeros with a scale of NaN; one whose scale would be below 2^-100, zeros with a scale of 0.
 
 Raises ValueError or TypeError which names the rule and the values.)";
 
@@ -319,6 +359,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("forward", forward, py::arg("q"), py::arg("k"), py::arg("v"), kForward);
   m.def("backward", backward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("statistics"),
         py::arg("d_out"), kBackward);
+  m.def("quantize", quantize, py::arg("rows"), kQuantize);
   m.def("xla_handlers", xla_handlers,
         "The custom calls for XLA by platform (\"Host\", \"CUDA\") and name, as capsules for "
         "jax.ffi.register_ffi_target.");

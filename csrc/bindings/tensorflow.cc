@@ -1,5 +1,6 @@
-// The operators AttnOps>Forward, AttnOps>Backward and AttnOps>AppendToCache for TensorFlow, through its C API: one binary for every
-// TensorFlow from 2.16 up. Exceptions stay inside this file; whoever calls in sees a status.
+// The operators AttnOps>Forward, AttnOps>Decode, AttnOps>Backward, AttnOps>AppendToCache and AttnOps>AppendToPages for
+// TensorFlow, through its C API: one binary for every TensorFlow from 2.16 up. Exceptions stay inside this file; whoever
+// calls in sees a status.
 #include "tensorflow/c/kernels.h"
 
 #include <link.h>
@@ -10,6 +11,7 @@
 
 #include "cuda_library.h"
 #include "tf_append.h"
+#include "tf_append_pages.h"
 #include "tf_capi.h"
 #include "tf_devices.h"
 #include "tf_hint.h"
@@ -19,20 +21,23 @@
 namespace attn_ops::tf {
 namespace {
 
-template <bool backward>
+template <Operator which>
 void infer_shapes(TF_ShapeInferenceContext* context, TF_Status* result) {
   guarded(
-      operator_name(backward),
+      operator_name(which),
       [&] {
         ShapeFunction shapes(context);
-        backward ? shapes.backward() : shapes.forward();
+        if (which == Operator::kBackward) shapes.backward();
+        else if (which == Operator::kDecode) shapes.decode();
+        else shapes.forward();
       },
       [&](TF_Status* status) { TF_SetStatus(result, TF_GetCode(status), TF_Message(status)); });
 }
 
-template <bool backward>
+template <Operator which>
 void register_operator() {
-  TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(operator_name(backward));
+  constexpr bool backward = which == Operator::kBackward, decode = which == Operator::kDecode;
+  TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(operator_name(which));
   for (const char* attribute :
        {"T: {float, double, half, bfloat16}", "Tlse: {float, double} = DT_FLOAT",
         "Tbias: {float, double, half, bfloat16} = DT_FLOAT", "Tterm: {float, double} = DT_FLOAT", "num_bias: int >= 0",
@@ -45,7 +50,15 @@ void register_operator() {
         "halves: bool = false"}) {
     TF_OpDefinitionBuilderAddAttr(op, attribute);
   }
-  for (const char* input : {"q: T", "k: T", "v: T"}) TF_OpDefinitionBuilderAddInput(op, input);
+  if (decode) {
+    for (const char* attribute : {"Tkv: {float, double, half, bfloat16, int8}", "num_block_table: int >= 0 = 0",
+                                  "num_scales: int >= 0 = 0"}) {
+      TF_OpDefinitionBuilderAddAttr(op, attribute);
+    }
+  }
+  for (const char* input : {"q: T", decode ? "k: Tkv" : "k: T", decode ? "v: Tkv" : "v: T"}) {
+    TF_OpDefinitionBuilderAddInput(op, input);
+  }
   if (backward) {
     TF_OpDefinitionBuilderAddAttr(op, "num_d_lse: int >= 0");
     TF_OpDefinitionBuilderAddAttr(op, "d_bias: bool = true");
@@ -60,6 +73,11 @@ void register_operator() {
         "slopes: num_slopes * Tterm", "relative_bias: num_relative_bias * Tterm", "sinks: num_sinks * Tterm"}) {
     TF_OpDefinitionBuilderAddInput(op, input);
   }
+  if (decode) {
+    for (const char* input : {"block_table: num_block_table * int32", "scales: num_scales * float"}) {
+      TF_OpDefinitionBuilderAddInput(op, input);
+    }
+  }
   if (backward) {
     for (const char* output : {"dq: T", "dk: T", "dv: T", "grad_bias: num_bias * Tbias",
                                "grad_relative_bias: num_relative_bias * Tterm", "grad_sinks: num_sinks * Tterm"}) {
@@ -71,20 +89,27 @@ void register_operator() {
       TF_OpDefinitionBuilderAddOutput(op, output);
     }
   }
-  TF_OpDefinitionBuilderSetShapeInferenceFunction(op, infer_shapes<backward>);
+  TF_OpDefinitionBuilderSetShapeInferenceFunction(op, infer_shapes<which>);
   Status status;
   TF_RegisterOpDefinition(op, status);
   status.check();
 }
 
 // On a GPU nothing that runs there may be registered without the library that does it: TensorFlow would put the
-// operator there all the same. float64 stays with the CPU.
-template <bool backward>
+// operator there all the same. float64 stays with the CPU, and so do caches in pages or int8.
+template <Operator which>
 void register_kernels() {
   for (TF_DataType type : {TF_FLOAT, TF_DOUBLE, TF_HALF, TF_BFLOAT16}) {
-    register_kernel<CpuDevice, backward>(type);
-    if (type != TF_DOUBLE && cuda_library_exists()) register_kernel<GpuDevice, backward>(type);
+    register_kernel<CpuDevice, which>(type);
+    if (which == Operator::kDecode || type == TF_DOUBLE || !cuda_library_exists()) continue;
+    register_kernel<GpuDevice, which>(type);
   }
+}
+
+template <Operator which>
+void register_attention() {
+  register_operator<which>();
+  register_kernels<which>();
 }
 
 // The path of another copy of this library in the process, or "". Two copies would register every kernel twice, and
@@ -119,11 +144,12 @@ __attribute__((constructor)) void register_operators() {
                    other.c_str());
       return;
     }
-    register_operator<false>();
-    register_operator<true>();
-    register_kernels<false>();
-    register_kernels<true>();
-    register_append();
+    register_attention<Operator::kForward>();
+    register_attention<Operator::kBackward>();
+    register_attention<Operator::kDecode>();
+    register_append<false>();
+    register_append<true>();
+    register_append_to_pages();
     register_hint();
   } catch (const std::exception& e) {
     std::fprintf(stderr, "attn_ops: the operators could not be registered: %s\n", e.what());

@@ -1,5 +1,5 @@
-// TensorFlow's kernels of AttnOps>Forward and AttnOps>Backward, the same for every device but for where they run
-// (tf_devices.h). Exceptions stay inside; TensorFlow sees a status.
+// TensorFlow's kernels of AttnOps>Forward, AttnOps>Decode and AttnOps>Backward, the same for every device but for where
+// they run (tf_devices.h). Exceptions stay inside; TensorFlow sees a status.
 #pragma once
 
 #include <string>
@@ -11,7 +11,11 @@
 
 namespace attn_ops::tf {
 
-constexpr const char* operator_name(bool backward) { return backward ? "AttnOps>Backward" : "AttnOps>Forward"; }
+constexpr const char* operator_name(Operator which) {
+  return which == Operator::kBackward ? "AttnOps>Backward"
+         : which == Operator::kDecode ? "AttnOps>Decode"
+                                      : "AttnOps>Forward";
+}
 
 // Calls `body`; what it throws is reported to `fail` as a status that starts with the name of the operator.
 template <class Body, class Fail>
@@ -42,6 +46,7 @@ inline DType dtype_of(TF_DataType type) {
     case TF_DOUBLE: return DType::kFloat64;
     case TF_HALF: return DType::kFloat16;
     case TF_BFLOAT16: return DType::kBFloat16;
+    case TF_INT8: return DType::kInt8;
     default: return DType::kBool;
   }
 }
@@ -68,7 +73,8 @@ class Inputs {
  private:
   Execution execution_;
   // q k v out statistics d_out d_lse bias masks lengths seed intervals offset segments blocks slopes relative sinks
-  Tensor tensors_[20 + kMaxMasks];
+  // table scales
+  Tensor tensors_[23 + kMaxMasks];
   int count_ = 0;
 };
 
@@ -99,7 +105,7 @@ class Results {
 template <class Device>
 class Kernel {
  public:
-  Kernel(const Attributes& attributes, bool backward) : node_(attributes, Device::kPlace, backward) {
+  Kernel(const Attributes& attributes, Operator which) : node_(attributes, Device::kPlace, which) {
     if (dtype_of(attributes.type("Tlse")) != accumulator_of(dtype_of(attributes.type("T")))) {
       throw std::invalid_argument("Tlse must be double when T is double, else float");
     }
@@ -117,19 +123,19 @@ class Kernel {
   OpCall node_;
 };
 
-template <class Device, bool backward>
+template <class Device, Operator which>
 void* create(TF_OpKernelConstruction* construction) {
   Kernel<Device>* kernel = nullptr;
   guarded(
-      operator_name(backward), [&] { kernel = new Kernel<Device>(Attributes(construction), backward); },
+      operator_name(which), [&] { kernel = new Kernel<Device>(Attributes(construction), which); },
       [&](TF_Status* status) { TF_OpKernelConstruction_Failure(construction, status); });
   return kernel;
 }
 
-template <class Device, bool backward>
+template <class Device, Operator which>
 void compute(void* kernel, TF_OpKernelContext* context) {
   guarded(
-      operator_name(backward), [&] { static_cast<Kernel<Device>*>(kernel)->compute(context); },
+      operator_name(which), [&] { static_cast<Kernel<Device>*>(kernel)->compute(context); },
       [&](TF_Status* status) { TF_OpKernelContext_Failure(context, status); });
 }
 
@@ -138,11 +144,11 @@ void destroy(void* kernel) {
   delete static_cast<Kernel<Device>*>(kernel);
 }
 
-template <class Device, bool backward>
+template <class Device, Operator which>
 void register_kernel(TF_DataType type) {
-  const char* name = operator_name(backward);
+  const char* name = operator_name(which);
   TF_KernelBuilder* kernel =
-      TF_NewKernelBuilder(name, Device::kType, create<Device, backward>, compute<Device, backward>, destroy<Device>);
+      TF_NewKernelBuilder(name, Device::kType, create<Device, which>, compute<Device, which>, destroy<Device>);
   Status status;
   TF_KernelBuilder_TypeConstraint(kernel, "T", type, status);
   status.check();

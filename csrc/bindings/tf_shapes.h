@@ -14,7 +14,17 @@ class ShapeFunction {
   void forward() {
     inference_.set_all_outputs_unknown();
     qkv();
+    same_batch();
     rest(3, false);
+    set_out(0);
+    set_rows();
+  }
+
+  // Where keys and values are pages, they have a number of pages for the batch; scales have rank 3.
+  void decode() {
+    inference_.set_all_outputs_unknown();
+    qkv();
+    rest(3, true);
     set_out(0);
     set_rows();
   }
@@ -22,6 +32,7 @@ class ShapeFunction {
   void backward() {
     inference_.set_all_outputs_unknown();
     qkv();
+    same_batch();
     const Array out = read(3, "out", 4, kTensor), d_out = read(5, "d_out", 4, kTensor);
     const Array statistics = read(4, "statistics", 4, "[batch, num_heads, seqlen_q, 2]");
     for (int axis = 0; axis < 4; ++axis) {
@@ -57,16 +68,18 @@ class ShapeFunction {
 
   void qkv() {
     q_ = read(0, "q", 4, kTensor);
-    const Array k = read(1, "k", 4, kTensor), v = read(2, "v", 4, kTensor);
-    require(tensors_reason(q_, k, v, "second extent", "third extent"));
+    k_ = read(1, "k", 4, kTensor);
+    v_ = read(2, "v", 4, kTensor);
+    require(tensors_reason(q_, k_, v_, "second extent", "third extent"));
   }
+  void same_batch() { require(batch_reason(q_, k_, v_)); }
 
-  // Bias, masks and blocks have rank 4, lengths, the seed, offsets and sinks rank 1, the gradient of lse rank 3, and
-  // intervals, ids, slopes and the relative bias rank 2.
-  void rest(int first, bool with_d_lse) const {
+  // Bias, masks and blocks have rank 4, lengths, the seed, offsets and sinks rank 1, the gradient of lse and scales rank
+  // 3, and intervals, ids, slopes, the relative bias and tables of pages rank 2.
+  void rest(int first, bool with_rank_3) const {
     for (int i = first; i < inference_.num_inputs(); ++i) {
       const int64_t rank = inference_.rank(inference_.input(i));
-      if (rank == -1 || rank == 1 || rank == 2 || rank == 4 || (rank == 3 && with_d_lse)) continue;
+      if (rank == -1 || rank == 1 || rank == 2 || rank == 4 || (rank == 3 && with_rank_3)) continue;
       throw Error(TF_INVALID_ARGUMENT, "input " + text(int64_t{i}) +
                                            " must have rank 4 [batch, num_heads, seqlen_q, seqlen_k] (bias, masks), "
                                            "rank 2 (intervals, ids, slopes, relative bias) or rank 1 (lengths, seed, "
@@ -95,7 +108,7 @@ class ShapeFunction {
   }
 
   Inference inference_;
-  Array q_;
+  Array q_, k_, v_;
 };
 
 }  // namespace attn_ops::tf

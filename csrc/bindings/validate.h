@@ -26,6 +26,7 @@ inline std::string text(DType type) {
     case DType::kFloat16: return "float16";
     case DType::kBFloat16: return "bfloat16";
     case DType::kBool: return "bool";
+    case DType::kInt8: return "int8";
   }
   return "unknown";
 }
@@ -123,13 +124,17 @@ inline std::string same_shape_reason(const Array& a, int rank, const int64_t* wa
 // only one name for the two middle axes. Extents may be unknown.
 inline std::string tensors_reason(const Array& q, const Array& k, const Array& v, const char* axis1,
                                   const char* axis2) {
-  std::string reason = equal_reason("batch", q, 0, k, 0);
-  if (reason.empty()) reason = equal_reason("batch", q, 0, v, 0);
-  if (reason.empty()) reason = equal_reason("head_dim", q, 3, k, 3);
+  std::string reason = equal_reason("head_dim", q, 3, k, 3);
   if (reason.empty()) reason = equal_reason(axis1, k, 1, v, 1);
   if (reason.empty()) reason = equal_reason(axis2, k, 2, v, 2);
   if (reason.empty() && q.shape[3] == 0) reason = "head_dim must be at least 1, got 0: " + text(q);
   return reason;
+}
+
+// That of k and v, unless they are pages.
+inline std::string batch_reason(const Array& q, const Array& k, const Array& v) {
+  const std::string reason = equal_reason("batch", q, 0, k, 0);
+  return reason.empty() ? equal_reason("batch", q, 0, v, 0) : reason;
 }
 
 inline std::string heads_reason(const Sizes& n) {
@@ -257,6 +262,41 @@ inline std::string relative_bias_reason(const Call& c, const Sizes& n) {
   return text(a) + " must be [num_heads, 2 R + 1] (num_heads is " + text(n.num_heads) + "), of distances from -R to R";
 }
 
+// Pages and their table, whose shapes the sizes of a call follow from.
+inline std::string pages_reason(const Call& c) {
+  const Array& table = c.block_table;
+  std::string reason = equal_reason("number of pages", c.k, 0, c.v, 0);
+  if (!reason.empty()) return reason;
+  if (page_size(c) == 0 || page_size(c) % kPageRows != 0) {
+    return "the size of a page (" + text(page_size(c)) + ") must be a multiple of " + text(kPageRows) + ": " + text(c.k);
+  }
+  if (table.rank != 2 || table.shape[0] != c.q.shape[0]) {
+    return text(table) + " must be [batch, pages] ([" + text(c.q.shape[0]) + ",...])";
+  }
+  int64_t keys;
+  if (__builtin_mul_overflow(table.shape[1], page_size(c), &keys)) {
+    return "seqlen_k, pages of " + text(page_size(c)) + " keys in " + text(table) + ", overflows 64 bits";
+  }
+  return "";
+}
+
+// Every entry of the table that a length reaches; lengths are in their range.
+inline std::string entries_reason(const Call& c, const Sizes& n) {
+  if (c.place == Place::kGpu) return "";
+  const int32_t* const lengths = c.key_lengths.present ? integers(c.key_lengths) : nullptr;
+  for (int64_t b = 0; b < n.batch; ++b) {
+    const int64_t keys = lengths ? lengths[b] : n.seqlen_k, pages = (keys + page_size(c) - 1) / page_size(c);
+    const int32_t* const row = integers(c.block_table) + b * c.block_table.shape[1];
+    for (int64_t i = 0; i < pages; ++i) {
+      if (row[i] >= 0 && row[i] < c.k.shape[0]) continue;
+      return "block_table[" + text(b) + "," + text(i) + "] (" + text(int64_t{row[i]}) +
+             ") must be from 0 to " + text(c.k.shape[0] - 1) + ": there are " + text(c.k.shape[0]) +
+             " pages, and the sequence has " + text(keys) + " keys in pages of " + text(page_size(c));
+    }
+  }
+  return "";
+}
+
 inline std::string backward_reason(const Call& c, const Sizes& n) {
   const Shape4 output = n.output(c.layout);
   std::string reason = same_shape_reason(c.out, 4, output.data(), "the forward output");
@@ -270,10 +310,33 @@ inline std::string backward_reason(const Call& c, const Sizes& n) {
   return reason;
 }
 
+// Keys and values of a cache may be narrower than the queries, or wider: forward reads what it computes float32 from.
+inline std::string keys_dtype_reason(const Call& c) {
+  const bool int8 = c.k.dtype == DType::kInt8;
+  if (c.k.dtype != c.q.dtype) {
+    const bool as_float32 = c.k.dtype != DType::kBool && accumulator_of(c.k.dtype) == accumulator_of(c.q.dtype);
+    if (!as_float32 || (int8 && c.q.dtype == DType::kFloat64) || c.backward || c.place == Place::kGpu) {
+      return dtype_reason(c.k, c.q.dtype, "the dtype of q");
+    }
+  }
+  std::string reason = dtype_reason(c.v, c.k.dtype, c.k.dtype == c.q.dtype ? "the dtype of q" : "the dtype of k");
+  for (const Array* a : {&c.k_scales, &c.v_scales}) {
+    if (!reason.empty()) break;
+    if (a->present != int8) {
+      reason = int8 ? std::string("keys and values in int8 need scales") : "scales are for keys and values in int8";
+    } else if (int8) {
+      reason = dtype_reason(*a, DType::kFloat32, "of which int8 keys and values are multiples");
+    }
+  }
+  return reason;
+}
+
 inline std::string dtypes_reason(const Call& c) {
-  if (c.q.dtype == DType::kBool) return "q must be float32, float64, float16 or bfloat16, got bool";
-  std::string reason;
-  for (const Array* a : {&c.k, &c.v, &c.out, &c.d_out}) {
+  if (c.q.dtype == DType::kBool || c.q.dtype == DType::kInt8) {
+    return "q must be float32, float64, float16 or bfloat16, got " + text(c.q.dtype);
+  }
+  std::string reason = keys_dtype_reason(c);
+  for (const Array* a : {&c.out, &c.d_out}) {
     if (a->present && reason.empty()) reason = dtype_reason(*a, c.q.dtype, "the dtype of q");
   }
   const bool wide_bias = size_of(c.q.dtype) == 2;
@@ -291,8 +354,8 @@ inline std::string dtypes_reason(const Call& c) {
   return reason;
 }
 
-// The first rule that the call breaks, or "".
-inline std::string invalid_reason(const Call& c) {
+// The first rule that q, k and v break, with their table of pages, or "".
+inline std::string sizes_reason(const Call& c) {
   const bool bshd = c.layout == Layout::kBSHD;
   const char* meaning = bshd ? "[batch, seqlen, heads, dim]" : "[batch, heads, seqlen, dim]";
   std::string reason = dtypes_reason(c);
@@ -302,25 +365,42 @@ inline std::string invalid_reason(const Call& c) {
   if (reason.empty()) {
     reason = tensors_reason(c.q, c.k, c.v, bshd ? "seqlen_k" : "num_kv_heads", bshd ? "num_kv_heads" : "seqlen_k");
   }
+  if (reason.empty()) reason = c.block_table.present ? pages_reason(c) : batch_reason(c.q, c.k, c.v);
+  for (const Array* a : {&c.k_scales, &c.v_scales}) {
+    if (reason.empty() && a->present) reason = same_shape_reason(*a, 3, c.k.shape.data(), "k without its last axis");
+  }
   if (!reason.empty()) return reason;
 
   const Sizes n = sizes_of(c);
-  const size_t element = size_of(c.q.dtype), statistic = size_of(accumulator_of(c.q.dtype));
+  const size_t element = size_of(c.q.dtype), kept = size_of(c.k.dtype), statistic = size_of(accumulator_of(c.q.dtype));
   const auto check = [&reason](auto rule) {
     if (reason.empty()) reason = rule();
   };
   check([&] { return heads_reason(n); });
   check([&] { return size_reason("q", {n.batch, n.seqlen_q, n.num_heads, n.head_dim}, element); });
-  check([&] { return size_reason("k", {n.batch, n.seqlen_k, n.num_kv_heads, n.head_dim}, element); });
-  check([&] { return size_reason("v", {n.batch, n.seqlen_k, n.num_kv_heads, n.value_dim}, element); });
+  const int64_t entries = c.k.shape[0], length = c.k.shape[sequence_axis(c.layout)];  // a batch, or pages
+  check([&] { return size_reason("k", {entries, length, n.num_kv_heads, n.head_dim}, kept); });
+  check([&] { return size_reason("v", {entries, length, n.num_kv_heads, n.value_dim}, kept); });
   check([&] { return size_reason("out", {n.batch, n.seqlen_q, n.num_heads, n.value_dim}, element); });
   check([&] { return size_reason("statistics", {n.batch, n.num_heads, n.seqlen_q, 2}, statistic); });
   check([&] { return size_reason("scores", {n.batch, n.num_heads, n.seqlen_q, n.seqlen_k}, 1); });
   check([&] { return limits_reason(c, n); });
+  return reason;
+}
+
+// The first rule that the call breaks, or "".
+inline std::string invalid_reason(const Call& c) {
+  std::string reason = sizes_reason(c);
+  if (!reason.empty()) return reason;
+  const Sizes n = sizes_of(c);
+  const auto check = [&reason](auto rule) {
+    if (reason.empty()) reason = rule();
+  };
   if (c.bias.present) check([&] { return score_shaped_reason(c.bias, n); });
   for (int i = 0; i < c.num_masks; ++i) check([&] { return score_shaped_reason(c.masks[i], n); });
   check([&] { return lengths_array_reason(c.place, c.query_lengths, n, "seqlen_q", n.seqlen_q); });
   check([&] { return lengths_array_reason(c.place, c.key_lengths, n, "seqlen_k", n.seqlen_k); });
+  if (c.block_table.present) check([&] { return entries_reason(c, n); });
   if (c.key_begin.present) check([&] { return intervals_reason(c, n); });
   if (c.query_offset.present) check([&] { return offset_reason(c, n); });
   if (c.query_ids.present) check([&] { return segments_reason(c, n); });
@@ -331,6 +411,7 @@ inline std::string invalid_reason(const Call& c) {
   check([&] { return options_reason(c); });
   if (c.dropout_rate > 0 && !c.has_seed) check([] { return std::string("dropout_rate > 0 needs a seed"); });
   if (c.backward) check([&] { return backward_reason(c, n); });
+  if (c.backward && c.block_table.present) check([] { return std::string("pages of keys are for forward alone"); });
   return reason;
 }
 

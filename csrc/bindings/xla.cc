@@ -13,7 +13,10 @@
 namespace attn_ops::xla {
 namespace {
 
-constexpr const char* target(bool backward) { return backward ? "attn_ops.backward" : "attn_ops.forward"; }
+// The forward call takes what AttnOps>Decode does.
+constexpr const char* target(Operator which) {
+  return which == Operator::kBackward ? "attn_ops.backward" : "attn_ops.forward";
+}
 
 // XLA asks once, without arrays, which version the handler was written for: where to answer. Null in a call.
 XLA_FFI_Metadata* metadata_wanted(const XLA_FFI_CallFrame& frame) {
@@ -23,7 +26,7 @@ XLA_FFI_Metadata* metadata_wanted(const XLA_FFI_CallFrame& frame) {
   return nullptr;
 }
 
-template <class Device, bool is_backward>
+template <class Device, Operator which>
 XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame) {
   if (XLA_FFI_Metadata* metadata = metadata_wanted(*frame)) {
     metadata->api_version.major_version = XLA_FFI_API_MAJOR;
@@ -33,10 +36,10 @@ XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame) {
     return nullptr;
   }
   const auto fail = [frame](XLA_FFI_Error_Code code, const char* message) {
-    return error(frame->api, code, std::string(target(is_backward)) + ": " + message);
+    return error(frame->api, code, std::string(target(which)) + ": " + message);
   };
   try {
-    const OpCall node(Attributes(frame->attrs), Device::kPlace, is_backward);
+    const OpCall node(Attributes(frame->attrs), Device::kPlace, which);
     Operands operands(frame->args);
     const Call call =
         node.with_arrays([&operands](const char* name, Element element) { return operands.next(name, element); });
@@ -59,10 +62,10 @@ XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame) {
 }  // namespace
 
 const Handler kHandlers[kNumHandlers] = {
-    {"Host", target(false), handle<HostDevice, false>},
-    {"Host", target(true), handle<HostDevice, true>},
-    {"CUDA", target(false), handle<CudaDevice, false>},
-    {"CUDA", target(true), handle<CudaDevice, true>},
+    {"Host", target(Operator::kDecode), handle<HostDevice, Operator::kDecode>},
+    {"Host", target(Operator::kBackward), handle<HostDevice, Operator::kBackward>},
+    {"CUDA", target(Operator::kDecode), handle<CudaDevice, Operator::kDecode>},
+    {"CUDA", target(Operator::kBackward), handle<CudaDevice, Operator::kBackward>},
 };
 
 }  // namespace attn_ops::xla

@@ -11,7 +11,7 @@ struct Handler {
   XLA_FFI_Handler* run;
 };
 
-// Operands and attributes are those of AttnOps>Forward and AttnOps>Backward in their order, except that there is no
+// Operands and attributes are those of AttnOps>Decode and AttnOps>Backward in their order, except that there is no
 // gradient of the bias when d_bias is false, and that the seed may be four words of 32 bits (JAX has no others by
 // default). Arrays are contiguous.
 inline constexpr int kNumHandlers = 4;

@@ -29,9 +29,10 @@ inline DType dtype_of(XLA_FFI_DataType type, const char* name) {
     case XLA_FFI_DataType_F16: return DType::kFloat16;
     case XLA_FFI_DataType_BF16: return DType::kBFloat16;
     case XLA_FFI_DataType_PRED: return DType::kBool;
+    case XLA_FFI_DataType_S8: return DType::kInt8;
     default:
       throw std::invalid_argument(std::string(name) +
-                                  " must be float32, float64, float16, bfloat16 or bool, got XLA's " + "type " +
+                                  " must be float32, float64, float16, bfloat16, int8 or bool, got XLA's " + "type " +
                                   text(int64_t{type}));
   }
 }

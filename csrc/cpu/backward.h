@@ -161,7 +161,8 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
   if (task.d_relative_bias) memset(task.d_relative_bias, 0, sizeof(double) * r.group * (2 * p.relative_reach + 1));
   if (task.d_sinks) memset(task.d_sinks, 0, sizeof(double) * r.group);
 
-  KeyRows<T> keys(r, p.k, p.head_dim, true, &arena), values(r, p.v, p.value_dim, true, &arena);
+  KeyRows<T> keys(r, p.k, p.k_scales, p.head_dim, true, &arena);
+  KeyRows<T> values(r, p.v, p.v_scales, p.value_dim, true, &arena);
   NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
   next.reads_keys(p.k, p.head_dim);
   next.reads_keys(p.v, p.value_dim);

@@ -42,7 +42,8 @@ void add_score_gradients(const BackwardParams& params, const HeadRows& r, Backwa
   constexpr int64_t ld = RowTile<T>::max_lanes;
   const int64_t key_ld = params.d_bias_shape[3] == 1 ? 0 : ld;
   start_tile<T>(params, r, tile);
-  KeyRows<T> keys(r, p.k, p.head_dim, false, &arena), values(r, p.v, p.value_dim, false, &arena);
+  KeyRows<T> keys(r, p.k, p.k_scales, p.head_dim, false, &arena);
+  KeyRows<T> values(r, p.v, p.v_scales, p.value_dim, false, &arena);
   if (recomputes_statistics<T>(p))
     recompute_statistics<T>(params, r, &tile, 1, tile.begin, tile.end, keys, values, scratch);
   for (int64_t k0 = tile.begin / 4 * 4; k0 < tile.end; k0 += kBlockKeys) {

@@ -138,6 +138,12 @@ double probe(const ProbeSlice& slice, double* sink, const char* isa) {
   return k ? k->probe(slice, sink) : 0.0;
 }
 
+bool quantize(DType dtype, const void* rows, int64_t count, int64_t dim, int8_t* out, float* scales, const char* isa) {
+  const Kernels* const k = choose(isa);
+  if (k) k->quantize(dtype, rows, count, dim, out, scales);
+  return k != nullptr;
+}
+
 size_t forward_workspace_bytes(const AttentionParams& p, int num_threads, const char* isa) {
   const Kernels* const k = choose(isa);
   if (!k || !has_rows(p)) return 0;

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <new>
+#include <type_traits>
 
 #include "kernels.h"
 #include "row_tile.h"
@@ -38,7 +39,7 @@ struct RowGroup {
   int rows;
   uint32_t position[kSharedRows<T>], head[kSharedRows<T>];
   KeyRange seen[kSharedRows<T>];
-  T m[kSharedRows<T>], correction[kSharedRows<T>];
+  T m[Simd<T>::width], correction[Simd<T>::width];  // a vector, of which the first kSharedRows count
   Vec<T> l[kSharedRows<T>];  // one sum per lane until the end
   T *q, *out;  // [row][head_dim], [row][value_dim], padded to whole vectors
 
@@ -51,6 +52,7 @@ struct RowGroup {
     head_rows = &r;
     first = first_row;
     rows = static_cast<int>(r.count - first < kSharedRows<T> ? r.count - first : kSharedRows<T>);
+    S::store(m, S::set1(-kInfinity<T>));
     memset(q, 0, sizeof(T) * kSharedRows<T> * head_size);
     memset(out, 0, sizeof(T) * kSharedRows<T> * value_size);
     for (int i = 0; i < kSharedRows<T>; ++i) {
@@ -58,9 +60,7 @@ struct RowGroup {
       position[i] = static_cast<uint32_t>(r.position(row));
       head[i] = static_cast<uint32_t>(r.head(row));
       seen[i] = r.seen_at(position[i]);
-      m[i] = -kInfinity<T>;
       l[i] = S::zero();
-      correction[i] = 0;
       if (i >= rows) continue;
       T* const to = q + i * head_size;
       load_row<T>(p.q.dtype, r.tensor_row(p.q, position[i], head[i]), stride, p.head_dim, true, to);
@@ -110,17 +110,35 @@ struct HeadLanesScratch {
   }
 };
 
-// scores[i][j] for R rows and keys k0 .. k0 + n. A tile is R rows by width / R keys: `width` sums of vectors, which a
-// transposition turns into one vector.
+// Keys and values `first` .. first + n: where those of kv head 0 begin, n rows stride[1] apart.
+struct KeyBlock {
+  int64_t first, n;
+  const char *keys, *values, *k_scales, *v_scales;  // scales null where there are none
+
+  KeyBlock(const AttentionParams& p, int64_t batch, int64_t first_key, int64_t end)
+      : first(first_key), n(neighbours_end(p, first, end) - first), keys(nullptr), values(nullptr), k_scales(nullptr),
+        v_scales(nullptr) {
+    if (n <= 0) return;
+    if (n > kHeadLanesKeys) n = kHeadLanesKeys;
+    keys = key_position(p, p.k, batch, first);
+    values = key_position(p, p.v, batch, first);
+    if (!p.k_scales.data) return;
+    k_scales = key_position(p, p.k_scales, batch, first);
+    v_scales = key_position(p, p.v_scales, batch, first);
+  }
+};
+
+// scores[i][j] for R rows and a block of n keys. A tile is R rows by width / R keys: `width` sums of vectors, which
+// end in the lanes of one.
 template <class T, int R, class Storage>
-ATTN_INLINE void raw_scores(Storage storage, const RowGroup<T>& f, int64_t k0, int64_t n, RowsAhead& ahead, T* scores) {
+ATTN_INLINE void raw_scores(Storage storage, const RowGroup<T>& f, const KeyBlock& block, RowsAhead& ahead, T* scores) {
   using S = Simd<T>;
   constexpr int W = S::width, K = W / R;
   static_assert(kHeadLanesKeys % K == 0, "a tile must not write past the block");
   const AttentionParams& p = f.head_rows->p;
   const int64_t whole = p.head_dim / W * W, q_size = round_to_width<T>(p.head_dim);
-  const int64_t stride = p.k.stride[1] * Storage::size;
-  const char* const keys = f.head_rows->key_row(p.k, k0);
+  const int64_t n = block.n, stride = p.k.stride[1] * Storage::size;
+  const char* const keys = block.keys + f.head_rows->kv_head * p.k.stride[2] * Storage::size;
   for (int64_t j = 0; j < n; j += K) {
     const char* key[K];
     for (int t = 0; t < K; ++t) {
@@ -131,38 +149,73 @@ ATTN_INLINE void raw_scores(Storage storage, const RowGroup<T>& f, int64_t k0, i
     for (int i = 0; i < W; ++i) acc[i] = S::zero();
     const auto add = [&](int64_t d, const auto& load) {
       Vec<T> q[R];
-      for (int i = 0; i < R; ++i) q[i] = S::load(f.q + i * q_size + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < R; ++i) q[i] = S::kept(S::load(f.q + i * q_size + d));
 #pragma GCC unroll 16
       for (int t = 0; t < K; ++t) {
         const Vec<T> k = load(key[t] + d * Storage::size);
+#pragma GCC unroll 4
         for (int i = 0; i < R; ++i) acc[i * K + t] = S::fma(q[i], k, acc[i * K + t]);
       }
     };
     for (int64_t d = 0; d < whole; d += W) add(d, [&](const char* at) { return storage.load(at); });
     if (whole < p.head_dim)
       add(whole, [&](const char* at) { return load_some<T>(storage, at, Storage::size, p.head_dim - whole); });
-    S::transpose(acc);
-    for (int half = W / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) acc[i] += acc[i + half];
     T sum[W];
-    S::store(sum, acc[0]);
+    S::store(sum, sums<T>(acc));
     for (int i = 0; i < R; ++i) memcpy(scores + i * kHeadLanesKeys + j, sum + i * K, K * sizeof(T));
   }
 }
 
-// out[i] = correction[i] out[i] + sum_j p[i][j] v[k0 + j], a few keys at a time: rows a multiple of 4 KiB apart share
+// The scales of n int8 keys or values of a head, of which kv head 0 has its first one at `at`, and zeros behind them.
+template <class T>
+ATTN_INLINE void read_scales(const HeadRows& r, const StridedView& scales, const char* at, int64_t n, T* to) {
+  const float* const first = reinterpret_cast<const float*>(at) + r.kv_head * scales.stride[2];
+  for (int64_t j = 0; j < kHeadLanesKeys; ++j) to[j] = j < n ? static_cast<T>(first[j * scales.stride[1]]) : T{0};
+}
+
+// The scores of int8 keys are made before they are multiplied, and so are the sums over int8 values: a row of the cache
+// is never there as floats.
+template <class T>
+ATTN_INLINE void scale_scores(const RowGroup<T>& f, const KeyBlock& block, T* scores) {
+  using S = Simd<T>;
+  T scales[kHeadLanesKeys];
+  read_scales<T>(*f.head_rows, f.head_rows->p.k_scales, block.k_scales, block.n, scales);
+  for (int i = 0; i < f.rows; ++i)
+    for (int64_t j = 0; j < block.n; j += S::width) {
+      T* const at = scores + i * kHeadLanesKeys + j;
+      S::store(at, S::load(at) * S::load(scales + j));
+    }
+}
+
+// A probability of 0 stays so, whatever the scale is: that of a hidden value may be NaN.
+template <class T>
+ATTN_INLINE void scale_probabilities(const RowGroup<T>& f, const KeyBlock& block, T* probabilities) {
+  using S = Simd<T>;
+  T scales[kHeadLanesKeys];
+  read_scales<T>(*f.head_rows, f.head_rows->p.v_scales, block.v_scales, block.n, scales);
+  for (int i = 0; i < f.rows; ++i)
+    for (int64_t j = 0; j < block.n; j += S::width) {
+      T* const at = probabilities + i * kHeadLanesKeys + j;
+      const Vec<T> x = S::load(at);
+      S::store(at, S::select(x == S::zero(), S::zero(), x * S::load(scales + j)));
+    }
+}
+
+// out[i] = correction[i] out[i] + sum_j p[i][j] v[j], a few keys at a time: rows a multiple of 4 KiB apart share
 // cache sets, and a whole block of them would not stay in L1 from one panel of d to the next. With `hides`, a zero
 // probability leaves its value out: the key may be hidden from the row, and what it holds be Inf or NaN.
 template <class T, int R, bool hides, class Storage>
-ATTN_INLINE void add_values(Storage storage, const RowGroup<T>& f, int64_t k0, int64_t n, RowsAhead& ahead,
+ATTN_INLINE void add_values(Storage storage, const RowGroup<T>& f, const KeyBlock& block, RowsAhead& ahead,
                             const T* probabilities) {
   using S = Simd<T>;
   constexpr int W = S::width, kKeys = 8, kPanel = kVectorRegisters == 32 ? 4 : 2;
   const AttentionParams& p = f.head_rows->p;
-  const int64_t stride = p.v.stride[1] * Storage::size, out_size = round_to_width<T>(p.value_dim);
+  const int64_t n = block.n, stride = p.v.stride[1] * Storage::size, out_size = round_to_width<T>(p.value_dim);
+  const char* const first = block.values + f.head_rows->kv_head * p.v.stride[2] * Storage::size;
   for (int64_t j0 = 0; j0 < n; j0 += kKeys) {
     const int64_t keys = n - j0 < kKeys ? n - j0 : kKeys;
-    const char* const values = f.head_rows->key_row(p.v, k0 + j0);
+    const char* const values = first + j0 * stride;
     for (int64_t j = 0; j < keys; ++j) ahead.ask();
     const auto panel = [&](int64_t d, auto vectors, const auto& load) {
       constexpr int NV = decltype(vectors)::value;
@@ -213,51 +266,64 @@ __attribute__((noinline)) Visibility visible_keys(const RowGroup<T>& f, int64_t 
   return every == bits_between(0, n) && !added_may_hide(r.p) ? Visibility::kAll : Visibility::kSome;
 }
 
-// scores -> probabilities relative to the new maximum, before dropout; updates m, l, correction.
-template <class T>
+// scores -> probabilities relative to the new maximum, before dropout; updates m, l, correction. All rows and keys that
+// there is room for, so that nothing waits: scores of rows not in use are 0, and those past the keys -inf.
+template <class T, int R>
 ATTN_INLINE void row_softmax(RowGroup<T>& f, int64_t k0, int64_t n, Visibility seen, const uint64_t* bits, T* scores) {
   using S = Simd<T>;
   constexpr int W = S::width;
-  for (int i = 0; i < f.rows; ++i) {
+  if (seen == Visibility::kSome || n % W != 0 || !plain_scores(f.head_rows->p)) {
+    for (int i = 0; i < f.rows; ++i)
+      finish_row_scores<T>(*f.head_rows, f.position[i], f.head[i], k0, n, bits[i], scores + i * kHeadLanesKeys);
+  }
+  for (int64_t j = round_to_width<T>(n); j < kHeadLanesKeys; j += W)
+    for (int i = 0; i < R; ++i) S::store(scores + i * kHeadLanesKeys + j, S::set1(-kInfinity<T>));
+
+  Vec<T> highest[W];
+  for (int i = 0; i < W; ++i) {
+    const T* const s = scores + (i < R ? i : R - 1) * kHeadLanesKeys;
+    highest[i] = S::load(s);
+    for (int64_t j = W; j < kHeadLanesKeys; j += W) highest[i] = S::max(highest[i], S::load(s + j));
+  }
+  const Vec<T> m_old = S::load(f.m), m = S::max(m_old, maxima<T>(highest)), base = softmax_base<T>(m);
+  S::store(f.m, m);
+  S::store(f.correction, exp<T>(m_old - base));
+  T bases[W];
+  S::store(bases, base);
+  for (int i = 0; i < R; ++i) {
     T* const s = scores + i * kHeadLanesKeys;
-    if (seen == Visibility::kSome || n % W != 0 || !plain_scores(f.head_rows->p))
-      finish_row_scores<T>(*f.head_rows, f.position[i], f.head[i], k0, n, bits[i], s);
-    Vec<T> highest = S::set1(f.m[i]);
-    for (int64_t j = 0; j < n; j += W) highest = S::max(highest, S::load(s + j));
-    T m = highest[0];
-    for (int lane = 1; lane < W; ++lane) m = highest[lane] > m || m != m ? highest[lane] : m;
-    const Vec<T> base = softmax_base<T>(S::set1(m));
-    const Vec<T> correction = exp<T>(S::set1(f.m[i]) - base);
     Vec<T> sum = S::zero();
-    for (int64_t j = 0; j < n; j += W) {
-      const Vec<T> e = exp<T>(S::load(s + j) - base);
+    for (int64_t j = 0; j < kHeadLanesKeys; j += W) {
+      const Vec<T> e = exp<T>(S::load(s + j) - S::set1(bases[i]));
       sum += e;
       S::store(s + j, e);
     }
-    f.m[i] = m;
-    f.l[i] = S::fma(f.l[i], correction, sum);
-    f.correction[i] = correction[0];
+    f.l[i] = S::fma(f.l[i], S::set1(f.correction[i]), sum);
   }
 }
 
 template <class T, int R, class Storage>
-__attribute__((noinline)) void row_group_block(Storage storage, RowGroup<T>& f, int64_t k0, int64_t n,
+__attribute__((noinline)) void row_group_block(Storage storage, RowGroup<T>& f, const KeyBlock& block,
                                                RowsAhead& keys_ahead, RowsAhead& values_ahead,
                                                const HeadLanesScratch<T>& scratch) {
   const AttentionParams& p = f.head_rows->p;
+  const int64_t k0 = block.first, n = block.n;
   uint64_t bits[kSharedRows<T>];
   const Visibility seen = visible_keys<T>(f, k0, n, bits);
   if (seen == Visibility::kNothing) return;
   T* const s = scratch.scores;
-  raw_scores<T, R>(storage, f, k0, n, keys_ahead, s);
-  row_softmax<T>(f, k0, n, seen, bits, s);
+  constexpr bool scaled = std::is_same_v<Storage, Int8>;
+  raw_scores<T, R>(storage, f, block, keys_ahead, s);
+  if constexpr (scaled) scale_scores<T>(f, block, s);
+  row_softmax<T, R>(f, k0, n, seen, bits, s);
   if (p.dropout_rate > 0) {  // after the sum: dropout acts on the normalised probabilities
     dropout_factors<T>(Dropout(p, f.head_rows->batch), f.position, f.head, f.rows, k0, n, scratch.factors);
     for (int i = 0; i < f.rows; ++i)
       for (int64_t j = 0; j < n; ++j) s[i * kHeadLanesKeys + j] *= scratch.factors[j * f.rows + i];
   }
-  if (seen == Visibility::kSome) add_values<T, R, true>(storage, f, k0, n, values_ahead, s);
-  else add_values<T, R, false>(storage, f, k0, n, values_ahead, s);
+  if constexpr (scaled) scale_probabilities<T>(f, block, s);
+  if (seen == Visibility::kSome) add_values<T, R, true>(storage, f, block, values_ahead, s);
+  else add_values<T, R, false>(storage, f, block, values_ahead, s);
 }
 
 // Writes out and the statistics, or m, l and the unnormalised o of a key split.
@@ -292,23 +358,25 @@ void forward_head_lanes(const AttentionParams& p, const HeadLanesTask& task, voi
   if (seen.begin < task.key_begin) seen.begin = task.key_begin;
   if (seen.end > task.key_end) seen.end = task.key_end;
 
-  const int64_t key_bytes = (p.head_dim + p.value_dim) * size_of(p.dtype);
+  const int64_t key_bytes = (p.head_dim + p.value_dim) * size_of(p.k.dtype);
   const int64_t block_bytes = kHeadLanesKeys * heads * key_bytes;
   const bool fits_l1 = block_bytes <= kL1Bytes / 2;
-  with_storage(T{}, p.dtype, [&](auto storage) {
-    int64_t n;
+  with_read_storage(T{}, p.k.dtype, [&](auto storage) {
     // From a multiple of 4 on: key 4 n starts a group of random numbers.
-    for (int64_t k0 = seen.begin / 4 * 4; k0 < seen.end; k0 += n) {
-      n = seen.end - k0 < kHeadLanesKeys ? seen.end - k0 : kHeadLanesKeys;
-      const int64_t next = k0 + n, next_keys = seen.end - next < kHeadLanesKeys ? seen.end - next : kHeadLanesKeys;
-      RowsAhead keys_ahead(p.k, task.batch, next, next_keys, task.head_begin, heads, p.head_dim, fits_l1);
-      RowsAhead values_ahead(p.v, task.batch, next, next_keys, task.head_begin, heads, p.value_dim, fits_l1);
+    KeyBlock block(p, task.batch, seen.begin / 4 * 4, seen.end);
+    while (block.n > 0) {
+      const KeyBlock next(p, task.batch, block.first + block.n, seen.end);
+      const auto ahead = [&](const StridedView& v, const char* at, int64_t dim) {
+        return RowsAhead(v, at + task.head_begin * v.stride[2] * size_of(v.dtype), next.n, heads, dim, fits_l1);
+      };
+      RowsAhead keys_ahead = ahead(p.k, next.keys, p.head_dim), values_ahead = ahead(p.v, next.values, p.value_dim);
       for (int64_t g = 0; g < heads * per_head; ++g) {
         RowGroup<T>& f = scratch.groups[g];
-        if (f.rows == 1) row_group_block<T, 1>(storage, f, k0, n, keys_ahead, values_ahead, scratch);
-        else if (f.rows == 2) row_group_block<T, 2>(storage, f, k0, n, keys_ahead, values_ahead, scratch);
-        else row_group_block<T, kSharedRows<T>>(storage, f, k0, n, keys_ahead, values_ahead, scratch);
+        if (f.rows == 1) row_group_block<T, 1>(storage, f, block, keys_ahead, values_ahead, scratch);
+        else if (f.rows == 2) row_group_block<T, 2>(storage, f, block, keys_ahead, values_ahead, scratch);
+        else row_group_block<T, kSharedRows<T>>(storage, f, block, keys_ahead, values_ahead, scratch);
       }
+      block = next;
     }
   });
   for (int64_t g = 0; g < heads * per_head; ++g) {

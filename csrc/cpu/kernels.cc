@@ -12,6 +12,7 @@
 #include "bias_gradient.h"
 #include "head_lanes.h"
 #include "probe.h"
+#include "quantize.h"
 #include "row_lanes.h"
 
 namespace attn_ops::cpu {
@@ -39,6 +40,6 @@ constexpr TypedKernels typed_kernels() {
 }  // namespace
 
 extern const Kernels ATTN_OPS_JOIN(kernels_, ATTN_OPS_ISA) = {ATTN_OPS_STRING(ATTN_OPS_ISA), typed_kernels<float>(),
-                                                             typed_kernels<double>(), probe_slice};
+                                                             typed_kernels<double>(), quantize, probe_slice};
 
 }  // namespace attn_ops::cpu

@@ -75,6 +75,8 @@ struct TypedKernels {
 struct Kernels {
   const char* name;
   TypedKernels float32, float64;
+  // Rows of float32, float16 or bfloat16 for an int8 cache: quantize.h.
+  void (*quantize)(DType, const void* rows, int64_t count, int64_t dim, int8_t* out, float* scales);
   double (*probe)(const ProbeSlice&, double* sink);  // see cpu::probe in attention.h
 };
 

@@ -13,8 +13,8 @@ bool keeps_keys(const AttentionParams& p) {
 }
 
 // The keys or the values of one head as rows of T, block by block: in place when the memory already is that, else
-// copied. Copies pay when several tiles share them, even of the same type: BSHD rows lie num_heads * dim apart, often
-// a multiple of 4 KiB, where the rows of a block would fight for a few cache sets.
+// copied, and multiplied by their scales. Copies pay when several tiles share them, even of the same type: BSHD rows lie
+// num_heads * dim apart, often a multiple of 4 KiB, where the rows of a block would fight for a few cache sets.
 template <class T>
 class KeyRows {
  public:
@@ -23,12 +23,14 @@ class KeyRows {
     return Arena::bytes<T>(copies(p) * kBlockKeys * dim) + Arena::bytes<char>(copies(p));
   }
 
-  KeyRows(const HeadRows& r, const StridedView& v, int64_t dim, bool shared, Arena* arena)
+  // `scales` of int8 rows, else with data null.
+  KeyRows(const HeadRows& r, const StridedView& v, const StridedView& scales, int64_t dim, bool shared, Arena* arena)
       : rows_(r),
         view_(v),
+        scales_(scales),
         dim_(dim),
         stride_(v.step()),
-        in_place_(v.dtype == kDTypeOf<T> && v.stride[3] == 1 &&
+        in_place_(v.dtype == kDTypeOf<T> && v.stride[3] == 1 && !r.p.block_table &&
                   (!shared || v.stride[1] == dim)),
         kept_(shared && keeps_keys<T>(r.p)) {
     copy_ = arena->take<T>(copies(r.p) * kBlockKeys * dim);
@@ -76,12 +78,23 @@ class KeyRows {
   static int64_t copies(const AttentionParams& p) { return keeps_keys<T>(p) ? p.seqlen_k / kBlockKeys + 1 : 1; }
 
   void copy(int64_t k0, int64_t k1, T* to) const {
-    for (int64_t j = k0; j < k1; ++j, to += dim_)
-      load_row<T>(view_.dtype, rows_.key_row(view_, j), stride_, dim_, false, to);
+    const int64_t next_row = view_.stride[1] * size_of(view_.dtype);
+    for (int64_t j = k0, end; j < k1; j = end) {
+      end = neighbours_end(rows_.p, j, k1);
+      const char* row = rows_.key_row(view_, j);
+      for (int64_t i = j; i < end; ++i, row += next_row, to += dim_) {
+        load_row<T>(view_.dtype, row, stride_, dim_, false, to);
+        if (scales_.data) multiply(to, rows_.scale<T>(scales_, i));
+      }
+    }
+  }
+
+  void multiply(T* row, T scale) const {
+    for (int64_t d = 0; d < dim_; ++d) row[d] *= scale;
   }
 
   const HeadRows& rows_;
-  const StridedView& view_;
+  const StridedView &view_, &scales_;
   int64_t dim_, stride_, begin_ = 0, end_ = 0, ld_ = 0;
   bool in_place_, kept_;
   T* copy_;

@@ -89,7 +89,7 @@ ATTN_INLINE void store_transposed(DType dtype, char* const* row, int rows, int l
 template <class T>
 ATTN_INLINE void load_row(DType dtype, const char* src, int64_t stride, int64_t columns, bool padded, T* dst) {
   constexpr int W = Simd<T>::width;
-  with_storage(T{}, dtype, [&](auto storage) {
+  with_read_storage(T{}, dtype, [&](auto storage) {
     for (int64_t c = 0; c < columns; c += W) {
       const int64_t n = columns - c < W ? columns - c : W;
       const Vec<T> x = load_some<T>(storage, src + c * stride, stride, n);

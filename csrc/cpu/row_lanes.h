@@ -243,7 +243,8 @@ void forward_row_lanes(const AttentionParams& p, const RowLanesTask& task, void*
   const Tiling<T> tiling(r.count);
   RowLanesScratch<T>& scratch = RowLanesScratch<T>::in(p, &arena);
   const bool shared = task.tile_end - task.tile_begin > 1;
-  KeyRows<T> keys(r, p.k, p.head_dim, shared, &arena), values(r, p.v, p.value_dim, shared, &arena);
+  KeyRows<T> keys(r, p.k, p.k_scales, p.head_dim, shared, &arena);
+  KeyRows<T> values(r, p.v, p.v_scales, p.value_dim, shared, &arena);
   NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
   next.reads_keys(p.k, p.head_dim);
   next.reads_keys(p.v, p.value_dim);

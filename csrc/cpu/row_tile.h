@@ -15,6 +15,22 @@
 namespace attn_ops::cpu {
 namespace {
 
+// First element of row j of keys or values, of kv head 0.
+inline const char* key_position(const AttentionParams& p, const StridedView& v, int64_t batch, int64_t j) {
+  if (p.block_table) {
+    batch = p.block_table[batch * p.block_table_stride + j / p.page_size];
+    j %= p.page_size;
+  }
+  return static_cast<const char*>(v.data) + (batch * v.stride[0] + j * v.stride[1]) * size_of(v.dtype);
+}
+
+// Up to which key, at most `end`, rows from j on lie stride[1] apart.
+inline int64_t neighbours_end(const AttentionParams& p, int64_t j, int64_t end) {
+  if (!p.block_table) return end;
+  const int64_t page_end = j - j % p.page_size + p.page_size;
+  return page_end < end ? page_end : end;
+}
+
 // The rows of one (batch, kv head), or of one of its query heads alone.
 struct HeadRows {
   const AttentionParams& p;
@@ -48,8 +64,12 @@ struct HeadRows {
   }
   // First element of key or value j.
   const char* key_row(const StridedView& v, int64_t j) const {
-    return static_cast<const char*>(v.data) +
-           (batch * v.stride[0] + j * v.stride[1] + kv_head * v.stride[2]) * size_of(v.dtype);
+    return key_position(p, v, batch, j) + kv_head * v.stride[2] * size_of(v.dtype);
+  }
+  // Of int8 key or value j.
+  template <class T>
+  T scale(const StridedView& scales, int64_t j) const {
+    return static_cast<T>(*reinterpret_cast<const float*>(key_row(scales, j)));
   }
   // Keys that any of the rows [begin, end) sees.
   KeyRange keys_seen(int64_t begin, int64_t end) const {

@@ -8,18 +8,16 @@
 namespace attn_ops::cpu {
 namespace {
 
-// A walk over the rows [begin, begin + count) of `heads` heads of one batch, in the order they lie in memory. Each
+// A walk over `count` rows of `heads` heads from the first head's first row on, in the order they lie in memory. Each
 // ask() prefetches one row, to the L1 cache or, where all that is asked for in one go would not fit, to L2; there is no
 // harm in rows that do not exist.
 class RowsAhead {
  public:
   RowsAhead() = default;
-  RowsAhead(const StridedView& v, int64_t batch, int64_t begin, int64_t count, int64_t first_head, int64_t heads,
-            int64_t dim, bool fits_l1)
-      : fits_l1_(fits_l1) {
+  RowsAhead(const StridedView& v, const char* first, int64_t count, int64_t heads, int64_t dim, bool fits_l1)
+      : at_(first), fits_l1_(fits_l1) {
     const int64_t size = size_of(v.dtype), by_row = v.stride[1] * size, by_head = v.stride[2] * size;
     const bool heads_inside = v.stride[2] < v.stride[1];
-    at_ = static_cast<const char*>(v.data) + batch * v.stride[0] * size + begin * by_row + first_head * by_head;
     left_ = count > 0 ? heads * count : 0;
     bytes_ = dim * v.step();
     inside_ = inside_left_ = heads_inside ? heads : count;
@@ -54,7 +52,9 @@ class NextTask {
   // `head` is batch * num_kv_heads + kv_head, or negative for none.
   NextTask(const AttentionParams& p, int64_t head, int64_t steps) : p_(p), head_(head), steps_(steps) {}
 
-  void reads_keys(const StridedView& v, int64_t dim) { add(v, p_.seqlen_k, 1, dim); }
+  void reads_keys(const StridedView& v, int64_t dim) {
+    if (!p_.block_table) add(v, p_.seqlen_k, 1, dim);
+  }
   void reads_rows(const StridedView& v, int64_t dim) { add(v, p_.seqlen_q, group_size(p_), dim); }
 
   ATTN_INLINE void ask() {
@@ -65,8 +65,10 @@ class NextTask {
  private:
   void add(const StridedView& v, int64_t count, int64_t heads_each, int64_t dim) {
     if (head_ < 0 || steps_ == 0) return;
-    const int64_t head = head_ % p_.num_kv_heads * heads_each;
-    const RowsAhead rows(v, head_ / p_.num_kv_heads, 0, count, head, heads_each, dim, true);
+    const int64_t head = head_ % p_.num_kv_heads * heads_each, batch = head_ / p_.num_kv_heads;
+    const char* const first =
+        static_cast<const char*>(v.data) + (batch * v.stride[0] + head * v.stride[2]) * size_of(v.dtype);
+    const RowsAhead rows(v, first, count, heads_each, dim, true);
     room_ -= rows.bytes();
     if (room_ < 0) return;
     rows_[count_] = rows;

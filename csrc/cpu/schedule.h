@@ -41,7 +41,7 @@ struct Cost {
       keys = std::min(keys, static_cast<double>(p.mask.window_left) + static_cast<double>(p.mask.window_right) + 1);
     const double dims = static_cast<double>(p.head_dim + p.value_dim), rows = 1.0 * p.batch * p.num_heads * p.seqlen_q;
     flops = products * rows * keys * dims;  // 2 for each of dims, of which a product has half
-    bytes = 1.0 * p.batch * p.num_kv_heads * keys * dims * size_of(p.dtype);
+    bytes = 1.0 * p.batch * p.num_kv_heads * keys * dims * size_of(p.k.dtype);
   }
 
   // As many threads as find enough to do, of those lent.

@@ -44,6 +44,23 @@ struct SimdBase {
     memset(first, 0, width * sizeof(uint16_t));
     memcpy(first, p, n * sizeof(uint16_t));
   }
+  static ATTN_INLINE V load_int8(const int8_t* p) {
+    typedef int8_t Bytes __attribute__((vector_size(width)));
+    Bytes bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(__builtin_convertvector(bytes, I), V);
+  }
+  // x, in a register from here on: without this the compiler would load it again for each of its uses.
+  static ATTN_INLINE V kept(V x) {
+#if defined(__aarch64__)
+    asm("" : "+w"(x));
+#elif defined(__AVX512F__)
+    asm("" : "+v"(x));
+#elif defined(__x86_64__)
+    asm("" : "+x"(x));
+#endif
+    return x;
+  }
   static ATTN_INLINE V select(I mask, V yes, V no) { return mask ? yes : no; }
   static ATTN_INLINE V fma(V a, V b, V c) { return a * b + c; }  // contracted to one instruction where there is one
 
@@ -61,12 +78,32 @@ struct SimdBase {
       }
   }
 
+
+  // Lane i is what the lanes of r[i] give when two become one, in pairs; r is overwritten.
+  template <class Join>
+  static ATTN_INLINE V reduced(V* r, const Join& join) {
+    transpose(r);
+    for (int half = width / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) r[i] = join(r[i], r[i + half]);
+    return r[0];
+  }
+
   static ATTN_INLINE bool any(I mask) {
     Int bits = 0;
     for (int i = 0; i < width; ++i) bits |= mask[i];
     return bits != 0;
   }
 };
+
+// Lane i is the sum, or the maximum, of the lanes of r[i], for `width` vectors, which are overwritten.
+template <class T>
+ATTN_INLINE typename Simd<T>::V sums(typename Simd<T>::V* r) {
+  return Simd<T>::reduced(r, [](auto a, auto b) { return a + b; });
+}
+template <class T>
+ATTN_INLINE typename Simd<T>::V maxima(typename Simd<T>::V* r) {
+  return Simd<T>::reduced(r, [](auto a, auto b) { return Simd<T>::max(a, b); });
+}
 
 }  // namespace
 }  // namespace attn_ops::cpu

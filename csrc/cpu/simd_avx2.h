@@ -56,6 +56,10 @@ struct Simd<float> : SimdBase<float, int32_t, 32> {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
 
+  static ATTN_INLINE V load_int8(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+
   static ATTN_INLINE void transpose(V* r) {
     V t[8], s[8];
     for (int i = 0; i < 8; i += 2) {
@@ -72,6 +76,16 @@ struct Simd<float> : SimdBase<float, int32_t, 32> {
       r[i] = _mm256_permute2f128_ps(s[i], s[i + 4], 0x20);
       r[i + 4] = _mm256_permute2f128_ps(s[i], s[i + 4], 0x31);
     }
+  }
+
+  // A transposition whose halves are joined as soon as they meet: 14 shuffles instead of 24.
+  template <class Join>
+  static ATTN_INLINE V reduced(V* r, const Join& join) {
+    for (int i = 0; i < 4; ++i)
+      r[i] = join(_mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+    for (int i = 0; i < 2; ++i)
+      r[i] = join(_mm256_shuffle_ps(r[2 * i], r[2 * i + 1], 0x44), _mm256_shuffle_ps(r[2 * i], r[2 * i + 1], 0xee));
+    return join(_mm256_permute2f128_ps(r[0], r[1], 0x20), _mm256_permute2f128_ps(r[0], r[1], 0x31));
   }
 };
 
@@ -95,6 +109,13 @@ struct Simd<double> : SimdBase<double, int64_t, 32> {
     r[1] = _mm256_permute2f128_pd(b, d, 0x20);
     r[2] = _mm256_permute2f128_pd(a, c, 0x31);
     r[3] = _mm256_permute2f128_pd(b, d, 0x31);
+  }
+
+  template <class Join>
+  static ATTN_INLINE V reduced(V* r, const Join& join) {
+    for (int i = 0; i < 2; ++i)
+      r[i] = join(_mm256_unpacklo_pd(r[2 * i], r[2 * i + 1]), _mm256_unpackhi_pd(r[2 * i], r[2 * i + 1]));
+    return join(_mm256_permute2f128_pd(r[0], r[1], 0x20), _mm256_permute2f128_pd(r[0], r[1], 0x31));
   }
 };
 

@@ -34,6 +34,11 @@ struct Simd<float> : SimdBase<float, int32_t, 16> {
     r[2] = vzip1q_f32(b, d);
     r[3] = vzip2q_f32(b, d);
   }
+  template <class Join>
+  static ATTN_INLINE V reduced(V* r, const Join& join) {
+    for (int i = 0; i < 2; ++i) r[i] = join(vuzp1q_f32(r[2 * i], r[2 * i + 1]), vuzp2q_f32(r[2 * i], r[2 * i + 1]));
+    return join(vuzp1q_f32(r[0], r[1]), vuzp2q_f32(r[0], r[1]));
+  }
 };
 
 template <>
@@ -45,6 +50,10 @@ struct Simd<double> : SimdBase<double, int64_t, 16> {
     const float64x2_t a = r[0], b = r[1];
     r[0] = vzip1q_f64(a, b);
     r[1] = vzip2q_f64(a, b);
+  }
+  template <class Join>
+  static ATTN_INLINE V reduced(V* r, const Join& join) {
+    return join(vuzp1q_f64(r[0], r[1]), vuzp2q_f64(r[0], r[1]));
   }
 };
 

@@ -1,6 +1,6 @@
 // How an element type lies in memory, and how it becomes a vector of the compute type T (float or double) and back.
 //
-//   half, bfloat16 -> float    float -> float    double -> double
+//   half, bfloat16, int8 -> float    float -> float    double -> double
 #pragma once
 
 #include "../attention.h"
@@ -57,6 +57,19 @@ struct BFloat16 {
   }
 };
 
+// Small integers, to be read only: what they stand for is a multiple of them, which is their row's affair.
+struct Int8 {
+  static constexpr int size = 1;
+  static ATTN_INLINE Vec<float> load(const char* p) {
+    return Simd<float>::load_int8(reinterpret_cast<const int8_t*>(p));
+  }
+  static ATTN_INLINE Vec<float> load(const char* p, int64_t n) {
+    int8_t first[Simd<float>::width] = {};
+    memcpy(first, p, n);
+    return Simd<float>::load_int8(first);
+  }
+};
+
 // The dtype of arrays of T.
 template <class T>
 constexpr DType kDTypeOf = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
@@ -73,6 +86,15 @@ ATTN_INLINE void with_storage(float, DType t, const F& f) {
 template <class F>
 ATTN_INLINE void with_storage(double, DType, const F& f) {
   f(Same<double>{});
+}
+
+// The same of keys and values, which may be int8.
+template <class T, class F>
+ATTN_INLINE void with_read_storage(T tag, DType t, const F& f) {
+  if constexpr (sizeof(T) == 4) {
+    if (t == DType::kInt8) return f(Int8{});
+  }
+  with_storage(tag, t, f);
 }
 
 // The first n elements of a vector, `stride` bytes apart; the rest is whatever zero bytes mean.

@@ -264,7 +264,7 @@ FLOATS = np.zeros((2, 1, 1, 11), "float32")
      dict(k=np.zeros((2, 11, 0, 19), "float32"), v=np.zeros((2, 11, 0, 13), "float32"))),
     (ValueError, "head_dim must be at least 1", {n: np.zeros((2, 7, 4, 0), "float32") for n in ("q", "k", "v")}),
     (ValueError, "k must be float32, the dtype of q, got float64", dict(k=np.zeros(SHAPES["k"]))),
-    (TypeError, "q must hold float32, float64, float16, bfloat16 or bool, got int32",
+    (TypeError, "q must hold float32, float64, float16, bfloat16, int8 or bool, got int32",
      dict(q=np.zeros(SHAPES["q"], "int32"))),
     (ValueError, "q must be float32, float64, float16 or bfloat16, got bool", dict(q=np.zeros(SHAPES["q"], bool))),
     (ValueError, "k must be float32, the dtype of q, got bool", dict(k=np.zeros(SHAPES["k"], bool))),

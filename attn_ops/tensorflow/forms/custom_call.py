@@ -19,6 +19,7 @@ _TYPES = {
     tf.float16: "f16",
     tf.bfloat16: "bf16",
     tf.bool: "i1",
+    tf.int8: "i8",
     tf.int32: "i32",
     tf.int64: "i64",
 }

@@ -1,4 +1,4 @@
-"""The operators `AttnOps>Forward` and `AttnOps>Backward` of the compiled library, as TensorFlow functions.
+"""The operators `AttnOps>Forward`, `AttnOps>Decode` and `AttnOps>Backward` of the compiled library, as TensorFlow functions.
 
 They are registered by csrc/bindings/tensorflow.cc, and their gradients by derivatives.py.
 """
@@ -8,16 +8,21 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops import kernels
-from attn_ops.call.attention_call import AttentionCall, attributes, optional_inputs
+from attn_ops.call.attention_call import AttentionCall, attributes, cache_inputs, optional_inputs
 
 
 def forward(call: AttentionCall, **more):
     """(out, lse, statistics), differentiable; lse is None unless ``call.return_lse``. ``more`` are attributes."""
-    out, statistics, lse = kernels.library().attn_ops_forward(
+    library, caches = kernels.library(), ()
+    operator = library.attn_ops_forward
+    if call.reads_cache():
+        operator, caches = library.attn_ops_decode, cache_inputs(call).values()
+    out, statistics, lse = operator(
         call.query,
         call.key,
         call.value,
         *optional_inputs(call).values(),
+        *caches,
         num_lse=int(call.return_lse),
         Tlse=call.lse_dtype,
         **attributes(call),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops import reference
+from attn_ops.call import pages
 from attn_ops.call.attention_call import OPTIONAL_DIFFERENTIABLE, AttentionCall
+from attn_ops.generation import int8
 from attn_ops.masks import constructors
+from attn_ops.tensorflow import xp
 
 
 def attention(call: AttentionCall):
@@ -14,6 +17,7 @@ def attention(call: AttentionCall):
 
     Runs eagerly and in graphs, in the Python process that built them; differentiable once.
     """
+    call = pages.gathered(xp, int8.dequantized(xp, call))
     key_begin, key_end = call.intervals or (None, None)
     q_ids, kv_ids = call.segments or (None, None)
     named = {

@@ -1,0 +1,119 @@
+"""How rows that attend to keys in pages become a call of the attention.
+
+The rules are the same for TensorFlow and JAX: ``xp`` is tensorflow/xp.py or jax/xp.py.
+"""
+
+from __future__ import annotations
+
+import typing
+
+from attn_ops.call import arrays, options, pages
+from attn_ops.call import rotary as rotations
+from attn_ops.call.attention_call import canonical
+from attn_ops.generation import decode
+
+# Options of the attention that lengths decide, or that are for training.
+NOT_TAKEN = tuple(name for name in decode.NOT_TAKEN if name != "layout")
+
+
+class Paging(typing.NamedTuple):
+    """What is to be done: a call of the attention, and which rows go into the pages before that."""
+
+    query: typing.Any
+    pages: tuple  # of keys and values, as they are before
+    options: dict  # of `normalize`
+    new: tuple  # the new keys and values, or ()
+    before: typing.Any  # int32 [batch]: where the first row stands, and the first new one goes
+    counts: typing.Any  # int32 [batch] or None: how many rows there are
+
+    def grown(self, append, in_place):
+        """The pages with the new rows; ``append`` is append_to_pages of the framework's append.py."""
+        if not self.new:
+            return self.pages
+        table, layout = self.options["block_table"], self.options["layout"]
+        return append(self.pages, *self.new, table, self.before, self.counts, layout, in_place)
+
+
+def prepared(xp, name, q, k_pages, v_pages, block_table, lengths, k_new, v_new, rotary, is_causal, **given) -> Paging:
+    """The arguments of `paged_attention`, checked; ``given`` are options of the attention."""
+    layout = given.pop("layout", "BSHD")
+    if layout not in ("BSHD", "BHSD"):
+        raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}")
+    q, k_pages, v_pages = (
+        _of_rank_4(xp, name, what, x, layout) for what, x in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages))
+    )
+    if k_pages.dtype != v_pages.dtype or k_pages.dtype not in xp.FLOATS:
+        raise TypeError(
+            f"{name}: k_pages and v_pages must be float16, bfloat16, float32 or float64, both the same, got "
+            f"{k_pages.dtype.name} and {v_pages.dtype.name}"
+        )
+    axis = 1 if layout == "BSHD" else 2
+    batch, rows = xp.extents(q)[0], xp.extents(q)[axis]
+    block_table = pages.checked(xp, name, block_table, q, k_pages, v_pages, layout)
+    size, count = xp.extents(k_pages)[axis], xp.extents(block_table)[1]
+    room = None if size is None or count is None else size * count
+    lengths = arrays.lengths(xp, name, "lengths", lengths, batch, room)
+    if lengths is None:
+        raise TypeError(f"{name}: lengths must be integers [batch], got None")
+    rotary = rotations.from_option(name, rotary)
+    is_causal = options.flag(name, "is_causal", is_causal)
+    counts = arrays.lengths(xp, name, "query_seq_lengths", given.pop("query_seq_lengths", None), batch, rows)
+    new = _new_rows(xp, name, k_new, v_new, q, k_pages, v_pages, layout)
+
+    present = xp.extent(q, axis) if counts is None else counts
+    if is_causal or new:  # rows are keys as well: a sequence has no more of them
+        counts = xp.minimum(lengths, present)
+        before = lengths - counts
+    else:
+        before = xp.maximum(lengths - present, 0)
+    if rotary is not None:
+        if new:
+            new = rotations.rotate(xp, name, new[0], rotary, axis, before), new[1]
+        q = rotations.rotate(xp, name, q, rotary, axis, before)
+    given = {
+        **given,
+        "is_causal": is_causal,
+        "layout": layout,
+        "block_table": block_table,
+        "key_value_seq_lengths": lengths,
+        "query_offset": before,
+        "query_seq_lengths": counts,
+    }
+    return Paging(
+        q if q.dtype == k_pages.dtype else xp.cast(q, k_pages.dtype), (k_pages, v_pages), given, new, before, counts
+    )
+
+
+def _of_rank_4(xp, name, what, x, layout):
+    x = xp.as_tensor(name, what, x)
+    if not xp.is_floating(x.dtype):
+        raise TypeError(f"{name}: {what} must be floating, got {x.dtype.name}; cast it: {xp.cast_text(what)}")
+    extents = xp.extents(x)
+    if extents is None or len(extents) != 4:
+        first, length = ("batch", "rows") if what == "q" else ("pages in all", "page_size")
+        axes = canonical((first, "heads", length, "dim"), "BHSD" if layout == "BHSD" else "BSHD")
+        raise ValueError(
+            f"{name}: {what} must have shape [{', '.join(axes)}] (layout {layout}), got {arrays.shape_text(extents)}"
+        )
+    return x
+
+
+def _new_rows(xp, name, k_new, v_new, q, k_pages, v_pages, layout):
+    """The new keys and values in the dtype of the pages, or ()."""
+    if k_new is None and v_new is None:
+        return ()
+    if k_new is None or v_new is None:
+        raise ValueError(f"{name}: k_new and v_new come together, and {'k' if k_new is None else 'v'}_new is None")
+    batch, _, rows, _ = canonical(xp.extents(q), layout)
+    new = []
+    for what, x, of in (("k_new", k_new, k_pages), ("v_new", v_new, v_pages)):
+        x = _of_rank_4(xp, name, what, x, layout)
+        _, heads, _, dim = canonical(xp.extents(of), layout)
+        if not arrays.compatible(canonical(xp.extents(x), layout), [batch, heads, rows, dim]):
+            wanted = canonical((batch, heads, rows, dim), layout)
+            raise ValueError(
+                f"{name}: {what} must have shape ({', '.join(map(str, wanted))}) for these rows and pages (layout {layout}), "
+                f"got {arrays.shape_text(xp.extents(x))}"
+            )
+        new.append(x if x.dtype == of.dtype else xp.cast(x, of.dtype))
+    return tuple(new)

@@ -1,0 +1,56 @@
+"""paged_attention on JAX arrays: rows attend to keys in pages, and become some of them."""
+
+from __future__ import annotations
+
+from attn_ops.call import options, public
+from attn_ops.call.normalize import normalize
+from attn_ops.generation import paging
+from attn_ops.jax import append, choice, run, xp
+
+
+@public.function(without=paging.NOT_TAKEN, is_causal=True, rotary=None, in_place=False, implementation=None)
+def paged_attention(q, k_pages, v_pages, block_table, lengths, k_new=None, v_new=None, **given):
+    """Attention of the last rows of sequences to keys and values that lie in pages.
+
+    The function of `attn_ops.paged_attention` on JAX arrays: the same arguments, results and errors. Works under
+    `jax.jit`, `jax.lax.scan` and `jax.lax.while_loop`. Forward only. New rows cost as much as they are in loops, and in
+    functions whose arguments the pages are, donated: ``jax.jit(step, donate_argnums=…)``.
+
+    Args:
+        q: floating [batch, rows, num_heads, head_dim].
+        k_pages, v_pages: floating [pages in all, page_size, num_kv_heads, dim], page_size a multiple of 16.
+        block_table: integers [batch, pages]: the keys of sequence b from n page_size on are page block_table[b, n].
+        lengths: integers [batch]: how many keys each sequence has, those of its rows of q among them.
+        k_new, v_new: [batch, rows, num_kv_heads, dim] or None: written into the pages first.
+        is_causal: whether a row sees no key behind its own.
+        rotary: None, True, or a dict of the options of `attn_ops.rotary_embedding`: turns q and k_new by their
+            positions.
+        in_place: True: outside of functions the arrays of the pages are taken over, and deleted.
+        {options}
+        implementation: as in `attn_ops.jax.scaled_dot_product_attention`.
+
+    Returns:
+        out, or (out, lse) with return_lse; with k_new also the pages: (out, k_pages, v_pages), or (out, lse, k_pages,
+        v_pages).
+
+    Raises:
+        TypeError, ValueError: as in `attn_ops.paged_attention`.
+        jax.errors.JaxRuntimeError: lengths beyond the table, or entries that are no page, where only the running kernel
+            can know. The composite does not find those.
+    """
+    name = "paged_attention"
+    implementation, return_lse = given.pop("implementation", None), given.pop("return_lse", False)
+    rotary, is_causal = given.pop("rotary", None), given.pop("is_causal", True)
+    in_place = options.flag(name, "in_place", given.pop("in_place", False))
+    q = xp.as_tensor(name, "q", q)
+    paged = paging.prepared(
+        xp, name, q, k_pages, v_pages, block_table, lengths, k_new, v_new, rotary, is_causal, **given
+    )
+    call = normalize(xp, name, paged.query, *paged.pages, **paged.options, return_lse=return_lse)
+    chosen = choice.choose(name, implementation)
+    # Only what nothing speaks against changes the pages.
+    key, value = paged.grown(append.append_to_pages, in_place)
+    out, lse = run.attention(name, call._replace(key=key, value=value), chosen, forced=implementation is not None)
+    out = out if out.dtype == q.dtype else out.astype(q.dtype)
+    results = out, *([lse] if return_lse else []), *([key, value] if paged.new else [])
+    return results if len(results) > 1 else out
