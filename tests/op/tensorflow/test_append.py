@@ -37,7 +37,8 @@ def rows(count, value=1.0, batch=1, heads=1, dim=2):
 
 def held(cache):
     """The rows of the first sequence that there are, by one of their numbers."""
-    return cache.key[0, : int(cache.lengths[0]), 0, 0].numpy().tolist()
+    key = cache.key if cache.key_scale is None else tf.round(tf.cast(cache.key, tf.float32) * cache.key_scale[..., None])
+    return key[0, : int(cache.lengths[0]), 0, 0].numpy().tolist()
 
 
 @pytest.mark.wide(3)
