@@ -5,6 +5,7 @@ from __future__ import annotations
 import typing
 
 _FIRST_INPUTS = 5  # optional inputs that every custom call in a saved file counts
+PAGE_ROWS = 16  # the size of a page of keys is a multiple of it (kPageRows in csrc/attention.h)
 MAX_MASKS = 4  # boolean masks the kernels AND on the fly (kMaxMasks in csrc/attention.h)
 
 _TENSORS = ("query", "key", "value", "bias", "query_lengths", "key_lengths", "seed", "query_offset", "blocks",

@@ -10,9 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from attn_ops.call import arrays
-from attn_ops.call.attention_call import canonical
-
-ROWS = 16  # the size of a page is a multiple of it (kPageRows in csrc/attention.h)
+from attn_ops.call.attention_call import PAGE_ROWS, canonical
 
 
 def checked(xp, name, table, query, key, value, layout):
@@ -32,9 +30,9 @@ def checked(xp, name, table, query, key, value, layout):
             f"{arrays.shape_text(k)} and {arrays.shape_text(v)}"
         )
     size = canonical(k, layout)[2]
-    if isinstance(size, int) and (size < 1 or size % ROWS):
+    if isinstance(size, int) and (size < 1 or size % PAGE_ROWS):
         raise ValueError(
-            f"{name}: the size of a page must be a multiple of {ROWS}, got {size} in pages of shape "
+            f"{name}: the size of a page must be a multiple of {PAGE_ROWS}, got {size} in pages of shape "
             f"{arrays.shape_text(k)} (layout {layout})"
         )
     return xp.as_int32(table)

@@ -94,22 +94,19 @@ class KVCache(typing.NamedTuple):
         """
         if layout not in ("BSHD", "BHSD"):
             raise ValueError(f"{_NAME}: layout must be 'BSHD' or 'BHSD', got {layout!r}")
-        max_length = _extent("max_length", max_length)
-        num_kv_heads, head_dim = _extent("num_kv_heads", num_kv_heads), _extent("head_dim", head_dim)
-        value_dim = head_dim if value_dim is None else _extent("value_dim", value_dim)
+        max_length = extent(_NAME, "max_length", max_length)
+        num_kv_heads, head_dim = extent(_NAME, "num_kv_heads", num_kv_heads), extent(_NAME, "head_dim", head_dim)
+        value_dim = head_dim if value_dim is None else extent(_NAME, "value_dim", value_dim)
         if not hasattr(batch, "shape"):
-            batch = _extent("batch", batch)
+            batch = extent(_NAME, "batch", batch)
         window = _window(window)
         rows = max_length if window is None else min(max_length, capacity(window))
-        if framework is None:
-            framework = _framework_of(dtype)
-        elif framework not in _FRAMEWORKS:
-            raise ValueError(f"{_NAME}: framework must be one of {_FRAMEWORKS}, got {framework!r}")
+        framework = chosen_framework(_NAME, framework, dtype)
 
         def shape(dim):
             return (batch, rows, num_kv_heads, dim) if layout == "BSHD" else (batch, num_kv_heads, rows, dim)
 
-        fields = _append_module(framework).empty(_NAME, shape(head_dim), shape(value_dim), dtype)
+        fields = append_module(framework).empty(_NAME, shape(head_dim), shape(value_dim), dtype)
         return kind(layout, window, len(fields) > len(KVCache._fields))(*fields)
 
     @property
@@ -165,7 +162,7 @@ class KVCache(typing.NamedTuple):
 
     def copy(self):
         """The cache in memory of its own."""
-        return _append_module(framework_of(self)).copied(self)
+        return append_module(framework_of(self)).copied(self)
 
 
 class _Fields(typing.NamedTuple):
@@ -227,7 +224,17 @@ def framework_of(*tensors):
     return _framework_of(None)
 
 
+def chosen_framework(name, framework, dtype):
+    """The option ``framework`` of `create`, checked, or what else tells it."""
+    if framework is None:
+        return _framework_of(dtype)
+    if framework not in _FRAMEWORKS:
+        raise ValueError(f"{name}: framework must be one of {_FRAMEWORKS}, got {framework!r}")
+    return framework
+
+
 def _framework_of(dtype):
+    """The framework of a cache that nothing but this ``dtype`` tells."""
     if type(dtype).__module__.startswith("tensorflow"):
         return "tensorflow"
     if type(dtype).__module__.startswith("jax"):  # jax.numpy.float32
@@ -240,17 +247,19 @@ def _framework_of(dtype):
     return "jax" if "jax" in sys.modules and "tensorflow" not in sys.modules else "tensorflow"
 
 
-def _append_module(framework):
+def append_module(framework):
+    """append.py of this framework."""
     return importlib.import_module(f"attn_ops.{framework}.append")
 
 
-def _extent(what, value):
+def extent(name, what, value):
+    """``value`` as an extent that a cache may have."""
     if not options.is_integer(value):
-        raise TypeError(f"{_NAME}: {what} must be an integer, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name}: {what} must be an integer, got {value!r} of type {type(value).__name__}")
     if value < 1:
-        raise ValueError(f"{_NAME}: {what} must be at least 1, got {value}")
+        raise ValueError(f"{name}: {what} must be at least 1, got {value}")
     if value > np.iinfo(np.int32).max:
-        raise ValueError(f"{_NAME}: {what} must fit 32 bits, got {value}")
+        raise ValueError(f"{name}: {what} must fit 32 bits, got {value}")
     return int(value)
 
 
@@ -259,5 +268,5 @@ def _window(window):
         return None
     if isinstance(window, (tuple, list)):
         left, _ = options.window(_NAME, window)
-        return None if left < 0 else _extent("window", left + 1)
-    return _extent("window", window)
+        return None if left < 0 else extent(_NAME, "window", left + 1)
+    return extent(_NAME, "window", window)

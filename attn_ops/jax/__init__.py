@@ -8,17 +8,21 @@ needed.
 """
 
 from attn_ops.generation.cache import KVCache
+from attn_ops.generation.page_pool import PagedKVCache
 from attn_ops.jax.attention import attention_weights, scaled_dot_product_attention
 from attn_ops.jax.decode import decode_attention
 from attn_ops.jax.explain import explain
+from attn_ops.jax.paged import paged_attention
 from attn_ops.jax.rotary import rotary_embedding
 from attn_ops.jax.varlen import varlen_attention
 
 __all__ = [
     "KVCache",
+    "PagedKVCache",
     "attention_weights",
     "decode_attention",
     "explain",
+    "paged_attention",
     "rotary_embedding",
     "scaled_dot_product_attention",
     "varlen_attention",

@@ -41,16 +41,22 @@ def append(layout, memory, new, positions, counts, dropped, written):
     return _donated(layout, *arguments), None
 
 
-def append_to_pages(pages, k_new, v_new, table, positions, counts, layout, in_place):
+def append_to_pages(memory, new, table, positions, counts, layout, in_place):
     """`attn_ops.tensorflow.append.append_to_pages` on JAX arrays. ``in_place`` counts outside of functions: there the
-    arrays of ``pages`` are taken over, and deleted."""
-    arrays = *pages, k_new, v_new, table, positions, counts
-    traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
-    return (_donated_pages if in_place and not traced else _appended_to_pages)(layout, *arrays)
+    arrays of ``memory`` are taken over, and deleted."""
+    arguments = tuple(memory), tuple(new), table, positions, counts
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments))
+    return (_donated_pages if in_place and not traced else _appended_to_pages)(layout, *arguments)
 
 
 def empty(name, key_shape, value_shape, dtype):
     """The fields of an empty cache of these shapes."""
+    key, value, *scales = zeros(name, key_shape, value_shape, dtype)
+    return key, value, jnp.zeros(key_shape[:1], "int32"), None, *scales
+
+
+def zeros(name, key_shape, value_shape, dtype):
+    """Keys and values of zeros, and in int8 their scales."""
     try:
         dtype = jnp.dtype(getattr(dtype, "as_numpy_dtype", dtype))
     except TypeError as error:
@@ -59,7 +65,7 @@ def empty(name, key_shape, value_shape, dtype):
         raise ValueError(f"{name}: dtype must be float16, bfloat16, float32, float64 or int8, got {dtype.name}")
     shapes = key_shape, value_shape
     scales = [jnp.zeros(shape[:3], "float32") for shape in shapes] if dtype == xp.int8 else []
-    return *(jnp.zeros(shape, dtype) for shape in shapes), jnp.zeros(key_shape[:1], "int32"), None, *scales
+    return *(jnp.zeros(shape, dtype) for shape in shapes), *scales
 
 
 def copied(cache):
@@ -103,19 +109,22 @@ def _no_derivative(layout, primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _appended_to_pages(layout, keys, values, k_new, v_new, table, positions, counts):
-    total, _, size, _ = canonical(keys.shape, layout)
-    rows = k_new.shape[1 if layout == "BSHD" else 2]
+def _appended_to_pages(layout, memory, new, table, positions, counts):
+    total, _, size, _ = canonical(memory[0].shape, layout)
+    rows = new[0].shape[1 if layout == "BSHD" else 2]
+    if len(memory) > len(new):
+        (k, k_scale), (v, v_scale) = (int8.quantized(xp, x) for x in new)
+        new = k, v, k_scale, v_scale
     page, row = paged.slots(xp, table, positions, counts, rows, size, total)
 
     def written(old, new):
         if layout == "BSHD":
             return old.at[page, row].set(new, mode="drop")
-        return old.at[page, :, row].set(new.transpose(0, 2, 1, 3), mode="drop")
+        return old.at[page, :, row].set(new.swapaxes(1, 2), mode="drop")
 
-    return written(keys, k_new), written(values, v_new)
+    return tuple(map(written, memory, new))
 
 
 _appended_to_pages.defjvp(_no_derivative)
-_donated_pages = jax.jit(_appended_to_pages, static_argnums=0, donate_argnums=(1, 2))
+_donated_pages = jax.jit(_appended_to_pages, static_argnums=0, donate_argnums=1)
 _donated = jax.jit(_appended, static_argnums=0, donate_argnums=1)

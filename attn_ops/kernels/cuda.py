@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from attn_ops.call.attention_call import MAX_MASKS
+from attn_ops.call.attention_call import MAX_MASKS, PAGE_ROWS
 from attn_ops.kernels.cuda_types import (
     ABI,
     DTYPES,
@@ -139,6 +139,7 @@ class Forward(_Launch):
         dropout_rate: float = 0.0,
         dropout_words=None,
         allow_tf32: bool = False,
+        block_table=None,
     ):
         """Describes the call.
 
@@ -156,20 +157,31 @@ class Forward(_Launch):
             query_lengths, key_lengths: contiguous int32 `[batch]`.
             dropout_rate, dropout_words: probability of dropping a weight; contiguous uint64 `[2]`: seed and offset.
             allow_tf32: whether products of float32 may be made in TF32.
+            block_table: contiguous int32 `[batch, pages]`; k and v are then pages `[pages in all, page_size, heads, dim]`,
+                page_size a multiple of 16, of which a sequence has those that its row of the table names. Entries that a
+                length reaches are read as they are.
         """
         arrays = {"q": q, "k": k, "v": v, "out": out}
         axes = _axes(layout)
         arrays = {name: _tensor(name, array, axes) for name, array in arrays.items()}
         p = self._params = self._forward = AttentionParams()
         p.batch, p.seqlen_q, p.num_heads, p.head_dim = arrays["q"].shape
-        _, p.seqlen_k, p.num_kv_heads, p.value_dim = arrays["v"].shape
+        entries, p.seqlen_k, p.num_kv_heads, p.value_dim = arrays["v"].shape
+        key_shape = p.batch, p.seqlen_k
+        if block_table is not None:
+            p.page_size = p.seqlen_k
+            if p.page_size == 0 or p.page_size % PAGE_ROWS:
+                raise ValueError(f"the size of a page ({p.page_size}) must be a multiple of {PAGE_ROWS}")
+            p.block_table_stride = describe("block_table", block_table).shape[-1]
+            p.block_table = _dense("block_table", block_table, "int32", (p.batch, p.block_table_stride))
+            key_shape, p.seqlen_k = (entries, p.page_size), p.page_size * p.block_table_stride
         dtype = arrays["q"].dtype
         if dtype not in DTYPES or dtype == "bool":
             raise TypeError(f"q must be float32, float64, float16 or bfloat16, not {dtype}")
         if p.num_kv_heads == 0 or p.num_heads % p.num_kv_heads:
             raise ValueError(f"num_heads ({p.num_heads}) must be a multiple of num_kv_heads ({p.num_kv_heads})")
-        _require(arrays["k"], "k", dtype, (p.batch, p.seqlen_k, p.num_kv_heads, p.head_dim))
-        _require(arrays["v"], "v", dtype, (p.batch, p.seqlen_k, p.num_kv_heads, p.value_dim))
+        _require(arrays["k"], "k", dtype, (*key_shape, p.num_kv_heads, p.head_dim))
+        _require(arrays["v"], "v", dtype, (*key_shape, p.num_kv_heads, p.value_dim))
         _require(arrays["out"], "out", dtype, (p.batch, p.seqlen_q, p.num_heads, p.value_dim))
         p.dtype = DTYPES.index(dtype)
         for name, array in arrays.items():

@@ -130,6 +130,11 @@ def bitcast_int32(x):
 
 
 # For caches.
+def is_tracing():
+    """Whether what is done here becomes a part of a function."""
+    return not tf.executing_eagerly()
+
+
 minimum, maximum = tf.minimum, tf.maximum
 int8 = tf.int8
 where, zeros_like, ones_like, absolute, rounded = tf.where, tf.zeros_like, tf.ones_like, tf.abs, tf.round

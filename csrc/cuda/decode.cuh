@@ -7,6 +7,8 @@
 //   m = max m_i      l = sum e^(m_i - m) l_i      out = sum e^(m_i - m) o_i / l
 //
 // and likewise the parts of blocks that share the keys of a head, by the last of them to finish.
+//
+// Keys may lie in pages: a tile is of one page, whose place in memory is looked up when the tile is asked for.
 #pragma once
 
 #include "forward.cuh"
@@ -75,7 +77,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
   const int first_step = min(split * steps_each, steps), own_steps = min(steps_each, steps - first_step);
   const auto first_key = [&](int step) { return begin + (first_step + step) * kStepKeys + warp_index() * kKeys; };
   const auto values = [&](int step) {
-    return KeyRows<const Element>(p.v, head, first_key(step), head.length_k, args.aligned.v);
+    return KeyRows<const Element>::of_tile(p.v, head, first_key(step), head.length_k, args.aligned.v);
   };
   const auto slot = [&](int item) { return T{ring + item % kRing * kTileBytes}; };
   // Item 2 i is the keys of step i, item 2 i + 1 its values.
@@ -84,7 +86,8 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
       if (item & 1) {
         load_tile<M, kDim, kKeys, 32, Warp>(slot(item), values(item >> 1), value_dim);
       } else {
-        const KeyRows<const Element> keys(p.k, head, first_key(item >> 1), head.length_k, args.aligned.k);
+        const int key = first_key(item >> 1);
+        const auto keys = KeyRows<const Element>::of_tile(p.k, head, key, head.length_k, args.aligned.k);
         load_tile<M, kDim, kKeys, 32, Warp>(slot(item), keys, head_dim);
       }
     }

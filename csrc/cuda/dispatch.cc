@@ -42,7 +42,6 @@ std::string unsupported_reason(const AttentionParams& p) {
                  {p.slopes != nullptr, "alibi_slopes"},
                  {p.relative_bias != nullptr, "relative_bias"},
                  {p.sinks != nullptr, "sinks"},
-                 {p.block_table != nullptr, "pages of keys"},
                  {p.k.data != nullptr && p.k.dtype != p.dtype, "keys of another dtype than the queries"}};
   for (const auto& option : not_yet) {
     if (option.given) return std::string("the CUDA kernels do not take ") + option.what;
@@ -91,7 +90,10 @@ uint64_t next_launch() {
 
 std::atomic<int64_t> most_decode_rows{kMostDecodeRows};
 
-bool is_decode(const AttentionParams& p) { return num_rows(p) <= most_decode_rows.load(std::memory_order_relaxed); }
+// Pages are read by this kernel alone.
+bool is_decode(const AttentionParams& p) {
+  return p.block_table != nullptr || num_rows(p) <= most_decode_rows.load(std::memory_order_relaxed);
+}
 
 int launch_decode(const AttentionParams& p, const Device& device, void* stream, Workspace workspace) {
   const DecodePlan plan(p, device);

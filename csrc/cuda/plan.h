@@ -71,7 +71,8 @@ inline Rows rows_of(const AttentionParams& p, int64_t tiles) {
 // Whether rows of `dim` elements can be moved 16 bytes at a time. Strides of axes with one index do not matter:
 // frameworks leave anything there.
 inline bool is_aligned(const AttentionParams& p, const StridedView& view, int64_t seqlen, int64_t heads, int64_t dim) {
-  const int64_t bytes = size_of(p.dtype), extent[] = {p.batch, seqlen, heads};
+  const bool in_pages = p.block_table != nullptr && (view.data == p.k.data || view.data == p.v.data);
+  const int64_t bytes = size_of(p.dtype), extent[] = {in_pages ? int64_t{2} : p.batch, seqlen, heads};
   if (dim == 0 || (dim > 1 && view.stride[3] != 1) || reinterpret_cast<uintptr_t>(view.data) % 16 != 0) return false;
   for (int axis = 0; axis < 3; ++axis)
     if (extent[axis] > 1 && view.stride[axis] * bytes % 16 != 0) return false;

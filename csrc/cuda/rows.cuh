@@ -89,7 +89,8 @@ struct RowBlock {
 
 // --- Sources and targets of tiles (tile.cuh) -------------------------------------------------------------------------
 
-// Keys or values of a head, from `first`; those at and past `limit` are never read.
+// Keys or values of a head, from `first`; those at and past `limit` are never read. Where they lie in pages, they are
+// those of one: decode's tiles, which begin at a multiple of their 16 keys or fewer, do not cross the end of any.
 template <class Element>
 struct KeyRows {
   Element* base;
@@ -105,6 +106,18 @@ struct KeyRows {
         first(first),
         limit(limit),
         aligned(aligned) {}
+
+  // Of a head whose keys may lie in pages.
+  ATTN_DEVICE static KeyRows of_tile(const StridedView& view, const Head& h, int first, int limit, bool aligned) {
+    KeyRows rows(view, h, first, limit, aligned);
+    const AttentionParams& p = h.p;
+    if (p.block_table != nullptr && first < limit) {
+      const int size = static_cast<int>(p.page_size), n = first / size;
+      const int page = p.block_table[recomputed(h.batch) * p.block_table_stride + n];
+      rows.base += (page - recomputed(h.batch)) * view.stride[0] - int64_t{n} * size * view.stride[1];
+    }
+    return rows;
+  }
 
   ATTN_DEVICE bool exists(int r) const { return first + r < limit; }
   ATTN_DEVICE Element* row(int r) const { return base + (first + r) * stride; }

@@ -5,6 +5,7 @@ On the stand-in driver, or with `pytest -m gpu` on a device. Shapes are small be
 
 import numpy as np
 import pytest
+from attn_ops import reference
 from attn_ops.call import philox
 from attn_ops.kernels import cuda, cuda_types
 
@@ -284,3 +285,38 @@ def test_a_library_that_is_not_there(monkeypatch, tmp_path):
             cuda.forward(*described())
     finally:
         cuda._library.cache_clear()
+
+
+# ------------------------------------------------------------------------------------------------------ pages
+
+
+@pytest.mark.wide(3)
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("size, seqlen_q, dim", [(16, 1, 64), (48, 3, 40), (128, 20, 72)])
+def test_keys_in_pages(dtype, size, seqlen_q, dim, rng):
+    """Read where the table says, and nothing that no length reaches: neither entries nor rows of pages."""
+    lengths = np.array([0, size + 5, 3 * size], np.int32)
+    query, key, value, *_ = make_inputs(dtype, 3, seqlen_q, 3 * size, 4, 2, dim)
+    table = rng.permutation(12).astype(np.int32)[:9].reshape(3, 3)
+    pages = [np.full((12, size, *x.shape[2:]), np.nan, x.dtype) for x in (key, value)]
+    for to, x in zip(pages, (key, value)):
+        to[table] = x.reshape(3, 3, size, *x.shape[2:])
+    for b, n in enumerate(lengths):
+        table[b, -(-n // size) :] = 10**6
+    arrays = [Array(x) for x in (query, *pages, table, lengths)]
+    q, k, v, of_pages, of_keys = (x.view for x in arrays)
+    out = Array.unwritten((*query.shape[:3], value.shape[3]), query.dtype)
+    lse, statistics = (Array.unwritten((3, 4, seqlen_q, *last), "float32") for last in ((), (2,)))
+    call = cuda.Forward(
+        q, k, v, out.view, statistics.view, lse=lse.view, block_table=of_pages, key_lengths=of_keys,
+        window_left=2 * size, window_right=0, bottom_right=True,
+    )  # fmt: skip
+    workspace = cuda_run.launch(call)
+    right, right_lse = reference.attention(
+        query, key, value, window=(2 * size, 0), causal_alignment="bottom_right", key_value_seq_lengths=lengths
+    )
+    nothing = {name: np.zeros(0) for name in ("dq", "dk", "dv")}
+    found = Result(out.numpy(), lse.numpy(), **nothing)
+    assert_close(found, Result(right, right_lse, **nothing), TOLERANCES[dtype], "pages")
+    del workspace
