@@ -13,6 +13,7 @@ _PACKED = (
     "key_value_seq_lengths"
 )
 _VARLEN = "attn_ops.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k) for packed tokens [total, num_heads, head_dim]"
+_PAGED = "attn_ops.paged_attention(q, k_pages, v_pages, block_table, lengths) for keys in pages"
 _CAP = "logits_soft_cap="
 _HERE = {
     "attn_mask": "mask= where it is boolean (True = may be seen), bias= where it is added to the scores",
@@ -57,6 +58,10 @@ _HERE = {
     "segment_ids": _PACKED,
     "seqused_k": "key_value_seq_lengths=",
     "cache_seqlens": 'key_value_seq_lengths=, with causal_alignment="bottom_right" where is_causal',
+    "block_table": _PAGED,
+    "block_tables": _PAGED,
+    "page_table": _PAGED,
+    "page_indices": _PAGED,
     "kv_seq_lengths": "key_value_seq_lengths=",
     "key_seq_lengths": "key_value_seq_lengths=",
     "attn_logits_soft_cap": _CAP,

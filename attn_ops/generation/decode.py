@@ -49,7 +49,7 @@ def with_memory(call, memory):
     return call._replace(**dict(zip(("key", "value", "key_scales", "value_scales"), memory)))
 
 
-def _query_dtype(xp, query, cache):
+def query_dtype(xp, query, cache):
     """In which dtype queries attend to a cache: in their own, unless one of the two is float64, which goes with itself."""
     if cache == xp.float64:
         return cache
@@ -110,7 +110,7 @@ def prepared(xp, name, q, cache, k_new, v_new, rotary, is_causal, **given) -> De
         "query_offset": before,
         "query_seq_lengths": counts,
     }
-    dtype = _query_dtype(xp, q.dtype, cache.key.dtype)
+    dtype = query_dtype(xp, q.dtype, cache.key.dtype)
     return Decoding(q if q.dtype == dtype else xp.cast(q, dtype), memory, given, cache, plan, new)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from attn_ops.call import arrays, options
 from attn_ops.call.attention_call import PAGE_ROWS, canonical
+from attn_ops.generation import paging
 from attn_ops.generation.cache import append_module, chosen_framework, extent
 
 _NAME = "PagedKVCache"
@@ -39,7 +40,8 @@ class PagedKVCache:
 
     Attributes:
         pages: a list with the (keys, values) of each layer: [num_pages, page_size, num_kv_heads, dim] (``layout`` "BSHD"),
-            or with heads before rows ("BHSD"). What a compiled function returns in their place is to be put back here.
+            or with heads before rows ("BHSD"); in int8 each of the two is a pair (pages, scales). What a compiled function
+            returns in their place is to be put back here.
         num_pages, page_size, layout: as created.
         num_free_pages: how many pages no sequence has.
         sequences: the sequences that there are, a tuple of integers.
@@ -52,7 +54,7 @@ class PagedKVCache:
         self.pages, self.layout = list(layer_pages), layout
         self._xp = importlib.import_module(f"attn_ops.{framework}.xp")
         self._append = append_module(framework).append_to_pages
-        self.num_pages, _, self.page_size, _ = canonical(self._xp.extents(self.pages[0][0]), layout)
+        self.num_pages, _, self.page_size, _ = canonical(self._xp.extents(self._memory(0)[0]), layout)
         self._sharers = np.zeros(self.num_pages, np.int32)  # of each page
         self._free = list(range(self.num_pages))[::-1]
         self._tables: dict[int, list[int]] = {}
@@ -80,7 +82,7 @@ class PagedKVCache:
             page_size: how many positions a page holds, a multiple of 16. Of a sequence the last page is half empty on
                 average; 64 is read as fast as keys that lie together.
             num_kv_heads, head_dim: of the keys and values.
-            dtype: float16, bfloat16, float32 or float64.
+            dtype: float16, bfloat16, float32, float64 or int8, in which rows are rounded as in `attn_ops.KVCache`.
             num_layers: how many layers have pages.
             value_dim: None: head_dim.
             layout: "BSHD" or "BHSD", of the pages, new rows and queries.
@@ -102,8 +104,8 @@ class PagedKVCache:
         key, value = (
             (count, size, heads, d) if layout == "BSHD" else (count, heads, size, d) for d in (dim, value_dim)
         )
-        zeros = append_module(framework).zeros
-        return cls([zeros(name, key, value, dtype) for _ in range(layers)], layout, framework)
+        made = [append_module(framework).zeros(name, key, value, dtype) for _ in range(layers)]
+        return cls([paging.pages_of(memory) for memory in made], layout, framework)
 
     @property
     def num_free_pages(self):
@@ -309,7 +311,8 @@ class PagedKVCache:
     def _copy(self, old, new):
         """The rows of the pages ``old`` in the pages ``new``."""
         old = self._xp.as_tensor(_NAME, "pages", np.array(old, np.int32))
-        rows = [tuple(self._xp.take_entries(x, old) for x in pair) for pair in self.pages]
+        layers = range(len(self.pages))
+        rows = [tuple(self._xp.take_entries(x, old) for x in self._memory(layer)) for layer in layers]
         self._write(rows, np.array(new, np.int32)[:, None], np.zeros(len(new), np.int32), None)
 
     def _write(self, layers, table, positions, counts):
@@ -317,12 +320,16 @@ class PagedKVCache:
             x if x is None else self._xp.as_tensor(_NAME, "rows", x) for x in (table, positions, counts)
         )
         for layer, rows in enumerate(layers):
-            self.pages[layer] = self._append(self.pages[layer], *rows, table, positions, counts, self.layout, in_place=True)
+            memory = self._append(self._memory(layer), rows, table, positions, counts, self.layout, in_place=True)
+            self.pages[layer] = paging.pages_of(memory)
+
+    def _memory(self, layer):
+        return paging.memory_of(_NAME, *self.pages[layer])
 
     def _checked_rows(self, name, batch, one, k, v):
         """Keys and values of new rows in the dtype of the pages, of rank 4."""
         found = []
-        for what, x, of in zip(("k", "v"), (k, v), self.pages[0]):
+        for what, x, of in zip(("k", "v"), (k, v), self._memory(0)):
             x = self._xp.as_tensor(name, what, x)
             if not self._xp.is_floating(x.dtype):
                 raise TypeError(f"{name}: {what} must be floating, got {x.dtype.name}; cast it: {self._xp.cast_text(what)}")
@@ -336,5 +343,5 @@ class PagedKVCache:
                     f"{name}: {what} must have shape ({', '.join(map(str, wanted))}) (layout {self.layout}), got "
                     f"{arrays.shape_text(extents)}"
                 )
-            found.append(x if x.dtype == of.dtype else self._xp.cast(x, of.dtype))
+            found.append(x if of.dtype in (x.dtype, self._xp.int8) else self._xp.cast(x, of.dtype))
         return found

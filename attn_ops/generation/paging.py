@@ -20,18 +20,41 @@ class Paging(typing.NamedTuple):
     """What is to be done: a call of the attention, and which rows go into the pages before that."""
 
     query: typing.Any
-    pages: tuple  # of keys and values, as they are before
+    memory: tuple  # of the pages, as they are before: keys, values, and in int8 the scales of both
     options: dict  # of `normalize`
     new: tuple  # the new keys and values, or ()
     before: typing.Any  # int32 [batch]: where the first row stands, and the first new one goes
     counts: typing.Any  # int32 [batch] or None: how many rows there are
 
     def grown(self, append, in_place):
-        """The pages with the new rows; ``append`` is append_to_pages of the framework's append.py."""
+        """The memory with the new rows; ``append`` is append_to_pages of the framework's append.py."""
         if not self.new:
-            return self.pages
+            return self.memory
         table, layout = self.options["block_table"], self.options["layout"]
-        return append(self.pages, *self.new, table, self.before, self.counts, layout, in_place)
+        return append(self.memory, self.new, table, self.before, self.counts, layout, in_place)
+
+
+def memory_of(name, k_pages, v_pages):
+    """The arrays of pages, which in int8 are pairs of integers and scales: (keys, values) or (keys, values, and the scales of
+    both)."""
+    pairs = [isinstance(x, (tuple, list)) for x in (k_pages, v_pages)]
+    if not any(pairs):
+        return k_pages, v_pages
+    if not all(pairs) or len(k_pages) != 2 or len(v_pages) != 2:
+        raise TypeError(f"{name}: k_pages and v_pages must both be tensors, or both pairs (pages in int8, their scales)")
+    return k_pages[0], v_pages[0], k_pages[1], v_pages[1]
+
+
+def pages_of(memory):
+    """The inverse: (k_pages, v_pages)."""
+    key, value, *scales = memory
+    return ((key, scales[0]), (value, scales[1])) if scales else (key, value)
+
+
+def results(found, count):
+    """What `paged_attention` returns of ``count`` results and the memory of pages behind them, if that has grown."""
+    results = *found[:count], *(pages_of(found[count:]) if len(found) > count else ())
+    return results if len(results) > 1 else results[0]
 
 
 def prepared(xp, name, q, k_pages, v_pages, block_table, lengths, k_new, v_new, rotary, is_causal, **given) -> Paging:
@@ -39,18 +62,13 @@ def prepared(xp, name, q, k_pages, v_pages, block_table, lengths, k_new, v_new, 
     layout = given.pop("layout", "BSHD")
     if layout not in ("BSHD", "BHSD"):
         raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}")
-    q, k_pages, v_pages = (
-        _of_rank_4(xp, name, what, x, layout) for what, x in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages))
-    )
-    if k_pages.dtype != v_pages.dtype or k_pages.dtype not in xp.FLOATS:
-        raise TypeError(
-            f"{name}: k_pages and v_pages must be float16, bfloat16, float32 or float64, both the same, got "
-            f"{k_pages.dtype.name} and {v_pages.dtype.name}"
-        )
+    q = _of_rank_4(xp, name, "q", q, layout)
+    memory = _checked_memory(xp, name, memory_of(name, k_pages, v_pages), layout)
+    keys, values = memory[:2]
     axis = 1 if layout == "BSHD" else 2
     batch, rows = xp.extents(q)[0], xp.extents(q)[axis]
-    block_table = pages.checked(xp, name, block_table, q, k_pages, v_pages, layout)
-    size, count = xp.extents(k_pages)[axis], xp.extents(block_table)[1]
+    block_table = pages.checked(xp, name, block_table, q, keys, values, layout)
+    size, count = xp.extents(keys)[axis], xp.extents(block_table)[1]
     room = None if size is None or count is None else size * count
     lengths = arrays.lengths(xp, name, "lengths", lengths, batch, room)
     if lengths is None:
@@ -58,7 +76,7 @@ def prepared(xp, name, q, k_pages, v_pages, block_table, lengths, k_new, v_new, 
     rotary = rotations.from_option(name, rotary)
     is_causal = options.flag(name, "is_causal", is_causal)
     counts = arrays.lengths(xp, name, "query_seq_lengths", given.pop("query_seq_lengths", None), batch, rows)
-    new = _new_rows(xp, name, k_new, v_new, q, k_pages, v_pages, layout)
+    new = _new_rows(xp, name, k_new, v_new, q, keys, values, layout)
 
     present = xp.extent(q, axis) if counts is None else counts
     if is_causal or new:  # rows are keys as well: a sequence has no more of them
@@ -75,19 +93,51 @@ def prepared(xp, name, q, k_pages, v_pages, block_table, lengths, k_new, v_new, 
         "is_causal": is_causal,
         "layout": layout,
         "block_table": block_table,
+        "of_cache": True,
+        "scales": memory[2:],
         "key_value_seq_lengths": lengths,
         "query_offset": before,
         "query_seq_lengths": counts,
     }
-    return Paging(
-        q if q.dtype == k_pages.dtype else xp.cast(q, k_pages.dtype), (k_pages, v_pages), given, new, before, counts
-    )
+    dtype = decode.query_dtype(xp, q.dtype, keys.dtype)
+    return Paging(q if q.dtype == dtype else xp.cast(q, dtype), memory, given, new, before, counts)
+
+
+def _checked_memory(xp, name, memory, layout):
+    """The arrays of `memory_of`, checked."""
+    names = "k_pages", "v_pages", "the scales of k_pages", "the scales of v_pages"
+    memory = tuple(xp.as_tensor(name, what, x) for what, x in zip(names, memory))
+    keys, values, *scales = memory
+    for what, x in zip(names, (keys, values)):
+        _check_rank_4(xp, name, what, x, layout)
+    if keys.dtype != values.dtype or (keys.dtype not in xp.FLOATS and keys.dtype != xp.int8):
+        raise TypeError(
+            f"{name}: k_pages and v_pages must be float16, bfloat16, float32, float64 or int8, both the same, got "
+            f"{keys.dtype.name} and {values.dtype.name}"
+        )
+    if bool(scales) != (keys.dtype == xp.int8):
+        raise TypeError(
+            f"{name}: pages in int8 come with their scales, k_pages=(pages, scales), and others without, got pages in "
+            f"{keys.dtype.name}"
+        )
+    for what, x, of in zip(names[2:], scales, memory):
+        if x.dtype != xp.float32 or not arrays.compatible(xp.extents(x), xp.extents(of)[:3]):
+            raise ValueError(
+                f"{name}: {what} must be float32 of shape {arrays.shape_text(xp.extents(of)[:3])}, got {x.dtype.name} "
+                f"{arrays.shape_text(xp.extents(x))}"
+            )
+    return memory
 
 
 def _of_rank_4(xp, name, what, x, layout):
     x = xp.as_tensor(name, what, x)
     if not xp.is_floating(x.dtype):
         raise TypeError(f"{name}: {what} must be floating, got {x.dtype.name}; cast it: {xp.cast_text(what)}")
+    _check_rank_4(xp, name, what, x, layout)
+    return x
+
+
+def _check_rank_4(xp, name, what, x, layout):
     extents = xp.extents(x)
     if extents is None or len(extents) != 4:
         first, length = ("batch", "rows") if what == "q" else ("pages in all", "page_size")
@@ -95,18 +145,17 @@ def _of_rank_4(xp, name, what, x, layout):
         raise ValueError(
             f"{name}: {what} must have shape [{', '.join(axes)}] (layout {layout}), got {arrays.shape_text(extents)}"
         )
-    return x
 
 
-def _new_rows(xp, name, k_new, v_new, q, k_pages, v_pages, layout):
-    """The new keys and values in the dtype of the pages, or ()."""
+def _new_rows(xp, name, k_new, v_new, q, keys, values, layout):
+    """The new keys and values in the dtype of the pages, which int8 will round; or ()."""
     if k_new is None and v_new is None:
         return ()
     if k_new is None or v_new is None:
         raise ValueError(f"{name}: k_new and v_new come together, and {'k' if k_new is None else 'v'}_new is None")
     batch, _, rows, _ = canonical(xp.extents(q), layout)
     new = []
-    for what, x, of in (("k_new", k_new, k_pages), ("v_new", v_new, v_pages)):
+    for what, x, of in (("k_new", k_new, keys), ("v_new", v_new, values)):
         x = _of_rank_4(xp, name, what, x, layout)
         _, heads, _, dim = canonical(xp.extents(of), layout)
         if not arrays.compatible(canonical(xp.extents(x), layout), [batch, heads, rows, dim]):
@@ -115,5 +164,5 @@ def _new_rows(xp, name, k_new, v_new, q, k_pages, v_pages, layout):
                 f"{name}: {what} must have shape ({', '.join(map(str, wanted))}) for these rows and pages (layout {layout}), "
                 f"got {arrays.shape_text(xp.extents(x))}"
             )
-        new.append(x if x.dtype == of.dtype else xp.cast(x, of.dtype))
+        new.append(x if of.dtype in (x.dtype, xp.int8) else xp.cast(x, of.dtype))
     return tuple(new)

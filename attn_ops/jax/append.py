@@ -41,12 +41,12 @@ def append(layout, memory, new, positions, counts, dropped, written):
     return _donated(layout, *arguments), None
 
 
-def append_to_pages(pages, k_new, v_new, table, positions, counts, layout, in_place):
+def append_to_pages(memory, new, table, positions, counts, layout, in_place):
     """`attn_ops.tensorflow.append.append_to_pages` on JAX arrays. ``in_place`` counts outside of functions: there the
-    arrays of ``pages`` are taken over, and deleted."""
-    arrays = *pages, k_new, v_new, table, positions, counts
-    traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
-    return (_donated_pages if in_place and not traced else _appended_to_pages)(layout, *arrays)
+    arrays of ``memory`` are taken over, and deleted."""
+    arguments = tuple(memory), tuple(new), table, positions, counts
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments))
+    return (_donated_pages if in_place and not traced else _appended_to_pages)(layout, *arguments)
 
 
 def empty(name, key_shape, value_shape, dtype):
@@ -109,19 +109,22 @@ def _no_derivative(layout, primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _appended_to_pages(layout, keys, values, k_new, v_new, table, positions, counts):
-    total, _, size, _ = canonical(keys.shape, layout)
-    rows = k_new.shape[1 if layout == "BSHD" else 2]
+def _appended_to_pages(layout, memory, new, table, positions, counts):
+    total, _, size, _ = canonical(memory[0].shape, layout)
+    rows = new[0].shape[1 if layout == "BSHD" else 2]
+    if len(memory) > len(new):
+        (k, k_scale), (v, v_scale) = (int8.quantized(xp, x) for x in new)
+        new = k, v, k_scale, v_scale
     page, row = paged.slots(xp, table, positions, counts, rows, size, total)
 
     def written(old, new):
         if layout == "BSHD":
             return old.at[page, row].set(new, mode="drop")
-        return old.at[page, :, row].set(new.transpose(0, 2, 1, 3), mode="drop")
+        return old.at[page, :, row].set(new.swapaxes(1, 2), mode="drop")
 
-    return written(keys, k_new), written(values, v_new)
+    return tuple(map(written, memory, new))
 
 
 _appended_to_pages.defjvp(_no_derivative)
-_donated_pages = jax.jit(_appended_to_pages, static_argnums=0, donate_argnums=(1, 2))
+_donated_pages = jax.jit(_appended_to_pages, static_argnums=0, donate_argnums=1)
 _donated = jax.jit(_appended, static_argnums=0, donate_argnums=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attn_ops.call import options, public
 from attn_ops.call.normalize import normalize
-from attn_ops.generation import paging
+from attn_ops.generation import decode, paging
 from attn_ops.jax import append, choice, run, xp
 
 
@@ -18,7 +18,8 @@ def paged_attention(q, k_pages, v_pages, block_table, lengths, k_new=None, v_new
 
     Args:
         q: floating [batch, rows, num_heads, head_dim].
-        k_pages, v_pages: floating [pages in all, page_size, num_kv_heads, dim], page_size a multiple of 16.
+        k_pages, v_pages: floating [pages in all, page_size, num_kv_heads, dim], page_size a multiple of 16; or pairs
+            (int8 pages, float32 scales).
         block_table: integers [batch, pages]: the keys of sequence b from n page_size on are page block_table[b, n].
         lengths: integers [batch]: how many keys each sequence has, those of its rows of q among them.
         k_new, v_new: [batch, rows, num_kv_heads, dim] or None: written into the pages first.
@@ -46,11 +47,10 @@ def paged_attention(q, k_pages, v_pages, block_table, lengths, k_new=None, v_new
     paged = paging.prepared(
         xp, name, q, k_pages, v_pages, block_table, lengths, k_new, v_new, rotary, is_causal, **given
     )
-    call = normalize(xp, name, paged.query, *paged.pages, **paged.options, return_lse=return_lse)
+    call = normalize(xp, name, paged.query, *paged.memory[:2], **paged.options, return_lse=return_lse)
     chosen = choice.choose(name, implementation)
     # Only what nothing speaks against changes the pages.
-    key, value = paged.grown(append.append_to_pages, in_place)
-    out, lse = run.attention(name, call._replace(key=key, value=value), chosen, forced=implementation is not None)
+    memory = paged.grown(append.append_to_pages, in_place)
+    out, lse = run.attention(name, decode.with_memory(call, memory), chosen, forced=implementation is not None)
     out = out if out.dtype == q.dtype else out.astype(q.dtype)
-    results = out, *([lse] if return_lse else []), *([key, value] if paged.new else [])
-    return results if len(results) > 1 else out
+    return paging.results([out, *([lse] if return_lse else []), *(memory if paged.new else [])], 1 + return_lse)

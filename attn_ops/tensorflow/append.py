@@ -81,28 +81,37 @@ def append(layout, memory, new, positions, counts, dropped, written):
     return tuple(found[:count]), found[count] if written is not None else None
 
 
-def append_to_pages(pages, k_new, v_new, table, positions, counts, layout, in_place):
-    """(keys, values) of ``pages``, a pair of them, with the new rows where ``table`` says.
+def append_to_pages(memory, new, table, positions, counts, layout, in_place):
+    """The ``memory`` of pages (keys, values, and in int8 the scales of both) with the new rows where ``table`` says.
 
     Args:
-        k_new, v_new: [batch, rows, num_kv_heads, dim] in ``layout``, of the dtype of the pages.
+        new: as many arrays [batch, rows, num_kv_heads, …] in ``layout``, of the dtypes of the memory; or keys and values in
+            floats, that int8 rounds.
         table: int32 [batch, pages].
         positions, counts: int32 [batch]: where the first of the new rows goes, and how many there are; None: all.
-        in_place: whether the operator writes into the memory of ``pages``, whoever else looks at it. False: where this
-            is the last use of that.
+        in_place: whether the operator writes into ``memory``, whoever else looks at it. False: where this is the last use
+            of that.
     """
+    if len(memory) > len(new):
+        (k, k_scale), (v, v_scale) = (int8.quantized(xp, x) for x in new)
+        new = k, v, k_scale, v_scale
+    new = tuple(new)
 
     def scattered():
-        total, _, size, _ = canonical(runtime_checks.extents(pages[0]), layout)
-        rows = runtime_checks.extents(k_new)[1 if layout == "BSHD" else 2]
+        total, _, size, _ = canonical(runtime_checks.extents(memory[0]), layout)
+        rows = runtime_checks.extents(new[0])[1 if layout == "BSHD" else 2]
         page, row = paged.slots(xp, table, positions, counts, rows, size, total)
         kept = None if place.in_xla() else page < total  # XLA leaves out what goes nowhere, others refuse it
-        return tuple(_scattered_to_pages(*x, page, row, kept, layout) for x in zip(pages, (k_new, v_new)))
+        return tuple(_scattered_to_pages(*x, page, row, kept, layout) for x in zip(memory, new))
 
     def native():
-        grown = kernels.library().attn_ops_append_to_pages(
-            *pages, k_new, v_new, table, positions, [] if counts is None else [counts], layout=layout, in_place=in_place
-        )
+        grown = []
+        for at in range(0, len(memory), 2):  # keys and values, and then their scales
+            pair = [tf.expand_dims(x, 3) if at else x for x in (*memory[at : at + 2], *new[at : at + 2])]
+            written = kernels.library().attn_ops_append_to_pages(
+                *pair, table, positions, [] if counts is None else [counts], layout=layout, in_place=in_place
+            )
+            grown += [tf.squeeze(x, 3) if at else x for x in written]
         return tuple(grown)
 
     return _on_its_device(native, scattered)
@@ -111,13 +120,13 @@ def append_to_pages(pages, k_new, v_new, table, positions, counts, layout, in_pl
 def _scattered_to_pages(old, new, page, row, kept, layout):
     """Pages with the rows ``new``, of which those ``kept`` (None: all) go to the ``row`` of their ``page``."""
     at = tf.stack([page, row], -1)  # [batch, rows, 2]
+    turn = [0, 2, 1, 3][: new.shape.rank]
     if layout == "BHSD":
-        new = tf.transpose(new, [0, 2, 1, 3])
-        old = tf.transpose(old, [0, 2, 1, 3])
+        old, new = (tf.transpose(x, turn) for x in (old, new))
     if kept is not None:
         at, new = (tf.boolean_mask(x, kept) for x in (at, new))
     grown = tf.tensor_scatter_nd_update(old, at, new)
-    return grown if layout == "BSHD" else tf.transpose(grown, [0, 2, 1, 3])
+    return grown if layout == "BSHD" else tf.transpose(grown, turn)
 
 
 def empty(name, key_shape, value_shape, dtype):

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from attn_ops.call import options, public
 from attn_ops.call.normalize import normalize
-from attn_ops.generation import paging
+from attn_ops.generation import decode, paging
 from attn_ops.tensorflow import append, attention, choice, xp
 from attn_ops.tensorflow.as_written import as_written
 from attn_ops.tensorflow.forms import graph
@@ -23,10 +23,11 @@ def paged_attention(q, k_pages, v_pages, block_table, lengths, k_new=None, v_new
     they lie. Works eagerly, in `tf.function`, `tf.while_loop` and XLA. Forward only.
 
     Args:
-        q: floating [batch, rows, num_heads, head_dim]. The attention runs in the dtype of the pages; the output has
-            that of q.
+        q: floating [batch, rows, num_heads, head_dim]. The output has its dtype, and so has the attention, whatever that
+            of the pages is: 16-bit pages are read as they are by float32 queries.
         k_pages: floating [pages in all, page_size, num_kv_heads, head_dim], page_size a multiple of 16.
-        v_pages: [pages in all, page_size, num_kv_heads, value_dim].
+        v_pages: [pages in all, page_size, num_kv_heads, value_dim]. In int8 both are pairs (pages, scales), with scales in
+            float32 [pages in all, page_size, num_kv_heads] (see `attn_ops.KVCache`).
         block_table: integers [batch, pages]: the keys of sequence b from n page_size on are page block_table[b, n].
             Sequences may share pages. Entries that the length does not reach may be anything.
         lengths: integers [batch]: how many keys each sequence has, those of its rows of q, which are its last ones, among
@@ -64,18 +65,18 @@ def paged_attention(q, k_pages, v_pages, block_table, lengths, k_new=None, v_new
     paged = paging.prepared(
         xp, name, q, k_pages, v_pages, block_table, lengths, k_new, v_new, rotary, is_causal, **given
     )
-    call = normalize(xp, name, paged.query, *paged.pages, **paged.options, return_lse=return_lse)
+    call = normalize(xp, name, paged.query, *paged.memory[:2], **paged.options, return_lse=return_lse)
     chosen = choice.choose(name, call, implementation)
     choice.calls[chosen] += 1
 
     def run():  # only what nothing speaks against changes the pages
-        key, value = paged.grown(append.append_to_pages, in_place)
-        out, lse = attention.RUN[chosen](call._replace(key=key, value=value))
+        memory = paged.grown(append.append_to_pages, in_place)
+        out, lse = attention.RUN[chosen](decode.with_memory(call, memory))
         out = out if out.dtype == q.dtype else tf.cast(out, q.dtype)
-        return out, *([lse] if return_lse else []), *([key, value] if paged.new else [])
+        return out, *([lse] if return_lse else []), *(memory if paged.new else [])
 
     if not paged.new or chosen != "fused" or tf.executing_eagerly() or append.only_scatters():
         results = run()
     else:
         results = graph.by_device(run, run, run)  # one choice for the append and the attention
-    return tuple(results) if len(results) > 1 else results[0]
+    return paging.results(results, 1 + return_lse)

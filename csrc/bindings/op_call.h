@@ -1,6 +1,6 @@
-// A node of AttnOps>Forward, AttnOps>Decode or AttnOps>Backward, whoever runs it: its attributes, read and checked once,
-// and the order in which its arrays come. TensorFlow's kernel and XLA's custom call have the same attributes and the same
-// order.
+// A node of AttnOps>Forward, AttnOps>Decode or AttnOps>Backward, whoever runs it: its attributes, read and checked
+// once, and the order in which its arrays come. TensorFlow's kernel and XLA's custom call have the same attributes and
+// the same order.
 #pragma once
 
 #include <locale.h>
@@ -16,9 +16,9 @@ namespace attn_ops {
 // What the elements of an array are for. Floats and bools carry their own dtype, which validate.h checks.
 enum class Element { kValue, kInteger, kSeed };  // kInteger: int32; kSeed: 64 bits
 
-// Decode is Forward with keys and values as caches keep them, in pages or in int8, and without a gradient. To TensorFlow
-// it is another operator, since those in saved graphs have the inputs that they had; custom calls have the attributes
-// that they announce, so that for XLA both are one.
+// Decode is Forward with keys and values as caches keep them, in pages or in int8, and without a gradient. To
+// TensorFlow it is another operator, since those in saved graphs have the inputs that they had; custom calls have the
+// attributes that they announce, so that for XLA both are one.
 enum class Operator { kForward, kBackward, kDecode };
 
 class OpCall {

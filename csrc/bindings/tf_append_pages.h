@@ -1,10 +1,10 @@
 // The operator AttnOps>AppendToPages for TensorFlow: new rows of keys and values in the pages that a table names.
 //
 // Pages are [pages in all, page_size, heads, dim] (BSHD) or [pages in all, heads, page_size, dim] (BHSD). Row i of
-// sequence b goes to position positions[b] + i: that row, modulo page_size, of the page block_table[b][position / page_size].
-// All is checked before the first write. The results are the pages; with `in_place` in the memory of the inputs, whoever
-// else looks at it, which is for those who know that nobody counts on the rows written; else there only where this is
-// the last use of that memory.
+// sequence b goes to position positions[b] + i: to that row, modulo page_size, of the page that the table has for it,
+// block_table[b][position / page_size]. All is checked before the first write. The results are the pages; with
+// `in_place` in the memory of the inputs, whoever else looks at it, which is for those who know that nobody counts on the
+// rows written; else there only where this is the last use of that memory.
 #pragma once
 
 #include <cstring>
@@ -83,7 +83,7 @@ class AppendToPagesKernel {
       const std::string name = half == 0 ? "k" : "v";
       if (shape.size() != 4 || shape[sequence] < 1 || shape[0] != extents(pages[0])[0] ||
           shape[sequence] != extents(pages[0])[sequence]) {
-        throw std::invalid_argument(name + "_pages must have rank 4, and keys and values the same number and size of pages, got " +
+        throw std::invalid_argument(name + "_pages must have rank 4, and both the same number and size of pages, got " +
                                     extents_text(shape) + " beside " + extents_text(extents(pages[0])));
       }
       Extents wanted = shape;
@@ -110,18 +110,18 @@ class AppendToPagesKernel {
                               int64_t in_table, const PageRows& pages) {
     const std::string sequence = "sequence " + text(b);
     if (count < 0 || count > most) {
-      throw std::invalid_argument("the number of new rows of " + sequence + " must be from 0 to " + text(most) + ", got " +
-                                  text(count));
+      throw std::invalid_argument("the number of new rows of " + sequence + " must be from 0 to " + text(most) +
+                                  ", got " + text(count));
     }
     if (position < 0 || (count > 0 && position + count > in_table * pages.size)) {
-      throw std::invalid_argument(sequence + " has " + text(position) + " rows, and its " + text(in_table) + " pages of " +
-                                  text(pages.size) + " have no room for " + text(count) + " more");
+      throw std::invalid_argument(sequence + " has " + text(position) + " rows, and its " + text(in_table) +
+                                  " pages of " + text(pages.size) + " have no room for " + text(count) + " more");
     }
     for (int64_t n = position / pages.size; count > 0 && n <= (position + count - 1) / pages.size; ++n) {
       if (table[n] >= 0 && table[n] < pages.entries) continue;
       throw std::invalid_argument("block_table[" + text(b) + "," + text(n) + "] (" + text(int64_t{table[n]}) +
-                                  ") must be from 0 to " + text(pages.entries - 1) + ": there are " + text(pages.entries) +
-                                  " pages");
+                                  ") must be from 0 to " + text(pages.entries - 1) + ": there are " +
+                                  text(pages.entries) + " pages");
     }
   }
 
@@ -132,12 +132,12 @@ class AppendToPagesKernel {
 
 inline void register_append_to_pages() {
   TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(kAppendToPages);
-  for (const char* attribute : {"T: {float, double, half, bfloat16}", "layout: {'BSHD', 'BHSD'} = 'BSHD'",
+  for (const char* attribute : {"T: {float, double, half, bfloat16, int8}", "layout: {'BSHD', 'BHSD'} = 'BSHD'",
                                 "in_place: bool = false", "num_counts: int >= 0 = 0"}) {
     TF_OpDefinitionBuilderAddAttr(op, attribute);
   }
-  for (const char* input : {"k_pages: T", "v_pages: T", "k_new: T", "v_new: T", "block_table: int32", "positions: int32",
-                            "counts: num_counts * int32"}) {
+  for (const char* input : {"k_pages: T", "v_pages: T", "k_new: T", "v_new: T", "block_table: int32",
+                            "positions: int32", "counts: num_counts * int32"}) {
     TF_OpDefinitionBuilderAddInput(op, input);
   }
   for (const char* output : {"grown_k: T", "grown_v: T"}) TF_OpDefinitionBuilderAddOutput(op, output);

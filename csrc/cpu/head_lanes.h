@@ -39,6 +39,7 @@ struct RowGroup {
   int rows;
   uint32_t position[kSharedRows<T>], head[kSharedRows<T>];
   KeyRange seen[kSharedRows<T>];
+  KeyRange all_see;  // keys that are seen by every row; empty where more than intervals may hide one
   T m[Simd<T>::width], correction[Simd<T>::width];  // a vector, of which the first kSharedRows count
   Vec<T> l[kSharedRows<T>];  // one sum per lane until the end
   T *q, *out;  // [row][head_dim], [row][value_dim], padded to whole vectors
@@ -55,11 +56,14 @@ struct RowGroup {
     S::store(m, S::set1(-kInfinity<T>));
     memset(q, 0, sizeof(T) * kSharedRows<T> * head_size);
     memset(out, 0, sizeof(T) * kSharedRows<T> * value_size);
+    all_see = {0, hides_by_bits(p) || added_may_hide(p) ? 0 : r.length_k};
     for (int i = 0; i < kSharedRows<T>; ++i) {
       const int64_t row = first + (i < rows ? i : rows - 1);
       position[i] = static_cast<uint32_t>(r.position(row));
       head[i] = static_cast<uint32_t>(r.head(row));
       seen[i] = r.seen_at(position[i]);
+      if (seen[i].begin > all_see.begin) all_see.begin = seen[i].begin;
+      if (seen[i].end < all_see.end) all_see.end = seen[i].end;
       l[i] = S::zero();
       if (i >= rows) continue;
       T* const to = q + i * head_size;
@@ -119,7 +123,8 @@ struct KeyBlock {
       : first(first_key), n(neighbours_end(p, first, end) - first), keys(nullptr), values(nullptr), k_scales(nullptr),
         v_scales(nullptr) {
     if (n <= 0) return;
-    if (n > kHeadLanesKeys) n = kHeadLanesKeys;
+    const int64_t most = head_lanes_keys(size_of(p.k.dtype));
+    if (n > most) n = most;
     keys = key_position(p, p.k, batch, first);
     values = key_position(p, p.v, batch, first);
     if (!p.k_scales.data) return;
@@ -134,17 +139,17 @@ template <class T, int R, class Storage>
 ATTN_INLINE void raw_scores(Storage storage, const RowGroup<T>& f, const KeyBlock& block, RowsAhead& ahead, T* scores) {
   using S = Simd<T>;
   constexpr int W = S::width, K = W / R;
-  static_assert(kHeadLanesKeys % K == 0, "a tile must not write past the block");
+  static_assert(head_lanes_keys(Storage::size) % K == 0, "a tile must not write past the block");
   const AttentionParams& p = f.head_rows->p;
   const int64_t whole = p.head_dim / W * W, q_size = round_to_width<T>(p.head_dim);
   const int64_t n = block.n, stride = p.k.stride[1] * Storage::size;
-  const char* const keys = block.keys + f.head_rows->kv_head * p.k.stride[2] * Storage::size;
-  for (int64_t j = 0; j < n; j += K) {
+  const char* row = block.keys + f.head_rows->kv_head * p.k.stride[2] * Storage::size;
+  for (int64_t j = 0; j < n; j += K, row += K * stride) {
     const char* key[K];
-    for (int t = 0; t < K; ++t) {
-      key[t] = keys + (j + t < n ? j + t : n - 1) * stride;
-      ahead.ask();
-    }
+    for (int t = 0; t < K; ++t) key[t] = row + t * stride;
+    for (int t = 1; j + K > n && t < K; ++t)
+      if (j + t >= n) key[t] = key[t - 1];
+    ahead.ask(K);
     Vec<T> acc[W];  // [row][key]
     for (int i = 0; i < W; ++i) acc[i] = S::zero();
     const auto add = [&](int64_t d, const auto& load) {
@@ -171,7 +176,9 @@ ATTN_INLINE void raw_scores(Storage storage, const RowGroup<T>& f, const KeyBloc
 template <class T>
 ATTN_INLINE void read_scales(const HeadRows& r, const StridedView& scales, const char* at, int64_t n, T* to) {
   const float* const first = reinterpret_cast<const float*>(at) + r.kv_head * scales.stride[2];
-  for (int64_t j = 0; j < kHeadLanesKeys; ++j) to[j] = j < n ? static_cast<T>(first[j * scales.stride[1]]) : T{0};
+  const int64_t stride = scales.stride[1];
+  for (int64_t j = 0; j < n; ++j) to[j] = static_cast<T>(first[j * stride]);
+  for (int64_t j = n; j < round_to_width<T>(n); ++j) to[j] = 0;
 }
 
 // The scores of int8 keys are made before they are multiplied, and so are the sums over int8 values: a row of the cache
@@ -209,14 +216,14 @@ template <class T, int R, bool hides, class Storage>
 ATTN_INLINE void add_values(Storage storage, const RowGroup<T>& f, const KeyBlock& block, RowsAhead& ahead,
                             const T* probabilities) {
   using S = Simd<T>;
-  constexpr int W = S::width, kKeys = 8, kPanel = kVectorRegisters == 32 ? 4 : 2;
+  constexpr int W = S::width, kKeys = Storage::size == 1 ? 16 : 8, kPanel = kVectorRegisters == 32 ? 4 : 2;
   const AttentionParams& p = f.head_rows->p;
   const int64_t n = block.n, stride = p.v.stride[1] * Storage::size, out_size = round_to_width<T>(p.value_dim);
   const char* const first = block.values + f.head_rows->kv_head * p.v.stride[2] * Storage::size;
   for (int64_t j0 = 0; j0 < n; j0 += kKeys) {
     const int64_t keys = n - j0 < kKeys ? n - j0 : kKeys;
     const char* const values = first + j0 * stride;
-    for (int64_t j = 0; j < keys; ++j) ahead.ask();
+    ahead.ask(keys);
     const auto panel = [&](int64_t d, auto vectors, const auto& load) {
       constexpr int NV = decltype(vectors)::value;
       Vec<T> acc[R][NV];
@@ -268,7 +275,7 @@ __attribute__((noinline)) Visibility visible_keys(const RowGroup<T>& f, int64_t 
 
 // scores -> probabilities relative to the new maximum, before dropout; updates m, l, correction. All rows and keys that
 // there is room for, so that nothing waits: scores of rows not in use are 0, and those past the keys -inf.
-template <class T, int R>
+template <class T, int R, int64_t kKeys>
 ATTN_INLINE void row_softmax(RowGroup<T>& f, int64_t k0, int64_t n, Visibility seen, const uint64_t* bits, T* scores) {
   using S = Simd<T>;
   constexpr int W = S::width;
@@ -276,14 +283,14 @@ ATTN_INLINE void row_softmax(RowGroup<T>& f, int64_t k0, int64_t n, Visibility s
     for (int i = 0; i < f.rows; ++i)
       finish_row_scores<T>(*f.head_rows, f.position[i], f.head[i], k0, n, bits[i], scores + i * kHeadLanesKeys);
   }
-  for (int64_t j = round_to_width<T>(n); j < kHeadLanesKeys; j += W)
+  for (int64_t j = round_to_width<T>(n); j < kKeys; j += W)
     for (int i = 0; i < R; ++i) S::store(scores + i * kHeadLanesKeys + j, S::set1(-kInfinity<T>));
 
   Vec<T> highest[W];
   for (int i = 0; i < W; ++i) {
     const T* const s = scores + (i < R ? i : R - 1) * kHeadLanesKeys;
     highest[i] = S::load(s);
-    for (int64_t j = W; j < kHeadLanesKeys; j += W) highest[i] = S::max(highest[i], S::load(s + j));
+    for (int64_t j = W; j < kKeys; j += W) highest[i] = S::max(highest[i], S::load(s + j));
   }
   const Vec<T> m_old = S::load(f.m), m = S::max(m_old, maxima<T>(highest)), base = softmax_base<T>(m);
   S::store(f.m, m);
@@ -293,7 +300,7 @@ ATTN_INLINE void row_softmax(RowGroup<T>& f, int64_t k0, int64_t n, Visibility s
   for (int i = 0; i < R; ++i) {
     T* const s = scores + i * kHeadLanesKeys;
     Vec<T> sum = S::zero();
-    for (int64_t j = 0; j < kHeadLanesKeys; j += W) {
+    for (int64_t j = 0; j < kKeys; j += W) {
       const Vec<T> e = exp<T>(S::load(s + j) - S::set1(bases[i]));
       sum += e;
       S::store(s + j, e);
@@ -309,13 +316,15 @@ __attribute__((noinline)) void row_group_block(Storage storage, RowGroup<T>& f, 
   const AttentionParams& p = f.head_rows->p;
   const int64_t k0 = block.first, n = block.n;
   uint64_t bits[kSharedRows<T>];
-  const Visibility seen = visible_keys<T>(f, k0, n, bits);
+  const bool whole = f.all_see.begin <= k0 && k0 + n <= f.all_see.end;
+  const Visibility seen = whole ? Visibility::kAll : visible_keys<T>(f, k0, n, bits);
+  for (int i = 0; whole && i < R; ++i) bits[i] = bits_between(0, n);
   if (seen == Visibility::kNothing) return;
   T* const s = scratch.scores;
   constexpr bool scaled = std::is_same_v<Storage, Int8>;
   raw_scores<T, R>(storage, f, block, keys_ahead, s);
   if constexpr (scaled) scale_scores<T>(f, block, s);
-  row_softmax<T, R>(f, k0, n, seen, bits, s);
+  row_softmax<T, R, head_lanes_keys(Storage::size)>(f, k0, n, seen, bits, s);
   if (p.dropout_rate > 0) {  // after the sum: dropout acts on the normalised probabilities
     dropout_factors<T>(Dropout(p, f.head_rows->batch), f.position, f.head, f.rows, k0, n, scratch.factors);
     for (int i = 0; i < f.rows; ++i)
@@ -359,7 +368,7 @@ void forward_head_lanes(const AttentionParams& p, const HeadLanesTask& task, voi
   if (seen.end > task.key_end) seen.end = task.key_end;
 
   const int64_t key_bytes = (p.head_dim + p.value_dim) * size_of(p.k.dtype);
-  const int64_t block_bytes = kHeadLanesKeys * heads * key_bytes;
+  const int64_t block_bytes = head_lanes_keys(size_of(p.k.dtype)) * heads * key_bytes;
   const bool fits_l1 = block_bytes <= kL1Bytes / 2;
   with_read_storage(T{}, p.k.dtype, [&](auto storage) {
     // From a multiple of 4 on: key 4 n starts a group of random numbers.

@@ -8,40 +8,69 @@
 namespace attn_ops::cpu {
 namespace {
 
-// A walk over `count` rows of `heads` heads from the first head's first row on, in the order they lie in memory. Each
-// ask() prefetches one row, to the L1 cache or, where all that is asked for in one go would not fit, to L2; there is no
-// harm in rows that do not exist.
+// A walk over `count` rows of `heads` heads from the first head's first row on, in the order they lie in memory: in runs of
+// what has no gaps, a row at least and all rows at most. ask(n) prefetches as much as n rows are, to the L1 cache or, where
+// all that is asked for in one go would not fit, to L2; there is no harm in rows that do not exist.
 class RowsAhead {
  public:
   RowsAhead() = default;
   RowsAhead(const StridedView& v, const char* first, int64_t count, int64_t heads, int64_t dim, bool fits_l1)
-      : at_(first), fits_l1_(fits_l1) {
-    const int64_t size = size_of(v.dtype), by_row = v.stride[1] * size, by_head = v.stride[2] * size;
-    const bool heads_inside = v.stride[2] < v.stride[1];
-    left_ = count > 0 ? heads * count : 0;
-    bytes_ = dim * v.step();
-    inside_ = inside_left_ = heads_inside ? heads : count;
-    step_ = heads_inside ? by_head : by_row;
-    carry_ = (heads_inside ? by_row : by_head) - (inside_ - 1) * step_;
+      : row_bytes_(dim * v.step()), run_(first), fits_l1_(fits_l1) {
+    const int64_t size = size_of(v.dtype);
+    int64_t inner = heads, outer = count, step = v.stride[2] * size, outer_step = v.stride[1] * size;
+    if (v.stride[2] >= v.stride[1]) {
+      inner = count, outer = heads;
+      step = v.stride[1] * size, outer_step = v.stride[2] * size;
+    }
+    if (count <= 0 || row_bytes_ <= 0) return;  // nothing, or elements in another order
+    rows_ = heads * count;
+    run_bytes_ = row_bytes_;
+    inner_ = inner, step_ = step, carry_ = outer_step - (inner - 1) * step;
+    if (step == row_bytes_) {
+      run_bytes_ *= inner;
+      inner_ = 1, carry_ = outer_step;
+      if (outer_step == run_bytes_) run_bytes_ *= outer;
+    }
+    left_ = bytes() / run_bytes_;
+    inner_left_ = inner_;
+    start_run();
   }
 
-  ATTN_INLINE void ask() {
+  ATTN_INLINE void ask(int64_t rows) {
     if (left_ == 0) return;
-    --left_;
-    if (fits_l1_)
-      for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(at_ + i);
-    else
-      for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(at_ + i, 0, 2);
-    at_ += --inside_left_ ? step_ : carry_;
-    if (inside_left_ == 0) inside_left_ = inside_;
+    wanted_ += rows * row_bytes_;
+    prefetch_to(wanted_ < end_ ? wanted_ : end_);
+    while (wanted_ >= end_ && next_run()) prefetch_to(wanted_ < end_ ? wanted_ : end_);
   }
 
-  int64_t left() const { return left_; }
-  int64_t bytes() const { return left_ * bytes_; }
+  int64_t rows() const { return rows_; }
+  int64_t bytes() const { return rows_ * row_bytes_; }
 
  private:
-  const char* at_ = nullptr;
-  int64_t left_ = 0, bytes_ = 0, inside_ = 0, inside_left_ = 0, step_ = 0, carry_ = 0;
+  void start_run() {
+    const int64_t in_line = reinterpret_cast<uintptr_t>(run_) % 64;
+    at_ = -in_line;
+    end_ = run_bytes_;
+  }
+  bool next_run() {
+    if (--left_ == 0) return false;
+    run_ += --inner_left_ ? step_ : carry_;
+    if (inner_left_ == 0) inner_left_ = inner_;
+    wanted_ -= end_;
+    start_run();
+    return true;
+  }
+  ATTN_INLINE void prefetch_to(int64_t end) {
+    if (fits_l1_)
+      for (; at_ < end; at_ += 64) __builtin_prefetch(run_ + at_);
+    else
+      for (; at_ < end; at_ += 64) __builtin_prefetch(run_ + at_, 0, 2);
+  }
+
+  int64_t row_bytes_ = 0, rows_ = 0;
+  const char* run_ = nullptr;
+  int64_t run_bytes_ = 0, at_ = 0, end_ = 0, wanted_ = 0;  // bytes of a run; from its start on: done, in all, asked for
+  int64_t left_ = 0, inner_ = 0, inner_left_ = 0, step_ = 0, carry_ = 0;
   bool fits_l1_ = true;
 };
 
@@ -59,7 +88,7 @@ class NextTask {
 
   ATTN_INLINE void ask() {
     for (int i = 0; i < count_; ++i)
-      for (int64_t n = 0; n < per_step_[i]; ++n) rows_[i].ask();
+      rows_[i].ask(per_step_[i]);
   }
 
  private:
@@ -72,7 +101,7 @@ class NextTask {
     room_ -= rows.bytes();
     if (room_ < 0) return;
     rows_[count_] = rows;
-    per_step_[count_++] = rows.left() / steps_ + 1;
+    per_step_[count_++] = rows.rows() / steps_ + 1;
   }
 
   const AttentionParams& p_;

@@ -284,8 +284,9 @@ __attribute__((noinline)) void finish_row_scores(const HeadRows& r, int64_t posi
     const int64_t stride = bias.step();
     load_row<T>(bias.dtype, r.score_row(bias, position, head) + k0 * stride, stride, n, true, added);
   }
-  if (p.relative_bias) relative_values(p, head, distance, kHeadLanesKeys, relative);
-  for (int64_t j = 0; p.slopes && j < kHeadLanesKeys; ++j) distances[j] = static_cast<T>(distance + j);
+  const int64_t lanes = round_to_width<T>(n);
+  if (p.relative_bias) relative_values(p, head, distance, lanes, relative);
+  for (int64_t j = 0; p.slopes && j < lanes; ++j) distances[j] = static_cast<T>(distance + j);
   for (int64_t j = 0; j < n; j += S::width) {
     Vec<T> s = S::load(scores + j);
     if (p.soft_cap != 0) s = capped<T>(p.soft_cap, s, nullptr);

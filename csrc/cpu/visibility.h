@@ -84,6 +84,9 @@ ATTN_INLINE uint64_t structure_bits(const HeadRows& r, int64_t position, int64_t
   return bits;
 }
 
+// Whether anything but intervals may hide keys, bias apart.
+ATTN_INLINE bool hides_by_bits(const AttentionParams& p) { return p.num_masks > 0 || p.query_ids.data || p.blocks.data; }
+
 // Whether structure_bits are the same for two rows.
 ATTN_INLINE bool same_structure(const HeadRows& r, int64_t position, int64_t head, int64_t position2, int64_t head2) {
   const AttentionParams& p = r.p;

@@ -86,7 +86,8 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
       if (item & 1) {
         load_tile<M, kDim, kKeys, 32, Warp>(slot(item), values(item >> 1), value_dim);
       } else {
-        const auto keys = KeyRows<const Element>::of_tile(p.k, head, first_key(item >> 1), head.length_k, args.aligned.k);
+        const int key = first_key(item >> 1);
+        const auto keys = KeyRows<const Element>::of_tile(p.k, head, key, head.length_k, args.aligned.k);
         load_tile<M, kDim, kKeys, 32, Warp>(slot(item), keys, head_dim);
       }
     }

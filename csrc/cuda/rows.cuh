@@ -89,8 +89,8 @@ struct RowBlock {
 
 // --- Sources and targets of tiles (tile.cuh) -------------------------------------------------------------------------
 
-// Keys or values of a head, from `first`; those at and past `limit` are never read. Where they lie in pages, they are those
-// of one: decode's tiles, which begin at a multiple of their 16 keys or fewer, do not cross the end of any.
+// Keys or values of a head, from `first`; those at and past `limit` are never read. Where they lie in pages, they are
+// those of one: decode's tiles, which begin at a multiple of their 16 keys or fewer, do not cross the end of any.
 template <class Element>
 struct KeyRows {
   Element* base;

@@ -86,6 +86,14 @@ EMULATED __m512i mul_epu32(__m512i a, __m512i b) {
   return by_halves<Integers>([](__m256i x, __m256i y) { return _mm256_mul_epu32(x, y); }, a, b);
 }
 
+EMULATED __m512i cvtepi8_epi32(__m128i a) {
+  return Integers{.half = {_mm256_cvtepi8_epi32(a), _mm256_cvtepi8_epi32(_mm_srli_si128(a, 8))}}.whole;
+}
+EMULATED __m512 cvtepi32_ps(__m512i a) {
+  const Integers x{a};
+  return Floats{.half = {_mm256_cvtepi32_ps(x.half[0]), _mm256_cvtepi32_ps(x.half[1])}}.whole;
+}
+
 EMULATED __m512 cvtph_ps(__m256i a) {
   return Floats{.half = {_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1))}}
       .whole;
@@ -122,6 +130,8 @@ EMULATED __m512 shuffle_ps(__m512 a, __m512 b) {
 #undef _mm512_shuffle_f64x2
 #undef _mm512_shuffle_ps
 #define _mm256_maskz_loadu_epi16(mask, p) attn_ops_emulated::masked_load<__m256i, short>(mask, p)
+#define _mm512_cvtepi32_ps attn_ops_emulated::cvtepi32_ps
+#define _mm512_cvtepi8_epi32 attn_ops_emulated::cvtepi8_epi32
 #define _mm512_cvtph_ps attn_ops_emulated::cvtph_ps
 #define _mm512_cvtps_ph(a, rounding) attn_ops_emulated::cvtps_ph<rounding>(a)
 #define _mm512_fmadd_pd attn_ops_emulated::fmadd_pd

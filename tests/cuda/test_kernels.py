@@ -290,6 +290,7 @@ def test_a_library_that_is_not_there(monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------------------------------ pages
 
 
+@pytest.mark.wide(3)
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("size, seqlen_q, dim", [(16, 1, 64), (48, 3, 40), (128, 20, 72)])

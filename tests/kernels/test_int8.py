@@ -112,8 +112,8 @@ def test_pages(rng, rows, isa):
     out, lse, _ = core.forward(q, k8, v8, k_scales=k_scales, v_scales=v_scales, block_table=table, key_lengths=lengths, isa=isa)
     k8, k_scales, v8, v_scales = whole
     right = core.forward(q, k8, v8, k_scales=k_scales, v_scales=v_scales, key_lengths=lengths, isa=isa)
-    np.testing.assert_array_equal(out, right[0])
-    np.testing.assert_array_equal(lse, right[1])
+    np.testing.assert_allclose(out, right[0], rtol=0, atol=1e-6)  # a block of keys ends with a page
+    np.testing.assert_allclose(lse, right[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("rows", (1, 30))

@@ -86,6 +86,7 @@ BAD = {
 }
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("what", BAD)
 def test_bad_tables(what):
     options, message = BAD[what]

@@ -55,6 +55,13 @@ class Call:
         self.views = {"masks": [rng.random(scores()) < 0.7 for _ in range(rng.choice((0, 0, 1, 2, 4)))]}
         if rng.random() < 0.4:
             self.views["bias"] = rng.normal(size=scores()).astype(dtype)
+        self.kept = str(rng.choice(["int8", "float16", "bfloat16"])) if dtype != "float64" and rng.random() < 0.3 else None
+        if self.kept is not None:  # a cache of another dtype than the queries, which has no gradient
+            for name in ("k", "v"):
+                self.arrays[name] = (self.arrays[name].astype("float32") * 30).clip(-127, 127).astype(self.kept)
+            if self.kept == "int8":
+                for name in ("k", "v"):
+                    self.options[f"{name}_scales"] = rng.random(self.arrays[name].shape[:3]).astype("float32")
         self.seed = int(rng.integers(2**32))
 
     def __str__(self):
@@ -83,6 +90,8 @@ class Call:
         if "bias" in self.views:
             options["bias"] = place(self.views["bias"])
         out, *statistics = core.forward(*arrays.values(), **options)
+        if self.kept is not None:
+            return [x.tobytes() for x in (out, *statistics)]
         d_out, d_lse = place(self.d_out), place(self.d_lse)
         gradients = core.backward(*arrays.values(), place(out), place(statistics[-1]), d_out, d_lse=d_lse, **options)
         return [x.tobytes() for x in (out, *statistics, *gradients) if x is not None]

@@ -80,7 +80,22 @@ def core_calls():
         arrays = (a[name] for name in ("q", "k", "v", "out", "statistics", "d_out"))
         return _core.backward(*arrays, d_lse=a["d_lse"], **options(a))
 
-    return _two_calls(forward, backward, extras(), lambda name, x: "lengths" in name and x.dtype == np.int8)
+    def of_int8(a):
+        return _core.forward(a["q"], a["k"], a["v"], k_scales=a["k_scales"], v_scales=a["v_scales"], **options(a))
+
+    def legal(name, x):
+        return "lengths" in name and x.dtype == np.int8
+
+    def legal_beside_int8(name, x):
+        of_its_own_dtype = name == "q" and x.dtype == np.float16 and x.shape == SHAPES["q"]
+        return legal(name, x) or of_its_own_dtype or (name == "v" and x.ndim == 4 and x.shape[:3] == SHAPES["v"][:3] and x.dtype == "int8")
+
+    yield from _two_calls(forward, backward, extras(), legal, mixes=True)
+    arrays = {**tensors(), **extras()}
+    arrays |= {f"{name}_scales": np.ones(SHAPES[name][:3], "float32") for name in ("k", "v")}
+    arrays |= {name: arrays[name].astype("int8") for name in ("k", "v")}
+    read = {name: arrays[name] for name in ("q", "k", "v", "k_scales", "v_scales", "bias", *extras())}
+    yield "forward of int8", of_int8, arrays, malformed(read, legal_beside_int8)
 
 
 def tensorflow_calls():
@@ -104,8 +119,9 @@ def tensorflow_calls():
     return _two_calls(forward, backward, {**extras(), "seed": np.int64([3, 4])}, lambda name, x: False)
 
 
-def _two_calls(forward, backward, more, legal):
-    """(name, call, arguments) of a good call of each and of every malformed one; those come later."""
+def _two_calls(forward, backward, more, legal, mixes=False):
+    """(name, call, arguments) of a good call of each and of every malformed one; those come later. ``mixes``: forward takes
+    queries of another dtype."""
     arrays = {**tensors(), **more}
     results = forward(arrays)
     statistics = getattr(results, "statistics", results[-1])  # _core gives a tuple without names
@@ -113,6 +129,8 @@ def _two_calls(forward, backward, more, legal):
     read = {name: arrays[name] for name in ("q", "k", "v", "bias", *more)}
 
     def legal_forward(name, x):  # only backward has been told of value_dim
+        if mixes and name == "q" and x.dtype == np.float16 and x.shape == SHAPES["q"]:
+            return True
         return legal(name, x) or (name == "v" and x.ndim == 4 and x.shape[:3] == SHAPES["v"][:3] and x.dtype == "float32")
 
     yield "forward", forward, arrays, malformed(read, legal_forward)

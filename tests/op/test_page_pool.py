@@ -2,6 +2,7 @@
 
 import importlib
 
+import int8_rows
 import numpy as np
 import pytest
 from attn_ops import reference
@@ -81,6 +82,7 @@ def test_any_history(framework, layout, rng):
     assert {"append", "fork", "free", "truncate"} <= done
 
 
+@pytest.mark.wide(2)
 @each_framework
 def test_a_fork_copies_only_the_last_page_and_only_when_it_is_written(framework, rng):
     cache = new_cache(framework)
@@ -99,6 +101,7 @@ def test_a_fork_copies_only_the_last_page_and_only_when_it_is_written(framework,
     check(cache, {s: [np.concatenate([x, y + i]) for x, y in zip(old, new)] for i, s in enumerate((branch, first, other))})
 
 
+@pytest.mark.wide(2)
 @each_framework
 def test_a_step_of_a_server(framework, rng):
     """Two layers; sequences of which one is a fork grow by a row, and attend."""
@@ -118,6 +121,29 @@ def test_a_step_of_a_server(framework, rng):
             for found, wanted in zip(held(cache, sequence, layer), (k, v)):
                 np.testing.assert_array_equal(found, wanted)
             np.testing.assert_allclose(out[b], reference.attention(q[b : b + 1], k[None], v[None])[0][0], atol=2e-6)
+
+
+@pytest.mark.wide(2)
+@each_framework
+def test_int8(framework, rng):
+    """Rounded once: a page that is copied has the integers and scales of the other."""
+    cache = PagedKVCache.create(8, SIZE, HEADS, DIM, "int8", value_dim=VALUE_DIM, framework=framework)
+    first = cache.allocate()
+    prompt, more = rows(rng, 20), rows(rng, 20)
+    cache.append(first, *prompt)
+    branch = cache.fork(first)
+    cache.append(branch, *more)
+    right = {first: prompt, branch: [np.concatenate(x) for x in zip(prompt, more)]}
+    for sequence, given in right.items():
+        table = np.asarray(cache.block_table([sequence]))[0]
+        for pair, x in zip(cache.pages[0], given):
+            for found, wanted in zip(pair, int8_rows.quantized(x)):
+                found = np.concatenate(np.asarray(found)[table])[: len(x)]
+                np.testing.assert_array_equal(found, wanted)
+    q = rng.standard_normal((1, 1, HEADS, DIM)).astype("float32")
+    out = attention(framework)(q, *cache.pages[0], cache.block_table([branch]), cache.lengths([branch]))
+    k, v = (int8_rows.meant(*int8_rows.quantized(x))[None] for x in right[branch])
+    np.testing.assert_allclose(out, reference.attention(q, k, v)[0], atol=2e-6)
 
 
 def test_block_tables_have_few_widths():
@@ -162,6 +188,7 @@ BAD = {
 }  # fmt: skip
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_leaves_all_as_it_was(what, rng):
     cache = new_cache("tensorflow")
@@ -173,16 +200,16 @@ def test_bad_input_leaves_all_as_it_was(what, rng):
     check(cache, {sequence: given})
 
 
-def test_not_while_a_function_is_traced():
-    import jax
-    import tensorflow as tf
-
-    for framework, compiled in (("tensorflow", tf.function), ("jax", jax.jit)):
-        cache = new_cache(framework)
-        sequence = cache.allocate()
-        with pytest.raises(ValueError, match="outside of compiled functions"):
-            compiled(lambda cache=cache, sequence=sequence: cache.reserve([sequence], 1))()
-        check(cache, {sequence: rows(np.random.default_rng(0), 0)})
+@pytest.mark.wide(2)
+@each_framework
+def test_not_while_a_function_is_traced(framework):
+    compiled = importlib.import_module(framework)
+    compiled = compiled.function if framework == "tensorflow" else compiled.jit
+    cache = new_cache(framework)
+    sequence = cache.allocate()
+    with pytest.raises(ValueError, match="outside of compiled functions"):
+        compiled(lambda: cache.reserve([sequence], 1))()
+    check(cache, {sequence: rows(np.random.default_rng(0), 0)})
 
 
 def test_without_a_copy_in_tensorflow(rng):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attn_ops.call import pages
 from attn_ops.call.attention_call import AttentionCall
+from attn_ops.generation import int8
 from attn_ops.tensorflow import dynamic_sizes, place, xp
 from attn_ops.tensorflow.forms import custom_call
 
@@ -19,7 +20,7 @@ def forward(call: AttentionCall):
     """(out, lse, statistics), without a gradient of their own; lse is None unless ``call.return_lse``."""
     if not dynamic_sizes.any_unknown(call):
         return custom_call.forward(call)
-    room = dynamic_sizes.Room(pages.gathered(xp, call))
+    room = dynamic_sizes.Room(call if call.block_table is None else pages.gathered(xp, int8.dequantized(xp, call)))
     out, lse, statistics = custom_call.forward(room.call)
     return room.cut_out(out), None if lse is None else room.cut_lse(lse), room.cut_lse(statistics)
 

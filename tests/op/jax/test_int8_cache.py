@@ -35,7 +35,7 @@ def close(found, right, tolerance=2e-5):
     np.testing.assert_allclose(np.asarray(found, np.float64), right, rtol=0, atol=tolerance)
 
 
-@pytest.mark.wide(24)
+@pytest.mark.wide(40)
 @pytest.mark.parametrize("forced", [None, "composite"])
 @pytest.mark.parametrize("name", OPTIONS)
 @each_layout
@@ -47,7 +47,7 @@ def test_options(form, layout, name, forced):
     int8_rows.holds(cache, TOKENS, layout)
 
 
-@pytest.mark.wide(8)
+@pytest.mark.wide(12)
 @pytest.mark.parametrize("window", [1, 5, 40])
 @each_layout
 @each_form
@@ -77,6 +77,7 @@ def test_scan():
     int8_rows.holds(cache, TOKENS)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("forced", [None, "composite"])
 def test_a_row_that_is_no_number_is_not_lost(forced):
     key = np.array(KEY)
@@ -109,7 +110,7 @@ def test_structure():
         new_cache("int16")
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("forced", [None, "composite"])
 @pytest.mark.parametrize("kept", ["float16", "bfloat16"])
 def test_queries_are_not_rounded_to_the_cache(kept, forced):

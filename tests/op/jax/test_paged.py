@@ -28,7 +28,7 @@ def laid_out(x, layout):
     return x if layout == "BSHD" else np.swapaxes(x, 1, 2)
 
 
-@pytest.mark.wide(32)
+@pytest.mark.wide(56)
 @pytest.mark.parametrize("forced", [None, "composite"])
 @pytest.mark.parametrize("rows, page_size", [(1, 16), (3, 48), (40, 64)])
 @pytest.mark.parametrize("name", NAMES)
@@ -47,7 +47,7 @@ def test_options(form, name, rows, page_size, forced, rng):
     close(np.asarray(lse)[seen], right_lse[seen])
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(8)
 @pytest.mark.parametrize("forced", [None, "composite"])
 @each_layout
 @each_form

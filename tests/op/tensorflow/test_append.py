@@ -37,7 +37,8 @@ def rows(count, value=1.0, batch=1, heads=1, dim=2):
 
 def held(cache):
     """The rows of the first sequence that there are, by one of their numbers."""
-    return cache.key[0, : int(cache.lengths[0]), 0, 0].numpy().tolist()
+    key = cache.key if cache.key_scale is None else tf.round(tf.cast(cache.key, tf.float32) * cache.key_scale[..., None])
+    return key[0, : int(cache.lengths[0]), 0, 0].numpy().tolist()
 
 
 @pytest.mark.wide(3)
@@ -151,15 +152,16 @@ def test_copies_and_rewound_ones_are_their_own():
 
 
 @needs_operator
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("form", ["eager", "graph"])
-def test_what_does_not_fit_leaves_the_cache_as_it_was(form):
+def test_what_does_not_fit_leaves_the_cache_as_it_was(form, dtype):
     """In the operator, where only that can know."""
 
     def grow(cache, k, lengths):
-        key, value, written = append.append(cache, cache.key, cache.value, k, k, lengths, None, None, cache.written)
-        return cache._replace(key=key, value=value, written=written)
+        memory, written = append.append(cache.layout, cache.memory, (k, k), lengths, None, None, cache.written)
+        return cache.with_memory(memory, written=written)
 
-    cache = attn_ops.KVCache.create(2, 4, 1, 2).update(rows(2, batch=2), rows(2, batch=2))
+    cache = attn_ops.KVCache.create(2, 4, 1, 2, dtype).update(rows(2, batch=2), rows(2, batch=2))
     before = [x.numpy() for x in cache]
     grow = FORMS[form](grow)
     with pytest.raises(tf.errors.InvalidArgumentError, match="sequence 1 has 3 rows, of a cache for 4, which has no room for 2"):
@@ -207,8 +209,8 @@ def test_what_is_no_new_row_is_refused():
     [
         ((0, 4, 1, 2), ValueError, "batch must be at least 1, got 0"),
         ((1, 4.0, 1, 2), TypeError, "max_length must be an integer, got 4.0"),
-        ((1, 4, 1, 2, tf.int32), ValueError, "dtype must be float16, bfloat16, float32 or float64, got int32"),
-        ((1, 4, 1, 2, "floaty"), ValueError, "dtype must be a floating one, got 'floaty'"),
+        ((1, 4, 1, 2, tf.int32), ValueError, "dtype must be float16, bfloat16, float32, float64 or int8, got int32"),
+        ((1, 4, 1, 2, "floaty"), ValueError, "dtype must be a floating one or int8, got 'floaty'"),
         ((1, 4, 1, 2, "float32", "SBHD"), ValueError, "layout must be 'BSHD' or 'BHSD', got 'SBHD'"),
         ((1, 4, 1, 2, "float32", "BSHD", 0), ValueError, "window must be at least 1, got 0"),
     ],

@@ -43,7 +43,7 @@ def close(found, right, tolerance=2e-5):
     np.testing.assert_allclose(np.asarray(found, np.float64), right, rtol=0, atol=tolerance)
 
 
-@pytest.mark.wide(24)
+@pytest.mark.wide(60)
 @pytest.mark.parametrize("forced", [None, "composite", "reference"])
 @pytest.mark.parametrize("name", OPTIONS)
 @each_layout
@@ -60,7 +60,7 @@ def test_options(form, layout, name, forced):
         assert 0 < np.abs(out - whole(name)).max() < int8_rows.error_bound(QUERY, KEY, VALUE, DIM**-0.5)
 
 
-@pytest.mark.wide(12)
+@pytest.mark.wide(18)
 @pytest.mark.parametrize("window", [1, 5, 40])
 @each_layout
 @each_form
@@ -74,7 +74,7 @@ def test_window(form, layout, window, monkeypatch):
     close(in_parts(step_of(form), cache, layout, parts, single)[0], int8_rows.whole("plain", window=window))
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(3)
 @each_form
 def test_loop(form):
     query, key, value = map(single, (QUERY, KEY, VALUE))
@@ -97,7 +97,7 @@ def test_loop(form):
     int8_rows.holds(cache, TOKENS)
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(12)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @each_layout
 @each_form
@@ -124,7 +124,7 @@ def test_scattered_rows_have_the_bits_of_the_operator(form, layout, dtype, monke
     assert np.isnan(native.value_scale.numpy()).any() and native.lengths.numpy().tolist() == [5, 2]
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("forced", [None, "composite"])
 @each_form
 def test_a_row_that_is_no_number_is_not_lost(form, forced):
@@ -176,7 +176,7 @@ def test_structure():
     assert new_cache("float32").key_scale is None and len(new_cache("float32")) == 4
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(9)
 @pytest.mark.parametrize("forced", [None, "composite", "reference"])
 @pytest.mark.parametrize("kept", ["float16", "bfloat16"])
 @each_form

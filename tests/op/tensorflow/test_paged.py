@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 
 import attn_ops
+import int8_rows
 from attn_ops import kernels
 from attn_ops.tensorflow import append
 from cached_calls import turned
@@ -34,7 +35,7 @@ def lengths_for(page_size):
     return [0, 1, page_size, 2 * page_size + 5, 3 * page_size]
 
 
-@pytest.mark.wide(40)
+@pytest.mark.wide(84)
 @pytest.mark.parametrize("forced", [None, "composite"])
 @pytest.mark.parametrize("rows, page_size", [(1, 16), (1, 256), (3, 48), (40, 16), (30, 64)])
 @pytest.mark.parametrize("name", NAMES)
@@ -53,20 +54,35 @@ def test_options(form, name, rows, page_size, forced, rng):
     assert name == "sinks" or (lse.numpy()[~seen] == -np.inf).all()
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(24)
+@pytest.mark.parametrize("forced", [None, "composite"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("rows", [1, 20])
 @each_layout
-def test_dtypes_and_layouts(dtype, rows, layout, rng):
-    """Queries of another dtype: theirs is that of the output."""
+@each_form
+def test_dtypes_and_layouts(form, dtype, rows, layout, forced, rng):
+    """Queries in float32 beside pages of 16 bits, which alone are rounded."""
     pages = Pages(rng, 48, [0, 70, 131], rows)
-    tensors = (tf.cast(laid_out(x, layout), dtype) for x in (pages.keys, pages.values))
-    q = tf.constant(laid_out(pages.query, layout), tf.float32)
-    out = attn_ops.paged_attention(q, *tensors, pages.table, pages.lengths, layout=layout)
+    tensors = [tf.cast(laid_out(x, layout), dtype) for x in (pages.keys, pages.values)]
+    pages.keys, pages.values = (laid_out(tf.cast(x, tf.float64).numpy(), layout) for x in tensors)
+    call = FORMS[form](lambda *x: attn_ops.paged_attention(*x, layout=layout, implementation=forced))
+    out = call(tf.constant(laid_out(pages.query, layout), tf.float32), *tensors, pages.table, pages.lengths)
     assert out.dtype == tf.float32
-    close(laid_out(out.numpy(), layout), pages.right()[0], dtype)
+    close(laid_out(out.numpy(), layout), pages.right()[0], "float32")
 
 
+@pytest.mark.wide(2)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bits(dtype, rng):
+    pages = Pages(rng, 48, [0, 70, 131], 1)
+    out = attn_ops.paged_attention(
+        *(tf.cast(x, dtype) for x in (pages.query, pages.keys, pages.values)), pages.table, pages.lengths
+    )
+    assert out.dtype == dtype
+    close(tf.cast(out, tf.float64), pages.right()[0], dtype)
+
+
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("rows", [2, 40])
 def test_rows_that_are_padding(rows, rng):
     pages = Pages(rng, 16, [40, 45, 48], rows)
@@ -97,7 +113,7 @@ def way(request, monkeypatch):
         pytest.skip("no compiled library")
 
 
-@pytest.mark.wide(8)
+@pytest.mark.wide(16)
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("counts", [None, [0, 1, 0, 5, 2]])
 @each_layout
@@ -124,6 +140,30 @@ def test_new_rows(way, form, layout, counts, in_place, rng):
     close(laid_out(out.numpy(), layout), pages.right(counts=there)[0])
 
 
+@pytest.mark.wide(12)
+@pytest.mark.parametrize("rows", [1, 30])
+@each_layout
+@each_form
+def test_int8(way, form, layout, rows, rng):
+    """Pages are pairs of integers and scales; new rows are rounded as they are written, the same in every form."""
+    pages = Pages(rng, 16, [0, 1, 16, 34, 48], rows)
+    new = [rng.standard_normal((5, rows, KV_HEADS, dim)).astype("float32") for dim in (DIM, VALUE_DIM)]
+    there = np.minimum(pages.lengths, rows)
+    right = [int8_rows.quantized(x) for x in filled(pages, there, *new)]
+    given = [tuple(map(tf.constant, int8_rows.quantized(laid_out(x, layout)))) for x in (pages.keys, pages.values)]
+    call = FORMS[form](lambda *x: attn_ops.paged_attention(*x, layout=layout))
+    q = tf.constant(laid_out(pages.query, layout), tf.float32)
+    out, *grown = call(q, *given, pages.table, pages.lengths, *(laid_out(x, layout) for x in new))
+    for found, wanted in zip(grown, right):
+        for x, y in zip(found, wanted):
+            np.testing.assert_array_equal(laid_out(x.numpy(), layout), y)
+    pages.keys, pages.values = (int8_rows.meant(*x) for x in right)
+    close(laid_out(out.numpy(), layout), pages.right()[0], "float32")
+    again = attn_ops.paged_attention(q, *grown, pages.table, pages.lengths, layout=layout, implementation="composite")
+    close(again, out, "float32")
+
+
+@pytest.mark.wide(2)
 @needs_operator
 @pytest.mark.parametrize("form", ["eager", "graph"])
 def test_in_place(form, rng):
@@ -140,7 +180,7 @@ def test_in_place(form, rng):
     assert (values.numpy()[pages.table[0, 1], 3] == new[0][0] + 1).all() and (keys.numpy()[pages.table[0, 1], 3] == new[0][0]).all()
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(3)
 @each_form
 def test_loop_with_rotary(form, rng):
     """A token at a time in tf.while_loop is one causal attention over the whole sequence."""
@@ -165,7 +205,7 @@ def test_loop_with_rotary(form, rng):
     close(FORMS[form](generate)(*map(tf.constant, (query, key, value))), right, "float32")
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("name", ["plain", "chunks", "slopes"])
 def test_sizes_that_are_unknown(jit_compile, name, rng):
@@ -207,11 +247,18 @@ BAD = {
     "keys alone": (lambda a: {"k_new": a["q"][:, :, :2]}, ValueError, "k_new and v_new come together"),
     "more new rows": (lambda a: {"k_new": np.zeros((2, 2, 2, 8)), "v_new": np.zeros((2, 2, 2, 6))}, ValueError, "k_new must have shape"),
     "an option of training": (lambda a: {"dropout_rate": 0.1}, TypeError, "dropout_rate"),
+    "int8 without scales": (lambda a: {x: np.zeros(a[x].shape, "int8") for x in ("k_pages", "v_pages")}, TypeError, "come with their scales"),
+    "scales of one": (lambda a: {"k_pages": (np.zeros(a["k_pages"].shape, "int8"), np.ones(a["k_pages"].shape[:3]))}, TypeError, "must both be"),
+    "scales of floats": (lambda a: {x: (a[x], np.ones(a[x].shape[:3], "float32")) for x in ("k_pages", "v_pages")}, TypeError, "others without"),
+    "scales of another shape": (
+        lambda a: {x: (np.zeros(a[x].shape, "int8"), np.ones(a[x].shape[:2], "float32")) for x in ("k_pages", "v_pages")},
+        ValueError, "must be float32 of shape",
+    ),
     "another layout": (lambda a: {"layout": "SBHD"}, ValueError, "layout must be"),
 }  # fmt: skip
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input(what, rng):
     given = arguments(rng)
@@ -220,7 +267,7 @@ def test_bad_input(what, rng):
         attn_ops.paged_attention(**{**given, **change(given)})
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("forced", [None, "composite"])
 @pytest.mark.parametrize("wrong", ["entry", "length"])
 def test_bad_input_that_only_a_graph_sees(wrong, forced, rng):
@@ -257,3 +304,47 @@ def test_no_gradient(form, rng):
 
     with pytest.raises((NotImplementedError, LookupError), match="for generation"):
         FORMS[form](gradient)(given["q"])
+
+
+# What the operator that appends is given wrong: (its arguments after the pages and the new rows, the error).
+MALFORMED = {
+    "a negative position": (([[0, 1]], [-1], [[1]]), "sequence 0 has -1 rows"),
+    "a position past the table": (([[0, 1]], [32], [[1]]), "no room for 1 more"),
+    "rows past the table": (([[0, 1]], [31], [[2]]), "no room for 2 more"),
+    "more rows than there are": (([[0, 1]], [0], [[3]]), "must be from 0 to 2, got 3"),
+    "less than no rows": (([[0, 1]], [0], [[-1]]), "must be from 0 to 2, got -1"),
+    "all rows past the table": (([[0, 1]], [31], []), "no room for 2 more"),
+    "an entry past the pages": (([[0, 4]], [15], []), r"block_table\[0,1\] \(4\) must be from 0 to 3"),
+    "a negative entry": (([[-1, 0]], [15], []), r"block_table\[0,0\] \(-1\)"),
+    "a table of another batch": (([[0], [0]], [0], []), r"block_table must be \[batch, pages\]"),
+    "a table of another rank": (([0], [0], []), r"block_table must be \[batch, pages\]"),
+    "positions of another batch": (([[0]], [0, 0], []), r"must have the shape \[1\]"),
+    "two arrays of counts": (([[0]], [0], [[1], [1]]), "num_counts"),
+}
+
+
+@pytest.mark.wide(4)
+@needs_operator
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("what", MALFORMED)
+def test_malformed_rows(what, in_place):
+    """Refused before anything is written."""
+    pages = [tf.zeros([4, 16, 2, dim]) for dim in (3, 5)]
+    new = [tf.ones([1, 2, 2, dim]) for dim in (3, 5)]
+    arguments, message = MALFORMED[what]
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        kernels.library().attn_ops_append_to_pages(*pages, *new, *arguments, in_place=in_place)
+    assert not any(x.numpy().any() for x in pages)
+
+
+@pytest.mark.wide(4)
+@needs_operator
+@pytest.mark.parametrize("shapes", [
+    [(4, 16, 2, 3), (3, 16, 2, 5), (1, 2, 2, 3), (1, 2, 2, 5)], [(4, 16, 2, 3), (4, 8, 2, 5), (1, 2, 2, 3), (1, 2, 2, 5)],
+    [(4, 16, 2, 3), (4, 16, 2, 5), (1, 2, 3, 3), (1, 2, 2, 5)], [(4, 16, 2, 3), (4, 16, 2, 5), (1, 2, 2, 3), (1, 1, 2, 5)],
+    [(4, 16, 2, 3), (4, 16, 2, 5), (1, 2, 2, 3), (2, 2, 2, 5)], [(4, 16, 6), (4, 16, 2, 5), (1, 2, 2, 3), (1, 2, 2, 5)],
+    [(4, 0, 2, 3), (4, 0, 2, 5), (1, 2, 2, 3), (1, 2, 2, 5)], [(4, 16, 2, 3), (4, 16, 2, 5), (2, 2, 3), (1, 2, 2, 5)],
+])  # fmt: skip
+def test_malformed_shapes(shapes):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="must have"):
+        kernels.library().attn_ops_append_to_pages(*map(tf.zeros, shapes), [[0, 1]], [0], [])
