@@ -89,7 +89,7 @@ def main():
     parser.add_argument("--codes", action="store_true", help="print fingerprints in place of the table")
     options = parser.parse_args()
     releases = {version: Release(version) for version in options.releases}
-    of_hub = [seam for seam in SEAMS if seam.module.startswith("keras_hub.")]
+    of_hub = [seam for seam in SEAMS if seam.codes and seam.module.startswith("keras_hub.")]
     if options.codes:
         for seam in of_hub:
             codes = dict.fromkeys(filter(None, (release.code(seam) for release in releases.values())))
