@@ -11,6 +11,11 @@ from attn_ops.jax.append import append_to_cache  # noqa: F401
 from attn_ops.jax.decode import attend_stacked, decode_attention  # noqa: F401
 
 
+def expendable(cache):
+    """A `KVCache` that an update may take over: outside of functions a copy, since that deletes its arrays."""
+    return cache if isinstance(cache.key, jax.core.Tracer) else cache.copy()
+
+
 def is_ragged(x):
     return False  # JAX has none
 

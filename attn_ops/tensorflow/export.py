@@ -6,7 +6,10 @@ The default is the composite, which loads anywhere; `place.exporting` recognises
 from __future__ import annotations
 
 import contextvars
+import functools
 import sys
+
+import tensorflow as tf
 
 from attn_ops import kernels
 from attn_ops.tensorflow import place
@@ -17,25 +20,31 @@ _HINT = "attn_ops_library_is_missing__import_attn_ops_and_call_attn_ops_load_lib
 
 
 def export(model, path, *, ops="composite", **kwargs):
-    """`model.export(path, **kwargs)` with the attention of your choice.
+    """`model.export(path, **kwargs)` with the attention of your choice; also `tf.saved_model.save`.
 
     Args:
-        model: A Keras model.
+        model: A Keras model; or another `tf.Module`, such as one with the step of a decoder, which is saved by
+            `tf.saved_model.save`. Functions of it that were traced before have chosen already.
         path: Where to.
         ops: "composite", which `model.export` gives too: TensorFlow's own operations, which load everywhere; or
             "fused": the op of this library, wherever it can run here. To load that, a Python process calls
             `attn_ops.load_library` first, any other TF_LoadLibrary with the library's path.
-        **kwargs: Of `model.export`: ``format``, ``input_signature``, ``verbose``.
+        **kwargs: Of `model.export`: ``format``, ``input_signature``, ``verbose``; or of `tf.saved_model.save`:
+            ``signatures``, ``options``.
 
     Raises:
-        TypeError: ``model`` is not a Keras model.
+        TypeError: ``model`` is neither a Keras model nor a `tf.Module`.
         ValueError: another ``ops``; "fused" in a format other than TensorFlow's, or without the library (says why);
             a forced choice in the model (``flash_attention=True``, ``implementation="fused"``) that ``ops`` forbids;
             `model.export` and `tf.saved_model.save` keep such a choice.
     """
     keras = sys.modules.get("keras")  # without it there can be no model
-    if keras is None or not isinstance(model, keras.Model):
-        raise TypeError(f"attn_ops.export: model must be a Keras model, got {type(model).__name__}")
+    if keras is not None and isinstance(model, keras.Model):
+        save = model.export
+    elif isinstance(model, tf.Module):
+        save = functools.partial(tf.saved_model.save, model)
+    else:
+        raise TypeError(f"attn_ops.export: model must be a Keras model or a tf.Module, got {type(model).__name__}")
     if ops not in _OPS:
         raise ValueError(f"attn_ops.export: ops must be one of {', '.join(map(repr, _OPS))}, got {ops!r}")
     if ops == "fused":
@@ -50,7 +59,7 @@ def export(model, path, *, ops="composite", **kwargs):
             raise ValueError(f"attn_ops.export: ops='fused' needs the library, and {missing}")
     token = _wanted.set(ops)
     try:
-        model.export(path, **kwargs)
+        save(path, **kwargs)
     finally:
         _wanted.reset(token)
 

@@ -115,7 +115,7 @@ def main():
     parser.add_argument("--keras", nargs="*", default=KERAS, metavar="RELEASE")
     parser.add_argument("--codes", action="store_true", help="print fingerprints of KerasHub's in place of the tables")
     options = parser.parse_args()
-    of_hub = [seam for seam in SEAMS if seam.module.startswith("keras_hub.")]
+    of_hub = [seam for seam in SEAMS if seam.codes and seam.module.startswith("keras_hub.")]
     if options.codes:
         releases = [Release("keras-hub", version) for version in options.hub]
         for seam in of_hub:
@@ -123,7 +123,7 @@ def main():
             print(f'    "{seam.name}.{seam.method}": {tuple(codes)},')
         return
     if options.keras:
-        table("keras", options.keras, [seam for seam in SEAMS if seam not in of_hub])
+        table("keras", options.keras, [seam for seam in SEAMS if seam.module.startswith("keras.")])
         print()
     if options.hub:
         table("keras-hub", options.hub, of_hub)

@@ -109,7 +109,7 @@ def test_a_forced_choice_is_kept(tmp_path):
 
 def test_bad_arguments(tmp_path, monkeypatch):
     model = of_our_layers()
-    with pytest.raises(TypeError, match="attn_ops.export: model must be a Keras model, got Dense"):
+    with pytest.raises(TypeError, match="attn_ops.export: model must be a Keras model or a tf.Module, got Dense"):
         attn_ops.export(keras.layers.Dense(1), tmp_path)
     with pytest.raises(ValueError, match="attn_ops.export: ops must be one of 'composite', 'fused', got 'reference'"):
         attn_ops.export(model, tmp_path, ops="reference")

@@ -1,9 +1,11 @@
 // Serves a SavedModel through TensorFlow's C API, as a server without Python does:
 //
-//   client <saved model> <op library, or - for none> <input tensor name> <output tensor name> <file> <dimension>...
+//   client <saved model> <op library, or - for none> <input tensor> <output tensor> <file> <dimension>... [-- <state>...]
 //
-// Reads the float32 input of the given dimensions from <file>, and writes the output over it. test_client.py
-// compiles it against an installed TensorFlow.
+// Reads float32 inputs of the given dimensions from <file>, as many as there are, runs the model on one after the other, and
+// writes the outputs over them. A <state> is three tensors: where it is before the first run, what a run gives, and what
+// the next run takes. What a model keeps in variables needs none. test_client.py compiles it against an installed TensorFlow.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -11,11 +13,14 @@
 #include <iterator>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tensorflow/c/c_api.h"
 
 namespace {
+
+using Tensor = std::unique_ptr<TF_Tensor, decltype(&TF_DeleteTensor)>;
 
 const std::unique_ptr<TF_Status, decltype(&TF_DeleteStatus)> status(TF_NewStatus(), TF_DeleteStatus);
 
@@ -33,6 +38,18 @@ TF_Output find(TF_Graph* graph, const std::string& tensor) {  // "operation:inde
   return {operation, std::stoi(tensor.substr(colon + 1))};
 }
 
+std::vector<Tensor> run(TF_Session* session, const std::vector<TF_Output>& inputs, const std::vector<Tensor>& fed,
+                        const std::vector<TF_Output>& outputs) {
+  std::vector<TF_Tensor*> given, fetched(outputs.size(), nullptr);
+  for (const Tensor& tensor : fed) given.push_back(tensor.get());
+  TF_SessionRun(session, nullptr, inputs.data(), given.data(), static_cast<int>(inputs.size()), outputs.data(),
+                fetched.data(), static_cast<int>(outputs.size()), nullptr, 0, nullptr, status.get());
+  check("TF_SessionRun");
+  std::vector<Tensor> results;
+  for (TF_Tensor* tensor : fetched) results.emplace_back(tensor, TF_DeleteTensor);
+  return results;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -46,26 +63,36 @@ int main(int argc, char** argv) {
   TF_Session* session =
       TF_LoadSessionFromSavedModel(options, nullptr, argv[1], tags, 1, graph, nullptr, status.get());
   check("TF_LoadSessionFromSavedModel");
-  const TF_Output input = find(graph, argv[3]), output = find(graph, argv[4]);
 
-  const std::vector<std::int64_t> shape = [&] {
-    std::vector<std::int64_t> dimensions;
-    for (int i = 6; i < argc; ++i) dimensions.push_back(std::stoll(argv[i]));
-    return dimensions;
-  }();
+  std::vector<std::int64_t> shape;
+  std::size_t bytes = sizeof(float);
+  int at = 6;
+  for (; at < argc && std::string(argv[at]) != "--"; ++at) {
+    shape.push_back(std::stoll(argv[at]));
+    bytes *= static_cast<std::size_t>(shape.back());
+  }
+  std::vector<TF_Output> inputs{find(graph, argv[3])}, outputs{find(graph, argv[4])}, first;
+  for (++at; at + 2 < argc; at += 3) {
+    first.push_back(find(graph, argv[at]));
+    outputs.push_back(find(graph, argv[at + 1]));
+    inputs.push_back(find(graph, argv[at + 2]));
+  }
+
   std::ifstream file(argv[5], std::ios::binary);
-  const std::vector<char> bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  TF_Tensor* fed = TF_AllocateTensor(TF_FLOAT, shape.data(), static_cast<int>(shape.size()), bytes.size());
-  std::copy(bytes.begin(), bytes.end(), static_cast<char*>(TF_TensorData(fed)));
+  const std::vector<char> data{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  std::ofstream results(argv[5], std::ios::binary);
+  std::vector<Tensor> state;
+  if (!first.empty()) state = run(session, {}, {}, first);
+  for (std::size_t begin = 0; begin + bytes <= data.size(); begin += bytes) {
+    Tensor input(TF_AllocateTensor(TF_FLOAT, shape.data(), static_cast<int>(shape.size()), bytes), TF_DeleteTensor);
+    std::copy_n(data.data() + begin, bytes, static_cast<char*>(TF_TensorData(input.get())));
+    state.insert(state.begin(), std::move(input));
+    state = run(session, inputs, state, outputs);
+    results.write(static_cast<const char*>(TF_TensorData(state[0].get())),
+                  static_cast<std::streamsize>(TF_TensorByteSize(state[0].get())));
+    state.erase(state.begin());
+  }
 
-  TF_Tensor* fetched = nullptr;
-  TF_SessionRun(session, nullptr, &input, &fed, 1, &output, &fetched, 1, nullptr, 0, nullptr, status.get());
-  check("TF_SessionRun");
-  std::ofstream(argv[5], std::ios::binary)
-      .write(static_cast<const char*>(TF_TensorData(fetched)), TF_TensorByteSize(fetched));
-
-  TF_DeleteTensor(fed);
-  TF_DeleteTensor(fetched);
   TF_DeleteSession(session, status.get());
   TF_DeleteSessionOptions(options);
   TF_DeleteGraph(graph);

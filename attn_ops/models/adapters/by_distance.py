@@ -20,12 +20,9 @@ def bloom(layer, stock, hidden_states, attention_mask=None, cache=None, cache_up
     options = structure.options(attention_mask)
     if not options or layer._alibi_layer.alibi_bias_max != 8 or (cache is None and cache_update_index is not None):
         return stock(hidden_states, attention_mask, cache, cache_update_index)
-    query = layer._query_dense(hidden_states)
-    key, value, cache = caches.update(
-        cache, cache_update_index, layer._key_dense(hidden_states), layer._value_dense(hidden_states)
-    )
+    rows = (dense(hidden_states) for dense in (layer._query_dense, layer._key_dense, layer._value_dense))
     options["alibi_slopes"] = alibi_slopes(layer.num_heads)
-    out = _attended(layer, query, key, value, layer._dropout_layer, options)
+    out, cache = _attended(layer, *rows, cache, cache_update_index, layer._dropout_layer, options)
     out = layer._dropout_layer(layer._output_dense(out))
     return out if cache is None else (out, cache)
 
@@ -36,19 +33,23 @@ def falcon(layer, stock, inputs, alibi, attention_mask=None, cache=None, cache_u
     options = structure.options(attention_mask)
     if not options or (cache is None and cache_update_index is not None):
         return stock(inputs, alibi, attention_mask, cache, cache_update_index)
-    query = layer.query_dense(inputs)
-    key, value, cache = caches.update(cache, cache_update_index, layer.key_dense(inputs), layer.value_dense(inputs))
-    scaled = ops.cast(alibi, query.dtype) * ops.cast(layer.inv_norm_factor, query.dtype)
+    rows = [dense(inputs) for dense in (layer.query_dense, layer.key_dense, layer.value_dense)]
+    scaled = ops.cast(alibi, rows[0].dtype) * ops.cast(layer.inv_norm_factor, rows[0].dtype)
     options["bias"] = ops.stop_gradient(scaled)
-    out = layer.output_dense(_attended(layer, query, key, value, layer.attention_dropout, options))
+    out, cache = _attended(layer, *rows, cache, cache_update_index, layer.attention_dropout, options)
+    out = layer.output_dense(out)
     return out if cache is None else (out, cache)
 
 
-def _attended(layer, query, key, value, dropout, options):
-    """The heads of the output joined: `[batch, seqlen_q, num_heads * head_dim]`."""
+def _attended(layer, query, key, value, cache, index, dropout, options):
+    """The heads of the output joined, `[batch, seqlen_q, num_heads * head_dim]`, and the cache."""
     training = in_training() if dropout.rate else False
-    more = {"dropout": dropout, "training": training, **options}
-    return heads.join(heads.attention(query, key, value, scale=layer.inv_norm_factor, **more)[0])
+    options["scale"] = layer.inv_norm_factor
+    if cache is not None and index is not None and not training and "query_offset" in options:
+        out, cache = caches.attended(query, cache, index, key, value, **options)
+        return heads.join(out), cache
+    key, value, cache = caches.update(cache, index, key, value)
+    return heads.join(heads.attention(query, key, value, dropout=dropout, training=training, **options)[0]), cache
 
 
 class PositionBias(typing.NamedTuple):
@@ -95,18 +96,24 @@ def t5(
 
     states = hidden_states if key_value_states is None else key_value_states
     query = split(layer.query_projector(hidden_states))
+    options = {"scale": 1.0, **({"bias": position_bias} if known is None else known.given(layer))}
     if cache is not None and cache_update_index is None:
         key, value = cache[:, 0], cache[:, 1]
     else:
         key, value = split(layer.key_projector(states)), split(layer.value_projector(states))
+    grows = cache is not None and key_value_states is None and "query_offset" in options
+    if grows and not (training and layer.dropout_layer.rate):
+        out, cache = caches.attended(query, cache, cache_update_index, key, value, **options)
+        seqlen_k = dims(cache)[2]
+    else:
         key, value, cache = caches.update(cache, cache_update_index, key, value)
-    options = {"bias": position_bias} if known is None else known.given(layer)
-    more = {"dropout": layer.dropout_layer, "training": training, **options}
-    out = layer.output_projector(heads.join(heads.attention(query, key, value, scale=1.0, **more)[0]))
+        options.update(dropout=layer.dropout_layer, training=training)
+        out, seqlen_k = heads.attention(query, key, value, **options)[0], dims(key)[1]
     if position_bias is None:
-        position_bias = _dense_position_bias(layer, mask, seqlen_q, dims(key)[1], cache_update_index or 0)
+        index = 0 if cache_update_index is None else cache_update_index
+        position_bias = _dense_position_bias(layer, mask, seqlen_q, seqlen_k, index)
         structure.keep(position_bias, known)
-    return out, position_bias, cache
+    return layer.output_projector(heads.join(out)), position_bias, cache
 
 
 def _dense_position_bias(layer, mask, seqlen_q, seqlen_k, index):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 
 from keras import ops
 
+from attn_ops.generation.cache import KVCache
 from attn_ops.layers.backend import backend
 from attn_ops.models.adapters import structure
 
@@ -24,11 +26,21 @@ def update(cache, index, key, value):
     return cache[:, 0], cache[:, 1], cache
 
 
-def attended(query, cache, index, key, value, mask, **options):
-    """The attention to a cache, read where it lies, and the cache with the new rows. The ``mask`` knows its structure."""
+def attended(query, cache, index, key, value, **options):
+    """The attention to a cache, read where it lies, and the cache with the new rows at ``index``.
+
+    Args:
+        query, key, value: `[batch, rows, heads, dim]`.
+        cache: KerasHub's tensor, or a pair of them, keys and values.
+        options: of the attention. The mask is one of ours; what it counts from is the index.
+    """
     positions = ops.broadcast_to(ops.cast(index, "int32"), (ops.shape(query)[0],))
-    mask = structure.of(mask).options(options.pop("window", None))["mask"]
-    return backend.attend_stacked(query, cache, key, value, positions, is_causal=False, mask=mask, **options)
+    options = {"is_causal": False, **{name: x for name, x in options.items() if name != "query_offset"}}
+    if isinstance(cache, tuple):
+        cache = backend.expendable(KVCache(*cache, positions))
+        out, cache = backend.decode_attention(query, cache, key, value, **options)
+        return out, (cache.key, cache.value)
+    return backend.attend_stacked(query, cache, key, value, positions, **options)
 
 
 def in_vllm() -> bool:
@@ -48,7 +60,9 @@ class CachedCall:
         attention: the adapter of the `_compute_attention` of the same class (projected.Projected).
         query, key, value, output: the attributes with the projections.
         norms: those with the normalizations of queries and keys, if the class has them.
-        dropout: that with the dropout of the output.
+        normed: the attribute that says whether they are used, or None for always.
+        rotary: that with the rotary embedding, or a function of the layer that returns it: called with (x, start_index=…).
+        dropout: that with the dropout of the output, if the class has one.
     """
 
     attention: object
@@ -57,26 +71,50 @@ class CachedCall:
     value: str = "_value_dense"
     output: str = "_output_dense"
     norms: tuple[str, str] | None = None
-    dropout: str = "_dropout_layer"
+    normed: str | None = None
+    rotary: str | Callable = "rotary_embedding_layer"
+    dropout: str | None = "_dropout_layer"
 
     def __call__(
-        self, layer, stock, hidden_states, attention_mask=None, cache=None, cache_update_index=None, training=None
+        self,
+        layer,
+        stock,
+        hidden_states,
+        attention_mask=None,
+        cache=None,
+        cache_update_index=None,
+        training=None,
+        cache_update_mask=None,
     ):
-        def in_keras():
-            given = {"cache": cache, "cache_update_index": cache_update_index, "training": training}
-            return stock(hidden_states, attention_mask=attention_mask, **given)
-
-        if cache is None or cache_update_index is None or structure.of(attention_mask) is None or in_vllm():
-            return in_keras()
+        given = {
+            "attention_mask": attention_mask,
+            "cache": cache,
+            "cache_update_index": cache_update_index,
+            "cache_update_mask": cache_update_mask,
+            "training": training,
+        }
+        dropped = training and self.attention.dropout is not None
+        if cache is None or cache_update_index is None or structure.of(attention_mask) is None or dropped or in_vllm():
+            return stock(hidden_states, **{name: x for name, x in given.items() if x is not None})
         query, key, value = (getattr(layer, name)(hidden_states) for name in (self.query, self.key, self.value))
-        if self.norms is not None:
+        if self.norms is not None and (self.normed is None or getattr(layer, self.normed)):
             query, key = (getattr(layer, name)(x) for name, x in zip(self.norms, (query, key)))
-        query, key = (layer.rotary_embedding_layer(x, start_index=cache_update_index) for x in (query, key))
-        window = None if self.attention.window is None else self.attention.window(layer)
-        options = self.attention.score_options(layer)
-        out, cache = attended(query, cache, cache_update_index, key, value, attention_mask, window=window, **options)
-        out = getattr(layer, self.output)(getattr(layer, self.dropout)(out, training=training))
-        return out, cache
+        turned = self.rotary(layer) if callable(self.rotary) else getattr(layer, self.rotary)
+        query, key = (turned(x, start_index=cache_update_index) for x in (query, key))
+        if cache_update_mask is not None:
+            key, value = _kept_where_not(cache_update_mask, cache, cache_update_index, key, value)
+        options = {**self.attention.masks(layer, attention_mask, None), **self.attention.score_options(layer)}
+        out, cache = attended(query, cache, cache_update_index, key, value, **options)
+        if self.dropout is not None:
+            out = getattr(layer, self.dropout)(out, training=training)
+        return getattr(layer, self.output)(out), cache
+
+
+def _kept_where_not(updated, cache, index, *rows):
+    """The new ``rows``, and where ``updated``, bool `[batch, rows]`, is false those that the cache has there."""
+    halves = cache if isinstance(cache, tuple) else (cache[:, 0], cache[:, 1])
+    updated = ops.reshape(updated, (*ops.shape(updated), 1, 1))
+    return [ops.where(updated, new, ops.slice(old, (0, index, 0, 0), ops.shape(new))) for old, new in zip(halves, rows)]
 
 
 def multi_head_call(
@@ -101,7 +139,19 @@ def multi_head_call(
         more = {"cache": cache, "cache_update_index": cache_update_index, "training": training, **scores}
         return stock(query, value, key=key, attention_mask=attention_mask, **more)
     rows = (dense(x) for dense, x in ((layer._key_dense, value if key is None else key), (layer._value_dense, value)))
-    out, cache = attended(
-        layer._query_dense(query), cache, cache_update_index, *rows, attention_mask, scale=layer._inverse_sqrt_key_dim
-    )
+    options = {"scale": layer._inverse_sqrt_key_dim, **known.options()}
+    out, cache = attended(layer._query_dense(query), cache, cache_update_index, *rows, **options)
     return layer._output_dense(out), cache
+
+
+def partly_rotary(layer):
+    """The rotary embedding of GPT-OSS, of the first elements of a head."""
+    size = layer._rotary_dim
+
+    def turned(x, start_index):
+        if size >= layer._head_dim:
+            return layer.rotary_embedding_layer(x, start_index=start_index)
+        first = layer.rotary_embedding_layer(x[..., :size], start_index=start_index)
+        return ops.concatenate([first, x[..., size:]], axis=-1)
+
+    return turned

@@ -283,15 +283,23 @@ _CALLS = (
 # Beside the seams of the same classes above, for calls with a cache alone.
 _PUBLIC = {"query": "query_dense", "key": "key_dense", "value": "value_dense", "output": "output_dense"}
 _NORMS = {"norms": ("_query_dense_layer_norm", "_key_dense_layer_norm")}
+_GEMMA = {**_PUBLIC, "rotary": "_apply_rope", "dropout": None}
 _CACHED_NAMES = {
     "LlamaAttention": {},
+    "CachedGemmaAttention": _GEMMA,
+    "CachedGemma3Attention": {**_GEMMA, "norms": ("query_norm", "key_norm"), "normed": "use_query_key_norm"},
     "CachedMistralAttention": {},
     "CachedMixtralAttention": {**_PUBLIC, "dropout": "dropout_layer"},
+    "GptOssAttention": {**_PUBLIC, "rotary": cache.partly_rotary, "dropout": "dropout_layer"},
     "Phi3Attention": {**_PUBLIC, "dropout": "dropout_layer"},
     "QwenAttention": {},
     "QwenMoeAttention": {name: _PUBLIC[name] for name in ("query", "key", "value")},
     "Qwen3Attention": _NORMS,
     "Qwen3MoeAttention": _NORMS,
+}
+_CACHED_PARAMETERS = {
+    "CachedGemmaAttention": f"x {_CALL} training",
+    "CachedGemma3Attention": f"x {_CALL} cache_update_mask training",
 }
 
 _CACHED = (
@@ -311,7 +319,7 @@ _CACHED = (
                 seam.module.removeprefix("keras_hub.src."),
                 seam.name,
                 "call",
-                f"hidden_states {_CALL} training".split(),
+                _CACHED_PARAMETERS.get(seam.name, f"hidden_states {_CALL} training").split(),
                 cache.CachedCall(seam.adapter, **_CACHED_NAMES[seam.name]),
             ),
             needed=False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attn_ops.models.adapters import language_models, multi_head, other_models
+from attn_ops.models.adapters import generation, language_models, multi_head, other_models
 from attn_ops.models.seams import Seam
 
 _LAYERS = "keras.src.layers.attention"
@@ -25,6 +25,7 @@ SEAMS = (
         ("_masked_softmax",),
     ),
     *language_models.SEAMS,
+    *generation.SEAMS,
     *other_models.SEAMS,
 )
 
