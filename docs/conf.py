@@ -47,10 +47,29 @@ nitpick_ignore_regex = [("py:.*", r"(tf|jax|keras|keras_hub|numpy|matplotlib)\..
 
 
 def for_sphinx(app, what, name, obj, options, lines):
-    """Makes docstrings what Sphinx reads: "`KerasTensor`s" is no reStructuredText, and Keras has an "Output:" with steps."""
+    """Makes docstrings what Sphinx reads: "`KerasTensor`s" is no reStructuredText, and Keras has an "Output:" and lists
+    that are indented in their own way."""
     text = re.sub(r"(?<!`)(`[^`\n]+`)(?=\w)", r"\1\\ ", "\n".join(lines))
     before, found, output = text.partition("\nOutput:\n")
-    lines[:] = (before + (found and "\nReturns:\n" + re.sub(r"^ +", "    ", output, flags=re.MULTILINE))).split("\n")
+    text = before + (found and "\nReturns:\n" + re.sub(r"^ +", "    ", output, flags=re.MULTILINE))
+    lines[:] = _lists(text.split("\n"))
+
+
+def _lists(lines):
+    """With a blank line before each list, and two spaces before what goes on in an item."""
+    item = None
+    for line in lines:
+        stripped = line.lstrip()
+        indent = len(line) - len(stripped)
+        if stripped.startswith("- "):
+            if item is None:
+                yield ""
+            item = indent
+        elif item is not None and stripped and indent > item:
+            line = " " * (item + 2) + stripped
+        elif stripped:
+            item = None
+        yield line
 
 
 def setup(app):

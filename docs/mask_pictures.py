@@ -1,5 +1,7 @@
 """The pictures of the guide to masks, drawn by `Mask.plot` when Sphinx starts, from the masks of code/masks.py."""
 
+import contextlib
+import io
 import runpy
 from pathlib import Path
 
@@ -14,7 +16,9 @@ def draw(app):
 
     folder = Path(app.srcdir, "_pictures")
     folder.mkdir(exist_ok=True)
-    for name, (mask, length, block) in runpy.run_path(str(HERE / "code" / "masks.py"))["PICTURES"].items():
+    with contextlib.redirect_stdout(io.StringIO()):
+        pictures = runpy.run_path(str(HERE / "code" / "masks.py"))["PICTURES"]
+    for name, (mask, length, block) in pictures.items():
         figure, axes = pyplot.subplots(figsize=(4.2, 3.0), layout="constrained")
         mask.plot(length, block=block, ax=axes)
         figure.savefig(folder / f"{name}.svg")

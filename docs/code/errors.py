@@ -1,4 +1,7 @@
-"""docs/troubleshooting.md: what is said, and what brings it about. Each function of CALLS raises or warns as its page says."""
+"""docs/troubleshooting.md: calls that bring about what its titles say.
+
+The test of that page calls each function that has the name of a region, and looks for its title in what is raised or warned of.
+"""
 
 import keras
 import numpy as np
@@ -7,99 +10,107 @@ import tensorflow as tf
 import attn_ops
 
 q = tf.random.normal([2, 8, 4, 16])
+x = np.ones((1, 4, 2, 8), np.float32)
 
 
-# [unexpected]
-def torch_names():
+# [unexpected_argument]
+def unexpected_argument():
     attn_ops.scaled_dot_product_attention(q, q, q, dropout_p=0.1)
-# [/unexpected]
+# [/unexpected_argument]
 
 
-# [additive]
-def an_additive_mask():
+# [additive_mask]
+def additive_mask():
     attn_ops.scaled_dot_product_attention(q, q, q, mask=tf.constant(np.triu(np.full([8, 8], -1e9, "float32"), 1)))
-# [/additive]
+# [/additive_mask]
 
 
-# [padding]
-def a_mask_of_the_keys():
+# [mask_of_the_keys]
+def mask_of_the_keys():
     attn_ops.scaled_dot_product_attention(q[:, :5], q, q, mask=tf.ones([2, 8], tf.bool))
-# [/padding]
+# [/mask_of_the_keys]
 
 
 # [heads]
-def heads_that_do_not_divide():
+def heads():
     attn_ops.scaled_dot_product_attention(q, q[:, :, :3], q[:, :, :3])
 # [/heads]
 
 
 # [rank]
-def one_rank_too_few():
+def rank():
     attn_ops.scaled_dot_product_attention(q, q[0], q[0])
 # [/rank]
 
 
 # [forced]
-def forced_where_it_cannot():
+def forced():
     model = keras.Sequential([keras.Input((8, 16)), attn_ops.layers.SelfAttention(flash_attention=True)])
     attn_ops.export(model, "unused", ops="composite", verbose=False)
 # [/forced]
 
 
-# [decoding]
-def one_query_top_left():
+# [one_query]
+def one_query():
     attn_ops.scaled_dot_product_attention(q[:, :1], q, q, is_causal=True)
-# [/decoding]
+# [/one_query]
 
 
 # [nothing_fused]
-def traced_before():
+def nothing_fused():
     with attn_ops.patched():
-        pass
+        pass  # what was traced before goes on as it was
 # [/nothing_fused]
 
 
-# [room]
-def a_cache_that_is_full():
-    cache = attn_ops.KVCache.create(2, 4, 4, 16)
+# [full_cache]
+def full_cache():
+    cache = attn_ops.KVCache.create(batch=2, max_length=4, num_kv_heads=4, head_dim=16)
     attn_ops.decode_attention(q, cache, q, q)
-# [/room]
+# [/full_cache]
 
 
-# [revert]
-def options_that_keras_lacks():
+# [beyond_keras]
+def beyond_keras():
     inputs = keras.Input((8, 16))
     layer = attn_ops.layers.MultiHeadAttention(2, 8, sinks=True, name="attention")
     attn_ops.revert(keras.Model(inputs, layer(inputs, inputs)))
-# [/revert]
+# [/beyond_keras]
 
 
-# [symbolic]
-def a_picture_of_a_symbol():
+# [symbolic_weights]
+def symbolic_weights():
     attn_ops.visualize.plot_attention_weights(keras.Input((8, 8)))
-# [/symbolic]
+# [/symbolic_weights]
 
 
-# [seed]
-def jax_without_a_seed():
-    x = np.ones((1, 4, 2, 8), np.float32)
+# [seed_on_jax]
+def seed_on_jax():
     attn_ops.jax.scaled_dot_product_attention(x, x, x, dropout_rate=0.1)
-# [/seed]
+# [/seed_on_jax]
+
+
+# [forward_mode_on_jax]
+def forward_mode_on_jax():
+    import jax
+
+    jax.jvp(lambda x: attn_ops.jax.scaled_dot_product_attention(x, x, x), (x,), (x,))
+# [/forward_mode_on_jax]
 
 
 # [ragged]
-def a_ragged_input():
+def ragged():
     attn_ops.layers.SelfAttention(16)(tf.ragged.constant([[[1.0, 2.0]], [[1.0, 2.0], [3.0, 4.0]]], ragged_rank=1))
 # [/ragged]
 
 
-# [sequence_window]
-def the_window_of_keras():
+# [window]
+def window():
     attn_ops.scaled_dot_product_attention(q, q, q, window=4)
-# [/sequence_window]
+# [/window]
 
 
-# [query_offset]
-def two_places_for_a_row():
+# [two_places]
+def two_places():
     attn_ops.scaled_dot_product_attention(q, q, q, is_causal=True, query_offset=3, causal_alignment="bottom_right")
-# [/query_offset]
+# [/two_places]

@@ -23,13 +23,15 @@ stock.load_weights("model.weights.h5")
 
 # [export]
 attn_ops.export(model, "exported", verbose=False)  # TensorFlow's own operations: loads anywhere
-anywhere = tf.saved_model.load("exported").serve(x)
+loaded = tf.saved_model.load("exported")
+anywhere = loaded.serve(x)
 # [/export]
 
 # [fused]
 attn_ops.export(model, "exported_fused", ops="fused", verbose=False)
 path = attn_ops.load_library()  # before loading; tf.load_library(path) and TF_LoadLibrary take the path
-fused = tf.saved_model.load("exported_fused").serve(x)
+loaded_fused = tf.saved_model.load("exported_fused")
+fused = loaded_fused.serve(x)
 # [/fused]
 
 expected = model(x)
