@@ -1,4 +1,4 @@
-"""docs/index.md and docs/start/doors.md"""
+"""docs/index.md, docs/start/doors.md and README.md"""
 
 import numpy as np
 
@@ -8,7 +8,8 @@ import keras
 import attn_ops
 
 x = inputs = keras.Input((1024, 512))
-x = attn_ops.layers.MultiHeadAttention(num_heads=8, key_dim=64)(x, x, use_causal_mask=True)  # was keras.layers.…
+# was keras.layers.MultiHeadAttention
+x = attn_ops.layers.MultiHeadAttention(num_heads=8, key_dim=64)(x, x, use_causal_mask=True)
 model = keras.Model(inputs, keras.layers.Dense(10)(x))  # compile, fit, save: as ever
 # [/swap]
 

@@ -16,7 +16,7 @@ words = ["the", "cat", "sat", "down", "", ""]
 
 # [scores]
 layer = model.get_layer("attention")
-before = keras.Model(model.inputs, model.layers[1].output)  # the model up to what the attention reads
+before = keras.Model(model.input, model.layers[1].output)  # the model up to what the attention reads
 features = before(sentence)  # with its Keras mask
 _, weights = layer(features, features, return_attention_scores=True)  # [1, 2 heads, 6, 6]
 # [/scores]
