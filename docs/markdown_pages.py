@@ -14,8 +14,8 @@ from sphinx.writers.text import TextTranslator
 _INCLUDES = re.compile(r"^```\{(literalinclude|include)\} (\S+)\n((?::.*\n)*)```\n", re.MULTILINE)
 _WHAT = """# attn_ops
 
-> Fused attention for TensorFlow, Keras and JAX: forward and backward on CPUs and CUDA GPUs, with dropout, masks and scores,
-> inside XLA, and without a score matrix in memory.
+> Fused attention for TensorFlow, Keras and JAX: forward and backward on CPUs, with dropout, masks and scores, inside XLA, and
+> without a score matrix in memory. (CUDA kernels are there, and have not run on a GPU yet.)
 
 Each page is also there as HTML, under the same name.
 """

@@ -1,13 +1,11 @@
 """docs/guides/generation.md"""
 
+# [cache]
 import numpy as np
 import tensorflow as tf
 
 import attn_ops
 
-tf.random.set_seed(0)
-
-# [cache]
 cache = attn_ops.KVCache.create(batch=1, max_length=4096, num_kv_heads=2, head_dim=16)
 
 prompt = tf.random.normal([1, 12, 8, 16]), tf.random.normal([1, 12, 2, 16]), tf.random.normal([1, 12, 2, 16])

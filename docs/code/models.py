@@ -1,5 +1,6 @@
 """docs/guides/models.md"""
 
+# [attention]
 import keras
 import numpy as np
 
@@ -17,6 +18,7 @@ class MyAttention(keras.layers.Layer):
     def _attend(self, query, key, value, mask=None):
         scores = keras.ops.einsum("bthd,bshd->bhts", query, key) * self.scale
         return keras.ops.einsum("bhts,bshd->bthd", keras.ops.softmax(scores), value)
+# [/attention]
 
 
 inputs = keras.Input((16, 8))

@@ -23,8 +23,13 @@ _, tangent = jax.jvp(lambda q: attn_ops.jax.scaled_dot_product_attention(q, q, q
 # [sharded]
 from jax.sharding import Mesh, PartitionSpec
 
-mesh = Mesh(np.array(jax.devices()), ("data",))
-sharded = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"), check_vma=False))
+
+def causal(q):
+    return attn_ops.jax.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+
+mesh, batch = Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data")
+sharded = jax.jit(jax.shard_map(causal, mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False))
 # [/sharded]
 
 np.testing.assert_allclose(attend(q), jax.nn.dot_product_attention(q, q, q, is_causal=True), rtol=1e-4, atol=1e-5)

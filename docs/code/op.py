@@ -1,12 +1,14 @@
-"""docs/guides/op.md"""
+"""docs/guides/op.md and docs/guides/fallback.md"""
 
+# [inputs]
 import numpy as np
 import tensorflow as tf
 
 import attn_ops
 
 query = tf.random.normal([2, 16, 4, 8], seed=1)
-key = value = tf.random.normal([2, 16, 2, 8], seed=2)
+key = value = tf.random.normal([2, 16, 2, 8], seed=2)  # a key head for two of the query
+# [/inputs]
 
 # [signature]
 out = attn_ops.scaled_dot_product_attention(

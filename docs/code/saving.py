@@ -1,5 +1,6 @@
 """docs/guides/saving.md"""
 
+# [model]
 import keras
 import numpy as np
 import tensorflow as tf
@@ -9,6 +10,7 @@ import attn_ops
 inputs = keras.Input((16, 8))
 model = keras.Model(inputs, attn_ops.layers.MultiHeadAttention(2, 4)(inputs, inputs))
 x = np.random.default_rng(0).normal(size=(2, 16, 8)).astype("float32")
+# [/model]
 
 # [keras]
 model.save("model.keras")

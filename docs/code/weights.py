@@ -1,18 +1,19 @@
 """docs/guides/weights.md"""
 
+# [model]
 import keras
 import numpy as np
 import tensorflow as tf
 
 import attn_ops
 
-keras.utils.set_random_seed(0)
 tokens = keras.Input((6,), dtype="int32")
 x = keras.layers.Embedding(20, 16, mask_zero=True)(tokens)
 x = attn_ops.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")(x, x)
 model = keras.Model(tokens, keras.layers.Dense(3)(x))
 sentence = np.array([[5, 3, 9, 1, 0, 0]])  # two positions of padding
 words = ["the", "cat", "sat", "down", "", ""]
+# [/model]
 
 # [scores]
 layer = model.get_layer("attention")

@@ -1,31 +1,34 @@
 """docs/guides/xla.md"""
 
+# [function]
 import keras
 import numpy as np
 import tensorflow as tf
 
 import attn_ops
 
-# [function]
+
 @tf.function(jit_compile=True)
 def attend(q):
     return attn_ops.scaled_dot_product_attention(q, q, q, is_causal=True)
-# [/function]
 
 
 q = tf.random.normal([1, 32, 2, 16])
+answer = attend(q)
+# [/function]
+
 eager = attn_ops.scaled_dot_product_attention(q, q, q, is_causal=True)
-np.testing.assert_allclose(attend(q), eager, rtol=1e-4, atol=1e-5)
+np.testing.assert_allclose(answer, eager, rtol=1e-4, atol=1e-5)
 
 # [explain]
 @tf.function(jit_compile=True)
 def told(q):
     print(attn_ops.explain(q, q, q, is_causal=True))
     return q
-# [/explain]
 
 
 told(q)
+# [/explain]
 
 # [mixed]
 policy = keras.mixed_precision.DTypePolicy("mixed_bfloat16")
