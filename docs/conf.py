@@ -49,7 +49,9 @@ nitpick_ignore_regex = [("py:.*", r"(tf|jax|keras|keras_hub|numpy|matplotlib)\..
 def for_sphinx(app, what, name, obj, options, lines):
     """Makes docstrings what Sphinx reads: "`KerasTensor`s" is no reStructuredText, and Keras has an "Output:" and lists
     that are indented in their own way."""
-    text = re.sub(r"(``[^`]+``|`[^`]+`)(\w)", r"\1\\ \2", "\n".join(lines))
+    text = re.sub(
+        r"(``[^`]+``|`[^`]+`)(\w?)", lambda span: span[1] + ("\\ " + span[2] if span[2] else ""), "\n".join(lines)
+    )
     before, found, output = text.partition("\nOutput:\n")
     text = before + (found and "\nReturns:\n" + re.sub(r"^ +", "    ", output, flags=re.MULTILINE))
     lines[:] = _lists(text.split("\n"))

@@ -5,6 +5,7 @@ text.
 """
 
 import re
+import textwrap
 from pathlib import Path
 
 from docutils import nodes
@@ -33,9 +34,12 @@ def expanded(text: str, folder: Path) -> str:
         if kind == "include":
             return content
         language = re.search(r"^:language: (\w+)$", options, re.MULTILINE)
-        return f"```{language.group(1) if language else 'python'}\n{content.strip(chr(10))}\n```\n"
+        content = textwrap.dedent(content.strip("\n").rstrip(" ")).strip("\n")
+        return f"```{language.group(1) if language else 'python'}\n{content}\n```\n"
 
-    return _INCLUDES.sub(included, text)
+    text = _INCLUDES.sub(included, text)
+    text = re.sub(r"^```\{image\} (\S+)\n:alt: (.*)\n(?::.*\n)*```$", r"![\2](\1)", text, flags=re.MULTILINE)
+    return re.sub(r"(!\[[^\]]*\]\()((?:\.\./)*)[\w/]*/(\w+\.svg\))", r"\1\2_images/\3", text)  # where Sphinx puts them
 
 
 def write(app, exception):

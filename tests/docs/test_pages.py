@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if not {"_build", "figures"} & set(path.relative_to(DOCS).parts))
 MARKDOWN = [*PAGES, *ROOT.glob("*.md"), *(ROOT / "csrc").rglob("*.md"), *(ROOT / ".github").rglob("*.md")]
-REGION = r'^```\{literalinclude\} (\S+)\n:start-after: "# \[(\w+)\]"\n:end-before: "# \[/(\w+)\]"\n```$'
+REGION = r'^```\{literalinclude\} (\S+)\n:start-after: "# \[(\w+)\]"\n:end-before: "# \[/(\w+)\]"\n(?::dedent:\n)?```$'
 MADE_BY_SPHINX = "_pictures"
 
 
@@ -56,7 +56,7 @@ def test_code_of_pages_comes_from_files():
             used.setdefault((page.parent / path).resolve(), set()).add(start)
     for path in sorted((DOCS / "code").glob("*.py")):
         text = path.read_text()
-        opened, closed = (re.findall(rf"^# \[{slash}(\w+)\]$", text, re.MULTILINE) for slash in ("", "/"))
+        opened, closed = (re.findall(rf"^ *# \[{slash}(\w+)\]$", text, re.MULTILINE) for slash in ("", "/"))
         assert opened == closed and len(set(opened)) == len(opened), path
         assert used[path.resolve()] == set(opened), path
 
