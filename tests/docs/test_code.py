@@ -7,6 +7,7 @@ from pathlib import Path
 
 import keras
 import pytest
+from attn_ops import requirements
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SLOW = ("models_of_keras_hub", "on_jax", "saving", "tutorial")
@@ -62,6 +63,13 @@ def pages_with(name):
 @pytest.fixture(scope="module")
 def calls():
     return runpy.run_path(str(DOCS / "code" / "errors.py"))
+
+
+def test_titles_without_a_call_are_said_too():
+    without = re.findall(r"^## `(.*)`$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)[len(TITLES) :]
+    operator = (DOCS.parent / "csrc" / "bindings" / "tf_hint.h").read_text()
+    assert len(without) == 2 and without[0].split("'")[1] in operator
+    assert without[1] in requirements.missing("attn_ops.explain", "tensorflow")
 
 
 def test_each_error_has_a_title():
