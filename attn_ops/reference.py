@@ -83,10 +83,11 @@ def attention_weights(query, key, **given):
 def attention_gradients(query, key, value, d_out, d_lse=None, **given):
     """Gradients of `sum(d_out * out) + sum(d_lse * lse)`; entries of lse that are -inf are constants.
 
+    The arguments are those of `attention`, and two more.
+
     Args:
       d_out: like out, in `layout`.
       d_lse: None for zero, or `[batch, num_heads, seqlen_q]`.
-      The other arguments as in `attention`.
     Returns:
       (dq, dk, dv, dbias): float64, of the shapes of query, key, value and bias; dbias None without a bias. After them
         the gradient of relative_bias (of its table, if it is T5's), where there is one, and that of sinks.

@@ -17,7 +17,7 @@ _FRAMEWORKS = ("tensorflow", "jax")
 
 
 class KVCache(typing.NamedTuple):
-    """The keys and values that a model has computed so far, in memory for ``max_length`` positions of each sequence.
+    """The keys and values that a model has computed so far, in memory for ``max_length`` positions of each sequence::
 
         cache = attn_ops.KVCache.create(batch, max_length, num_kv_heads, head_dim, "bfloat16")
         out, cache = attn_ops.decode_attention(q, cache, k_new, v_new)
@@ -120,7 +120,7 @@ class KVCache(typing.NamedTuple):
 
     @property
     def max_length(self):
-        """How many positions a sequence may have: 2^30 where older ones make way for new ones."""
+        """How many positions a sequence may have (2^30 where older ones make way for new ones)."""
         return LARGEST_OFFSET if self.rolls else self.rows
 
     @property

@@ -40,8 +40,8 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
         {options}
         implementation: as in `attn_ops.scaled_dot_product_attention`.
 
-        ``query_seq_lengths`` tells how many of the new rows each sequence has, where prompts are padded at their ends:
-        the others are not appended.
+    ``query_seq_lengths`` tells how many of the new rows each sequence has, where prompts are padded at their ends: the
+    others are not appended.
 
     Returns:
         (out, cache), out [batch, rows, num_heads, value_dim]; with return_lse (out, lse, cache).

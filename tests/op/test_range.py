@@ -146,7 +146,7 @@ def test_long_sums_keep_their_digits(implementation, seqlen_q):
 def test_the_gradient_of_a_bias_that_many_scores_share(implementation, shape):
     """All weights are 1/512 and the gradient of a score is that of lse / 512: equal terms, whose roundings do not cancel."""
     if isinstance(implementation, Cuda) or not implementation.name.startswith(("core", "fused", "jax-fused")):
-        pytest.skip("sums of the composite are the framework's, the reference is float64, and CUDA's plain chain is a limit in README")
+        pytest.skip("sums of the composite are the framework's, the reference is float64, and CUDA's plain chain is a limit in docs/guides/gpu.md")
     batch, num_heads, seqlen_q, seqlen_k = 2, 4, 40, 512
     query, d_out = np.zeros((2, batch, seqlen_q, num_heads, 8), np.float32)
     key = value = np.zeros((batch, seqlen_k, num_heads, 8), np.float32)

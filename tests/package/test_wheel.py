@@ -2,6 +2,7 @@
 Building a real one takes minutes."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,4 +137,6 @@ def test_an_sdist_has_what_its_readme_points_to():
     finally:
         os.chdir(before)
     taken = {Path(path).parts[0] for path in files.files}
-    assert {"dev", "CHANGELOG.md", "CITATION.cff", "CMakeLists.txt", "csrc", "cmake", "tests", "examples"} <= taken
+    assert {"dev", "CMakeLists.txt", "csrc", "cmake", "tests", "examples"} <= taken
+    linked = re.findall(r"\]\(([\w.]+)", (ROOT / "README.md").read_text())
+    assert {"docs", "CHANGELOG.md", "CITATION.cff"} <= set(linked) <= taken
