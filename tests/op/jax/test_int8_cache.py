@@ -35,7 +35,7 @@ def close(found, right, tolerance=2e-5):
     np.testing.assert_allclose(np.asarray(found, np.float64), right, rtol=0, atol=tolerance)
 
 
-@pytest.mark.wide(40)
+@pytest.mark.wide(80)
 @pytest.mark.parametrize("forced", [None, "composite"])
 @pytest.mark.parametrize("name", OPTIONS)
 @each_layout
