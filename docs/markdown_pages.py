@@ -68,9 +68,11 @@ def _place(app, name):
 
 
 def _summary(app, name):
-    """The first sentence of a page."""
+    """The first sentence of a page that stands in no table or list."""
     for paragraph in app.env.get_doctree(name).findall(nodes.paragraph):
-        sentence = re.split(r"(?<=[.:])\s", paragraph.astext().replace("\n", " "), maxsplit=1)[0]
+        if not isinstance(paragraph.parent, nodes.section):
+            continue
+        sentence = re.split(r"(?<=\.)\s", paragraph.astext().replace("\n", " "), maxsplit=1)[0]
         return f": {sentence.rstrip('.:')}"
     return ""
 

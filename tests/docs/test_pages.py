@@ -3,6 +3,7 @@
 import ast
 import csv
 import importlib.util
+import inspect
 import re
 import runpy
 import sys
@@ -79,6 +80,16 @@ def test_the_readme_is_short_and_shows_code_that_runs():
             yield from [f"import {alias.name}" for alias in node.names] if isinstance(node, ast.Import) else [ast.unparse(node)]
 
     assert [*statements(shown)] == [*statements("\n".join(regions))]
+
+
+def test_the_guide_to_the_op_has_all_options_and_their_defaults():
+    shown = re.search(r"^# \[signature\]\n(.*?)^# \[/", (DOCS / "code" / "op.py").read_text(), re.MULTILINE | re.DOTALL).group(1)
+    call = ast.parse(shown).body[0].value
+    given = [*(argument.id for argument in call.args), *(keyword.arg for keyword in call.keywords)]
+    parameters = inspect.signature(attn_ops.scaled_dot_product_attention).parameters
+    assert given == [*parameters]
+    for keyword in call.keywords:
+        assert ast.literal_eval(keyword.value) == parameters[keyword.arg].default, keyword.arg
 
 
 def figures(name):
