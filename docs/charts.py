@@ -50,18 +50,20 @@ def bars(title: str, note: str, groups: dict[str, dict[str, float]], unit: str) 
 
 
 def _text(x, y, text, anchor="start", size=12, weight="400"):
-    return f'<text x="{x:.0f}" y="{y:.0f}" font-size="{size}" font-weight="{weight}" text-anchor="{anchor}" fill="#24292f">{text}</text>'
+    font = f'font-size="{size}" font-weight="{weight}"'
+    return f'<text x="{x:.0f}" y="{y:.0f}" {font} text-anchor="{anchor}" fill="#24292f">{text}</text>'
 
 
 def table(found: list[dict], ratios: bool = True, words: int = 1, digits: int = 1) -> str:
-    """Markdown; behind each number, in brackets, how many times ours it is. The first columns, ``words``, are names."""
+    """Markdown; behind each number, in brackets, how many times ours it is. The first ``words`` columns are names."""
     head = list(found[0])
     ours = next(name for name in head if name.startswith(OURS))
     lines = [head, ["---"] * words + ["---:"] * (len(head) - words)]
     for row in found:
         cells = [row[name] for name in head[:words]]
         for name in head[words:]:
-            ratio = f" ({float(row[name]) / float(row[ours]):.{digits}f})" if ratios and row[name] and name != ours else ""
+            in_brackets = ratios and row[name] and name != ours
+            ratio = f" ({float(row[name]) / float(row[ours]):.{digits}f})" if in_brackets else ""
             cells.append((row[name] or "–") + ratio)
         lines.append(cells)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
@@ -71,9 +73,8 @@ def made() -> dict[str, str]:
     """The files, by name, and what is in them."""
     speed, memory = rows("speed.csv"), rows("memory.csv")
     shape = list(speed[0])[1]
-    training = {
-        row[shape]: {name: float(row[name]) for name in COLOURS} for row in speed if row["pass"] == "forward + backward"
-    }
+    both = [row for row in speed if row["pass"] == "forward + backward"]
+    training = {row[shape]: {name: float(row[name]) for name in COLOURS} for row in both}
     needed = {row["pass"]: {name: float(row[name]) for name in COLOURS} for row in memory}
     machine = "(batch, heads, length, head_dim), float32, one thread of a Zen 5 with AVX-512, 2026-11-23"
     return {

@@ -1,7 +1,7 @@
 """Each page as Markdown beside its HTML, and `llms.txt` with the list of them: for programs that read documentation.
 
-A page is its source with what it includes put in its place. Pages that are made of docstrings are what Sphinx renders as
-text.
+A page is its source with what it includes put in its place. Pages that are made of docstrings are what Sphinx renders
+as text.
 """
 
 import re
@@ -15,8 +15,8 @@ from sphinx.writers.text import TextTranslator
 _INCLUDES = re.compile(r"^```\{(literalinclude|include)\} (\S+)\n((?::.*\n)*)```\n", re.MULTILINE)
 _WHAT = """# attn_ops
 
-> Fused attention for TensorFlow, Keras and JAX: forward and backward on CPUs, with dropout, masks and scores, inside XLA, and
-> without a score matrix in memory. (CUDA kernels are there, and have not run on a GPU yet.)
+> Fused attention for TensorFlow, Keras and JAX: forward and backward on CPUs, with dropout, masks and scores, inside
+> XLA, and without a score matrix in memory. (CUDA kernels are there, and have not run on a GPU yet.)
 
 Each page is also there as HTML, under the same name.
 """
@@ -28,7 +28,9 @@ def expanded(text: str, folder: Path) -> str:
     def included(match):
         kind, path, options = match.groups()
         content = (folder / path).read_text()
-        after, before = (re.search(rf'^:{name}: "(.*)"$', options, re.MULTILINE) for name in ("start-after", "end-before"))
+        after, before = (
+            re.search(rf'^:{name}: "(.*)"$', options, re.MULTILINE) for name in ("start-after", "end-before")
+        )
         content = content.split(after.group(1), 1)[1] if after else content
         content = content.split(before.group(1), 1)[0] if before else content
         if kind == "include":
@@ -68,9 +70,11 @@ def _place(app, name):
 
 
 def _summary(app, name):
-    """The first sentence of a page."""
+    """The first sentence of a page that stands in no table or list."""
     for paragraph in app.env.get_doctree(name).findall(nodes.paragraph):
-        sentence = re.split(r"(?<=[.:])\s", paragraph.astext().replace("\n", " "), maxsplit=1)[0]
+        if not isinstance(paragraph.parent, nodes.section):
+            continue
+        sentence = re.split(r"(?<=\.)\s", paragraph.astext().replace("\n", " "), maxsplit=1)[0]
         return f": {sentence.rstrip('.:')}"
     return ""
 

@@ -1,6 +1,7 @@
 """docs/troubleshooting.md: calls that bring about what its titles say.
 
-The test of that page calls the function that has the name of a region, and looks for its title in what is raised or warned of.
+The test of that page calls the function that has the name of a region, and looks for its title in what is raised or
+warned of.
 """
 
 import keras

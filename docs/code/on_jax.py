@@ -17,7 +17,11 @@ out = attn_ops.jax.scaled_dot_product_attention(q, q, q, dropout_rate=0.1, dropo
 # [/dropout]
 
 # [forward_mode]
-_, tangent = jax.jvp(lambda q: attn_ops.jax.scaled_dot_product_attention(q, q, q, implementation="composite"), (q,), (q,))
+def composite(q):
+    return attn_ops.jax.scaled_dot_product_attention(q, q, q, implementation="composite")
+
+
+_, tangent = jax.jvp(composite, (q,), (q,))
 # [/forward_mode]
 
 # [sharded]

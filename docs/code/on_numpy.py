@@ -14,7 +14,7 @@ dq, dk, dv, _ = reference.attention_gradients(q, q, q, d_out=np.ones_like(out), 
 import attn_ops
 
 x = q.astype(np.float32)
-fused, lse, statistics = attn_ops._core.forward(x, x, x, window_right=0, num_threads=1)  # causal; the kernels, on arrays
+fused, lse, statistics = attn_ops._core.forward(x, x, x, window_right=0, num_threads=1)  # causal
 print(attn_ops._core.isas())  # "avx512", "avx2", "neon", "generic": what this processor can run
 # [/kernels]
 

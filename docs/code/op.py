@@ -46,7 +46,9 @@ d_query, d_key = tape.gradient(loss, [query, key])
 
 # [scores]
 slopes = attn_ops.alibi_slopes(4)
-capped = attn_ops.scaled_dot_product_attention(query, key, value, is_causal=True, logits_soft_cap=50.0, alibi_slopes=slopes)
+capped = attn_ops.scaled_dot_product_attention(
+    query, key, value, is_causal=True, logits_soft_cap=50.0, alibi_slopes=slopes
+)
 
 table = tf.Variable(tf.zeros([32, 4]))  # T5's buckets, learned: the gradient reaches them
 t5 = attn_ops.scaled_dot_product_attention(query, key, value, relative_bias=attn_ops.T5RelativeBias(table))

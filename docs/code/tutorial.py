@@ -66,7 +66,8 @@ outputs = keras.layers.Dense(10, activation="softmax")(keras.layers.GlobalAverag
 multi_head = keras.Model(inputs, outputs)
 # [/multi_head]
 
-q, k, v = (np.random.default_rng(i).normal(size=shape).astype("float32") for i, shape in enumerate(((2, 10, 64), (2, 20, 64), (2, 20, 32))))
+random = np.random.default_rng(0)
+q, k, v = (random.normal(size=shape).astype("float32") for shape in ((2, 10, 64), (2, 20, 64), (2, 20, 32)))
 scores = q @ k.swapaxes(1, 2)
 by_hand = np.exp(scores - scores.max(-1, keepdims=True))
 by_hand = by_hand / by_hand.sum(-1, keepdims=True) @ v

@@ -11,12 +11,9 @@ from attn_ops import requirements
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SLOW = ("models_of_keras_hub", "on_jax", "saving", "tutorial")
-TITLES = dict(
-    (region, title)
-    for title, region in re.findall(
-        r'^## `(.*)`\n(?:(?!^## ).*\n)*?^:start-after: "# \[(\w+)\]"$', (DOCS / "troubleshooting.md").read_text(), re.MULTILINE
-    )
-)
+ERRORS = (DOCS / "troubleshooting.md").read_text()
+TITLE_AND_REGION = r'^## `(.*)`\n(?:(?!^## ).*\n)*?^:start-after: "# \[(\w+)\]"$'
+TITLES = {region: title for title, region in re.findall(TITLE_AND_REGION, ERRORS, re.MULTILINE)}
 
 
 @pytest.fixture
@@ -66,7 +63,7 @@ def calls():
 
 
 def test_titles_without_a_call_are_said_too():
-    without = re.findall(r"^## `(.*)`$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)[len(TITLES) :]
+    without = re.findall(r"^## `(.*)`$", ERRORS, re.MULTILINE)[len(TITLES) :]
     operator = (DOCS.parent / "csrc" / "bindings" / "tf_hint.h").read_text()
     assert len(without) == 2 and without[0].split("'")[1] in operator
     assert without[1] in requirements.missing("attn_ops.explain", "tensorflow")

@@ -1,4 +1,4 @@
-"""What type checkers learn of the package: its stub is current, and, where mypy is installed, refuses what Python does."""
+"""What type checkers learn of the package: its stub is current, and where mypy is installed, refuses what Python does."""
 
 import subprocess
 import sys
@@ -31,7 +31,8 @@ OTHERS = "[mypy-jax.*,keras.*,ml_dtypes.*,numpy.*,tensorflow.*]\nfollow_imports 
 
 
 def test_the_stub_is_current():
-    assert (PACKAGE / "__init__.pyi").read_text() == package.stub.stub(), "python tests/package/stub.py > attn_ops/__init__.pyi"
+    written = (PACKAGE / "__init__.pyi").read_text()
+    assert written == package.stub.stub(), "python tests/package/stub.py > attn_ops/__init__.pyi"
     assert (PACKAGE / "py.typed").exists()
 
 
@@ -40,7 +41,8 @@ def test_mypy(tmp_path):
     (tmp_path / "use.py").write_text(USE)
     (tmp_path / "mypy.ini").write_text(f"[mypy]\nfollow_imports = silent\n{OTHERS}")
     environment = {"MYPYPATH": str(PACKAGE.parent), "PATH": "", "MYPY_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "-m", "mypy", "use.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "mypy", "use.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     expected = {number: line.split("# ")[1] for number, line in enumerate(USE.splitlines(), 1) if "# " in line}
     errors = dict(line.split(": error: ") for line in done.stdout.splitlines() if ": error: " in line)
     assert set(errors) == {f"use.py:{number}" for number in expected}, done.stdout + done.stderr
