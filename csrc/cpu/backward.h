@@ -14,6 +14,7 @@
 // chunk order. So there are no atomics, and the bits do not depend on who ran what.
 #pragma once
 
+#include "bias_gradient.h"
 #include "kernels.h"
 #include "recompute_statistics.h"
 #include "rows_ahead.h"
@@ -94,7 +95,7 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
 template <class T>
 void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTile<T>* t0, BackwardTile<T>* t1,
                     KeyRows<T>& keys, KeyRows<T>& values, int64_t k0, int64_t k1, const BackwardScratch<T>& scratch,
-                    const BackwardTask& task) {
+                    const BackwardTask& task, BiasGradient kind) {
   using S = Simd<T>;
   T *const dk = static_cast<T*>(task.dk), *const dv = static_cast<T*>(task.dv);
   const AttentionParams& p = r.p;
@@ -109,11 +110,15 @@ void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTil
       constexpr int NV = decltype(nv)::value, W = S::width;
       const Visibility what =
           score_gradients<T, NV>(r, *t, keys, values, k0, k1, scratch, scratch.p + lane, scratch.ds + lane, ld);
+      T* const ds = scratch.ds + lane;
+      if (kind == BiasGradient::kOwn) write_bias_gradient<T>(params, r, *t, k0, n, ds, ld);
+      if (kind == BiasGradient::kElements && (task.d_bias.starts || what != Visibility::kNothing))
+        add_elements<T>(task.d_bias, *t, k0, n, p.seqlen_k, ds, ld);
       masked = masked || what != Visibility::kAll;
       if (what == Visibility::kNothing) return;
       seen = true;
-      T* const ds = scratch.ds + lane;
-      if (own_bias_gradient(params)) write_bias_gradient<T>(params, r, *t, k0, n, ds, ld);
+      if (kind > BiasGradient::kElements)
+        add_block_sums<T, NV>(kind, static_cast<double*>(task.d_bias.sums), *t, k0, n, ds, ld);
       if (task.d_relative_bias) add_relative_gradient<T, NV>(r, *t, k0, n, ds, ld, task.d_relative_bias);
       if (p.soft_cap != 0) through_cap<T, NV>(scratch.cap_slopes, n, ds, ld);
       T* const dq = t->dq;
@@ -137,40 +142,14 @@ void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTil
                                   dk + k0 * padded_d, padded_d);
 }
 
+// The rows of a task in one list: dq, and what they add to the rest.
 template <class T>
-void backward(const BackwardParams& params, const BackwardTask& task, void* memory) {
+void backward_rows(const BackwardParams& params, const HeadRows& r, const BackwardTask& task, BiasGradient kind,
+                   KeyRows<T>& keys, KeyRows<T>& values, NextTask& next, const BackwardScratch<T>& scratch) {
   using S = Simd<T>;
   const AttentionParams& p = params.forward;
-  const HeadRows r(p, task.batch, task.kv_head);
   const Tiling<T> tiling(r.count);
-  Arena arena(memory);
-  BackwardScratch<T> scratch(p, arena);
   const int64_t padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
-  T *const dk = static_cast<T*>(task.dk), *const dv = static_cast<T*>(task.dv);
-  const int64_t last_row = task.tile_end == tiling.tiles ? r.count : tiling.first_row(task.tile_end);
-  const KeyRange seen = r.keys_seen(tiling.first_row(task.tile_begin), last_row);
-  if (seen.begin < seen.end) {
-    memset(dk + seen.begin * padded_d, 0, sizeof(T) * (seen.end - seen.begin) * padded_d);
-    memset(dv + seen.begin * padded_dv, 0, sizeof(T) * (seen.end - seen.begin) * padded_dv);
-  }
-
-  if (own_bias_gradient(params)) {
-    for (int64_t row = tiling.first_row(task.tile_begin); row < last_row; ++row)
-      memset(bias_gradient_row(params, r, r.position(row), r.head(row)), 0, p.seqlen_k * size_of(p.bias.dtype));
-  }
-  if (task.d_relative_bias) memset(task.d_relative_bias, 0, sizeof(double) * r.group * (2 * p.relative_reach + 1));
-  if (task.d_sinks) memset(task.d_sinks, 0, sizeof(double) * r.group);
-
-  KeyRows<T> keys(r, p.k, p.head_dim, true, &arena), values(r, p.v, p.value_dim, true, &arena);
-  NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
-  next.reads_keys(p.k, p.head_dim);
-  next.reads_keys(p.v, p.value_dim);
-  next.reads_rows(p.q, p.head_dim);
-  if (!recomputes_statistics<T>(p)) next.reads_rows(p.out, p.value_dim);
-  next.reads_rows(params.d_out, p.value_dim);
-  next.reads_rows(params.dq, p.head_dim);
-  next.reads_keys(params.dk, p.head_dim);
-  next.reads_keys(params.dv, p.value_dim);
   for (int64_t first = task.tile_begin; first < task.tile_end; first += kBackwardTiles) {
     const int64_t count = task.tile_end - first < kBackwardTiles ? task.tile_end - first : kBackwardTiles;
     BackwardTile<T>* const tiles = scratch.tiles;
@@ -194,6 +173,13 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
       recompute_statistics<T>(params, r, tiles, count, begin, end, keys, values, scratch);
     for (int64_t t = 0; task.d_sinks && t < count; ++t) add_sink_gradient<T>(params, r, tiles[t], task.d_sinks);
 
+    const bool clears = kind == BiasGradient::kOwn || (kind == BiasGradient::kElements && task.d_bias.starts);
+    for (int64_t t = 0; clears && t < count; ++t) {
+      const int64_t t0 = t / joint_tiles<T>() * joint_tiles<T>(), t1 = t0 + joint_tiles<T>();
+      const KeyRange met = keys_met(tiles + t0, tiles + (t1 < count ? t1 : count));
+      if (kind == BiasGradient::kOwn) clear_bias_gradient<T>(params, r, tiles[t], met);
+      else clear_sums<T>(task.d_bias, tiles[t], p.seqlen_k, met);
+    }
     for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
       const int64_t block_begin = block < begin ? begin : block;
       const int64_t block_end = block + kBlockKeys < end ? block + kBlockKeys : end;
@@ -212,7 +198,7 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
         if (p.dropout_rate > 0) k0 = k0 / 4 * 4;
         if (k0 >= k1) continue;
         for (int64_t i = t; i < t1; ++i) next.ask();
-        backward_block<T>(params, r, tiles + t, tiles + t1, keys, values, k0, k1, scratch, task);
+        backward_block<T>(params, r, tiles + t, tiles + t1, keys, values, k0, k1, scratch, task, kind);
       }
     }
 
@@ -226,12 +212,66 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
   }
 }
 
+template <class T>
+void backward(const BackwardParams& params, const BackwardTask& task, void* memory) {
+  const AttentionParams& p = params.forward;
+  const BiasGradient kind = bias_gradient_of(params);
+  const int64_t group = group_size(p), joint = separate_heads(kind) ? 1 : group;  // heads of a list
+  const auto list = [&](int64_t h) { return HeadRows(p, task.batch, task.kv_head, task.kv_head * group + h, joint); };
+  const HeadRows first_list = list(0);
+  const Tiling<T> tiling(first_list.count);
+  const int64_t first_row = tiling.first_row(task.tile_begin), padded_end = tiling.first_row(task.tile_end);
+  const int64_t padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
+  T *const dk = static_cast<T*>(task.dk), *const dv = static_cast<T*>(task.dv);
+  const KeyRange seen =
+      first_list.keys_seen(first_row, padded_end < first_list.count ? padded_end : first_list.count);
+  if (seen.begin < seen.end) {
+    memset(dk + seen.begin * padded_d, 0, sizeof(T) * (seen.end - seen.begin) * padded_d);
+    memset(dv + seen.begin * padded_dv, 0, sizeof(T) * (seen.end - seen.begin) * padded_dv);
+  }
+  const int64_t distances = 2 * p.relative_reach + 1;
+  if (task.d_relative_bias) memset(task.d_relative_bias, 0, sizeof(double) * group * distances);
+  if (task.d_sinks) memset(task.d_sinks, 0, sizeof(double) * group);
+
+  Arena arena(memory);
+  const BackwardScratch<T> scratch(p, arena);
+  KeyRows<T> keys(first_list, p.k, p.head_dim, true, &arena), values(first_list, p.v, p.value_dim, true, &arena);
+  NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
+  next.reads_keys(p.k, p.head_dim);
+  next.reads_keys(p.v, p.value_dim);
+  next.reads_rows(p.q, p.head_dim);
+  if (!recomputes_statistics<T>(p)) next.reads_rows(p.out, p.value_dim);
+  next.reads_rows(params.d_out, p.value_dim);
+  next.reads_rows(params.dq, p.head_dim);
+  next.reads_keys(params.dk, p.head_dim);
+  next.reads_keys(params.dv, p.value_dim);
+  for (int64_t h = 0; h < group; h += joint) {
+    BackwardTask of_list = task;
+    if (task.d_relative_bias) of_list.d_relative_bias += h * distances;
+    if (task.d_sinks) of_list.d_sinks += h;
+    BiasSums& sums = of_list.d_bias;
+    if (separate_heads(kind)) {
+      const bool first = h == 0 || sums.stride > 0, last = h == group - 1 || sums.stride > 0;
+      const int64_t size = kind == BiasGradient::kElements ? sizeof(T) : sizeof(double);
+      sums.sums = static_cast<char*>(sums.sums) + h * sums.stride * size;
+      if (sums.totals) sums.totals += h * sums.stride;
+      sums.starts = sums.starts && first;
+      sums.adds = sums.adds && last;
+      start_sums(kind, sums, first_row, padded_end, p.seqlen_k);
+    }
+    backward_rows<T>(params, list(h), of_list, kind, keys, values, next, scratch);
+    finish_sums<T>(sums, first_row, padded_end, p.seqlen_q, p.seqlen_k);
+  }
+}
+
 // dk, dv = the sum of the chunks that saw the key, in chunk order; 0 where none did.
 template <class T>
 void reduce(const BackwardParams& params, const ReduceTask& task, void* memory) {
   using S = Simd<T>;
   const AttentionParams& p = params.forward;
-  const HeadRows r(p, task.batch, task.kv_head);
+  const int64_t group = group_size(p);
+  const HeadRows r(p, task.batch, task.kv_head, task.kv_head * group,
+                   separate_heads(bias_gradient_of(params)) ? 1 : group);
   const Tiling<T> tiling(r.count);
   T* const sum = static_cast<T*>(memory);
   const auto write = [&](const StridedView& view, const void* partials, int64_t dim, T factor) {

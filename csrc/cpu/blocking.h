@@ -47,6 +47,13 @@ static constexpr int64_t kSplitTasks = 32;   // split until there are this many 
 static constexpr int64_t kChunkRows = 512;
 static constexpr int64_t kChunkTasks = 32;
 
+// The gradient of a bias that several scores share (Zen 3, 2026-11-26): tasks that its heads and rows are shared out to, as
+// long as a chunk has so many rows and all sums fit kWaveBytes; and heads whose terms one chain of additions takes.
+static constexpr int64_t kSumTasks = 16;
+static constexpr int64_t kSumChunkRows = 256;
+static constexpr int64_t kSumTerms = 32;
+static constexpr int64_t kSumSlice = int64_t{1} << 16;  // elements that a task writes at the end
+
 // Memory for those partial dk, dv: heads are processed in waves that fit (at least one head). 8 MiB are summed from L3,
 // and are 1 to 3 % faster than 64 (Zen 4, 2026-11-25).
 static constexpr int64_t kWaveBytes = int64_t{8} << 20;

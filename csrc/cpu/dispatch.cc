@@ -193,39 +193,52 @@ bool backward(const BackwardParams& given, Threads threads, Workspace workspace,
   BackwardParams params = given;
   params.forward = segments.in(static_cast<char*>(workspace.data));
   const AttentionParams& p = params.forward;
-  double* const terms = reinterpret_cast<double*>(static_cast<char*>(workspace.data) + segments.bytes());
-  char* const scratch = reinterpret_cast<char*>(terms) + plan.terms_bytes();
+  char* const memory = static_cast<char*>(workspace.data) + segments.bytes();
+  double* const terms = reinterpret_cast<double*>(memory);
+  char* const sums = memory + plan.terms_bytes();
+  char* const scratch = sums + plan.sums_bytes() + plan.totals_bytes();
   char* const partials = scratch + plan.threads * plan.scratch_bytes;
   const auto scratch_of = [&](int slot) { return scratch + slot * plan.scratch_bytes; };
-
-  if (plan.chunks == 1) {
-    run_tasks(threads, plan.heads, [&](int64_t head, int slot) {
-      char* const dk = partials + slot * plan.chunk_bytes;
-      k.backward(params, plan.chunk_task(head, 0, dk, terms), scratch_of(slot));
-      k.reduce(params, plan.reduce_task(head, 0, p.seqlen_k, dk), scratch_of(slot));
-    });
-  } else {
-    const int64_t block = 4 * kBlockKeys, blocks = ceil_div(p.seqlen_k, block);
-    const auto partials_of = [&](int64_t head) { return partials + head * plan.chunks * plan.chunk_bytes; };
-    for (int64_t first = 0; first < plan.heads; first += plan.wave) {
-      const int64_t heads = std::min(plan.wave, plan.heads - first);
-      run_tasks(threads, heads * plan.chunks, [&](int64_t i, int slot) {
-        const int64_t head = i % heads, chunk = plan.chunks - 1 - i / heads;  // longest first, as in forward
-        k.backward(params, plan.chunk_task(first + head, chunk, partials_of(head) + chunk * plan.chunk_bytes, terms),
-                   scratch_of(slot));
-      });
-      run_tasks(threads, heads * blocks, [&](int64_t i, int slot) {
-        const int64_t head = i / blocks, begin = i % blocks * block, end = std::min(begin + block, p.seqlen_k);
-        k.reduce(params, plan.reduce_task(first + head, begin, end, partials_of(head)), scratch_of(slot));
-      });
+  // A chunk of those heads of a unit that lie between first and end, one after the other.
+  const auto run_unit = [&](const HeadUnits& part, int64_t unit, int64_t chunk, int64_t first, int64_t end, int slot,
+                            const auto& dk_of, const auto& done) {
+    const HeadUnits::Heads heads = part.heads_of(unit);
+    for (int64_t head = heads.from(first); head < std::min(end, heads.end); head += heads.stride) {
+      k.backward(params, plan.chunk_task(part, unit, head, chunk, dk_of(head), terms, sums), scratch_of(slot));
+      done(head);
     }
+  };
+
+  for (int64_t i = 0; i < plan.parts(); ++i) {
+    const HeadUnits part = plan.part_at(i);
+    if (plan.chunks == 1) {
+      run_tasks(threads, part.units(), [&](int64_t unit, int slot) {
+        char* const dk = partials + slot * plan.chunk_bytes;
+        run_unit(part, unit, 0, 0, part.heads(), slot, [=](int64_t) { return dk; }, [&](int64_t head) {
+          k.reduce(params, plan.reduce_task(part, head, 0, p.seqlen_k, dk), scratch_of(slot));
+        });
+      });
+    } else {
+      const int64_t block = 4 * kBlockKeys, blocks = ceil_div(p.seqlen_k, block);
+      for (int64_t first = 0; first < part.heads(); first += plan.wave) {
+        const int64_t heads = std::min(plan.wave, part.heads() - first);
+        const auto partials_of = [&](int64_t head) { return partials + (head - first) * plan.chunks * plan.chunk_bytes; };
+        run_tasks(threads, part.units() * plan.chunks, [&](int64_t i, int slot) {
+          const int64_t chunk = plan.chunks - 1 - i / part.units();  // longest first, as in forward
+          run_unit(part, i % part.units(), chunk, first, first + heads, slot,
+                   [&](int64_t head) { return partials_of(head) + chunk * plan.chunk_bytes; }, [](int64_t) {});
+        });
+        run_tasks(threads, heads * blocks, [&](int64_t i, int slot) {
+          const int64_t head = first + i / blocks, begin = i % blocks * block;
+          const int64_t end = std::min(begin + block, p.seqlen_k);
+          k.reduce(params, plan.reduce_task(part, head, begin, end, partials_of(head)), scratch_of(slot));
+        });
+      }
+    }
+    run_tasks(threads, plan.bias_tasks(part),
+              [&](int64_t i, int slot) { k.bias_gradient(params, plan.bias_task(part, i, sums), scratch_of(slot)); });
   }
   if (plan.terms > 0) sum_terms(params, plan, terms);
-  if (params.d_bias && !own_bias_gradient(params)) {
-    const BiasGradientPlan bias(params, k);
-    run_tasks(threads, bias.tasks,
-              [&](int64_t i, int slot) { k.bias_gradient(params, bias.task(i), scratch_of(slot)); });
-  }
   return true;
 }
 
