@@ -74,12 +74,12 @@ static inline BiasGradient bias_gradient_of(const BackwardParams& params) {
   return shape[2] == 1 ? BiasGradient::kColumns : BiasGradient::kElements;
 }
 
-// Whether backward takes the query heads of a kv head one after the other, instead of all as one list of rows: sums over
-// heads are then sums of whole tiles.
+// Whether backward takes the query heads of a kv head one after the other, instead of all as one list of rows: sums
+// over heads are then sums of whole tiles.
 static inline bool separate_heads(BiasGradient kind) { return kind > BiasGradient::kOwn; }
 
-// Elements begin .. end of d_bias [batch][head] (indices of the bias as it is before broadcasting) from what the tasks left:
-// of `copies` tasks, `stride` apart, added in that order.
+// Elements begin .. end of d_bias [batch][head] (indices of the bias as it is before broadcasting) from what the tasks
+// left: of `copies` tasks, `stride` apart, added in that order.
 struct BiasGradientTask {
   int64_t batch, head, begin, end;
   const void* sums;

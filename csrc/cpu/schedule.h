@@ -129,8 +129,8 @@ struct ForwardPlan {
   }
 };
 
-// Some of the (batch, kv head) of backward: a rectangle, counted batch by batch, and in it the units. A unit is those that
-// add to the same sums of a bias gradient, one after the other. Without such sums each is a unit of its own.
+// Some of the (batch, kv head) of backward: a rectangle, counted batch by batch, and in it the units. A unit is those
+// that add to the same sums of a bias gradient, one after the other. Without such sums each is a unit of its own.
 struct HeadUnits {
   int64_t first_batch, first_kv_head, batches, kv_heads;
   bool own_batch, own_head;  // whether every batch, every kv head has a bias of its own
@@ -308,7 +308,8 @@ struct BackwardPlan {
       const int64_t terms_of_head = group_size(p) / lists;
       total_every = std::max<int64_t>(1, kSumTerms / terms_of_head);
       if (ceil_div(shared, part.copies) > total_every) totals = sums;
-      else if (part.copies == 1 && p.bias.dtype == accumulator_of(p.dtype)) in_place = static_cast<char*>(params.d_bias);
+      else if (part.copies == 1 && p.bias.dtype == accumulator_of(p.dtype))
+        in_place = static_cast<char*>(params.d_bias);
     }
     // As many biases at a time as there is room for, but two tasks per thread.
     const int64_t at_a_time = std::max(ceil_div(2 * threads, part.copies * chunks),
