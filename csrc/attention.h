@@ -95,6 +95,7 @@ struct AttentionParams {
   const int32_t* key_lengths = nullptr;    // [batch] or null: keys at and past it are never read
   StridedView masks[kMaxMasks];            // bool, true = may see; ANDed
   int32_t num_masks = 0;
+  StridedView mask_bits;                   // masks packed by cpu/packed_masks.h; data null = none
   Ids query_ids, key_ids;                  // data null = none; a row sees the keys of its own id
   StridedView blocks;                      // bool by blocks of block_q rows and block_k keys; data null = none
   int64_t block_q = 1, block_k = 1;

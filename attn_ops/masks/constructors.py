@@ -107,7 +107,8 @@ def segments(q_ids, kv_ids=None, *, contiguous=None):
     Raises:
       TypeError: not integers.
       ValueError: another rank, or (where known) ids that go back where `contiguous` was promised.
-      tf.errors.InvalidArgumentError: traced ones that do, as the graph runs (not in XLA, nor in JAX).
+      tf.errors.InvalidArgumentError, jax.errors.JaxRuntimeError: traced ones that do, as the graph runs; in XLA where the
+        call is fused and has more than one row.
     """
     kv_ids = q_ids if kv_ids is None else kv_ids
     q_ids, kv_ids = (_with_batch(checks.checked("segments", ids, (1, 2), "int")) for ids in (q_ids, kv_ids))

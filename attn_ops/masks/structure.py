@@ -232,7 +232,11 @@ class Segments(Part):
             return Piece(segments=(xp.int32(q_ids), xp.int32(kv_ids)))
         q_ids, kv_ids = xp.same_batch(q_ids, kv_ids)
         if self.contiguous:
-            return Piece(*(xp.searchsorted(kv_ids, q_ids, side) for side in ("left", "right")))
+            begin, end = (xp.searchsorted(kv_ids, q_ids, side) for side in ("left", "right"))
+            if namespaces.known(kv_ids) is None:  # the search cannot tell that keys go back: ends that do are refused
+                back = xp.with_zero(xp.int64(xp.running_maximum(kv_ids) > kv_ids))
+                end = xp.where(xp.running_maximum(back)[:, -1:] > 0, xp.int64(at.seqlen_k - at.rows), xp.int64(end))
+            return Piece(begin, end)
         order = xp.argsort(kv_ids)
         ordered = xp.take_along(kv_ids, order)
         left, right = (xp.searchsorted(ordered, q_ids, side) for side in ("left", "right"))

@@ -203,7 +203,7 @@ py::tuple backward(const py::object& q, const py::object& k, const py::object& v
   Arrays arrays("backward");
   Call call = read("backward", q, k, v, &keywords, &arrays);
   call.backward = true;
-  call.wants_d_bias = call.bias.present;
+  call.wants_d_bias = call.bias.present && !keywords.boolean("no_d_bias");
   call.out = arrays.array("out", out);
   call.statistics = arrays.contiguous("statistics", statistics);
   call.d_out = arrays.array("d_out", d_out);
@@ -216,8 +216,9 @@ py::tuple backward(const py::object& q, const py::object& k, const py::object& v
   run_call(call, results, device);
   const std::vector<py::array> made = results.arrays();
   size_t next = 3;
-  const auto like = [&](const Array& a) { return a.present ? py::object(made[next++]) : py::none(); };
-  const py::object d_bias = like(call.bias), d_relative_bias = like(call.relative_bias), d_sinks = like(call.sinks);
+  const auto made_if = [&](bool wanted) { return wanted ? py::object(made[next++]) : py::none(); };
+  const py::object d_bias = made_if(call.wants_d_bias), d_relative_bias = made_if(call.relative_bias.present),
+                   d_sinks = made_if(call.sinks.present);
   return py::make_tuple(made[0], made[1], made[2], d_bias, d_relative_bias, d_sinks);
 }
 
@@ -317,10 +318,12 @@ exp(score - m), so that lse = m + log(sum). A query that sees no key gets 0, -in
 Raises ValueError or TypeError which names the rule and the values.)";
 
 constexpr const char* kBackward = R"(
-backward(q, k, v, out, statistics, d_out, *, d_lse=None, <keywords of forward>) -> (dq, dk, dv, d_bias)
+backward(q, k, v, out, statistics, d_out, *, d_lse=None, no_d_bias=False, <keywords of forward>)
+    -> (dq, dk, dv, d_bias, d_relative_bias, d_sinks)
 
 The gradients for d_out (like out) and d_lse (like lse; None is zero), given what forward returned for the same
-arguments. d_bias has the shape and dtype of bias, and is None without one.
+arguments. d_bias has the shape and dtype of bias, and is None without one or with no_d_bias; the last two are like
+relative_bias and sinks, or None.
 
 Raises ValueError or TypeError which names the rule and the values.)";
 

@@ -188,7 +188,8 @@ inline std::string ends_reason(const Array& a, const Sizes& n) {
       const std::string where = std::string(a.name) + "[" + text(b) + "," + text(i) + "] (" + text(end) + ")";
       if (end < 0 || end > n.seqlen_k) return where + " must be from 0 to seqlen_k (" + text(n.seqlen_k) + ")";
       if (i > 0 && end < ends[at - 1]) {
-        return where + " must not be less than that of the row before (" + text(int64_t{ends[at - 1]}) + ")";
+        return where + " must not be less than that of the row before (" + text(int64_t{ends[at - 1]}) +
+               "): intervals never move back, nor the ids of segments with contiguous=True";
       }
     }
   return "";

@@ -14,6 +14,7 @@
 // chunk order. So there are no atomics, and the bits do not depend on who ran what.
 #pragma once
 
+#include "bias_gradient.h"
 #include "kernels.h"
 #include "recompute_statistics.h"
 #include "rows_ahead.h"
@@ -22,6 +23,17 @@
 
 namespace attn_ops::cpu {
 namespace {
+
+// p and ds of keys that a tile does not see.
+template <class T, int NV>
+ATTN_INLINE void no_weights(int64_t keys, T* prob, T* ds, int64_t ld) {
+  using S = Simd<T>;
+  for (int64_t j = 0; j < keys; ++j)
+    for (int v = 0; v < NV; ++v) {
+      S::store(prob + j * ld + v * S::width, S::zero());
+      S::store(ds + j * ld + v * S::width, S::zero());
+    }
+}
 
 // p (with dropout) and ds of one tile against keys k0 .. k1, into [key][ld]; zeros where nothing is seen.
 template <class T, int NV>
@@ -33,19 +45,13 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
   constexpr int W = S::width, lanes = NV * W;
   const AttentionParams& p = r.p;
   const int64_t n = k1 - k0;
-  const auto zeros = [&] {
-    for (int64_t j = 0; j < n; ++j)
-      for (int v = 0; v < NV; ++v) {
-        S::store(prob + j * ld + v * W, S::zero());
-        S::store(ds + j * ld + v * W, S::zero());
-      }
-    return Visibility::kNothing;
-  };
-  if (k0 >= tile.end || k1 <= tile.begin) return zeros();
   const Visibility seen =
       score_block<T, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.score, prob, ld, scratch.cap_slopes,
                          [](int, Vec<T>) {});
-  if (seen == Visibility::kNothing) return zeros();
+  if (seen == Visibility::kNothing) {
+    no_weights<T, NV>(n, prob, ds, ld);
+    return seen;
+  }
   const bool masked = seen == Visibility::kSome;
   gemm<T, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, p.value_dim,
                            [=](int64_t j, int v, Vec<T> x) { S::store(ds + j * ld + v * W, x); });
@@ -90,88 +96,81 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
   return seen;
 }
 
+// dq += k ds, of one tile and the keys begin .. end.
+template <class T, int NV>
+__attribute__((noinline)) void add_query_gradient(const BackwardTile<T>& tile, KeyRows<T>& keys, int64_t begin,
+                                                  int64_t end, const T* ds, int64_t ld, int64_t head_dim, bool masked) {
+  using S = Simd<T>;
+  T* const dq = tile.dq;
+  const auto add = [=](int64_t d, int v, Vec<T> x) {
+    T* const at = dq + d * (NV * S::width) + v * S::width;
+    S::store(at, S::load(at) + x);
+  };
+  const int64_t n = end - begin;
+  if (masked && !keys.finite())
+    gemm_hiding<T, NV, Major::kDepth, ZeroHides::kB>(head_dim, keys.at(begin), keys.ld(), ds, ld, n, add);
+  else gemm<T, NV, Major::kDepth>(head_dim, keys.at(begin), keys.ld(), ds, ld, n, add);
+}
+
 // Joint tiles [t0, t1) of the scratch against keys k0 .. k1.
 template <class T>
 void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTile<T>* t0, BackwardTile<T>* t1,
                     KeyRows<T>& keys, KeyRows<T>& values, int64_t k0, int64_t k1, const BackwardScratch<T>& scratch,
-                    const BackwardTask& task) {
-  using S = Simd<T>;
+                    const BackwardTask& task, BiasGradient kind) {
   T *const dk = static_cast<T*>(task.dk), *const dv = static_cast<T*>(task.dv);
   const AttentionParams& p = r.p;
   const int64_t n = k1 - k0, padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
-  int64_t ld = 0;
-  bool seen = false, masked = false, q_finite = true, d_out_finite = true;
+  int64_t ld = 0, first_lane = 0, end_lane = 0;  // lanes of the tiles that see something
+  bool masked = false, q_finite = true, d_out_finite = true;
   for (BackwardTile<T>* t = t0; t < t1; ++t) ld += t->lanes;
 
   int64_t lane = 0;
   for (BackwardTile<T>* t = t0; t < t1; lane += t->lanes, ++t) {
     with_vectors(t->nv, [&](auto nv) {
-      constexpr int NV = decltype(nv)::value, W = S::width;
-      const Visibility what =
-          score_gradients<T, NV>(r, *t, keys, values, k0, k1, scratch, scratch.p + lane, scratch.ds + lane, ld);
-      masked = masked || what != Visibility::kAll;
+      constexpr int NV = decltype(nv)::value;
+      T *const prob = scratch.p + lane, *const ds = scratch.ds + lane;
+      // The tiles meet the block together, but each computes only what it sees of it.
+      int64_t begin = t->begin / 4 * 4 > k0 ? t->begin / 4 * 4 : k0, end = t->end < k1 ? t->end : k1;
+      if (begin >= end || t->begin >= t->end) begin = end = k1;
+      T* const seen_ds = ds + (begin - k0) * ld;
+      no_weights<T, NV>(begin - k0, prob, ds, ld);
+      no_weights<T, NV>(k1 - end, prob + (end - k0) * ld, ds + (end - k0) * ld, ld);
+      const Visibility what = begin == end ? Visibility::kNothing
+                                           : score_gradients<T, NV>(r, *t, keys, values, begin, end, scratch,
+                                                                    prob + (begin - k0) * ld, seen_ds, ld);
+      if (kind == BiasGradient::kOwn) write_bias_gradient<T>(params, r, *t, k0, n, ds, ld);
+      if (kind == BiasGradient::kElements && (task.d_bias.starts || what != Visibility::kNothing))
+        add_elements<T>(task.d_bias, *t, k0, n, p.seqlen_k, ds, ld);
+      masked = masked || what != Visibility::kAll || end - begin < n;
       if (what == Visibility::kNothing) return;
-      seen = true;
-      T* const ds = scratch.ds + lane;
-      if (own_bias_gradient(params)) write_bias_gradient<T>(params, r, *t, k0, n, ds, ld);
-      if (task.d_relative_bias) add_relative_gradient<T, NV>(r, *t, k0, n, ds, ld, task.d_relative_bias);
-      if (p.soft_cap != 0) through_cap<T, NV>(scratch.cap_slopes, n, ds, ld);
-      T* const dq = t->dq;
-      const auto add = [=](int64_t d, int v, Vec<T> x) {
-        T* const at = dq + d * (NV * W) + v * W;
-        S::store(at, S::load(at) + x);
-      };
-      if (what == Visibility::kSome && !keys.finite())
-        gemm_hiding<T, NV, Major::kDepth, ZeroHides::kB>(p.head_dim, keys.at(k0), keys.ld(), scratch.ds + lane, ld, n,
-                                                         add);
-      else
-        gemm<T, NV, Major::kDepth>(p.head_dim, keys.at(k0), keys.ld(), scratch.ds + lane, ld, n, add);
+      if (end_lane == 0) first_lane = lane;
+      end_lane = lane + t->lanes;
+      if (kind > BiasGradient::kElements)
+        add_block_sums<T, NV>(kind, static_cast<double*>(task.d_bias.sums), *t, begin, end - begin, seen_ds, ld);
+      if (task.d_relative_bias)
+        add_relative_gradient<T, NV>(r, *t, begin, end - begin, seen_ds, ld, task.d_relative_bias);
+      if (p.soft_cap != 0) through_cap<T, NV>(scratch.cap_slopes, end - begin, seen_ds, ld);
+      add_query_gradient<T, NV>(*t, keys, begin, end, seen_ds, ld, p.head_dim, what == Visibility::kSome);
     });
     q_finite = q_finite && t->q_finite;
     d_out_finite = d_out_finite && t->d_out_finite;
   }
-  if (!seen) return;
-  gemm_accumulate<T, Major::kRow>(n, padded_dv, scratch.p, ld, t0->d_out_rows, padded_dv, ld, masked && !d_out_finite,
-                                  dv + k0 * padded_dv, padded_dv);
-  gemm_accumulate<T, Major::kRow>(n, padded_d, scratch.ds, ld, t0->q_rows, padded_d, ld, masked && !q_finite,
-                                  dk + k0 * padded_d, padded_d);
+  if (end_lane == 0) return;
+  const int64_t lanes = end_lane - first_lane;
+  gemm_accumulate<T, Major::kRow>(n, padded_dv, scratch.p + first_lane, ld, t0->d_out_rows + first_lane * padded_dv,
+                                  padded_dv, lanes, masked && !d_out_finite, dv + k0 * padded_dv, padded_dv);
+  gemm_accumulate<T, Major::kRow>(n, padded_d, scratch.ds + first_lane, ld, t0->q_rows + first_lane * padded_d,
+                                  padded_d, lanes, masked && !q_finite, dk + k0 * padded_d, padded_d);
 }
 
+// The rows of a task in one list: dq, and what they add to the rest.
 template <class T>
-void backward(const BackwardParams& params, const BackwardTask& task, void* memory) {
+void backward_rows(const BackwardParams& params, const HeadRows& r, const BackwardTask& task, BiasGradient kind,
+                   KeyRows<T>& keys, KeyRows<T>& values, NextTask& next, const BackwardScratch<T>& scratch) {
   using S = Simd<T>;
   const AttentionParams& p = params.forward;
-  const HeadRows r(p, task.batch, task.kv_head);
   const Tiling<T> tiling(r.count);
-  Arena arena(memory);
-  BackwardScratch<T> scratch(p, arena);
   const int64_t padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
-  T *const dk = static_cast<T*>(task.dk), *const dv = static_cast<T*>(task.dv);
-  const int64_t last_row = task.tile_end == tiling.tiles ? r.count : tiling.first_row(task.tile_end);
-  const KeyRange seen = r.keys_seen(tiling.first_row(task.tile_begin), last_row);
-  if (seen.begin < seen.end) {
-    memset(dk + seen.begin * padded_d, 0, sizeof(T) * (seen.end - seen.begin) * padded_d);
-    memset(dv + seen.begin * padded_dv, 0, sizeof(T) * (seen.end - seen.begin) * padded_dv);
-  }
-
-  if (own_bias_gradient(params)) {
-    for (int64_t row = tiling.first_row(task.tile_begin); row < last_row; ++row)
-      memset(bias_gradient_row(params, r, r.position(row), r.head(row)), 0, p.seqlen_k * size_of(p.bias.dtype));
-  }
-  if (task.d_relative_bias) memset(task.d_relative_bias, 0, sizeof(double) * r.group * (2 * p.relative_reach + 1));
-  if (task.d_sinks) memset(task.d_sinks, 0, sizeof(double) * r.group);
-
-  KeyRows<T> keys(r, p.k, p.k_scales, p.head_dim, true, &arena);
-  KeyRows<T> values(r, p.v, p.v_scales, p.value_dim, true, &arena);
-  NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
-  next.reads_keys(p.k, p.head_dim);
-  next.reads_keys(p.v, p.value_dim);
-  next.reads_rows(p.q, p.head_dim);
-  if (!recomputes_statistics<T>(p)) next.reads_rows(p.out, p.value_dim);
-  next.reads_rows(params.d_out, p.value_dim);
-  next.reads_rows(params.dq, p.head_dim);
-  next.reads_keys(params.dk, p.head_dim);
-  next.reads_keys(params.dv, p.value_dim);
   for (int64_t first = task.tile_begin; first < task.tile_end; first += kBackwardTiles) {
     const int64_t count = task.tile_end - first < kBackwardTiles ? task.tile_end - first : kBackwardTiles;
     BackwardTile<T>* const tiles = scratch.tiles;
@@ -195,6 +194,13 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
       recompute_statistics<T>(params, r, tiles, count, begin, end, keys, values, scratch);
     for (int64_t t = 0; task.d_sinks && t < count; ++t) add_sink_gradient<T>(params, r, tiles[t], task.d_sinks);
 
+    const bool clears = kind == BiasGradient::kOwn || (kind == BiasGradient::kElements && task.d_bias.starts);
+    for (int64_t t = 0; clears && t < count; ++t) {
+      const int64_t t0 = t / joint_tiles<T>() * joint_tiles<T>(), t1 = t0 + joint_tiles<T>();
+      const KeyRange met = keys_met(tiles + t0, tiles + (t1 < count ? t1 : count));
+      if (kind == BiasGradient::kOwn) clear_bias_gradient<T>(params, r, tiles[t], met);
+      else clear_sums<T>(task.d_bias, tiles[t], p.seqlen_k, met);
+    }
     for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
       const int64_t block_begin = block < begin ? begin : block;
       const int64_t block_end = block + kBlockKeys < end ? block + kBlockKeys : end;
@@ -213,7 +219,7 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
         if (p.dropout_rate > 0) k0 = k0 / 4 * 4;
         if (k0 >= k1) continue;
         for (int64_t i = t; i < t1; ++i) next.ask();
-        backward_block<T>(params, r, tiles + t, tiles + t1, keys, values, k0, k1, scratch, task);
+        backward_block<T>(params, r, tiles + t, tiles + t1, keys, values, k0, k1, scratch, task, kind);
       }
     }
 
@@ -227,12 +233,70 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
   }
 }
 
+template <class T>
+void backward(const BackwardParams& params, const BackwardTask& task, void* memory) {
+  const AttentionParams& p = params.forward;
+  const BiasGradient kind = bias_gradient_of(params);
+  const int64_t group = group_size(p), joint = separate_heads(kind) ? 1 : group;  // heads of a list
+  const auto list = [&](int64_t h) { return HeadRows(p, task.batch, task.kv_head, task.kv_head * group + h, joint); };
+  const HeadRows first_list = list(0);
+  const Tiling<T> tiling(first_list.count);
+  const int64_t first_row = tiling.first_row(task.tile_begin), padded_end = tiling.first_row(task.tile_end);
+  const int64_t padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
+  T *const dk = static_cast<T*>(task.dk), *const dv = static_cast<T*>(task.dv);
+  const KeyRange seen =
+      first_list.keys_seen(first_row, padded_end < first_list.count ? padded_end : first_list.count);
+  if (seen.begin < seen.end) {
+    memset(dk + seen.begin * padded_d, 0, sizeof(T) * (seen.end - seen.begin) * padded_d);
+    memset(dv + seen.begin * padded_dv, 0, sizeof(T) * (seen.end - seen.begin) * padded_dv);
+  }
+  const int64_t distances = 2 * p.relative_reach + 1;
+  if (task.d_relative_bias) memset(task.d_relative_bias, 0, sizeof(double) * group * distances);
+  if (task.d_sinks) memset(task.d_sinks, 0, sizeof(double) * group);
+
+  Arena arena(memory);
+  const BackwardScratch<T> scratch(p, arena);
+  KeyRows<T> keys(first_list, p.k, p.k_scales, p.head_dim, true, &arena);
+  KeyRows<T> values(first_list, p.v, p.v_scales, p.value_dim, true, &arena);
+  const int64_t together = most_keys_seen<T>(first_list, tiling, task.tile_begin, task.tile_end, kBackwardTiles);
+  keys.keep_for(together);
+  values.keep_for(together);
+  NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
+  next.reads_keys(p.k, p.head_dim);
+  next.reads_keys(p.v, p.value_dim);
+  next.reads_rows(p.q, p.head_dim);
+  if (!recomputes_statistics<T>(p)) next.reads_rows(p.out, p.value_dim);
+  next.reads_rows(params.d_out, p.value_dim);
+  next.reads_rows(params.dq, p.head_dim);
+  next.reads_keys(params.dk, p.head_dim);
+  next.reads_keys(params.dv, p.value_dim);
+  for (int64_t h = 0; h < group; h += joint) {
+    BackwardTask of_list = task;
+    if (task.d_relative_bias) of_list.d_relative_bias += h * distances;
+    if (task.d_sinks) of_list.d_sinks += h;
+    BiasSums& sums = of_list.d_bias;
+    if (separate_heads(kind)) {
+      const bool first = h == 0 || sums.stride > 0, last = h == group - 1 || sums.stride > 0;
+      const int64_t size = kind == BiasGradient::kElements ? sizeof(T) : sizeof(double);
+      sums.sums = static_cast<char*>(sums.sums) + h * sums.stride * size;
+      if (sums.totals) sums.totals += h * sums.stride;
+      sums.starts = sums.starts && first;
+      sums.adds = sums.adds && last;
+      start_sums(kind, sums, first_row, padded_end, p.seqlen_k);
+    }
+    backward_rows<T>(params, list(h), of_list, kind, keys, values, next, scratch);
+    finish_sums<T>(sums, first_row, padded_end, p.seqlen_q, p.seqlen_k);
+  }
+}
+
 // dk, dv = the sum of the chunks that saw the key, in chunk order; 0 where none did.
 template <class T>
 void reduce(const BackwardParams& params, const ReduceTask& task, void* memory) {
   using S = Simd<T>;
   const AttentionParams& p = params.forward;
-  const HeadRows r(p, task.batch, task.kv_head);
+  const int64_t group = group_size(p);
+  const HeadRows r(p, task.batch, task.kv_head, task.kv_head * group,
+                   separate_heads(bias_gradient_of(params)) ? 1 : group);
   const Tiling<T> tiling(r.count);
   T* const sum = static_cast<T*>(memory);
   const auto write = [&](const StridedView& view, const void* partials, int64_t dim, T factor) {

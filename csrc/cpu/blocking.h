@@ -27,6 +27,9 @@ static constexpr int64_t kHeadLanesHeads = 16;
 // At least this many keys in a split: the partial results of one are a few percent of the keys it reads.
 static constexpr int64_t kHeadLanesSplitKeys = 128;
 
+// Keys that some vectors of a tile do not see, for which a block is cut (Zen 3, 2026-11-26).
+static constexpr int64_t kLeastCut = 32;
+
 // Row tiles that meet a key/value block together, while it is in L1.
 static constexpr int64_t kForwardTiles = 4;
 // The same in backward.
@@ -44,9 +47,19 @@ static constexpr int64_t kNextTaskBytes = int64_t{384} << 10;
 static constexpr int64_t kSplitKeys = 512;   // at least this many keys in a split
 static constexpr int64_t kSplitTasks = 32;   // split until there are this many tasks
 
+// Bytes of boolean masks that a task packs.
+static constexpr int64_t kMaskBytes = int64_t{1} << 18;
+
 // Backward row chunks: each has its own dk, dv, summed in order at the end. By shape alone, again.
 static constexpr int64_t kChunkRows = 512;
 static constexpr int64_t kChunkTasks = 32;
+
+// The gradient of a bias that several scores share (Zen 3, 2026-11-26): tasks that its heads and rows are shared out to,
+// as long as a chunk has so many rows and all sums fit kWaveBytes; and heads whose terms one chain of additions takes.
+static constexpr int64_t kSumTasks = 16;
+static constexpr int64_t kSumChunkRows = 256;
+static constexpr int64_t kSumTerms = 16;
+static constexpr int64_t kSumSlice = int64_t{1} << 16;  // elements that a task writes at the end
 
 // Memory for those partial dk, dv: heads are processed in waves that fit (at least one head). 8 MiB are summed from L3,
 // and are 1 to 3 % faster than 64 (Zen 4, 2026-11-25).

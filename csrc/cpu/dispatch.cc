@@ -7,6 +7,7 @@
 
 #include "cpu_features.h"
 #include "kernels.h"
+#include "packed_masks.h"
 #include "schedule.h"
 #include "segments.h"
 
@@ -66,6 +67,28 @@ void run_tasks(const Threads& threads, int64_t count, const Task& task) {
   if (slots > 1) threads.run(threads.self, slots, body, &shared);
   else if (count > 0) body(&shared, 0);
 }
+
+// What is found of a call before its tasks run: intervals of segments, packed masks.
+class Prepared {
+ public:
+  explicit Prepared(const AttentionParams& given) : segments_(given), masks_(given) {}
+
+  int64_t bytes() const { return plus(segments_.bytes(), masks_.bytes()); }
+
+  AttentionParams in(char* memory, const Threads& threads) const {
+    const AttentionParams p = segments_.in(memory);
+    char* const bits = memory + segments_.bytes();
+    const int64_t at_once = std::max<int64_t>(1, kMaskBytes / std::max<int64_t>(1, p.seqlen_k));
+    run_tasks(threads, ceil_div(masks_.rows(), at_once), [&](int64_t i, int) {
+      masks_.pack(i * at_once, std::min((i + 1) * at_once, masks_.rows()), bits);
+    });
+    return masks_.in(p, bits);
+  }
+
+ private:
+  const SegmentRanges segments_;
+  const PackedMasks masks_;
+};
 
 // Zeros in a [batch, seqlen, heads, dim] array, which may be empty.
 void fill_zeros(const StridedView& view, int64_t batch, int64_t seqlen, int64_t heads, int64_t dim) {
@@ -148,7 +171,7 @@ size_t forward_workspace_bytes(const AttentionParams& p, int num_threads, const 
   const Kernels* const k = choose(isa);
   if (!k || !has_rows(p)) return 0;
   if (!within_limits(p)) return kNoMemory;
-  return plus(SegmentRanges(p).bytes(), ForwardPlan(p, typed(*k, p.dtype), num_threads).bytes());
+  return plus(Prepared(p).bytes(), ForwardPlan(p, typed(*k, p.dtype), num_threads).bytes());
 }
 
 bool forward(const AttentionParams& given, Threads threads, Workspace workspace, const char* isa) {
@@ -157,12 +180,12 @@ bool forward(const AttentionParams& given, Threads threads, Workspace workspace,
   if (!has_rows(given)) return true;
   if (!within_limits(given)) return false;
   const TypedKernels& k = typed(*chosen, given.dtype);
-  const SegmentRanges segments(given);
+  const Prepared prepared(given);
   const ForwardPlan plan(given, k, threads.count);
-  if (workspace.bytes < static_cast<size_t>(plus(segments.bytes(), plan.bytes()))) return false;
+  if (workspace.bytes < static_cast<size_t>(plus(prepared.bytes(), plan.bytes()))) return false;
   threads.count = plan.threads;
-  const AttentionParams p = segments.in(static_cast<char*>(workspace.data));
-  char* const scratch = static_cast<char*>(workspace.data) + segments.bytes();
+  const AttentionParams p = prepared.in(static_cast<char*>(workspace.data), threads);
+  char* const scratch = static_cast<char*>(workspace.data) + prepared.bytes();
   char* const partials = scratch + plan.threads * plan.scratch_bytes;
 
   run_tasks(threads, plan.tasks(), [&](int64_t i, int slot) {
@@ -179,7 +202,7 @@ size_t backward_workspace_bytes(const BackwardParams& params, int num_threads, c
   const Kernels* const k = choose(isa);
   if (!k || !has_rows(params.forward)) return 0;
   if (!within_limits(params.forward)) return kNoMemory;
-  return plus(SegmentRanges(params.forward).bytes(),
+  return plus(Prepared(params.forward).bytes(),
               BackwardPlan(params, typed(*k, params.forward.dtype), num_threads).bytes());
 }
 
@@ -192,46 +215,61 @@ bool backward(const BackwardParams& given, Threads threads, Workspace workspace,
   }
   if (!within_limits(given.forward)) return false;
   const TypedKernels& k = typed(*chosen, given.forward.dtype);
-  const SegmentRanges segments(given.forward);
+  const Prepared prepared(given.forward);
   const BackwardPlan plan(given, k, threads.count);
-  if (workspace.bytes < static_cast<size_t>(plus(segments.bytes(), plan.bytes()))) return false;
+  if (workspace.bytes < static_cast<size_t>(plus(prepared.bytes(), plan.bytes()))) return false;
   threads.count = plan.threads;
   BackwardParams params = given;
-  params.forward = segments.in(static_cast<char*>(workspace.data));
+  params.forward = prepared.in(static_cast<char*>(workspace.data), threads);
   const AttentionParams& p = params.forward;
-  double* const terms = reinterpret_cast<double*>(static_cast<char*>(workspace.data) + segments.bytes());
-  char* const scratch = reinterpret_cast<char*>(terms) + plan.terms_bytes();
+  char* const memory = static_cast<char*>(workspace.data) + prepared.bytes();
+  double* const terms = reinterpret_cast<double*>(memory);
+  char* const sums = memory + plan.terms_bytes();
+  char* const scratch = sums + plan.sums_bytes() + plan.totals_bytes();
   char* const partials = scratch + plan.threads * plan.scratch_bytes;
   const auto scratch_of = [&](int slot) { return scratch + slot * plan.scratch_bytes; };
-
-  if (plan.chunks == 1) {
-    run_tasks(threads, plan.heads, [&](int64_t head, int slot) {
-      char* const dk = partials + slot * plan.chunk_bytes;
-      k.backward(params, plan.chunk_task(head, 0, dk, terms), scratch_of(slot));
-      k.reduce(params, plan.reduce_task(head, 0, p.seqlen_k, dk), scratch_of(slot));
-    });
-  } else {
-    const int64_t block = 4 * kBlockKeys, blocks = ceil_div(p.seqlen_k, block);
-    const auto partials_of = [&](int64_t head) { return partials + head * plan.chunks * plan.chunk_bytes; };
-    for (int64_t first = 0; first < plan.heads; first += plan.wave) {
-      const int64_t heads = std::min(plan.wave, plan.heads - first);
-      run_tasks(threads, heads * plan.chunks, [&](int64_t i, int slot) {
-        const int64_t head = i % heads, chunk = plan.chunks - 1 - i / heads;  // longest first, as in forward
-        k.backward(params, plan.chunk_task(first + head, chunk, partials_of(head) + chunk * plan.chunk_bytes, terms),
-                   scratch_of(slot));
-      });
-      run_tasks(threads, heads * blocks, [&](int64_t i, int slot) {
-        const int64_t head = i / blocks, begin = i % blocks * block, end = std::min(begin + block, p.seqlen_k);
-        k.reduce(params, plan.reduce_task(first + head, begin, end, partials_of(head)), scratch_of(slot));
-      });
+  // A chunk of those heads of a unit that lie between first and end, one after the other.
+  const auto run_unit = [&](const HeadUnits& part, int64_t unit, int64_t chunk, int64_t first, int64_t end, int slot,
+                            const auto& dk_of, const auto& done) {
+    const HeadUnits::Heads heads = part.heads_of(unit);
+    for (int64_t head = heads.from(first); head < std::min(end, heads.end); head += heads.stride) {
+      k.backward(params, plan.chunk_task(part, unit, head, chunk, dk_of(head), terms, sums), scratch_of(slot));
+      done(head);
     }
+  };
+
+  for (int64_t i = 0; i < plan.parts(); ++i) {
+    const HeadUnits part = plan.part_at(i);
+    if (plan.chunks == 1) {
+      run_tasks(threads, part.units(), [&](int64_t unit, int slot) {
+        char* const dk = partials + slot * plan.chunk_bytes;
+        run_unit(part, unit, 0, 0, part.heads(), slot, [=](int64_t) { return dk; }, [&](int64_t head) {
+          k.reduce(params, plan.reduce_task(part, head, 0, p.seqlen_k, dk), scratch_of(slot));
+        });
+      });
+    } else {
+      const int64_t block = 4 * kBlockKeys, blocks = ceil_div(p.seqlen_k, block);
+      for (int64_t first = 0; first < part.heads(); first += plan.wave) {
+        const int64_t heads = std::min(plan.wave, part.heads() - first);
+        const auto partials_of = [&](int64_t head) {
+          return partials + (head - first) * plan.chunks * plan.chunk_bytes;
+        };
+        run_tasks(threads, part.units() * plan.chunks, [&](int64_t i, int slot) {
+          const int64_t chunk = plan.chunks - 1 - i / part.units();  // longest first, as in forward
+          run_unit(part, i % part.units(), chunk, first, first + heads, slot,
+                   [&](int64_t head) { return partials_of(head) + chunk * plan.chunk_bytes; }, [](int64_t) {});
+        });
+        run_tasks(threads, heads * blocks, [&](int64_t i, int slot) {
+          const int64_t head = first + i / blocks, begin = i % blocks * block;
+          const int64_t end = std::min(begin + block, p.seqlen_k);
+          k.reduce(params, plan.reduce_task(part, head, begin, end, partials_of(head)), scratch_of(slot));
+        });
+      }
+    }
+    run_tasks(threads, plan.bias_tasks(part),
+              [&](int64_t i, int slot) { k.bias_gradient(params, plan.bias_task(part, i, sums), scratch_of(slot)); });
   }
   if (plan.terms > 0) sum_terms(params, plan, terms);
-  if (params.d_bias && !own_bias_gradient(params)) {
-    const BiasGradientPlan bias(params, k);
-    run_tasks(threads, bias.tasks,
-              [&](int64_t i, int slot) { k.bias_gradient(params, bias.task(i), scratch_of(slot)); });
-  }
   return true;
 }
 

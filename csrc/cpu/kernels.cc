@@ -29,10 +29,12 @@ constexpr TypedKernels typed_kernels() {
       HeadLanesScratch<T>::bytes,
       forward_head_lanes<T>,
       combine<T>,
-      [](const BackwardParams& p) { return BackwardScratch<T>::bytes(p.forward); },
+      [](const BackwardParams& p) {
+        const int64_t tiles = BackwardScratch<T>::bytes(p.forward), sums = bias_gradient_scratch<T>();
+        return p.d_bias && sums > tiles ? sums : tiles;
+      },
       backward<T>,
       reduce<T>,
-      bias_gradient_scratch_bytes<T>,
       bias_gradient<T>,
   };
 }

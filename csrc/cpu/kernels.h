@@ -26,12 +26,24 @@ struct CombineTask {
   void* partials;  // [split][row][value_dim + 2]
 };
 
-// Row tiles [tile_begin, tile_end) of one (batch, kv head): writes their dq, and their share of dk, dv.
+// Where a task adds the gradient of a bias that several scores share: bias_gradient.h.
+struct BiasSums {
+  void* sums;      // of the accumulator type for kElements, else of doubles; null where nothing is shared
+  double* totals;  // kElements: where the sums are added from time to time, or null
+  int64_t stride;  // from one query head to the next; 0: they have the same bias
+  bool starts;     // nothing is in `sums` yet
+  bool adds;       // `sums` are added to `totals` when the task is done
+  bool begins;     // in which nothing is yet
+};
+
+// Row tiles [tile_begin, tile_end) of one (batch, kv head), or of each of its query heads (separate_heads): writes
+// their dq, and their share of dk, dv.
 struct BackwardTask {
   int64_t batch, kv_head, tile_begin, tile_end, next_head;
   void *dk, *dv;  // [seqlen_k][head_dim or value_dim, padded to whole vectors], written where a row sees a key
   double* d_relative_bias;  // [group][2 reach + 1], the rows' share, or null where it is not wanted
   double* d_sinks;          // [group], the same
+  BiasSums d_bias;          // the rows' share of the bias gradient
 };
 
 // dk, dv of one (batch, kv head), keys [key_begin, key_end): the sum over `chunks` backward tasks, in order.
@@ -42,18 +54,38 @@ struct ReduceTask {
   int64_t chunk_bytes;
 };
 
-// Rows [row_begin, row_end) of the bias gradient [b][h][row][key] (indices of the unbroadcast bias).
-struct BiasGradientTask {
-  int64_t bias_batch, bias_head, tile_begin, tile_end;
+// How many scores share an element of the bias, and with it what is summed for its gradient (bias_gradient.h).
+enum class BiasGradient {
+  kNone,      // not wanted, or empty
+  kOwn,       // no two scores do: backward writes ds where it belongs
+  kElements,  // those of several heads or batches: [row][key]
+  kColumns,   // those of all rows: [key]
+  kRows,      // those of all keys: [row]
+  kAll,       // those of all rows and keys: one number
 };
 
-// Whether every score has an element of the bias of its own, so that the main pass of backward can write d_bias.
-static inline bool own_bias_gradient(const BackwardParams& params) {
+static inline BiasGradient bias_gradient_of(const BackwardParams& params) {
   const AttentionParams& p = params.forward;
   const int64_t* const shape = params.d_bias_shape;
-  return params.d_bias && shape[0] == p.batch && shape[1] == p.num_heads && shape[2] == p.seqlen_q &&
-         shape[3] == p.seqlen_k;
+  if (!params.d_bias || shape[0] * shape[1] * shape[2] * shape[3] == 0) return BiasGradient::kNone;
+  if (shape[0] == p.batch && shape[1] == p.num_heads && shape[2] == p.seqlen_q && shape[3] == p.seqlen_k)
+    return BiasGradient::kOwn;
+  if (shape[3] == 1) return shape[2] == 1 ? BiasGradient::kAll : BiasGradient::kRows;
+  return shape[2] == 1 ? BiasGradient::kColumns : BiasGradient::kElements;
 }
+
+// Whether backward takes the query heads of a kv head one after the other, instead of all as one list of rows: sums
+// over heads are then sums of whole tiles.
+static inline bool separate_heads(BiasGradient kind) { return kind > BiasGradient::kOwn; }
+
+// Elements begin .. end of d_bias [batch][head] (indices of the bias as it is before broadcasting) from what the tasks
+// left: of `copies` tasks, `stride` apart, added in that order.
+struct BiasGradientTask {
+  int64_t batch, head, begin, end;
+  const void* sums;
+  const double* totals;  // instead of `sums`, or null
+  int64_t copies, stride;
+};
 
 // The kernels of one ISA for one accumulator type.
 struct TypedKernels {
@@ -68,7 +100,6 @@ struct TypedKernels {
   int64_t (*backward_scratch)(const BackwardParams&);
   void (*backward)(const BackwardParams&, const BackwardTask&, void* scratch);
   void (*reduce)(const BackwardParams&, const ReduceTask&, void* scratch);
-  int64_t (*bias_gradient_scratch)(const BackwardParams&);
   void (*bias_gradient)(const BackwardParams&, const BiasGradientTask&, void* scratch);
 };
 

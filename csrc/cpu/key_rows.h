@@ -18,9 +18,9 @@ bool keeps_keys(const AttentionParams& p) {
 template <class T>
 class KeyRows {
  public:
-  // Scratch for `dim` columns: rows, and for kept copies one flag per block.
+  // Scratch for `dim` columns: rows, and for kept copies of which block they are.
   static int64_t bytes(const AttentionParams& p, int64_t dim) {
-    return Arena::bytes<T>(copies(p) * kBlockKeys * dim) + Arena::bytes<char>(copies(p));
+    return Arena::bytes<T>(copies(p) * kBlockKeys * dim) + Arena::bytes<int32_t>(copies(p));
   }
 
   // `scales` of int8 rows, else with data null.
@@ -32,10 +32,18 @@ class KeyRows {
         stride_(v.step()),
         in_place_(v.dtype == kDTypeOf<T> && v.stride[3] == 1 && !r.p.block_table &&
                   (!shared || v.stride[1] == dim)),
-        kept_(shared && keeps_keys<T>(r.p)) {
+        kept_(shared && keeps_keys<T>(r.p)),
+        slots_(copies(r.p)) {
     copy_ = arena->take<T>(copies(r.p) * kBlockKeys * dim);
-    copied_ = arena->take<char>(copies(r.p));
-    memset(copied_, 0, copies(r.p));
+    copied_ = arena->take<int32_t>(copies(r.p));
+    memset(copied_, -1, copies(r.p) * sizeof(int32_t));
+  }
+
+  // No rows that meet keys together see more than so many, and none go back: copies of so many stay, in the caches if
+  // they are few.
+  void keep_for(int64_t keys) {
+    const int64_t blocks = keys / kBlockKeys + 2;
+    if (blocks < slots_) slots_ = blocks;
   }
 
   // Keys k0 .. k1, at most kBlockKeys. Shared blocks lie between multiples of kBlockKeys.
@@ -47,13 +55,14 @@ class KeyRows {
       data_ = reinterpret_cast<const T*>(rows_.key_row(view_, k0));
       ld_ = view_.stride[1];
     } else if (kept_) {
-      const int64_t block = k0 / kBlockKeys, first = block * kBlockKeys;
-      if (!copied_[block]) {
+      const int64_t block = k0 / kBlockKeys, first = block * kBlockKeys, slot = block % slots_;
+      T* const kept = copy_ + slot * kBlockKeys * dim_;
+      if (copied_[slot] != block) {
         const int64_t end = first + kBlockKeys < rows_.length_k ? first + kBlockKeys : rows_.length_k;
-        copy(first, end, copy_ + first * dim_);
-        copied_[block] = 1;
+        copy(first, end, kept);
+        copied_[slot] = static_cast<int32_t>(block);
       }
-      data_ = copy_ + k0 * dim_;
+      data_ = kept + (k0 - first) * dim_;
       ld_ = dim_;
     } else {
       copy(k0, k1, copy_);
@@ -97,11 +106,24 @@ class KeyRows {
   const StridedView &view_, &scales_;
   int64_t dim_, stride_, begin_ = 0, end_ = 0, ld_ = 0;
   bool in_place_, kept_;
+  int64_t slots_;  // copies in use
   T* copy_;
-  char* copied_;
+  int32_t* copied_;
   const T* data_ = nullptr;
   Finite finite_ = Finite::kUnknown;
 };
+
+// The most keys that any `count` of the tiles first .. end see together.
+template <class T>
+int64_t most_keys_seen(const HeadRows& r, const Tiling<T>& tiling, int64_t first, int64_t end, int64_t count) {
+  int64_t most = 0;
+  for (int64_t t = first; t < end; t += count) {
+    const int64_t last = tiling.first_row(t + count < end ? t + count : end);
+    const KeyRange seen = r.keys_seen(tiling.first_row(t), last < r.count ? last : r.count);
+    if (seen.end - seen.begin > most) most = seen.end - seen.begin;
+  }
+  return most;
+}
 
 // meet(tile, k0, k1) for each of `count` tiles and each block of the keys begin .. end of which it sees keys k0 .. k1,
 // when both are loaded. Key 4 n starts a group of random numbers, so k0 is a multiple of 4.

@@ -118,13 +118,13 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
   else gemm<T, NV, Major::kDepth>(p.value_dim, values.at(k0), values.ld(), s, lanes, n, accumulate);
 }
 
-// The vectors of a tile from `first` on as a tile of their own, in place: q and out are shared, m and l copied.
+// `count` vectors of a tile from `first` on as a tile of their own, in place: q and out are shared, m and l copied.
 template <class T>
-void part_of_tile(const ForwardTile<T>& tile, int first, ForwardTile<T>& part) {
+void part_of_tile(const ForwardTile<T>& tile, int first, int count, ForwardTile<T>& part) {
   const int skipped = first * Simd<T>::width;
-  part.nv = tile.nv - first;
-  part.lanes = tile.lanes - skipped;
-  part.rows = tile.rows - skipped;
+  part.nv = count;
+  part.lanes = count * Simd<T>::width;
+  part.rows = tile.rows - skipped < part.lanes ? tile.rows - skipped : part.lanes;
   part.first = tile.first + skipped;
   part.all_begin = 0, part.all_end = INT64_MAX;
   for (int i = 0; i < part.lanes; ++i) {
@@ -142,29 +142,41 @@ void part_of_tile(const ForwardTile<T>& tile, int first, ForwardTile<T>& part) {
   part.ld = tile.ld;
 }
 
-// A tile meets the keys k0 .. k1 of a block. Where intervals end in it, as on a causal diagonal, only the vectors that
-// still see keys go on: of 48 rows and as many keys past the first, a third of the products is nobody's.
+// A tile meets the keys k0 .. k1 of a block, cut where intervals begin and end, so that only vectors that see keys take
+// part: of 48 rows on a causal diagonal and as many keys past the first, a third of the products is nobody's, of rows
+// of two documents half. Key 4 n starts a group of random numbers: cuts are there.
 template <class T>
 void forward_tile_block(const HeadRows& r, ForwardTile<T>& tile, const KeyRows<T>& keys, KeyRows<T>& values, int64_t k0,
                         int64_t k1, RowLanesScratch<T>& scratch) {
   constexpr int W = Simd<T>::width;
+  const auto begin_of = [&](int v) { return tile.lo[v * W] / 4 * 4; };
+  const auto end_of = [&](int v) {
+    const int last = (v + 1) * W <= tile.rows ? (v + 1) * W - 1 : tile.rows - 1;
+    return (tile.hi[last] + 3) / 4 * 4;
+  };
   const auto meet = [&](ForwardTile<T>& t, int64_t begin, int64_t end) {
     with_vectors(t.nv,
                  [&](auto nv) { forward_block<T, decltype(nv)::value>(r, t, keys, values, begin, end, scratch); });
   };
-  for (int v = 0; v < tile.nv; ++v) {
-    const int last = (v + 1) * W <= tile.rows ? (v + 1) * W - 1 : tile.rows - 1;
-    // Key 4 n starts a group of random numbers.
-    const int64_t seen_end = (tile.hi[last] + 3) / 4 * 4, end = v + 1 < tile.nv && seen_end < k1 ? seen_end : k1;
-    if (end <= k0) continue;
-    if (v == 0) {
+  int first = 0;
+  while (k0 < k1) {
+    while (first < tile.nv && end_of(first) <= k0) ++first;  // neither end ever moves back
+    if (first == tile.nv) return;
+    // A cut costs a visit to the output: none is made for the few keys between the rows of a window.
+    int count = 0;
+    while (first + count < tile.nv && begin_of(first + count) < k0 + kLeastCut) ++count;
+    const int next = first + count;
+    const int64_t cut = next < tile.nv ? begin_of(next) : k1;
+    int64_t end = cut < k1 && cut < tile.end / 4 * 4 ? cut : k1;  // past the last key are rows that see none
+    if (count > 0 && first + 1 < tile.nv && end_of(first) < end) end = end_of(first);
+    if (count == tile.nv) {
       meet(tile, k0, end);
-    } else {
+    } else if (count > 0) {
       ForwardTile<T>& part = scratch.part;
-      part_of_tile(tile, v, part);
+      part_of_tile(tile, first, count, part);
       meet(part, k0, end);
-      memcpy(tile.m + v * W, part.m, sizeof(T) * part.lanes);
-      memcpy(tile.l + v * W, part.l, sizeof(T) * part.lanes);
+      memcpy(tile.m + first * W, part.m, sizeof(T) * part.lanes);
+      memcpy(tile.l + first * W, part.l, sizeof(T) * part.lanes);
     }
     k0 = end;
   }
@@ -245,6 +257,9 @@ void forward_row_lanes(const AttentionParams& p, const RowLanesTask& task, void*
   const bool shared = task.tile_end - task.tile_begin > 1;
   KeyRows<T> keys(r, p.k, p.k_scales, p.head_dim, shared, &arena);
   KeyRows<T> values(r, p.v, p.v_scales, p.value_dim, shared, &arena);
+  const int64_t together = most_keys_seen<T>(r, tiling, task.tile_begin, task.tile_end, kForwardTiles);
+  keys.keep_for(together);
+  values.keep_for(together);
   NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
   next.reads_keys(p.k, p.head_dim);
   next.reads_keys(p.v, p.value_dim);

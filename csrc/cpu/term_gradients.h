@@ -1,7 +1,7 @@
 // The gradients of what scores.h adds to scores, or does to them: by the way, from the ds of a block.
 //
 //   s = cap tanh(s' / cap)                ds' = ds (1 - tanh^2)
-//   s += bias                             d_bias = ds, here where no two scores share an element (else bias_gradient.h)
+//   s += bias                             d_bias = ds, summed where scores share an element: bias_gradient.h
 //   s += relative_bias(distance)          d_relative_bias(distance) = sum of ds along the diagonal
 //   a sink has p = e^(sink - m) / l and no value:  d_sink = sum_i p (0 - delta)
 //
@@ -24,24 +24,6 @@ ATTN_INLINE void through_cap(const T* cap_slopes, int64_t keys, T* ds, int64_t l
       const Vec<T> x = S::load(at);
       S::store(at, S::select(x == S::zero(), x, x * S::load(cap_slopes + (j * NV + v) * W)));
     }
-}
-
-inline char* bias_gradient_row(const BackwardParams& params, const HeadRows& r, int64_t position, int64_t head) {
-  const AttentionParams& p = params.forward;
-  return static_cast<char*>(params.d_bias) + r.statistic(position, head) * p.seqlen_k * size_of(p.bias.dtype);
-}
-
-// Of a block; what no block of a row reaches is 0 already.
-template <class T>
-__attribute__((noinline)) void write_bias_gradient(const BackwardParams& params, const HeadRows& r,
-                                                   const RowTile<T>& tile, int64_t k0, int64_t keys, const T* ds,
-                                                   int64_t ld) {
-  const DType dtype = params.forward.bias.dtype;
-  char* row[RowTile<T>::max_lanes];
-  for (int i = 0; i < tile.rows; ++i)
-    row[i] = bias_gradient_row(params, r, tile.position[i], tile.head[i]) + k0 * size_of(dtype);
-  store_transposed<T>(dtype, row, tile.rows, tile.lanes, size_of(dtype), keys, ds, ld,
-                      [](const T* at, int) { return Simd<T>::load(at); });
 }
 
 // table[head - first_head][distance] += ds

@@ -1,10 +1,12 @@
 // Which keys of a block query rows see, as bits.
 //
-// Boolean masks are read along the keys, as they lie, 64 to a word, and ANDed there: row_bits, for whoever asks. A tile
-// wants a word for each key, with a bit for each lane, and only a block that is seen in part has its words transposed.
+// Boolean masks are read along the keys, as they lie or packed (packed_masks.h), 64 to a word, and ANDed there:
+// row_bits. A tile wants a word for each key, with a bit for each lane, and only a block that is seen in part has its
+// words transposed.
 // A mask of bytes turned into vectors row by row and transposed as numbers took 1.5 times the unmasked time (AVX-512).
 #pragma once
 
+#include "mask_bits.h"
 #include "row_tile.h"
 
 namespace attn_ops::cpu {
@@ -12,29 +14,6 @@ namespace {
 
 // How much of a block some rows see.
 enum class Visibility { kNothing, kSome, kAll };
-
-// Bits begin <= i < end of a word.
-ATTN_INLINE uint64_t bits_between(int64_t begin, int64_t end) {
-  const auto below = [](int64_t n) { return n <= 0 ? uint64_t{0} : n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; };
-  return below(end) & ~below(begin);
-}
-
-// Bit i = (i-th byte, `stride` bytes apart, != 0), for up to 64 bytes; the rest is 0.
-ATTN_INLINE uint64_t bits_of(const char* bytes, int64_t stride, int64_t n) {
-  if (stride == 0) return *bytes ? bits_between(0, n) : 0;
-  uint64_t bits = 0;
-  int64_t i = 0;
-  if (stride == 1)
-    for (; i + 8 <= n; i += 8) {
-      uint64_t x;
-      memcpy(&x, bytes + i, 8);
-      constexpr uint64_t low7 = 0x7f7f7f7f7f7f7f7f;
-      x = (((x & low7) + low7) | x) >> 7 & 0x0101010101010101;  // each byte to 0 or 1
-      bits |= (x * 0x0102040810204080 >> 56) << i;              // gathers the eight bits: no two products overlap
-    }
-  for (; i < n; ++i) bits |= uint64_t{bytes[i * stride] != 0} << i;
-  return bits;
-}
 
 // Bit j of a[i] <-> bit i of a[j]: halves of ever smaller squares change places.
 inline void transpose_bits(uint64_t* a) {
@@ -53,6 +32,8 @@ template <class Asks>
 ATTN_INLINE uint64_t row_bits(const HeadRows& r, int64_t position, int64_t head, int64_t k0, int64_t n,
                               const Asks& asks) {
   uint64_t bits = bits_between(0, n);
+  if (r.p.mask_bits.data && asks(r.p.mask_bits))
+    bits &= packed_bits(r.score_row(r.p.mask_bits, position, head), k0);
   for (int m = 0; m < r.p.num_masks; ++m) {
     const StridedView& mask = r.p.masks[m];
     if (!asks(mask)) continue;
@@ -85,7 +66,9 @@ ATTN_INLINE uint64_t structure_bits(const HeadRows& r, int64_t position, int64_t
 }
 
 // Whether anything but intervals may hide keys, bias apart.
-ATTN_INLINE bool hides_by_bits(const AttentionParams& p) { return p.num_masks > 0 || p.query_ids.data || p.blocks.data; }
+ATTN_INLINE bool hides_by_bits(const AttentionParams& p) {
+  return p.num_masks > 0 || p.mask_bits.data || p.query_ids.data || p.blocks.data;
+}
 
 // Whether structure_bits are the same for two rows.
 ATTN_INLINE bool same_structure(const HeadRows& r, int64_t position, int64_t head, int64_t position2, int64_t head2) {
@@ -124,7 +107,7 @@ template <class T>
 void lane_bits(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys, uint64_t* visible) {
   const auto shared = [&](const StridedView& mask) { return same_for_all_rows(r, tile, mask); };
   const auto own = [&](const StridedView& mask) { return !shared(mask); };
-  bool by_row = false;
+  bool by_row = r.p.mask_bits.data && own(r.p.mask_bits);
   uint64_t starts = 1;  // lanes whose structure is not that of the lane before
   for (int m = 0; m < r.p.num_masks; ++m) by_row = by_row || own(r.p.masks[m]);
   for (int i = 1; i < tile.rows; ++i)
@@ -155,7 +138,7 @@ __attribute__((noinline)) Visibility visible_keys(const HeadRows& r, const RowTi
   const AttentionParams& p = r.p;
   if (p.bias.data && bias_hides_all<T>(r, tile, k0, keys)) return Visibility::kNothing;
   const bool by_interval = !tile.all_see(k0, k0 + keys);
-  if (!by_interval && p.num_masks == 0 && !p.query_ids.data && !p.blocks.data) return Visibility::kAll;
+  if (!by_interval && !hides_by_bits(p)) return Visibility::kAll;
 
   lane_bits<T>(r, tile, k0, keys, visible);
   if (by_interval) {  // the ends of the intervals never move back: the lanes that see a key are neighbours

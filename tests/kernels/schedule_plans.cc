@@ -15,7 +15,6 @@ int main() {
   k.row_lanes_scratch = [](const AttentionParams& p) { return p.head_dim * 1000; };
   k.head_lanes_scratch = [](const AttentionParams& p, int64_t heads) { return p.head_dim * heads * 100; };
   k.backward_scratch = [](const BackwardParams& p) { return p.forward.head_dim * 3000; };
-  k.bias_gradient_scratch = k.backward_scratch;
 
   BackwardParams params;
   AttentionParams& p = params.forward;
@@ -48,12 +47,27 @@ int main() {
     std::printf("backward %d %ld %ld %ld %ld %ld\n", backward.threads, backward.chunks, backward.wave,
                 backward.chunk_bytes, backward.bytes(), backward.scratch_bytes);
     for (int64_t c = 0; c <= backward.chunks; ++c) std::printf("chunk %ld\n", backward.chunk_tiles[c]);
-    for (const int64_t rows : {int64_t{1}, p.seqlen_q}) {
-      params.d_bias_shape[0] = 1, params.d_bias_shape[1] = p.num_heads, params.d_bias_shape[2] = rows;
-      const BiasGradientPlan bias(params, k);
-      for (int64_t i = 0; i < bias.tasks && bias.tasks <= 20000; ++i) {
-        const BiasGradientTask t = bias.task(i);
-        std::printf("bias %d %ld %ld %ld %ld\n", rows > 1, t.bias_batch, t.bias_head, t.tile_begin, t.tile_end);
+    // Of a bias by which axes it is broadcast along: the heads that each unit of each part runs, and where their sums are.
+    char sums[1];
+    for (int form = 0; form < 16; ++form) {
+      const int64_t full[4] = {p.batch, p.num_heads, p.seqlen_q, p.seqlen_k};
+      for (int i = 0; i < 4; ++i) params.d_bias_shape[i] = form >> i & 1 ? 1 : full[i];
+      params.d_bias = sums;
+      const BackwardPlan plan(params, k, threads);
+      params.d_bias = nullptr;
+      if (plan.heads * plan.chunks > 20000) continue;
+      std::printf("sums %d %ld %ld %ld %ld %ld %ld\n", form, plan.chunks, plan.part.copies, plan.in_place != nullptr,
+                  plan.sums_bytes() + plan.totals_bytes(), plan.part.units(), plan.bytes());
+      for (int64_t i = 0; i < plan.parts(); ++i) {
+        const HeadUnits part = plan.part_at(i);
+        for (int64_t unit = 0; unit < part.units(); ++unit) {
+          const HeadUnits::Heads heads = part.heads_of(unit);
+          for (int64_t head = heads.from(0); head < heads.end; head += heads.stride) {
+            const BackwardTask t = plan.chunk_task(part, unit, head, 0, nullptr, nullptr, sums);
+            std::printf("unit %d %ld %ld %ld %ld %ld %d\n", form, i, unit, t.batch, t.kv_head,
+                        t.d_bias.sums ? static_cast<char*>(t.d_bias.sums) - sums : -1, t.d_bias.starts);
+          }
+        }
       }
     }
     std::printf("end\n");

@@ -66,13 +66,21 @@ def test_every_score_is_computed_once(plans):
         chunks = [tile for (tile,) in plan["chunk"]]
         assert chunks[0] == 0 and chunks[-1] == tiles and all(a < b for a, b in zip(chunks, chunks[1:]))
 
-        if shape.value_dim:
-            covered = Counter()
-            for by_row, batch, head, first, last in plan["bias"]:
-                covered.update((by_row, batch, head, tile) for tile in range(first, last))
-            query_tiles = -(-shape.seqlen_q // 24)
-            assert len(covered) == shape.num_heads * query_tiles * (1 if shape.seqlen_q == 1 else 2)
-            assert len(set(covered.values())) == 1
+
+def test_heads_that_share_a_bias_follow_one_another(plans):
+    for shape, threads, plan in plans(SHAPES, (1, 64)):
+        for form, chunks, copies, in_place, sums, units, total in plan.get("sums", ()):
+            own_batch, own_head = not form & 1 or shape.batch == 1, not form >> 1 & 1 or shape.num_heads == 1
+            run = [row[1:] for row in plan["unit"] if row[0] == form]
+            heads = Counter((batch, head) for _, _, batch, head, _, _ in run)
+            assert len(heads) == shape.batch * shape.num_kv_heads and set(heads.values()) == {1}
+            biases = {}
+            for part, unit, batch, head, place, starts in run:
+                if place >= 0:
+                    biases.setdefault((part, unit, place), set()).add((own_batch and batch, own_head and head))
+            assert all(len(found) == 1 for found in biases.values())
+            assert not in_place or copies == 1
+            assert sums <= total
 
 
 def test_what_changes_bits_goes_by_shape_alone(plans):

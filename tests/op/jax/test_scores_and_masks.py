@@ -98,6 +98,8 @@ def test_vmap(name, forced):
         (r"query_offset\[0\] \(1073741825\) must be from 0", [2**30 + 1, 0], lambda x: {"query_offset": x}),
         (r"key_end\[0,2\] \(1\) must not be less than that of the row before \(3\)", [[1, 3, 1, 5, 5]],
          lambda x: {"mask": masks.intervals(key_end=x)}),
+        (r"key_end\[0,1\] \(5\) must not be less .* \(6\): .*contiguous=True", [[0, 2, 1, 2, 3, 4]],
+         lambda x: {"mask": masks.segments(np.arange(ROWS), x, contiguous=True)}),
     ],
 )  # fmt: skip
 def test_traced_values_out_of_range(text, wrong, options):
