@@ -49,8 +49,9 @@ class MultiHeadAttention(ScoreOptions, _Stock):
     - A query that sees no key gives 0, where Keras gives the mean of all values without dropout and scores.
     - A causal mask or a window over one attention axis that is not the first works; over several axes it raises
       ValueError.
-    - A float `attention_mask` must hold only 0 and 1: Keras inverts additive masks silently. Otherwise
-      `tf.errors.InvalidArgumentError`, on JAX ValueError; in functions that XLA or JAX traces it goes unnoticed.
+    - A float `attention_mask` must hold only 0 and 1: Keras inverts additive masks silently. Otherwise TypeError where its
+      values are known, and `tf.errors.InvalidArgumentError` in a running graph; in functions that XLA or JAX compiles, what
+      only the data decide goes unnoticed.
     - Masks stay structured. A subclass that overrides a step of the computation gets Keras's dense mask from
       `_compute_attention_mask`, and `_compute_attention` accepts it.
     - `dropout` outside [0, 1) is refused by the constructor.

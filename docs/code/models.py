@@ -2,7 +2,6 @@
 
 # [attention]
 import keras
-import numpy as np
 
 import attn_ops
 
@@ -18,11 +17,14 @@ class MyAttention(keras.layers.Layer):
     def _attend(self, query, key, value, mask=None):
         scores = keras.ops.einsum("bthd,bshd->bhts", query, key) * self.scale
         return keras.ops.einsum("bhts,bshd->bthd", keras.ops.softmax(scores), value)
-# [/attention]
 
 
 inputs = keras.Input((16, 8))
 model = keras.Model(inputs, MyAttention()(inputs))
+# [/attention]
+
+import numpy as np
+
 x = np.random.default_rng(0).normal(size=(2, 16, 8)).astype("float32")
 stock_answer = model(x)
 

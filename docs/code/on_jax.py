@@ -2,7 +2,6 @@
 
 # [jax]
 import jax
-import numpy as np
 
 import attn_ops.jax
 
@@ -25,7 +24,11 @@ _, tangent = jax.jvp(composite, (q,), (q,))
 # [/forward_mode]
 
 # [sharded]
+import jax
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+
+import attn_ops.jax
 
 
 def causal(q):

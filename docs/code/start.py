@@ -1,7 +1,5 @@
 """docs/index.md, docs/start/doors.md and README.md"""
 
-import numpy as np
-
 # [swap]
 import keras
 
@@ -33,6 +31,8 @@ attn_ops.revert(stock)  # and back
 # [/convert]
 
 # [patched]
+import numpy as np
+
 with attn_ops.patched(stock):
     answer = stock.predict(np.zeros((2, 32, 48), "float32"), verbose=0)
 # [/patched]

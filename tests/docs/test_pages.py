@@ -1,6 +1,7 @@
 """The pages themselves: links, regions of code, figures, and that they leave nothing public out. Needs no Sphinx."""
 
 import ast
+import builtins
 import csv
 import importlib.util
 import inspect
@@ -61,6 +62,28 @@ def test_code_of_pages_comes_from_files():
         opened, closed = (re.findall(rf"^ *# \[{slash}(\w+)\]$", text, re.MULTILINE) for slash in ("", "/"))
         assert opened == closed and len(set(opened)) == len(opened), path
         assert used[path.resolve()] == set(opened), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_pages_can_be_followed_by_themselves(page):
+    """All names of their code come from it."""
+    if page.stem in ("fallback", "troubleshooting"):
+        pytest.skip("its calls are those of other pages, or said in words")
+    code = ""
+    for path, start, _ in re.findall(REGION, page.read_text(), re.MULTILINE):
+        text = (page.parent / path).read_text()
+        code += re.search(rf"^# \[{start}\]\n(.*?)^# \[/{start}\]$", text, re.MULTILINE | re.DOTALL).group(1)
+    bound, used = set(dir(builtins)), set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Name):
+            (bound if isinstance(node.ctx, ast.Store) else used).add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.alias):
+            bound.add((node.asname or node.name).split(".")[0])
+    assert used - bound == set()
 
 
 def test_pages_are_in_the_table_of_contents():
