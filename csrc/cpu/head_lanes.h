@@ -149,7 +149,7 @@ ATTN_INLINE void raw_scores(Storage storage, const RowGroup<T>& f, const KeyBloc
     for (int t = 0; t < K; ++t) key[t] = row + t * stride;
     for (int t = 1; j + K > n && t < K; ++t)
       if (j + t >= n) key[t] = key[t - 1];
-    ahead.ask(K);
+    ahead.ask(K * ahead.row_bytes());
     Vec<T> acc[W];  // [row][key]
     for (int i = 0; i < W; ++i) acc[i] = S::zero();
     const auto add = [&](int64_t d, const auto& load) {
@@ -223,9 +223,9 @@ ATTN_INLINE void add_values(Storage storage, const RowGroup<T>& f, const KeyBloc
   for (int64_t j0 = 0; j0 < n; j0 += kKeys) {
     const int64_t keys = n - j0 < kKeys ? n - j0 : kKeys;
     const char* const values = first + j0 * stride;
-    ahead.ask(keys);
     const auto panel = [&](int64_t d, auto vectors, const auto& load) {
       constexpr int NV = decltype(vectors)::value;
+      ahead.ask(keys * NV * W * Storage::size);
       Vec<T> acc[R][NV];
       for (int i = 0; i < R; ++i)
         for (int v = 0; v < NV; ++v) {

@@ -9,8 +9,8 @@ namespace attn_ops::cpu {
 namespace {
 
 // A walk over `count` rows of `heads` heads from the first head's first row on, in the order they lie in memory: in runs of
-// what has no gaps, a row at least and all rows at most. ask(n) prefetches as much as n rows are, to the L1 cache or, where
-// all that is asked for in one go would not fit, to L2; there is no harm in rows that do not exist.
+// what has no gaps, a row at least and all rows at most. ask(bytes) prefetches so many more, to the L1 cache or, where all
+// that is asked for in one go would not fit, to L2; there is no harm in rows that do not exist.
 class RowsAhead {
  public:
   RowsAhead() = default;
@@ -36,15 +36,15 @@ class RowsAhead {
     start_run();
   }
 
-  ATTN_INLINE void ask(int64_t rows) {
+  ATTN_INLINE void ask(int64_t bytes) {
     if (left_ == 0) return;
-    wanted_ += rows * row_bytes_;
+    wanted_ += bytes;
     prefetch_to(wanted_ < end_ ? wanted_ : end_);
     while (wanted_ >= end_ && next_run()) prefetch_to(wanted_ < end_ ? wanted_ : end_);
   }
 
-  int64_t rows() const { return rows_; }
   int64_t bytes() const { return rows_ * row_bytes_; }
+  int64_t row_bytes() const { return row_bytes_; }
 
  private:
   void start_run() {
@@ -101,7 +101,7 @@ class NextTask {
     room_ -= rows.bytes();
     if (room_ < 0) return;
     rows_[count_] = rows;
-    per_step_[count_++] = rows.rows() / steps_ + 1;
+    per_step_[count_++] = rows.bytes() / steps_ + rows.row_bytes();
   }
 
   const AttentionParams& p_;

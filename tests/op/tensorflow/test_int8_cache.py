@@ -8,6 +8,7 @@ import tensorflow as tf
 import attn_ops
 import int8_rows
 from attn_ops import kernels
+from attn_ops.call import attention_call
 from attn_ops.tensorflow import append
 from cached_calls import (
     BATCH, DIM, HEADS, KEY, KV_HEADS, MAX_LENGTH, OPTIONS, QUERY, TOKENS, VALUE, VALUE_DIM, in_parts, whole,
@@ -261,3 +262,12 @@ def test_layers(name):
     assert cache.key.dtype == "int8"
     # 1/254 of the largest of a row is lost, at most, of keys and values of the order of 1.
     assert 0 < np.abs(np.concatenate(outs, 1) - right).max() < 0.03
+
+
+@pytest.mark.parametrize("kept", ["int8", "bfloat16"])
+def test_kernels_of_gpus_do_not_read_them(kept):
+    query = tf.zeros([1, 1, HEADS, DIM])
+    key = tf.zeros([1, 4, KV_HEADS, DIM], kept)
+    call = attention_call.AttentionCall(query, key, key)
+    assert attention_call.beyond_cuda(call, call) == f"its kernels do not have keys of {kept} beside queries of float32"
+    assert attention_call.beyond_cuda(call, call._replace(query=tf.cast(query, kept))) is None
