@@ -61,6 +61,7 @@ class AttentionParams(ctypes.Structure):
         ("key_lengths", ctypes.c_void_p),
         ("masks", StridedView * MAX_MASKS),
         ("num_masks", ctypes.c_int32),
+        ("mask_bits", StridedView),
         ("query_ids", Ids),
         ("key_ids", Ids),
         ("blocks", StridedView),
