@@ -1,8 +1,9 @@
 // d_bias = ds, summed over the axes along which the bias was broadcast: in the main pass of backward, block by block.
 //
 // Where no two scores share an element (kOwn), ds is written where it belongs. Else tasks add up the ds of their rows,
-// head after head; which heads, and in which order, goes by shape alone (HeadUnits in schedule.h), and so no bit depends
-// on the threads. The rows are those of one query head at a time, however many share a kv head (separate_heads).
+// head after head; which heads, and in which order, goes by shape alone (HeadUnits in schedule.h), and so no bit
+// depends on the threads. The rows are those of one query head at a time, however many share a kv head
+// (separate_heads).
 //
 // A bias of one element has as many terms as there are scores: one chain of float32 was off by 840 of its last digits.
 // So all sums are doubles, but those of elements, which memory would feel: they join doubles once for every kSumTerms

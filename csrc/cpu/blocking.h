@@ -54,8 +54,9 @@ static constexpr int64_t kMaskBytes = int64_t{1} << 18;
 static constexpr int64_t kChunkRows = 512;
 static constexpr int64_t kChunkTasks = 32;
 
-// The gradient of a bias that several scores share (Zen 3, 2026-11-26): tasks that its heads and rows are shared out to,
-// as long as a chunk has so many rows and all sums fit kWaveBytes; and heads whose terms one chain of additions takes.
+// The gradient of a bias that several scores share (Zen 3, 2026-11-26): tasks that its heads and rows are shared out
+// to, as long as a chunk has so many rows and all sums fit kWaveBytes; and heads whose terms one chain of additions
+// takes.
 static constexpr int64_t kSumTasks = 16;
 static constexpr int64_t kSumChunkRows = 256;
 static constexpr int64_t kSumTerms = 16;
