@@ -63,7 +63,7 @@ def generator(keras_hub, name):
     return lm, generate
 
 
-@pytest.mark.wide(34)
+@pytest.mark.wide(40)
 @pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
 @pytest.mark.parametrize("name", [*CAUSAL, *SEQUENCE])
 def test_the_same_tokens(keras_hub, name, jit):
@@ -75,7 +75,7 @@ def test_the_same_tokens(keras_hub, name, jit):
     tokens, fused = fused_calls(generate)
     assert fused >= hub.LANGUAGE_MODELS[name][2]
     np.testing.assert_array_equal(tokens, expected)
-    assert name in ("BLOOM", "T5Gemma") or len(np.unique(tokens[:, PROMPT:])) > 1  # with these weights they repeat themselves
+    assert name in ("BART", "BLOOM", "T5Gemma") or len(np.unique(tokens[:, PROMPT:])) > 1  # with these weights they repeat themselves
 
 
 SAMPLERS = {
@@ -88,12 +88,12 @@ SAMPLERS = {
 RUNS = {"graph": {}, "xla": {"jit_compile": True}, "eager": {"run_eagerly": True}}
 
 
-@pytest.mark.wide(15)
+@pytest.mark.wide(45)
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Gemma 3"])
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Gemma"])
 def test_samplers(keras_hub, name, sampler, run):
-    """Also those that put the caches of other sequences in the place of theirs."""
+    """Also those that put the caches of other sequences in the place of theirs. (With Gemma 3 stock beams fail.)"""
     lm, generate = generator(keras_hub, name)
 
     def sampled():
@@ -174,7 +174,7 @@ def test_caches_of_layers_are_a_structure():
     np.testing.assert_array_equal(doubled[:1, 2, ..., 3], [4])
 
 
-@pytest.mark.wide(14)
+@pytest.mark.wide(28)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", sorted({*CAUSAL} - {"GPT-NeoX", "Llama 3", "SmolLM3"}))
 def test_cached_calls_from_any_position(keras_hub, name, batch):
