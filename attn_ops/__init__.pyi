@@ -16,6 +16,7 @@ from attn_ops.call.position_bias import alibi_slopes as alibi_slopes
 from attn_ops.call.precision import allow_tf32 as allow_tf32
 from attn_ops.call.precision import set_allow_tf32 as set_allow_tf32
 from attn_ops.generation.cache import KVCache as KVCache
+from attn_ops.generation.page_pool import PagedKVCache as PagedKVCache
 from attn_ops.models.convert import convert as convert
 from attn_ops.models.convert import revert as revert
 from attn_ops.models.patched import patch as patch
@@ -138,6 +139,31 @@ def explain(
     alibi_slopes: Any = None,
     relative_bias: Any = None,
     sinks: Any = None,
+    implementation: str | None = None,
+) -> Any: ...
+def paged_attention(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    block_table: Any,
+    lengths: Any,
+    k_new: Any = None,
+    v_new: Any = None,
+    *,
+    bias: Any = None,
+    mask: Any = None,
+    scale: Any = None,
+    window: tuple[int | None, int | None] | None = None,
+    query_seq_lengths: Any = None,
+    layout: str = 'BSHD',
+    return_lse: bool = False,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Any = None,
+    relative_bias: Any = None,
+    sinks: Any = None,
+    is_causal: bool = True,
+    rotary: bool | dict | None = None,
+    in_place: Any = False,
     implementation: str | None = None,
 ) -> Any: ...
 def ragged_attention(
