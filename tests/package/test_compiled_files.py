@@ -83,9 +83,8 @@ def test_the_rules_see_a_library_that_breaks_them(tmp_path, name):
 
 
 def test_one_version_everywhere():
-    declared = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
     built = re.search(r"project\(attn_ops VERSION (\S+)", (ROOT / "CMakeLists.txt").read_text()).group(1)
-    assert declared == built == kernels.core().__version__ == __import__("attn_ops").__version__
+    assert built == kernels.core().__version__ == __import__("attn_ops").__version__
 
 
 def test_a_build_without_tensorflows_headers_says_what_to_do(tmp_path):
