@@ -323,3 +323,16 @@ def test_cache(name):
         outs.append(out)
     assert_same(np.concatenate(outs, 1), right)
     assert cache.lengths.tolist() == [7, 7]
+
+
+def test_parts_with_a_tensor_in_functions():
+    """KerasHub's cache, jitted, at positions that are arrays."""
+    x = random(2, 5, 12)
+    layer = layers.GroupedQueryAttention(8, 4, 2, rotary=True)
+    expected = layer(x, x, use_causal_mask=True)
+    step = jax.jit(lambda x, cache, at: layer(x, x, cache=cache, cache_update_index=at))
+    cache, outs = jax.numpy.zeros((2, 2, 9, 2, 8)), []
+    for start, end in ((0, 3), (3, 4), (4, 5)):
+        out, cache = step(x[:, start:end], cache, jax.numpy.asarray(start))
+        outs.append(out)
+    assert_same(np.concatenate(outs, 1), expected)

@@ -132,6 +132,26 @@ def test_generation_in_a_loop(jit_compile):
     np.testing.assert_allclose(found, sequence[:, -1:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.wide(4)
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["function", "xla"])
+@pytest.mark.parametrize("kind", ["KVCache", "tensor"])
+@each_layer
+def test_parts_in_functions(name, kind, jit_compile):
+    """The position is a tensor, and the parts have other shapes."""
+    layer = LAYERS[name](rotary=True)
+    right = whole(layer)
+    cache = new_cache(layer)
+    if kind == "tensor":
+        cache = tf.zeros([BATCH, 2, MAX_LENGTH, cache.key.shape[2], 8])
+
+    @tf.function(jit_compile=jit_compile, autograph=False)
+    def step(x, cache, at):
+        return layer(x, x, cache=cache, **({"cache_update_index": at} if kind == "tensor" else {}))
+
+    out, _ = in_parts(lambda x, cache, at: step(x, cache, tf.constant(at)), cache, parts=(4, 1, 4))
+    np.testing.assert_allclose(out, right, rtol=0, atol=2e-5)
+
+
 def test_functional_models_take_a_tensor():
     layer = LAYERS["MultiHeadAttention"]()
     x, cache, at = keras.Input((None, FEATURES)), keras.Input((2, MAX_LENGTH, 4, 8)), keras.Input((), dtype="int32")

@@ -73,7 +73,8 @@ class Decoder(tf.Module):
     def __init__(self):
         self.layer = attn_ops.layers.GroupedQueryAttention(8, 4, 2, rotary=True)
         self.layer.build((BATCH, 1, FEATURES), (BATCH, 1, FEATURES))
-        self.weights = [weight.value for weight in self.layer.weights]  # what a session restores; of Keras's own it knows copies
+        # What a session restores: of Keras's own variables it knows copies.
+        self.weights = [weight.value for weight in self.layer.weights]
         self.kept = [tf.Variable(x) for x in self.new()]
         x = tf.TensorSpec(TOKENS.shape[1:], tf.float32, "x")
         given = [tf.TensorSpec(field.shape, field.dtype, name) for name, field in self.new()._asdict().items()]

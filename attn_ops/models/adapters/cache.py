@@ -51,17 +51,19 @@ def in_vllm() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class CachedCall:
-    """The adapter of the `call` of a language model's attention, for calls with a cache and the position of the new tokens.
+    """The adapter of the `call` of a language model's attention, for calls with a cache and the position of the new
+    tokens.
 
-    The stock methods slice the cache into keys and values, copy both to change them, stack them again, and repeat them for
-    each query head. This one writes the new rows, and reads the others where they are.
+    The stock methods slice the cache into keys and values, copy both to change them, stack them again, and repeat them
+    for each query head. This one writes the new rows, and reads the others where they are.
 
     Attributes:
         attention: the adapter of the `_compute_attention` of the same class (projected.Projected).
         query, key, value, output: the attributes with the projections.
         norms: those with the normalizations of queries and keys, if the class has them.
         normed: the attribute that says whether they are used, or None for always.
-        rotary: that with the rotary embedding, or a function of the layer that returns it: called with (x, start_index=…).
+        rotary: that with the rotary embedding, or a function of the layer that returns it: called with
+            (x, start_index=…).
         dropout: that with the dropout of the output, if the class has one.
     """
 

@@ -40,8 +40,8 @@ _SEQUENCE_MODELS = {
 
 
 def _seams(module, name, method):
-    """Those of `generate_step`, checked with all that the caches go through, and of the ``method`` with the caches, which
-    does nothing but in there."""
+    """Those of `generate_step`, checked with all that the caches go through, and of the ``method`` with the caches,
+    which does nothing but in there."""
     step = hub_seam(
         f"models.{module}",
         name,

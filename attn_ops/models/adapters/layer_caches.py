@@ -1,9 +1,10 @@
 """The caches of all layers of one of KerasHub's generating models, which stay apart while it generates.
 
-KerasHub keeps them in one tensor `[batch, num_layers, 2, max_length, num_kv_heads, head_dim]`, takes that apart for each token,
-and stacks the caches that the layers return: the whole of it is copied twice per token. Its samplers take any structure of
-tensors for a cache. Here it is a named tuple with a tensor per layer, and the methods that take such a cache are KerasHub's own,
-run with an `ops.stack` that makes no tensor. Whoever calls them otherwise than in `generate` gets and gives one tensor, as ever.
+KerasHub keeps them in one tensor `[batch, num_layers, 2, max_length, num_kv_heads, head_dim]`, takes that apart for
+each token, and stacks the caches that the layers return: the whole of it is copied twice per token. Its samplers take
+any structure of tensors for a cache. Here it is a named tuple with a tensor per layer, and the methods that take such a
+cache are KerasHub's own, run with an `ops.stack` that makes no tensor. Whoever calls them otherwise than in `generate`
+gets and gives one tensor, as ever.
 """
 
 from __future__ import annotations
