@@ -235,7 +235,8 @@ class Segments(Part):
             begin, end = (xp.searchsorted(kv_ids, q_ids, side) for side in ("left", "right"))
             if namespaces.known(kv_ids) is None:  # the search cannot tell that keys go back: ends that do are refused
                 back = xp.with_zero(xp.int64(xp.running_maximum(kv_ids) > kv_ids))
-                end = xp.where(xp.running_maximum(back)[:, -1:] > 0, xp.int64(at.seqlen_k - at.rows), xp.int64(end))
+                falling = xp.int64(at.seqlen_k) - xp.int64(at.rows)
+                end = xp.where(xp.running_maximum(back)[:, -1:] > 0, falling, xp.int64(end))
             return Piece(begin, end)
         order = xp.argsort(kv_ids)
         ordered = xp.take_along(kv_ids, order)

@@ -41,7 +41,8 @@ def _either(direction, call, *more):
         return list(by_device(native, native, _not_inlined(in_xla) if dynamic_sizes.any_unknown(call) else in_xla))
     decided = _decided.get()
     if decided is not None:
-        return _RUN[direction, "xla" if decided == _IN_XLA else "native"](call, *more)
+        run = functools.partial(_RUN[direction, "xla" if decided == _IN_XLA else "native"], call, *more)
+        return (_not_inlined(run) if decided == _IN_XLA and dynamic_sizes.any_unknown(call) else run)()
     tensors = []
     like = call.map_tensors(lambda x: tensors.append(x) or _like(x))
     kept_apart = place.exporting()  # whose branches have the hint of `export`
