@@ -37,12 +37,11 @@ def _either(direction, call, *more):
     """The results of the operator or of what XLA takes, of a ``call`` and the tensors ``more`` that its backward needs."""
     if xla.unavailable_reason(call):
         # Not shared: tapes do not record in the `tf.init_scope` of `_branch`, and the composite has one of its own.
-        native, in_xla = (functools.partial(_RUN[direction, kind], call, *more) for kind in ("native", "composite"))
-        return list(by_device(native, native, _not_inlined(in_xla) if dynamic_sizes.any_unknown(call) else in_xla))
+        native, in_xla = (functools.partial(_run, direction, kind, call, *more) for kind in ("native", "composite"))
+        return list(by_device(native, native, in_xla))
     decided = _decided.get()
     if decided is not None:
-        run = functools.partial(_RUN[direction, "xla" if decided == _IN_XLA else "native"], call, *more)
-        return (_not_inlined(run) if decided == _IN_XLA and dynamic_sizes.any_unknown(call) else run)()
+        return _run(direction, "xla" if decided == _IN_XLA else "native", call, *more)
     tensors = []
     like = call.map_tensors(lambda x: tensors.append(x) or _like(x))
     kept_apart = place.exporting()  # whose branches have the hint of `export`
@@ -71,19 +70,18 @@ def _branch(direction, kind, like, more, kept_apart):
         call = like.map_tensors(lambda _: next(given))
         if kind == "native":
             export.leave_hint()
-        return _RUN[direction, kind](call, *given)
+        return _run(direction, kind, call, *given)
 
-    if kind == "xla" and dynamic_sizes.any_unknown(like):
-        run = _not_inlined(run)
     with tf.init_scope(), tf.device(None):
         return tf.function(run, autograph=False).get_concrete_function(*flat, *more)
 
 
-def _not_inlined(function):
-    """``function``, of which some operations exist for XLA alone: inlined, as branches are where they run, they would have
-    to find a place."""
-    apart = tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
-    return lambda *tensors: apart(*tensors)
+def _run(direction, kind, call, *more):
+    run = functools.partial(_RUN[direction, kind], call, *more)
+    if kind != "native" and dynamic_sizes.any_unknown(call):
+        # Some of its operations exist for XLA alone. Inlined, as branches are where they run, they would have to find a place.
+        run = tf.function(run, autograph=False, experimental_attributes={"_noinline": True})
+    return run()
 
 
 def _like(x):
