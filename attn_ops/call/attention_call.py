@@ -69,6 +69,11 @@ def cache_inputs(arrays) -> dict:
     }
 
 
+def reads_cache(arrays) -> bool:
+    """Whether the call is one of AttnOps>Decode, of which the kernels have no gradient."""
+    return arrays.block_table is not None or arrays.key.dtype != arrays.query.dtype
+
+
 def given_inputs(arrays) -> dict:
     """Those of both that the kernels have always had, and those of the later ones that the call has."""
     lists = {**optional_inputs(arrays), **cache_inputs(arrays)}
@@ -201,10 +206,6 @@ class AttentionCall(typing.NamedTuple):
     def added_axes(self, heads):
         """The axes that a result in the caller's rank lacks, where its heads are at ``heads``, in ascending order."""
         return (0, heads)[2 - self.squeeze :]
-
-    def reads_cache(self):
-        """Whether it is one of AttnOps>Decode, which has no gradient."""
-        return self.block_table is not None or self.key.dtype != self.query.dtype
 
     def heads_axis(self):
         """Where query, key, value and out have their heads."""

@@ -32,6 +32,12 @@ def quantized(xp, x):
     return x8, xp.where(finite, scale, scale * np.float32(np.nan))[..., 0]
 
 
+def rounded(xp, new):
+    """What goes into the memory of a cache for the floating keys and values ``new``: both in int8, and the scales of both."""
+    (key, key_scale), (value, value_scale) = (quantized(xp, x) for x in new)
+    return key, value, key_scale, value_scale
+
+
 def dequantized(xp, call):
     """``call`` with keys and values in float32 where they are in int8: what runs where no kernel reads those.
 

@@ -78,8 +78,7 @@ def _appended(layout, memory, new, positions, counts, dropped):
     axis = 1 if layout == "BSHD" else 2
     rows, added = memory[0].shape[axis], new[0].shape[axis]
     if len(memory) == 4:
-        (k, k_scale), (v, v_scale) = (int8.quantized(xp, x) for x in new)
-        new = k, v, k_scale, v_scale
+        new = int8.rounded(xp, new)
     if dropped is not None:
         def move(*memory):
             kept = jnp.minimum(jnp.arange(rows)[None] + dropped[:, None], rows - 1)
@@ -113,8 +112,7 @@ def _appended_to_pages(layout, memory, new, table, positions, counts):
     total, _, size, _ = canonical(memory[0].shape, layout)
     rows = new[0].shape[1 if layout == "BSHD" else 2]
     if len(memory) > len(new):
-        (k, k_scale), (v, v_scale) = (int8.quantized(xp, x) for x in new)
-        new = k, v, k_scale, v_scale
+        new = int8.rounded(xp, new)
     page, row = paged.slots(xp, table, positions, counts, rows, size, total)
 
     def written(old, new):

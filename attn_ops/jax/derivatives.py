@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from attn_ops.call.attention_call import NO_GRADIENT
+from attn_ops.call.attention_call import NO_GRADIENT, reads_cache
 from attn_ops.jax import composite, forms
 from attn_ops.jax.call import Arrays, Options
 
@@ -39,7 +39,7 @@ def _attention_forward(forced, options, primals):
 
 def _attention_backward(forced, options, residuals, cotangents):
     arrays, out, statistics, wanted = residuals
-    if arrays.block_table is not None:
+    if reads_cache(arrays):
         raise NotImplementedError(NO_GRADIENT)
     d_out, d_lse, _ = cotangents
     if isinstance(d_out, jax.custom_derivatives.SymbolicZero):

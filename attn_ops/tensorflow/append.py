@@ -59,10 +59,8 @@ def append(layout, memory, new, positions, counts, dropped, written):
     """
 
     def scattered():
-        arrays, at, rows = memory, positions, new
-        if len(memory) == 4:
-            (k, k_scale), (v, v_scale) = (int8.quantized(xp, x) for x in new)
-            rows = k, v, k_scale, v_scale
+        arrays, at = memory, positions
+        rows = int8.rounded(xp, new) if len(memory) == 4 else new
         if dropped is not None:
             arrays = _moved_up(arrays, dropped, layout)
             at = at - dropped
@@ -93,8 +91,7 @@ def append_to_pages(memory, new, table, positions, counts, layout, in_place):
             of that.
     """
     if len(memory) > len(new):
-        (k, k_scale), (v, v_scale) = (int8.quantized(xp, x) for x in new)
-        new = k, v, k_scale, v_scale
+        new = int8.rounded(xp, new)
     new = tuple(new)
 
     def scattered():

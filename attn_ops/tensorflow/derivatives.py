@@ -9,7 +9,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops import kernels
-from attn_ops.call.attention_call import NO_GRADIENT, AttentionCall, attributes, optional_inputs
+from attn_ops.call.attention_call import NO_GRADIENT, AttentionCall, attributes, optional_inputs, reads_cache
 from attn_ops.tensorflow import composite, place
 
 # For the names of all attributes and of all counts of optional inputs.
@@ -30,7 +30,7 @@ def differentiable(form, call: AttentionCall):
         kept = _unwatched_tensors(out, statistics)
 
         def gradient(d_out, d_lse=None):
-            if own.reads_cache():
+            if reads_cache(own):
                 raise NotImplementedError(NO_GRADIENT)
             return _gradients(form, own, *kept, d_out, d_lse)
 

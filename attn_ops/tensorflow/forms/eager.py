@@ -8,14 +8,14 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops import kernels
-from attn_ops.call.attention_call import AttentionCall, attributes, cache_inputs, optional_inputs
+from attn_ops.call.attention_call import AttentionCall, attributes, cache_inputs, optional_inputs, reads_cache
 
 
 def forward(call: AttentionCall, **more):
     """(out, lse, statistics), differentiable; lse is None unless ``call.return_lse``. ``more`` are attributes."""
     library, caches = kernels.library(), ()
     operator = library.attn_ops_forward
-    if call.reads_cache():
+    if reads_cache(call):
         operator, caches = library.attn_ops_decode, cache_inputs(call).values()
     out, statistics, lse = operator(
         call.query,

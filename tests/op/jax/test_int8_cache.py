@@ -118,3 +118,10 @@ def test_queries_are_not_rounded_to_the_cache(kept, forced):
     assert out.dtype == np.float32 and cache.key.dtype == kept
     key, value = (np.asarray(jnp.asarray(x, "float32").astype(kept).astype("float32")) for x in (KEY, VALUE))
     close(out, attn_ops.reference.attention(QUERY, key, value, is_causal=True)[0])
+
+
+@pytest.mark.parametrize("kept", ["int8", "bfloat16"])
+def test_queries_have_no_gradient(kept):
+    cache = new_cache(kept).update(array(KEY[:, :4]), array(VALUE[:, :4]))
+    with pytest.raises(NotImplementedError, match="attention to a cache is for generation, and has no gradient"):
+        jax.grad(lambda q: attn_ops.jax.decode_attention(q, cache, implementation="fused")[0].sum())(array(QUERY[:, :1]))
