@@ -10,6 +10,7 @@ import typing
 from attn_ops.call import arrays, options
 from attn_ops.call import rotary as rotations
 from attn_ops.call.attention_call import canonical
+from attn_ops.call.normalize import normalize
 from attn_ops.generation import growth
 from attn_ops.generation.cache import step
 from attn_ops.masks.mask import combined
@@ -30,18 +31,17 @@ _ALONG_KEYS = "bias", "mask"
 class Decoding(typing.NamedTuple):
     """What is to be done: a call of the attention, and how the cache grows before that."""
 
-    query: typing.Any
-    memory: tuple  # of the cache, as it is before: a call that is refused leaves it so
-    options: dict  # of the attention
+    call: typing.Any  # the `AttentionCall`, on the memory of the cache as it is before: one that is refused leaves it so
     cache: typing.Any
     plan: typing.Any  # `growth.Growth`, or None without new rows
     new: tuple  # the new keys and values
 
     def grown(self, xp, append):
-        """The memory with the new rows, and the cache afterwards."""
+        """The call on the memory with the new rows, and the cache afterwards."""
         if self.plan is None:
-            return self.memory, self.cache
-        return growth.grown(xp, append, self.cache, self.plan, *self.new)
+            return self.call, self.cache
+        memory, cache = growth.grown(xp, append, self.cache, self.plan, *self.new)
+        return with_memory(self.call, memory), cache
 
 
 def with_memory(call, memory):
@@ -49,18 +49,10 @@ def with_memory(call, memory):
     return call._replace(**dict(zip(("key", "value", "key_scales", "value_scales"), memory)))
 
 
-def query_dtype(xp, query, cache):
-    """In which dtype queries attend to a cache: in their own, unless one of the two is float64, which goes with itself."""
-    if cache == xp.float64:
-        return cache
-    return xp.float32 if query == xp.float64 else query
-
-
-def prepared(xp, name, q, cache, k_new, v_new, rotary, is_causal, **given) -> Decoding:
-    """The arguments of `decode_attention`, checked; ``given`` are options of the attention."""
+def prepared(xp, name, q, cache, k_new, v_new, rotary=None, is_causal=True, **given) -> Decoding:
+    """The arguments of `decode_attention`, checked: ``q`` is a tensor, ``given`` are options of the attention."""
     cache = growth.checked(xp, name, cache)
     batch, _, _, dim = canonical(xp.extents(cache.key), cache.layout)
-    q = xp.as_tensor(name, "q", q)
     if not xp.is_floating(q.dtype):
         raise TypeError(f"{name}: q must be floating, got {q.dtype.name}; cast it: {xp.cast_text('q')}")
     extents = xp.extents(q)
@@ -110,8 +102,20 @@ def prepared(xp, name, q, cache, k_new, v_new, rotary, is_causal, **given) -> De
         "query_offset": before,
         "query_seq_lengths": counts,
     }
-    dtype = query_dtype(xp, q.dtype, cache.key.dtype)
-    return Decoding(q if q.dtype == dtype else xp.cast(q, dtype), memory, given, cache, plan, new)
+    return Decoding(attention_to(xp, name, q, memory, given), cache, plan, new)
+
+
+def attention_to(xp, name, q, memory, given):
+    """The `AttentionCall` of ``q`` on the memory of a cache: keys, values, and in int8 the scales of both.
+
+    Queries attend in their own dtype, unless one of the two is float64, which goes with itself.
+    """
+    key, value, *scales = memory
+    if key.dtype == xp.float64 != q.dtype:
+        q = xp.cast(q, xp.float64)
+    elif q.dtype == xp.float64 != key.dtype:
+        q = xp.cast(q, xp.float32)
+    return normalize(xp, name, q, key, value, of_cache=True, scales=scales, **given)
 
 
 def update(xp, append, name, cache, k, v, lengths):

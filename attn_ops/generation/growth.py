@@ -78,28 +78,41 @@ def _checked_scales(xp, name, cache, key):
 
 def checked_rows(xp, name, cache, k_new, v_new):
     """The new rows as tensors; ``cache`` is a checked one."""
-    if (k_new is None) != (v_new is None):
-        raise ValueError(f"{name}: k_new and v_new come together, and {'k' if k_new is None else 'v'}_new is None")
-    found = []
-    for what, x, of in (("k_new", k_new, cache.key), ("v_new", v_new, cache.value)):
-        x = xp.as_tensor(name, what, x)
-        if not xp.is_floating(x.dtype):
-            raise TypeError(f"{name}: {what} must be floating, got {x.dtype.name}; cast it: {xp.cast_text(what)}")
-        batch, heads, _, dim = canonical(xp.extents(of), cache.layout)
-        extents = xp.extents(x)
-        rank_4 = extents is not None and len(extents) == 4
-        if not rank_4 or not arrays.compatible(canonical(extents, cache.layout), [batch, heads, None, dim]):
-            wanted = canonical((batch, heads, "any number", dim), cache.layout)
-            raise ValueError(
-                f"{name}: {what} must have shape ({', '.join(map(str, wanted))}) for this cache (layout {cache.layout}), "
-                f"got {arrays.shape_text(extents)}"
-            )
-        found.append(x)
+    check_both(name, k_new, v_new)
+    batch = xp.extents(cache.key)[0]
+    found = [
+        new_rows(xp, name, what, x, of, cache.layout, batch, None, "for this cache ")
+        for what, x, of in (("k_new", k_new, cache.key), ("v_new", v_new, cache.value))
+    ]
     axis = _positions_axis(cache)
     k_rows, v_rows = (xp.extents(x)[axis] for x in found)
     if not arrays.compatible([k_rows], [v_rows]):
         raise ValueError(f"{name}: k_new and v_new must have the same number of rows, got {k_rows} and {v_rows}")
     return found
+
+
+def check_both(name, k_new, v_new):
+    """ValueError where there are new keys without values, or values without keys."""
+    if (k_new is None) != (v_new is None):
+        raise ValueError(f"{name}: k_new and v_new come together, and {'k' if k_new is None else 'v'}_new is None")
+
+
+def new_rows(xp, name, what, x, of, layout, batch, rows, where=""):
+    """``x`` as a tensor of new rows for the memory ``of`` a cache, or of pages: [batch, rows, num_kv_heads, dim] in
+    ``layout``; ``rows`` is None for any number. ``where`` tells errors what they are for."""
+    x = xp.as_tensor(name, what, x)
+    if not xp.is_floating(x.dtype):
+        raise TypeError(f"{name}: {what} must be floating, got {x.dtype.name}; cast it: {xp.cast_text(what)}")
+    _, heads, _, dim = canonical(xp.extents(of), layout)
+    extents = xp.extents(x)
+    rank_4 = extents is not None and len(extents) == 4
+    if not rank_4 or not arrays.compatible(canonical(extents, layout), [batch, heads, rows, dim]):
+        wanted = canonical((batch, heads, "any number" if rows is None else rows, dim), layout)
+        raise ValueError(
+            f"{name}: {what} must have shape ({', '.join(map(str, wanted))}) {where}(layout {layout}), got "
+            f"{arrays.shape_text(extents)}"
+        )
+    return x
 
 
 def planned(xp, name, cache, k_new, counts=None) -> Growth:
@@ -125,7 +138,7 @@ def planned(xp, name, cache, k_new, counts=None) -> Growth:
 def grown(xp, append, cache, plan, k_new, v_new):
     """The memory of the ``plan`` with the new rows, and the cache afterwards; ``append`` is the framework's, of
     append.py."""
-    new = _as_kept(xp, cache, k_new, v_new)
+    new = as_kept(xp, cache.key.dtype, (k_new, v_new))
     if not cache.rolls:
         memory, written = append(cache.layout, plan.memory, new, plan.before, plan.counts, None, cache.written)
         return memory, cache.with_memory(memory, lengths=plan.after, written=written)
@@ -142,13 +155,12 @@ def grown(xp, append, cache, plan, k_new, v_new):
     return memory, cache.with_memory([xp.take_rows(x, kept, axis) for x in memory], lengths=plan.after, written=written)
 
 
-def _as_kept(xp, cache, *new):
-    """The new rows in the cache's dtype; those of a cache in int8 in one that is rounded to it."""
-    dtype = cache.key.dtype
+def as_kept(xp, dtype, new):
+    """New keys and values in the ``dtype`` of the memory that they are for; for int8 both in one that is rounded to it."""
     if dtype == xp.int8:
         k, v = (x.dtype for x in new)
         dtype = k if k == v and k != xp.float64 else xp.float32
-    return [x if x.dtype == dtype else xp.cast(x, dtype) for x in new]
+    return tuple(x if x.dtype == dtype else xp.cast(x, dtype) for x in new)
 
 
 def first_kept(xp, cache):

@@ -6,9 +6,9 @@ import importlib
 
 import numpy as np
 
-from attn_ops.call import arrays, options
+from attn_ops.call import options
 from attn_ops.call.attention_call import PAGE_ROWS, canonical
-from attn_ops.generation import paging
+from attn_ops.generation import growth, paging
 from attn_ops.generation.cache import append_module, chosen_framework, extent
 
 _NAME = "PagedKVCache"
@@ -328,20 +328,10 @@ class PagedKVCache:
 
     def _checked_rows(self, name, batch, one, k, v):
         """Keys and values of new rows in the dtype of the pages, of rank 4."""
-        found = []
-        for what, x, of in zip(("k", "v"), (k, v), self._memory(0)):
-            x = self._xp.as_tensor(name, what, x)
-            if not self._xp.is_floating(x.dtype):
-                raise TypeError(f"{name}: {what} must be floating, got {x.dtype.name}; cast it: {self._xp.cast_text(what)}")
-            if one and len(self._xp.extents(x)) == 3:
-                x = self._xp.expand_dims(x, 0)
-            _, heads, _, dim = canonical(self._xp.extents(of), self.layout)
-            extents = self._xp.extents(x)
-            if len(extents) != 4 or not arrays.compatible(canonical(extents, self.layout), [batch, heads, None, dim]):
-                wanted = canonical((batch, heads, "any number", dim), self.layout)
-                raise ValueError(
-                    f"{name}: {what} must have shape ({', '.join(map(str, wanted))}) (layout {self.layout}), got "
-                    f"{arrays.shape_text(extents)}"
-                )
-            found.append(x if of.dtype in (x.dtype, self._xp.int8) else self._xp.cast(x, of.dtype))
-        return found
+        xp, memory, found = self._xp, self._memory(0), []
+        for what, x, of in zip(("k", "v"), (k, v), memory):
+            x = xp.as_tensor(name, what, x)
+            if one and len(xp.extents(x)) == 3:
+                x = xp.expand_dims(x, 0)
+            found.append(growth.new_rows(xp, name, what, x, of, self.layout, batch, None))
+        return growth.as_kept(xp, memory[0].dtype, found)

@@ -10,7 +10,7 @@ import typing
 from attn_ops.call import arrays, options, pages
 from attn_ops.call import rotary as rotations
 from attn_ops.call.attention_call import canonical
-from attn_ops.generation import decode
+from attn_ops.generation import decode, growth
 
 # Options of the attention that lengths decide, or that are for training.
 NOT_TAKEN = tuple(name for name in decode.NOT_TAKEN if name != "layout")
@@ -19,19 +19,20 @@ NOT_TAKEN = tuple(name for name in decode.NOT_TAKEN if name != "layout")
 class Paging(typing.NamedTuple):
     """What is to be done: a call of the attention, and which rows go into the pages before that."""
 
-    query: typing.Any
-    memory: tuple  # of the pages, as they are before: keys, values, and in int8 the scales of both
-    options: dict  # of `normalize`
+    call: typing.Any  # the `AttentionCall`, on the pages as they are before
+    memory: tuple  # of the pages: keys, values, and in int8 the scales of both
     new: tuple  # the new keys and values, or ()
     before: typing.Any  # int32 [batch]: where the first row stands, and the first new one goes
     counts: typing.Any  # int32 [batch] or None: how many rows there are
 
     def grown(self, append, in_place):
-        """The memory with the new rows; ``append`` is append_to_pages of the framework's append.py."""
+        """The call on the memory with the new rows, and that memory, () without any; ``append`` is append_to_pages of the
+        framework's append.py."""
         if not self.new:
-            return self.memory
-        table, layout = self.options["block_table"], self.options["layout"]
-        return append(self.memory, self.new, table, self.before, self.counts, layout, in_place)
+            return self.call, ()
+        table, layout = self.call.block_table, self.call.layout
+        memory = append(self.memory, self.new, table, self.before, self.counts, layout, in_place)
+        return decode.with_memory(self.call, memory), memory
 
 
 def memory_of(name, k_pages, v_pages):
@@ -57,12 +58,16 @@ def results(found, count):
     return results if len(results) > 1 else results[0]
 
 
-def prepared(xp, name, q, k_pages, v_pages, block_table, lengths, k_new, v_new, rotary, is_causal, **given) -> Paging:
-    """The arguments of `paged_attention`, checked; ``given`` are options of the attention."""
+def prepared(
+    xp, name, q, k_pages, v_pages, block_table, lengths, k_new, v_new, rotary=None, is_causal=True, **given
+) -> Paging:
+    """The arguments of `paged_attention`, checked: ``q`` is a tensor, ``given`` are options of the attention."""
     layout = given.pop("layout", "BSHD")
     if layout not in ("BSHD", "BHSD"):
         raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}")
-    q = _of_rank_4(xp, name, "q", q, layout)
+    if not xp.is_floating(q.dtype):
+        raise TypeError(f"{name}: q must be floating, got {q.dtype.name}; cast it: {xp.cast_text('q')}")
+    _check_rank_4(xp, name, "q", q, layout)
     memory = _checked_memory(xp, name, memory_of(name, k_pages, v_pages), layout)
     keys, values = memory[:2]
     axis = 1 if layout == "BSHD" else 2
@@ -93,14 +98,11 @@ def prepared(xp, name, q, k_pages, v_pages, block_table, lengths, k_new, v_new, 
         "is_causal": is_causal,
         "layout": layout,
         "block_table": block_table,
-        "of_cache": True,
-        "scales": memory[2:],
         "key_value_seq_lengths": lengths,
         "query_offset": before,
         "query_seq_lengths": counts,
     }
-    dtype = decode.query_dtype(xp, q.dtype, keys.dtype)
-    return Paging(q if q.dtype == dtype else xp.cast(q, dtype), memory, given, new, before, counts)
+    return Paging(decode.attention_to(xp, name, q, memory, given), memory, new, before, counts)
 
 
 def _checked_memory(xp, name, memory, layout):
@@ -129,14 +131,6 @@ def _checked_memory(xp, name, memory, layout):
     return memory
 
 
-def _of_rank_4(xp, name, what, x, layout):
-    x = xp.as_tensor(name, what, x)
-    if not xp.is_floating(x.dtype):
-        raise TypeError(f"{name}: {what} must be floating, got {x.dtype.name}; cast it: {xp.cast_text(what)}")
-    _check_rank_4(xp, name, what, x, layout)
-    return x
-
-
 def _check_rank_4(xp, name, what, x, layout):
     extents = xp.extents(x)
     if extents is None or len(extents) != 4:
@@ -148,21 +142,13 @@ def _check_rank_4(xp, name, what, x, layout):
 
 
 def _new_rows(xp, name, k_new, v_new, q, keys, values, layout):
-    """The new keys and values in the dtype of the pages, which int8 will round; or ()."""
-    if k_new is None and v_new is None:
+    """The new keys and values as they go into the pages; or ()."""
+    growth.check_both(name, k_new, v_new)
+    if k_new is None:
         return ()
-    if k_new is None or v_new is None:
-        raise ValueError(f"{name}: k_new and v_new come together, and {'k' if k_new is None else 'v'}_new is None")
     batch, _, rows, _ = canonical(xp.extents(q), layout)
-    new = []
-    for what, x, of in (("k_new", k_new, keys), ("v_new", v_new, values)):
-        x = _of_rank_4(xp, name, what, x, layout)
-        _, heads, _, dim = canonical(xp.extents(of), layout)
-        if not arrays.compatible(canonical(xp.extents(x), layout), [batch, heads, rows, dim]):
-            wanted = canonical((batch, heads, rows, dim), layout)
-            raise ValueError(
-                f"{name}: {what} must have shape ({', '.join(map(str, wanted))}) for these rows and pages (layout {layout}), "
-                f"got {arrays.shape_text(xp.extents(x))}"
-            )
-        new.append(x if of.dtype in (x.dtype, xp.int8) else xp.cast(x, of.dtype))
-    return tuple(new)
+    new = [
+        growth.new_rows(xp, name, what, x, of, layout, batch, rows, "for these rows and pages ")
+        for what, x, of in (("k_new", k_new, keys), ("v_new", v_new, values))
+    ]
+    return growth.as_kept(xp, keys.dtype, new)

@@ -43,20 +43,14 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
             does not find that.
     """
     name = "decode_attention"
-    implementation, return_lse = given.pop("implementation", None), given.pop("return_lse", False)
-    rotary, is_causal = given.pop("rotary", None), given.pop("is_causal", True)
+    implementation = given.pop("implementation", None)
     q = xp.as_tensor(name, "q", q)
-    decoding = decode.prepared(xp, name, q, cache, k_new, v_new, rotary, is_causal, **given)
-    key, value, *scales = decoding.memory
-    call = normalize(
-        xp, name, decoding.query, key, value, scales=scales, of_cache=True, **decoding.options, return_lse=return_lse
-    )
+    decoding = decode.prepared(xp, name, q, cache, k_new, v_new, **given)
     chosen = choice.choose(name, implementation)
-    # Only what nothing speaks against changes the cache.
-    memory, cache = decoding.grown(xp, append.append)
-    out, lse = run.attention(name, decode.with_memory(call, memory), chosen, forced=implementation is not None)
+    call, cache = decoding.grown(xp, append.append)  # only what nothing speaks against changes the cache
+    out, lse = run.attention(name, call, chosen, forced=implementation is not None)
     out = out if out.dtype == q.dtype else out.astype(q.dtype)
-    return (out, lse, cache) if return_lse else (out, cache)
+    return (out, lse, cache) if call.return_lse else (out, cache)
 
 
 def attend_stacked(q, cache, k_new, v_new, positions, *, implementation=None, **given):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from attn_ops.call import options, public
-from attn_ops.call.normalize import normalize
-from attn_ops.generation import decode, paging
+from attn_ops.generation import paging
 from attn_ops.jax import append, choice, run, xp
 
 
@@ -40,17 +39,12 @@ def paged_attention(q, k_pages, v_pages, block_table, lengths, k_new=None, v_new
             can know. The composite does not find those.
     """
     name = "paged_attention"
-    implementation, return_lse = given.pop("implementation", None), given.pop("return_lse", False)
-    rotary, is_causal = given.pop("rotary", None), given.pop("is_causal", True)
-    in_place = options.flag(name, "in_place", given.pop("in_place", False))
+    implementation, in_place = given.pop("implementation", None), given.pop("in_place", False)
+    in_place = options.flag(name, "in_place", in_place)
     q = xp.as_tensor(name, "q", q)
-    paged = paging.prepared(
-        xp, name, q, k_pages, v_pages, block_table, lengths, k_new, v_new, rotary, is_causal, **given
-    )
-    call = normalize(xp, name, paged.query, *paged.memory[:2], **paged.options, return_lse=return_lse)
+    paged = paging.prepared(xp, name, q, k_pages, v_pages, block_table, lengths, k_new, v_new, **given)
     chosen = choice.choose(name, implementation)
-    # Only what nothing speaks against changes the pages.
-    memory = paged.grown(append.append_to_pages, in_place)
-    out, lse = run.attention(name, decode.with_memory(call, memory), chosen, forced=implementation is not None)
+    call, memory = paged.grown(append.append_to_pages, in_place)  # only what nothing speaks against changes the pages
+    out, lse = run.attention(name, call, chosen, forced=implementation is not None)
     out = out if out.dtype == q.dtype else out.astype(q.dtype)
-    return paging.results([out, *([lse] if return_lse else []), *(memory if paged.new else [])], 1 + return_lse)
+    return paging.results([out, *([lse] if call.return_lse else []), *memory], 1 + call.return_lse)

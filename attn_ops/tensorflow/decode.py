@@ -54,22 +54,17 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
         tf.errors.InvalidArgumentError: the same, where only the running op can know; in XLA the attention finds it.
     """
     name = "decode_attention"
-    implementation, return_lse = given.pop("implementation", None), given.pop("return_lse", False)
-    rotary, is_causal = given.pop("rotary", None), given.pop("is_causal", True)
+    implementation = given.pop("implementation", None)
     q = xp.as_tensor(name, "q", q)
-    decoding = decode.prepared(xp, name, q, cache, k_new, v_new, rotary, is_causal, **given)
-    key, value, *scales = decoding.memory
-    call = normalize(
-        xp, name, decoding.query, key, value, scales=scales, of_cache=True, **decoding.options, return_lse=return_lse
-    )
-    chosen = choice.choose(name, call, implementation)
+    decoding = decode.prepared(xp, name, q, cache, k_new, v_new, **given)
+    chosen = choice.choose(name, decoding.call, implementation)
     choice.calls[chosen] += 1
 
     def run():  # only what nothing speaks against changes the cache
-        memory, cache = decoding.grown(xp, append.append)
-        out, lse = attention.RUN[chosen](decode.with_memory(call, memory))
+        call, cache = decoding.grown(xp, append.append)
+        out, lse = attention.RUN[chosen](call)
         out = out if out.dtype == q.dtype else tf.cast(out, q.dtype)
-        return (out, lse, cache) if return_lse else (out, cache)
+        return (out, lse, cache) if call.return_lse else (out, cache)
 
     if chosen != "fused" or tf.executing_eagerly() or append.only_scatters():
         return run()

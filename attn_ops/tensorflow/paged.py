@@ -5,8 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops.call import options, public
-from attn_ops.call.normalize import normalize
-from attn_ops.generation import decode, paging
+from attn_ops.generation import paging
 from attn_ops.tensorflow import append, attention, choice, xp
 from attn_ops.tensorflow.as_written import as_written
 from attn_ops.tensorflow.forms import graph
@@ -58,25 +57,21 @@ def paged_attention(q, k_pages, v_pages, block_table, lengths, k_new=None, v_new
         tf.errors.InvalidArgumentError: the same, where only the running op can know.
     """
     name = "paged_attention"
-    implementation, return_lse = given.pop("implementation", None), given.pop("return_lse", False)
-    rotary, is_causal = given.pop("rotary", None), given.pop("is_causal", True)
-    in_place = options.flag(name, "in_place", given.pop("in_place", False))
+    implementation, in_place = given.pop("implementation", None), given.pop("in_place", False)
+    in_place = options.flag(name, "in_place", in_place)
     q = xp.as_tensor(name, "q", q)
-    paged = paging.prepared(
-        xp, name, q, k_pages, v_pages, block_table, lengths, k_new, v_new, rotary, is_causal, **given
-    )
-    call = normalize(xp, name, paged.query, *paged.memory[:2], **paged.options, return_lse=return_lse)
-    chosen = choice.choose(name, call, implementation)
+    paged = paging.prepared(xp, name, q, k_pages, v_pages, block_table, lengths, k_new, v_new, **given)
+    chosen = choice.choose(name, paged.call, implementation)
     choice.calls[chosen] += 1
 
     def run():  # only what nothing speaks against changes the pages
-        memory = paged.grown(append.append_to_pages, in_place)
-        out, lse = attention.RUN[chosen](decode.with_memory(call, memory))
+        call, memory = paged.grown(append.append_to_pages, in_place)
+        out, lse = attention.RUN[chosen](call)
         out = out if out.dtype == q.dtype else tf.cast(out, q.dtype)
-        return out, *([lse] if return_lse else []), *(memory if paged.new else [])
+        return out, *([lse] if call.return_lse else []), *memory
 
     if not paged.new or chosen != "fused" or tf.executing_eagerly() or append.only_scatters():
         results = run()
     else:
         results = graph.by_device(run, run, run)  # one choice for the append and the attention
-    return paging.results(results, 1 + return_lse)
+    return paging.results(results, 1 + paged.call.return_lse)
