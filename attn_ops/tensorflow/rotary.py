@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import tensorflow as tf
 
 from attn_ops.call import rotary
 from attn_ops.models.rotary import embedding

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
+from attn_ops.tensorflow import choice
+
 LENGTH = 24
 _SIZES = {"vocabulary_size": 50, "num_layers": 2, "hidden_dim": 32, "intermediate_dim": 48}
 _HEADS = {**_SIZES, "num_heads": 4}
@@ -205,3 +207,12 @@ def gradient_error(actual, expected):
     """Over all weights, relative to the largest of all gradients: that of a key's bias is 0 but for rounding."""
     scale = max(np.max(np.abs(g)) for g in expected)
     return max(error(a, e, scale) for a, e in zip(actual, expected))
+
+
+def fused_calls(function):
+    """The result of a function, and how many attentions ran fused in it, if no other ran otherwise."""
+    before = choice.calls.copy()
+    result = function()
+    ran = choice.calls - before
+    assert set(ran) <= {"fused"}
+    return result, ran["fused"]

@@ -6,27 +6,11 @@ import hub
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import attn_ops
 
-from attn_ops.tensorflow import choice
 
 MODELS = list(hub.LANGUAGE_MODELS)
-
-
-@pytest.fixture(scope="module")
-def keras_hub():
-    return pytest.importorskip("keras_hub")
-
-
-def fused_calls(function):
-    """The result of a function, and how many attentions ran fused in it, if no other ran otherwise."""
-    before = choice.calls.copy()
-    result = function()
-    ran = choice.calls - before
-    assert set(ran) <= {"fused"}
-    return result, ran["fused"]
 
 
 @pytest.mark.wide(5)
@@ -40,12 +24,12 @@ def test_converted_models_answer_as_stock_ones(keras_hub, name):
     explained = attn_ops.explain(model)
     count = hub.LANGUAGE_MODELS[name][2]
     assert len(explained.layers) == count and all(layer.fused for layer in explained.layers)
-    (out, gradients), fused = fused_calls(lambda: hub.results(model, values, real))
+    (out, gradients), fused = hub.fused_calls(lambda: hub.results(model, values, real))
     assert fused == count
     assert hub.error(out, expected) < 1e-5
     assert hub.gradient_error(gradients, expected_gradients) < 5e-5
     attn_ops.revert(model)
-    (again, _), fused = fused_calls(lambda: hub.results(model, values, real))
+    (again, _), fused = hub.fused_calls(lambda: hub.results(model, values, real))
     assert fused == 0
     np.testing.assert_array_equal(again, expected)
 
@@ -80,7 +64,7 @@ def test_mixed_precision(keras_hub, name, policy):
     expected = hub.output(exact, values) * real
     model = hub.make(keras_hub, name, dtype=policy)
     stock = hub.error(hub.output(model, values) * real, expected)
-    out, fused = fused_calls(lambda: hub.output(attn_ops.convert(model), values) * real)
+    out, fused = hub.fused_calls(lambda: hub.output(attn_ops.convert(model), values) * real)
     assert fused == hub.LANGUAGE_MODELS[name][2]
     assert hub.error(out, expected) < (5e-3 if np.isnan(stock) else 1.5 * stock + 1e-3)
 
@@ -100,7 +84,7 @@ def test_training(keras_hub, name, jit):
         target = np.zeros((2, x.shape[1] or hub.LENGTH, x.shape[2]), "float32")
         whole.fit(values, target, verbose=0, sample_weight=real[..., 0])
         if converted:
-            _, fused = fused_calls(lambda: attn_ops.convert(whole).fit(values, target, verbose=0, sample_weight=real[..., 0]))
+            _, fused = hub.fused_calls(lambda: attn_ops.convert(whole).fit(values, target, verbose=0, sample_weight=real[..., 0]))
             assert fused >= hub.LANGUAGE_MODELS[name][2]
         losses.append(whole.fit(values, target, verbose=0, sample_weight=real[..., 0]).history["loss"][0])
         if not converted:
@@ -118,7 +102,7 @@ def test_dropout_runs_fused_in_training(keras_hub):
     model = hub.make(keras_hub, "GPT-2", dropout=0.5)
     values, _ = hub.inputs(model)
     attn_ops.convert(model)
-    outs, fused = fused_calls(lambda: [hub.output(model, values, training=True) for _ in range(2)])
+    outs, fused = hub.fused_calls(lambda: [hub.output(model, values, training=True) for _ in range(2)])
     assert fused == 4
     assert hub.error(outs[0], outs[1]) > 0.01  # other weights are dropped each time
     np.testing.assert_array_equal(hub.output(model, values), hub.output(model, values))
@@ -134,7 +118,7 @@ def test_saved_files_are_those_of_stock_models(keras_hub, name, tmp_path):
     if name != "ALBERT":  # whose stock layers of Keras become ours
         model.save(tmp_path / "converted.keras")
         loaded = keras.saving.load_model(tmp_path / "converted.keras")
-        out, fused = fused_calls(lambda: hub.output(loaded, values))
+        out, fused = hub.fused_calls(lambda: hub.output(loaded, values))
         assert fused == 0
         np.testing.assert_array_equal(out, expected)
     attn_ops.revert(model)
@@ -151,10 +135,10 @@ def test_patched_process(keras_hub, name):
     expected = _sequence(model.predict(values, verbose=0)) * real
     with attn_ops.patched(model):
         assert all(layer.fused for layer in attn_ops.explain(model).layers)
-        out, fused = fused_calls(lambda: _sequence(model.predict(values, verbose=0)) * real)
+        out, fused = hub.fused_calls(lambda: _sequence(model.predict(values, verbose=0)) * real)
         assert fused >= hub.LANGUAGE_MODELS[name][2]
     assert hub.error(out, expected) < 1e-5
-    out, fused = fused_calls(lambda: _sequence(model.predict(values, verbose=0)) * real)
+    out, fused = hub.fused_calls(lambda: _sequence(model.predict(values, verbose=0)) * real)
     assert fused == 0
     np.testing.assert_array_equal(out, expected)
 

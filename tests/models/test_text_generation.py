@@ -9,7 +9,6 @@ import tensorflow as tf
 import attn_ops
 
 from attn_ops.models.adapters import layer_caches
-from attn_ops.tensorflow import choice
 
 CAUSAL = {
     "BLOOM": "BloomCausalLM",
@@ -32,20 +31,6 @@ CAUSAL = {
 }
 SEQUENCE = {"BART": "BartSeq2SeqLM", "T5": "T5Seq2SeqLM", "T5Gemma": "T5GemmaSeq2SeqLM"}
 PROMPT = 10
-
-
-@pytest.fixture(scope="module")
-def keras_hub():
-    return pytest.importorskip("keras_hub")
-
-
-def fused_calls(function):
-    """The result of a function, and how many attentions ran fused in it, if no other ran otherwise."""
-    before = choice.calls.copy()
-    result = function()
-    ran = choice.calls - before
-    assert set(ran) <= {"fused"}
-    return result, ran["fused"]
 
 
 def generator(keras_hub, name):
@@ -72,7 +57,7 @@ def test_the_same_tokens(keras_hub, name, jit):
     lm.compile(sampler="greedy", jit_compile=jit)
     expected = generate()
     attn_ops.convert(lm)
-    tokens, fused = fused_calls(generate)
+    tokens, fused = hub.fused_calls(generate)
     assert fused >= hub.LANGUAGE_MODELS[name][2]
     np.testing.assert_array_equal(tokens, expected)
     repeat_themselves = ("BART", "BLOOM", "T5Gemma")  # with these weights
@@ -103,7 +88,7 @@ def test_samplers(keras_hub, name, sampler, run):
 
     expected = sampled()
     attn_ops.convert(lm)
-    tokens, fused = fused_calls(sampled)
+    tokens, fused = hub.fused_calls(sampled)
     assert fused >= hub.LANGUAGE_MODELS[name][2]
     np.testing.assert_array_equal(tokens, expected)
 
@@ -199,7 +184,7 @@ def test_cached_calls_from_any_position(keras_hub, name, batch):
 
     expected = steps(0.0)
     attn_ops.convert(lm)
-    actual, fused = fused_calls(lambda: steps(np.nan))
+    actual, fused = hub.fused_calls(lambda: steps(np.nan))
     assert fused == 3 * layers
     for a, e in zip(actual, expected):
         assert hub.error(a, e) < 5e-5
@@ -225,7 +210,7 @@ def test_t5_with_a_cache(keras_hub):
     expected = steps()
     for layer in (first, second):
         attn_ops.convert(layer)
-    actual, fused = fused_calls(steps)
+    actual, fused = hub.fused_calls(steps)
     assert fused == 6
     for a, e in zip(actual, expected):
         assert hub.error(a, e) < 1e-5

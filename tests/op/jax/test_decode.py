@@ -3,35 +3,17 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import attn_ops.jax
+import jax_caches
 from cached_calls import (
-    BATCH, DIM, HEADS, KEY, KV_HEADS, MAX_LENGTH, OPTIONS, QUERY, TOKENS, VALUE, VALUE_DIM, in_parts, turned, whole,
+    BATCH, HEADS, KEY, OPTIONS, QUERY, TOKENS, VALUE, in_parts, turned, whole,
 )  # fmt: skip
+from jax_caches import FORMS, TWO, array, close, each_form, each_layout, in_scan, step_of
 
-TWO = (15, *[1] * 8)  # parts of two lengths: each is a function to compile
-FORMS = {"eager": lambda f: f, "jit": functools.partial(jax.jit, donate_argnums=1)}
-each_form = pytest.mark.parametrize("form", FORMS)
-each_layout = pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
-
-
-def new_cache(dtype="float32", batch=BATCH, length=MAX_LENGTH, **named):
-    return attn_ops.jax.KVCache.create(batch, length, KV_HEADS, DIM, dtype, value_dim=VALUE_DIM, framework="jax", **named)
-
-
-def array(x):
-    return jnp.asarray(x, "float32")
-
-
-def step_of(form, **options):
-    return FORMS[form](lambda q, cache, k, v: attn_ops.jax.decode_attention(q, cache, k, v, **options))
-
-
-def close(found, right, tolerance=2e-5):
-    np.testing.assert_allclose(np.asarray(found, np.float64), right, rtol=0, atol=tolerance)
+new_cache = functools.partial(jax_caches.new_cache, dtype="float32")
 
 
 @pytest.mark.wide(40)
@@ -47,7 +29,7 @@ def test_options(form, layout, name, forced):
 
 
 def test_rotary_and_another_dtype():
-    out, cache = in_parts(step_of("jit", rotary=True), new_cache("bfloat16"), parts=TWO, array=array)
+    out, cache = in_parts(step_of("jit", rotary=True), new_cache(dtype="bfloat16"), parts=TWO, array=array)
     assert cache.key.dtype == "bfloat16" and out.dtype == np.float32
     close(out, whole("plain", rotary=True), 0.1)
     close(cache.key[:, :TOKENS], turned(KEY), 0.05)
@@ -79,18 +61,7 @@ def test_prompts_of_different_lengths(form):
 
 
 def test_scan():
-    rows = [jnp.moveaxis(array(x), 1, 0)[:, :, None] for x in (QUERY, KEY, VALUE)]
-
-    @jax.jit
-    def run(cache, rows):
-        def step(cache, row):
-            q, k, v = row
-            out, cache = attn_ops.jax.decode_attention(q, cache, k, v)
-            return cache, out[:, 0]
-
-        return jnp.moveaxis(jax.lax.scan(step, cache, rows)[1], 0, 1)
-
-    close(run(new_cache(), rows), whole("plain"))
+    close(in_scan(new_cache(), (QUERY, KEY, VALUE))[1], whole("plain"))
 
 
 def test_memory_is_taken_over_and_a_copy_is_not():

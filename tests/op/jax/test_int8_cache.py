@@ -8,31 +8,14 @@ import numpy as np
 import pytest
 
 import attn_ops.jax
+import jax_caches
 import int8_rows
 from cached_calls import (
-    BATCH, DIM, HEADS, KEY, KV_HEADS, MAX_LENGTH, OPTIONS, QUERY, TOKENS, VALUE, VALUE_DIM, in_parts,
+    HEADS, KEY, KV_HEADS, OPTIONS, QUERY, TOKENS, VALUE, in_parts,
 )  # fmt: skip
+from jax_caches import TWO, array, close, each_form, each_layout, in_scan, step_of
 
-TWO = (15, *[1] * 8)
-FORMS = {"eager": lambda f: f, "jit": functools.partial(jax.jit, donate_argnums=1)}
-each_form = pytest.mark.parametrize("form", FORMS)
-each_layout = pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
-
-
-def new_cache(dtype="int8", batch=BATCH, length=MAX_LENGTH, **named):
-    return attn_ops.jax.KVCache.create(batch, length, KV_HEADS, DIM, dtype, value_dim=VALUE_DIM, framework="jax", **named)
-
-
-def array(x):
-    return jnp.asarray(x, "float32")
-
-
-def step_of(form, **options):
-    return FORMS[form](lambda q, cache, k, v: attn_ops.jax.decode_attention(q, cache, k, v, **options))
-
-
-def close(found, right, tolerance=2e-5):
-    np.testing.assert_allclose(np.asarray(found, np.float64), right, rtol=0, atol=tolerance)
+new_cache = functools.partial(jax_caches.new_cache, dtype="int8")
 
 
 @pytest.mark.wide(80)
@@ -60,19 +43,7 @@ def test_window(form, layout, window, monkeypatch):
 
 
 def test_scan():
-    rows = [jnp.moveaxis(array(x), 1, 0)[:, :, None] for x in (QUERY, KEY, VALUE)]
-
-    @jax.jit
-    def run(cache, rows):
-        def step(cache, row):
-            q, k, v = row
-            out, cache = attn_ops.jax.decode_attention(q, cache, k, v)
-            return cache, out[:, 0]
-
-        cache, outs = jax.lax.scan(step, cache, rows)
-        return cache, jnp.moveaxis(outs, 0, 1)
-
-    cache, out = run(new_cache(), rows)
+    cache, out = in_scan(new_cache(), (QUERY, KEY, VALUE))
     close(out, int8_rows.whole("plain"))
     int8_rows.holds(cache, TOKENS)
 
@@ -107,14 +78,14 @@ def test_structure():
     again = jax.jit(lambda cache: cache)(cache)
     assert type(again) is type(cache) and again.layout == "BHSD"
     with pytest.raises(ValueError, match="dtype must be float16, bfloat16, float32, float64 or int8, got int16"):
-        new_cache("int16")
+        new_cache(dtype="int16")
 
 
 @pytest.mark.wide(4)
 @pytest.mark.parametrize("forced", [None, "composite"])
 @pytest.mark.parametrize("kept", ["float16", "bfloat16"])
 def test_queries_are_not_rounded_to_the_cache(kept, forced):
-    out, cache = in_parts(step_of("jit", implementation=forced), new_cache(kept), parts=TWO, array=array)
+    out, cache = in_parts(step_of("jit", implementation=forced), new_cache(dtype=kept), parts=TWO, array=array)
     assert out.dtype == np.float32 and cache.key.dtype == kept
     key, value = (np.asarray(jnp.asarray(x, "float32").astype(kept).astype("float32")) for x in (KEY, VALUE))
     close(out, attn_ops.reference.attention(QUERY, key, value, is_causal=True)[0])
@@ -122,6 +93,6 @@ def test_queries_are_not_rounded_to_the_cache(kept, forced):
 
 @pytest.mark.parametrize("kept", ["int8", "bfloat16"])
 def test_queries_have_no_gradient(kept):
-    cache = new_cache(kept).update(array(KEY[:, :4]), array(VALUE[:, :4]))
+    cache = new_cache(dtype=kept).update(array(KEY[:, :4]), array(VALUE[:, :4]))
     with pytest.raises(NotImplementedError, match="attention to a cache is for generation, and has no gradient"):
         jax.grad(lambda q: attn_ops.jax.decode_attention(q, cache, implementation="fused")[0].sum())(array(QUERY[:, :1]))

@@ -1,34 +1,23 @@
 """attn_ops.decode_attention: rows in parts, with a cache, are the rows of one causal attention over the whole
 sequence."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import attn_ops
+import tensorflow_caches
 from attn_ops import kernels
 from attn_ops.tensorflow import decode
 from cached_calls import (
     BATCH, DIM, HEADS, KEY, KV_HEADS, MAX_LENGTH, OPTIONS, QUERY, TOKENS, VALUE, VALUE_DIM, in_parts, laid_out, turned, whole,
 )  # fmt: skip
+from tensorflow_caches import FORMS, TWO, each_form, each_layout, step_of
 
-FORMS = {
-    "eager": lambda f: f,
-    "graph": lambda f: tf.function(f, autograph=False),
-    "xla": lambda f: tf.function(f, autograph=False, jit_compile=True),
-}
-each_form = pytest.mark.parametrize("form", FORMS)
-each_layout = pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
-TWO = (15, *[1] * 8)  # parts of two lengths: each is a function to compile
+new_cache = functools.partial(tensorflow_caches.new_cache, dtype=tf.float64)
 LARGEST_ERROR = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 0.1}
-
-
-def new_cache(dtype=tf.float64, batch=BATCH, length=MAX_LENGTH, **named):
-    return attn_ops.KVCache.create(batch, length, KV_HEADS, DIM, dtype, value_dim=VALUE_DIM, **named)
-
-
-def step_of(form, **options):
-    return FORMS[form](lambda q, cache, k, v: attn_ops.decode_attention(q, cache, k, v, **options))
 
 
 def close(found, right, dtype="float64"):
@@ -52,7 +41,7 @@ def test_options(form, layout, name, forced):
 @each_form
 def test_cache_of_another_dtype(form, dtype):
     """The output has that of the queries."""
-    out, cache = in_parts(step_of(form), new_cache(dtype), parts=TWO, array=tf.constant)
+    out, cache = in_parts(step_of(form), new_cache(dtype=dtype), parts=TWO, array=tf.constant)
     assert cache.key.dtype == dtype and out.dtype == np.float64
     close(out, whole("plain"), dtype)
 

@@ -1,31 +1,24 @@
 """Caches in int8, and others of another dtype than the queries, in TensorFlow. What int8 keeps is by its definition
 (helpers/int8_rows.py), the same bits in every form; attending to it gives what the specification gives for that."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import attn_ops
 import int8_rows
+import tensorflow_caches
 from attn_ops import kernels
 from attn_ops.call import attention_call
 from attn_ops.tensorflow import append
 from cached_calls import (
     BATCH, DIM, HEADS, KEY, KV_HEADS, MAX_LENGTH, OPTIONS, QUERY, TOKENS, VALUE, VALUE_DIM, in_parts, whole,
 )  # fmt: skip
+from tensorflow_caches import FORMS, TWO, each_form, each_layout, step_of
 
-FORMS = {
-    "eager": lambda f: f,
-    "graph": lambda f: tf.function(f, autograph=False),
-    "xla": lambda f: tf.function(f, autograph=False, jit_compile=True),
-}
-each_form = pytest.mark.parametrize("form", FORMS)
-each_layout = pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
-TWO = (15, *[1] * 8)  # parts of two lengths: each is a function to compile
-
-
-def new_cache(dtype="int8", batch=BATCH, length=MAX_LENGTH, **named):
-    return attn_ops.KVCache.create(batch, length, KV_HEADS, DIM, dtype, value_dim=VALUE_DIM, **named)
+new_cache = functools.partial(tensorflow_caches.new_cache, dtype="int8")
 
 
 def single(x):
@@ -34,10 +27,6 @@ def single(x):
 
 def address(tensor):
     return np.asarray(memoryview(tensor)).__array_interface__["data"][0]
-
-
-def step_of(form, **options):
-    return FORMS[form](lambda q, cache, k, v: attn_ops.decode_attention(q, cache, k, v, **options))
 
 
 def close(found, right, tolerance=2e-5):
@@ -174,7 +163,7 @@ def test_structure():
     assert isinstance(cache, attn_ops.KVCache) and cache.key.dtype == "int8"
     function, arguments = cache.__reduce__()
     assert type(function(*arguments)) is type(cache)
-    assert new_cache("float32").key_scale is None and len(new_cache("float32")) == 4
+    assert new_cache(dtype="float32").key_scale is None and len(new_cache(dtype="float32")) == 4
 
 
 @pytest.mark.wide(9)
@@ -185,7 +174,7 @@ def test_queries_are_not_rounded_to_the_cache(form, kept, forced):
     """What the specification gives for the queries as they are, and the keys and values that the cache keeps."""
     if form == "xla" and forced == "reference":
         pytest.skip("NumPy")
-    out, cache = in_parts(step_of(form, implementation=forced), new_cache(kept), parts=TWO, array=single)
+    out, cache = in_parts(step_of(form, implementation=forced), new_cache(dtype=kept), parts=TWO, array=single)
     assert out.dtype == np.float32 and cache.key.dtype == kept
     key, value = (tf.cast(tf.cast(x, kept), tf.float64).numpy() for x in (KEY, VALUE))
     close(out, attn_ops.reference.attention(QUERY, key, value, is_causal=True)[0])
@@ -202,7 +191,7 @@ def test_queries_of_every_dtype(dtype):
 
 
 BAD = {
-    "a dtype": (lambda: new_cache("uint8"), ValueError, "dtype must be float16, bfloat16, float32, float64 or int8, got uint8"),
+    "a dtype": (lambda: new_cache(dtype="uint8"), ValueError, "dtype must be float16, bfloat16, float32, float64 or int8, got uint8"),
     "integers": (lambda: new_cache().update(np.ones((2, 1, 2, 8), "int8"), VALUE[:, :1]), TypeError, "k_new must be floating, got int8"),
     "a full one": (lambda: new_cache(length=4).update(KEY[:, :5], VALUE[:, :5]), ValueError, "the cache is full"),
     "no scales": (
