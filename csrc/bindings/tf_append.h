@@ -1,5 +1,5 @@
-// The operators AttnOps>AppendToCache and AttnOps>AppendToInt8Cache for TensorFlow: new rows of keys and values, written into the memory that the cache
-// has wherever nobody else can tell.
+// The operators AttnOps>AppendToCache and AttnOps>AppendToInt8Cache for TensorFlow: new rows of keys and values, written
+// into the memory that the cache has wherever nobody else can tell.
 //
 // Two ways tell that nobody can. One is TensorFlow's, that this is the last use of the memory
 // (TF_ForwardInputOrAllocateOutput): so in loops; but what Python holds, or the caller of a function, is never free. The

@@ -256,15 +256,11 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
 
   Arena arena(memory);
   const BackwardScratch<T> scratch(p, arena);
-  KeyRows<T> keys(first_list, p.k, p.k_scales, p.head_dim, true, &arena);
-  KeyRows<T> values(first_list, p.v, p.v_scales, p.value_dim, true, &arena);
   const int64_t together = most_keys_seen<T>(first_list, tiling, task.tile_begin, task.tile_end, kBackwardTiles);
-  keys.keep_for(together);
-  values.keep_for(together);
+  KeyRows<T> keys(first_list, p.k, p.k_scales, p.head_dim, true, together, &arena);
+  KeyRows<T> values(first_list, p.v, p.v_scales, p.value_dim, true, together, &arena);
   NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
-  next.reads_keys(p.k, p.head_dim);
-  next.reads_keys(p.v, p.value_dim);
-  next.reads_rows(p.q, p.head_dim);
+  next.reads_inputs();
   if (!recomputes_statistics<T>(p)) next.reads_rows(p.out, p.value_dim);
   next.reads_rows(params.d_out, p.value_dim);
   next.reads_rows(params.dq, p.head_dim);

@@ -172,40 +172,22 @@ ATTN_INLINE void raw_scores(Storage storage, const RowGroup<T>& f, const KeyBloc
   }
 }
 
-// The scales of n int8 keys or values of a head, of which kv head 0 has its first one at `at`, and zeros behind them.
-template <class T>
-ATTN_INLINE void read_scales(const HeadRows& r, const StridedView& scales, const char* at, int64_t n, T* to) {
-  const float* const first = reinterpret_cast<const float*>(at) + r.kv_head * scales.stride[2];
-  const int64_t stride = scales.stride[1];
-  for (int64_t j = 0; j < n; ++j) to[j] = static_cast<T>(first[j * stride]);
-  for (int64_t j = n; j < round_to_width<T>(n); ++j) to[j] = 0;
-}
-
-// The scores of int8 keys are made before they are multiplied, and so are the sums over int8 values: a row of the cache
-// is never there as floats.
-template <class T>
-ATTN_INLINE void scale_scores(const RowGroup<T>& f, const KeyBlock& block, T* scores) {
+// x[i][j] = times(x[i][j], scale of key or value j) for the rows of a group and a block of n int8 keys or values, of whose
+// scales kv head 0 has its first one at `first`. The scores of int8 keys are made before they are multiplied, and so are the
+// sums over int8 values: a row of the cache is never there as floats.
+template <class T, class Times>
+ATTN_INLINE void scale_block(const RowGroup<T>& f, const StridedView& view, const char* first, int64_t n, T* x,
+                             const Times& times) {
   using S = Simd<T>;
+  const float* const of_head = reinterpret_cast<const float*>(first) + f.head_rows->kv_head * view.stride[2];
+  const int64_t stride = view.stride[1];
   T scales[kHeadLanesKeys];
-  read_scales<T>(*f.head_rows, f.head_rows->p.k_scales, block.k_scales, block.n, scales);
+  for (int64_t j = 0; j < n; ++j) scales[j] = static_cast<T>(of_head[j * stride]);
+  for (int64_t j = n; j < round_to_width<T>(n); ++j) scales[j] = 0;
   for (int i = 0; i < f.rows; ++i)
-    for (int64_t j = 0; j < block.n; j += S::width) {
-      T* const at = scores + i * kHeadLanesKeys + j;
-      S::store(at, S::load(at) * S::load(scales + j));
-    }
-}
-
-// A probability of 0 stays so, whatever the scale is: that of a hidden value may be NaN.
-template <class T>
-ATTN_INLINE void scale_probabilities(const RowGroup<T>& f, const KeyBlock& block, T* probabilities) {
-  using S = Simd<T>;
-  T scales[kHeadLanesKeys];
-  read_scales<T>(*f.head_rows, f.head_rows->p.v_scales, block.v_scales, block.n, scales);
-  for (int i = 0; i < f.rows; ++i)
-    for (int64_t j = 0; j < block.n; j += S::width) {
-      T* const at = probabilities + i * kHeadLanesKeys + j;
-      const Vec<T> x = S::load(at);
-      S::store(at, S::select(x == S::zero(), S::zero(), x * S::load(scales + j)));
+    for (int64_t j = 0; j < n; j += S::width) {
+      T* const at = x + i * kHeadLanesKeys + j;
+      S::store(at, times(S::load(at), S::load(scales + j)));
     }
 }
 
@@ -323,14 +305,20 @@ __attribute__((noinline)) void row_group_block(Storage storage, RowGroup<T>& f, 
   T* const s = scratch.scores;
   constexpr bool scaled = std::is_same_v<Storage, Int8>;
   raw_scores<T, R>(storage, f, block, keys_ahead, s);
-  if constexpr (scaled) scale_scores<T>(f, block, s);
+  if constexpr (scaled)
+    scale_block<T>(f, p.k_scales, block.k_scales, n, s, [](Vec<T> score, Vec<T> scale) { return score * scale; });
   row_softmax<T, R, head_lanes_keys(Storage::size)>(f, k0, n, seen, bits, s);
   if (p.dropout_rate > 0) {  // after the sum: dropout acts on the normalised probabilities
     dropout_factors<T>(Dropout(p, f.head_rows->batch), f.position, f.head, f.rows, k0, n, scratch.factors);
     for (int i = 0; i < f.rows; ++i)
       for (int64_t j = 0; j < n; ++j) s[i * kHeadLanesKeys + j] *= scratch.factors[j * f.rows + i];
   }
-  if constexpr (scaled) scale_probabilities<T>(f, block, s);
+  if constexpr (scaled) {  // a probability of 0 stays so, whatever the scale is: that of a hidden value may be NaN
+    using S = Simd<T>;
+    scale_block<T>(f, p.v_scales, block.v_scales, n, s, [](Vec<T> probability, Vec<T> scale) {
+      return S::select(probability == S::zero(), S::zero(), probability * scale);
+    });
+  }
   if (seen == Visibility::kSome) add_values<T, R, true>(storage, f, block, values_ahead, s);
   else add_values<T, R, false>(storage, f, block, values_ahead, s);
 }

@@ -23,8 +23,10 @@ class KeyRows {
     return Arena::bytes<T>(copies(p) * kBlockKeys * dim) + Arena::bytes<int32_t>(copies(p));
   }
 
-  // `scales` of int8 rows, else with data null.
-  KeyRows(const HeadRows& r, const StridedView& v, const StridedView& scales, int64_t dim, bool shared, Arena* arena)
+  // `scales` of int8 rows, else with data null. No rows that meet keys together see more than `together` of them, and none go
+  // back: copies of so many stay, in the caches if they are few.
+  KeyRows(const HeadRows& r, const StridedView& v, const StridedView& scales, int64_t dim, bool shared, int64_t together,
+          Arena* arena)
       : rows_(r),
         view_(v),
         scales_(scales),
@@ -34,16 +36,10 @@ class KeyRows {
                   (!shared || v.stride[1] == dim)),
         kept_(shared && keeps_keys<T>(r.p)),
         slots_(copies(r.p)) {
+    if (together / kBlockKeys + 2 < slots_) slots_ = together / kBlockKeys + 2;
     copy_ = arena->take<T>(copies(r.p) * kBlockKeys * dim);
     copied_ = arena->take<int32_t>(copies(r.p));
     memset(copied_, -1, copies(r.p) * sizeof(int32_t));
-  }
-
-  // No rows that meet keys together see more than so many, and none go back: copies of so many stay, in the caches if
-  // they are few.
-  void keep_for(int64_t keys) {
-    const int64_t blocks = keys / kBlockKeys + 2;
-    if (blocks < slots_) slots_ = blocks;
   }
 
   // Keys k0 .. k1, at most kBlockKeys. Shared blocks lie between multiples of kBlockKeys.

@@ -255,15 +255,11 @@ void forward_row_lanes(const AttentionParams& p, const RowLanesTask& task, void*
   const Tiling<T> tiling(r.count);
   RowLanesScratch<T>& scratch = RowLanesScratch<T>::in(p, &arena);
   const bool shared = task.tile_end - task.tile_begin > 1;
-  KeyRows<T> keys(r, p.k, p.k_scales, p.head_dim, shared, &arena);
-  KeyRows<T> values(r, p.v, p.v_scales, p.value_dim, shared, &arena);
   const int64_t together = most_keys_seen<T>(r, tiling, task.tile_begin, task.tile_end, kForwardTiles);
-  keys.keep_for(together);
-  values.keep_for(together);
+  KeyRows<T> keys(r, p.k, p.k_scales, p.head_dim, shared, together, &arena);
+  KeyRows<T> values(r, p.v, p.v_scales, p.value_dim, shared, together, &arena);
   NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
-  next.reads_keys(p.k, p.head_dim);
-  next.reads_keys(p.v, p.value_dim);
-  next.reads_rows(p.q, p.head_dim);
+  next.reads_inputs();
   next.reads_rows(p.out, p.value_dim);
   for (int64_t first = task.tile_begin; first < task.tile_end; first += kForwardTiles) {
     const int64_t left = task.tile_end - first;

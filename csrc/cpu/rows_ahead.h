@@ -85,6 +85,11 @@ class NextTask {
     if (!p_.block_table) add(v, p_.seqlen_k, 1, dim);
   }
   void reads_rows(const StridedView& v, int64_t dim) { add(v, p_.seqlen_q, group_size(p_), dim); }
+  void reads_inputs() {
+    reads_keys(p_.k, p_.head_dim);
+    reads_keys(p_.v, p_.value_dim);
+    reads_rows(p_.q, p_.head_dim);
+  }
 
   ATTN_INLINE void ask() {
     for (int i = 0; i < count_; ++i)
