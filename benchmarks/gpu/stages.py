@@ -1,0 +1,216 @@
+"""The stages of first_run.py: each is a function of the directory for its logs, and returns a status (None is well)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from workloads import FORWARD, Workload
+
+from . import device as devices
+from . import measure, peers
+from .workloads import BACKWARD
+
+_ROOT = Path(__file__).resolve().parents[2]
+_SANITIZED = "strides or head_dims or nan or split"  # of tests/cuda/test_kernels.py
+
+
+def facts(out: Path) -> int | None:
+    """What is there, and whether the library can use it."""
+    import torch
+
+    from attn_ops.kernels import cuda
+
+    if shutil.which("nvidia-smi"):
+        query = "name,driver_version,compute_cap,clocks.sm,clocks.max.sm,power.limit,temperature.gpu,memory.total"
+        subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv"], check=False)
+    print(f"PyTorch {torch.__version__}, {devices.Cuda().name}")
+    reason = cuda.unavailable_reason(0)
+    print(f"attn_ops: {reason or 'usable'}")
+    return int(reason is not None)
+
+
+# ------------------------------------------------------------------------------------------------ is it right?
+
+def kernels(out: Path) -> int:
+    """Every kernel of every dtype and head dimension, against the float64 reference."""
+    sys.path[:0] = [str(_ROOT / "tests"), str(_ROOT / "tests/helpers")]
+    import cuda_run
+    from cases import TOLERANCES
+
+    cuda_run.start("ATTN_OPS_CUDA_DRIVER" not in os.environ)
+    cases = [(dtype, dim, kind) for dtype in ("float32", "float16", "bfloat16") for dim in _DIMS for kind in _KINDS]
+    failed = 0
+    for dtype, dim, kind in cases:
+        errors = _errors(dtype, dim, kind)
+        wrong = not all(error <= TOLERANCES[dtype] for error in errors.values())
+        failed += wrong
+        if wrong or dim == 128:
+            told = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+            print(f"{'WRONG ' * wrong}{dtype} {dim} {kind}: {told}")
+    print(f"{failed} of {len(cases)} wrong")
+    return failed
+
+
+_DIMS = (64, 80, 128, 192, 256)
+_KINDS = ("full", "causal", "masked", "few rows")
+
+
+def _errors(dtype: str, dim: int, kind: str) -> dict[str, float]:
+    """The largest errors of a call, as parts of the largest value (or of 1), by what is wrong."""
+    import cuda_run
+    import numpy as np
+    from cases import make_inputs
+    from implementations import specification
+
+    rows, keys, heads = 3 if kind == "few rows" else 150, 200, 2
+    inputs = make_inputs(dtype, 2, rows, keys, heads, 1, dim)
+    options = {"is_causal": True} if kind == "causal" else {}
+    if kind == "masked":
+        rng = np.random.default_rng(dim)
+        options["mask"] = rng.random((2, 1, rows, keys)) < 0.7
+        options["bias"] = rng.standard_normal((1, heads, rows, keys)).astype(inputs[0].dtype)
+    found = cuda_run.run(*inputs, dict(options))
+    wanted = vars(specification(*inputs, **options))
+    return {name: float(np.abs(np.asarray(x, np.float64) - wanted[name]).max() / max(np.abs(wanted[name]).max(), 1))
+            for name, x in found.items() if x is not None}  # fmt: skip
+
+
+def tests(out: Path) -> int:
+    """The tests of the kernels, on the card."""
+    options = ["-m", "gpu", "-q", "-n", str(min(os.cpu_count() or 1, 12)), "--maxfail=40", "-p", "no:cacheprovider"]
+    return subprocess.call([sys.executable, "-m", "pytest", *options, "--tb=line", "tests"], cwd=_ROOT)
+
+
+def memcheck(out: Path) -> int:
+    return _sanitize("memcheck", _SANITIZED)
+
+
+def racecheck(out: Path) -> int:
+    return _sanitize("racecheck", "groups or split")
+
+
+def _sanitize(tool: str, tests: str) -> int:
+    script = _ROOT / "tests/cuda_host/sanitize.py"
+    return subprocess.call([sys.executable, str(script), tool, "-x", "-p", "no:cacheprovider", "-k", tests], cwd=_ROOT)
+
+
+def soak(out: Path) -> int:
+    """Decode's blocks meet in memory: the same bits from thousands of launches on poisoned workspace, on two streams at
+    once, and replayed from a CUDA graph."""
+    import torch
+
+    from attn_ops.kernels import cuda
+
+    q = torch.randn(2, 1, 32, 128, device="cuda").bfloat16()
+    k, v = (torch.randn(2, 8192, 8, 128, device="cuda").bfloat16() for _ in range(2))
+
+    def prepare():
+        out = torch.full_like(q, torch.nan)
+        call = cuda.Forward(q, k, v, out, torch.empty(2, 32, 1, 2, device="cuda"))
+        space = torch.full((call.workspace_bytes(),), 0xFF, dtype=torch.uint8, device="cuda")
+        return call, out, space
+
+    call, first, space = prepare()
+    call(space, 0)
+    torch.cuda.synchronize()
+    expected, wrong = first.clone(), 0
+    streams = [(torch.cuda.Stream(), *prepare()) for _ in range(2)]
+    for turn in range(100):
+        for stream, own, result, lent in streams:
+            with torch.cuda.stream(stream):
+                lent.fill_(turn)
+                result.fill_(torch.nan)
+                for _ in range(50):
+                    own(lent, stream.cuda_stream)
+        torch.cuda.synchronize()
+        wrong += sum(not torch.equal(result, expected) for _, _, result, _ in streams)
+    print(f"10,000 launches on two streams: {wrong} times other bits")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(space, torch.cuda.current_stream().cuda_stream)
+    for _ in range(1000):
+        graph.replay()
+    torch.cuda.synchronize()
+    same = torch.equal(first, expected)
+    print(f"1,000 replays of a graph: {'the same bits' if same else 'OTHER BITS'}")
+    return wrong + (not same)
+
+
+# ------------------------------------------------------------------------------------------------ how fast, and why?
+
+
+def _prefill(dim: int, length: int, is_causal: bool = False, dtype: str = "bfloat16") -> Workload:
+    heads = 2048 // dim
+    name = f"d{dim}_{length}{'_causal' * is_causal}"
+    return Workload(name, 16384 // length, heads, heads, length, length, dim, is_causal, dtype)
+
+
+def _decode(batch: int, keys: int) -> Workload:
+    return Workload(f"decode_b{batch}_{keys}", batch, 32, 8, 1, keys, 128, dtype="bfloat16")
+
+
+_NUMBERS = [
+    *((_prefill(dim, 4096, causal), mode) for dim in (64, 128) for causal in (False, True)
+      for mode in (FORWARD, BACKWARD)),
+    *((_decode(batch, keys), FORWARD) for batch, keys in ((1, 8192), (8, 4096), (32, 4096))),
+    *((_prefill(64, 2048, dtype="float32"), mode) for mode in (FORWARD, BACKWARD)),
+    (_prefill(128, 16384), FORWARD),
+    (_prefill(256, 4096), FORWARD),
+    (dataclasses.replace(_prefill(128, 1024, True), name="short", batch=4), FORWARD),
+]  # fmt: skip
+_BESIDE = ("attn_ops_cuda", "torch_cudnn", "torch_flash", "torch_efficient")
+
+
+def numbers(out: Path) -> None:
+    """Teraflops (decode: terabytes of keys and values) a second, ours beside the others, in interleaved rounds."""
+    device = devices.Cuda()
+    beside = [peer for name, peer in peers.all_peers().items() if name in _BESIDE and not peer.missing(device)]
+    for workload, mode in _NUMBERS:
+        rows, notes = measure.run(device, workload, mode, beside, measure.Effort(rounds=5, seconds=2.0, turn=0.005))
+        told = [
+            f"{row.peer} {1e6 * row.wall_median:.1f} us"
+            + (f" {workload.key_value_bytes() / row.wall_median / 1e12:.2f} TB/s" if workload.is_decode
+               else f" {row.gflops_per_second / 1e3:.0f}")
+            for row in rows
+        ]  # fmt: skip
+        limit = f"; {rows[0].limit} {rows[0].limit_per_second / 1e12:.2f}" if rows else ""
+        print(f"{workload.name} {workload.dtype} {mode}: {', '.join(told)}{limit}")
+        for note in notes:
+            print(f"  {note[:150]}")
+
+
+def profile(out: Path) -> int:
+    """Nsight Compute's words on the kernels that matter."""
+    ncu = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
+    if ncu is None:
+        print("there is no ncu")
+        return 1
+    sections = ["SpeedOfLight", "WarpStateStats", "Occupancy", "MemoryWorkloadAnalysis", "InstructionStats"]
+    command = [ncu, *(word for name in sections for word in ("--section", name)), "--clock-control", "none"]
+    command += ["-k", "regex:attn_ops", "--launch-skip", "2", "--launch-count", "8", "--csv", "--page", "details"]
+    code = "from pathlib import Path; from gpu import stages; stages.launches(Path())"
+    with (out / "profile.csv").open("w") as file:
+        status = subprocess.call([*command, sys.executable, "-c", code], stdout=file)
+    print((out / "profile.csv").read_text()[-600:])
+    return status
+
+
+def launches(out: Path) -> None:
+    """What `profile` looks at: forward, backward and decode, twice each."""
+    import torch
+
+    ours, device = peers.all_peers()["attn_ops_cuda"], devices.Cuda()
+    for workload, mode in ((_prefill(128, 4096), BACKWARD), (_decode(8, 4096), FORWARD)):
+        shape = workload.batch, workload.seqlen_q, workload.num_heads, workload.head_dim
+        keys = workload.batch, workload.seqlen_k, workload.num_kv_heads, workload.head_dim
+        made = {"query": shape, "key": keys, "value": keys, "d_out": shape}
+        inputs = {name: torch.randn(x, device="cuda").bfloat16() for name, x in made.items()}
+        step = ours.prepare(device, workload, mode, inputs)
+        for _ in range(2):
+            step()
+        torch.cuda.synchronize()
