@@ -41,6 +41,7 @@ def main(argv=None) -> int:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)} (default: all)")
     parser.add_argument("--out", type=Path, default=Path("first_run"), help="where logs go (default: %(default)s)")
     parser.add_argument("--list", action="store_true", help="print the stages and their limits, and nothing else")
+    parser.add_argument("--only", default="", metavar="WORDS", help="of `numbers`, rows with one of these (d128 decode)")
     parser.add_argument("--within", action="store_true", help=argparse.SUPPRESS)  # this process is the stage
     chosen = parser.parse_args(argv)
     unknown = [name for name in chosen.stages if name not in STAGES]
@@ -53,6 +54,7 @@ def main(argv=None) -> int:
         from gpu import stages
 
         return getattr(stages, chosen.stages[0])(chosen.out) or 0
+    os.environ["ATTN_OPS_FIRST_RUN_ONLY"] = chosen.only  # for the processes of the stages
     chosen.out.mkdir(parents=True, exist_ok=True)
     return sum(not _run(name, chosen.out) for name in chosen.stages or STAGES)
 

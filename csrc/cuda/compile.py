@@ -118,9 +118,11 @@ def find_nvcc() -> Path | None:
     return next(filter(is_usable, found), None)
 
 
-def ptx_of(architecture: str) -> str:
-    """The PTX it is made from. The kernels use nothing newer than compute_80, but from compute_100 on nvcc has another
-    front end, whose code is shorter by a tenth."""
+def ptx_of(architecture: str, source: Path | None = None) -> str:
+    """The PTX it is made from. The kernels use nothing newer than compute_80, except those in hopper/; but from
+    compute_100 on nvcc has another front end, whose code is shorter by a tenth."""
+    if source is not None and source.parent.name == "hopper":
+        return architecture.replace("sm_", "compute_")
     return "compute_100" if int(re.sub(r"\D", "", architecture)) >= 100 else "compute_80"
 
 
@@ -141,7 +143,7 @@ def run_nvcc(nvcc: Path, source: Path, architecture: str, target: Path) -> str:
     kind = ["-ptx"] if target.suffix == ".ptx" else ["-fatbin", "--compress-mode=size"]
     command = [
         *[str(nvcc), *OPTIONS, "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v"],
-        *["-gencode", f"arch={ptx_of(architecture)},code={architecture}", *kind, str(source), "-o", str(target)],
+        *["-gencode", f"arch={ptx_of(architecture, source)},code={architecture}", *kind, str(source), "-o", str(target)],
     ]
     found = subprocess.run(command, capture_output=True, text=True)
     log = found.stdout + found.stderr
@@ -200,7 +202,7 @@ def run_nvrtc(library: Path, source: Path, architecture: str, target: Path) -> s
     call("nvrtcCreateProgram", ctypes.byref(program), *created)
     options = [
         *[*OPTIONS, f"--gpu-architecture={architecture}", "--device-as-default-execution-space"],
-        *["--ptxas-options=-v", f"-I{source.parent}"],
+        *["--ptxas-options=-v", f"-I{source.parent}", f"-I{source.parent.parent}"],
     ]
     try:
         array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))

@@ -105,6 +105,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
 
   Acc<1, kDim / 8> o;
   clear<1, kDim / 8>(o);
+  const auto rescale = [&o](int m, int half, float factor) { scale_row<1, kDim / 8>(o, m, half, factor); };
   RowStatistics<1> rows;
 #pragma unroll 1
   for (int step = 0; step < own_steps; ++step) {
@@ -116,9 +117,9 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
     gemm_nt<M, kDim, 1, kMmaN>(s, q, 0, slot(2 * step), recomputed(lane_index()));
     const bool sees_all = plain && block.sees_all(key, kKeys);
     if (sees_all) {
-      softmax_of_all<1, kMmaN, kDim / 8>(s, rows, o, scale);
+      softmax_of_all<1, kMmaN>(s, rows, scale, rescale);
     } else {
-      softmax_of_some<M, false, 1, kMmaN, kDim / 8>(s, rows, o, head, block.first, key);
+      softmax_of_some<M, false, 1, kMmaN>(s, rows, head, block.first, key, rescale);
     }
     copy_async_wait<kRing - 2>();
     sync_warp();  // the same for the values, and the keys

@@ -5,6 +5,7 @@
 #include <random>
 #include <string>
 
+#include "hopper/dispatch.h"
 #include "library.h"
 #include "plan.h"
 
@@ -118,6 +119,7 @@ int launch_decode(const AttentionParams& p, const Device& device, void* stream, 
 }
 
 int launch_forward(const AttentionParams& p, const Device& device, void* stream) {
+  if (hopper::takes(p, device)) return hopper::launch_forward(p, device, stream);
   const Math math = math_of(p, false);
   const int dim = dim_of(p);
   const bool plain = is_plain(p);

@@ -57,6 +57,8 @@ struct Driver {
   int (*set_attribute)(int attribute, int value, Kernel, int device);
   int (*launch)(Kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
                 unsigned block_z, unsigned shared_bytes, void* stream, void** parameters, void** extra);
+  int (*encode)(void* map, int type, uint32_t rank, void* data, const uint64_t* extent, const uint64_t* stride,
+                const uint32_t* box, const uint32_t* step, int interleave, int swizzle, int promotion, int outside);
 
   Driver() {
     // A test's own driver, or one that lies where nothing looks for it.
@@ -83,6 +85,7 @@ struct Driver {
     find(&kernel, "cuLibraryGetKernel");
     find(&set_attribute, "cuKernelSetAttribute");
     find(&launch, "cuLaunchKernel");
+    encode = reinterpret_cast<decltype(encode)>(dlsym(library, "cuTensorMapEncodeTiled"));  // of Hopper alone
     if (!usable()) return;
     if (const int code = init(0))
       reason.format("the CUDA driver cannot be used: %s (CUresult %d)", explain(code), code);
@@ -124,14 +127,14 @@ std::atomic<bool> allowed[kMostDevices][kNumKernelNames];
 
 std::mutex mutex;  // held while one of them is made
 
-int load(const Device& device, Library* library) {
-  std::atomic<Library>& known = loaded[device.image].library;
+int load(int number, Library* library) {
+  std::atomic<Library>& known = loaded[number].library;
   *library = known.load(std::memory_order_acquire);
   if (*library != nullptr) return 0;
   const std::lock_guard<std::mutex> lock(mutex);
   *library = known.load(std::memory_order_relaxed);
   if (*library != nullptr) return 0;
-  const Image& image = cuda::image(device.image);
+  const Image& image = cuda::image(number);
   if (const int code = driver().load(library, image.data, nullptr, nullptr, 0, nullptr, nullptr, 0)) {
     int version = 0;
     driver().version(&version);
@@ -143,11 +146,12 @@ int load(const Device& device, Library* library) {
 }
 
 int find_kernel(const Device& device, const KernelName& name, Kernel* kernel) {
-  std::atomic<Kernel>& known = loaded[device.image].kernels[name.index()];
+  const int image = name.hopper ? device.hopper_image : device.image;
+  std::atomic<Kernel>& known = loaded[image].kernels[name.index()];
   *kernel = known.load(std::memory_order_acquire);
   if (*kernel != nullptr) return 0;
   Library library;
-  if (const int code = load(device, &library)) return code;
+  if (const int code = load(image, &library)) return code;
   const KernelText text(name);
   if (const int code = driver().kernel(kernel, library, text.data)) {
     return fail(code, "looking for the kernel %s: %s (CUresult %d)", text.data, driver().explain(code), code);
@@ -175,7 +179,9 @@ int ask(int ordinal, Device* device) {
   if (code == 0) code = attribute(kCapabilityMinor, &device->minor);
   if (code == 0) code = attribute(kMultiprocessors, &device->multiprocessors);
   if (code == 0) code = attribute(kSharedBytesPerMultiprocessor, &device->shared_bytes);
-  device->image = image_for(10 * device->major + device->minor);
+  const int capability = 10 * device->major + device->minor;
+  device->image = image_for(capability);
+  device->hopper_image = driver().encode == nullptr ? -1 : hopper_image_for(capability);
   return code;
 }
 
@@ -225,7 +231,20 @@ const Device* find_device(int ordinal) {
 
 int load_kernels(const Device& device) {
   Library library;
-  return load(device, &library);
+  return load(device.image, &library);
+}
+
+int encode_tensor_map(void* map, void* data, const uint64_t (&extent)[4], const uint64_t (&stride)[3],
+                      const uint32_t (&box)[4]) {
+  constexpr int kUint16 = 1, kNotInterleaved = 0, kSwizzle128 = 3, kPromote256 = 3, kZerosOutside = 0;
+  constexpr uint32_t step[] = {1, 1, 1, 1};
+  const int code = driver().encode(map, kUint16, 4, data, extent, stride, box, step, kNotInterleaved, kSwizzle128,
+                                   kPromote256, kZerosOutside);
+  if (code == 0) return 0;
+  return fail(code, "telling the copy engine of an array (%llu x %llu x %llu x %llu at %p): %s (CUresult %d)",
+              static_cast<unsigned long long>(extent[3]), static_cast<unsigned long long>(extent[2]),
+              static_cast<unsigned long long>(extent[1]), static_cast<unsigned long long>(extent[0]), data,
+              driver().explain(code), code);
 }
 
 int launch(const Device& device, const KernelName& name, int64_t blocks, int threads, int shared_bytes, void* stream,

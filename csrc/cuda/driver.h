@@ -13,6 +13,7 @@ struct Device {
   int ordinal = 0, major = 0, minor = 0;
   int multiprocessors = 0, shared_bytes = 0;  // shared_bytes: of one multiprocessor
   int image = -1;  // images.h
+  int hopper_image = -1;  // where the driver can tell the copy engine of arrays
 };
 
 // Codes of our own, beside the driver's CUresult (which are positive).
@@ -27,6 +28,11 @@ int load_kernels(const Device&);
 
 // Launches `blocks` of `threads` of the kernel; `args` is its one parameter. 0 or an error code.
 int launch(const Device&, const KernelName&, int64_t blocks, int threads, int shared_bytes, void* stream, void* args);
+
+// Tells the copy engine (hopper/args.h) of an array of 4 dimensions of 16-bit elements, the first one dense; stride[i]
+// is that of dimension i + 1, in bytes. Panels of 128 bytes are swizzled. 0 or an error code.
+int encode_tensor_map(void* map, void* data, const uint64_t (&extent)[4], const uint64_t (&stride)[3],
+                      const uint32_t (&box)[4]);
 
 // The last error of this thread, for people.
 int fail(int code, const char* format, ...) __attribute__((format(printf, 2, 3)));

@@ -67,9 +67,10 @@ ATTN_DEVICE void scale_row(Acc<kMmaM, kMmaN>& d, int m, int half, float factor) 
   }
 }
 
-// Scores in, probabilities out, where every row sees every key and scale > 0: the fast case.
-template <int kMmaM, int kMmaN, int kO>
-ATTN_DEVICE void softmax_of_all(Acc<kMmaM, kMmaN>& s, RowStatistics<kMmaM>& rows, Acc<kMmaM, kO>& o, float scale) {
+// Scores in, probabilities out, where every row sees every key and scale > 0: the fast case. rescale(m, half, factor)
+// is told what a row's results so far are to be multiplied by.
+template <int kMmaM, int kMmaN, class Rescale>
+ATTN_DEVICE void softmax_of_all(Acc<kMmaM, kMmaN>& s, RowStatistics<kMmaM>& rows, float scale, Rescale rescale) {
 #pragma unroll
   for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
@@ -80,7 +81,7 @@ ATTN_DEVICE void softmax_of_all(Acc<kMmaM, kMmaN>& s, RowStatistics<kMmaM>& rows
         largest = fmaxf(largest, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
       }
       // Multiplied apart, the largest score becomes exactly the maximum; fused, one of 10^9 would be off by 2^6.
-      scale_row<kMmaM, kO>(o, m, half, rows.raise(m, half, product(largest, scale)));
+      rescale(m, half, rows.raise(m, half, product(largest, scale)));
       const float maximum = rows.subtrahend(m, half);
       float sum = 0.0f;  // of this tile: one sum of all would lose the last bits of each
 #pragma unroll
@@ -95,9 +96,9 @@ ATTN_DEVICE void softmax_of_all(Acc<kMmaM, kMmaN>& s, RowStatistics<kMmaM>& rows
 }
 
 // The same where keys may be hidden, by whatever.
-template <class M, bool kPlain, int kMmaM, int kMmaN, int kO>
-ATTN_DEVICE void softmax_of_some(Acc<kMmaM, kMmaN>& s, RowStatistics<kMmaM>& rows, Acc<kMmaM, kO>& o, const Head& head,
-                                 int first_row, int first_key) {
+template <class M, bool kPlain, int kMmaM, int kMmaN, class Rescale>
+ATTN_DEVICE void softmax_of_some(Acc<kMmaM, kMmaN>& s, RowStatistics<kMmaM>& rows, const Head& head, int first_row,
+                                 int first_key, Rescale rescale) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
 #pragma unroll
   for (int m = 0; m < kMmaM; ++m)
@@ -114,7 +115,7 @@ ATTN_DEVICE void softmax_of_some(Acc<kMmaM, kMmaN>& s, RowStatistics<kMmaM>& row
       float largest = x[0];
 #pragma unroll
       for (int i = 1; i < 2 * kMmaN; ++i) largest = fmaxf(largest, x[i]);
-      scale_row<kMmaM, kO>(o, m, half, rows.raise(m, half, largest));
+      rescale(m, half, rows.raise(m, half, largest));
       const float maximum = rows.subtrahend(m, half);
       float sum = 0.0f;
 #pragma unroll
@@ -160,6 +161,7 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
 
   Acc<kMmaM, kDim / 8> o;
   clear<kMmaM, kDim / 8>(o);
+  const auto rescale = [&o](int m, int half, float factor) { scale_row<kMmaM, kDim / 8>(o, m, half, factor); };
   RowStatistics<kMmaM> rows;
   int key = round_down(block.any.begin, kBlockN);
   if (key < block.any.end) {
@@ -184,10 +186,10 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
       copy_async_commit();
     }
     if (kPlain && block.sees_all(key, kBlockN)) {
-      softmax_of_all<kMmaM, kMmaN, kDim / 8>(s, rows, o, args.factors.scale);
+      softmax_of_all<kMmaM, kMmaN>(s, rows, args.factors.scale, rescale);
       gemm_nn<M, kDim, kMmaM, kMmaN>(o, s, v, value_dim);
     } else {
-      softmax_of_some<M, kPlain, kMmaM, kMmaN, kDim / 8>(s, rows, o, head, first_row, key);
+      softmax_of_some<M, kPlain, kMmaM, kMmaN>(s, rows, head, first_row, key, rescale);
       const bool nonfinite = zero_nonfinite_rows<M, kDim, kBlockN, kThreads>(v, flags);
       gemm_nn<M, kDim, kMmaM, kMmaN>(o, s, v, value_dim);
       if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(o, s, flags, values(key), value_dim);

@@ -14,6 +14,9 @@ EMBED(sm_80, ATTN_OPS_IMAGE_sm_80)
 #ifdef ATTN_OPS_IMAGE_sm_90a
 EMBED(sm_90a, ATTN_OPS_IMAGE_sm_90a)
 #endif
+#ifdef ATTN_OPS_IMAGE_sm_90a_hopper
+EMBED(sm_90a_hopper, ATTN_OPS_IMAGE_sm_90a_hopper)
+#endif
 #ifdef ATTN_OPS_IMAGE_sm_100
 EMBED(sm_100, ATTN_OPS_IMAGE_sm_100)
 #endif
@@ -58,7 +61,14 @@ constexpr Built kBuilt[] = {
 #endif
 };
 constexpr int kNumBuilt = sizeof kBuilt / sizeof kBuilt[0];
-static_assert(kNumBuilt <= kMostImages, "kMostImages");
+
+// What Hopper has beside those, after them.
+constexpr Image kOfHopper[] = {
+#ifdef ATTN_OPS_IMAGE_sm_90a_hopper
+    {"sm_90a_hopper", attn_ops_image_sm_90a_hopper},
+#endif
+    {"", nullptr}};
+static_assert(kNumBuilt < kMostImages, "kMostImages");
 
 }  // namespace
 
@@ -71,6 +81,11 @@ int image_for(int capability) {
   return -1;
 }
 
-const Image& image(int number) { return kBuilt[number].image; }
+int hopper_image_for(int capability) {
+  constexpr bool kBuiltForIt = sizeof kOfHopper / sizeof kOfHopper[0] > 1;
+  return kBuiltForIt && capability == 90 ? kNumBuilt : -1;
+}
+
+const Image& image(int number) { return number < kNumBuilt ? kBuilt[number].image : kOfHopper[0]; }
 
 }  // namespace attn_ops::cuda

@@ -16,14 +16,16 @@ struct KernelName {
   Math math;
   int dim;             // one of kDims, of no meaning to kDelta
   bool plain = false;  // no bias, no boolean masks, no dropout, scale > 0
+  bool hopper = false;  // hopper/kernels.cu
 
   constexpr int index() const {
     int bucket = 0;
     while (bucket < kNumDims - 1 && kDims[bucket] < dim) ++bucket;
-    return ((static_cast<int>(role) * kNumMaths + static_cast<int>(math)) * kNumDims + bucket) * 2 + plain;
+    return (((static_cast<int>(role) * kNumMaths + static_cast<int>(math)) * kNumDims + bucket) * 2 + plain) * 2 +
+           hopper;
   }
 };
-constexpr int kNumKernelNames = kNumRoles * kNumMaths * kNumDims * 2;
+constexpr int kNumKernelNames = kNumRoles * kNumMaths * kNumDims * 4;
 
 struct KernelText {
   char data[64];
@@ -31,6 +33,7 @@ struct KernelText {
   explicit KernelText(const KernelName& k) {
     const char *role = kRoleNames[static_cast<int>(k.role)], *math = kMathNames[static_cast<int>(k.math)];
     if (k.role == Role::kDelta) snprintf(data, sizeof data, "attn_ops_%s_%s", role, math);
+    else if (k.hopper) snprintf(data, sizeof data, "attn_ops_hopper_%s_%s_%d", role, math, k.dim);
     else snprintf(data, sizeof data, "attn_ops_%s_%s_%d%s", role, math, k.dim, k.plain ? "_plain" : "");
   }
 };

@@ -1,0 +1,66 @@
+#include "dispatch.h"
+
+#include "../plan.h"
+#include "args.h"
+#include "config.h"
+
+namespace attn_ops::cuda::hopper {
+namespace {
+
+int padded_dim(const AttentionParams& p) {
+  const int64_t largest = std::max(p.head_dim, p.value_dim);
+  for (int dim : kDims)
+    if (largest <= dim) return dim;
+  return 0;
+}
+
+// Whether the copy engine can be told of it: aligned rows (plan.h), and no axis that is broadcast.
+bool can_map(const AttentionParams& p, const StridedView& view, int64_t seqlen, int64_t heads, int64_t dim) {
+  const int64_t extent[] = {p.batch, seqlen, heads};
+  constexpr int64_t kMostBytes = int64_t{1} << 40;
+  for (int axis = 0; axis < 3; ++axis) {
+    const int64_t bytes = view.stride[axis] * size_of(p.dtype);
+    if (extent[axis] < 1 || (extent[axis] > 1 && (bytes <= 0 || bytes >= kMostBytes))) return false;
+  }
+  return is_aligned(p, view, seqlen, heads, dim);
+}
+
+// Boxes of `rows` rows of one head.
+int map_of(TensorMap* map, const AttentionParams& p, const StridedView& view, int64_t seqlen, int64_t heads,
+           int64_t dim, int rows) {
+  const uint64_t extent[] = {static_cast<uint64_t>(dim), static_cast<uint64_t>(heads), static_cast<uint64_t>(seqlen),
+                             static_cast<uint64_t>(p.batch)};
+  const int64_t stride[] = {view.stride[2], view.stride[1], view.stride[0]};
+  uint64_t bytes[3];
+  for (int axis = 0; axis < 3; ++axis) {  // of an axis with one index, whatever is allowed
+    bytes[axis] = extent[axis + 1] == 1 ? 16 : static_cast<uint64_t>(stride[axis] * size_of(p.dtype));
+  }
+  const uint32_t box[] = {kPanelColumns, 1, static_cast<uint32_t>(rows), 1};
+  return encode_tensor_map(map, view.data, extent, bytes, box);
+}
+
+}  // namespace
+
+bool takes(const AttentionParams& p, const Device& device) {
+  return device.hopper_image >= 0 && is_plain(p) && padded_dim(p) != 0 && p.value_dim > 0 &&
+         is_aligned(p, p.q, p.seqlen_q, p.num_heads, p.head_dim) &&
+         can_map(p, p.k, p.seqlen_k, p.num_kv_heads, p.head_dim) &&
+         can_map(p, p.v, p.seqlen_k, p.num_kv_heads, p.value_dim);
+}
+
+int launch_forward(const AttentionParams& p, const Device& device, void* stream) {
+  const int dim = padded_dim(p);
+  const int64_t tiles = ceil_div(num_rows(p), Forward::kBlockM);
+  ForwardArgs args;
+  args.call.p = p;
+  args.call.factors = factors_of(p);
+  args.call.rows = rows_of(p, tiles);
+  args.call.aligned = aligned_of(p);
+  int code = map_of(&args.k, p, p.k, p.seqlen_k, p.num_kv_heads, p.head_dim, Forward::kBlockN);
+  if (code == 0) code = map_of(&args.v, p, p.v, p.seqlen_k, p.num_kv_heads, p.value_dim, Forward::kBlockN);
+  if (code != 0) return code;
+  const KernelName name{Role::kForward, math_of(p, false), dim, true, true};
+  return launch(device, name, p.batch * p.num_kv_heads * tiles, kThreads, forward_shared_bytes(dim), stream, &args);
+}
+
+}  // namespace attn_ops::cuda::hopper

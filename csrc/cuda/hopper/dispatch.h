@@ -1,0 +1,17 @@
+// Which calls Hopper has kernels of its own for, and their launches.
+#pragma once
+
+#include "../driver.h"
+
+namespace attn_ops {
+struct AttentionParams;
+}
+
+namespace attn_ops::cuda::hopper {
+
+bool takes(const AttentionParams& p, const Device& device);
+
+// 0 or an error code. Of calls that are taken.
+int launch_forward(const AttentionParams& p, const Device& device, void* stream);
+
+}  // namespace attn_ops::cuda::hopper

@@ -1,0 +1,351 @@
+// Forward on Hopper, of the plain calls (an interval of keys per row, scale > 0) in 16 bits:
+//
+//   s = scale q k^T    m' = max(m, s)    p = e^(s - m')    l = e^(m - m') l + sum p    o = e^(m - m') o + p v
+//
+// A block keeps 128 query rows. One warpgroup has the copy engine bring keys and values; two compute, 64 rows each. A
+// warpgroup's tensor cores work on the scores of a tile and the values of the one before, while its other units are at
+// the softmax between: and the two take turns, so that while one is there the other's products run (FlashAttention-3,
+// Shah et al. 2024).
+#pragma once
+
+#include "../forward.cuh"
+#include "tiles.cuh"
+
+namespace attn_ops::cuda::hopper {
+
+template <int kDim>
+struct ForwardMemory {
+  using Shape = Forward;
+  using Queries = PanelTile<kWarpgroupRows, kDim>;
+  using Keys = PanelTile<Shape::kBlockN, kDim>;
+
+  char* base = panel_memory();
+
+  ATTN_DEVICE Queries q(int consumer) const { return {base + consumer * Queries::kBytes}; }
+  ATTN_DEVICE Keys k(int stage) const { return {base + kConsumers * Queries::kBytes + stage * Keys::kBytes}; }
+  ATTN_DEVICE Keys v(int stage) const { return k(Shape::kStages + stage); }
+  ATTN_DEVICE char* rest() const { return k(2 * Shape::kStages).data; }
+  // Of the keys (0) or the values (1) of a stage: whether they are there, whether all are done with them.
+  ATTN_DEVICE Barrier full(int which, int stage) const {
+    return {reinterpret_cast<uint64_t*>(rest()) + which * Shape::kStages + stage};
+  }
+  ATTN_DEVICE Barrier empty(int which, int stage) const { return {full(2 + which, stage)}; }
+  ATTN_DEVICE Flags flags() const { return reinterpret_cast<Flags>(rest() + 256); }
+};
+
+// Where a ring of tiles stands at its i-th.
+template <int kStages>
+struct Turn {
+  int stage;
+  uint32_t parity;
+  ATTN_DEVICE explicit Turn(int i) : stage(i % kStages), parity(i / kStages & 1) {}
+};
+
+// The barriers of the block that are not in shared memory.
+enum BarrierId : int { kOfConsumer = 1, kOfConsumers = 3, kTurns = 4 };
+constexpr int kConsumerThreads = kConsumers * kWarpgroup;
+
+// Up to what largest score (in natural units) the scale goes into the subtraction of the maximum, as one instruction:
+// the exponent is then off by 3 roundings of the maximum, 2^-24 1024 1.44 3 = 2.6e-4.
+constexpr float kFusedLimit = 1024.0f;
+
+// Scores in, probabilities out, where every row sees every key. `factor`: what is to become of all before.
+template <int kN>
+ATTN_DEVICE void softmax_of_all(Acc<1, kN / 8>& s, RowStatistics<1>& rows, float (&factor)[2], float scale) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float largest[2] = {s[0][0][2 * half], s[0][0][2 * half + 1]};
+#pragma unroll
+    for (int n = 1; n < kN / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) largest[i] = fmaxf(largest[i], s[0][n][2 * half + i]);
+    factor[half] = rows.raise(0, half, product(fmaxf(largest[0], largest[1]), scale));
+  }
+  const float maximum[2] = {rows.subtrahend(0, 0), rows.subtrahend(0, 1)};
+  const bool fits = fabsf(maximum[0]) <= kFusedLimit && fabsf(maximum[1]) <= kFusedLimit;
+  const bool fused = !any_in_warp(!fits);
+  const float scale_2 = scale * kLog2E;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float maximum_2 = maximum[half] * kLog2E;
+    float sum[2] = {0.0f, 0.0f};
+    if (fused) {
+#pragma unroll
+      for (int n = 0; n < kN / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& x = s[0][n][2 * half + i];
+          x = exp2_fast(fmaf(x, scale_2, -maximum_2));
+          sum[i] += x;
+        }
+    } else {
+#pragma unroll
+      for (int n = 0; n < kN / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& x = s[0][n][2 * half + i];
+          x = exponential(product(x, scale) - maximum[half]);
+          sum[i] += x;
+        }
+    }
+    rows.sum[0][half] += sum[0] + sum[1];
+  }
+}
+
+// Whether the tile has rows with numbers that are not finite; then flags them and makes them zero (../finite.cuh). All
+// consumers call it, when the tile has arrived; it is ready for the tensor cores afterwards.
+template <class M, int kRows, int kDim>
+ATTN_DEVICE bool zero_nonfinite_rows(const PanelTile<kRows, kDim>& tile, Flags flags, int thread) {
+  using T = PanelTile<kRows, kDim>;
+  constexpr int kChunks = T::kBytes / 16;
+  const auto is_finite = [&tile](int i) {
+    const auto* chunk = reinterpret_cast<const Bytes16*>(tile.data + 16 * i);
+    return chunk_is_finite<uint16_t>(*chunk, infinity_bits<M>());
+  };
+  const auto row = [](int i) { return 16 * i % T::kPanelBytes / kPanelRowBytes; };
+  bool found = false;
+#pragma unroll 1
+  for (int i = thread; i < kChunks; i += kConsumerThreads) found |= !is_finite(i);
+  if (!sync_some_or(kOfConsumers, kConsumerThreads, found)) return false;
+
+  for (int r = thread; r < kRows; r += kConsumerThreads) flags[r] = 0;
+  sync_some(kOfConsumers, kConsumerThreads);
+#pragma unroll 1
+  for (int i = thread; i < kChunks; i += kConsumerThreads) {
+    if (!is_finite(i)) flags[row(i)] = 1;
+  }
+  sync_some(kOfConsumers, kConsumerThreads);
+#pragma unroll 1
+  for (int i = thread; i < kChunks; i += kConsumerThreads) {
+    if (flags[row(i)]) *reinterpret_cast<Bytes16*>(tile.data + 16 * i) = Bytes16{{0, 0, 0, 0}};
+  }
+  fence_writes();
+  sync_some(kOfConsumers, kConsumerThreads);
+  return true;
+}
+
+//   d[i][c] += p[i][j] row_j[c]     for the flagged j, where p[i][j] is not hidden
+template <class M, int kDim, int kN, class Rows>
+ATTN_DEVICE void add_nonfinite_rows(Acc<1, kDim / 8>& d, const Rounded<kN>& p, Flags flags, const Rows& rows, int dim) {
+  const int t = lane_index() & 3;
+#pragma unroll 1
+  for (int j = 0; j < kN; ++j) {
+    if (!flags[j]) continue;
+    const uint16_t* row = rows.row(j);
+    const int owner = (lane_index() & ~3) | (j & 7) >> 1;
+    uint16_t weight[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float own = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kN / 8; ++n) replace_if_equal(own, float_of(p[n >> 1][2 * (n & 1) + half]), j >> 3, n);
+      const uint32_t both = shuffle(bits_of(own), owner);
+      weight[half] = static_cast<uint16_t>(both >> 16 * (j & 1));
+    }
+    constexpr uint16_t kHidden = kHiddenBits >> 16;  // -0 in either type
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int column = recomputed(8 * n + 2 * t + i);
+        if (column >= dim) continue;
+        const float value = M::to_float(row[column * rows.dim_stride]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (weight[half] != kHidden) d[0][n][2 * half + i] += M::to_float(weight[half]) * value;
+        }
+      }
+  }
+}
+
+// The tiles of keys and values of a block of rows: the i-th begins at key(i).
+struct KeyTiles {
+  int begin, count;
+
+  ATTN_DEVICE explicit KeyTiles(const RowBlock& block) : begin(round_down(block.any.begin, Forward::kBlockN)) {
+    count = max(block.any.end - begin + Forward::kBlockN - 1, 0) / Forward::kBlockN;
+    if (block.any.end <= block.any.begin) count = 0;
+  }
+  ATTN_DEVICE int key(int i) const { return begin + i * Forward::kBlockN; }
+};
+
+// The keys of a tile are needed before the values of the one before it.
+template <int kDim>
+ATTN_DEVICE void produce(const ForwardArgs& args, const ForwardMemory<kDim>& memory, const Head& head,
+                         const KeyTiles& tiles) {
+  constexpr int kStages = Forward::kStages;
+  const auto bring = [&](int which, int i) {
+    const Turn<kStages> turn(i);
+    memory.empty(which, turn.stage).wait(turn.parity ^ 1);
+    const Barrier full = memory.full(which, turn.stage);
+    full.arrive_and_expect(ForwardMemory<kDim>::Keys::kBytes);
+    const auto tile = which == 0 ? memory.k(turn.stage) : memory.v(turn.stage);
+    tile.copy(which == 0 ? args.k : args.v, head.batch, tiles.key(i), head.kv_head, full);
+  };
+  prefetch(args.k);
+  prefetch(args.v);
+  if (tiles.count > 0) bring(0, 0);
+#pragma unroll 1
+  for (int i = 0; i < tiles.count; ++i) {
+    if (i + 1 < tiles.count) bring(0, i + 1);
+    bring(1, i);
+  }
+}
+
+template <class M, int kDim>
+ATTN_DEVICE void consume(const ForwardArgs& args, const ForwardMemory<kDim>& memory, const Head& head,
+                         const RowBlock& block, const KeyTiles& tiles) {
+  using Element = typename M::Element;
+  constexpr int kN = Forward::kBlockN, kStages = Forward::kStages;
+  const AttentionParams& p = args.call.p;
+  const float scale = args.call.factors.scale;
+  const int consumer = warpgroup_index() - 1, thread = thread_index() % kWarpgroup;
+  const int warp_row = 16 * (thread / 32), group_row = block.first + kWarpgroupRows * consumer;
+  const int first_row = group_row + warp_row;
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  const auto q = memory.q(consumer);
+
+  // Queries that see nothing are not read.
+  const QueryRows<const Element> queries(p.q, head, group_row, head.rows_in_length(), true);
+  load_rows(q, kWarpgroupRows, queries, head_dim, thread);
+  copy_async_commit();
+  copy_async_wait<0>();
+  fence_writes();
+  sync_some(kOfConsumer + consumer, kWarpgroup);
+
+  Acc<1, kDim / 8> o;
+  clear<1, kDim / 8>(o);
+  RowStatistics<1> rows;
+  Acc<1, kN / 8> s;
+  Rounded<kN> weights;
+  float factor[2] = {1.0f, 1.0f};
+  bool nonfinite = false;
+
+  const auto release = [&](Barrier empty) {
+    if (lane_index() == 0) empty.arrive();
+  };
+  const auto start_scores = [&](int i) {
+    const Turn<kStages> turn(i);
+    memory.full(0, turn.stage).wait(turn.parity);
+    products_begin();
+    start_nt<M, kDim>(s, q, 0, memory.k(turn.stage));
+  };
+  const auto softmax = [&](int i) {
+    if (block.sees_all(tiles.key(i), kN)) {
+      softmax_of_all<kN>(s, rows, factor, scale);
+    } else {
+      softmax_of_some<M, true, 1, kN / 8>(s, rows, head, first_row, tiles.key(i),
+                                          [&](int, int half, float by) { factor[half] = by; });
+    }
+  };
+  // Of values that not every row sees, before they are multiplied with.
+  const auto look_through = [&](int i) {
+    if (block.sees_all(tiles.key(i), kN)) return;
+    const Turn<kStages> turn(i);
+    memory.full(1, turn.stage).wait(turn.parity);
+    nonfinite = zero_nonfinite_rows<M>(memory.v(turn.stage), memory.flags(), kWarpgroup * consumer + thread);
+  };
+  const auto start_values = [&](int i) {
+    const Turn<kStages> turn(i);
+    memory.full(1, turn.stage).wait(turn.parity);
+    products_begin();
+    start_nn<M, kDim, kN>(o, weights, memory.v(turn.stage));
+  };
+  const auto finish_values = [&](int i) {
+    products_wait<0>();
+    arrived(o);
+    if (nonfinite) {
+      const KeyRows<const Element> values(p.v, head, tiles.key(i), head.length_k, true);
+      add_nonfinite_rows<M, kDim, kN>(o, weights, memory.flags(), values, value_dim);
+      nonfinite = false;
+    }
+    release(memory.empty(1, Turn<kStages>(i).stage));
+  };
+
+  if (consumer == 1) arrive_at(kTurns, kConsumerThreads);  // the first turn is the other's
+  const auto turn_begins = [&] { sync_some(kTurns + consumer, kConsumerThreads); };
+  const auto turn_ends = [&] { arrive_at(kTurns + (consumer ^ 1), kConsumerThreads); };
+  if (tiles.count > 0) {
+    turn_begins();
+    start_scores(0);
+    turn_ends();
+    products_wait<0>();
+    arrived(s);
+    release(memory.empty(0, 0));
+    softmax(0);
+    round_acc<M, kN>(weights, s);
+#pragma unroll 1
+    for (int i = 1; i < tiles.count; ++i) {
+      look_through(i - 1);
+      turn_begins();
+      start_scores(i);
+      start_values(i - 1);
+      turn_ends();
+      products_wait<1>();
+      arrived(s);
+      release(memory.empty(0, Turn<kStages>(i).stage));
+      softmax(i);
+      finish_values(i - 1);
+      if (any_in_warp(factor[0] != 1.0f || factor[1] != 1.0f)) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) scale_row<1, kDim / 8>(o, 0, half, factor[half]);
+      }
+      round_acc<M, kN>(weights, s);
+    }
+    look_through(tiles.count - 1);
+    start_values(tiles.count - 1);
+    finish_values(tiles.count - 1);
+  }
+
+  rows.finish();
+  const int g = lane_index() >> 2;
+  float inverse[1][2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float sum = rows.sum[0][half];
+    inverse[0][half] = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const int row = first_row + 8 * half + g;
+    if ((lane_index() & 3) != 0 || row >= block.end) continue;
+    const int position = head.position(row);
+    write_statistics(p, head.statistic(head.head(row, position), position), rows.maximum[0][half], sum);
+  }
+  // The warpgroup is done with its queries: their place takes the results.
+  sync_some(kOfConsumer + consumer, kWarpgroup);
+  const SharedTile<M, kDim> out{q.data};
+  write_acc<M, kDim, 1>(out, warp_row, o, inverse);
+  sync_warp();
+  store_rows<M, kDim>(out, warp_row, 16, QueryRows<Element>(p.out, head, group_row, block.end, args.call.aligned.out),
+                      value_dim);
+}
+
+template <class M, int kDim>
+ATTN_DEVICE void forward(const ForwardArgs& args) {
+  const ForwardMemory<kDim> memory;
+  if (thread_index() == 0) {
+#pragma unroll
+    for (int which = 0; which < 2; ++which)
+#pragma unroll
+      for (int stage = 0; stage < Forward::kStages; ++stage) {
+        memory.full(which, stage).init(1);
+        memory.empty(which, stage).init(kConsumerThreads / 32);
+      }
+    fence_barriers();
+  }
+  sync_block();
+
+  const Rows& rows = args.call.rows;
+  const Head head(args.call.p, args.call.factors, rows, block_index() / rows.tiles);
+  // Under a causal mask the last rows see the most: they begin first.
+  const int tile = rows.tiles - 1 - block_index() % rows.tiles;
+  const RowBlock block(head, tile * Forward::kBlockM, Forward::kBlockM);
+  const KeyTiles tiles(block);
+  if (warpgroup_index() == 0) {
+    keep_registers<24>();
+    if (thread_index() == 0) produce(args, memory, head, tiles);
+  } else {
+    take_registers<240>();
+    consume<M>(args, memory, head, block, tiles);
+  }
+}
+
+}  // namespace attn_ops::cuda::hopper
