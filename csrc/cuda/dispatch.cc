@@ -141,6 +141,7 @@ size_t delta_bytes(const AttentionParams& p) {
 int launch_backward(const BackwardParams& b, const Device& device, void* stream, Workspace workspace) {
   const AttentionParams& p = b.forward;
   if (const int code = check(workspace, delta_bytes(p))) return code;
+  if (hopper::takes(b, device)) return hopper::launch_backward(b, device, stream, static_cast<float*>(workspace.data));
   const int dim = dim_of(p);
   const Math math = math_of(p, is_decode(p));
   const bool plain = is_plain(p);

@@ -16,4 +16,9 @@ struct ForwardArgs {
   TensorMap k, v;
 };
 
+struct BackwardArgs {
+  cuda::BackwardArgs call;
+  TensorMap q, d_out, k, v;
+};
+
 }  // namespace attn_ops::cuda::hopper

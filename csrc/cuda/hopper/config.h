@@ -5,23 +5,46 @@
 
 namespace attn_ops::cuda::hopper {
 
-// Head dimensions are padded to one of these: what lies beyond an array arrives as zeros.
-constexpr int kNumDims = 2;
-constexpr int kDims[kNumDims] = {64, 128};
+// Head dimensions are padded to one of these: what lies beyond an array arrives as zeros. Backward has the first two.
+constexpr int kNumDims = 3;
+constexpr int kDims[kNumDims] = {64, 128, 256};
+constexpr int kLargestBackwardDim = 128;
 
 constexpr int kPanelColumns = 64;  // of 16 bits: the 128 bytes that a swizzle goes over
 constexpr int kAlignment = 1024;   // of tiles in shared memory
 
-// One warpgroup copies and two compute, each of them 64 rows of the block's tile.
-constexpr int kWarpgroup = 128, kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kWarpgroupRows = 64;
+constexpr int kWarpgroup = 128, kWarpgroupRows = 64;
 
-struct Forward {
-  static constexpr int kBlockM = kConsumers * kWarpgroupRows, kBlockN = 128, kStages = 2;
+// One warpgroup copies, `consumers` compute, each of them 64 rows of the block's tile of block_m(); what passes does so
+// block_n at a time, in a ring of `stages`. A thread of the first has `producer` registers, of the others `consumer`: of
+// 65,536 together, which are shared out evenly when a block starts.
+struct Shape {
+  int consumers, block_n, stages, producer, consumer;
+
+  constexpr int threads() const { return (1 + consumers) * kWarpgroup; }
+  constexpr int block_m() const { return consumers * kWarpgroupRows; }
+  constexpr bool fits() const { return (producer + consumers * consumer) * kWarpgroup <= 65536; }
 };
-constexpr int forward_shared_bytes(int dim) {
-  const int barriers_and_flags = 256 + Forward::kBlockN;
-  return kAlignment + 2 * dim * (Forward::kBlockM + 2 * Forward::kStages * Forward::kBlockN) + barriers_and_flags;
+
+// Of the smallest heads the softmax takes half of the time: a third warpgroup has more of it under way.
+constexpr Shape forward_shape(int dim) {
+  return dim == 64 ? Shape{3, 96, 2, 32, 160} : dim == 128 ? Shape{2, 128, 2, 24, 240} : Shape{2, 64, 2, 24, 240};
 }
+constexpr int forward_shared_bytes(int dim) {
+  const Shape s = forward_shape(dim);
+  return kAlignment + 2 * dim * (s.block_m() + 2 * s.stages * s.block_n) + 256 + s.block_n;  // barriers, flags
+}
+
+// Where keys stay, one of the warps that do not compute tells what is known of the rows that pass.
+constexpr Shape backward_shape(int dim, bool keys_stay) {
+  return keys_stay ? Shape{2, 64, dim == 64 ? 4 : 3, 40, 232} : Shape{2, 64, dim == 64 ? 4 : 3, 24, 240};
+}
+constexpr int backward_shared_bytes(int dim) {
+  const Shape s = backward_shape(dim, true);
+  const int told = s.block_n * 24 + 16;  // StreamedRows (backward.cuh)
+  return kAlignment + 4 * dim * (s.block_m() + s.stages * s.block_n) + 256 + s.stages * told;
+}
+static_assert(forward_shape(64).fits() && forward_shape(128).fits() && forward_shape(256).fits() &&
+              backward_shape(64, true).fits() && backward_shape(64, false).fits(), "setmaxnreg would wait for ever");
 
 }  // namespace attn_ops::cuda::hopper

@@ -9,45 +9,30 @@
 #pragma once
 
 #include "../forward.cuh"
-#include "tiles.cuh"
+#include "finite.cuh"
 
 namespace attn_ops::cuda::hopper {
 
 template <int kDim>
 struct ForwardMemory {
-  using Shape = Forward;
+  static constexpr Shape kShape = forward_shape(kDim);
+  static constexpr int kStages = kShape.stages;
   using Queries = PanelTile<kWarpgroupRows, kDim>;
-  using Keys = PanelTile<Shape::kBlockN, kDim>;
+  using Keys = PanelTile<kShape.block_n, kDim>;
 
   char* base = panel_memory();
 
   ATTN_DEVICE Queries q(int consumer) const { return {base + consumer * Queries::kBytes}; }
-  ATTN_DEVICE Keys k(int stage) const { return {base + kConsumers * Queries::kBytes + stage * Keys::kBytes}; }
-  ATTN_DEVICE Keys v(int stage) const { return k(Shape::kStages + stage); }
-  ATTN_DEVICE char* rest() const { return k(2 * Shape::kStages).data; }
+  ATTN_DEVICE Keys k(int stage) const { return {base + kShape.consumers * Queries::kBytes + stage * Keys::kBytes}; }
+  ATTN_DEVICE Keys v(int stage) const { return k(kStages + stage); }
+  ATTN_DEVICE char* rest() const { return k(2 * kStages).data; }
   // Of the keys (0) or the values (1) of a stage: whether they are there, whether all are done with them.
   ATTN_DEVICE Barrier full(int which, int stage) const {
-    return {reinterpret_cast<uint64_t*>(rest()) + which * Shape::kStages + stage};
+    return {reinterpret_cast<uint64_t*>(rest()) + which * kStages + stage};
   }
   ATTN_DEVICE Barrier empty(int which, int stage) const { return {full(2 + which, stage)}; }
   ATTN_DEVICE Flags flags() const { return reinterpret_cast<Flags>(rest() + 256); }
 };
-
-// Where a ring of tiles stands at its i-th.
-template <int kStages>
-struct Turn {
-  int stage;
-  uint32_t parity;
-  ATTN_DEVICE explicit Turn(int i) : stage(i % kStages), parity(i / kStages & 1) {}
-};
-
-// The barriers of the block that are not in shared memory.
-enum BarrierId : int { kOfConsumer = 1, kOfConsumers = 3, kTurns = 4 };
-constexpr int kConsumerThreads = kConsumers * kWarpgroup;
-
-// Up to what largest score (in natural units) the scale goes into the subtraction of the maximum, as one instruction:
-// the exponent is then off by 3 roundings of the maximum, 2^-24 1024 1.44 3 = 2.6e-4.
-constexpr float kFusedLimit = 1024.0f;
 
 // Scores in, probabilities out, where every row sees every key. `factor`: what is to become of all before.
 template <int kN>
@@ -92,95 +77,18 @@ ATTN_DEVICE void softmax_of_all(Acc<1, kN / 8>& s, RowStatistics<1>& rows, float
   }
 }
 
-// Whether the tile has rows with numbers that are not finite; then flags them and makes them zero (../finite.cuh). All
-// consumers call it, when the tile has arrived; it is ready for the tensor cores afterwards.
-template <class M, int kRows, int kDim>
-ATTN_DEVICE bool zero_nonfinite_rows(const PanelTile<kRows, kDim>& tile, Flags flags, int thread) {
-  using T = PanelTile<kRows, kDim>;
-  constexpr int kChunks = T::kBytes / 16;
-  const auto is_finite = [&tile](int i) {
-    const auto* chunk = reinterpret_cast<const Bytes16*>(tile.data + 16 * i);
-    return chunk_is_finite<uint16_t>(*chunk, infinity_bits<M>());
-  };
-  const auto row = [](int i) { return 16 * i % T::kPanelBytes / kPanelRowBytes; };
-  bool found = false;
-#pragma unroll 1
-  for (int i = thread; i < kChunks; i += kConsumerThreads) found |= !is_finite(i);
-  if (!sync_some_or(kOfConsumers, kConsumerThreads, found)) return false;
-
-  for (int r = thread; r < kRows; r += kConsumerThreads) flags[r] = 0;
-  sync_some(kOfConsumers, kConsumerThreads);
-#pragma unroll 1
-  for (int i = thread; i < kChunks; i += kConsumerThreads) {
-    if (!is_finite(i)) flags[row(i)] = 1;
-  }
-  sync_some(kOfConsumers, kConsumerThreads);
-#pragma unroll 1
-  for (int i = thread; i < kChunks; i += kConsumerThreads) {
-    if (flags[row(i)]) *reinterpret_cast<Bytes16*>(tile.data + 16 * i) = Bytes16{{0, 0, 0, 0}};
-  }
-  fence_writes();
-  sync_some(kOfConsumers, kConsumerThreads);
-  return true;
-}
-
-//   d[i][c] += p[i][j] row_j[c]     for the flagged j, where p[i][j] is not hidden
-template <class M, int kDim, int kN, class Rows>
-ATTN_DEVICE void add_nonfinite_rows(Acc<1, kDim / 8>& d, const Rounded<kN>& p, Flags flags, const Rows& rows, int dim) {
-  const int t = lane_index() & 3;
-#pragma unroll 1
-  for (int j = 0; j < kN; ++j) {
-    if (!flags[j]) continue;
-    const uint16_t* row = rows.row(j);
-    const int owner = (lane_index() & ~3) | (j & 7) >> 1;
-    uint16_t weight[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float own = 0.0f;
-#pragma unroll
-      for (int n = 0; n < kN / 8; ++n) replace_if_equal(own, float_of(p[n >> 1][2 * (n & 1) + half]), j >> 3, n);
-      const uint32_t both = shuffle(bits_of(own), owner);
-      weight[half] = static_cast<uint16_t>(both >> 16 * (j & 1));
-    }
-    constexpr uint16_t kHidden = kHiddenBits >> 16;  // -0 in either type
-#pragma unroll
-    for (int n = 0; n < kDim / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int column = recomputed(8 * n + 2 * t + i);
-        if (column >= dim) continue;
-        const float value = M::to_float(row[column * rows.dim_stride]);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (weight[half] != kHidden) d[0][n][2 * half + i] += M::to_float(weight[half]) * value;
-        }
-      }
-  }
-}
-
-// The tiles of keys and values of a block of rows: the i-th begins at key(i).
-struct KeyTiles {
-  int begin, count;
-
-  ATTN_DEVICE explicit KeyTiles(const RowBlock& block) : begin(round_down(block.any.begin, Forward::kBlockN)) {
-    count = max(block.any.end - begin + Forward::kBlockN - 1, 0) / Forward::kBlockN;
-    if (block.any.end <= block.any.begin) count = 0;
-  }
-  ATTN_DEVICE int key(int i) const { return begin + i * Forward::kBlockN; }
-};
-
 // The keys of a tile are needed before the values of the one before it.
 template <int kDim>
 ATTN_DEVICE void produce(const ForwardArgs& args, const ForwardMemory<kDim>& memory, const Head& head,
-                         const KeyTiles& tiles) {
-  constexpr int kStages = Forward::kStages;
+                         const Tiles<ForwardMemory<kDim>::kShape.block_n>& tiles) {
+  constexpr int kStages = ForwardMemory<kDim>::kStages;
   const auto bring = [&](int which, int i) {
     const Turn<kStages> turn(i);
     memory.empty(which, turn.stage).wait(turn.parity ^ 1);
     const Barrier full = memory.full(which, turn.stage);
     full.arrive_and_expect(ForwardMemory<kDim>::Keys::kBytes);
     const auto tile = which == 0 ? memory.k(turn.stage) : memory.v(turn.stage);
-    tile.copy(which == 0 ? args.k : args.v, head.batch, tiles.key(i), head.kv_head, full);
+    tile.copy(which == 0 ? args.k : args.v, head.batch, tiles.first(i), head.kv_head, full);
   };
   prefetch(args.k);
   prefetch(args.v);
@@ -194,9 +102,10 @@ ATTN_DEVICE void produce(const ForwardArgs& args, const ForwardMemory<kDim>& mem
 
 template <class M, int kDim>
 ATTN_DEVICE void consume(const ForwardArgs& args, const ForwardMemory<kDim>& memory, const Head& head,
-                         const RowBlock& block, const KeyTiles& tiles) {
+                         const RowBlock& block, const Tiles<ForwardMemory<kDim>::kShape.block_n>& tiles) {
   using Element = typename M::Element;
-  constexpr int kN = Forward::kBlockN, kStages = Forward::kStages;
+  constexpr Shape kShape = forward_shape(kDim);
+  constexpr int kN = kShape.block_n, kStages = kShape.stages;
   const AttentionParams& p = args.call.p;
   const float scale = args.call.factors.scale;
   const int consumer = warpgroup_index() - 1, thread = thread_index() % kWarpgroup;
@@ -221,9 +130,6 @@ ATTN_DEVICE void consume(const ForwardArgs& args, const ForwardMemory<kDim>& mem
   float factor[2] = {1.0f, 1.0f};
   bool nonfinite = false;
 
-  const auto release = [&](Barrier empty) {
-    if (lane_index() == 0) empty.arrive();
-  };
   const auto start_scores = [&](int i) {
     const Turn<kStages> turn(i);
     memory.full(0, turn.stage).wait(turn.parity);
@@ -231,19 +137,19 @@ ATTN_DEVICE void consume(const ForwardArgs& args, const ForwardMemory<kDim>& mem
     start_nt<M, kDim>(s, q, 0, memory.k(turn.stage));
   };
   const auto softmax = [&](int i) {
-    if (block.sees_all(tiles.key(i), kN)) {
+    if (block.sees_all(tiles.first(i), kN)) {
       softmax_of_all<kN>(s, rows, factor, scale);
     } else {
-      softmax_of_some<M, true, 1, kN / 8>(s, rows, head, first_row, tiles.key(i),
+      softmax_of_some<M, true, 1, kN / 8>(s, rows, head, first_row, tiles.first(i),
                                           [&](int, int half, float by) { factor[half] = by; });
     }
   };
   // Of values that not every row sees, before they are multiplied with.
   const auto look_through = [&](int i) {
-    if (block.sees_all(tiles.key(i), kN)) return;
+    if (block.sees_all(tiles.first(i), kN)) return;
     const Turn<kStages> turn(i);
     memory.full(1, turn.stage).wait(turn.parity);
-    nonfinite = zero_nonfinite_rows<M>(memory.v(turn.stage), memory.flags(), kWarpgroup * consumer + thread);
+    nonfinite = zero_nonfinite_rows<M, kShape.consumers>(memory.v(turn.stage), memory.flags(), kWarpgroup * consumer + thread);
   };
   const auto start_values = [&](int i) {
     const Turn<kStages> turn(i);
@@ -255,16 +161,18 @@ ATTN_DEVICE void consume(const ForwardArgs& args, const ForwardMemory<kDim>& mem
     products_wait<0>();
     arrived(o);
     if (nonfinite) {
-      const KeyRows<const Element> values(p.v, head, tiles.key(i), head.length_k, true);
+      const KeyRows<const Element> values(p.v, head, tiles.first(i), head.length_k, true);
       add_nonfinite_rows<M, kDim, kN>(o, weights, memory.flags(), values, value_dim);
       nonfinite = false;
     }
     release(memory.empty(1, Turn<kStages>(i).stage));
   };
 
-  if (consumer == 1) arrive_at(kTurns, kConsumerThreads);  // the first turn is the other's
-  const auto turn_begins = [&] { sync_some(kTurns + consumer, kConsumerThreads); };
-  const auto turn_ends = [&] { arrive_at(kTurns + (consumer ^ 1), kConsumerThreads); };
+  // A turn begins when the one before has ended: two warpgroups meet at its barrier.
+  const int next = consumer + 1 == kShape.consumers ? 0 : consumer + 1;
+  if (next == 0) arrive_at(kTurns, 2 * kWarpgroup);
+  const auto turn_begins = [&] { sync_some(kTurns + consumer, 2 * kWarpgroup); };
+  const auto turn_ends = [&] { arrive_at(kTurns + next, 2 * kWarpgroup); };
   if (tiles.count > 0) {
     turn_begins();
     start_scores(0);
@@ -321,13 +229,14 @@ ATTN_DEVICE void consume(const ForwardArgs& args, const ForwardMemory<kDim>& mem
 template <class M, int kDim>
 ATTN_DEVICE void forward(const ForwardArgs& args) {
   const ForwardMemory<kDim> memory;
+  constexpr Shape kShape = forward_shape(kDim);
   if (thread_index() == 0) {
 #pragma unroll
     for (int which = 0; which < 2; ++which)
 #pragma unroll
-      for (int stage = 0; stage < Forward::kStages; ++stage) {
+      for (int stage = 0; stage < kShape.stages; ++stage) {
         memory.full(which, stage).init(1);
-        memory.empty(which, stage).init(kConsumerThreads / 32);
+        memory.empty(which, stage).init(4 * kShape.consumers);
       }
     fence_barriers();
   }
@@ -337,13 +246,13 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
   const Head head(args.call.p, args.call.factors, rows, block_index() / rows.tiles);
   // Under a causal mask the last rows see the most: they begin first.
   const int tile = rows.tiles - 1 - block_index() % rows.tiles;
-  const RowBlock block(head, tile * Forward::kBlockM, Forward::kBlockM);
-  const KeyTiles tiles(block);
+  const RowBlock block(head, tile * kShape.block_m(), kShape.block_m());
+  const Tiles<kShape.block_n> tiles(block.any.begin, block.any.end);
   if (warpgroup_index() == 0) {
-    keep_registers<24>();
+    keep_registers<kShape.producer>();
     if (thread_index() == 0) produce(args, memory, head, tiles);
   } else {
-    take_registers<240>();
+    take_registers<kShape.consumer>();
     consume<M>(args, memory, head, block, tiles);
   }
 }

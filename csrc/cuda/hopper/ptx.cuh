@@ -24,6 +24,13 @@ ATTN_DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
 }
 
+// log2(x) within 2^-22 or so; -inf of 0.
+ATTN_DEVICE float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The block's dynamic shared memory, aligned for panels (kAlignment more was asked for).
 ATTN_DEVICE char* panel_memory() {
   char* memory = shared_memory();
@@ -118,16 +125,29 @@ ATTN_DEVICE void arrived(float (&d)[1][kN][4]) {
 #define ATTN_LIST_4(x, i) x(i), x(i + 1), x(i + 2), x(i + 3)
 #define ATTN_LIST_16(x, i) ATTN_LIST_4(x, i), ATTN_LIST_4(x, i + 4), ATTN_LIST_4(x, i + 8), ATTN_LIST_4(x, i + 12)
 #define ATTN_LIST_32(x) ATTN_LIST_16(x, 0), ATTN_LIST_16(x, 16)
-#define ATTN_LIST_64(x) ATTN_LIST_32(x), ATTN_LIST_16(x, 32), ATTN_LIST_16(x, 48)
+#define ATTN_LIST_48(x) ATTN_LIST_32(x), ATTN_LIST_16(x, 32)
+#define ATTN_LIST_64(x) ATTN_LIST_48(x), ATTN_LIST_16(x, 48)
+#define ATTN_LIST_128(x) ATTN_LIST_64(x), ATTN_LIST_16(x, 64), ATTN_LIST_16(x, 80), ATTN_LIST_16(x, 96), ATTN_LIST_16(x, 112)
 #define ATTN_ACC(i) "+f"(d[0][(i) / 4][(i) % 4])
 
-#define ATTN_D_32                                                                                                   \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
-  "%24, %25, %26, %27, %28, %29, %30, %31}"
-#define ATTN_D_64                                                                                                   \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
-  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "  \
-  "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+#define ATTN_FIRST_32 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define ATTN_FIRST_48 \
+  ATTN_FIRST_32       \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define ATTN_FIRST_64 \
+  ATTN_FIRST_32       \
+  ", " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define ATTN_FIRST_128 \
+  ATTN_FIRST_64        \
+  ", " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // multiply(d, a, b, adds): a and b are descriptors of shared memory (tiles.cuh), b with its summed index along rows of
 // 128 bytes. multiply_registers(d, a, b): a in registers; b lies transposed, its summed index across rows. With
@@ -135,12 +155,12 @@ ATTN_DEVICE void arrived(float (&d)[1][kN][4]) {
 #define ATTN_PRODUCTS(N, count, type, name, after0, after1, after2, after3, after4)                                    \
   ATTN_DEVICE void multiply_##name(float (&d)[1][N / 8][4], uint64_t a, uint64_t b, int adds) {                         \
     asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, %" after2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N        \
-                 "k16.f32." #type "." #type " " ATTN_D_##count ", %" after0 ", %" after1 ", adds, 1, 1, 0, 0;\n}\n"    \
+                 "k16.f32." #type "." #type " {" ATTN_FIRST_##count "}, %" after0 ", %" after1 ", adds, 1, 1, 0, 0;\n}\n"    \
                  : ATTN_LIST_##count(ATTN_ACC)                                                                         \
                  : "l"(a), "l"(b), "r"(adds));                                                                         \
   }                                                                                                                    \
   ATTN_DEVICE void multiply_registers_##name(float (&d)[1][N / 8][4], const uint32_t (&a)[4], uint64_t b) {          \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #type "." #type " " ATTN_D_##count ", {%" after0    \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #type "." #type " {" ATTN_FIRST_##count "}, {%" after0    \
                  ", %" after1 ", %" after2 ", %" after3 "}, %" after4 ", 1, 1, 1, 1;\n"                                \
                  : ATTN_LIST_##count(ATTN_ACC)                                                                         \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                \
@@ -148,16 +168,24 @@ ATTN_DEVICE void arrived(float (&d)[1][kN][4]) {
 
 ATTN_PRODUCTS(64, 32, f16, f16, "32", "33", "34", "35", "36")
 ATTN_PRODUCTS(64, 32, bf16, bf16, "32", "33", "34", "35", "36")
+ATTN_PRODUCTS(96, 48, f16, f16, "48", "49", "50", "51", "52")
+ATTN_PRODUCTS(96, 48, bf16, bf16, "48", "49", "50", "51", "52")
 ATTN_PRODUCTS(128, 64, f16, f16, "64", "65", "66", "67", "68")
 ATTN_PRODUCTS(128, 64, bf16, bf16, "64", "65", "66", "67", "68")
+ATTN_PRODUCTS(256, 128, f16, f16, "128", "129", "130", "131", "132")
+ATTN_PRODUCTS(256, 128, bf16, bf16, "128", "129", "130", "131", "132")
 
 #undef ATTN_PRODUCTS
-#undef ATTN_D_32
-#undef ATTN_D_64
+#undef ATTN_FIRST_32
+#undef ATTN_FIRST_48
+#undef ATTN_FIRST_64
+#undef ATTN_FIRST_128
 #undef ATTN_ACC
 #undef ATTN_LIST_4
 #undef ATTN_LIST_16
 #undef ATTN_LIST_32
+#undef ATTN_LIST_48
 #undef ATTN_LIST_64
+#undef ATTN_LIST_128
 
 }  // namespace attn_ops::cuda::hopper

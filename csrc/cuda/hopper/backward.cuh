@@ -1,0 +1,71 @@
+// Backward on Hopper, of the plain calls in 16 bits, what its two kernels share. As in ../backward.cuh, one makes dq (and
+// delta), one dk and dv:
+//
+//   s = scale q k^T    p = e^(s - m) / l    dp = d_out v^T    ds = p (dp - delta)
+//
+// What stays in a block are two tiles of 128 rows, 64 for each of the two warpgroups that compute; what passes comes by
+// the copy engine, two tiles of 64 rows at a time. While one warpgroup is at its probabilities, the
+// products of the other run.
+#pragma once
+
+#include "../backward.cuh"
+#include "finite.cuh"
+
+namespace attn_ops::cuda::hopper {
+
+constexpr int kBackwardRows = backward_shape(kDims[0], true).block_n;  // of what passes
+
+// What is known of the query rows of a tile that passes.
+struct alignas(16) StreamedRows {
+  static constexpr int kRows = kBackwardRows;
+  float lse_2[kRows], delta[kRows];  // (maximum + log sum) log2(e)
+  float maximum[kRows], inverse_sum[kRows];
+  Interval seen[kRows];
+  uint32_t exact;  // whether some maximum is beyond kFusedLimit
+};
+
+template <int kDim>
+struct BackwardMemory {
+  static constexpr Shape kShape = backward_shape(kDim, true);
+  static constexpr int kStages = kShape.stages, kConsumers = kShape.consumers;
+  using Tile = PanelTile<kWarpgroupRows, kDim>;
+  static_assert(kWarpgroupRows == kBackwardRows, "what stays and what passes has the same shape");
+
+  char* base = panel_memory();
+
+  ATTN_DEVICE Tile stationary(int which, int consumer) const { return {base + (2 * which + consumer) * Tile::kBytes}; }
+  ATTN_DEVICE Tile streamed(int which, int stage) const {
+    return {base + (2 * kConsumers + 2 * stage + which) * Tile::kBytes};
+  }
+  ATTN_DEVICE char* rest() const { return streamed(0, kStages).data; }
+  ATTN_DEVICE Barrier barrier(int i) const { return {reinterpret_cast<uint64_t*>(rest()) + i}; }
+  ATTN_DEVICE Barrier there() const { return barrier(0); }  // what stays, where the copy engine brings it
+  ATTN_DEVICE Barrier full(int stage) const { return barrier(1 + stage); }
+  ATTN_DEVICE Barrier empty(int stage) const { return barrier(1 + kStages + stage); }
+  ATTN_DEVICE Flags flags(int which) const { return reinterpret_cast<Flags>(rest() + 128 + 64 * which); }
+  ATTN_DEVICE StreamedRows& rows(int stage) const {
+    return reinterpret_cast<StreamedRows*>(rest() + 256)[stage];
+  }
+
+  // `arrivals` at what says that a stage is full, beside the bytes.
+  ATTN_DEVICE void init(uint32_t arrivals) const {
+    if (thread_index() == 0) {
+      there().init(1);
+#pragma unroll
+      for (int stage = 0; stage < kStages; ++stage) {
+        full(stage).init(arrivals);
+        empty(stage).init(4 * kConsumers);
+      }
+      fence_barriers();
+    }
+    sync_block();
+  }
+};
+
+// One of the two streamed arrays' rows that are looked through before a product in which hidden ones are zeros.
+template <class M, int kDim>
+ATTN_DEVICE bool look_through(const BackwardMemory<kDim>& memory, int which, int stage) {
+  return zero_nonfinite_rows<M, BackwardMemory<kDim>::kConsumers>(memory.streamed(which, stage), memory.flags(which), thread_index() - kWarpgroup);
+}
+
+}  // namespace attn_ops::cuda::hopper

@@ -1,0 +1,220 @@
+// dk = scale ds^T q and dv = p^T d_out on Hopper: a block keeps 128 keys and values, all query rows that see any of them
+// pass. Scores are computed transposed, keys down, as in ../key_gradients.cuh.
+#pragma once
+
+#include "../key_gradients.cuh"
+#include "backward.cuh"
+
+namespace attn_ops::cuda::hopper {
+
+// By one lane: the keys and values of the block, and the query rows with their gradients. A tile of rows is of all
+// query heads of the group, position by position.
+template <int kDim>
+ATTN_DEVICE void bring_rows(const BackwardArgs& args, const BackwardMemory<kDim>& memory, const Head& head,
+                            int first_key, const Tiles<kBackwardRows>& tiles) {
+  constexpr int kBytes = BackwardMemory<kDim>::Tile::kBytes;
+  prefetch(args.q);
+  prefetch(args.d_out);
+  if (tiles.count == 0) return;
+  memory.there().arrive_and_expect(2 * BackwardMemory<kDim>::kConsumers * kBytes);
+#pragma unroll
+  for (int consumer = 0; consumer < BackwardMemory<kDim>::kConsumers; ++consumer) {
+    const int key = first_key + kWarpgroupRows * consumer;
+    memory.stationary(0, consumer).copy(args.k, head.batch, key, head.kv_head, memory.there());
+    memory.stationary(1, consumer).copy(args.v, head.batch, key, head.kv_head, memory.there());
+  }
+#pragma unroll 1
+  for (int i = 0; i < tiles.count; ++i) {
+    const Turn<BackwardMemory<kDim>::kStages> turn(i);
+    memory.empty(turn.stage).wait(turn.parity ^ 1);
+    const Barrier full = memory.full(turn.stage);
+    full.arrive_and_expect(2 * kBytes);
+    const int position = head.position(tiles.first(i));
+    memory.streamed(0, turn.stage).copy(args.q, head.batch, position, head.first_head, full);
+    memory.streamed(1, turn.stage).copy(args.d_out, head.batch, position, head.first_head, full);
+  }
+}
+
+// By one warp, beside it: what is known of those rows.
+template <int kDim>
+ATTN_DEVICE void tell_rows(const BackwardArgs& args, const BackwardMemory<kDim>& memory, const Head& head,
+                           const Tiles<kBackwardRows>& tiles) {
+  const AttentionParams& p = args.call.b.forward;
+  const int limit = head.rows_in_length();
+#pragma unroll 1
+  for (int i = 0; i < tiles.count; ++i) {
+    const Turn<BackwardMemory<kDim>::kStages> turn(i);
+    memory.empty(turn.stage).wait(turn.parity ^ 1);
+    StreamedRows& rows = memory.rows(turn.stage);
+    bool fits = true;
+#pragma unroll 1
+    for (int r = lane_index(); r < StreamedRows::kRows; r += 32) {
+      const int index = tiles.first(i) + r;
+      RowGradient row;
+      Interval seen{0, 0};
+      if (index < limit) {
+        const int position = head.position(index);
+        const int64_t statistic = head.statistic(head.head(index, position), position);
+        row = RowGradient(p, statistic, args.call.delta[statistic]);
+        seen = head.seen_at(position);
+      }
+      rows.lse_2[r] = row.maximum * kLog2E - log2_fast(row.inverse_sum);
+      rows.delta[r] = row.delta;
+      rows.maximum[r] = row.maximum;
+      rows.inverse_sum[r] = row.inverse_sum;
+      rows.seen[r] = seen;
+      fits &= fabsf(row.maximum) <= kFusedLimit;
+    }
+    const bool exact = any_in_warp(!fits);
+    if (lane_index() == 0) rows.exact = exact;
+    sync_warp();
+    if (lane_index() == 0) memory.full(turn.stage).arrive();
+  }
+}
+
+template <class M, int kDim>
+ATTN_DEVICE void compute_dk_dv(const BackwardArgs& args, const BackwardMemory<kDim>& memory, const Head& head,
+                               int first_key, const Tiles<kBackwardRows>& tiles) {
+  using Element = typename M::Element;
+  constexpr int kN = kBackwardRows, kStages = BackwardMemory<kDim>::kStages;
+  const BackwardParams& b = args.call.b;
+  const AttentionParams& p = b.forward;
+  const float scale = args.call.factors.scale, scale_2 = scale * kLog2E;
+  const int consumer = warpgroup_index() - 1, thread = thread_index() % kWarpgroup;
+  const int warp_key = 16 * (thread / 32), group_key = first_key + kWarpgroupRows * consumer;
+  const int g = lane_index() >> 2, t = lane_index() & 3, own_key = group_key + warp_key + g;
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  const int limit = head.rows_in_length();
+  const auto k = memory.stationary(0, consumer), v = memory.stationary(1, consumer);
+
+  Acc<1, kDim / 8> dk, dv;
+  clear<1, kDim / 8>(dk);
+  clear<1, kDim / 8>(dv);
+  Acc<1, kN / 8> s, dp;
+  Rounded<kN> weights, gradients;
+  const auto start_scores = [&](int i) {
+    const Turn<kStages> turn(i);
+    memory.full(turn.stage).wait(turn.parity);
+    products_begin();
+    start_nt<M, kDim>(s, k, 0, memory.streamed(0, turn.stage));
+    start_nt<M, kDim>(dp, v, 0, memory.streamed(1, turn.stage));
+  };
+  if (tiles.count > 0) {
+    memory.there().wait(0);
+  }
+#pragma unroll 1
+  for (int i = 0; i < tiles.count; ++i) {
+    const int row = tiles.first(i), stage = Turn<kStages>(i).stage;
+    const StreamedRows& rows = memory.rows(stage);
+    const bool sees_all = RowBlock(head, row, kN).sees_all(first_key, BackwardMemory<kDim>::kShape.block_m());
+    start_scores(i);
+    const bool fused = rows.exact == 0;
+    products_wait<1>();
+    arrived(s);
+    // body(column, s of the first key, s of the one 8 further) of the lane's columns.
+    const auto for_each = [&s, t](auto body) {
+#pragma unroll
+      for (int n = 0; n < kN / 8; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) body(8 * n + 2 * t + j, s[0][n][j], s[0][n][2 + j]);
+    };
+    if (fused) {
+      for_each([&](int column, float& x, float& y) {
+        const float lse_2 = rows.lse_2[column];
+        x = exp2_fast(min_or_nan(fmaf(x, scale_2, -lse_2), 0.0f));
+        y = exp2_fast(min_or_nan(fmaf(y, scale_2, -lse_2), 0.0f));
+      });
+    } else {
+      for_each([&](int column, float& x, float& y) {
+        const float maximum = rows.maximum[column], inverse_sum = rows.inverse_sum[column];
+        x = recomputed_probability(product(x, scale), maximum, inverse_sum);
+        y = recomputed_probability(product(y, scale), maximum, inverse_sum);
+      });
+    }
+    if (!sees_all) {
+      for_each([&](int column, float& x, float& y) {
+        const Interval seen = rows.seen[column];
+        if (own_key < seen.begin || own_key >= seen.end) x = float_of(kHiddenBits);
+        if (own_key + 8 < seen.begin || own_key + 8 >= seen.end) y = float_of(kHiddenBits);
+      });
+    }
+    round_acc<M, kN>(weights, s);
+    products_wait<0>();
+    arrived(dp);
+#pragma unroll
+    for (int n = 0; n < kN / 8; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float delta = rows.delta[8 * n + 2 * t + j];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float x = s[0][n][2 * half + j];
+          float& d = dp[0][n][2 * half + j];
+          d = !sees_all && is_hidden(x) ? x : x * (d - delta);
+        }
+      }
+    round_acc<M, kN>(gradients, dp);
+    bool nonfinite[2] = {false, false};
+    if (!sees_all) {
+#pragma unroll
+      for (int which = 0; which < 2; ++which) nonfinite[which] = look_through<M>(memory, which, stage);
+    }
+    products_begin();
+    start_nn<M, kDim, kN>(dv, weights, memory.streamed(1, stage));
+    start_nn<M, kDim, kN>(dk, gradients, memory.streamed(0, stage));
+    products_wait<0>();
+    arrived(dv);
+    arrived(dk);
+    if (nonfinite[0]) {
+      const QueryRows<const Element> queries(p.q, head, row, limit, true);
+      add_nonfinite_rows<M, kDim, kN>(dk, gradients, memory.flags(0), queries, head_dim);
+    }
+    if (nonfinite[1]) {
+      const QueryRows<const Element> d_outs(b.d_out, head, row, limit, true);
+      add_nonfinite_rows<M, kDim, kN>(dv, weights, memory.flags(1), d_outs, value_dim);
+    }
+    release(memory.empty(stage));
+  }
+
+  const auto store = [&](const auto& tile, const auto& gradient, float factor, const StridedView& view, bool aligned,
+                         int dim) {
+    const float factors[1][2] = {{factor, factor}};
+    const SharedTile<M, kDim> result{tile.data};
+    write_acc<M, kDim, 1>(result, warp_key, gradient, factors);
+    sync_warp();
+    store_rows<M, kDim>(result, warp_key, 16,
+                        KeyRows<Element>(view, head, group_key, static_cast<int>(p.seqlen_k), aligned), dim);
+  };
+  // The warpgroup is done with its keys and values: their place takes the results.
+  sync_some(kOfConsumer + consumer, kWarpgroup);
+  store(k, dk, scale, b.dk, args.call.aligned.dk, head_dim);
+  store(v, dv, 1.0f, b.dv, args.call.aligned.dv, value_dim);
+}
+
+template <class M, int kDim>
+ATTN_DEVICE void key_gradients(const BackwardArgs& args) {
+  constexpr Shape kShape = backward_shape(kDim, true);
+  const BackwardMemory<kDim> memory;
+  memory.init(2);
+  const Rows& rows = args.call.rows;
+  const Head head(args.call.b.forward, args.call.factors, rows, block_index() / rows.tiles);
+  const int first_key = block_index() % rows.tiles * kShape.block_m();
+  int begin = 0, end = 0;
+  if (first_key < head.length_k) {
+    // Neither end of the rows' intervals ever moves back.
+    const int limit = head.rows_in_length();
+    begin = first_row_where(limit, [&](int row) { return head.seen(row).end > first_key; });
+    end = first_row_where(limit, [&](int row) { return head.seen(row).begin >= first_key + kShape.block_m(); });
+  }
+  const Tiles<kBackwardRows> tiles(begin, end);
+  if (warpgroup_index() == 0) {
+    keep_registers<kShape.producer>();
+    if (thread_index() == 0) bring_rows(args, memory, head, first_key, tiles);
+    if (warp_index() == 1) tell_rows(args, memory, head, tiles);
+  } else {
+    take_registers<kShape.consumer>();
+    compute_dk_dv<M>(args, memory, head, first_key, tiles);
+  }
+}
+
+}  // namespace attn_ops::cuda::hopper

@@ -1,0 +1,251 @@
+// dq on Hopper: a block keeps 128 query rows and their gradients of the output, all their keys and values pass, once.
+//
+// The sum of a row's ds is d_lse: what all keys have in common cancels in dq, however large it is, and must do so in 16
+// bits too. But delta = rowsum(d_out * out) has the rounding of out, ds that of an element. Both leave
+//
+//   sum_j ds_j = d_lse + t      and in dq   t times what keys have in common, of which the weighted mean of the keys is
+//
+//   kbar = sum_j p_j k_j / sum_j p_j          dq = scale (sum_j ds_j k_j - t kbar)
+//
+// an estimate that is exact for a wrong delta, and for rounding up to how keys differ. It is one product more, where the
+// other kernels (../query_gradient.cuh) have passed over the keys twice and cut ds into three parts: four instead of seven.
+// The exact delta, which dk and dv need, follows from the sum of ds before it is rounded.
+#pragma once
+
+#include "backward.cuh"
+
+namespace attn_ops::cuda::hopper {
+
+template <int kDim>
+ATTN_DEVICE void bring_keys(const BackwardArgs& args, const BackwardMemory<kDim>& memory, const Head& head,
+                            const Tiles<kBackwardRows>& tiles) {
+  prefetch(args.k);
+  prefetch(args.v);
+#pragma unroll 1
+  for (int i = 0; i < tiles.count; ++i) {
+    const Turn<BackwardMemory<kDim>::kStages> turn(i);
+    memory.empty(turn.stage).wait(turn.parity ^ 1);
+    const Barrier full = memory.full(turn.stage);
+    full.arrive_and_expect(2 * BackwardMemory<kDim>::Tile::kBytes);
+    memory.streamed(0, turn.stage).copy(args.k, head.batch, tiles.first(i), head.kv_head, full);
+    memory.streamed(1, turn.stage).copy(args.v, head.batch, tiles.first(i), head.kv_head, full);
+  }
+}
+
+// What a lane knows of its two rows.
+struct QueryRow {
+  float lse_2 = 0.0f, maximum = 0.0f, inverse_sum = 0.0f, delta = 0.0f, d_lse = 0.0f;
+  float sum_ds = 0.0f, sum_rounded_ds = 0.0f, sum_rounded_p = 0.0f;
+};
+
+// rowsum(d_out * out) of the warp's row r, in all lanes.
+template <class M>
+ATTN_DEVICE float output_product(const QueryRows<const uint16_t>& out, const QueryRows<const uint16_t>& d_out, int r,
+                                 int dim) {
+  float sum = 0.0f;
+  if (out.exists(r)) {
+    for (int d = 2 * lane_index(); d < dim; d += 64) {
+      const uint32_t x = *reinterpret_cast<const uint32_t*>(out.row(r) + d);
+      const uint32_t y = *reinterpret_cast<const uint32_t*>(d_out.row(r) + d);
+      sum += M::low(x) * M::low(y) + M::high(x) * M::high(y);
+    }
+  }
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  return sum;
+}
+
+template <class M, int kDim>
+ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>& memory, const Head& head,
+                            const RowBlock& block, const Tiles<kBackwardRows>& tiles) {
+  using Element = typename M::Element;
+  constexpr int kN = kBackwardRows, kStages = BackwardMemory<kDim>::kStages;
+  const BackwardParams& b = args.call.b;
+  const AttentionParams& p = b.forward;
+  const float scale = args.call.factors.scale, scale_2 = scale * kLog2E;
+  const int consumer = warpgroup_index() - 1, thread = thread_index() % kWarpgroup;
+  const int warp_row = 16 * (thread / 32), group_row = block.first + kWarpgroupRows * consumer;
+  const int first_row = group_row + warp_row, g = lane_index() >> 2;
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  const auto q = memory.stationary(0, consumer), d_out = memory.stationary(1, consumer);
+
+  const int limit = head.rows_in_length();
+  load_rows(q, kWarpgroupRows, QueryRows<const Element>(p.q, head, group_row, limit, true), head_dim, thread);
+  load_rows(d_out, kWarpgroupRows, QueryRows<const Element>(b.d_out, head, group_row, limit, true), value_dim, thread);
+  copy_async_commit();
+  QueryRow row[2];
+  {
+    const QueryRows<const Element> outs(p.out, head, first_row, limit, true);
+    const QueryRows<const Element> d_outs(b.d_out, head, first_row, limit, true);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll 4
+      for (int r = 0; r < 8; ++r) {
+        const float sum = output_product<M>(outs, d_outs, 8 * half + r, value_dim);
+        if (r == g) row[half].delta = sum;
+      }
+  }
+  bool fits = true;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int index = first_row + 8 * half + g;
+    QueryRow& own = row[half];
+    if (index < limit) {
+      const int position = head.position(index);
+      const int64_t statistic = head.statistic(head.head(index, position), position);
+      const RowGradient known(p, statistic, 0.0f);
+      own.maximum = known.maximum;
+      own.inverse_sum = known.inverse_sum;
+      if (b.d_lse != nullptr) own.d_lse = static_cast<const float*>(b.d_lse)[statistic];
+      own.delta -= own.d_lse;
+    }
+    own.lse_2 = own.maximum * kLog2E - log2_fast(own.inverse_sum);
+    fits &= fabsf(own.maximum) <= kFusedLimit;
+  }
+  const bool fused = !any_in_warp(!fits);
+  copy_async_wait<0>();
+  fence_writes();
+  sync_some(kOfConsumer + consumer, kWarpgroup);
+
+  Acc<1, kDim / 8> dq, mean_key;
+  clear<1, kDim / 8>(dq);
+  clear<1, kDim / 8>(mean_key);
+  Acc<1, kN / 8> s, dp;
+  Rounded<kN> weights, gradients;
+  const auto start_scores = [&](int i) {
+    const Turn<kStages> turn(i);
+    memory.full(turn.stage).wait(turn.parity);
+    products_begin();
+    start_nt<M, kDim>(s, q, 0, memory.streamed(0, turn.stage));
+    start_nt<M, kDim>(dp, d_out, 0, memory.streamed(1, turn.stage));
+  };
+#pragma unroll 1
+  for (int i = 0; i < tiles.count; ++i) {
+    const int key = tiles.first(i), stage = Turn<kStages>(i).stage;
+    const bool sees_all = block.sees_all(key, kN);
+    start_scores(i);
+    products_wait<1>();
+    arrived(s);
+    const auto for_each = [&s](auto body) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int n = 0; n < kN / 8; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) body(half, 8 * n + j, s[0][n][2 * half + j]);
+    };
+    if (fused) {
+      for_each([&](int half, int, float& x) {
+        x = exp2_fast(min_or_nan(fmaf(x, scale_2, -row[half].lse_2), 0.0f));
+      });
+    } else {
+      for_each([&](int half, int, float& x) {
+        x = recomputed_probability(product(x, scale), row[half].maximum, row[half].inverse_sum);
+      });
+    }
+    if (!sees_all) {
+      const Interval seen[2] = {head.seen(first_row + g), head.seen(first_row + 8 + g)};
+      const int first = key + 2 * (lane_index() & 3);
+      for_each([&](int half, int column, float& x) {
+        if (first + column < seen[half].begin || first + column >= seen[half].end) x = float_of(kHiddenBits);
+      });
+    }
+    round_acc<M, kN>(weights, s);
+    products_wait<0>();
+    arrived(dp);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      QueryRow& own = row[half];
+      float sum = 0.0f, rounded_p = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kN / 8; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float x = s[0][n][2 * half + j];
+          float& d = dp[0][n][2 * half + j];
+          d = !sees_all && is_hidden(x) ? x : x * (d - own.delta);
+          sum += d;
+          const uint32_t pair = weights[n >> 1][2 * (n & 1) + half];
+          rounded_p += j == 0 ? M::low(pair) : M::high(pair);
+        }
+      own.sum_ds += sum;
+      own.sum_rounded_p += rounded_p;
+    }
+    round_acc<M, kN>(gradients, dp);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kN / 8; ++n) {
+        const uint32_t pair = gradients[n >> 1][2 * (n & 1) + half];
+        sum += M::low(pair) + M::high(pair);
+      }
+      row[half].sum_rounded_ds += sum;
+    }
+    const bool nonfinite = !sees_all && look_through<M>(memory, 0, stage);
+    products_begin();
+    start_nn<M, kDim, kN>(dq, gradients, memory.streamed(0, stage));
+    start_nn<M, kDim, kN>(mean_key, weights, memory.streamed(0, stage));
+    products_wait<0>();
+    arrived(dq);
+    arrived(mean_key);
+    if (nonfinite) {
+      const KeyRows<const Element> keys(p.k, head, key, head.length_k, true);
+      add_nonfinite_rows<M, kDim, kN>(dq, gradients, memory.flags(0), keys, head_dim);
+      add_nonfinite_rows<M, kDim, kN>(mean_key, weights, memory.flags(0), keys, head_dim);
+    }
+    release(memory.empty(stage));
+  }
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    QueryRow& own = row[half];
+    const auto of_quad = [](float& sum) {
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+    };
+    of_quad(own.sum_ds);
+    of_quad(own.sum_rounded_ds);
+    of_quad(own.sum_rounded_p);
+    const float excess = own.sum_rounded_ds - own.d_lse;
+    const float share = own.sum_rounded_p > 0.0f ? excess / own.sum_rounded_p : 0.0f;
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+      for (int j = 2 * half; j < 2 * half + 2; ++j) dq[0][n][j] -= share * mean_key[0][n][j];
+    const int index = first_row + 8 * half + g;
+    if ((lane_index() & 3) != 0 || index >= limit) continue;
+    const int position = head.position(index);
+    args.call.delta[head.statistic(head.head(index, position), position)] = own.delta + (own.sum_ds - own.d_lse);
+  }
+  const float factor[1][2] = {{scale, scale}};
+  // The warpgroup is done with its queries: their place takes the results.
+  sync_some(kOfConsumer + consumer, kWarpgroup);
+  const SharedTile<M, kDim> result{q.data};
+  write_acc<M, kDim, 1>(result, warp_row, dq, factor);
+  sync_warp();
+  store_rows<M, kDim>(result, warp_row, 16, QueryRows<Element>(b.dq, head, group_row, block.end, args.call.aligned.dq),
+                      head_dim);
+}
+
+template <class M, int kDim>
+ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
+  constexpr Shape kShape = backward_shape(kDim, false);
+  const BackwardMemory<kDim> memory;
+  memory.init(1);
+  const Rows& rows = args.call.rows;
+  const Head head(args.call.b.forward, args.call.factors, rows, block_index() / rows.tiles);
+  // Under a causal mask the last rows see the most: they begin first.
+  const int tile = rows.tiles - 1 - block_index() % rows.tiles;
+  const RowBlock block(head, tile * kShape.block_m(), kShape.block_m());
+  const Tiles<kBackwardRows> tiles(block.any.begin, block.any.end);
+  if (warpgroup_index() == 0) {
+    keep_registers<kShape.producer>();
+    if (thread_index() == 0) bring_keys(args, memory, head, tiles);
+  } else {
+    take_registers<kShape.consumer>();
+    compute_dq<M>(args, memory, head, block, tiles);
+  }
+}
+
+}  // namespace attn_ops::cuda::hopper
