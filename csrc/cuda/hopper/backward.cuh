@@ -22,7 +22,23 @@ struct alignas(16) StreamedRows {
   float maximum[kRows], inverse_sum[kRows];
   Interval seen[kRows];
   uint32_t exact;  // whether some maximum is beyond kFusedLimit
+
+  // Of columns 8 n + 2 t and the next, which are a lane's.
+  struct alignas(8) Pair {
+    float of[2];
+  };
+  ATTN_DEVICE static Pair pair(const float (&values)[kRows], int n, int t) {
+    return *reinterpret_cast<const Pair*>(values + 8 * n + 2 * t);
+  }
 };
+
+// A probability from scores q k^T, as ../backward.cuh has it: a score of -inf hides, whatever the row's maximum is.
+ATTN_DEVICE float exact_probability(float x, float scale, float maximum, float inverse_sum) {
+  const float score = product(x, scale);
+  return is_minus_infinity(score) ? float_of(kHiddenBits) : recomputed_probability(score, maximum, inverse_sum);
+}
+// And where maximum and sum are one number, (maximum + log sum) log2(e), of maxima up to kFusedLimit.
+ATTN_DEVICE float fused_probability(float x, float scale_2, float lse_2) { return exp2_fast(fmaf(x, scale_2, -lse_2)); }
 
 template <int kDim>
 struct BackwardMemory {

@@ -108,54 +108,53 @@ ATTN_DEVICE void compute_dk_dv(const BackwardArgs& args, const BackwardMemory<kD
     const StreamedRows& rows = memory.rows(stage);
     const bool sees_all = RowBlock(head, row, kN).sees_all(first_key, BackwardMemory<kDim>::kShape.block_m());
     start_scores(i);
-    const bool fused = rows.exact == 0;
+    const bool fused = rows.exact == 0, hides = !sees_all || !fused;
     products_wait<1>();
     arrived(s);
-    // body(column, s of the first key, s of the one 8 further) of the lane's columns.
-    const auto for_each = [&s, t](auto body) {
+    // body(n, j, half): the row 8 n + 2 t + j, the key own_key + 8 half.
+    const auto for_each = [](auto body) {
 #pragma unroll
       for (int n = 0; n < kN / 8; ++n)
 #pragma unroll
-        for (int j = 0; j < 2; ++j) body(8 * n + 2 * t + j, s[0][n][j], s[0][n][2 + j]);
+        for (int i = 0; i < 4; ++i) body(n, i & 1, i >> 1, i);
     };
     if (fused) {
-      for_each([&](int column, float& x, float& y) {
-        const float lse_2 = rows.lse_2[column];
-        x = exp2_fast(min_or_nan(fmaf(x, scale_2, -lse_2), 0.0f));
-        y = exp2_fast(min_or_nan(fmaf(y, scale_2, -lse_2), 0.0f));
-      });
+#pragma unroll
+      for (int n = 0; n < kN / 8; ++n) {
+        const auto lse_2 = StreamedRows::pair(rows.lse_2, n, t);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[0][n][i] = fused_probability(s[0][n][i], scale_2, lse_2.of[i & 1]);
+      }
     } else {
-      for_each([&](int column, float& x, float& y) {
-        const float maximum = rows.maximum[column], inverse_sum = rows.inverse_sum[column];
-        x = recomputed_probability(product(x, scale), maximum, inverse_sum);
-        y = recomputed_probability(product(y, scale), maximum, inverse_sum);
+      for_each([&](int n, int j, int, int i) {
+        const int row = 8 * n + 2 * t + j;
+        s[0][n][i] = exact_probability(s[0][n][i], scale, rows.maximum[row], rows.inverse_sum[row]);
       });
     }
     if (!sees_all) {
-      for_each([&](int column, float& x, float& y) {
-        const Interval seen = rows.seen[column];
-        if (own_key < seen.begin || own_key >= seen.end) x = float_of(kHiddenBits);
-        if (own_key + 8 < seen.begin || own_key + 8 >= seen.end) y = float_of(kHiddenBits);
+      for_each([&](int n, int j, int half, int i) {
+        const Interval seen = rows.seen[8 * n + 2 * t + j];
+        const int key = own_key + 8 * half;
+        if (key < seen.begin || key >= seen.end) s[0][n][i] = float_of(kHiddenBits);
       });
     }
     round_acc<M, kN>(weights, s);
     products_wait<0>();
     arrived(dp);
 #pragma unroll
-    for (int n = 0; n < kN / 8; ++n)
+    for (int n = 0; n < kN / 8; ++n) {
+      const auto delta = StreamedRows::pair(rows.delta, n, t);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float delta = rows.delta[8 * n + 2 * t + j];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float x = s[0][n][2 * half + j];
-          float& d = dp[0][n][2 * half + j];
-          d = !sees_all && is_hidden(x) ? x : x * (d - delta);
-        }
-      }
+      for (int i = 0; i < 4; ++i) dp[0][n][i] = s[0][n][i] * (dp[0][n][i] - delta.of[i & 1]);
+    }
+    if (hides) {
+      for_each([&](int n, int, int, int i) {
+        if (is_hidden(s[0][n][i])) dp[0][n][i] = s[0][n][i];
+      });
+    }
     round_acc<M, kN>(gradients, dp);
     bool nonfinite[2] = {false, false};
-    if (!sees_all) {
+    if (hides) {
 #pragma unroll
       for (int which = 0; which < 2; ++which) nonfinite[which] = look_through<M>(memory, which, stage);
     }

@@ -55,6 +55,18 @@ ATTN_DEVICE float output_product(const QueryRows<const uint16_t>& out, const Que
   return sum;
 }
 
+// Adds what a lane has of its two rows, as it was rounded.
+template <class M, int kN>
+ATTN_DEVICE void add_rounded(const Rounded<kN>& x, float& first, float& second) {
+  float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int k = 0; k < kN / 16; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i & 1] += M::low(x[k][i]) + M::high(x[k][i]);
+  first += sum[0];
+  second += sum[1];
+}
+
 template <class M, int kDim>
 ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>& memory, const Head& head,
                             const RowBlock& block, const Tiles<kBackwardRows>& tiles) {
@@ -102,7 +114,7 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
     own.lse_2 = own.maximum * kLog2E - log2_fast(own.inverse_sum);
     fits &= fabsf(own.maximum) <= kFusedLimit;
   }
-  const bool fused = !any_in_warp(!fits);
+  const bool fused = !sync_some_or(kOfConsumers, BackwardMemory<kDim>::kConsumers * kWarpgroup, !fits);
   copy_async_wait<0>();
   fence_writes();
   sync_some(kOfConsumer + consumer, kWarpgroup);
@@ -122,67 +134,51 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
 #pragma unroll 1
   for (int i = 0; i < tiles.count; ++i) {
     const int key = tiles.first(i), stage = Turn<kStages>(i).stage;
-    const bool sees_all = block.sees_all(key, kN);
+    const bool sees_all = block.sees_all(key, kN), hides = !sees_all || !fused;
     start_scores(i);
     products_wait<1>();
     arrived(s);
-    const auto for_each = [&s](auto body) {
+    // body(n, half, i): the key 8 n + 2 t + (i & 1) of the tile.
+    const auto for_each = [](auto body) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
+      for (int n = 0; n < kN / 8; ++n)
 #pragma unroll
-        for (int n = 0; n < kN / 8; ++n)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) body(half, 8 * n + j, s[0][n][2 * half + j]);
+        for (int i = 0; i < 4; ++i) body(n, i >> 1, i);
     };
     if (fused) {
-      for_each([&](int half, int, float& x) {
-        x = exp2_fast(min_or_nan(fmaf(x, scale_2, -row[half].lse_2), 0.0f));
+      for_each([&](int n, int half, int i) {
+        s[0][n][i] = fused_probability(s[0][n][i], scale_2, row[half].lse_2);
       });
     } else {
-      for_each([&](int half, int, float& x) {
-        x = recomputed_probability(product(x, scale), row[half].maximum, row[half].inverse_sum);
+      for_each([&](int n, int half, int i) {
+        s[0][n][i] = exact_probability(s[0][n][i], scale, row[half].maximum, row[half].inverse_sum);
       });
     }
     if (!sees_all) {
       const Interval seen[2] = {head.seen(first_row + g), head.seen(first_row + 8 + g)};
       const int first = key + 2 * (lane_index() & 3);
-      for_each([&](int half, int column, float& x) {
-        if (first + column < seen[half].begin || first + column >= seen[half].end) x = float_of(kHiddenBits);
+      for_each([&](int n, int half, int i) {
+        const int own = first + 8 * n + (i & 1);
+        if (own < seen[half].begin || own >= seen[half].end) s[0][n][i] = float_of(kHiddenBits);
       });
     }
     round_acc<M, kN>(weights, s);
+    add_rounded<M, kN>(weights, row[0].sum_rounded_p, row[1].sum_rounded_p);
     products_wait<0>();
     arrived(dp);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      QueryRow& own = row[half];
-      float sum = 0.0f, rounded_p = 0.0f;
-#pragma unroll
-      for (int n = 0; n < kN / 8; ++n)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float x = s[0][n][2 * half + j];
-          float& d = dp[0][n][2 * half + j];
-          d = !sees_all && is_hidden(x) ? x : x * (d - own.delta);
-          sum += d;
-          const uint32_t pair = weights[n >> 1][2 * (n & 1) + half];
-          rounded_p += j == 0 ? M::low(pair) : M::high(pair);
-        }
-      own.sum_ds += sum;
-      own.sum_rounded_p += rounded_p;
+    for_each([&](int n, int half, int i) { dp[0][n][i] = s[0][n][i] * (dp[0][n][i] - row[half].delta); });
+    if (hides) {
+      for_each([&](int n, int, int i) {
+        if (is_hidden(s[0][n][i])) dp[0][n][i] = s[0][n][i];
+      });
     }
+    float sum[2] = {0.0f, 0.0f};
+    for_each([&](int n, int half, int i) { sum[half] += dp[0][n][i]; });
+    row[0].sum_ds += sum[0];
+    row[1].sum_ds += sum[1];
     round_acc<M, kN>(gradients, dp);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < kN / 8; ++n) {
-        const uint32_t pair = gradients[n >> 1][2 * (n & 1) + half];
-        sum += M::low(pair) + M::high(pair);
-      }
-      row[half].sum_rounded_ds += sum;
-    }
-    const bool nonfinite = !sees_all && look_through<M>(memory, 0, stage);
+    add_rounded<M, kN>(gradients, row[0].sum_rounded_ds, row[1].sum_rounded_ds);
+    const bool nonfinite = hides && look_through<M>(memory, 0, stage);
     products_begin();
     start_nn<M, kDim, kN>(dq, gradients, memory.streamed(0, stage));
     start_nn<M, kDim, kN>(mean_key, weights, memory.streamed(0, stage));
