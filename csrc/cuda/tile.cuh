@@ -185,8 +185,8 @@ ATTN_DEVICE void clear(Acc<kMmaM, kMmaN>& d) {
       for (int i = 0; i < 4; ++i) d[m][n][i] = 0.0f;
 }
 
-// Infinities do not survive 3xTF32: inf big + inf small is NaN where the signs of the parts differ. Wherever a product
-// is NaN, what one product gives instead is right: the true NaN, or the infinity. (There are hardly ever any.)
+// Infinities do not survive 3xTF32, nor do the largest finite numbers. Wherever a product is NaN, what one product gives
+// of operands that are cut off is right instead: the true NaN, or the infinity. (There are hardly ever any.)
 template <class M, int kDim, int kMmaM, int kMmaN>
 ATTN_DEVICE void restore_infinities(Acc<kMmaM, kMmaN>& d, const SharedTile<M, kDim>& a, int first,
                                     const SharedTile<M, kDim>& b) {
@@ -198,6 +198,7 @@ ATTN_DEVICE void restore_infinities(Acc<kMmaM, kMmaN>& d, const SharedTile<M, kD
 #pragma unroll
       for (int i = 0; i < 4; ++i) found |= d[m][n][i] != d[m][n][i];
   if (!any_in_warp(found)) return;
+  const SharedTile<CutOff, kDim> left{a.data}, right{b.data};
   const int lane = operand_lane<M>();
 #pragma unroll
   for (int m = 0; m < kMmaM; ++m)
@@ -206,10 +207,10 @@ ATTN_DEVICE void restore_infinities(Acc<kMmaM, kMmaN>& d, const SharedTile<M, kD
       float once[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 1
       for (int k = 0; k < kDim / M::kMmaK; k += 2) {
-        typename M::B right[2];
-        load_b_of_8<M>(right, b, 8 * n, k, lane);
+        CutOff::B columns[2];
+        load_b_of_8<CutOff>(columns, right, 8 * n, k, lane);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) mma_tf32(once, load_a<M>(a, first + 16 * m, k + i, lane).big, right[i].big);
+        for (int i = 0; i < 2; ++i) CutOff::mma(once, load_a<CutOff>(left, first + 16 * m, k + i, lane), columns[i]);
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) d[m][n][i] = d[m][n][i] != d[m][n][i] ? once[i] : d[m][n][i];
