@@ -63,9 +63,11 @@ constexpr int backward_tiles_bytes(Math m, int dim, bool plain, int stages) {
 constexpr int backward_stages(Math m, int dim, bool plain) {
   return backward_tiles_bytes(m, dim, plain, 2) <= kLargestSharedBytes * 3 / 4 ? 2 : 1;
 }
-constexpr int kBackwardStatisticsBytes = 2 * 64 * 20;  // of the rows that pass, for two stages
+// Beside the tiles, of each row that passes: what is known of it, for two stages, and its flag.
+constexpr int kStreamedRowBytes = 24;
 constexpr int backward_shared_bytes(Math m, int dim, bool plain) {
-  return backward_tiles_bytes(m, dim, plain, backward_stages(m, dim, plain)) + kBackwardStatisticsBytes;
+  return backward_tiles_bytes(m, dim, plain, backward_stages(m, dim, plain)) +
+         backward_tile(m, dim, plain).block_n * (2 * kStreamedRowBytes + 1);
 }
 // Two gradients of this many columns do not fit the registers: dk and dv are then made by blocks of their own.
 constexpr bool splits_dk_dv(Math m, int dim) { return dim > (element_bytes(m) == 2 ? 128 : 96); }
