@@ -50,7 +50,7 @@ template <class M, int kDim, int kRows, int kThreads, class Group = ThreadBlock,
 ATTN_DEVICE void load_tile(const SharedTile<M, kDim>& tile, const Rows& rows, int dim) {
   using T = SharedTile<M, kDim>;
   using Element = typename M::Element;
-  if (rows.aligned) {
+  if (rows.aligned == 16) {
     // A thread keeps to one of the chunks that change places with each other, and to every kStep-th row: what follows
     // from either is computed once.
     constexpr int kStep = kThreads / T::kSwizzled;
@@ -68,6 +68,22 @@ ATTN_DEVICE void load_tile(const SharedTile<M, kDim>& tile, const Rows& rows, in
         copy_async(target + 16 * c, source + d, exists && static_cast<int>(own * T::kPerChunk) + d < dim);
       }
     }
+  } else if (rows.aligned != 0) {
+    // Eight bytes at a time, or twice four.
+    constexpr int kHalves = 2 * T::kChunks;  // of chunks, in a row
+#pragma unroll 1
+    for (int i = Group::thread_rank(); i < kRows * kHalves; i += kThreads) {
+      const int r = i / kHalves, half = i % kHalves;
+      const char* source = reinterpret_cast<const char*>(rows.row(r)) + 8 * half;
+      char* target = tile.chunk(r, half >> 1) + 8 * (half & 1);
+      const int left = rows.exists(r) ? dim * static_cast<int>(sizeof(Element)) - 8 * half : 0;
+      if (rows.aligned == 8) {
+        copy_async_few<8>(target, source, left > 0);
+      } else {
+        copy_async_few<4>(target, source, left > 0);
+        copy_async_few<4>(target + 4, source + 4, left > 4);
+      }
+    }
   } else {
 #pragma unroll 1
     for (int i = Group::thread_rank(); i < kRows * kDim; i += kThreads) {
@@ -82,7 +98,7 @@ template <class M, int kDim, class Rows>
 ATTN_DEVICE void store_rows(const SharedTile<M, kDim>& tile, int first, int count, const Rows& rows, int dim) {
   using T = SharedTile<M, kDim>;
   using Element = typename M::Element;
-  if (rows.aligned) {
+  if (rows.aligned == 16) {
 #pragma unroll 1
     for (int i = lane_index(); i < count * T::kChunks; i += 32) {
       const int r = first + i / T::kChunks, c = i % T::kChunks;

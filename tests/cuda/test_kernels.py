@@ -35,7 +35,7 @@ def test_runs_are_bitwise_equal(attend):
             np.testing.assert_array_equal(array.view(np.uint8), again.view(np.uint8), name)
 
 
-@pytest.mark.parametrize("dim", [20, 64, 72, 80, 96, 128, 160, 192, 256])
+@pytest.mark.parametrize("dim", [17, 18, 20, 64, 72, 80, 96, 128, 160, 192, 256])
 @pytest.mark.parametrize("dtype", KINDS)
 def test_head_dims_in_and_between_the_kernels(attend, dtype, dim):
     check(attend, dtype, seqlen_q=20, seqlen_k=24, head_dim=dim, is_causal=True, **SMALL)
