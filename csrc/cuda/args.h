@@ -46,7 +46,7 @@ struct DecodeArgs {
   Rows rows;
   Aligned aligned;
   int32_t splits = 1;
-  float* partial_out = nullptr;  // [batch, num_kv_heads, tiles, splits, kDecodeRows, value_dim]
+  float* partial_out = nullptr;  // [batch, num_kv_heads, tiles, splits, kDecodeRows, decode_quads(value_dim), 4]
   float* partial_stats = nullptr;  // [batch, num_kv_heads, tiles, splits, kDecodeRows, 2]: maximum, sum
   uint64_t* tickets = nullptr;  // [batch, num_kv_heads, tiles]: launch << 16 | parts done. Not initialised
   uint64_t launch = 0;  // 48 bits that no other launch has

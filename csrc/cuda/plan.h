@@ -114,7 +114,7 @@ struct DecodePlan {
     splits = choose_splits(p, device, math);
     if (splits == 1) return;
     const size_t lines = static_cast<size_t>(tiles) * splits * kDecodeRows;
-    partial_out_bytes = (lines * p.value_dim * sizeof(float) + 15) / 16 * 16;
+    partial_out_bytes = lines * decode_quads(p.value_dim) * 4 * sizeof(float);
     partial_stats_bytes = lines * 2 * sizeof(float);
     ticket_bytes = static_cast<size_t>(tiles) * sizeof(uint64_t);
   }
@@ -130,7 +130,7 @@ struct DecodePlan {
     const int per_multiprocessor =
         std::max(1, device.shared_bytes / (decode_shared_bytes(math, dim_of(p)) + 1024));  // 1 KiB is the system's
     const int64_t wave = std::max<int64_t>(1, int64_t{device.multiprocessors} * per_multiprocessor);
-    constexpr int64_t kOwnSteps = 4, kMostSplits = 128, kEnoughTiles = 1 << 20;
+    constexpr int64_t kOwnSteps = 4, kEnoughTiles = 1 << 20;
     if (tiles > kEnoughTiles) return 1;
     // A block takes its steps, and a few more for its beginning and its end; blocks run in waves. In 32 bits, as so
     // many divisions take long for a decode step.
@@ -138,7 +138,7 @@ struct DecodePlan {
                        s = static_cast<uint32_t>(steps)](uint32_t splits) {
       return uint64_t{(t * splits + w - 1) / w} * ((s + splits - 1) / splits + kOwnSteps);
     };
-    const uint32_t most = static_cast<uint32_t>(std::min(steps / 2, kMostSplits));
+    const uint32_t most = static_cast<uint32_t>(std::min<int64_t>(steps / 2, kMostSplits));
     uint32_t best = 1;
     uint64_t lowest = cost(1);
     for (uint32_t splits = 2; splits <= most; ++splits) {
