@@ -64,6 +64,62 @@ struct Quad {
   ATTN_DEVICE Bytes16 bytes() const { return {{bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])}}; }
 };
 
+// What the blocks of a tile's parts have left becomes its output, by finish(row, column, sum): the statistics are
+// fetched all at a time, then sums in batches, so that many loads are under way and few wait for others. `memory` is
+// shared, kCombineBytes.
+constexpr int kCombineStatisticsBytes = kDecodeRows * kMostSplits * 8;
+constexpr int kCombineBytes = kCombineStatisticsBytes + 16 * 32 * kDecodeWarps;
+
+template <class Finish>
+ATTN_DEVICE void combine_parts(const DecodeArgs& args, int64_t first_part, int rows, int quads, char* memory,
+                               float* merged, Finish finish) {
+  constexpr int kThreads = 32 * kDecodeWarps, kBatch = 16;
+  float* statistics = reinterpret_cast<float*>(memory);  // [row][part][maximum, sum]
+#pragma unroll 1
+  for (int i = thread_index(); i < rows * args.splits; i += kThreads) {
+    const int row = i / args.splits, part = i % args.splits;
+    copy_async_few<8>(statistics + 2 * i, args.partial_stats + 2 * ((first_part + part) * kDecodeRows + row), true);
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+  sync_block();
+  merge_statistics(statistics, rows, args.splits, merged);
+  sync_block();
+
+  // Where there are more threads than quads, each has a share of the parts.
+  const int items = rows * quads, shares = max(kThreads / items, 1);
+  Bytes16* sums = reinterpret_cast<Bytes16*>(memory + kCombineStatisticsBytes);  // of each thread
+  const int64_t step = int64_t{shares} * kDecodeRows * quads;
+#pragma unroll 1
+  for (int first = 0; first < items; first += kThreads) {
+    const int i = first + thread_index(), share = i / items, item = i % items;
+    const int row = item / quads, column = item % quads * 4;
+    const Bytes16* source = reinterpret_cast<const Bytes16*>(args.partial_out) +
+                            ((first_part + share) * kDecodeRows + row) * quads + column / 4;
+    const float* weight = statistics + 2 * (row * args.splits + share);
+    Quad sum;
+#pragma unroll 1
+    for (int part = share < shares ? share : args.splits; part < args.splits;) {
+      Bytes16 batch[kBatch];
+      float weights[kBatch];
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n, part += shares, source += step, weight += 2 * shares) {
+        const bool exists = part < args.splits;
+        batch[n] = exists ? *source : Bytes16{{0, 0, 0, 0}};
+        weights[n] = exists ? *weight : 0.0f;
+      }
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) sum.add(weights[n], batch[n]);
+    }
+    if (shares > 1) {  // and so all items at a time
+      sums[thread_index()] = sum.bytes();
+      sync_block();
+      for (int other = 1; other < shares && share == 0; ++other) sum.add(1.0f, sums[other * items + item]);
+    }
+    if (share == 0) finish(row, column, sum);
+  }
+}
+
 // A warp's output as a table of floats, [kDecodeRows][kDim]: groups of eight columns change places, so that the rows
 // that are written at a time lie on different banks.
 template <int kDim>
@@ -77,6 +133,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
   using T = SharedTile<M, kDim>;
   constexpr int kKeys = decode_keys(M::kMath), kMmaN = kKeys / 8, kRing = decode_ring(M::kMath, kDim);
   constexpr int kTileBytes = decode_tile_bytes(kDim), kThreads = 32 * kDecodeWarps;
+  static_assert(kCombineBytes <= kDecodeWarps * kRing * kTileBytes, "parts are put together where the rings were");
   const T q{shared_memory()};
   char* rings = q.data + decode_query_bytes(M::kMath, kDim);
   char* ring = rings + warp_index() * kRing * kTileBytes;
@@ -219,11 +276,14 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
     }
     const int64_t line = (first_part + split) * kDecodeRows + row;
     reinterpret_cast<Bytes16*>(args.partial_out)[line * quads + column / 4] = sum.bytes();
-    if (column == 0) args.partial_stats[2 * line] = merged[2 * row], args.partial_stats[2 * line + 1] = merged[2 * row + 1];
+    if (column == 0) {
+      args.partial_stats[2 * line] = merged[2 * row];
+      args.partial_stats[2 * line + 1] = merged[2 * row + 1];
+    }
   }
   if (args.splits == 1) return;
 
-  sync_block();
+  sync_block();  // by which one thread knows what all have written, and may say so
   bool last = false;
   if (thread_index() == 0) {
     fence_acquire_release();
@@ -232,54 +292,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
   }
   if (!sync_block_or(last)) return;
 
-  // The statistics of all parts at a time, then their sums: many loads under way, and few that wait for others.
-  float* parts = reinterpret_cast<float*>(rings);  // [row][part][maximum, sum], and behind them the sums of threads
-#pragma unroll 1
-  for (int i = thread_index(); i < own_rows * args.splits; i += kThreads) {
-    const int row = i / args.splits, part = i % args.splits;
-    copy_async_few<8>(parts + 2 * i, args.partial_stats + 2 * ((first_part + part) * kDecodeRows + row), true);
-  }
-  copy_async_commit();
-  copy_async_wait<0>();
-  sync_block();
-  merge_statistics(parts, own_rows, args.splits, merged);
-  sync_block();
-
-  // Where there are more threads than quads, each has some of the parts.
-  constexpr int kBatch = 16;
-  const int shares = max(kThreads / items, 1);
-  Bytes16* sums = reinterpret_cast<Bytes16*>(rings + kDecodeRows * kMostSplits * 8);
-#pragma unroll 1
-  for (int first = 0; first < items; first += kThreads) {
-    const int i = first + thread_index(), share = i / items, item = i % items;
-    const int row = item / quads, column = item % quads * 4;
-    Quad sum;
-    if (share < shares) {
-      const Bytes16* source = reinterpret_cast<const Bytes16*>(args.partial_out) +
-                              ((first_part + share) * kDecodeRows + row) * quads + column / 4;
-      const float* weight = parts + 2 * (row * args.splits + share);
-      const int64_t step = int64_t{shares} * kDecodeRows * quads;
-#pragma unroll 1
-      for (int part = share; part < args.splits;) {
-        Bytes16 batch[kBatch];
-        float weights[kBatch];
-#pragma unroll
-        for (int n = 0; n < kBatch; ++n, part += shares, source += step, weight += 2 * shares) {
-          const bool exists = part < args.splits;
-          batch[n] = exists ? *source : Bytes16{{0, 0, 0, 0}};
-          weights[n] = exists ? *weight : 0.0f;
-        }
-#pragma unroll
-        for (int n = 0; n < kBatch; ++n) sum.add(weights[n], batch[n]);
-      }
-    }
-    if (shares > 1) {
-      sums[thread_index()] = sum.bytes();
-      sync_block();
-      for (int other = 1; other < shares && share == 0; ++other) sum.add(1.0f, sums[other * items + item]);
-    }
-    if (share == 0) finish(row, column, sum);
-  }
+  combine_parts(args, first_part, own_rows, quads, rings, merged, finish);
 }
 
 }  // namespace attn_ops::cuda

@@ -86,9 +86,9 @@ struct CutOff : Bits32 {
 // 3xTF32: x = big + small, each with 11 significant bits, and a b = big big + big small + small big, off by about
 // 2^-22.
 //
-// Of an infinity, and of what becomes one, small is NaN or infinite the other way, and so each product with it is NaN. Of
-// scores and of dp, restore_infinities makes what they should be; keys, values and gradients that are summed up have left
-// their tiles before (finite.cuh).
+// Of an infinity, and of what becomes one, small is NaN or infinite the other way, and so is each product with it NaN.
+// Of scores and of dp, restore_infinities makes what they should be; keys, values and gradients that are summed up have
+// left their tiles before (finite.cuh).
 struct F32 : Bits32 {
   static constexpr Math kMath = Math::kFloat32;
   struct A {

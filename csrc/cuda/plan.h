@@ -68,7 +68,8 @@ inline Rows rows_of(const AttentionParams& p, int64_t tiles) {
   return rows;
 }
 
-// See Aligned, of rows of `dim` elements. Strides of axes with one index do not matter: frameworks leave anything there.
+// See Aligned, for rows of `dim` elements. Strides of axes with one index do not matter: frameworks leave anything in
+// them.
 inline uint8_t alignment_of(const AttentionParams& p, const StridedView& view, int64_t seqlen, int64_t heads,
                             int64_t dim) {
   const bool in_pages = p.block_table != nullptr && (view.data == p.k.data || view.data == p.v.data);
@@ -132,8 +133,9 @@ struct DecodePlan {
     const int64_t wave = std::max<int64_t>(1, int64_t{device.multiprocessors} * per_multiprocessor);
     constexpr int64_t kOwnSteps = 4, kEnoughTiles = 1 << 20;
     if (tiles > kEnoughTiles) return 1;
-    // A block takes its steps, and a few more for its beginning and its end; blocks run in waves. In 32 bits, as so
-    // many divisions take long for a decode step.
+    // A block takes its steps, and a few more for its beginning and its end; blocks run in waves. Putting the parts
+    // together is left out: 4 rows of 32 parts are 64 KiB of cache, where a step is 32 KiB of memory (head dim 128, 16
+    // bits). In 32 bits, as so many divisions take long for a decode step.
     const auto cost = [t = static_cast<uint32_t>(tiles), w = static_cast<uint32_t>(wave),
                        s = static_cast<uint32_t>(steps)](uint32_t splits) {
       return uint64_t{(t * splits + w - 1) / w} * ((s + splits - 1) / splits + kOwnSteps);

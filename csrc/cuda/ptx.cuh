@@ -88,8 +88,8 @@ struct alignas(16) Bytes16 {
 
 // Makes what this thread has written visible to the whole device, before what it writes next.
 ATTN_DEVICE void fence_device() { __threadfence(); }
-// What this thread has written, and what others have and it knows of (by a barrier), is visible to the device before what
-// it writes next; and what it reads next, it and whom it tells read after what it has read before.
+// What this thread has written, and what others have and it knows of by a barrier, is visible to the device before what
+// it writes next; what it, or others that a barrier tells, read next is at least as new as what it has read before.
 ATTN_DEVICE void fence_acquire_release() { asm volatile("fence.acq_rel.gpu;\n" ::: "memory"); }
 // If *address == expected, stores desired; what was there before.
 ATTN_DEVICE uint64_t compare_and_swap(uint64_t* address, uint64_t expected, uint64_t desired) {

@@ -201,8 +201,8 @@ ATTN_DEVICE void clear(Acc<kMmaM, kMmaN>& d) {
       for (int i = 0; i < 4; ++i) d[m][n][i] = 0.0f;
 }
 
-// Infinities do not survive 3xTF32, nor do the largest finite numbers. Wherever a product is NaN, what one product gives
-// of operands that are cut off is right instead: the true NaN, or the infinity. (There are hardly ever any.)
+// Infinities do not survive 3xTF32, nor do the largest finite numbers. Wherever a product is NaN, what one product of
+// operands that are cut off gives is right instead: the true NaN, or the infinity. (There are hardly ever any.)
 template <class M, int kDim, int kMmaM, int kMmaN>
 ATTN_DEVICE void restore_infinities(Acc<kMmaM, kMmaN>& d, const SharedTile<M, kDim>& a, int first,
                                     const SharedTile<M, kDim>& b) {
