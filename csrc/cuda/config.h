@@ -80,7 +80,7 @@ constexpr int decode_keys(Math m) { return element_bytes(m) == 2 ? 16 : 8; }  //
 constexpr int decode_tile_bytes(int dim) { return 32 * dim; }
 constexpr int decode_query_bytes(Math m, int dim) { return kDecodeRows * dim * element_bytes(m); }
 constexpr int kDecodeStatisticsBytes = 1024;  // of each row and warp, and of each row, a maximum and a sum; and flags
-constexpr int kMostSplits = 128;              // parts of a tile's keys
+constexpr int kMostSplits = 128;  // parts of a tile's keys
 // A row of output on its way from one block to another: in fours of float32, one even without values.
 constexpr int64_t decode_quads(int64_t value_dim) { return value_dim <= 4 ? 1 : (value_dim + 3) / 4; }
 constexpr int decode_ring(Math m, int dim) {

@@ -119,7 +119,9 @@ def test_copies_arrive_when_waited_for(driver, rng, mode, arrived):
 def test_copies_of_few_bytes(driver, rng, mode):
     source = rng.integers(0, GARBAGE, 768).astype(np.uint8)
     exists = rng.integers(0, 2, 64).astype(np.int32)
-    out = run(driver, "layer_copy_few", np.zeros(768, np.uint8), source, exists, mode=mode, threads=64, shared_bytes=768)
+    out = run(
+        driver, "layer_copy_few", np.zeros(768, np.uint8), source, exists, mode=mode, threads=64, shared_bytes=768
+    )
     expected = np.where(np.concatenate([exists.repeat(8), exists.repeat(4)]), source, 0)
     np.testing.assert_array_equal(out, expected if mode == 0 else GARBAGE)
 
