@@ -11,9 +11,10 @@ struct Divisor {
   int32_t shift = 0;
 };
 
-// Which arrays can be moved 16 bytes at a time: dense, aligned rows.
+// How many bytes of each array's rows can be moved at a time: 16, 8 or 4 of dense rows, which begin at a multiple of it
+// and are one long; 0: single elements.
 struct Aligned {
-  bool q = false, k = false, v = false, out = false, d_out = false, dq = false, dk = false, dv = false;
+  uint8_t q = 0, k = 0, v = 0, out = 0, d_out = 0, dq = 0, dk = 0, dv = 0;
 };
 
 // All query heads that share a key/value head form one list of rows, position-major: row r is position r / group of
@@ -45,7 +46,7 @@ struct DecodeArgs {
   Rows rows;
   Aligned aligned;
   int32_t splits = 1;
-  float* partial_out = nullptr;  // [batch, num_kv_heads, tiles, splits, kDecodeRows, value_dim]
+  float* partial_out = nullptr;  // [batch, num_kv_heads, tiles, splits, kDecodeRows, decode_quads(value_dim), 4]
   float* partial_stats = nullptr;  // [batch, num_kv_heads, tiles, splits, kDecodeRows, 2]: maximum, sum
   uint64_t* tickets = nullptr;  // [batch, num_kv_heads, tiles]: launch << 16 | parts done. Not initialised
   uint64_t launch = 0;  // 48 bits that no other launch has

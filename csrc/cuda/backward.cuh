@@ -32,15 +32,16 @@ struct BackwardTiles {
   ATTN_DEVICE T streamed(int which, int stage) const {
     return {shared_memory() + (2 * Shape::kBlockM + (2 * stage + which) * Shape::kBlockN) * T::kRowBytes};
   }
-  // kBackwardStatisticsBytes
+  // kStreamedRowBytes for each row that passes, of two stages, and its flag.
   ATTN_DEVICE char* rest() const { return streamed(0, Shape::kStages).data; }
-  ATTN_DEVICE Flags flags() const { return reinterpret_cast<Flags>(rest() + 2 * 64 * 16); }
+  ATTN_DEVICE Flags flags() const { return reinterpret_cast<Flags>(rest() + 2 * Shape::kBlockN * kStreamedRowBytes); }
 };
 
 // Runs `compute(column, stage)` for columns begin, begin + kBlockN, ... below end, each after `load(column, stage)`
-// has brought its tiles: while the ones before are computed with, where there is room for two stages.
-template <int kStages, int kBlockN, class Load, class Compute>
-ATTN_DEVICE void stream(int begin, int end, Load load, Compute compute) {
+// has brought its tiles: while the ones before are computed with, where there is room for two stages. Between the two,
+// before others see it, a thread may change what it has copied itself: `arrive(stage)`.
+template <int kStages, int kBlockN, class Load, class Arrive, class Compute>
+ATTN_DEVICE void stream(int begin, int end, Load load, Arrive arrive, Compute compute) {
   int stage = 0;
   if (begin < end) load(begin, 0);
   copy_async_commit();
@@ -54,6 +55,7 @@ ATTN_DEVICE void stream(int begin, int end, Load load, Compute compute) {
     } else {
       copy_async_wait<0>();
     }
+    arrive(stage);
     sync_block();
     compute(column, stage);
     sync_block();
@@ -72,11 +74,14 @@ struct RowGradient {
   float maximum = 0.0f, inverse_sum = 0.0f, delta = 0.0f;
 
   ATTN_DEVICE RowGradient() {}
+  ATTN_DEVICE RowGradient(float maximum, float inverse_sum, float delta)
+      : maximum(maximum), inverse_sum(inverse_sum), delta(delta) {}
   ATTN_DEVICE RowGradient(const AttentionParams& p, int64_t row, float delta) : delta(delta) {
     const float* statistics = static_cast<const float*>(p.statistics) + 2 * row;
     maximum = statistics[0];
-    inverse_sum = statistics[1] == 0.0f ? 0.0f : 1.0f / statistics[1];
+    inverse_sum = inverse(statistics[1]);
   }
+  ATTN_DEVICE static float inverse(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
   ATTN_DEVICE float probability(float x) const { return recomputed_probability(x, maximum, inverse_sum); }
   // The same of what finish_scores gives.

@@ -63,9 +63,11 @@ constexpr int backward_tiles_bytes(Math m, int dim, bool plain, int stages) {
 constexpr int backward_stages(Math m, int dim, bool plain) {
   return backward_tiles_bytes(m, dim, plain, 2) <= kLargestSharedBytes * 3 / 4 ? 2 : 1;
 }
-constexpr int kBackwardStatisticsBytes = 2 * 64 * 20;  // of the rows that pass, for two stages
+// Beside the tiles, of each row that passes: what is known of it, for two stages, and its flag.
+constexpr int kStreamedRowBytes = 24;
 constexpr int backward_shared_bytes(Math m, int dim, bool plain) {
-  return backward_tiles_bytes(m, dim, plain, backward_stages(m, dim, plain)) + kBackwardStatisticsBytes;
+  return backward_tiles_bytes(m, dim, plain, backward_stages(m, dim, plain)) +
+         backward_tile(m, dim, plain).block_n * (2 * kStreamedRowBytes + 1);
 }
 // Two gradients of this many columns do not fit the registers: dk and dv are then made by blocks of their own.
 constexpr bool splits_dk_dv(Math m, int dim) { return dim > (element_bytes(m) == 2 ? 128 : 96); }
@@ -77,7 +79,10 @@ constexpr int kMostDecodeRows = 64;  // of a key/value head: more are the forwar
 constexpr int decode_keys(Math m) { return element_bytes(m) == 2 ? 16 : 8; }  // of one tile of one warp
 constexpr int decode_tile_bytes(int dim) { return 32 * dim; }
 constexpr int decode_query_bytes(Math m, int dim) { return kDecodeRows * dim * element_bytes(m); }
-constexpr int kDecodeStatisticsBytes = 1024;  // a maximum and a sum for each warp's rows, and its flags
+constexpr int kDecodeStatisticsBytes = 1024;  // of each row and warp, and of each row, a maximum and a sum; and flags
+constexpr int kMostSplits = 128;  // parts of a tile's keys
+// A row of output on its way from one block to another: in fours of float32, one even without values.
+constexpr int64_t decode_quads(int64_t value_dim) { return value_dim <= 4 ? 1 : (value_dim + 3) / 4; }
 constexpr int decode_ring(Math m, int dim) {
   const int room = kLargestSharedBytes - decode_query_bytes(m, dim) - kDecodeStatisticsBytes;
   const int fit = room / (kDecodeWarps * decode_tile_bytes(dim));

@@ -30,33 +30,116 @@ ATTN_DEVICE bool arrives_last(uint64_t* ticket, uint64_t launch, int parts) {
   return arrived + 1 == parts;
 }
 
-// Weights e^(m_i - m) of parts, whose maxima are maximum(i); the sum over them is sum(i).
-struct Merged {
-  float maximum, sum;
+// Of [rows][parts] pairs of a maximum m_i and a sum l_i, in shared memory, weights e^(m_i - m) take the places of m_i,
+// and m and sum e^(m_i - m) l_i of each row go to `merged`, [rows][2]. A warp does a row at a time.
+ATTN_DEVICE void merge_statistics(float* statistics, int rows, int parts, float* merged) {
+#pragma unroll 1
+  for (int row = warp_index(); row < rows; row += kDecodeWarps) {
+    float* own = statistics + 2 * row * parts;
+    float maximum = minus_infinity(), sum = 0.0f;
+#pragma unroll 1
+    for (int i = lane_index(); i < parts; i += 32) maximum = fmaxf(maximum, own[2 * i]);
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) maximum = fmaxf(maximum, shuffle_xor(maximum, mask));
+#pragma unroll 1
+    for (int i = lane_index(); i < parts; i += 32) {
+      const float weight = own[2 * i] == maximum ? 1.0f : exponential(own[2 * i] - maximum);
+      own[2 * i] = weight;
+      sum += weight * own[2 * i + 1];
+    }
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (lane_index() == 0) merged[2 * row] = maximum, merged[2 * row + 1] = sum;
+  }
+}
 
-  template <class Maximum, class Sum>
-  ATTN_DEVICE Merged(int parts, Maximum maximum_of, Sum sum_of) : maximum(minus_infinity()), sum(0.0f) {
-#pragma unroll 4
-    for (int i = 0; i < parts; ++i) maximum = fmaxf(maximum, maximum_of(i));
-#pragma unroll 4
-    for (int i = 0; i < parts; ++i) sum += weight(maximum_of(i)) * sum_of(i);
+// Four columns of a row.
+struct Quad {
+  float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+
+  ATTN_DEVICE void add(float weight, Bytes16 other) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] += weight * float_of(other.word[i]);
   }
-  ATTN_DEVICE float weight(float part_maximum) const {
-    return part_maximum == maximum ? 1.0f : exponential(part_maximum - maximum);
-  }
+  ATTN_DEVICE Bytes16 bytes() const { return {{bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])}}; }
 };
+
+// What the blocks of a tile's parts have left becomes its output, by finish(row, column, sum): the statistics are
+// fetched all at a time, then sums in batches, so that many loads are under way and few wait for others. `memory` is
+// shared, kCombineBytes.
+constexpr int kCombineStatisticsBytes = kDecodeRows * kMostSplits * 8;
+constexpr int kCombineBytes = kCombineStatisticsBytes + 16 * 32 * kDecodeWarps;
+
+template <class Finish>
+ATTN_DEVICE void combine_parts(const DecodeArgs& args, int64_t first_part, int rows, int quads, char* memory,
+                               float* merged, Finish finish) {
+  constexpr int kThreads = 32 * kDecodeWarps, kBatch = 16;
+  float* statistics = reinterpret_cast<float*>(memory);  // [row][part][maximum, sum]
+#pragma unroll 1
+  for (int i = thread_index(); i < rows * args.splits; i += kThreads) {
+    const int row = i / args.splits, part = i % args.splits;
+    copy_async_few<8>(statistics + 2 * i, args.partial_stats + 2 * ((first_part + part) * kDecodeRows + row), true);
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+  sync_block();
+  merge_statistics(statistics, rows, args.splits, merged);
+  sync_block();
+
+  // Where there are more threads than quads, each has a share of the parts.
+  const int items = rows * quads, shares = max(kThreads / items, 1);
+  Bytes16* sums = reinterpret_cast<Bytes16*>(memory + kCombineStatisticsBytes);  // of each thread
+  const int64_t step = int64_t{shares} * kDecodeRows * quads;
+#pragma unroll 1
+  for (int first = 0; first < items; first += kThreads) {
+    const int i = first + thread_index(), share = i / items, item = i % items;
+    const int row = item / quads, column = item % quads * 4;
+    const Bytes16* source = reinterpret_cast<const Bytes16*>(args.partial_out) +
+                            ((first_part + share) * kDecodeRows + row) * quads + column / 4;
+    const float* weight = statistics + 2 * (row * args.splits + share);
+    Quad sum;
+#pragma unroll 1
+    for (int part = share < shares ? share : args.splits; part < args.splits;) {
+      Bytes16 batch[kBatch];
+      float weights[kBatch];
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n, part += shares, source += step, weight += 2 * shares) {
+        const bool exists = part < args.splits;
+        batch[n] = exists ? *source : Bytes16{{0, 0, 0, 0}};
+        weights[n] = exists ? *weight : 0.0f;
+      }
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) sum.add(weights[n], batch[n]);
+    }
+    if (shares > 1) {  // and so all items at a time
+      sums[thread_index()] = sum.bytes();
+      sync_block();
+      for (int other = 1; other < shares && share == 0; ++other) sum.add(1.0f, sums[other * items + item]);
+    }
+    if (share == 0) finish(row, column, sum);
+  }
+}
+
+// A warp's output as a table of floats, [kDecodeRows][kDim]: groups of eight columns change places, so that the rows
+// that are written at a time lie on different banks.
+template <int kDim>
+ATTN_DEVICE float* table_place(char* table, int row, int column) {
+  return reinterpret_cast<float*>(table) + row * kDim + (column ^ (row & 3) << 3);
+}
 
 template <class M, int kDim>
 ATTN_DEVICE void decode(const DecodeArgs& args) {
   using Element = typename M::Element;
   using T = SharedTile<M, kDim>;
   constexpr int kKeys = decode_keys(M::kMath), kMmaN = kKeys / 8, kRing = decode_ring(M::kMath, kDim);
-  constexpr int kTileBytes = decode_tile_bytes(kDim);
+  constexpr int kTileBytes = decode_tile_bytes(kDim), kThreads = 32 * kDecodeWarps;
+  static_assert(kCombineBytes <= kDecodeWarps * kRing * kTileBytes, "parts are put together where the rings were");
   const T q{shared_memory()};
   char* rings = q.data + decode_query_bytes(M::kMath, kDim);
   char* ring = rings + warp_index() * kRing * kTileBytes;
-  float* statistics = reinterpret_cast<float*>(rings + kDecodeWarps * kRing * kTileBytes);  // [warp][row][maximum, sum]
-  const Flags flags = reinterpret_cast<Flags>(statistics + kDecodeWarps * kDecodeRows * 2) + warp_index() * kKeys;
+  float* statistics = reinterpret_cast<float*>(rings + kDecodeWarps * kRing * kTileBytes);  // [row][warp][maximum, sum]
+  float* merged = statistics + kDecodeRows * kDecodeWarps * 2;  // [row][maximum, sum]
+  const Flags flags = reinterpret_cast<Flags>(merged + kDecodeRows * 2) + warp_index() * kKeys;
 
   const AttentionParams& p = args.p;
   const int split = block_index() % args.splits;
@@ -96,7 +179,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
 
   if (own_steps > 0) {
     const QueryRows<const Element> queries(p.q, head, block.first, head.rows_in_length(), args.aligned.q);
-    load_tile<M, kDim, kDecodeRows, 32 * kDecodeWarps>(q, queries, head_dim);
+    load_tile<M, kDim, kDecodeRows, kThreads>(q, queries, head_dim);
   }
 #pragma unroll 1
   for (int item = 0; item < kRing - 1; ++item) fetch(item);  // the queries belong to the first
@@ -135,78 +218,82 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
   // Each warp's sums become a table of floats in its own ring.
   const int g = lane_index() >> 2, t = lane_index() & 3;
   sync_warp();
-  float* table = reinterpret_cast<float*>(ring);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = 8 * half + g;
     if (t == 0) {
-      statistics[(warp_index() * kDecodeRows + row) * 2] = rows.maximum[0][half];
-      statistics[(warp_index() * kDecodeRows + row) * 2 + 1] = rows.sum[0][half];
+      statistics[(row * kDecodeWarps + warp_index()) * 2] = rows.maximum[0][half];
+      statistics[(row * kDecodeWarps + warp_index()) * 2 + 1] = rows.sum[0][half];
     }
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
-      table[row * kDim + 8 * n + 2 * t] = o[0][n][2 * half];
-      table[row * kDim + 8 * n + 2 * t + 1] = o[0][n][2 * half + 1];
+      float* place = table_place<kDim>(ring, row, 8 * n + 2 * t);
+      place[0] = o[0][n][2 * half];
+      place[1] = o[0][n][2 * half + 1];
     }
   }
+  sync_block();
+  const int own_rows = block.end - block.first;
+  merge_statistics(statistics, own_rows, kDecodeWarps, merged);
   sync_block();
 
   const QueryRows<Element> out(p.out, head, block.first, block.end, args.aligned.out);
-  const auto finish = [&](int row, int d, const Merged& merged, float sum) {
-    if (d < value_dim) {
-      out.row(row)[d * out.dim_stride] =
-          M::from_float(merged.sum == 0.0f ? 0.0f : args.factors.keep * sum / merged.sum);
+  const auto finish = [&](int row, int column, const Quad& sum) {
+    const float total = merged[2 * row + 1], factor = total == 0.0f ? 0.0f : args.factors.keep / total;
+    struct alignas(4 * sizeof(Element)) {
+      Element x[4];
+    } result;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) result.x[i] = M::from_float(sum.x[i] * factor);
+    Element* target = out.row(row) + column * out.dim_stride;
+    if (out.aligned == 16) {
+      if (column < value_dim) *reinterpret_cast<decltype(result)*>(target) = result;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (column + i < value_dim) target[i * out.dim_stride] = result.x[i];
     }
-    if (d > 0) return;
+    if (column > 0) return;
     const int position = head.position(block.first + row);
-    write_statistics(p, head.statistic(head.head(block.first + row, position), position), merged.maximum, merged.sum);
+    const int64_t statistic = head.statistic(head.head(block.first + row, position), position);
+    write_statistics(p, statistic, merged[2 * row], total);
   };
-  const int own_rows = block.end - block.first;
-  const int columns = max(value_dim, 1);  // one even without values, for the statistics
-  const auto for_each = [&](auto body) {
-#pragma unroll 1
-    for (int i = thread_index(); i < own_rows * columns; i += 32 * kDecodeWarps) body(i / columns, i % columns);
-  };
+  const int quads = static_cast<int>(decode_quads(value_dim));
+  const int items = own_rows * quads;
   const int64_t first_part = int64_t{part_of} * args.splits;
-  for_each([&](int row, int d) {
-    const auto maximum = [&](int warp) { return statistics[(warp * kDecodeRows + row) * 2]; };
-    const Merged merged(kDecodeWarps, maximum,
-                        [&](int warp) { return statistics[(warp * kDecodeRows + row) * 2 + 1]; });
-    float sum = 0.0f;
+#pragma unroll 1
+  for (int item = thread_index(); item < items; item += kThreads) {
+    const int row = item / quads, column = item % quads * 4;
+    Quad sum;
 #pragma unroll
     for (int warp = 0; warp < kDecodeWarps; ++warp) {
-      const float* other = reinterpret_cast<const float*>(rings + warp * kRing * kTileBytes);
-      sum += merged.weight(maximum(warp)) * other[row * kDim + d];
+      char* table = rings + warp * kRing * kTileBytes;
+      sum.add(statistics[(row * kDecodeWarps + warp) * 2],
+              *reinterpret_cast<const Bytes16*>(table_place<kDim>(table, row, column)));
     }
     if (args.splits == 1) {
-      finish(row, d, merged, sum);
-      return;
+      finish(row, column, sum);
+      continue;
     }
     const int64_t line = (first_part + split) * kDecodeRows + row;
-    if (d < value_dim) args.partial_out[line * value_dim + d] = sum;
-    if (d == 0) args.partial_stats[2 * line] = merged.maximum, args.partial_stats[2 * line + 1] = merged.sum;
-  });
+    reinterpret_cast<Bytes16*>(args.partial_out)[line * quads + column / 4] = sum.bytes();
+    if (column == 0) {
+      args.partial_stats[2 * line] = merged[2 * row];
+      args.partial_stats[2 * line + 1] = merged[2 * row + 1];
+    }
+  }
   if (args.splits == 1) return;
 
-  fence_device();
-  sync_block();
-  if (sync_block_or(thread_index() == 0 && arrives_last(args.tickets + part_of, args.launch, args.splits))) {
-    fence_device();
-    for_each([&](int row, int d) {
-      const float* stats = args.partial_stats + 2 * (first_part * kDecodeRows + row);
-      const auto maximum = [&](int part) { return stats[2 * kDecodeRows * part]; };
-      const Merged merged(args.splits, maximum, [&](int part) { return stats[2 * kDecodeRows * part + 1]; });
-      float sum = 0.0f;
-      if (d < value_dim) {
-        const float* parts = args.partial_out + (first_part * kDecodeRows + row) * value_dim + d;
-#pragma unroll 4
-        for (int part = 0; part < args.splits; ++part) {
-          sum += merged.weight(maximum(part)) * parts[static_cast<int64_t>(part) * kDecodeRows * value_dim];
-        }
-      }
-      finish(row, d, merged, sum);
-    });
+  sync_block();  // by which one thread knows what all have written, and may say so
+  bool last = false;
+  if (thread_index() == 0) {
+    fence_acquire_release();
+    last = arrives_last(args.tickets + part_of, args.launch, args.splits);
+    fence_acquire_release();
   }
+  if (!sync_block_or(last)) return;
+
+  combine_parts(args, first_part, own_rows, quads, rings, merged, finish);
 }
 
 }  // namespace attn_ops::cuda

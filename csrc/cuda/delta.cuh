@@ -30,7 +30,7 @@ ATTN_DEVICE void row_delta(const BackwardArgs& args) {
   const float *out = row(p.out), *d_out = row(b.d_out);
   const int dim = static_cast<int>(p.value_dim);
   float sum = 0.0f;
-  if (args.aligned.out && args.aligned.d_out) {
+  if (args.aligned.out == 16 && args.aligned.d_out == 16) {
     for (int d = lane_index() * kPerChunk; d < dim; d += 32 * kPerChunk) {
       const Bytes16 x = *reinterpret_cast<const Bytes16*>(out + d), y = *reinterpret_cast<const Bytes16*>(d_out + d);
 #pragma unroll

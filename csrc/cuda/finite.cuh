@@ -12,24 +12,25 @@ namespace attn_ops::cuda {
 // A row of a tile with a number that is not finite; one byte each, in shared memory.
 using Flags = uint8_t*;
 
-template <class Element>
-ATTN_DEVICE bool chunk_is_finite(const Bytes16& chunk, uint32_t infinity) {
-  bool finite = true;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(Element) == 2) {
-      finite &= (chunk.word[i] & infinity) != infinity && (chunk.word[i] >> 16 & infinity) != infinity;
-    } else {
-      finite &= (chunk.word[i] & infinity) != infinity;
-    }
-  }
-  return finite;
-}
-
 // The exponent bits, all ones in infinities and NaN.
 template <class M>
 ATTN_DEVICE constexpr uint32_t infinity_bits() {
-  return M::kMath == Math::kFloat16 ? 0x7c00u : M::kMath == Math::kBFloat16 ? 0x7f80u : 0x7f800000u;
+  return M::kMath == Math::kFloat16 ? 0x7c00u : M::kMath == Math::kBFloat16 ? 0x7f80u : kInfinityBits;
+}
+
+template <class M>
+ATTN_DEVICE bool chunk_is_finite(const Bytes16& chunk) {
+  constexpr uint32_t infinity = infinity_bits<M>();
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(typename M::Element) == 2) {
+      finite &= (chunk.word[i] & infinity) != infinity && (chunk.word[i] >> 16 & infinity) != infinity;
+    } else {
+      finite &= (chunk.word[i] & 0x7fffffffu) < infinity - kHalfOfTf32;  // what TF32 makes infinite is as bad
+    }
+  }
+  return finite;
 }
 
 // Whether the tile has rows with numbers that are not finite; then flags them and makes them zero. All of `Group`
@@ -37,10 +38,8 @@ ATTN_DEVICE constexpr uint32_t infinity_bits() {
 template <class M, int kDim, int kRows, int kThreads, class Group = ThreadBlock>
 ATTN_DEVICE bool zero_nonfinite_rows(const SharedTile<M, kDim>& tile, Flags flags) {
   using T = SharedTile<M, kDim>;
-  using Element = typename M::Element;
   const auto is_finite = [&tile](int i) {
-    const auto* chunk = reinterpret_cast<const Bytes16*>(tile.data + 16 * i);
-    return chunk_is_finite<Element>(*chunk, infinity_bits<M>());
+    return chunk_is_finite<M>(*reinterpret_cast<const Bytes16*>(tile.data + 16 * i));
   };
   bool found = false;
 #pragma unroll 1

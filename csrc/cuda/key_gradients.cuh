@@ -9,10 +9,32 @@
 
 namespace attn_ops::cuda {
 
-// What is known of a query row that passes, in shared memory.
-struct StreamedRow {
-  RowGradient row;
-  Interval seen;
+// What is known of the query rows that pass, in shared memory: of each a maximum, a sum (whose inverse takes its place)
+// and delta, and which keys it sees.
+struct StreamedRows {
+  float* numbers;  // [rows][4]
+  Interval* seen;
+
+  ATTN_DEVICE StreamedRows(char* memory, int rows)
+      : numbers(reinterpret_cast<float*>(memory)), seen(reinterpret_cast<Interval*>(memory + 16 * rows)) {
+    static_assert(16 + sizeof(Interval) == kStreamedRowBytes, "");
+  }
+
+  // Row i is the index-th of the head; where it does not exist, it sees nothing and is all zeros.
+  ATTN_DEVICE void fetch(int i, const BackwardArgs& args, const Head& head, int index, bool exists) const {
+    const int position = head.position(index);
+    const int64_t row = head.statistic(head.head(index, position), position);
+    const float* statistics = static_cast<const float*>(args.b.forward.statistics) + 2 * row;
+    copy_async_few<4>(numbers + 4 * i, statistics, exists);
+    copy_async_few<4>(numbers + 4 * i + 1, statistics + 1, exists);
+    copy_async_few<4>(numbers + 4 * i + 2, args.delta + row, exists);
+    seen[i] = exists ? head.seen_at(position) : Interval{0, 0};
+  }
+  ATTN_DEVICE void invert_sum(int i) const { numbers[4 * i + 1] = RowGradient::inverse(numbers[4 * i + 1]); }
+  ATTN_DEVICE RowGradient operator[](int i) const {
+    const Bytes16 row = reinterpret_cast<const Bytes16*>(numbers)[i];
+    return {float_of(row.word[0]), float_of(row.word[1]), float_of(row.word[2])};
+  }
 };
 
 // The first row of the head for which `holds`, if it holds for all after as well.
@@ -32,7 +54,7 @@ ATTN_DEVICE int first_row_where(int rows, Predicate holds) {
 
 // s becomes p (what dropout leaves of it), dp becomes ds, with keys down and query rows across.
 template <class M, bool kPlain, bool kWithDp, int kMmaM, int kMmaN>
-ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const StreamedRow* rows, const Head& head,
+ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const StreamedRows& rows, const Head& head,
                                 int first_row, int first_key, bool sees_all) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
   const float scale = head.factors.scale;
@@ -45,9 +67,8 @@ ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, con
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int column = 8 * n + 2 * t + i;
-      const StreamedRow& streamed = rows[column];
+      const RowGradient row = rows[column];
       if (kPlain && sees_all) {
-        const RowGradient row = streamed.row;
 #pragma unroll
         for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
@@ -64,17 +85,17 @@ ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, con
       float x[2 * kMmaM];
 #pragma unroll
       for (int j = 0; j < 2 * kMmaM; ++j) x[j] = s[j >> 1][n][2 * (j & 1) + i];
-      hide_or_scale<M, kPlain>(x, head, query_head, position, streamed.seen, key);
+      hide_or_scale<M, kPlain>(x, head, query_head, position, rows.seen[column], key);
 #pragma unroll
       for (int j = 0; j < 2 * kMmaM; ++j) {
         float& own_p = s[j >> 1][n][2 * (j & 1) + i];
         float& own_dp = dp[j >> 1][n][2 * (j & 1) + i];
         const bool keeps = !drops || kept(j, n, i);
         const float d = !kWithDp || !keeps ? 0.0f : drops ? own_dp * head.factors.keep : own_dp;
-        const float probability = streamed.row.probability_or_hidden(x[j]);
+        const float probability = row.probability_or_hidden(x[j]);
         const bool hidden = is_hidden(probability);
         own_p = keeps || hidden ? probability : 0.0f;
-        if (kWithDp) own_dp = hidden ? probability : streamed.row.of_score(probability, d);
+        if (kWithDp) own_dp = hidden ? probability : row.of_score(probability, d);
       }
     }
 }
@@ -85,6 +106,7 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
   using Shape = BackwardShape<M, kDim, kPlain>;
   constexpr int kKeys = Shape::kBlockM, kRows = Shape::kBlockN, kThreads = Shape::kThreads;
   constexpr int kMmaM = Shape::kMmaM, kMmaN = Shape::kMmaN;
+  static_assert(kRows <= kThreads, "a thread knows one of the rows that pass");
   const BackwardTiles<M, kDim, kPlain> tiles;
   const auto k = tiles.stationary(0), v = tiles.stationary(1);
 
@@ -105,7 +127,9 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
   const auto d_outs = [&](int first) {
     return QueryRows<const Element>(b.d_out, head, first, limit, args.aligned.d_out);
   };
-  const auto streamed_rows = [&](int stage) { return reinterpret_cast<StreamedRow*>(tiles.rest()) + stage * kRows; };
+  const auto streamed_rows = [&](int stage) {
+    return StreamedRows(tiles.rest() + stage * kRows * kStreamedRowBytes, kRows);
+  };
 
   Acc<kMmaM, kDim / 8> dk, dv;
   clear<kMmaM, kDim / 8>(dk);
@@ -121,15 +145,13 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
       [&](int row, int stage) {
         load_tile<M, kDim, kRows, kThreads>(tiles.streamed(0, stage), queries(row), head_dim);
         load_tile<M, kDim, kRows, kThreads>(tiles.streamed(1, stage), d_outs(row), value_dim);
-        for (int i = thread_index(); i < kRows; i += kThreads) {
-          StreamedRow streamed{{}, {0, 0}};
-          if (row + i < limit) {
-            const int position = head.position(row + i);
-            const int64_t statistic = head.statistic(head.head(row + i, position), position);
-            streamed = {{p, statistic, args.delta[statistic]}, head.seen_at(position)};
-          }
-          streamed_rows(stage)[i] = streamed;
+        if (const int i = thread_index(); i < kRows) {
+          const bool exists = row + i < limit;
+          streamed_rows(stage).fetch(i, args, head, exists ? row + i : row, exists);
         }
+      },
+      [&](int stage) {
+        if (thread_index() < kRows) streamed_rows(stage).invert_sum(thread_index());
       },
       [&](int row, int stage) {
         const auto q = tiles.streamed(0, stage), d_out = tiles.streamed(1, stage);
@@ -151,7 +173,7 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
         }
       });
 
-  const auto store = [&](const auto& tile, const auto& gradient, float factor, const StridedView& view, bool aligned,
+  const auto store = [&](const auto& tile, const auto& gradient, float factor, const StridedView& view, int aligned,
                          int dim) {
     float factors[kMmaM][2];
 #pragma unroll

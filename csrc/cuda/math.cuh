@@ -61,18 +61,34 @@ struct Bits32 {
   ATTN_DEVICE static float from_float(float x) { return x; }
 };
 
-// mma_tf32 reads the upper 19 bits of a number. Half of what it leaves out, added to the bits, makes that a rounding:
-// unless the number is infinite or NaN, or would become infinite (and 0 times a hidden one NaN).
-constexpr uint32_t kHalfOfTf32 = 0x1000, kTf32Bits = 0xffffe000u, kInfinityBits = 0x7f800000u;
+constexpr uint32_t kInfinityBits = 0x7f800000u;
 ATTN_DEVICE bool is_finite_bits(uint32_t x) { return (x & kInfinityBits) != kInfinityBits; }
 ATTN_DEVICE bool is_finite(float x) { return is_finite_bits(bits_of(x)); }
-ATTN_DEVICE uint32_t to_tf32(uint32_t x) {
-  const bool rounds = (x & 0x7fffffffu) < kInfinityBits - kHalfOfTf32;
-  return (rounds ? x + kHalfOfTf32 : x) & kTf32Bits;
-}
+
+// mma_tf32 reads the upper 19 bits of a number. Half of what it leaves out, added to the bits, makes that a rounding.
+// (From kHalfOfTf32 below infinity on, that becomes infinity; some NaN become zero.)
+constexpr uint32_t kHalfOfTf32 = 0x1000;
+
+// Float32 as it lies, of which mma_tf32 cuts off what it does not read.
+struct CutOff : Bits32 {
+  static constexpr Math kMath = Math::kTf32;
+  struct A {
+    uint32_t x[4];
+  };
+  struct B {
+    uint32_t x[2];
+  };
+  ATTN_DEVICE static A a(const uint32_t (&r)[4]) { return {{r[0], r[1], r[2], r[3]}}; }
+  ATTN_DEVICE static B b(uint32_t r0, uint32_t r1) { return {{r0, r1}}; }
+  ATTN_DEVICE static void mma(float (&d)[4], const A& a, const B& b) { mma_tf32(d, a.x, b.x); }
+};
 
 // 3xTF32: x = big + small, each with 11 significant bits, and a b = big big + big small + small big, off by about
 // 2^-22.
+//
+// Of an infinity, and of what becomes one, small is NaN or infinite the other way, and so is each product with it NaN.
+// Of scores and of dp, restore_infinities makes what they should be; keys, values and gradients that are summed up have
+// left their tiles before (finite.cuh).
 struct F32 : Bits32 {
   static constexpr Math kMath = Math::kFloat32;
   struct A {
@@ -106,27 +122,21 @@ struct F32 : Bits32 {
 
  private:
   ATTN_DEVICE static void split(uint32_t x, uint32_t* big, uint32_t* small) {
-    *big = to_tf32(x);
-    *small = is_finite_bits(x) ? bits_of(float_of(x) - float_of(*big)) + kHalfOfTf32 : 0;  // not inf - inf
+    *big = (x + kHalfOfTf32) & ~(2 * kHalfOfTf32 - 1);
+    *small = bits_of(float_of(x) - float_of(*big));
   }
 };
 
-struct TF32 : Bits32 {
-  static constexpr Math kMath = Math::kTf32;
-  struct A {
-    uint32_t x[4];
-  };
-  struct B {
-    uint32_t x[2];
-  };
+struct TF32 : CutOff {
   ATTN_DEVICE static A a(const uint32_t (&r)[4]) {
     A a;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a.x[i] = to_tf32(r[i]);
+    for (int i = 0; i < 4; ++i) a.x[i] = round_to_tf32(float_of(r[i]));
     return a;
   }
-  ATTN_DEVICE static B b(uint32_t r0, uint32_t r1) { return {{to_tf32(r0), to_tf32(r1)}}; }
-  ATTN_DEVICE static void mma(float (&d)[4], const A& a, const B& b) { mma_tf32(d, a.x, b.x); }
+  ATTN_DEVICE static B b(uint32_t r0, uint32_t r1) {
+    return {{round_to_tf32(float_of(r0)), round_to_tf32(float_of(r1))}};
+  }
 };
 
 // Accumulators as the left operand of the next product, without moving between lanes. In 16 bits two neighbours make a

@@ -68,33 +68,35 @@ inline Rows rows_of(const AttentionParams& p, int64_t tiles) {
   return rows;
 }
 
-// Whether rows of `dim` elements can be moved 16 bytes at a time. Strides of axes with one index do not matter:
-// frameworks leave anything there.
-inline bool is_aligned(const AttentionParams& p, const StridedView& view, int64_t seqlen, int64_t heads, int64_t dim) {
+// See Aligned, for rows of `dim` elements. Strides of axes with one index do not matter: frameworks leave anything in
+// them.
+inline uint8_t alignment_of(const AttentionParams& p, const StridedView& view, int64_t seqlen, int64_t heads,
+                            int64_t dim) {
   const bool in_pages = p.block_table != nullptr && (view.data == p.k.data || view.data == p.v.data);
   const int64_t bytes = size_of(p.dtype), extent[] = {in_pages ? int64_t{2} : p.batch, seqlen, heads};
-  if (dim == 0 || (dim > 1 && view.stride[3] != 1) || reinterpret_cast<uintptr_t>(view.data) % 16 != 0) return false;
+  if (dim == 0 || (dim > 1 && view.stride[3] != 1)) return 0;
+  uint64_t ends = reinterpret_cast<uintptr_t>(view.data) | static_cast<uint64_t>(dim * bytes);
   for (int axis = 0; axis < 3; ++axis)
-    if (extent[axis] > 1 && view.stride[axis] * bytes % 16 != 0) return false;
-  return dim * bytes % 16 == 0;
+    if (extent[axis] > 1) ends |= static_cast<uint64_t>(view.stride[axis] * bytes);
+  return ends % 16 == 0 ? 16 : ends % 8 == 0 ? 8 : ends % 4 == 0 ? 4 : 0;
 }
 
 inline Aligned aligned_of(const AttentionParams& p) {
   Aligned a;
-  a.q = is_aligned(p, p.q, p.seqlen_q, p.num_heads, p.head_dim);
-  a.k = is_aligned(p, p.k, p.seqlen_k, p.num_kv_heads, p.head_dim);
-  a.v = is_aligned(p, p.v, p.seqlen_k, p.num_kv_heads, p.value_dim);
-  a.out = is_aligned(p, p.out, p.seqlen_q, p.num_heads, p.value_dim);
+  a.q = alignment_of(p, p.q, p.seqlen_q, p.num_heads, p.head_dim);
+  a.k = alignment_of(p, p.k, p.seqlen_k, p.num_kv_heads, p.head_dim);
+  a.v = alignment_of(p, p.v, p.seqlen_k, p.num_kv_heads, p.value_dim);
+  a.out = alignment_of(p, p.out, p.seqlen_q, p.num_heads, p.value_dim);
   return a;
 }
 
 inline Aligned aligned_of(const BackwardParams& b) {
   const AttentionParams& p = b.forward;
   Aligned a = aligned_of(p);
-  a.d_out = is_aligned(p, b.d_out, p.seqlen_q, p.num_heads, p.value_dim);
-  a.dq = is_aligned(p, b.dq, p.seqlen_q, p.num_heads, p.head_dim);
-  a.dk = is_aligned(p, b.dk, p.seqlen_k, p.num_kv_heads, p.head_dim);
-  a.dv = is_aligned(p, b.dv, p.seqlen_k, p.num_kv_heads, p.value_dim);
+  a.d_out = alignment_of(p, b.d_out, p.seqlen_q, p.num_heads, p.value_dim);
+  a.dq = alignment_of(p, b.dq, p.seqlen_q, p.num_heads, p.head_dim);
+  a.dk = alignment_of(p, b.dk, p.seqlen_k, p.num_kv_heads, p.head_dim);
+  a.dv = alignment_of(p, b.dv, p.seqlen_k, p.num_kv_heads, p.value_dim);
   return a;
 }
 
@@ -113,7 +115,7 @@ struct DecodePlan {
     splits = choose_splits(p, device, math);
     if (splits == 1) return;
     const size_t lines = static_cast<size_t>(tiles) * splits * kDecodeRows;
-    partial_out_bytes = (lines * p.value_dim * sizeof(float) + 15) / 16 * 16;
+    partial_out_bytes = lines * decode_quads(p.value_dim) * 4 * sizeof(float);
     partial_stats_bytes = lines * 2 * sizeof(float);
     ticket_bytes = static_cast<size_t>(tiles) * sizeof(uint64_t);
   }
@@ -129,15 +131,16 @@ struct DecodePlan {
     const int per_multiprocessor =
         std::max(1, device.shared_bytes / (decode_shared_bytes(math, dim_of(p)) + 1024));  // 1 KiB is the system's
     const int64_t wave = std::max<int64_t>(1, int64_t{device.multiprocessors} * per_multiprocessor);
-    constexpr int64_t kOwnSteps = 4, kMostSplits = 128, kEnoughTiles = 1 << 20;
+    constexpr int64_t kOwnSteps = 4, kEnoughTiles = 1 << 20;
     if (tiles > kEnoughTiles) return 1;
-    // A block takes its steps, and a few more for its beginning and its end; blocks run in waves. In 32 bits, as so
-    // many divisions take long for a decode step.
+    // A block takes its steps, and a few more for its beginning and its end; blocks run in waves. Putting the parts
+    // together is left out: 4 rows of 32 parts are 64 KiB of cache, where a step is 32 KiB of memory (head dim 128, 16
+    // bits). In 32 bits, as so many divisions take long for a decode step.
     const auto cost = [t = static_cast<uint32_t>(tiles), w = static_cast<uint32_t>(wave),
                        s = static_cast<uint32_t>(steps)](uint32_t splits) {
       return uint64_t{(t * splits + w - 1) / w} * ((s + splits - 1) / splits + kOwnSteps);
     };
-    const uint32_t most = static_cast<uint32_t>(std::min(steps / 2, kMostSplits));
+    const uint32_t most = static_cast<uint32_t>(std::min<int64_t>(steps / 2, kMostSplits));
     uint32_t best = 1;
     uint64_t lowest = cost(1);
     for (uint32_t splits = 2; splits <= most; ++splits) {

@@ -54,6 +54,12 @@ ATTN_DEVICE void copy_async(void* shared, const void* global, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global),
                "r"(exists ? 16 : 0));
 }
+// The same of 4 or 8 bytes, by way of the first-level cache.
+template <int kBytes>
+ATTN_DEVICE void copy_async_few(void* shared, const void* global, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(shared_address(shared)), "l"(global),
+               "n"(kBytes), "r"(exists ? kBytes : 0));
+}
 // Closes a group of this thread's copies.
 ATTN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::); }
 // Waits until at most `pending` of this thread's groups are on their way.
@@ -82,6 +88,9 @@ struct alignas(16) Bytes16 {
 
 // Makes what this thread has written visible to the whole device, before what it writes next.
 ATTN_DEVICE void fence_device() { __threadfence(); }
+// What this thread has written, and what others have and it knows of by a barrier, is visible to the device before what
+// it writes next; what it, or others that a barrier tells, read next is at least as new as what it has read before.
+ATTN_DEVICE void fence_acquire_release() { asm volatile("fence.acq_rel.gpu;\n" ::: "memory"); }
 // If *address == expected, stores desired; what was there before.
 ATTN_DEVICE uint64_t compare_and_swap(uint64_t* address, uint64_t expected, uint64_t desired) {
   return atomicCAS(reinterpret_cast<unsigned long long*>(address), expected, desired);
@@ -140,6 +149,13 @@ ATTN_DEVICE float min_or_nan(float x, float y) {
 }
 // The high half of the 64-bit product.
 ATTN_DEVICE uint32_t multiply_high(uint32_t x, uint32_t y) { return __umulhi(x, y); }
+
+// To the nearest number with the 11 significant bits of TF32, ties away from zero; at the end of the range, infinity.
+ATTN_DEVICE uint32_t round_to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
 
 // Two numbers in one word, `low` in the lower half.
 ATTN_DEVICE uint32_t pack_f16(float low, float high) {

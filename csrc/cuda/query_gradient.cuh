@@ -173,6 +173,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
           const KeyRows<const Element> values(p.v, head, key, head.length_k, args.aligned.v);
           load_tile<M, kDim, kBlockN, kThreads>(tiles.streamed(1, stage), values, value_dim);
         },
+        [](int) {},
         [&](int key, int stage) {
           const auto k = tiles.streamed(0, stage), v = tiles.streamed(1, stage);
           Acc<kMmaM, kMmaN> s, dp;

@@ -96,9 +96,9 @@ struct KeyRows {
   Element* base;
   int64_t stride, dim_stride;
   int first, limit;
-  bool aligned;
+  int aligned;  // see Aligned
 
-  ATTN_DEVICE KeyRows(const StridedView& view, const Head& h, int first, int limit, bool aligned)
+  ATTN_DEVICE KeyRows(const StridedView& view, const Head& h, int first, int limit, int aligned)
       : base(static_cast<Element*>(view.data) + recomputed(h.batch) * view.stride[0] +
              recomputed(h.kv_head) * view.stride[2]),
         stride(view.stride[1]),
@@ -108,7 +108,7 @@ struct KeyRows {
         aligned(aligned) {}
 
   // Of a head whose keys may lie in pages.
-  ATTN_DEVICE static KeyRows of_tile(const StridedView& view, const Head& h, int first, int limit, bool aligned) {
+  ATTN_DEVICE static KeyRows of_tile(const StridedView& view, const Head& h, int first, int limit, int aligned) {
     KeyRows rows(view, h, first, limit, aligned);
     const AttentionParams& p = h.p;
     if (p.block_table != nullptr && first < limit) {
@@ -130,9 +130,9 @@ struct QueryRows {
   int64_t stride, head_stride, dim_stride;
   Divisor group;
   int first, limit;
-  bool aligned;
+  int aligned;  // see Aligned
 
-  ATTN_DEVICE QueryRows(const StridedView& view, const Head& h, int first, int limit, bool aligned)
+  ATTN_DEVICE QueryRows(const StridedView& view, const Head& h, int first, int limit, int aligned)
       : base(static_cast<Element*>(view.data) + recomputed(h.batch) * view.stride[0] +
              recomputed(h.first_head) * view.stride[2]),
         stride(view.stride[1]),

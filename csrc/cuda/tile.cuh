@@ -50,7 +50,7 @@ template <class M, int kDim, int kRows, int kThreads, class Group = ThreadBlock,
 ATTN_DEVICE void load_tile(const SharedTile<M, kDim>& tile, const Rows& rows, int dim) {
   using T = SharedTile<M, kDim>;
   using Element = typename M::Element;
-  if (rows.aligned) {
+  if (rows.aligned == 16) {
     // A thread keeps to one of the chunks that change places with each other, and to every kStep-th row: what follows
     // from either is computed once.
     constexpr int kStep = kThreads / T::kSwizzled;
@@ -68,6 +68,22 @@ ATTN_DEVICE void load_tile(const SharedTile<M, kDim>& tile, const Rows& rows, in
         copy_async(target + 16 * c, source + d, exists && static_cast<int>(own * T::kPerChunk) + d < dim);
       }
     }
+  } else if (rows.aligned != 0) {
+    // Eight bytes at a time, or twice four.
+    constexpr int kHalves = 2 * T::kChunks;  // of chunks, in a row
+#pragma unroll 1
+    for (int i = Group::thread_rank(); i < kRows * kHalves; i += kThreads) {
+      const int r = i / kHalves, half = i % kHalves;
+      const char* source = reinterpret_cast<const char*>(rows.row(r)) + 8 * half;
+      char* target = tile.chunk(r, half >> 1) + 8 * (half & 1);
+      const int left = rows.exists(r) ? dim * static_cast<int>(sizeof(Element)) - 8 * half : 0;
+      if (rows.aligned == 8) {
+        copy_async_few<8>(target, source, left > 0);
+      } else {
+        copy_async_few<4>(target, source, left > 0);
+        copy_async_few<4>(target + 4, source + 4, left > 4);
+      }
+    }
   } else {
 #pragma unroll 1
     for (int i = Group::thread_rank(); i < kRows * kDim; i += kThreads) {
@@ -82,7 +98,7 @@ template <class M, int kDim, class Rows>
 ATTN_DEVICE void store_rows(const SharedTile<M, kDim>& tile, int first, int count, const Rows& rows, int dim) {
   using T = SharedTile<M, kDim>;
   using Element = typename M::Element;
-  if (rows.aligned) {
+  if (rows.aligned == 16) {
 #pragma unroll 1
     for (int i = lane_index(); i < count * T::kChunks; i += 32) {
       const int r = first + i / T::kChunks, c = i % T::kChunks;
@@ -185,8 +201,8 @@ ATTN_DEVICE void clear(Acc<kMmaM, kMmaN>& d) {
       for (int i = 0; i < 4; ++i) d[m][n][i] = 0.0f;
 }
 
-// Infinities do not survive 3xTF32: inf big + inf small is NaN where the signs of the parts differ. Wherever a product
-// is NaN, what one product gives instead is right: the true NaN, or the infinity. (There are hardly ever any.)
+// Infinities do not survive 3xTF32, nor do the largest finite numbers. Wherever a product is NaN, what one product of
+// operands that are cut off gives is right instead: the true NaN, or the infinity. (There are hardly ever any.)
 template <class M, int kDim, int kMmaM, int kMmaN>
 ATTN_DEVICE void restore_infinities(Acc<kMmaM, kMmaN>& d, const SharedTile<M, kDim>& a, int first,
                                     const SharedTile<M, kDim>& b) {
@@ -198,6 +214,7 @@ ATTN_DEVICE void restore_infinities(Acc<kMmaM, kMmaN>& d, const SharedTile<M, kD
 #pragma unroll
       for (int i = 0; i < 4; ++i) found |= d[m][n][i] != d[m][n][i];
   if (!any_in_warp(found)) return;
+  const SharedTile<CutOff, kDim> left{a.data}, right{b.data};
   const int lane = operand_lane<M>();
 #pragma unroll
   for (int m = 0; m < kMmaM; ++m)
@@ -206,10 +223,10 @@ ATTN_DEVICE void restore_infinities(Acc<kMmaM, kMmaN>& d, const SharedTile<M, kD
       float once[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 1
       for (int k = 0; k < kDim / M::kMmaK; k += 2) {
-        typename M::B right[2];
-        load_b_of_8<M>(right, b, 8 * n, k, lane);
+        CutOff::B columns[2];
+        load_b_of_8<CutOff>(columns, right, 8 * n, k, lane);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) mma_tf32(once, load_a<M>(a, first + 16 * m, k + i, lane).big, right[i].big);
+        for (int i = 0; i < 2; ++i) CutOff::mma(once, load_a<CutOff>(left, first + 16 * m, k + i, lane), columns[i]);
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) d[m][n][i] = d[m][n][i] != d[m][n][i] ? once[i] : d[m][n][i];

@@ -35,7 +35,7 @@ def test_runs_are_bitwise_equal(attend):
             np.testing.assert_array_equal(array.view(np.uint8), again.view(np.uint8), name)
 
 
-@pytest.mark.parametrize("dim", [20, 64, 72, 80, 96, 128, 160, 192, 256])
+@pytest.mark.parametrize("dim", [17, 18, 20, 64, 72, 80, 96, 128, 160, 192, 256])
 @pytest.mark.parametrize("dtype", KINDS)
 def test_head_dims_in_and_between_the_kernels(attend, dtype, dim):
     check(attend, dtype, seqlen_q=20, seqlen_k=24, head_dim=dim, is_causal=True, **SMALL)
@@ -57,6 +57,20 @@ def test_few_rows_and_long_keys_are_split(attend, dtype, seqlen_q, seqlen_k):
     lengths = np.array([seqlen_k, 130], np.int32)
     options = {"is_causal": True, "causal_alignment": "bottom_right", "key_value_seq_lengths": lengths}
     check(attend, dtype, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=64, **options)
+
+
+@pytest.mark.parametrize(
+    "num_heads, seqlen_k, head_dim, value_dim",
+    [(4, 2200, 128, 128), (1, 1500, 64, 33), (16, 500, 16, 256), (3, 500, 16, 3), (2, 500, 16, 0)],
+    ids=["17 parts", "threads share an output", "passes over outputs", "less than four columns", "no columns"],
+)
+def test_parts_of_the_keys_are_put_together(cuda, on_device, num_heads, seqlen_k, head_dim, value_dim):
+    query, key, value, d_out, _ = make_inputs("float16", 1, 1, seqlen_k, num_heads, 1, head_dim, value_dim)
+    key[:, : seqlen_k // 2] *= 4  # parts of different weight
+    found = Cuda(on_device, True)(query, key, value, d_out)
+    expected = specification(query, key, value, d_out)
+    np.testing.assert_allclose(found.out.astype(np.float64), expected.out, atol=2e-3)
+    np.testing.assert_allclose(found.lse, expected.lse, rtol=1e-5)
 
 
 def test_splits_in_which_nothing_is_seen(attend):

@@ -129,6 +129,41 @@ def test_the_largest_numbers_behind_a_mask_do_not_count(attend, dtype, seqlen_q)
 
 
 @pytest.mark.parametrize("seqlen_q", [3, 70])
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, 0xFFC00000])
+def test_every_nan_stays_one(attend, bits, seqlen_q):
+    """The first is the one that a GPU makes: rounding it in its bits would make a zero of it."""
+    query, key, value, d_out, _ = make_inputs("float32", 1, seqlen_q, 20, 2, 2, 16)
+    key[0, 7, 1, 3] = np.uint32(bits).view(np.float32)
+    result = attend(query, key, value, d_out)
+    assert np.isnan(result.out[:, :, 1]).all() and np.isfinite(result.out[:, :, 0]).all()
+    assert np.isnan(result.dq[:, :, 1]).all() and np.isnan(result.dv[:, :, 1]).all()
+
+
+@pytest.mark.parametrize("seqlen_q", [3, 70])
+@pytest.mark.parametrize("large", [3.4e38, 3.4022e38, LARGEST])
+def test_the_largest_numbers_are_not_infinite(attend, large, seqlen_q):
+    """As key and as value: of TF32 the last two would be infinite."""
+    query, key, value, d_out, _ = make_inputs("float32", 1, seqlen_q, 20, 1, 1, 16)
+    query[:], key[:] = 0, 0
+    query[..., 0], key[:, 7, :, 0], value[:, 7, :, 2] = 1e-36, large, -large
+    result = attend(query, key, value, d_out, scale=1.0)
+    np.testing.assert_allclose(result.out[..., 2], -large, rtol=1e-5)
+    np.testing.assert_allclose(result.lse, 1e-36 * large, rtol=1e-3)
+
+
+def test_what_tf32_makes_infinite_behind_a_mask_does_not_count(attend):
+    query, key, value, d_out, _ = make_inputs("float32", 1, 70, 20, 2, 1, 16)
+    mask = np.arange(20).reshape(1, 1, 1, 20) < 13
+    attend(query, key, value, d_out, mask=mask)  # chooses the kernel
+    options = {"layout": "BSHD", "mask": mask}
+    expected = cuda_run.run(query, key, value, d_out, None, options, allow_tf32=True)
+    key[:, 13:], value[:, 13:] = LARGEST, -LARGEST
+    found = cuda_run.run(query, key, value, d_out, None, options, allow_tf32=True)
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        np.testing.assert_array_equal(found[name], expected[name], name)
+
+
+@pytest.mark.parametrize("seqlen_q", [3, 70])
 @pytest.mark.parametrize("scale", [1e3, 1e38])
 def test_a_scale_makes_no_infinity_of_finite_scores(attend, scale, seqlen_q):
     """bfloat16 goes as far as float32: 1e36 1e3 is beyond."""

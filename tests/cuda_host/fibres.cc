@@ -55,6 +55,7 @@ const char* name_of(Meeting m) {
 struct Copy {
   char* to;
   const char* from;
+  int bytes;
   bool exists;
   int64_t group;
 };
@@ -402,16 +403,16 @@ const void* read_row(const void* shared) {
   return memcpy(running->rows[running->lane], shared, 16);
 }
 
-void start_copy(void* shared, const void* global, bool exists) {
-  if (!runner->in_shared(shared, 16)) {
+void start_copy(void* shared, const void* global, int bytes, bool exists) {
+  if (!runner->in_shared(shared, bytes)) {
     fail("copy_async to %s", runner->where(shared).c_str());
   }
-  if (reinterpret_cast<uintptr_t>(shared) % 16) fail("copy_async to an address that is not aligned");
-  if (exists && reinterpret_cast<uintptr_t>(global) % 16) fail("copy_async from an address that is not aligned");
+  if (reinterpret_cast<uintptr_t>(shared) % bytes) fail("copy_async to an address that is not aligned");
+  if (exists && reinterpret_cast<uintptr_t>(global) % bytes) fail("copy_async from an address that is not aligned");
   // It may arrive at any time from now on: who still needs what is there has waited too little.
-  memset(shared, 0xff, 16);
+  memset(shared, 0xff, bytes);
   running->copies[running->lane].push_back(
-      {static_cast<char*>(shared), static_cast<const char*>(global), exists, running->groups[running->lane]});
+      {static_cast<char*>(shared), static_cast<const char*>(global), bytes, exists, running->groups[running->lane]});
 }
 
 void commit_copies() { ++running->groups[running->lane]; }
@@ -424,9 +425,9 @@ void wait_for_copies(int pending) {
     const Copy c = copies.front();
     copies.pop_front();
     if (c.exists) {
-      memcpy(c.to, c.from, 16);
+      memcpy(c.to, c.from, c.bytes);
     } else {
-      memset(c.to, 0, 16);
+      memset(c.to, 0, c.bytes);
     }
   }
 }

@@ -60,7 +60,7 @@ void meet(Meeting, void* in_out, const void* operand = nullptr, const void* oper
 // What lies in a lane's row when the lane arrives at load_matrices, which is as early as it may be read.
 const void* read_row(const void* shared);
 
-void start_copy(void* shared, const void* global, bool exists);
+void start_copy(void* shared, const void* global, int bytes, bool exists);
 void commit_copies();
 void wait_for_copies(int pending);
 
@@ -138,7 +138,12 @@ inline bool any_in_warp(bool value) {
 // --- Memory ---------------------------------------------------------------------------------------------------------
 
 inline void copy_async(void* shared, const void* global, bool exists) {
-  host_layer::start_copy(shared, global, exists);
+  host_layer::start_copy(shared, global, 16, exists);
+}
+template <int kBytes>
+inline void copy_async_few(void* shared, const void* global, bool exists) {
+  static_assert(kBytes == 4 || kBytes == 8, "what cp.async.ca takes");
+  host_layer::start_copy(shared, global, kBytes, exists);
 }
 inline void copy_async_commit() { host_layer::commit_copies(); }
 template <int pending>
@@ -158,6 +163,7 @@ struct alignas(16) Bytes16 {
 };
 
 inline void fence_device() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void fence_acquire_release() { __atomic_thread_fence(__ATOMIC_ACQ_REL); }
 inline uint64_t compare_and_swap(uint64_t* address, uint64_t expected, uint64_t desired) {
   __atomic_compare_exchange_n(address, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   return expected;
@@ -192,6 +198,9 @@ inline float min_or_nan(float x, float y) { return x < y || x != x ? x : y; }
 inline float log_of(float x) { return logf(x); }
 inline uint32_t multiply_high(uint32_t x, uint32_t y) { return static_cast<uint64_t>(x) * y >> 32; }
 
+inline uint32_t round_to_tf32(float x) {
+  return x != x ? 0x7fffffffu : (bits_of(x) + 0x1000u) & 0xffffe000u;
+}
 inline uint32_t pack_f16(float low, float high) { return host_layer::half_of(low) | host_layer::half_of(high) << 16; }
 inline uint32_t pack_bf16(float low, float high) {
   return host_layer::bfloat16_of(low) | host_layer::bfloat16_of(high) << 16;

@@ -85,6 +85,20 @@ ATTN_KERNEL(layer_copy, 64, LayerArgs) {
   for (int n = 0; n < 2; ++n) static_cast<Bytes16*>(args.out)[64 * n + 63 - i] = shared[64 * n + 63 - i];
 }
 
+// Thread i copies 8 bytes of a[8 i], and 4 bytes of a[512 + 4 i], if b[i]; out is what shared memory holds then.
+ATTN_KERNEL(layer_copy_few, 64, LayerArgs) {
+  const int i = thread_index();
+  char* shared = shared_memory();
+  const char* source = static_cast<const char*>(args.a);
+  const bool exists = static_cast<const int*>(args.b)[i] != 0;
+  copy_async_few<8>(shared + 8 * i, source + 8 * i, exists);
+  copy_async_few<4>(shared + 512 + 4 * i, source + 512 + 4 * i, exists);
+  copy_async_commit();
+  if (args.mode == 0) copy_async_wait<0>();
+  sync_block();
+  for (int n = i; n < 768 / 4; n += 64) static_cast<uint32_t*>(args.out)[n] = reinterpret_cast<uint32_t*>(shared)[n];
+}
+
 // Lanes copy a to shared memory, whose rows are then loaded. mode 1 lacks what makes other lanes' copies visible; mode
 // 2 starts the next copy to a row which others may still have to read.
 ATTN_KERNEL(layer_copy_and_load, 32, LayerArgs) {
@@ -130,13 +144,14 @@ ATTN_KERNEL(layer_tickets, 32, LayerArgs) {
   if (thread_index() != 0) return;
   uint64_t seen = out[0], before;
   while ((before = compare_and_swap(out, seen, seen + 1)) != seen) seen = before;
-  fence_device();
+  fence_acquire_release();
   out[1 + seen] = block_index();
 }
 
 // --- Numbers --------------------------------------------------------------------------------------------------------
 
-// mode 0: a is halves, out floats. 1, 2: a is pairs of floats, out pairs of half, bfloat16. 3: exp2_fast of floats.
+// mode 0: a is halves, out floats. 1, 2: a is pairs of floats, out pairs of half, bfloat16. 3: exp2_fast of floats. 4:
+// round_to_tf32 of floats.
 ATTN_KERNEL(layer_convert, 64, LayerArgs) {
   const float* a = static_cast<const float*>(args.a);
   for (int64_t i = thread_index(); i < args.n; i += 64) {
@@ -144,6 +159,7 @@ ATTN_KERNEL(layer_convert, 64, LayerArgs) {
     if (args.mode == 1) static_cast<uint32_t*>(args.out)[i] = pack_f16(a[2 * i], a[2 * i + 1]);
     if (args.mode == 2) static_cast<uint32_t*>(args.out)[i] = pack_bf16(a[2 * i], a[2 * i + 1]);
     if (args.mode == 3) static_cast<float*>(args.out)[i] = exp2_fast(a[i]);
+    if (args.mode == 4) static_cast<uint32_t*>(args.out)[i] = round_to_tf32(a[i]);
   }
 }
 
@@ -190,6 +206,9 @@ ATTN_KERNEL(layer_errors, 64, LayerArgs) {
       if (i < 32) sync_block();
       else sync_block_or(true);
       return;
+    case 17: copy_async_few<8>(shared + 4, out, true); return;
+    case 18: copy_async_few<4>(shared, out + 2, true); return;
+    case 19: copy_async_few<8>(shared + 1000, out, true); return;
     default: out[0] = 1;
   }
 }

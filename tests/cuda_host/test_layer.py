@@ -115,6 +115,17 @@ def test_copies_arrive_when_waited_for(driver, rng, mode, arrived):
     np.testing.assert_array_equal(out, expected)
 
 
+@pytest.mark.parametrize("mode", [0, 1], ids=["waits", "does not wait"])
+def test_copies_of_few_bytes(driver, rng, mode):
+    source = rng.integers(0, GARBAGE, 768).astype(np.uint8)
+    exists = rng.integers(0, 2, 64).astype(np.int32)
+    out = run(
+        driver, "layer_copy_few", np.zeros(768, np.uint8), source, exists, mode=mode, threads=64, shared_bytes=768
+    )
+    expected = np.where(np.concatenate([exists.repeat(8), exists.repeat(4)]), source, 0)
+    np.testing.assert_array_equal(out, expected if mode == 0 else GARBAGE)
+
+
 def test_what_does_not_exist_is_not_read(driver, rng):
     """The last of the sources lies in a page that cannot be read."""
     source = rng.integers(0, 255, (127, 16)).astype(np.uint8)
@@ -219,6 +230,24 @@ def test_rounding_to_16_bits(driver, rng, mode, dtype):
     np.testing.assert_array_equal(got.view(np.uint16)[~nan], expected.view(np.uint16)[~nan])
 
 
+def test_rounding_to_tf32(driver, rng):
+    """All ties, what is next to them, and the ends of the range, against the sum in float64 that leaves 11 bits."""
+    random = rng.integers(0, 2**32, 2**14).astype(np.uint32)
+    ties = random & 0xFFFFE000 | 0x1000
+    limits = np.uint32([0, 0x80000000, 1, 0x7F7FEFFF, 0x7F7FF000, 0x7F800000, 0xFF800000])
+    values = np.concatenate([random, ties, ties - 1, ties + 1, limits]).view(np.float32)
+    got = convert(driver, values, 4, np.zeros(values.size, np.uint32)).view(np.float32)
+    nan = np.isnan(values)
+    _, exponent = np.frexp(np.abs(values[~nan]).astype(np.float64))
+    exponent = np.maximum(exponent, -125)  # denormals have the spacing of the smallest normal number
+    step = np.ldexp(1.0, exponent - 11)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = np.floor(np.abs(values[~nan]).astype(np.float64) / step + 0.5) * step
+        expected = np.where(np.isinf(values[~nan]), np.inf, rounded).astype(np.float32)
+    assert np.isnan(got[nan]).all()
+    np.testing.assert_array_equal(got[~nan], np.copysign(expected, values[~nan]))
+
+
 def test_exp2(driver, rng):
     x = np.concatenate([rng.uniform(-130, 128, 10000), [0, -126, -126.01, -149, -1e30, 128, 1e-40, 126.5]])
     x = x.astype(np.float32)
@@ -252,6 +281,9 @@ ERRORS = {
     14: "the end of a thread's stack",
     15: "an address that is not aligned|a null pointer",
     16: "is at sync_block(_or)?, while warp 1 is at sync_block(_or)?",
+    17: "copy_async to an address that is not aligned",
+    18: "copy_async from an address that is not aligned",
+    19: "copy_async to 1000 bytes into shared memory, which has 1000",
 }
 
 
