@@ -25,6 +25,12 @@ else()
   set(architectures ${ATTN_OPS_CUDA_ARCHITECTURES})
 endif()
 
+# What Hopper has beside the others' kernels (csrc/cuda/hopper), in an image of its own.
+set(with_hopper ${architectures})
+if("sm_90a" IN_LIST architectures)
+  list(APPEND with_hopper sm_90a_hopper)
+endif()
+
 set(compiler "")
 if(ATTN_OPS_CUDA AND NOT ATTN_OPS_CUDA_IMAGES)
   execute_process(COMMAND ${compile_kernels} --find OUTPUT_VARIABLE compiler)
@@ -49,7 +55,7 @@ else()
 endif()
 
 # All but the images.
-add_library(attn_ops_cuda_host OBJECT ${cuda_dir}/dispatch.cc ${cuda_dir}/driver.cc
+add_library(attn_ops_cuda_host OBJECT ${cuda_dir}/dispatch.cc ${cuda_dir}/driver.cc ${cuda_dir}/hopper/dispatch.cc
             ${CMAKE_SOURCE_DIR}/csrc/bindings/portable.cc)
 
 # `architectures` and after them as many files, their images.
@@ -67,11 +73,12 @@ endfunction()
 file(MAKE_DIRECTORY ${CMAKE_BINARY_DIR}/cuda_images)
 set(images "")
 if(ATTN_OPS_CUDA AND ATTN_OPS_CUDA_IMAGES)
-  foreach(architecture IN LISTS architectures)
-    list(APPEND images ${ATTN_OPS_CUDA_IMAGES}/${architecture}.image)
+  foreach(name IN LISTS with_hopper)
+    list(APPEND images ${ATTN_OPS_CUDA_IMAGES}/${name}.image)
   endforeach()
 elseif(compiler)
   file(GLOB kernel_headers CONFIGURE_DEPENDS ${cuda_dir}/*.cuh)
+  file(GLOB hopper_headers CONFIGURE_DEPENDS ${cuda_dir}/hopper/*.cuh ${cuda_dir}/hopper/*.h)
   set(kernel_headers ${kernel_headers} ${cuda_dir}/args.h ${cuda_dir}/config.h ${CMAKE_SOURCE_DIR}/csrc/attention.h
       ${CMAKE_SOURCE_DIR}/csrc/mask.h)
   function(compile_kernels_for architecture source output)
@@ -104,9 +111,15 @@ elseif(compiler)
     compile_kernels_for(${architecture} ${source} ${image})
     list(APPEND images ${image})
   endforeach()
+  if("sm_90a" IN_LIST architectures)
+    set(image ${CMAKE_BINARY_DIR}/cuda_images/sm_90a_hopper.image)
+    list(APPEND kernel_headers ${hopper_headers})
+    compile_kernels_for(sm_90a ${cuda_dir}/hopper/kernels.cu ${image})
+    list(APPEND images ${image})
+  endif()
 endif()
 if(images)
-  add_cuda_library(attn_ops_cuda "${architectures}" ${images})
+  add_cuda_library(attn_ops_cuda "${with_hopper}" ${images})
   install(TARGETS attn_ops_cuda LIBRARY DESTINATION .)
 endif()
 

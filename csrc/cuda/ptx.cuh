@@ -86,8 +86,6 @@ struct alignas(16) Bytes16 {
   uint32_t word[4];
 };
 
-// Makes what this thread has written visible to the whole device, before what it writes next.
-ATTN_DEVICE void fence_device() { __threadfence(); }
 // What this thread has written, and what others have and it knows of by a barrier, is visible to the device before what
 // it writes next; what it, or others that a barrier tells, read next is at least as new as what it has read before.
 ATTN_DEVICE void fence_acquire_release() { asm volatile("fence.acq_rel.gpu;\n" ::: "memory"); }

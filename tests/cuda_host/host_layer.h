@@ -162,7 +162,6 @@ struct alignas(16) Bytes16 {
   uint32_t word[4];
 };
 
-inline void fence_device() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void fence_acquire_release() { __atomic_thread_fence(__ATOMIC_ACQ_REL); }
 inline uint64_t compare_and_swap(uint64_t* address, uint64_t expected, uint64_t desired) {
   __atomic_compare_exchange_n(address, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);

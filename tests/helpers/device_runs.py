@@ -13,6 +13,7 @@ from pathlib import Path
 _HELPERS = Path(__file__).resolve().parent
 _PATH = (_HELPERS.parent, _HELPERS)  # as in pyproject.toml
 _CORE = "attn_ops._core"
+_ROOMS = {"attn_ops.tensorflow": "tensorflow", "attn_ops.jax": "jax", "attn_ops.layers": "keras"}  # and what they import
 
 
 @functools.cache
@@ -52,8 +53,11 @@ def _imports(module: ast.Module):
         else:
             continue
         for name in names:
+            room = ".".join(name.split(".")[:2])
             if name == _CORE or _helper(name):
                 yield name
+            elif room in _ROOMS:
+                yield _ROOMS[room]
             else:
                 yield name.partition(".")[0]
 

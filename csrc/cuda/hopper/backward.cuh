@@ -4,7 +4,7 @@
 //   s = scale q k^T    p = e^(s - m) / l    dp = d_out v^T    ds = p (dp - delta)
 //
 // What stays in a block are two tiles of 128 rows, 64 for each of the two warpgroups that compute; what passes comes by
-// the copy engine, two tiles of 64 rows at a time. While one warpgroup is at its probabilities, the
+// the copy engine, two tiles of 64 or 96 rows at a time. While one warpgroup is at its probabilities, the
 // products of the other run.
 #pragma once
 
@@ -13,11 +13,12 @@
 
 namespace attn_ops::cuda::hopper {
 
-constexpr int kBackwardRows = backward_shape(kDims[0], true).block_n;  // of what passes
+template <int kDim>
+constexpr int kPassing = backward_shape(kDim, true).block_n;  // rows of a tile that passes
 
-// What is known of the query rows of a tile that passes.
+// What is known of the query rows of one.
+template <int kRows>
 struct alignas(16) StreamedRows {
-  static constexpr int kRows = kBackwardRows;
   float lse_2[kRows], delta[kRows];  // (maximum + log sum) log2(e)
   float maximum[kRows], inverse_sum[kRows];
   Interval seen[kRows];
@@ -44,23 +45,26 @@ template <int kDim>
 struct BackwardMemory {
   static constexpr Shape kShape = backward_shape(kDim, true);
   static constexpr int kStages = kShape.stages, kConsumers = kShape.consumers;
-  using Tile = PanelTile<kWarpgroupRows, kDim>;
-  static_assert(kWarpgroupRows == kBackwardRows, "what stays and what passes has the same shape");
+  using Staying = PanelTile<kWarpgroupRows, kDim>;
+  using Passing = PanelTile<kShape.block_n, kDim>;
+  using Rows = StreamedRows<kShape.block_n>;
 
   char* base = panel_memory();
 
-  ATTN_DEVICE Tile stationary(int which, int consumer) const { return {base + (2 * which + consumer) * Tile::kBytes}; }
-  ATTN_DEVICE Tile streamed(int which, int stage) const {
-    return {base + (2 * kConsumers + 2 * stage + which) * Tile::kBytes};
+  ATTN_DEVICE Staying stationary(int which, int consumer) const {
+    return {base + (kConsumers * which + consumer) * Staying::kBytes};
+  }
+  ATTN_DEVICE Passing streamed(int which, int stage) const {
+    return {base + 2 * kConsumers * Staying::kBytes + (2 * stage + which) * Passing::kBytes};
   }
   ATTN_DEVICE char* rest() const { return streamed(0, kStages).data; }
   ATTN_DEVICE Barrier barrier(int i) const { return {reinterpret_cast<uint64_t*>(rest()) + i}; }
   ATTN_DEVICE Barrier there() const { return barrier(0); }  // what stays, where the copy engine brings it
   ATTN_DEVICE Barrier full(int stage) const { return barrier(1 + stage); }
   ATTN_DEVICE Barrier empty(int stage) const { return barrier(1 + kStages + stage); }
-  ATTN_DEVICE Flags flags(int which) const { return reinterpret_cast<Flags>(rest() + 128 + 64 * which); }
-  ATTN_DEVICE StreamedRows& rows(int stage) const {
-    return reinterpret_cast<StreamedRows*>(rest() + 256)[stage];
+  ATTN_DEVICE Flags flags(int which) const { return reinterpret_cast<Flags>(rest() + 128 + kShape.block_n * which); }
+  ATTN_DEVICE Rows& rows(int stage) const {
+    return reinterpret_cast<Rows*>(rest() + 128 + 2 * kShape.block_n)[stage];
   }
 
   // `arrivals` at what says that a stage is full, beside the bytes.

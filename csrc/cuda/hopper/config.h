@@ -36,12 +36,12 @@ constexpr int forward_shared_bytes(int dim) {
 
 // Where keys stay, one of the warps that do not compute tells what is known of the rows that pass.
 constexpr Shape backward_shape(int dim, bool keys_stay) {
-  return keys_stay ? Shape{2, 64, dim == 64 ? 4 : 3, 40, 232} : Shape{2, 64, dim == 64 ? 4 : 3, 24, 240};
+  return {2, dim == 64 ? 96 : 64, 3, keys_stay ? 40 : 24, keys_stay ? 232 : 240};
 }
 constexpr int backward_shared_bytes(int dim) {
   const Shape s = backward_shape(dim, true);
   const int told = s.block_n * 24 + 16;  // StreamedRows (backward.cuh)
-  return kAlignment + 4 * dim * (s.block_m() + s.stages * s.block_n) + 256 + s.stages * told;
+  return kAlignment + 4 * dim * (s.block_m() + s.stages * s.block_n) + 128 + 2 * s.block_n + s.stages * told;
 }
 static_assert(forward_shape(64).fits() && forward_shape(128).fits() && forward_shape(256).fits() &&
               backward_shape(64, true).fits() && backward_shape(64, false).fits(), "setmaxnreg would wait for ever");

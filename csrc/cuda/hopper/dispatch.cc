@@ -7,6 +7,8 @@
 namespace attn_ops::cuda::hopper {
 namespace {
 
+constexpr int kPanelAlignment = 16;  // of rows that the copy engine, or load_rows, brings
+
 int padded_dim(const AttentionParams& p) {
   const int64_t largest = std::max(p.head_dim, p.value_dim);
   for (int dim : kDims)
@@ -22,7 +24,7 @@ bool can_map(const AttentionParams& p, const StridedView& view, int64_t seqlen, 
     const int64_t bytes = view.stride[axis] * size_of(p.dtype);
     if (extent[axis] < 1 || (extent[axis] > 1 && (bytes <= 0 || bytes >= kMostBytes))) return false;
   }
-  return is_aligned(p, view, seqlen, heads, dim);
+  return alignment_of(p, view, seqlen, heads, dim) == kPanelAlignment;
 }
 
 // Boxes of `rows` rows of `box_heads` heads.
@@ -43,7 +45,7 @@ int map_of(TensorMap* map, const AttentionParams& p, const StridedView& view, in
 
 bool takes(const AttentionParams& p, const Device& device) {
   return device.hopper_image >= 0 && is_plain(p) && padded_dim(p) != 0 && p.value_dim > 0 &&
-         is_aligned(p, p.q, p.seqlen_q, p.num_heads, p.head_dim) &&
+         alignment_of(p, p.q, p.seqlen_q, p.num_heads, p.head_dim) == kPanelAlignment &&
          can_map(p, p.k, p.seqlen_k, p.num_kv_heads, p.head_dim) &&
          can_map(p, p.v, p.seqlen_k, p.num_kv_heads, p.value_dim);
 }
@@ -53,7 +55,7 @@ bool takes(const BackwardParams& b, const Device& device) {
   // A tile of rows is one box: whole positions, of all heads of the group.
   return takes(p, device) && padded_dim(p) <= kLargestBackwardDim && b.d_bias == nullptr &&
          backward_shape(padded_dim(p), true).block_n % group_size(p) == 0 &&
-         is_aligned(p, p.out, p.seqlen_q, p.num_heads, p.value_dim) &&
+         alignment_of(p, p.out, p.seqlen_q, p.num_heads, p.value_dim) == kPanelAlignment &&
          can_map(p, p.q, p.seqlen_q, p.num_heads, p.head_dim) &&
          can_map(p, b.d_out, p.seqlen_q, p.num_heads, p.value_dim);
 }
@@ -79,7 +81,6 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
   const Math math = math_of(p, false);
   const int dim = padded_dim(p), group = static_cast<int>(group_size(p)), shared = backward_shared_bytes(dim);
   const Shape shape = backward_shape(dim, true);
-  const int rows = shape.block_n;
   const int64_t heads = p.batch * p.num_kv_heads;
   const int64_t row_tiles = ceil_div(num_rows(p), shape.block_m());
   const int64_t key_tiles = ceil_div(p.seqlen_k, shape.block_m());
@@ -88,13 +89,18 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
   args.call.factors = factors_of(p);
   args.call.aligned = aligned_of(b);
   args.call.delta = delta;
-  int code = map_of(&args.q, p, p.q, p.seqlen_q, p.num_heads, p.head_dim, rows / group, group);
-  if (code == 0) code = map_of(&args.d_out, p, b.d_out, p.seqlen_q, p.num_heads, p.value_dim, rows / group, group);
-  if (code == 0) code = map_of(&args.k, p, p.k, p.seqlen_k, p.num_kv_heads, p.head_dim, rows);
-  if (code == 0) code = map_of(&args.v, p, p.v, p.seqlen_k, p.num_kv_heads, p.value_dim, rows);
+  int code = map_of(&args.q, p, p.q, p.seqlen_q, p.num_heads, p.head_dim, shape.block_n / group, group);
+  if (code == 0) code = map_of(&args.d_out, p, b.d_out, p.seqlen_q, p.num_heads, p.value_dim, shape.block_n / group, group);
+  // Keys and values pass where dq is made, and stay, a warpgroup's at a time, where dk and dv are.
+  const auto map_keys = [&](int rows) {
+    const int code = map_of(&args.k, p, p.k, p.seqlen_k, p.num_kv_heads, p.head_dim, rows);
+    return code != 0 ? code : map_of(&args.v, p, p.v, p.seqlen_k, p.num_kv_heads, p.value_dim, rows);
+  };
+  if (code == 0) code = map_keys(shape.block_n);
   if (code != 0) return code;
   args.call.rows = rows_of(p, row_tiles);
   code = launch(device, {Role::kQueryGradient, math, dim, true, true}, heads * row_tiles, shape.threads(), shared, stream, &args);
+  if (code == 0) code = map_keys(kWarpgroupRows);
   if (code != 0) return code;
   args.call.rows = rows_of(p, key_tiles);
   return launch(device, {Role::kKeyGradients, math, dim, true, true}, heads * key_tiles, shape.threads(), shared, stream, &args);

@@ -13,8 +13,7 @@ ATTN_DEVICE bool zero_nonfinite_rows(const PanelTile<kRows, kDim>& tile, Flags f
   using T = PanelTile<kRows, kDim>;
   constexpr int kChunks = T::kBytes / 16, kThreads = kConsumers * kWarpgroup;
   const auto is_finite = [&tile](int i) {
-    const auto* chunk = reinterpret_cast<const Bytes16*>(tile.data + 16 * i);
-    return chunk_is_finite<uint16_t>(*chunk, infinity_bits<M>());
+    return chunk_is_finite<M>(*reinterpret_cast<const Bytes16*>(tile.data + 16 * i));
   };
   const auto row = [](int i) { return 16 * i % T::kPanelBytes / kPanelRowBytes; };
   bool found = false;

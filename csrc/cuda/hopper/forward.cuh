@@ -115,7 +115,7 @@ ATTN_DEVICE void consume(const ForwardArgs& args, const ForwardMemory<kDim>& mem
   const auto q = memory.q(consumer);
 
   // Queries that see nothing are not read.
-  const QueryRows<const Element> queries(p.q, head, group_row, head.rows_in_length(), true);
+  const QueryRows<const Element> queries(p.q, head, group_row, head.rows_in_length(), 16);
   load_rows(q, kWarpgroupRows, queries, head_dim, thread);
   copy_async_commit();
   copy_async_wait<0>();
@@ -161,7 +161,7 @@ ATTN_DEVICE void consume(const ForwardArgs& args, const ForwardMemory<kDim>& mem
     products_wait<0>();
     arrived(o);
     if (nonfinite) {
-      const KeyRows<const Element> values(p.v, head, tiles.first(i), head.length_k, true);
+      const KeyRows<const Element> values(p.v, head, tiles.first(i), head.length_k, 16);
       add_nonfinite_rows<M, kDim, kN>(o, weights, memory.flags(), values, value_dim);
       nonfinite = false;
     }

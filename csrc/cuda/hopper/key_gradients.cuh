@@ -11,12 +11,11 @@ namespace attn_ops::cuda::hopper {
 // query heads of the group, position by position.
 template <int kDim>
 ATTN_DEVICE void bring_rows(const BackwardArgs& args, const BackwardMemory<kDim>& memory, const Head& head,
-                            int first_key, const Tiles<kBackwardRows>& tiles) {
-  constexpr int kBytes = BackwardMemory<kDim>::Tile::kBytes;
+                            int first_key, const Tiles<kPassing<kDim>>& tiles) {
   prefetch(args.q);
   prefetch(args.d_out);
   if (tiles.count == 0) return;
-  memory.there().arrive_and_expect(2 * BackwardMemory<kDim>::kConsumers * kBytes);
+  memory.there().arrive_and_expect(2 * BackwardMemory<kDim>::kConsumers * BackwardMemory<kDim>::Staying::kBytes);
 #pragma unroll
   for (int consumer = 0; consumer < BackwardMemory<kDim>::kConsumers; ++consumer) {
     const int key = first_key + kWarpgroupRows * consumer;
@@ -28,7 +27,7 @@ ATTN_DEVICE void bring_rows(const BackwardArgs& args, const BackwardMemory<kDim>
     const Turn<BackwardMemory<kDim>::kStages> turn(i);
     memory.empty(turn.stage).wait(turn.parity ^ 1);
     const Barrier full = memory.full(turn.stage);
-    full.arrive_and_expect(2 * kBytes);
+    full.arrive_and_expect(2 * BackwardMemory<kDim>::Passing::kBytes);
     const int position = head.position(tiles.first(i));
     memory.streamed(0, turn.stage).copy(args.q, head.batch, position, head.first_head, full);
     memory.streamed(1, turn.stage).copy(args.d_out, head.batch, position, head.first_head, full);
@@ -38,17 +37,17 @@ ATTN_DEVICE void bring_rows(const BackwardArgs& args, const BackwardMemory<kDim>
 // By one warp, beside it: what is known of those rows.
 template <int kDim>
 ATTN_DEVICE void tell_rows(const BackwardArgs& args, const BackwardMemory<kDim>& memory, const Head& head,
-                           const Tiles<kBackwardRows>& tiles) {
+                           const Tiles<kPassing<kDim>>& tiles) {
   const AttentionParams& p = args.call.b.forward;
   const int limit = head.rows_in_length();
 #pragma unroll 1
   for (int i = 0; i < tiles.count; ++i) {
     const Turn<BackwardMemory<kDim>::kStages> turn(i);
     memory.empty(turn.stage).wait(turn.parity ^ 1);
-    StreamedRows& rows = memory.rows(turn.stage);
+    auto& rows = memory.rows(turn.stage);
     bool fits = true;
 #pragma unroll 1
-    for (int r = lane_index(); r < StreamedRows::kRows; r += 32) {
+    for (int r = lane_index(); r < kPassing<kDim>; r += 32) {
       const int index = tiles.first(i) + r;
       RowGradient row;
       Interval seen{0, 0};
@@ -74,9 +73,9 @@ ATTN_DEVICE void tell_rows(const BackwardArgs& args, const BackwardMemory<kDim>&
 
 template <class M, int kDim>
 ATTN_DEVICE void compute_dk_dv(const BackwardArgs& args, const BackwardMemory<kDim>& memory, const Head& head,
-                               int first_key, const Tiles<kBackwardRows>& tiles) {
+                               int first_key, const Tiles<kPassing<kDim>>& tiles) {
   using Element = typename M::Element;
-  constexpr int kN = kBackwardRows, kStages = BackwardMemory<kDim>::kStages;
+  constexpr int kN = kPassing<kDim>, kStages = BackwardMemory<kDim>::kStages;
   const BackwardParams& b = args.call.b;
   const AttentionParams& p = b.forward;
   const float scale = args.call.factors.scale, scale_2 = scale * kLog2E;
@@ -105,7 +104,7 @@ ATTN_DEVICE void compute_dk_dv(const BackwardArgs& args, const BackwardMemory<kD
 #pragma unroll 1
   for (int i = 0; i < tiles.count; ++i) {
     const int row = tiles.first(i), stage = Turn<kStages>(i).stage;
-    const StreamedRows& rows = memory.rows(stage);
+    const auto& rows = memory.rows(stage);
     const bool sees_all = RowBlock(head, row, kN).sees_all(first_key, BackwardMemory<kDim>::kShape.block_m());
     start_scores(i);
     const bool fused = rows.exact == 0, hides = !sees_all || !fused;
@@ -121,7 +120,7 @@ ATTN_DEVICE void compute_dk_dv(const BackwardArgs& args, const BackwardMemory<kD
     if (fused) {
 #pragma unroll
       for (int n = 0; n < kN / 8; ++n) {
-        const auto lse_2 = StreamedRows::pair(rows.lse_2, n, t);
+        const auto lse_2 = BackwardMemory<kDim>::Rows::pair(rows.lse_2, n, t);
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[0][n][i] = fused_probability(s[0][n][i], scale_2, lse_2.of[i & 1]);
       }
@@ -143,7 +142,7 @@ ATTN_DEVICE void compute_dk_dv(const BackwardArgs& args, const BackwardMemory<kD
     arrived(dp);
 #pragma unroll
     for (int n = 0; n < kN / 8; ++n) {
-      const auto delta = StreamedRows::pair(rows.delta, n, t);
+      const auto delta = BackwardMemory<kDim>::Rows::pair(rows.delta, n, t);
 #pragma unroll
       for (int i = 0; i < 4; ++i) dp[0][n][i] = s[0][n][i] * (dp[0][n][i] - delta.of[i & 1]);
     }
@@ -165,11 +164,11 @@ ATTN_DEVICE void compute_dk_dv(const BackwardArgs& args, const BackwardMemory<kD
     arrived(dv);
     arrived(dk);
     if (nonfinite[0]) {
-      const QueryRows<const Element> queries(p.q, head, row, limit, true);
+      const QueryRows<const Element> queries(p.q, head, row, limit, 16);
       add_nonfinite_rows<M, kDim, kN>(dk, gradients, memory.flags(0), queries, head_dim);
     }
     if (nonfinite[1]) {
-      const QueryRows<const Element> d_outs(b.d_out, head, row, limit, true);
+      const QueryRows<const Element> d_outs(b.d_out, head, row, limit, 16);
       add_nonfinite_rows<M, kDim, kN>(dv, weights, memory.flags(1), d_outs, value_dim);
     }
     release(memory.empty(stage));
@@ -205,7 +204,7 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args) {
     begin = first_row_where(limit, [&](int row) { return head.seen(row).end > first_key; });
     end = first_row_where(limit, [&](int row) { return head.seen(row).begin >= first_key + kShape.block_m(); });
   }
-  const Tiles<kBackwardRows> tiles(begin, end);
+  const Tiles<kPassing<kDim>> tiles(begin, end);
   if (warpgroup_index() == 0) {
     keep_registers<kShape.producer>();
     if (thread_index() == 0) bring_rows(args, memory, head, first_key, tiles);

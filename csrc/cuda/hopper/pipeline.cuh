@@ -21,8 +21,9 @@ enum BarrierId : int { kOfConsumers = 1, kOfConsumer = 2, kTurns = 5 };  // the 
 // the exponent is then off by 3 roundings of the maximum, 2^-24 1024 1.44 3 = 2.6e-4.
 constexpr float kFusedLimit = 1024.0f;
 
-// By one lane of each warp that computes: it is done with a tile.
+// By each warp that computes: it is done with a tile.
 ATTN_DEVICE void release(Barrier empty) {
+  sync_warp();
   if (lane_index() == 0) empty.arrive();
 }
 

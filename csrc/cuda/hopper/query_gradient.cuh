@@ -9,7 +9,7 @@
 //
 // an estimate that is exact for a wrong delta, and for rounding up to how keys differ. It is one product more, where the
 // other kernels (../query_gradient.cuh) have passed over the keys twice and cut ds into three parts: four instead of seven.
-// The exact delta, which dk and dv need, follows from the sum of ds before it is rounded.
+// The exact delta, which dk and dv need, is the sum of p dp over those keys.
 #pragma once
 
 #include "backward.cuh"
@@ -18,7 +18,7 @@ namespace attn_ops::cuda::hopper {
 
 template <int kDim>
 ATTN_DEVICE void bring_keys(const BackwardArgs& args, const BackwardMemory<kDim>& memory, const Head& head,
-                            const Tiles<kBackwardRows>& tiles) {
+                            const Tiles<kPassing<kDim>>& tiles) {
   prefetch(args.k);
   prefetch(args.v);
 #pragma unroll 1
@@ -26,7 +26,7 @@ ATTN_DEVICE void bring_keys(const BackwardArgs& args, const BackwardMemory<kDim>
     const Turn<BackwardMemory<kDim>::kStages> turn(i);
     memory.empty(turn.stage).wait(turn.parity ^ 1);
     const Barrier full = memory.full(turn.stage);
-    full.arrive_and_expect(2 * BackwardMemory<kDim>::Tile::kBytes);
+    full.arrive_and_expect(2 * BackwardMemory<kDim>::Passing::kBytes);
     memory.streamed(0, turn.stage).copy(args.k, head.batch, tiles.first(i), head.kv_head, full);
     memory.streamed(1, turn.stage).copy(args.v, head.batch, tiles.first(i), head.kv_head, full);
   }
@@ -35,7 +35,7 @@ ATTN_DEVICE void bring_keys(const BackwardArgs& args, const BackwardMemory<kDim>
 // What a lane knows of its two rows.
 struct QueryRow {
   float lse_2 = 0.0f, maximum = 0.0f, inverse_sum = 0.0f, delta = 0.0f, d_lse = 0.0f;
-  float sum_ds = 0.0f, sum_rounded_ds = 0.0f, sum_rounded_p = 0.0f;
+  float sum_p_dp = 0.0f, sum_rounded_ds = 0.0f, sum_rounded_p = 0.0f;
 };
 
 // rowsum(d_out * out) of the warp's row r, in all lanes.
@@ -69,9 +69,9 @@ ATTN_DEVICE void add_rounded(const Rounded<kN>& x, float& first, float& second) 
 
 template <class M, int kDim>
 ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>& memory, const Head& head,
-                            const RowBlock& block, const Tiles<kBackwardRows>& tiles) {
+                            const RowBlock& block, const Tiles<kPassing<kDim>>& tiles) {
   using Element = typename M::Element;
-  constexpr int kN = kBackwardRows, kStages = BackwardMemory<kDim>::kStages;
+  constexpr int kN = kPassing<kDim>, kStages = BackwardMemory<kDim>::kStages;
   const BackwardParams& b = args.call.b;
   const AttentionParams& p = b.forward;
   const float scale = args.call.factors.scale, scale_2 = scale * kLog2E;
@@ -82,13 +82,13 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
   const auto q = memory.stationary(0, consumer), d_out = memory.stationary(1, consumer);
 
   const int limit = head.rows_in_length();
-  load_rows(q, kWarpgroupRows, QueryRows<const Element>(p.q, head, group_row, limit, true), head_dim, thread);
-  load_rows(d_out, kWarpgroupRows, QueryRows<const Element>(b.d_out, head, group_row, limit, true), value_dim, thread);
+  load_rows(q, kWarpgroupRows, QueryRows<const Element>(p.q, head, group_row, limit, 16), head_dim, thread);
+  load_rows(d_out, kWarpgroupRows, QueryRows<const Element>(b.d_out, head, group_row, limit, 16), value_dim, thread);
   copy_async_commit();
   QueryRow row[2];
   {
-    const QueryRows<const Element> outs(p.out, head, first_row, limit, true);
-    const QueryRows<const Element> d_outs(b.d_out, head, first_row, limit, true);
+    const QueryRows<const Element> outs(p.out, head, first_row, limit, 16);
+    const QueryRows<const Element> d_outs(b.d_out, head, first_row, limit, 16);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll 4
@@ -166,16 +166,24 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
     add_rounded<M, kN>(weights, row[0].sum_rounded_p, row[1].sum_rounded_p);
     products_wait<0>();
     arrived(dp);
-    for_each([&](int n, int half, int i) { dp[0][n][i] = s[0][n][i] * (dp[0][n][i] - row[half].delta); });
-    if (hides) {
+    if (hides) {  // of what is hidden, dp is nothing, even if it is not finite
+      for_each([&](int n, int, int i) {
+        if (is_hidden(s[0][n][i])) dp[0][n][i] = 0.0f;
+      });
+    }
+    float sum[2] = {0.0f, 0.0f};
+    for_each([&](int n, int half, int i) {
+      const float x = s[0][n][i], d = dp[0][n][i];
+      sum[half] += x * d;
+      dp[0][n][i] = x * (d - row[half].delta);
+    });
+    row[0].sum_p_dp += sum[0];
+    row[1].sum_p_dp += sum[1];
+    if (hides) {  // whatever delta is
       for_each([&](int n, int, int i) {
         if (is_hidden(s[0][n][i])) dp[0][n][i] = s[0][n][i];
       });
     }
-    float sum[2] = {0.0f, 0.0f};
-    for_each([&](int n, int half, int i) { sum[half] += dp[0][n][i]; });
-    row[0].sum_ds += sum[0];
-    row[1].sum_ds += sum[1];
     round_acc<M, kN>(gradients, dp);
     add_rounded<M, kN>(gradients, row[0].sum_rounded_ds, row[1].sum_rounded_ds);
     const bool nonfinite = hides && look_through<M>(memory, 0, stage);
@@ -186,7 +194,7 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
     arrived(dq);
     arrived(mean_key);
     if (nonfinite) {
-      const KeyRows<const Element> keys(p.k, head, key, head.length_k, true);
+      const KeyRows<const Element> keys(p.k, head, key, head.length_k, 16);
       add_nonfinite_rows<M, kDim, kN>(dq, gradients, memory.flags(0), keys, head_dim);
       add_nonfinite_rows<M, kDim, kN>(mean_key, weights, memory.flags(0), keys, head_dim);
     }
@@ -200,7 +208,7 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
       sum += shuffle_xor(sum, 1);
       sum += shuffle_xor(sum, 2);
     };
-    of_quad(own.sum_ds);
+    of_quad(own.sum_p_dp);
     of_quad(own.sum_rounded_ds);
     of_quad(own.sum_rounded_p);
     const float excess = own.sum_rounded_ds - own.d_lse;
@@ -212,7 +220,7 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
     const int index = first_row + 8 * half + g;
     if ((lane_index() & 3) != 0 || index >= limit) continue;
     const int position = head.position(index);
-    args.call.delta[head.statistic(head.head(index, position), position)] = own.delta + (own.sum_ds - own.d_lse);
+    args.call.delta[head.statistic(head.head(index, position), position)] = own.sum_p_dp - own.d_lse;
   }
   const float factor[1][2] = {{scale, scale}};
   // The warpgroup is done with its queries: their place takes the results.
@@ -234,7 +242,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   // Under a causal mask the last rows see the most: they begin first.
   const int tile = rows.tiles - 1 - block_index() % rows.tiles;
   const RowBlock block(head, tile * kShape.block_m(), kShape.block_m());
-  const Tiles<kBackwardRows> tiles(block.any.begin, block.any.end);
+  const Tiles<kPassing<kDim>> tiles(block.any.begin, block.any.end);
   if (warpgroup_index() == 0) {
     keep_registers<kShape.producer>();
     if (thread_index() == 0) bring_keys(args, memory, head, tiles);
