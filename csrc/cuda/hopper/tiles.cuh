@@ -15,10 +15,15 @@ constexpr int kPanelRowBytes = 2 * kPanelColumns;
 // What wgmma is told of 16 summed indices of a tile: where it begins, and the steps in it, in units of 16 bytes ("Matrix
 // Descriptor Format"). Rows along the summed index: `stride` leads from 8 rows to the next 8, `lead` is not looked at.
 // Rows across it: `stride` leads from 8 summed indices to the next 8, `lead` from a panel to the next.
-ATTN_DEVICE uint64_t descriptor(const void* tile, int lead_bytes, int stride_bytes) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  const auto field = [](uint32_t bytes) { return static_cast<uint64_t>((bytes & 0x3ffff) >> 4); };
-  return kSwizzle128 | field(stride_bytes) << 32 | field(lead_bytes) << 16 | field(shared_address(tile));
+//
+// `offset_bytes` from the tile's begin is added last: it is known to the compiler, which so computes one descriptor for a
+// tile and one addition for each step. (With an address for each, thirteen instructions of the uniform path, one after
+// the other, stood before each product, and took longer than it.)
+ATTN_DEVICE uint64_t descriptor(const void* tile, int offset_bytes, int lead_bytes, int stride_bytes) {
+  constexpr uint32_t kSwizzle128 = 1u << 30;
+  const uint32_t low = shared_address(tile) >> 4 | static_cast<uint32_t>(lead_bytes >> 4) << 16;
+  const uint32_t high = kSwizzle128 | static_cast<uint32_t>(stride_bytes >> 4);
+  return static_cast<uint64_t>(high) << 32 | (low + static_cast<uint32_t>(offset_bytes >> 4));
 }
 
 // kRows rows of kDim columns.
@@ -34,11 +39,11 @@ struct PanelTile {
   }
   // Rows `first` (a multiple of 8) and on, columns 16 k to 16 k + 16, which are summed over.
   ATTN_DEVICE uint64_t along(int first, int k) const {
-    return descriptor(data + (k >> 2) * kPanelBytes + first * kPanelRowBytes + (k & 3) * 32, 16, 8 * kPanelRowBytes);
+    return descriptor(data, (k >> 2) * kPanelBytes + first * kPanelRowBytes + (k & 3) * 32, 16, 8 * kPanelRowBytes);
   }
   // Rows 16 k to 16 k + 16, which are summed over, all columns.
   ATTN_DEVICE uint64_t across(int k) const {
-    return descriptor(data + 16 * k * kPanelRowBytes, kPanelBytes, 8 * kPanelRowBytes);
+    return descriptor(data, 16 * k * kPanelRowBytes, kPanelBytes, 8 * kPanelRowBytes);
   }
   // From the array of `map`, [batch, rows, heads, dim], as the copy engine counts: dim first.
   ATTN_DEVICE void copy(const TensorMap& map, int batch, int row, int head, Barrier barrier) const {
@@ -64,7 +69,7 @@ ATTN_DEVICE void multiply_registers(float (&d)[1][kN / 8][4], const uint32_t (&a
 template <class M, int kDim, int kRowsA, int kRowsB>
 ATTN_DEVICE void start_nt(Acc<1, kRowsB / 8>& d, const PanelTile<kRowsA, kDim>& a, int first,
                           const PanelTile<kRowsB, kDim>& b) {
-#pragma unroll
+#pragma unroll(kDim / 16 < 8 ? kDim / 16 : 8)
   for (int k = 0; k < kDim / 16; ++k) multiply<M, kRowsB>(d, a.along(first, k), b.along(0, k), k > 0);
   products_commit();
 }
