@@ -125,9 +125,10 @@ endif()
 
 # For tests of all but the kernels. Not installed: a package without attn_ops_cuda says that it has no kernels.
 set(images "")
-foreach(architecture IN LISTS every_architecture)
+set(with_hopper ${every_architecture} sm_90a_hopper)
+foreach(architecture IN LISTS with_hopper)
   set(image ${CMAKE_BINARY_DIR}/cuda_images/${architecture}.no_kernels)
   file(CONFIGURE OUTPUT ${image} CONTENT "// ${architecture}: no kernels\n")
   list(APPEND images ${image})
 endforeach()
-add_cuda_library(attn_ops_cuda_without_kernels "${every_architecture}" ${images})
+add_cuda_library(attn_ops_cuda_without_kernels "${with_hopper}" ${images})

@@ -16,7 +16,7 @@ _INCLUDES = re.compile(r"^```\{(literalinclude|include)\} (\S+)\n((?::.*\n)*)```
 _WHAT = """# attn_ops
 
 > Fused attention for TensorFlow, Keras and JAX: forward and backward on CPUs, with dropout, masks and scores, inside
-> XLA, and without a score matrix in memory. (CUDA kernels are there, and have not run on a GPU yet.)
+> XLA, and without a score matrix in memory. (CUDA kernels are there, measured on an H100.)
 
 Each page is also there as HTML, under the same name.
 """

@@ -166,10 +166,61 @@ def test_cards_before_ampere_are_a_reason(capability):
 )  # fmt: skip
 def test_each_card_gets_its_kernels(capability, image):
     """Of all architectures, which this machine's library need not have: the images are their names."""
-    result = call(library=cuda_run.library_without_kernels(), ATTN_OPS_STANDIN_CAPABILITY=capability)
+    without = cuda_run.library_without_kernels()
+    result = call(dtype="float32", library=without, ATTN_OPS_STANDIN_CAPABILITY=capability)
     [loaded] = result["images"]
     assert bytes.fromhex(loaded["head"]).startswith(f"// {image}: no kernels".encode())
     assert result["finite"]
+
+
+def call_on_hopper(seqlen_q=300, seqlen_k=200, heads=4, kv_heads=2, dim=64, dtype="float16", options=None):
+    """What is launched, and what the copy engine is told; no processor can run these kernels (see test_kernels.py with
+    `-m gpu` for what they compute)."""
+    query, key = (2, seqlen_q, heads, dim), (2, seqlen_k, kv_heads, dim)
+    shapes = query, key, key, query
+    return call(shapes, dtype, options, library=cuda_run.library_without_kernels(), ATTN_OPS_STANDIN_CAPABILITY="9.0")
+
+
+@pytest.mark.skipif(cuda_run.library_without_kernels() is None, reason="build in this checkout")
+def test_hopper_has_kernels_of_its_own():
+    result = call_on_hopper()
+    launches = [(x["kernel"], x["grid"][0], x["block"][0]) for x in result["launches"]]
+    # 600 rows of each of 4 key/value heads: 5 tiles of 128; 200 keys: 2.
+    assert launches == [
+        ("attn_ops_hopper_forward_f16_64", 20, 384),
+        ("attn_ops_hopper_dq_f16_64", 20, 384),
+        ("attn_ops_hopper_dkdv_f16_64", 8, 384),
+    ]
+    [loaded] = result["images"]
+    assert bytes.fromhex(loaded["head"]).startswith(b"// sm_90a_hopper: no kernels")
+    key = {"extent": [64, 2, 200, 2], "stride": [128, 256, 256 * 200]}
+    query = {"extent": [64, 4, 300, 2], "stride": [128, 512, 512 * 300]}
+    # Forward has keys of 128 at a time; a box of rows is all heads of a group, 48 positions of 2.
+    assert result["tensor_maps"] == [
+        *[key | {"box": [64, 1, 128, 1]}] * 2,
+        *[query | {"box": [64, 2, 48, 1]}] * 2,
+        *[key | {"box": [64, 1, 96, 1]}] * 2,
+        *[key | {"box": [64, 1, 64, 1]}] * 2,
+    ]
+
+
+@pytest.mark.skipif(cuda_run.library_without_kernels() is None, reason="build in this checkout")
+@pytest.mark.parametrize(
+    "what, hopper",
+    [
+        (dict(dim=256), ["forward"]),
+        (dict(dim=40), ["forward", "dq", "dkdv"]),
+        (dict(heads=5, kv_heads=1), ["forward"]),  # a tile of 96 rows is no whole number of positions
+        (dict(dtype="float32"), []),
+        (dict(dim=36), []),  # 72 bytes a row
+        (dict(options={"scale": -1.0}), []),
+        (dict(options={"scale": 0.5, "window_left": 30, "window_right": 0}), ["forward", "dq", "dkdv"]),
+    ],
+    ids=lambda x: str(x),
+)
+def test_which_calls_hopper_s_kernels_take(what, hopper):
+    launches = [x["kernel"] for x in call_on_hopper(**what)["launches"]]
+    assert [x.split("_")[3] for x in launches if x.startswith("attn_ops_hopper_")] == hopper, launches
 
 
 def test_a_build_for_this_machine_has_what_its_cards_run(tmp_path):

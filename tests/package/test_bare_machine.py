@@ -88,6 +88,27 @@ def test_the_benchmark_goes_through(standin, tmp_path):
     assert "# attn_ops on a GPU: speed" in (tmp_path / "gpu_report.md").read_text()
 
 
+def test_the_first_minutes_on_a_card(standin):
+    """benchmarks/gpu/first_run.py's check of every kernel, on one head dimension; its other stages need a card."""
+    code = """
+from gpu import stages
+stages._DIMS, stages._KINDS = (64,), ("causal", "few rows")
+sys.exit(stages.kernels(None))
+"""
+    done = on_a_bare_machine(code, ROOT / "benchmarks", **standin)
+    assert done.returncode == 0 and "0 of 6 wrong" in done.stdout, done.stdout + done.stderr[-3000:]
+
+
+def test_a_stage_that_fails_is_counted_and_costs_no_other(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks/gpu/first_run.py"), "--out", str(tmp_path)]
+    environment = {**os.environ, "ATTN_OPS_CUDA_DRIVER": "/nowhere/libcuda.so.1"}
+    done = subprocess.run([*command, "facts", "facts"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout.count("== facts: FAILED") == 2, done.stdout + done.stderr
+    assert (tmp_path / "facts.log").read_text()
+    done = subprocess.run([*command, "nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no such stage: nonsense" in done.stderr
+
+
 def test_the_command_starts(standin):
     """As users start it: `attn_ops_cuda` is found usable, so that what stops it is another option."""
     code = """

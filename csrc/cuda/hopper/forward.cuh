@@ -134,7 +134,7 @@ ATTN_DEVICE void consume(const ForwardArgs& args, const ForwardMemory<kDim>& mem
     const Turn<kStages> turn(i);
     memory.full(0, turn.stage).wait(turn.parity);
     products_begin();
-    start_nt<M, kDim>(s, q, 0, memory.k(turn.stage));
+    start_nt<M, kDim>(s, q, memory.k(turn.stage));
   };
   const auto softmax = [&](int i) {
     if (block.sees_all(tiles.first(i), kN)) {

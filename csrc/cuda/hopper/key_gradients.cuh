@@ -95,8 +95,8 @@ ATTN_DEVICE void compute_dk_dv(const BackwardArgs& args, const BackwardMemory<kD
     const Turn<kStages> turn(i);
     memory.full(turn.stage).wait(turn.parity);
     products_begin();
-    start_nt<M, kDim>(s, k, 0, memory.streamed(0, turn.stage));
-    start_nt<M, kDim>(dp, v, 0, memory.streamed(1, turn.stage));
+    start_nt<M, kDim>(s, k, memory.streamed(0, turn.stage));
+    start_nt<M, kDim>(dp, v, memory.streamed(1, turn.stage));
   };
   if (tiles.count > 0) {
     memory.there().wait(0);

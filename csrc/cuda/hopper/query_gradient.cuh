@@ -128,8 +128,8 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
     const Turn<kStages> turn(i);
     memory.full(turn.stage).wait(turn.parity);
     products_begin();
-    start_nt<M, kDim>(s, q, 0, memory.streamed(0, turn.stage));
-    start_nt<M, kDim>(dp, d_out, 0, memory.streamed(1, turn.stage));
+    start_nt<M, kDim>(s, q, memory.streamed(0, turn.stage));
+    start_nt<M, kDim>(dp, d_out, memory.streamed(1, turn.stage));
   };
 #pragma unroll 1
   for (int i = 0; i < tiles.count; ++i) {

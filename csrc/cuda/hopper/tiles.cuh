@@ -37,9 +37,9 @@ struct PanelTile {
   ATTN_DEVICE char* chunk(int row, int c) const {
     return data + (c >> 3) * kPanelBytes + row * kPanelRowBytes + (((c ^ row) & 7) << 4);
   }
-  // Rows `first` (a multiple of 8) and on, columns 16 k to 16 k + 16, which are summed over.
-  ATTN_DEVICE uint64_t along(int first, int k) const {
-    return descriptor(data, (k >> 2) * kPanelBytes + first * kPanelRowBytes + (k & 3) * 32, 16, 8 * kPanelRowBytes);
+  // All rows, columns 16 k to 16 k + 16, which are summed over.
+  ATTN_DEVICE uint64_t along(int k) const {
+    return descriptor(data, (k >> 2) * kPanelBytes + (k & 3) * 32, 16, 8 * kPanelRowBytes);
   }
   // Rows 16 k to 16 k + 16, which are summed over, all columns.
   ATTN_DEVICE uint64_t across(int k) const {
@@ -65,12 +65,13 @@ ATTN_DEVICE void multiply_registers(float (&d)[1][kN / 8][4], const uint32_t (&a
   else multiply_registers_bf16(d, a, b);
 }
 
-// Starts   d[i][j] = sum over the dimension of a[first + i] b[j]   for 64 rows i.
+// Starts   d[i][j] = sum over the dimension of a[i] b[j].
 template <class M, int kDim, int kRowsA, int kRowsB>
-ATTN_DEVICE void start_nt(Acc<1, kRowsB / 8>& d, const PanelTile<kRowsA, kDim>& a, int first,
+ATTN_DEVICE void start_nt(Acc<1, kRowsB / 8>& d, const PanelTile<kRowsA, kDim>& a,
                           const PanelTile<kRowsB, kDim>& b) {
+  // (Of heads of 256, eight steps at a time: with more, ptxas 13.0 spills.)
 #pragma unroll(kDim / 16 < 8 ? kDim / 16 : 8)
-  for (int k = 0; k < kDim / 16; ++k) multiply<M, kRowsB>(d, a.along(first, k), b.along(0, k), k > 0);
+  for (int k = 0; k < kDim / 16; ++k) multiply<M, kRowsB>(d, a.along(k), b.along(k), k > 0);
   products_commit();
 }
 
