@@ -28,6 +28,7 @@ from .peers import TRITON_PATH, all_peers
 from .workloads import TITLES, section
 
 _BAD_OPTIONS = 2  # exit status
+_SLOW_PEERS_AT = 4096  # tokens; all lengths with --every-peer
 _QUICK = measure.Effort(rounds=3, seconds=0.2, turn=0.002)
 _QUICK_NOTE = "**Quick run: short shapes and few rounds. These figures are not to be quoted.**"
 
@@ -69,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--sections", nargs="+", metavar="SECTION", default=list(TITLES), help=f"only these of {', '.join(TITLES)}")
     add("--peers", nargs="+", metavar="PEER", help="only these beside attn_ops (default: all that are installed)")
     add("--rounds", type=int, default=15, help="of each workload, at most (default: %(default)s)")
-    add("--seconds", type=float, default=10.0, help="no new round of a workload after this long; 3 are run anyway")
+    add("--seconds", type=float, default=2.0, help="no new round of a workload after this long; 3 are run anyway")
+    add("--every-peer", action="store_true", help="at every length, also those that compile or start a process for each "
+        f"shape (else at {_SLOW_PEERS_AT} tokens alone)")  # fmt: skip
     add("--quick", action="store_true", help="few and short shapes, few rounds: to try it out")
     add("--triton-tutorial", metavar="FILE", help="Triton's 06-fused-attention.py, as a peer")
     add("--compare", metavar="OLD.csv", type=pathlib.Path, help="gpu_results.csv of an earlier report")
@@ -126,7 +129,9 @@ def _measure(arguments, device, peers):
     with Progress(len(plan)) as progress:
         for index, (name, workload, mode) in enumerate(plan):
             progress.advance(f"{name}: {workload}", index)
-            found, said = measure.run(device, workload, mode, peers, effort)
+            everybody = arguments.every_peer or arguments.quick or workload.seqlen_k == _SLOW_PEERS_AT
+            taking_part = [peer for peer in peers if everybody or not peer.starts_slowly]
+            found, said = measure.run(device, workload, mode, taking_part, effort)
             measured += found
             notes += said
             condition = device.condition()

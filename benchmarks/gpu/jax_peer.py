@@ -25,6 +25,7 @@ _MOST_CALLS = 50
 
 class JaxCudnn(Peer):
     name, module, dtypes = "jax_cudnn", "jax", ("bfloat16", "float16")
+    starts_slowly = True
 
     def __init__(self):
         self._processes = []

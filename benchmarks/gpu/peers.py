@@ -26,6 +26,7 @@ class Peer(abc.ABC):
     modes: tuple[str, ...] = (FORWARD, BACKWARD)
     decodes = True
     groups = True  # whether key/value heads may be fewer
+    starts_slowly = False  # whether each shape costs it seconds: it is measured at one length alone
 
     def missing(self, device) -> str | None:
         """Why it cannot run here, or None."""
@@ -157,7 +158,7 @@ class TorchSdpa(Differentiable):
 
 class Flex(Differentiable):
     name, module, heads_first = "torch_flex", "torch", True
-    dtypes = ("bfloat16", "float16", "float32")
+    dtypes, starts_slowly = ("bfloat16", "float16", "float32"), True
 
     def missing(self, device):
         return super().missing(device) or (None if device.kind == "cuda" else "it is compiled for CUDA devices")

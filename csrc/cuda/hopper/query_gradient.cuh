@@ -38,20 +38,32 @@ struct QueryRow {
   float sum_p_dp = 0.0f, sum_rounded_ds = 0.0f, sum_rounded_p = 0.0f;
 };
 
-// rowsum(d_out * out) of the warp's row r, in all lanes.
-template <class M>
+// rowsum(d_out * out) of the warp's row r, which is a quad's. All its loads are under way at once: a block has nothing else
+// to do before it knows.
+template <class M, int kDim>
 ATTN_DEVICE float output_product(const QueryRows<const uint16_t>& out, const QueryRows<const uint16_t>& d_out, int r,
                                  int dim) {
   float sum = 0.0f;
   if (out.exists(r)) {
-    for (int d = 2 * lane_index(); d < dim; d += 64) {
-      const uint32_t x = *reinterpret_cast<const uint32_t*>(out.row(r) + d);
-      const uint32_t y = *reinterpret_cast<const uint32_t*>(d_out.row(r) + d);
-      sum += M::low(x) * M::low(y) + M::high(x) * M::high(y);
-    }
-  }
+    const auto* x = reinterpret_cast<const Bytes16*>(out.row(r)) + (lane_index() & 3);
+    const auto* y = reinterpret_cast<const Bytes16*>(d_out.row(r)) + (lane_index() & 3);
+    const int chunks = dim / 8 - (lane_index() & 3);
+    Bytes16 left[kDim / 32], right[kDim / 32];
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    for (int c = 0; c < kDim / 32; ++c) {
+      left[c] = 4 * c < chunks ? x[4 * c] : Bytes16{};
+      right[c] = 4 * c < chunks ? y[4 * c] : Bytes16{};
+    }
+#pragma unroll
+    for (int c = 0; c < kDim / 32; ++c)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sum += M::low(left[c].word[i]) * M::low(right[c].word[i]);
+        sum += M::high(left[c].word[i]) * M::high(right[c].word[i]);
+      }
+  }
+  sum += shuffle_xor(sum, 1);
+  sum += shuffle_xor(sum, 2);
   return sum;
 }
 
@@ -85,18 +97,11 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
   load_rows(q, kWarpgroupRows, QueryRows<const Element>(p.q, head, group_row, limit, 16), head_dim, thread);
   load_rows(d_out, kWarpgroupRows, QueryRows<const Element>(b.d_out, head, group_row, limit, 16), value_dim, thread);
   copy_async_commit();
+  const QueryRows<const Element> outs(p.out, head, first_row, limit, 16);
+  const QueryRows<const Element> d_outs(b.d_out, head, first_row, limit, 16);
   QueryRow row[2];
-  {
-    const QueryRows<const Element> outs(p.out, head, first_row, limit, 16);
-    const QueryRows<const Element> d_outs(b.d_out, head, first_row, limit, 16);
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll 4
-      for (int r = 0; r < 8; ++r) {
-        const float sum = output_product<M>(outs, d_outs, 8 * half + r, value_dim);
-        if (r == g) row[half].delta = sum;
-      }
-  }
+  for (int half = 0; half < 2; ++half) row[half].delta = output_product<M, kDim>(outs, d_outs, 8 * half + g, value_dim);
   bool fits = true;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
