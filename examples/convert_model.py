@@ -4,9 +4,9 @@
 
     python examples/convert_model.py                       # under a minute
 
-The model is the vision transformer of vision_transformer.py, of `keras.layers` alone. `attn_ops.convert` exchanges how its
-attention layers compute, in place: weights, names, optimizer and file stay what they are, and so do predictions, up to
-rounding. `attn_ops.revert` takes it back.
+The model is the vision transformer of vision_transformer.py, of `keras.layers` alone. `attn_ops.convert` exchanges
+how its attention layers compute, in place: weights, names, optimizer and file stay what they are, and so do
+predictions, up to rounding. `attn_ops.revert` takes it back.
 """
 
 # %%

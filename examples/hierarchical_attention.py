@@ -12,8 +12,8 @@ items, and what it attends to is what counts:
     words -> Embedding(mask_zero=True) -> attention over the words of each sentence -> sentences
           -> attention over the sentences -> document -> norm -> Dense
 
-Sentences have other lengths, and documents other numbers of them: both are padded, and both levels have masks. In the end
-the weights of both levels tell what a prediction rests on.
+Sentences have other lengths, and documents other numbers of them: both are padded, and both levels have masks. In the
+end the weights of both levels tell what a prediction rests on.
 """
 
 # %%
@@ -72,7 +72,7 @@ class AttentionPooling(keras.layers.Layer):
 
 
 class HierarchicalAttention(keras.layers.Layer):
-    """`[batch, sentences, words, width]` to `[batch, width]`, with the mask of the words, `[batch, sentences, words]`."""
+    """`[batch, sentences, words, width]` to `[batch, width]`, with a mask of the words, `[batch, sentences, words]`."""
 
     def __init__(self, layers, heads: int, **kwargs):
         super().__init__(**kwargs)
@@ -137,7 +137,7 @@ def main(argv=None) -> dict[str, dict[str, float]]:
     sizes = arguments.sentences, arguments.words
     learn, test, texts = load(arguments.texts, *sizes, arguments.seed)
     print(
-        f"{len(learn[0])} documents to learn from and {len(test[0])} to test on, of {sizes[0]} sentences of {sizes[1]} words"
+        f"{len(learn[0])} documents to learn from and {len(test[0])} to test on, {sizes[0]} x {sizes[1]} words each"
     )
     models = shared.twins(lambda layers: build_model(layers, *sizes, arguments.width, arguments.heads), arguments.seed)
     results = shared.compare(models, learn, test, classification, arguments)

@@ -5,8 +5,8 @@
     python examples/long_sequences.py                      # about a minute on two cores
     python examples/long_sequences.py --length 8192
 
-The text is Python's manual, some 470 kB of English that ship with Python, read byte by byte. The model predicts each next
-byte from all that stand before it in the sequence:
+The text is Python's manual, some 470 kB of English that ship with Python, read byte by byte. The model predicts each
+next byte from all that stand before it in the sequence:
 
     bytes -> Embedding -> + positions -> 2 x [norm, MultiHeadAttention, norm, Dense, Dense] -> norm -> Dense(256)
 

@@ -6,9 +6,9 @@
     python examples/seq2seq.py --epochs 12
 
 The data ship with Python: Unicode names each of 11,172 syllables of Korean by how it is written in Latin letters, and
-takes it apart into two or three letters of its own (`unicodedata`). A phrase is three syllables, written without spaces:
-6 to 9 Korean letters, as many as 21 Latin ones. The phrases to test on are made of syllables that no phrase to learn
-from has.
+takes it apart into two or three letters of its own (`unicodedata`). A phrase is three syllables, written without
+spaces: 6 to 9 Korean letters, as many as 21 Latin ones. The phrases to test on are made of syllables that no phrase
+to learn from has.
 
     encoder: letters -> Embedding(mask_zero=True) -> + positions -> self-attention block
     decoder: letters -> Embedding -> + positions -> causal self-attention block -> cross-attention block -> Dense

@@ -1,7 +1,7 @@
 """What the examples share: their options, pairs of models, what a step costs, and a table of it.
 
-A pair is one model twice, with attention of `attn_ops.layers` and of `keras.layers`, from the same initial weights: both
-learn from the same data in the same order, and what they give and cost is printed side by side.
+A pair is one model twice, with attention of `attn_ops.layers` and of `keras.layers`, from the same initial weights:
+both learn from the same data in the same order, and what they give and cost is printed side by side.
 """
 
 from __future__ import annotations

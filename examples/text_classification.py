@@ -5,10 +5,12 @@
     python examples/text_classification.py                 # about a minute
     python examples/text_classification.py --epochs 8 --length 256
 
-The texts ship with four Python libraries (see docstrings.py). The embedding layer makes Keras's mask of the zeros that
-fill a text up; `attn_ops.layers.MultiHeadAttention` takes it as the stock layer does, and its kernels skip what is hidden:
+The texts ship with four Python libraries (see docstrings.py). The embedding layer makes Keras's mask of the zeros
+that fill a text up; `attn_ops.layers.MultiHeadAttention` takes it as the stock layer does, and its kernels skip what
+is hidden:
 
-    words -> Embedding(mask_zero=True) -> + positions -> norm, MultiHeadAttention, norm, Dense, Dense -> average -> Dense
+    words -> Embedding(mask_zero=True) -> + positions -> norm, MultiHeadAttention, norm, Dense, Dense
+          -> average -> Dense
 
 What is hidden does not count: more padding changes no prediction, which is looked at in the end.
 """

@@ -28,8 +28,8 @@ import shared
 def load(window: int, ahead: int, step: int = 4):
     """(x, y) to learn from, and (x, y) to test on: the last fifth of the series.
 
-    x is `[windows, window, 1]`, with mean 0 and deviation 1 over what is learnt from; y is `[windows, ahead]`: what comes
-    behind, less the window's last value. A window begins ``step`` samples behind the one before.
+    x is `[windows, window, 1]`, with mean 0 and deviation 1 over what is learnt from; y is `[windows, ahead]`: what
+    comes behind, less the window's last value. A window begins ``step`` samples behind the one before.
     """
     path = pathlib.Path(matplotlib.get_data_path()) / "sample_data" / "membrane.dat"
     series = np.fromfile(path, np.float32)

@@ -5,8 +5,8 @@
     python examples/vision_transformer.py                  # under a minute
     python examples/vision_transformer.py --epochs 60 --layers 4
 
-The data are the 1,797 digits of 8 x 8 pixels that ship with scikit-learn. A digit is cut into 16 patches of 2 x 2 pixels,
-which are the tokens (Dosovitskiy et al. 2020):
+The data are the 1,797 digits of 8 x 8 pixels that ship with scikit-learn. A digit is cut into 16 patches of 2 x 2
+pixels, which are the tokens (Dosovitskiy et al. 2020):
 
     patches -> Dense -> + positions -> 2 x [norm, MultiHeadAttention, norm, Dense, Dense] -> norm -> average -> Dense
 
