@@ -13,7 +13,6 @@ import re
 import numpy as np
 
 LIBRARIES = ("keras", "matplotlib", "numpy", "sklearn")
-_STRING = re.compile(r'^\s+[rR]?"""(.+?)"""', re.MULTILINE | re.DOTALL)
 _NAMES = re.compile(r"\b(keras|tensorflow|tf|matplotlib|mpl|plt|pyplot|numpy|np|sklearn|scikit|learn)\b", re.IGNORECASE)
 _WORD = re.compile(r"[a-z]+|\d+|[^\sa-z\d]")
 
@@ -25,11 +24,17 @@ def load(per_library: int, seed: int) -> tuple[list[str], np.ndarray]:
     for label, library in enumerate(LIBRARIES):
         root = pathlib.Path(importlib.util.find_spec(library).origin).parent
         files = [path for path in sorted(root.rglob("*.py")) if "test" not in str(path.relative_to(root))]
-        texts = (text for path in files for text in _STRING.findall(path.read_text("utf-8", "ignore")))
+        texts = (text for path in files for text in strings(path.read_text("utf-8", "ignore")))
         texts = sorted({_NAMES.sub(" ", text) for text in texts if len(text.split()) >= 30})
         found += [(texts[i], label) for i in random.permutation(len(texts))[:per_library]]
     order = random.permutation(len(found))
     return [found[i][0] for i in order], np.array([found[i][1] for i in order])
+
+
+def strings(source: str) -> list[str]:
+    """The documentation strings of Python code: those that begin a line."""
+    parts = source.split('"""')
+    return [text for before, text in zip(parts[::2], parts[1::2]) if before.rpartition("\n")[2].strip() in ("", "r")]
 
 
 def words(text: str) -> list[str]:

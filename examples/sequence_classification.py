@@ -151,8 +151,10 @@ def main(argv=None) -> dict[str, dict[str, float]]:
     x = test[0]
     difference = np.abs(ours.predict(x, verbose=0) - stock.predict(x, verbose=0)).max()
     results = {model.name: train_and_evaluate(model, train, test, arguments) for model in (ours, stock)}
+    if arguments.plot:
+        plot(ours, test[0][0], test[1][0], arguments.plot)
     batch = [array[: arguments.batch_size] for array in train]
-    times = step_times(build_pair(input_shape, arguments.seed), *batch, steps=10 if arguments.quick else 200)
+    times = step_times((ours, stock), *batch, steps=10 if arguments.quick else 200)
     for scores, seconds in zip(results.values(), times, strict=True):
         scores["step_ms"] = 1e3 * seconds
 
@@ -161,8 +163,6 @@ def main(argv=None) -> dict[str, dict[str, float]]:
         print(f"{score:<28}" + "".join(f"{scores[score]:>14.4f}" for scores in results.values()))
     print(f"{'training step, median ms':<28}" + "".join(f"{scores['step_ms']:>14.2f}" for scores in results.values()))
     print(f"Largest difference of their predictions before training: {difference:.1e}")
-    if arguments.plot:
-        plot(ours, test[0][0], test[1][0], arguments.plot)
     return results
 
 

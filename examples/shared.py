@@ -102,7 +102,7 @@ def compare(models, learn, test, score, arguments) -> dict[str, dict[str, float]
     """Trains each model, and prints what ``score(model, x, y)`` says of it and what a step costs.
 
     Args:
-        models: A pair, see `twins`.
+        models: A pair, see `twins`, or one alone.
         learn: (x, y) to learn from.
         test: (x, y) to score on.
         score: A function that gives numbers by name.
