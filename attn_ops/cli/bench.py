@@ -91,12 +91,11 @@ def run(threads: int | None, quick: bool) -> int:
     click.echo(f"{info.machine()}, threads: {threads}")
     click.echo(f"attn_ops {__version__}, TensorFlow {tf.__version__}, Keras {keras.__version__}, float32")
     click.echo()
-    head = ("", "(batch, heads, length, head_dim)", *(f"{name}, ms" for name in _COLUMNS), "speed-up")
+    head = ("", "shape", *(f"{name}, ms" for name in _COLUMNS), "speed-up")
     click.echo(table(head, rows, numbers=head[2:]))
     click.echo()
-    click.echo(
-        "Medians by the clock, in turns; training: forward and backward. Speed-up: of the faster of Keras's two."
-    )
+    click.echo("Shapes are (batch, heads, length, head_dim). Training: forward and backward. Times are medians by the")
+    click.echo("clock, taken in turns; the speed-up is over the faster of Keras's two.")
     if quick:
         click.echo("Quick: short shapes and few rounds, to see that it runs. These figures are not to be quoted.")
     return 0
