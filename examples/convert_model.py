@@ -2,7 +2,7 @@
 # %% [markdown]
 """Takes a model of stock Keras layers from its file, converts it, goes on training it, and gives it back to Keras.
 
-    python examples/convert_model.py                       # under a minute
+    python examples/convert_model.py                       # about a minute
 
 The model is the vision transformer of vision_transformer.py, of `keras.layers` alone. `attn_ops.convert` exchanges
 how its attention layers compute, in place: weights, names, optimizer and file stay what they are, and so do

@@ -2,7 +2,7 @@
 # %% [markdown]
 """Classifies documents by attention on two levels: words make sentences, sentences make the document.
 
-    python examples/hierarchical_attention.py              # about a minute
+    python examples/hierarchical_attention.py              # under a minute
     python examples/hierarchical_attention.py --epochs 8 --sentences 24
 
 After Yang et al. 2016, "Hierarchical attention networks for document classification", whose two levels are the layer

@@ -2,7 +2,7 @@
 # %% [markdown]
 """How many heads: the same width in one head or in several, and where each of them looks.
 
-    python examples/multi_head.py                          # under a minute
+    python examples/multi_head.py                          # about a minute
     python examples/multi_head.py --epochs 40 --width 64
 
 The data are the handwritten digits that ship with scikit-learn, read as eight rows of eight pixels. One layer of

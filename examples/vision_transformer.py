@@ -2,7 +2,7 @@
 # %% [markdown]
 """Classifies handwritten digits with a vision transformer.
 
-    python examples/vision_transformer.py                  # under a minute
+    python examples/vision_transformer.py                  # about a minute
     python examples/vision_transformer.py --epochs 60 --layers 4
 
 The data are the 1,797 digits of 8 x 8 pixels that ship with scikit-learn. A digit is cut into 16 patches of 2 x 2

@@ -28,13 +28,12 @@ class Missing(click.ClickException):
 
 @functools.cache
 def tensorflow():
-    """TensorFlow, started. What it logs below errors is left out, unless the environment asks for it.
+    """TensorFlow, started. What it logs below errors is left out, unless TF_CPP_MIN_LOG_LEVEL is 0 or 1.
 
     Raises:
         Missing: it is not installed, or cannot be imported.
     """
-    asked_for = "TF_CPP_MIN_LOG_LEVEL" in os.environ
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    asked_for = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") in ("0", "1")
     try:
         with contextlib.nullcontext() if asked_for else _silent_stderr(), _without(_UNNEEDED):
             import tensorflow as tf
