@@ -111,7 +111,7 @@ def score(model: keras.Model, x, y) -> dict[str, float]:
 
 # %% Both models learn
 def main(argv=None) -> dict[str, dict[str, float]]:
-    parser = shared.parser(__doc__, epochs=4, batch_size=64, phrases=6000, width=48, heads=4)
+    parser = shared.parser(__doc__, epochs=3, batch_size=64, phrases=6000, width=48, heads=4)
     arguments = shared.parse(parser, argv, epochs=1, phrases=512, width=16)
     learn, test = load(arguments.phrases, arguments.seed)
     print(f"{len(learn[1])} phrases to learn from, {len(test[1])} of other syllables to test on")
