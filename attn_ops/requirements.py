@@ -19,11 +19,12 @@ _FRAMEWORKS = {
     "jax": ("JAX 0.5 or newer", "pip install jax"),
     "jaxlib": ("JAX 0.5 or newer", "pip install jax"),
     "matplotlib": ("matplotlib", "pip install matplotlib"),
+    "click": ("click 8.1 or newer", "pip install click"),
 }
 
 
 def missing(wanted: str, module: str) -> str | None:
-    """That ``wanted`` needs ``module``, which is a framework or of one, and what to do; None where it is neither."""
+    """That ``wanted`` needs ``module``, which is one of those above or of one, and what to do; None where it is neither."""
     package = module.partition(".")[0]
     if package not in _FRAMEWORKS:
         return None

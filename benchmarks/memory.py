@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import pathlib
 import subprocess
 import sys
 
 import runner
+from attn_ops.cli import peak_memory
 from workloads import FORWARD, FORWARD_BACKWARD, MODES, WORKLOADS, make_inputs
 
 DEFAULT_PEERS = ("attn_ops", "attn_ops_composite", "keras_graph", "keras_xla", "torch_sdpa", "ort_mha")
@@ -38,13 +38,6 @@ def measure(workload: str, mode: str, peer: str, threads: int, quick: bool = Fal
     raise RuntimeError(f"{peer} on {workload}, {mode}, ended with status {done.returncode}: {done.stderr[-2000:]}")
 
 
-def _status(field: str) -> int:
-    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
 def _measure_here(workload, mode: str, peer_name: str, threads: int) -> int:
     import peers
 
@@ -53,12 +46,7 @@ def _measure_here(workload, mode: str, peer_name: str, threads: int) -> int:
     small = workload.miniature()
     peer.prepare(small, mode, make_inputs(small))()
     step = peer.prepare(workload, mode, make_inputs(workload))
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-    before = _status("VmRSS")
-    result = step()
-    growth = _status("VmHWM") - before
-    del result
-    return growth
+    return peak_memory.growth(step)
 
 
 def main() -> None:

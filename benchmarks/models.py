@@ -15,9 +15,8 @@ import os
 import subprocess
 import sys
 
-import interleave
 import numpy as np
-from memory import _status
+from attn_ops.cli import interleave, peak_memory
 from peers.base import set_threads
 
 _SIZES = {"vocabulary_size": 1000, "num_layers": 2, "hidden_dim": 512, "intermediate_dim": 2048}
@@ -103,8 +102,6 @@ def growth(name, tokens, training, converted, arguments):
 
 
 def _measure_growth(name, tokens, training, converted, xla):
-    import pathlib
-
     import attn_ops
 
     tokens, training, converted, xla = map(int, (tokens, training, converted, xla))
@@ -113,11 +110,7 @@ def _measure_growth(name, tokens, training, converted, xla):
         attn_ops.convert(model)
     step(model, 64, training, xla)()
     function = step(model, tokens, training, xla)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-    before = _status("VmRSS")
-    result = function()
-    print(f"{_GROWTH}{_status('VmHWM') - before}", flush=True)
-    del result
+    print(f"{_GROWTH}{peak_memory.growth(function)}", flush=True)
 
 
 def main() -> None:

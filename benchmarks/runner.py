@@ -16,8 +16,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 
-import interleave
 import limits
+from attn_ops.cli import interleave
 from rows import Row
 from workloads import Workload, make_inputs
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import os
 
-import interleave
 import numpy as np
+from attn_ops.cli import interleave
 from peers.base import set_threads
 
 _LEARNING_RATE = 1e-6  # the update is timed; the weights should stay what they are

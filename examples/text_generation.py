@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# %% [markdown]
 """Learns to write like Python's manual, and generates text: with a cache, and without.
 
     python examples/text_generation.py                      # about two minutes on two cores
@@ -14,10 +15,12 @@ times, greedily, to the same bytes: with a cache (`attn_ops.KVCache`, one per la
 each layer, and without, where it costs the whole text so far; each with and without XLA (``jit_compile``).
 """
 
+# %%
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -33,12 +36,14 @@ BYTES = 256
 HEADS, KV_HEADS = 4, 2
 
 
+# %% The text
 def load_text() -> np.ndarray:
     """The manual's chapters, one after the other, as numbers of bytes."""
     chapters = "\n\n".join(topics.topics[name].strip() for name in sorted(topics.topics))
     return np.frombuffer(chapters.encode("utf-8"), np.uint8).astype(np.int32)
 
 
+# %% The model
 class Block(keras.layers.Layer):
     """One layer of the decoder; with a cache it returns that as well."""
 
@@ -102,6 +107,7 @@ class Writer(keras.Model):
         return self.logits(self.norm(x[:, -1:]))[:, 0], tuple(grown)
 
 
+# %% Writing with a cache, and without
 def with_cache(model: Writer, count: int, jit_compile: bool):
     """A function that gives `[batch, count]` bytes after a prompt `[batch, length]`, and writes ``some`` of them."""
 
@@ -143,6 +149,7 @@ def without_cache(model: Writer, count: int, jit_compile: bool):
     return generate
 
 
+# %% Training and timing
 def train(model: Writer, text: np.ndarray, arguments) -> float:
     """Trains on random pieces of the text, with Keras's progress bar; the loss at the end, in bits per byte."""
     random = np.random.default_rng(arguments.seed)
@@ -164,6 +171,7 @@ def timed(generate, prompt, count: int):
     return written, written.size / (time.perf_counter() - begin)
 
 
+# %% All of it
 def main(argv=None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="of training")
@@ -205,4 +213,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    main([] if "ipykernel" in sys.modules else None)  # a notebook has no command line

@@ -1,177 +1,170 @@
-"""python -m attn_ops info | selftest | matrix | explain | bench"""
+"""The command line `attn-ops`: what it takes. What a command does is in the module of its name."""
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import json
-import os
 import pathlib
-import subprocess
 import sys
 
-from attn_ops.cli import info
+import click
+
+from attn_ops import __version__
+from attn_ops.cli import checkout
+
+_COMPLETE = "_ATTN_OPS_COMPLETE"  # by which click is asked for completions
+_INTERRUPTED = 130  # as shells have it
+
+_EXIT_CODES = """\b
+Exit status:
+  0    all right
+  1    the answer is bad: selftest found a wrong result, explain a call that
+       cannot be made or a file that cannot be read, bench answers that differ
+  2    the command line is wrong, or something that it needs is not installed
+  3    a row of the report is slower than --fail-if-slower allows
+  130  interrupted"""
 
 
-def _info(arguments) -> int:
-    found = info.info()
-    if arguments.json:
-        print(json.dumps(found, indent=2))
-        return 0
-    for section, content in found.items():
-        print(f"{section}:", content if isinstance(content, str) else "")
-        for name, value in content.items() if isinstance(content, dict) else ():
-            note = f"  ({info.ENVIRONMENT[name]})" if name in info.ENVIRONMENT else ""
-            print(f"  {name}: {', '.join(value) if isinstance(value, list) else value}{note}")
-    return 0
+class _Shape(click.ParamType):
+    """'1,?,8,64' as (1, None, 8, 64)."""
+
+    name = "shape"
+
+    def convert(self, value, param, ctx):
+        try:
+            return tuple(None if part.strip() in ("?", "None") else int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no shape such as 1,2048,12,64 (? for unknown)", param, ctx)
 
 
-def _selftest(arguments) -> int:
+class _ShapeOrModel(_Shape):
+    """A shape, or the path of a Keras model."""
+
+    name = "shape or model"
+
+    def convert(self, value, param, ctx):
+        path = pathlib.Path(value)
+        return path if path.suffix in (".keras", ".h5") else super().convert(value, param, ctx)
+
+    def shell_complete(self, ctx, param, incomplete):
+        return click.Path().shell_complete(ctx, param, incomplete)
+
+
+class _Bench(click.Command):
+    """With --report or --device all that follows is for the report in a checkout, which has options of its own."""
+
+    def parse_args(self, ctx, args):
+        if checkout.asked_for(args):
+            ctx.params = {"report": tuple(args), "threads": None, "quick": False}
+            return []
+        return super().parse_args(ctx, args)
+
+
+@click.group(
+    "attn-ops",
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_EXIT_CODES,
+)
+@click.version_option(__version__, "-V", "--version", message="attn_ops %(version)s")
+@click.pass_context
+def cli(context):
+    """Fused attention for TensorFlow, Keras and JAX: what is here, whether it is right, what runs, how fast it is."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def info(as_json):
+    """Versions, kernels, and what is missing and why."""
+    from attn_ops.cli import info
+
+    return info.show(as_json)
+
+
+@cli.command()
+def selftest():
+    """Compare all implementations with the reference."""
     from attn_ops.cli import selftest
 
     return selftest.run()
 
 
-def _matrix(arguments) -> int:
+@cli.command()
+def matrix():
+    """Which implementation takes which feature."""
     from attn_ops.cli import matrix
 
-    print(matrix.render(), end="")
+    click.echo(matrix.render(), nl=False)
     return 0
 
 
-def _explain(arguments) -> int:
-    import tensorflow as tf
+@cli.command()
+@click.argument("query", type=_ShapeOrModel())
+@click.argument("key", type=_Shape(), required=False)
+@click.argument("value", type=_Shape(), required=False)
+@click.option("--dtype", default="float32", show_default=True, help="Of query, key, value and bias.")
+@click.option("--bias", type=_Shape(), help="Of this shape.")
+@click.option("--mask", type=_Shape(), help="A boolean one, of this shape.")
+@click.option("--is-causal", is_flag=True)
+@click.option("--window", type=int, nargs=2, metavar="LEFT RIGHT")
+@click.option("--layout", type=click.Choice(["BSHD", "BHSD"]), default="BSHD", show_default=True)
+@click.option("--implementation", type=click.Choice(["fused", "composite", "reference"]), help="Ask for this one.")
+@click.option("--convert", is_flag=True, help="Of a model: after attn_ops.convert.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def explain(query, as_json, convert, **options):
+    """What a call, or a model, would run, and why.
 
-    from attn_ops import explain
+    QUERY, KEY and VALUE are shapes, such as 1,2048,12,64 (? for an unknown dimension; KEY is QUERY's and VALUE is KEY's
+    when left out). It tells what runs in eager calls, in graphs (tf.function), in functions that XLA compiles, and in
+    exports. Or QUERY is the file of a Keras model, and it tells what each attention layer in it runs.
+    """
+    from attn_ops.cli import explain
 
-    if isinstance(arguments.query, pathlib.Path):
-        return _explain_model(arguments.query, arguments.convert)
+    if isinstance(query, pathlib.Path):
+        return explain.of_model(query, convert, as_json)
+    return explain.of_call(query, as_json=as_json, **options)
 
-    def spec(shape, dtype=arguments.dtype):
-        return None if shape is None else tf.TensorSpec(shape, dtype)
 
-    key = arguments.key or arguments.query
-    try:
-        print(
-            explain(
-                spec(arguments.query),
-                spec(key),
-                spec(arguments.value or key),
-                bias=spec(arguments.bias),
-                mask=spec(arguments.mask, "bool"),
-                is_causal=arguments.is_causal,
-                window=arguments.window,
-                layout=arguments.layout,
-                implementation=arguments.implementation,
-            )
-        )
-    except (TypeError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+@cli.command(cls=_Bench, epilog=checkout.EPILOG)
+@click.option("--threads", type=click.IntRange(min=1), help="Of every implementation (default: all processors).")
+@click.option("--quick", is_flag=True, help="Short shapes and few rounds, to see that it runs.")
+def bench(threads, quick, report=()):
+    """Measure five shapes here, against Keras (a minute)."""
+    if report:
+        return checkout.report(report)
+
+    from attn_ops.cli import bench
+
+    return bench.run(threads, quick)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell):
+    """Print a script for completion by SHELL.
+
+    \b
+    bash, in ~/.bashrc:  eval "$(attn-ops completion bash)"
+    zsh, in ~/.zshrc:    eval "$(attn-ops completion zsh)"
+    fish:  attn-ops completion fish > ~/.config/fish/completions/attn-ops.fish
+    """
+    from click import shell_completion
+
+    click.echo(shell_completion.get_completion_class(shell)(cli, {}, cli.name, _COMPLETE).source())
     return 0
-
-
-def _explain_model(path, convert) -> int:
-    import keras
-
-    import attn_ops
-
-    try:
-        model = keras.saving.load_model(path, compile=False)
-    except (OSError, TypeError, ValueError) as error:
-        print(f"cannot load {path}: {error}", file=sys.stderr)
-        return 1
-    print(attn_ops.explain(attn_ops.convert(model) if convert else model))
-    return 0
-
-
-def _bench(arguments) -> int:
-    suite = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
-    if not suite.is_dir():
-        print(
-            f"the benchmarks are part of the source repository, not of the package: there is no {suite}; run this "
-            "from a checkout with an editable install",
-            file=sys.stderr,
-        )
-        return 2
-    if arguments.report is not None or arguments.device == "cuda":
-        # A process of its own: the modules of the suite have names that are only theirs to use.
-        path = os.pathsep.join(filter(None, (str(suite), str(suite.parent), os.environ.get("PYTHONPATH"))))
-        report = [] if arguments.report is None else ["--report", arguments.report]
-        module = "gpu" if arguments.device == "cuda" else "report"
-        command = [sys.executable, "-m", module, *report, *arguments.pytest_arguments]
-        return subprocess.call(command, env={**os.environ, "PYTHONPATH": path})
-    if importlib.util.find_spec("pytest_benchmark") is None:
-        print("the benchmarks need pytest-benchmark: pip install pytest-benchmark", file=sys.stderr)
-        return 2
-    import pytest
-
-    return int(pytest.main([str(suite), *arguments.pytest_arguments]))
-
-
-def _shape_or_model(text):
-    """A shape, or the path of a Keras model."""
-    return pathlib.Path(text) if pathlib.Path(text).suffix in (".keras", ".h5") else _shape(text)
-
-
-def _shape(text):
-    """'1,?,8,64' as (1, None, 8, 64)."""
-    try:
-        return tuple(None if part.strip() in ("?", "None") else int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape such as 1,2048,12,64 (? for unknown)") from None
-
-
-def _parser():
-    parser = argparse.ArgumentParser(prog="python -m attn_ops", description="Fused attention for TensorFlow and Keras.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("info", help="versions, kernels, and what is missing")
-    command.add_argument("--json", action="store_true")
-    command.set_defaults(run=_info)
-    command = commands.add_parser("selftest", help="compare every implementation here with the reference")
-    command.set_defaults(run=_selftest)
-    command = commands.add_parser("matrix", help="which implementation takes which feature, forward and backward")
-    command.set_defaults(run=_matrix)
-    command = commands.add_parser("explain", help="what a call of these shapes, or a saved model, would run, and why")
-    command.add_argument(
-        "query", type=_shape_or_model, help="for example 1,2048,12,64; ? for an unknown dimension. Or model.keras"
-    )
-    command.add_argument("--convert", action="store_true", help="of a model: after attn_ops.convert")
-    command.add_argument("key", type=_shape, nargs="?", help="the shape of query when left out")
-    command.add_argument("value", type=_shape, nargs="?", help="the shape of key when left out")
-    command.add_argument("--dtype", default="float32")
-    command.add_argument("--bias", type=_shape)
-    command.add_argument("--mask", type=_shape)
-    command.add_argument("--is-causal", action="store_true")
-    command.add_argument("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"))
-    command.add_argument("--layout", default="BSHD", choices=["BSHD", "BHSD"])
-    command.add_argument("--implementation")
-    command.set_defaults(run=_explain)
-    command = commands.add_parser("bench", help="run the benchmark suite of a checkout; options go to pytest")
-    command.add_argument(
-        "--report",
-        metavar="DIR",
-        help="instead of pytest: compare all installed peers, print which speed targets are met, and write tables, CSV "
-        "and charts into DIR. Options of it: --sections, --peers, --threads, --rounds, --seconds, --quick, "
-        "--compare OLD.csv, --fail-if-slower FACTOR (see README.md)",
-    )
-    command.add_argument(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cpu",
-        help="cuda: compare the CUDA kernels with all installed peers on the GPU, without TensorFlow; needs PyTorch. "
-        "Options of it beside --report: --sections, --peers, --rounds, --seconds, --quick, --triton-tutorial FILE, "
-        "--compare OLD.csv, --fail-if-slower FACTOR",
-    )
-    command.set_defaults(run=_bench)
-    return parser
 
 
 def main(argv=None) -> int:
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    if arguments.command == "bench":
-        arguments.pytest_arguments = rest
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return arguments.run(arguments)
+    """Runs the command and returns its exit status.
+
+    Raises:
+        SystemExit: the command line is wrong, or what the command needs is missing, which is told on standard error.
+    """
+    try:
+        return cli.main(argv, cli.name, complete_var=_COMPLETE, standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    except click.Abort:
+        click.echo("interrupted", file=sys.stderr)
+        return _INTERRUPTED

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import json
 import os
+import pathlib
 import platform
+
+import click
+
+from attn_ops.cli import frameworks
 
 ENVIRONMENT = {
     "ATTN_OPS_DISABLE": "anything but 0: never use the fused op",
@@ -30,6 +37,7 @@ def info() -> dict:
     core = kernels.core()
     return {
         "versions": versions,
+        "machine": machine(),
         "cpu kernels": {
             "built and usable": core.isas(),
             "default": kernels.unknown_isa_reason() or core.default_isa(),
@@ -41,6 +49,40 @@ def info() -> dict:
         "tensorflow xla": kernels.unavailable_reason() or kernels.xla_unavailable_reason() or "available",
         "environment": {name: os.environ.get(name, "not set") for name in ENVIRONMENT},
     }
+
+
+def show(as_json: bool) -> int:
+    """Prints it, as text or JSON."""
+    with contextlib.suppress(frameworks.Missing):
+        frameworks.tensorflow()  # here, where its notes stay out, and not where the library is loaded
+    found = info()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return 0
+    for section, content in found.items():
+        if not isinstance(content, dict):
+            click.echo(f"{section}: {content}")
+            continue
+        click.echo(f"{section}:")
+        for name, value in content.items():
+            note = f"  ({ENVIRONMENT[name]})" if name in ENVIRONMENT else ""
+            click.echo(f"  {name}: {', '.join(value) if isinstance(value, list) else value}{note}")
+    return 0
+
+
+def machine() -> str:
+    """The processor's name, which hypervisors shorten, so family and model too, and what our kernels use of it."""
+    from attn_ops import kernels
+
+    facts = {}
+    with contextlib.suppress(OSError):
+        text = pathlib.Path("/proc/cpuinfo").read_text()
+        facts = dict(tuple(map(str.strip, line.split(":", 1))) for line in text.splitlines() if ":" in line)
+    name = facts.get("model name", platform.machine())
+    if "cpu family" in facts:
+        name += f" (family {facts['cpu family']}, model {facts['model']})"
+    core = kernels.core()
+    return f"{name}, {os.cpu_count()} CPUs" + (f", kernels for {core.default_isa()}" if core else "")
 
 
 def _version(distribution):

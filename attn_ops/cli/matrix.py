@@ -13,6 +13,7 @@ import attn_ops
 from attn_ops import kernels, reference
 from attn_ops.call.normalize import normalize
 from attn_ops.call.position_bias import T5RelativeBias, alibi_slopes
+from attn_ops.cli import frameworks
 from attn_ops.masks import constructors as masks
 from attn_ops.masks.functions import from_function
 
@@ -100,7 +101,7 @@ def implementations() -> tuple[dict, dict]:
 
 
 def _explained():
-    import tensorflow as tf
+    tf = frameworks.tensorflow()
 
     from attn_ops.tensorflow import gpu, xp
 
@@ -115,8 +116,8 @@ def _explained():
         return _answer(attn_ops.explain(**given))
 
     yield "TensorFlow", everywhere(told)()
-    yield "tf.function", _traced(everywhere(told))
-    yield "XLA", _traced(everywhere(told), jit_compile=True)
+    yield "tf.function", frameworks.traced(everywhere(told))
+    yield "XLA", frameworks.traced(everywhere(told), jit_compile=True)
     if importlib.util.find_spec("jax") is not None:
         yield "JAX", _explained_by_jax()
     if kernels.cuda_library_exists():
@@ -140,25 +141,13 @@ def _by_the_reference(return_lse=False, **given):
 
 
 def _explained_by_jax():
-    import jax
-
-    in_float64 = jax.enable_x64 if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental").enable_x64
-    with jax.default_device(jax.devices("cpu")[0]), in_float64(True):
+    with frameworks.jax_on_cpu_in_float64():
         return {feature: _answer(attn_ops.jax.explain(**arguments(feature))) for feature in FEATURES}
-
-
-def _traced(function, **options):
-    """What a Python function gives while TensorFlow traces it."""
-    import tensorflow as tf
-
-    found = []
-    tf.function(lambda: found.append(function()), autograph=False, **options).get_concrete_function()
-    return found[0]
 
 
 def gradients() -> dict:
     """By feature: the arguments that a gradient reaches. Each is asked for, of TensorFlow's eager calls."""
-    import tensorflow as tf
+    tf = frameworks.tensorflow()
 
     found = {}
     for feature in FEATURES:
@@ -186,7 +175,7 @@ def _is_floating(x):
 
 def derivatives() -> dict:
     """By column, and in it by kind of derivative: "yes" where it is found, or "no"."""
-    import tensorflow as tf
+    tf = frameworks.tensorflow()
 
     found = {}
     with tf.device("CPU"):
@@ -194,8 +183,8 @@ def derivatives() -> dict:
         kinds = _tensorflow_derivatives()
         for column, run in (
             ("TensorFlow", lambda asked: asked()),
-            ("tf.function", _traced),
-            ("XLA", functools.partial(_traced, jit_compile=True)),
+            ("tf.function", frameworks.traced),
+            ("XLA", functools.partial(frameworks.traced, jit_compile=True)),
         ):
             given = {kind: run(functools.partial(function, *inputs)) for kind, function in kinds.items()}
             found[column] = {kind: "no" if derivative is None else "yes" for kind, derivative in given.items()}
@@ -205,7 +194,7 @@ def derivatives() -> dict:
 
 
 def _tensorflow_derivatives():
-    import tensorflow as tf
+    tf = frameworks.tensorflow()
 
     def gradient(function):
         def of(*inputs):

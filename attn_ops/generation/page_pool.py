@@ -19,7 +19,7 @@ class OutOfPages(ValueError):
 
 
 class PagedKVCache:
-    """The keys and values of many sequences in pages that they take as they grow, for servers.
+    """The keys and values of many sequences in pages that they take as they grow, for servers::
 
         cache = attn_ops.PagedKVCache.create(num_pages, 64, num_kv_heads, head_dim, "bfloat16")
         sequence = cache.allocate()

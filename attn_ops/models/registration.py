@@ -19,6 +19,7 @@ CLASSES = {
     "AttentionLayerWithWeights": ("layers", "Layer"),
     "AttentionWeights": ("models.operation", "Operation"),
     "GroupedQueryAttention": ("layers", "Layer"),
+    "HierarchicalAttention": ("layers", "Layer"),
     "MultiHeadAttention": ("layers", "Layer"),
     "RotaryEmbedding": ("layers", "Layer"),
     "ScaledDotProductAttention": ("models.operation", "Operation"),

@@ -21,6 +21,9 @@ def paged_attention(q, k_pages, v_pages, block_table, lengths, k_new=None, v_new
     table. Any number of rows: a token, a few (speculative decoding), a part of a prompt. Only keys that exist are read, where
     they lie. Works eagerly, in `tf.function`, `tf.while_loop` and XLA. Forward only.
 
+    ``query_seq_lengths`` tells how many of the rows each sequence has, where they are padded at their ends. The axis of
+    keys, of a ``bias`` or ``mask``, is the table's: `[..., pages * page_size]`.
+
     Args:
         q: floating [batch, rows, num_heads, head_dim]. The output has its dtype, and so has the attention, whatever that
             of the pages is: 16-bit pages are read as they are by float32 queries.
@@ -42,9 +45,6 @@ def paged_attention(q, k_pages, v_pages, block_table, lengths, k_new=None, v_new
             else uses them, as in loops, and else into copies.
         {options}
         implementation: as in `attn_ops.scaled_dot_product_attention`.
-
-        ``query_seq_lengths`` tells how many of the rows each sequence has, where they are padded at their ends. The axis of
-        keys, of a ``bias`` or ``mask``, is the table's: [..., pages * page_size].
 
     Returns:
         out [batch, rows, num_heads, value_dim], or (out, lse) with return_lse. With k_new also the pages: (out, k_pages,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-import interleave
 import numpy as np
+from attn_ops.cli import interleave
 from rows import Row
 from workloads import FORWARD, Workload, make_inputs
 

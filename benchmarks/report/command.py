@@ -31,7 +31,9 @@ from .progress import Progress
 _BAD_OPTIONS = 2  # exit status
 _NEEDED = {"rich": "rich", "matplotlib": "matplotlib", "ml_dtypes": "ml_dtypes"}  # module: what pip installs
 _QUICK = runner.Effort(rounds=3, seconds=0.2, turn=0.002)
-_QUICK_NOTE = "**Quick run: short shapes and few rounds. These figures are not to be quoted.**"
+_QUICK_NOTE = (
+    "**Quick run: short shapes and few rounds. These figures are not to be quoted, and no target is judged by them.**"
+)
 
 
 def main(argv=None) -> int:
@@ -183,7 +185,7 @@ def _tell(arguments, directory, measured, notes, surveyed, old) -> int:
         "Times and their ratios are medians by the clock. A part of a limit is the best time against the best of the "
         "probes in the same rounds. Keys and values that fit the processor's cache can be read faster than memory.",
     ]
-    told = ["## Targets", tables.verdicts(verdicts)]
+    told = ["## Times", tables.times(measured)] if arguments.quick else ["## Targets", tables.verdicts(verdicts)]
     status = 0
     if arguments.compare:
         options = "--sections, --threads and --quick"

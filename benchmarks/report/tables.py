@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import os
-import pathlib
 import platform
 from collections.abc import Sequence
 
+from attn_ops.cli import info
 from limits import TITLES
 from rows import Row
 
@@ -29,6 +28,22 @@ def verdicts(found: Sequence[Verdict]) -> str:
     words = {True: "met", False: "**not met**", None: "–"}
     lines = [(v.section, v.work, str(v.threads), v.target, v.value, words[v.met]) for v in found]
     return table(("section", "measured", "threads", "target", "value (worst case)", ""), lines, "llrrll")
+
+
+def times(rows: Sequence[Row]) -> str:
+    """A line for each workload, mode and number of threads: our time, and that of the fastest other peer."""
+    lines = []
+    timed = [row for row in rows if row.wall_median]
+    for (workload, shape, options, mode, threads), group in itertools.groupby(
+        timed, lambda row: (row.workload, row.shape, row.options, row.mode, row.threads)
+    ):
+        ours, others = [], []
+        for row in group:
+            (ours if row.peer.startswith("attn_ops") else others).append(row)
+        fastest = [min(peers, key=lambda row: row.wall_median, default=None) for peers in (ours, others)]
+        cells = [f"{1e3 * row.wall_median:.3g} ({row.peer})" if row else "–" for row in fastest]
+        lines.append((f"{workload} {shape} {options}".rstrip(), _MODES[mode], str(threads), *cells))
+    return table(("workload", "mode", "threads", "attn_ops, ms", "fastest other, ms"), lines, "llrrr")
 
 
 def details(rows: Sequence[Row]) -> str:
@@ -88,21 +103,9 @@ def changes(found: Sequence[Change]) -> str:
     return table(("peer", "workload", "mode", "threads", "before, ms", "now, ms", "now / before"), lines, "lllrrrr")
 
 
-def machine() -> str:
-    """The processor's name, which hypervisors shorten, so family and model too, and what our kernels use of it."""
-    from attn_ops import _core
-
-    lines = (line.split(":", 1) for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-    facts = {key.strip(): value.strip() for key, value in lines}
-    name = facts.get("model name", platform.machine())
-    if "cpu family" in facts:
-        name += f" (family {facts['cpu family']}, model {facts['model']})"
-    return f"{name}, {os.cpu_count()} CPUs, kernels for {_core.default_isa()}"
-
-
 def heading(rows: Sequence[Row]) -> str:
     """What was measured with, and when."""
-    return f"{machine()}, {datetime.date.today()}. {versions(rows)}, Python {platform.python_version()}."
+    return f"{info.machine()}, {datetime.date.today()}. {versions(rows)}, Python {platform.python_version()}."
 
 
 def versions(rows: Sequence[Row]) -> str:

@@ -289,13 +289,13 @@ def test_one_section_from_end_to_end(bench, tmp_path):
     done = run("--report", tmp_path / "new", *options)
     assert done.returncode == 3, done.stderr
     assert "These figures are not to be quoted" in done.stdout
-    assert "| TensorFlow overhead | eager op, (1,1,1,64), above the kernel | 1 | <= 20 us |" in done.stdout
+    assert "| one_token-quick (1,1,1,64) | forward | 1 | " in done.stdout and "met" not in done.stdout
     assert "1 of 2 rows of attn_ops take more than 1.1x their time" in done.stdout
     assert done.stderr.startswith("[1/1] overhead: one_token")
     assert "slower: attn_ops_eager, one_token-quick (1,1,1,64), forward, 1 thread" in done.stderr
 
     report = (tmp_path / "new" / "report.md").read_text()
-    titles = ("Targets", "Compared with old.csv", "Limits of the machine", "All rows")
+    titles = ("Times", "Compared with old.csv", "Limits of the machine", "All rows")
     assert all(f"## {title}" in report for title in titles)
     rows = bench.rows.read(tmp_path / "new" / "results.csv")
     assert {row.peer for row in rows} == {"attn_ops_eager", "attn_ops_core"}

@@ -170,7 +170,7 @@ def test_commands_that_are_named_exist(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_module("attn_ops", run_name="__main__")
     known = capsys.readouterr().out
-    named = {name for page in MARKDOWN for name in re.findall(r"python -m attn_ops (\w+)", page.read_text())}
+    named = {name for page in MARKDOWN for name in re.findall(r"(?:python -m attn_ops|attn-ops) (\w+)", page.read_text())}
     assert named and {name for name in named if name not in known} == set()
     script = (ROOT / "dev").read_text()
     named = {name for page in MARKDOWN for name in re.findall(r"\./dev (\w+)", page.read_text())}

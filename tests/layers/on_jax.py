@@ -96,6 +96,19 @@ def test_several_attention_axes():
     assert_same(found, expected)
 
 
+@FLASH
+def test_hierarchical_attention(flash_attention):
+    """Words that are hidden do not count, nor do sentences of them; its formula is tested on TensorFlow."""
+    x, mask = random(2, 3, 4, 5), np.arange(4) < np.array([[4, 2, 0], [1, 0, 0]])[..., None]
+    layer = layers.HierarchicalAttention(6, flash_attention=flash_attention)
+    out, of_words, of_sentences = jax.jit(lambda x: layer(x, mask=mask, return_attention_scores=True))(x)
+    np.testing.assert_allclose(of_words.sum(-1), mask.any(-1), atol=1e-6)
+    np.testing.assert_allclose(of_sentences.sum(-1), 1, atol=1e-6)
+    sentences = np.einsum("bsw,bswf->bsf", of_words, x)
+    np.testing.assert_allclose(out, np.einsum("bs,bsf->bf", of_sentences, sentences), atol=1e-5)
+    np.testing.assert_allclose(out[1], x[1, 0, 0], atol=1e-6)
+
+
 def make_model(dropout=0.2):
     inputs = keras.Input((None,), dtype="int32")
     x = keras.layers.Embedding(5, 16, mask_zero=True)(inputs)

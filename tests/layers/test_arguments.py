@@ -16,7 +16,7 @@ DROP_INS = {
     "Attention": {},
 }
 OWN = ["SelfAttention", "AttentionLayer", "AttentionLayerWithWeights"]
-LAYERS = [*DROP_INS, *OWN]
+LAYERS = [*DROP_INS, *OWN, "HierarchicalAttention"]
 
 
 def make(name, **config):
