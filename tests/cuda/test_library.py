@@ -204,6 +204,7 @@ def test_hopper_has_kernels_of_its_own():
     ]
 
 
+@pytest.mark.wide(2)
 @pytest.mark.skipif(cuda_run.library_without_kernels() is None, reason="build in this checkout")
 @pytest.mark.parametrize(
     "what, hopper",

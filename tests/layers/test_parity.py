@@ -159,6 +159,7 @@ ND = {
 if KERAS < (3, 12):
     del ND["negative_axis"]  # wrong in Keras
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("flash", FLASH)
 @pytest.mark.parametrize("case", ND)
 def test_attention_axes(case, flash):

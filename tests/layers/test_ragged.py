@@ -45,6 +45,7 @@ def one_by_one(layer, query, context, **call):
     return tf.concat([layer(q, c, **call)[0] for q, c in rows if q.shape[1]], 0)
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("config, call", OPTIONS.values(), ids=OPTIONS)
 @each_layer
 def test_sequences_by_themselves(name, flash, config, call):

@@ -78,6 +78,7 @@ def test_the_saved_values_are_right(files):
     )
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("order", ORDERS)
 def test_files_load_after_import_attn_ops_alone(files, order):
     result = run(LOADS.format(imports=ORDERS[order]), *files)

@@ -204,6 +204,7 @@ def test_extents_that_jax_export_leaves_open():
     np.testing.assert_array_equal(q_ids, kv_ids)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("offset", OFFSET)
 @pytest.mark.parametrize("framework", ["tensorflow", "jax"])
 def test_attention_by_parts_is_attention_by_the_dense_mask(framework, offset):

@@ -90,6 +90,7 @@ def test_forward_is_the_sum_over_visible_keys(case):
     np.testing.assert_allclose(lse, expected_lse, rtol=0, atol=1e-13)
 
 
+@pytest.mark.wide(3)
 @each_case
 def test_gradients_are_finite_differences(case):
     inputs, options, of_caller = differentiable(case)

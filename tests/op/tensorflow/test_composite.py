@@ -23,7 +23,8 @@ each_case = pytest.mark.parametrize("case", CASES, ids=repr)
 
 
 @each_case
-@pytest.mark.parametrize("query_chunk", [None, 1, 3, pytest.param("auto", marks=pytest.mark.wide(8))])
+@pytest.mark.wide(2)
+@pytest.mark.parametrize("query_chunk", [None, 1, 3, "auto"])
 def test_chunks_are_the_specification(case, query_chunk):
     assert_same(run(case, query_chunk), specification(case))
 
