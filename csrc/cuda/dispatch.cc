@@ -154,8 +154,8 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
 
   int code = 0;
   if (!sums_delta(math)) {
-    code = launch(device, {Role::kDelta, math, dim, false},
-                  ceil_div(p.batch * p.num_heads * p.seqlen_q, kDeltaWarps), 32 * kDeltaWarps, 0, stream, &args);
+    code = launch(device, {Role::kDelta, math, dim, false}, ceil_div(p.batch * p.num_heads * p.seqlen_q, kDeltaWarps),
+                  32 * kDeltaWarps, 0, stream, &args);
     if (code != 0) return code;
   }
 

@@ -13,9 +13,8 @@ struct RowGradients {
   float largest_dp[kMmaM][2] = {};  // the largest |dp|, as far as this lane has seen it: of delta's pass
 
   ATTN_DEVICE RowGradients(const BackwardArgs& args, const Head& head, int first_row, bool knows_delta) {
-    for_each(head, first_row, [&](RowGradient& own, int64_t i) {
-      own = RowGradient(head.p, i, knows_delta ? args.delta[i] : 0.0f);
-    });
+    for_each(head, first_row,
+             [&](RowGradient& own, int64_t i) { own = RowGradient(head.p, i, knows_delta ? args.delta[i] : 0.0f); });
   }
 
   // body(row, its number in [batch, num_heads, seqlen_q]) of those that may see something.

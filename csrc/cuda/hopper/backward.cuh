@@ -4,8 +4,8 @@
 //   s = scale q k^T    p = e^(s - m) / l    dp = d_out v^T    ds = p (dp - delta)
 //
 // What stays in a block are two tiles of 128 rows, 64 for each of the two warpgroups that compute; what passes comes by
-// the copy engine, two tiles of 64 or 96 rows at a time. While one warpgroup is at its probabilities, the
-// products of the other run.
+// the copy engine, two tiles of 64 or 96 rows at a time. While one warpgroup is at its probabilities, the products of the
+// other run.
 #pragma once
 
 #include "../backward.cuh"
@@ -63,9 +63,7 @@ struct BackwardMemory {
   ATTN_DEVICE Barrier full(int stage) const { return barrier(1 + stage); }
   ATTN_DEVICE Barrier empty(int stage) const { return barrier(1 + kStages + stage); }
   ATTN_DEVICE Flags flags(int which) const { return reinterpret_cast<Flags>(rest() + 128 + kShape.block_n * which); }
-  ATTN_DEVICE Rows& rows(int stage) const {
-    return reinterpret_cast<Rows*>(rest() + 128 + 2 * kShape.block_n)[stage];
-  }
+  ATTN_DEVICE Rows& rows(int stage) const { return reinterpret_cast<Rows*>(rest() + 128 + 2 * kShape.block_n)[stage]; }
 
   // `arrivals` at what says that a stage is full, beside the bytes.
   ATTN_DEVICE void init(uint32_t arrivals) const {
@@ -82,10 +80,12 @@ struct BackwardMemory {
   }
 };
 
-// One of the two streamed arrays' rows that are looked through before a product in which hidden ones are zeros.
+// Looks through a tile that passes, before a product in which hidden rows are zeros; whether flags tell of any.
 template <class M, int kDim>
 ATTN_DEVICE bool look_through(const BackwardMemory<kDim>& memory, int which, int stage) {
-  return zero_nonfinite_rows<M, BackwardMemory<kDim>::kConsumers>(memory.streamed(which, stage), memory.flags(which), thread_index() - kWarpgroup);
+  constexpr int kConsumers = BackwardMemory<kDim>::kConsumers;
+  const int thread = thread_index() - kWarpgroup;
+  return zero_nonfinite_rows<M, kConsumers>(memory.streamed(which, stage), memory.flags(which), thread);
 }
 
 }  // namespace attn_ops::cuda::hopper

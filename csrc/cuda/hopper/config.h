@@ -6,13 +6,11 @@
 namespace attn_ops::cuda::hopper {
 
 // Head dimensions are padded to one of these: what lies beyond an array arrives as zeros. Backward has the first two.
-constexpr int kNumDims = 3;
-constexpr int kDims[kNumDims] = {64, 128, 256};
+constexpr int kDims[] = {64, 128, 256};
 constexpr int kLargestBackwardDim = 128;
 
 constexpr int kPanelColumns = 64;  // of 16 bits: the 128 bytes that a swizzle goes over
 constexpr int kAlignment = 1024;   // of tiles in shared memory
-
 constexpr int kWarpgroup = 128, kWarpgroupRows = 64;
 
 // One warpgroup copies, `consumers` compute, each of them 64 rows of the block's tile of block_m(); what passes does so
@@ -26,9 +24,7 @@ struct Shape {
   constexpr bool fits() const { return (producer + consumers * consumer) * kWarpgroup <= 65536; }
 };
 
-constexpr Shape forward_shape(int dim) {
-  return {2, dim <= 128 ? 128 : 64, 2, 24, 240};
-}
+constexpr Shape forward_shape(int dim) { return {2, dim <= 128 ? 128 : 64, 2, 24, 240}; }
 constexpr int forward_shared_bytes(int dim) {
   const Shape s = forward_shape(dim);
   return kAlignment + 2 * dim * (s.block_m() + 2 * s.stages * s.block_n) + 256 + s.block_n;  // barriers, flags
@@ -43,7 +39,7 @@ constexpr int backward_shared_bytes(int dim) {
   const int told = s.block_n * 24 + 16;  // StreamedRows (backward.cuh)
   return kAlignment + 4 * dim * (s.block_m() + s.stages * s.block_n) + 128 + 2 * s.block_n + s.stages * told;
 }
-static_assert(forward_shape(64).fits() && forward_shape(128).fits() && forward_shape(256).fits() &&
-              backward_shape(64, true).fits() && backward_shape(64, false).fits(), "setmaxnreg would wait for ever");
+static_assert(forward_shape(64).fits() && backward_shape(64, true).fits() && backward_shape(64, false).fits(),
+              "setmaxnreg would wait for ever");
 
 }  // namespace attn_ops::cuda::hopper

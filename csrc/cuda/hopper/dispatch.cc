@@ -73,7 +73,8 @@ int launch_forward(const AttentionParams& p, const Device& device, void* stream)
   if (code == 0) code = map_of(&args.v, p, p.v, p.seqlen_k, p.num_kv_heads, p.value_dim, shape.block_n);
   if (code != 0) return code;
   const KernelName name{Role::kForward, math_of(p, false), dim, true, true};
-  return launch(device, name, p.batch * p.num_kv_heads * tiles, shape.threads(), forward_shared_bytes(dim), stream, &args);
+  return launch(device, name, p.batch * p.num_kv_heads * tiles, shape.threads(), forward_shared_bytes(dim), stream,
+                &args);
 }
 
 int launch_backward(const BackwardParams& b, const Device& device, void* stream, float* delta) {
@@ -90,7 +91,8 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
   args.call.aligned = aligned_of(b);
   args.call.delta = delta;
   int code = map_of(&args.q, p, p.q, p.seqlen_q, p.num_heads, p.head_dim, shape.block_n / group, group);
-  if (code == 0) code = map_of(&args.d_out, p, b.d_out, p.seqlen_q, p.num_heads, p.value_dim, shape.block_n / group, group);
+  if (code == 0)
+    code = map_of(&args.d_out, p, b.d_out, p.seqlen_q, p.num_heads, p.value_dim, shape.block_n / group, group);
   // Keys and values pass where dq is made, and stay, a warpgroup's at a time, where dk and dv are.
   const auto map_keys = [&](int rows) {
     const int code = map_of(&args.k, p, p.k, p.seqlen_k, p.num_kv_heads, p.head_dim, rows);
@@ -99,11 +101,13 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
   if (code == 0) code = map_keys(shape.block_n);
   if (code != 0) return code;
   args.call.rows = rows_of(p, row_tiles);
-  code = launch(device, {Role::kQueryGradient, math, dim, true, true}, heads * row_tiles, shape.threads(), shared, stream, &args);
+  code = launch(device, {Role::kQueryGradient, math, dim, true, true}, heads * row_tiles, shape.threads(), shared,
+                stream, &args);
   if (code == 0) code = map_keys(kWarpgroupRows);
   if (code != 0) return code;
   args.call.rows = rows_of(p, key_tiles);
-  return launch(device, {Role::kKeyGradients, math, dim, true, true}, heads * key_tiles, shape.threads(), shared, stream, &args);
+  return launch(device, {Role::kKeyGradients, math, dim, true, true}, heads * key_tiles, shape.threads(), shared,
+                stream, &args);
 }
 
 }  // namespace attn_ops::cuda::hopper

@@ -6,7 +6,7 @@
 namespace attn_ops {
 struct AttentionParams;
 struct BackwardParams;
-}
+}  // namespace attn_ops
 
 namespace attn_ops::cuda::hopper {
 

@@ -5,19 +5,22 @@
 
 namespace attn_ops::cuda::hopper {
 
-#define FORWARD(math, M, dim) \
-  ATTN_KERNEL(attn_ops_hopper_forward_##math##_##dim, forward_shape(dim).threads(), ForwardArgs) { forward<M, dim>(args); }
+#define FORWARD(math, M, dim)                                                                      \
+  ATTN_KERNEL(attn_ops_hopper_forward_##math##_##dim, forward_shape(dim).threads(), ForwardArgs) { \
+    forward<M, dim>(args);                                                                         \
+  }
 
-#define DQ(math, M, dim) \
-  ATTN_KERNEL(attn_ops_hopper_dq_##math##_##dim, backward_shape(dim, false).threads(), BackwardArgs) { query_gradient<M, dim>(args); }
-#define DKDV(math, M, dim) \
-  ATTN_KERNEL(attn_ops_hopper_dkdv_##math##_##dim, backward_shape(dim, true).threads(), BackwardArgs) { key_gradients<M, dim>(args); }
+#define DQ(math, M, dim)                                                                               \
+  ATTN_KERNEL(attn_ops_hopper_dq_##math##_##dim, backward_shape(dim, false).threads(), BackwardArgs) { \
+    query_gradient<M, dim>(args);                                                                      \
+  }
+#define DKDV(math, M, dim)                                                                              \
+  ATTN_KERNEL(attn_ops_hopper_dkdv_##math##_##dim, backward_shape(dim, true).threads(), BackwardArgs) { \
+    key_gradients<M, dim>(args);                                                                        \
+  }
 
-#define FOR_ALL(KERNEL) \
-  KERNEL(f16, F16, 64) KERNEL(f16, F16, 128) KERNEL(bf16, BF16, 64) KERNEL(bf16, BF16, 128)
+#define FOR_ALL(KERNEL) KERNEL(f16, F16, 64) KERNEL(f16, F16, 128) KERNEL(bf16, BF16, 64) KERNEL(bf16, BF16, 128)
 
-FOR_ALL(FORWARD) FORWARD(f16, F16, 256) FORWARD(bf16, BF16, 256)
-FOR_ALL(DQ)
-FOR_ALL(DKDV)
+FOR_ALL(FORWARD) FORWARD(f16, F16, 256) FORWARD(bf16, BF16, 256) FOR_ALL(DQ) FOR_ALL(DKDV)
 
 }  // namespace attn_ops::cuda::hopper

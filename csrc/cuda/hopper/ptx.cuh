@@ -38,7 +38,9 @@ ATTN_DEVICE char* panel_memory() {
 }
 
 // Barrier `id` (1 to 15) of `threads` threads: all wait; or some say that they are there, and do not.
-ATTN_DEVICE void sync_some(int id, int threads) { asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory"); }
+ATTN_DEVICE void sync_some(int id, int threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
 ATTN_DEVICE void arrive_at(int id, int threads) {
   asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }
@@ -46,7 +48,8 @@ ATTN_DEVICE void arrive_at(int id, int threads) {
 ATTN_DEVICE bool sync_some_or(int id, int threads, bool value) {
   uint32_t any;
   asm volatile(
-      "{\n.reg .pred own, all;\nsetp.ne.u32 own, %1, 0;\nbar.red.or.pred all, %2, %3, own;\nselp.u32 %0, 1, 0, all;\n}\n"
+      "{\n.reg .pred own, all;\nsetp.ne.u32 own, %1, 0;\nbar.red.or.pred all, %2, %3, own;\nselp.u32 %0, 1, 0, "
+      "all;\n}\n"
       : "=r"(any)
       : "r"(value ? 1u : 0u), "r"(id), "r"(threads)
       : "memory");
@@ -89,9 +92,7 @@ ATTN_DEVICE void fence_writes() { asm volatile("fence.proxy.async.shared::cta;\n
 
 // --- The copy engine ("cp.async.bulk.tensor") ------------------------------------------------------------------------
 
-ATTN_DEVICE void prefetch(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
-}
+ATTN_DEVICE void prefetch(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory"); }
 // Copies the box that begins at element (x, y, z, w) to shared memory (aligned to 1024 bytes: the swizzle is of the
 // address); elements outside the array arrive as zeros, and count.
 ATTN_DEVICE void copy_box(void* shared, const TensorMap& map, int x, int y, int z, int w, Barrier barrier) {
@@ -104,7 +105,7 @@ ATTN_DEVICE void copy_box(void* shared, const TensorMap& map, int x, int y, int 
 
 // --- Products of a warpgroup ("wgmma"): d += a b, 64 rows, in float32 ------------------------------------------------
 //
-// They run on their own: between product_begin and product_wait nothing may touch their registers. Accumulators, and a
+// They run on their own: between products_begin and products_wait nothing may touch their registers. Accumulators, and a
 // left operand in registers, lie as those of mma_* in ../ptx.cuh: warp w has rows 16 w to 16 w + 16.
 
 ATTN_DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
@@ -127,43 +128,45 @@ ATTN_DEVICE void arrived(float (&d)[1][kN][4]) {
 #define ATTN_LIST_32(x) ATTN_LIST_16(x, 0), ATTN_LIST_16(x, 16)
 #define ATTN_LIST_48(x) ATTN_LIST_32(x), ATTN_LIST_16(x, 32)
 #define ATTN_LIST_64(x) ATTN_LIST_48(x), ATTN_LIST_16(x, 48)
-#define ATTN_LIST_128(x) ATTN_LIST_64(x), ATTN_LIST_16(x, 64), ATTN_LIST_16(x, 80), ATTN_LIST_16(x, 96), ATTN_LIST_16(x, 112)
+#define ATTN_LIST_128(x) \
+  ATTN_LIST_64(x), ATTN_LIST_16(x, 64), ATTN_LIST_16(x, 80), ATTN_LIST_16(x, 96), ATTN_LIST_16(x, 112)
 #define ATTN_ACC(i) "+f"(d[0][(i) / 4][(i) % 4])
 
-#define ATTN_FIRST_32 \
+#define ATTN_FIRST_32                                                      \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define ATTN_FIRST_48 \
   ATTN_FIRST_32       \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define ATTN_FIRST_64 \
-  ATTN_FIRST_32       \
-  ", " \
+#define ATTN_FIRST_64                                                                \
+  ATTN_FIRST_32                                                                      \
+  ", "                                                                               \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define ATTN_FIRST_128 \
-  ATTN_FIRST_64        \
-  ", " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+#define ATTN_FIRST_128                                                                           \
+  ATTN_FIRST_64                                                                                  \
+  ", "                                                                                           \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // multiply(d, a, b, adds): a and b are descriptors of shared memory (tiles.cuh), b with its summed index along rows of
 // 128 bytes. multiply_registers(d, a, b): a in registers; b lies transposed, its summed index across rows. With
 // `adds` 0, d was not there before.
-#define ATTN_PRODUCTS(N, count, type, name, after0, after1, after2, after3, after4)                                    \
-  ATTN_DEVICE void multiply_##name(float (&d)[1][N / 8][4], uint64_t a, uint64_t b, int adds) {                         \
-    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, %" after2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N        \
-                 "k16.f32." #type "." #type " {" ATTN_FIRST_##count "}, %" after0 ", %" after1 ", adds, 1, 1, 0, 0;\n}\n"    \
-                 : ATTN_LIST_##count(ATTN_ACC)                                                                         \
-                 : "l"(a), "l"(b), "r"(adds));                                                                         \
-  }                                                                                                                    \
-  ATTN_DEVICE void multiply_registers_##name(float (&d)[1][N / 8][4], const uint32_t (&a)[4], uint64_t b) {          \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #type "." #type " {" ATTN_FIRST_##count "}, {%" after0    \
-                 ", %" after1 ", %" after2 ", %" after3 "}, %" after4 ", 1, 1, 1, 1;\n"                                \
-                 : ATTN_LIST_##count(ATTN_ACC)                                                                         \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                \
+#define ATTN_PRODUCTS(N, count, type, name, after0, after1, after2, after3, after4)                             \
+  ATTN_DEVICE void multiply_##name(float (&d)[1][N / 8][4], uint64_t a, uint64_t b, int adds) {                 \
+    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, %" after2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N \
+                 "k16.f32." #type "." #type " {" ATTN_FIRST_##count "}, %" after0 ", %" after1                  \
+                                                                    ", adds, 1, 1, 0, 0;\n}\n"                  \
+                 : ATTN_LIST_##count(ATTN_ACC)                                                                  \
+                 : "l"(a), "l"(b), "r"(adds));                                                                  \
+  }                                                                                                             \
+  ATTN_DEVICE void multiply_registers_##name(float (&d)[1][N / 8][4], const uint32_t (&a)[4], uint64_t b) {     \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #type "." #type " {" ATTN_FIRST_##count      \
+                 "}, {%" after0 ", %" after1 ", %" after2 ", %" after3 "}, %" after4 ", 1, 1, 1, 1;\n"          \
+                 : ATTN_LIST_##count(ATTN_ACC)                                                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                         \
   }
 
 ATTN_PRODUCTS(64, 32, f16, f16, "32", "33", "34", "35", "36")

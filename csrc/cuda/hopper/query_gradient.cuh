@@ -151,9 +151,7 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
         for (int i = 0; i < 4; ++i) body(n, i >> 1, i);
     };
     if (fused) {
-      for_each([&](int n, int half, int i) {
-        s[0][n][i] = fused_probability(s[0][n][i], scale_2, row[half].lse_2);
-      });
+      for_each([&](int n, int half, int i) { s[0][n][i] = fused_probability(s[0][n][i], scale_2, row[half].lse_2); });
     } else {
       for_each([&](int n, int half, int i) {
         s[0][n][i] = exact_probability(s[0][n][i], scale, row[half].maximum, row[half].inverse_sum);

@@ -67,8 +67,7 @@ ATTN_DEVICE void multiply_registers(float (&d)[1][kN / 8][4], const uint32_t (&a
 
 // Starts   d[i][j] = sum over the dimension of a[i] b[j].
 template <class M, int kDim, int kRowsA, int kRowsB>
-ATTN_DEVICE void start_nt(Acc<1, kRowsB / 8>& d, const PanelTile<kRowsA, kDim>& a,
-                          const PanelTile<kRowsB, kDim>& b) {
+ATTN_DEVICE void start_nt(Acc<1, kRowsB / 8>& d, const PanelTile<kRowsA, kDim>& a, const PanelTile<kRowsB, kDim>& b) {
   // (Of heads of 256, eight steps at a time: with more, ptxas 13.0 spills.)
 #pragma unroll(kDim / 16 < 8 ? kDim / 16 : 8)
   for (int k = 0; k < kDim / 16; ++k) multiply<M, kRowsB>(d, a.along(k), b.along(k), k > 0);
