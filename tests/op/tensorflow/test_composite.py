@@ -32,7 +32,7 @@ def test_chunks_are_the_specification(case, query_chunk):
 SOME = [case for case in CASES if case.name in ("everything", "bias", "causal, more queries", "every score and mask")]
 
 
-@pytest.mark.wide(8)
+@pytest.mark.wide(16)
 @pytest.mark.parametrize("case", SOME, ids=repr)
 @pytest.mark.parametrize("mode", MODES[1:])
 @pytest.mark.parametrize("query_chunk", [None, 3])
@@ -40,7 +40,7 @@ def test_chunks_in_graphs(case, mode, query_chunk):
     assert_same(run(case, query_chunk, mode), specification(case))
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(8)
 @pytest.mark.parametrize("query_chunk", [2, "auto"])
 @pytest.mark.parametrize("mode", MODES)
 def test_empty_extents_in_chunks(query_chunk, mode):

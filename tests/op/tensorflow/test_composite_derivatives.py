@@ -71,7 +71,7 @@ def test_second_order(case, mode):
         np.testing.assert_allclose(x, y, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.wide(6)
+@pytest.mark.wide(12)
 @pytest.mark.parametrize("case", DERIVED, ids=repr)
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 def test_forward_mode(case, mode):

@@ -77,7 +77,7 @@ def with_gradients(attend, select, *x):
 SELECTIONS = (keep_rows, keep_keys, keep_entries, keep_some_of_each, keep_rows_of_the_query_alone)
 
 
-@pytest.mark.wide(6)
+@pytest.mark.wide(12)
 @pytest.mark.parametrize("select", SELECTIONS, ids=lambda select: select.__name__)
 @pytest.mark.parametrize("chosen", ["fused", "composite"])
 def test_boolean_masks(chosen, select):
