@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import attn_ops
-from attn_ops import kernels, reference
+from attn_ops import reference
 from tensorflow.python.framework import kernels
 
 RNG = np.random.default_rng(0)
