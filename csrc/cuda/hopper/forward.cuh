@@ -116,7 +116,7 @@ ATTN_DEVICE void consume(const ForwardArgs& args, const ForwardMemory<kDim>& mem
 
   // Queries that see nothing are not read.
   const QueryRows<const Element> queries(p.q, head, group_row, head.rows_in_length(), 16);
-  load_rows(q, kWarpgroupRows, queries, head_dim, thread);
+  load_rows(q, queries, head_dim, thread);
   copy_async_commit();
   copy_async_wait<0>();
   fence_writes();
@@ -220,11 +220,8 @@ ATTN_DEVICE void consume(const ForwardArgs& args, const ForwardMemory<kDim>& mem
   }
   // The warpgroup is done with its queries: their place takes the results.
   sync_some(kOfConsumer + consumer, kWarpgroup);
-  const SharedTile<M, kDim> out{q.data};
-  write_acc<M, kDim, 1>(out, warp_row, o, inverse);
-  sync_warp();
-  store_rows<M, kDim>(out, warp_row, 16, QueryRows<Element>(p.out, head, group_row, block.end, args.call.aligned.out),
-                      value_dim);
+  store_results<M>(q, warp_row, o, inverse,
+                   QueryRows<Element>(p.out, head, group_row, block.end, args.call.aligned.out), value_dim);
 }
 
 template <class M, int kDim>

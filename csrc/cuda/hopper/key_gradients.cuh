@@ -98,9 +98,7 @@ ATTN_DEVICE void compute_dk_dv(const BackwardArgs& args, const BackwardMemory<kD
     start_nt<M, kDim>(s, k, memory.streamed(0, turn.stage));
     start_nt<M, kDim>(dp, v, memory.streamed(1, turn.stage));
   };
-  if (tiles.count > 0) {
-    memory.there().wait(0);
-  }
+  if (tiles.count > 0) memory.there().wait(0);
 #pragma unroll 1
   for (int i = 0; i < tiles.count; ++i) {
     const int row = tiles.first(i), stage = Turn<kStages>(i).stage;
@@ -174,19 +172,14 @@ ATTN_DEVICE void compute_dk_dv(const BackwardArgs& args, const BackwardMemory<kD
     release(memory.empty(stage));
   }
 
-  const auto store = [&](const auto& tile, const auto& gradient, float factor, const StridedView& view, bool aligned,
-                         int dim) {
-    const float factors[1][2] = {{factor, factor}};
-    const SharedTile<M, kDim> result{tile.data};
-    write_acc<M, kDim, 1>(result, warp_key, gradient, factors);
-    sync_warp();
-    store_rows<M, kDim>(result, warp_key, 16,
-                        KeyRows<Element>(view, head, group_key, static_cast<int>(p.seqlen_k), aligned), dim);
-  };
   // The warpgroup is done with its keys and values: their place takes the results.
   sync_some(kOfConsumer + consumer, kWarpgroup);
-  store(k, dk, scale, b.dk, args.call.aligned.dk, head_dim);
-  store(v, dv, 1.0f, b.dv, args.call.aligned.dv, value_dim);
+  const auto keys_of = [&](const StridedView& view, int aligned) {
+    return KeyRows<Element>(view, head, group_key, static_cast<int>(p.seqlen_k), aligned);
+  };
+  const float of_dk[1][2] = {{scale, scale}}, of_dv[1][2] = {{1.0f, 1.0f}};
+  store_results<M>(k, warp_key, dk, of_dk, keys_of(b.dk, args.call.aligned.dk), head_dim);
+  store_results<M>(v, warp_key, dv, of_dv, keys_of(b.dv, args.call.aligned.dv), value_dim);
 }
 
 template <class M, int kDim>

@@ -94,8 +94,8 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
   const auto q = memory.stationary(0, consumer), d_out = memory.stationary(1, consumer);
 
   const int limit = head.rows_in_length();
-  load_rows(q, kWarpgroupRows, QueryRows<const Element>(p.q, head, group_row, limit, 16), head_dim, thread);
-  load_rows(d_out, kWarpgroupRows, QueryRows<const Element>(b.d_out, head, group_row, limit, 16), value_dim, thread);
+  load_rows(q, QueryRows<const Element>(p.q, head, group_row, limit, 16), head_dim, thread);
+  load_rows(d_out, QueryRows<const Element>(b.d_out, head, group_row, limit, 16), value_dim, thread);
   copy_async_commit();
   const QueryRows<const Element> outs(p.out, head, first_row, limit, 16);
   const QueryRows<const Element> d_outs(b.d_out, head, first_row, limit, 16);
@@ -228,11 +228,8 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
   const float factor[1][2] = {{scale, scale}};
   // The warpgroup is done with its queries: their place takes the results.
   sync_some(kOfConsumer + consumer, kWarpgroup);
-  const SharedTile<M, kDim> result{q.data};
-  write_acc<M, kDim, 1>(result, warp_row, dq, factor);
-  sync_warp();
-  store_rows<M, kDim>(result, warp_row, 16, QueryRows<Element>(b.dq, head, group_row, block.end, args.call.aligned.dq),
-                      head_dim);
+  store_results<M>(q, warp_row, dq, factor, QueryRows<Element>(b.dq, head, group_row, block.end, args.call.aligned.dq),
+                   head_dim);
 }
 
 template <class M, int kDim>

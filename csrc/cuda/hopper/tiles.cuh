@@ -99,14 +99,25 @@ ATTN_DEVICE void start_nn(Acc<1, kDim / 8>& d, const Rounded<kN>& p, const Panel
 // Rows to a tile by the threads of a warpgroup, for columns below dim; what does not exist is zero. `rows` (rows.cuh)
 // are aligned. They have arrived after copy_async_wait, for tensor cores after fence_writes and a barrier.
 template <int kRows, int kDim, class Rows>
-ATTN_DEVICE void load_rows(const PanelTile<kRows, kDim>& tile, int count, const Rows& rows, int dim, int thread) {
+ATTN_DEVICE void load_rows(const PanelTile<kRows, kDim>& tile, const Rows& rows, int dim, int thread) {
   constexpr int kChunks = kDim / 8;
 #pragma unroll 4
-  for (int i = thread; i < count * kChunks; i += kWarpgroup) {
+  for (int i = thread; i < kRows * kChunks; i += kWarpgroup) {
     const int r = i / kChunks, c = i % kChunks;
     const bool exists = rows.exists(r) && 8 * c < dim;
     copy_async(tile.chunk(r, c), rows.row(r) + 8 * c, exists);
   }
+}
+
+// A warp's results, times factor[row], to rows first to first + 16 of `rows`, through a tile that its warpgroup is done
+// with.
+template <class M, int kRows, int kDim, class Rows>
+ATTN_DEVICE void store_results(const PanelTile<kRows, kDim>& tile, int first, const Acc<1, kDim / 8>& results,
+                               const float (&factor)[1][2], const Rows& rows, int dim) {
+  const SharedTile<M, kDim> through{tile.data};
+  write_acc<M, kDim, 1>(through, first, results, factor);
+  sync_warp();
+  store_rows<M, kDim>(through, first, 16, rows, dim);
 }
 
 }  // namespace attn_ops::cuda::hopper
