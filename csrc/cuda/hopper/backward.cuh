@@ -80,6 +80,42 @@ struct BackwardMemory {
   }
 };
 
+// By the lane that copies: the two tiles of this turn may come, and are waited for.
+template <int kDim>
+ATTN_DEVICE Barrier expect(const BackwardMemory<kDim>& memory, const Turn<BackwardMemory<kDim>::kStages>& turn) {
+  memory.empty(turn.stage).wait(turn.parity ^ 1);
+  memory.full(turn.stage).arrive_and_expect(2 * BackwardMemory<kDim>::Passing::kBytes);
+  return memory.full(turn.stage);
+}
+
+// Starts s and dp of a turn: what stays, times what passes.
+template <class M, int kDim>
+ATTN_DEVICE void start_scores(Acc<1, kPassing<kDim> / 8>& s, Acc<1, kPassing<kDim> / 8>& dp,
+                              const BackwardMemory<kDim>& memory, int consumer,
+                              const Turn<BackwardMemory<kDim>::kStages>& turn) {
+  memory.full(turn.stage).wait(turn.parity);
+  products_begin();
+  start_nt<M, kDim>(s, memory.stationary(0, consumer), memory.streamed(0, turn.stage));
+  start_nt<M, kDim>(dp, memory.stationary(1, consumer), memory.streamed(1, turn.stage));
+}
+
+// body(n, i) for what a lane has of kN columns: row i >> 1 of its two, column 8 n + 2 t + (i & 1).
+template <int kN, class Body>
+ATTN_DEVICE void for_each_score(Body body) {
+#pragma unroll
+  for (int n = 0; n < kN / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) body(n, i);
+}
+
+// The gradient of a hidden score is as hidden as its probability, whatever delta is.
+template <int kN>
+ATTN_DEVICE void hide_gradients(Acc<1, kN / 8>& ds, const Acc<1, kN / 8>& p) {
+  for_each_score<kN>([&](int n, int i) {
+    if (is_hidden(p[0][n][i])) ds[0][n][i] = p[0][n][i];
+  });
+}
+
 // Looks through a tile that passes, before a product in which hidden rows are zeros; whether flags tell of any.
 template <class M, int kDim>
 ATTN_DEVICE bool look_through(const BackwardMemory<kDim>& memory, int which, int stage) {

@@ -25,9 +25,7 @@ ATTN_DEVICE void bring_rows(const BackwardArgs& args, const BackwardMemory<kDim>
 #pragma unroll 1
   for (int i = 0; i < tiles.count; ++i) {
     const Turn<BackwardMemory<kDim>::kStages> turn(i);
-    memory.empty(turn.stage).wait(turn.parity ^ 1);
-    const Barrier full = memory.full(turn.stage);
-    full.arrive_and_expect(2 * BackwardMemory<kDim>::Passing::kBytes);
+    const Barrier full = expect(memory, turn);
     const int position = head.position(tiles.first(i));
     memory.streamed(0, turn.stage).copy(args.q, head.batch, position, head.first_head, full);
     memory.streamed(1, turn.stage).copy(args.d_out, head.batch, position, head.first_head, full);
@@ -91,30 +89,17 @@ ATTN_DEVICE void compute_dk_dv(const BackwardArgs& args, const BackwardMemory<kD
   clear<1, kDim / 8>(dv);
   Acc<1, kN / 8> s, dp;
   Rounded<kN> weights, gradients;
-  const auto start_scores = [&](int i) {
-    const Turn<kStages> turn(i);
-    memory.full(turn.stage).wait(turn.parity);
-    products_begin();
-    start_nt<M, kDim>(s, k, memory.streamed(0, turn.stage));
-    start_nt<M, kDim>(dp, v, memory.streamed(1, turn.stage));
-  };
   if (tiles.count > 0) memory.there().wait(0);
 #pragma unroll 1
   for (int i = 0; i < tiles.count; ++i) {
-    const int row = tiles.first(i), stage = Turn<kStages>(i).stage;
+    const Turn<kStages> turn(i);
+    const int row = tiles.first(i), stage = turn.stage;
     const auto& rows = memory.rows(stage);
     const bool sees_all = RowBlock(head, row, kN).sees_all(first_key, BackwardMemory<kDim>::kShape.block_m());
-    start_scores(i);
+    start_scores<M>(s, dp, memory, consumer, turn);
     const bool fused = rows.exact == 0, hides = !sees_all || !fused;
     products_wait<1>();
     arrived(s);
-    // body(n, j, half): the row 8 n + 2 t + j, the key own_key + 8 half.
-    const auto for_each = [](auto body) {
-#pragma unroll
-      for (int n = 0; n < kN / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) body(n, i & 1, i >> 1, i);
-    };
     if (fused) {
 #pragma unroll
       for (int n = 0; n < kN / 8; ++n) {
@@ -123,15 +108,15 @@ ATTN_DEVICE void compute_dk_dv(const BackwardArgs& args, const BackwardMemory<kD
         for (int i = 0; i < 4; ++i) s[0][n][i] = fused_probability(s[0][n][i], scale_2, lse_2.of[i & 1]);
       }
     } else {
-      for_each([&](int n, int j, int, int i) {
-        const int row = 8 * n + 2 * t + j;
+      for_each_score<kN>([&](int n, int i) {
+        const int row = 8 * n + 2 * t + (i & 1);
         s[0][n][i] = exact_probability(s[0][n][i], scale, rows.maximum[row], rows.inverse_sum[row]);
       });
     }
     if (!sees_all) {
-      for_each([&](int n, int j, int half, int i) {
-        const Interval seen = rows.seen[8 * n + 2 * t + j];
-        const int key = own_key + 8 * half;
+      for_each_score<kN>([&](int n, int i) {
+        const Interval seen = rows.seen[8 * n + 2 * t + (i & 1)];
+        const int key = own_key + 8 * (i >> 1);
         if (key < seen.begin || key >= seen.end) s[0][n][i] = float_of(kHiddenBits);
       });
     }
@@ -144,11 +129,7 @@ ATTN_DEVICE void compute_dk_dv(const BackwardArgs& args, const BackwardMemory<kD
 #pragma unroll
       for (int i = 0; i < 4; ++i) dp[0][n][i] = s[0][n][i] * (dp[0][n][i] - delta.of[i & 1]);
     }
-    if (hides) {
-      for_each([&](int n, int, int, int i) {
-        if (is_hidden(s[0][n][i])) dp[0][n][i] = s[0][n][i];
-      });
-    }
+    if (hides) hide_gradients<kN>(dp, s);
     round_acc<M, kN>(gradients, dp);
     bool nonfinite[2] = {false, false};
     if (hides) {

@@ -24,9 +24,7 @@ ATTN_DEVICE void bring_keys(const BackwardArgs& args, const BackwardMemory<kDim>
 #pragma unroll 1
   for (int i = 0; i < tiles.count; ++i) {
     const Turn<BackwardMemory<kDim>::kStages> turn(i);
-    memory.empty(turn.stage).wait(turn.parity ^ 1);
-    const Barrier full = memory.full(turn.stage);
-    full.arrive_and_expect(2 * BackwardMemory<kDim>::Passing::kBytes);
+    const Barrier full = expect(memory, turn);
     memory.streamed(0, turn.stage).copy(args.k, head.batch, tiles.first(i), head.kv_head, full);
     memory.streamed(1, turn.stage).copy(args.v, head.batch, tiles.first(i), head.kv_head, full);
   }
@@ -129,40 +127,27 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
   clear<1, kDim / 8>(mean_key);
   Acc<1, kN / 8> s, dp;
   Rounded<kN> weights, gradients;
-  const auto start_scores = [&](int i) {
-    const Turn<kStages> turn(i);
-    memory.full(turn.stage).wait(turn.parity);
-    products_begin();
-    start_nt<M, kDim>(s, q, memory.streamed(0, turn.stage));
-    start_nt<M, kDim>(dp, d_out, memory.streamed(1, turn.stage));
-  };
 #pragma unroll 1
   for (int i = 0; i < tiles.count; ++i) {
-    const int key = tiles.first(i), stage = Turn<kStages>(i).stage;
+    const Turn<kStages> turn(i);
+    const int key = tiles.first(i), stage = turn.stage;
     const bool sees_all = block.sees_all(key, kN), hides = !sees_all || !fused;
-    start_scores(i);
+    start_scores<M>(s, dp, memory, consumer, turn);
     products_wait<1>();
     arrived(s);
-    // body(n, half, i): the key 8 n + 2 t + (i & 1) of the tile.
-    const auto for_each = [](auto body) {
-#pragma unroll
-      for (int n = 0; n < kN / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) body(n, i >> 1, i);
-    };
     if (fused) {
-      for_each([&](int n, int half, int i) { s[0][n][i] = fused_probability(s[0][n][i], scale_2, row[half].lse_2); });
+      for_each_score<kN>([&](int n, int i) { s[0][n][i] = fused_probability(s[0][n][i], scale_2, row[i >> 1].lse_2); });
     } else {
-      for_each([&](int n, int half, int i) {
-        s[0][n][i] = exact_probability(s[0][n][i], scale, row[half].maximum, row[half].inverse_sum);
+      for_each_score<kN>([&](int n, int i) {
+        s[0][n][i] = exact_probability(s[0][n][i], scale, row[i >> 1].maximum, row[i >> 1].inverse_sum);
       });
     }
     if (!sees_all) {
       const Interval seen[2] = {head.seen(first_row + g), head.seen(first_row + 8 + g)};
       const int first = key + 2 * (lane_index() & 3);
-      for_each([&](int n, int half, int i) {
+      for_each_score<kN>([&](int n, int i) {
         const int own = first + 8 * n + (i & 1);
-        if (own < seen[half].begin || own >= seen[half].end) s[0][n][i] = float_of(kHiddenBits);
+        if (own < seen[i >> 1].begin || own >= seen[i >> 1].end) s[0][n][i] = float_of(kHiddenBits);
       });
     }
     round_acc<M, kN>(weights, s);
@@ -170,23 +155,19 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
     products_wait<0>();
     arrived(dp);
     if (hides) {  // of what is hidden, dp is nothing, even if it is not finite
-      for_each([&](int n, int, int i) {
+      for_each_score<kN>([&](int n, int i) {
         if (is_hidden(s[0][n][i])) dp[0][n][i] = 0.0f;
       });
     }
     float sum[2] = {0.0f, 0.0f};
-    for_each([&](int n, int half, int i) {
+    for_each_score<kN>([&](int n, int i) {
       const float x = s[0][n][i], d = dp[0][n][i];
-      sum[half] += x * d;
-      dp[0][n][i] = x * (d - row[half].delta);
+      sum[i >> 1] += x * d;
+      dp[0][n][i] = x * (d - row[i >> 1].delta);
     });
     row[0].sum_p_dp += sum[0];
     row[1].sum_p_dp += sum[1];
-    if (hides) {  // whatever delta is
-      for_each([&](int n, int, int i) {
-        if (is_hidden(s[0][n][i])) dp[0][n][i] = s[0][n][i];
-      });
-    }
+    if (hides) hide_gradients<kN>(dp, s);
     round_acc<M, kN>(gradients, dp);
     add_rounded<M, kN>(gradients, row[0].sum_rounded_ds, row[1].sum_rounded_ds);
     const bool nonfinite = hides && look_through<M>(memory, 0, stage);
