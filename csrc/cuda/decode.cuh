@@ -208,7 +208,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
     sync_warp();  // the same for the values, and the keys
     fetch(2 * step + kRing);
     const T v = slot(2 * step + 1);
-    const bool nonfinite = !sees_all && zero_nonfinite_rows<M, kDim, kKeys, 32, Warp>(v, flags);
+    const bool nonfinite = !sees_all && zero_nonfinite_rows<M, kKeys, 32, Warp>(v, flags);
     gemm_nn<M, kDim, 1, kMmaN>(o, s, v, value_dim, recomputed(lane_index()));
     if (nonfinite) add_nonfinite_rows<M, kDim, 1, kMmaN>(o, s, flags, values(step), value_dim);
   }

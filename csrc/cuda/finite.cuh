@@ -35,9 +35,8 @@ ATTN_DEVICE bool chunk_is_finite(const Bytes16& chunk) {
 
 // Whether the tile has rows with numbers that are not finite; then flags them and makes them zero. All of `Group`
 // must call it, when the tile has arrived; it is ready for use afterwards.
-template <class M, int kDim, int kRows, int kThreads, class Group = ThreadBlock>
-ATTN_DEVICE bool zero_nonfinite_rows(const SharedTile<M, kDim>& tile, Flags flags) {
-  using T = SharedTile<M, kDim>;
+template <class M, int kRows, int kThreads, class Group = ThreadBlock, class T>
+ATTN_DEVICE bool zero_nonfinite_rows(const T& tile, Flags flags) {
   const auto is_finite = [&tile](int i) {
     return chunk_is_finite<M>(*reinterpret_cast<const Bytes16*>(tile.data + 16 * i));
   };
@@ -50,39 +49,34 @@ ATTN_DEVICE bool zero_nonfinite_rows(const SharedTile<M, kDim>& tile, Flags flag
   Group::sync();
 #pragma unroll 1
   for (int i = Group::thread_rank(); i < kRows * T::kChunks; i += kThreads) {
-    if (!is_finite(i)) flags[i / T::kChunks] = 1;  // the chunks of a row lie within the row, in whatever order
+    if (!is_finite(i)) flags[T::row_of(i)] = 1;
   }
   Group::sync();
 #pragma unroll 1
   for (int i = Group::thread_rank(); i < kRows * T::kChunks; i += kThreads) {
-    if (flags[i / T::kChunks]) *reinterpret_cast<Bytes16*>(tile.data + 16 * i) = Bytes16{{0, 0, 0, 0}};
+    if (flags[T::row_of(i)]) *reinterpret_cast<Bytes16*>(tile.data + 16 * i) = Bytes16{{0, 0, 0, 0}};
   }
   Group::sync();
   return true;
 }
 
-//   d[i][c] += p[i][j] row_j[c]     for the flagged j, where p[i][j] is not hidden
-template <class M, int kDim, int kMmaM, int kMmaN, class Rows>
-ATTN_DEVICE void add_nonfinite_rows(Acc<kMmaM, kDim / 8>& d, const Acc<kMmaM, kMmaN>& p, Flags flags, const Rows& rows,
-                                    int dim) {
+//   d[i][c] += p[i][j] row_j[c]     for the flagged j of `count`, where p[i][j] is not hidden
+//
+// own(weight, j): p of row j, in the lane of each quad that has it.
+template <class M, int kDim, int kMmaM, class Rows, class Own>
+ATTN_DEVICE void add_flagged_rows(Acc<kMmaM, kDim / 8>& d, int count, Flags flags, const Rows& rows, int dim, Own own) {
   const int t = lane_index() & 3;
 #pragma unroll 1
-  for (int j = 0; j < 8 * kMmaN; ++j) {
+  for (int j = 0; j < count; ++j) {
     if (!flags[j]) continue;
     const typename M::Element* row = rows.row(j);
     const int owner = (lane_index() & ~3) | (j & 7) >> 1;
     float weight[kMmaM][2];
+    own(weight, j);
 #pragma unroll
     for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float own = 0.0f;
-#pragma unroll
-        for (int n = 0; n < kMmaN; ++n)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) replace_if_equal(own, p[m][n][2 * half + i], (j >> 3) * 2 + (j & 1), 2 * n + i);
-        weight[m][half] = shuffle(own, owner);
-      }
+      for (int half = 0; half < 2; ++half) weight[m][half] = shuffle(weight[m][half], owner);
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n)
 #pragma unroll
@@ -98,6 +92,25 @@ ATTN_DEVICE void add_nonfinite_rows(Acc<kMmaM, kDim / 8>& d, const Acc<kMmaM, kM
           }
       }
   }
+}
+
+template <class M, int kDim, int kMmaM, int kMmaN, class Rows>
+ATTN_DEVICE void add_nonfinite_rows(Acc<kMmaM, kDim / 8>& d, const Acc<kMmaM, kMmaN>& p, Flags flags, const Rows& rows,
+                                    int dim) {
+  add_flagged_rows<M, kDim, kMmaM>(d, 8 * kMmaN, flags, rows, dim, [&p](float (&weight)[kMmaM][2], int j) {
+#pragma unroll
+    for (int m = 0; m < kMmaM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        weight[m][half] = 0.0f;
+#pragma unroll
+        for (int n = 0; n < kMmaN; ++n)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            replace_if_equal(weight[m][half], p[m][n][2 * half + i], (j >> 3) * 2 + (j & 1), 2 * n + i);
+          }
+      }
+  });
 }
 
 }  // namespace attn_ops::cuda

@@ -190,7 +190,7 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
       gemm_nn<M, kDim, kMmaM, kMmaN>(o, s, v, value_dim);
     } else {
       softmax_of_some<M, kPlain, kMmaM, kMmaN>(s, rows, head, first_row, key, rescale);
-      const bool nonfinite = zero_nonfinite_rows<M, kDim, kBlockN, kThreads>(v, flags);
+      const bool nonfinite = zero_nonfinite_rows<M, kBlockN, kThreads>(v, flags);
       gemm_nn<M, kDim, kMmaM, kMmaN>(o, s, v, value_dim);
       if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(o, s, flags, values(key), value_dim);
     }

@@ -162,12 +162,12 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
         pair_gradients<M, kPlain, kWantsDk, kMmaM, kMmaN>(s, dp, streamed_rows(stage), head, row, first_key + warp_key,
                                                           sees_all);
         if (kWantsDv) {
-          const bool nonfinite = !sees_all && zero_nonfinite_rows<M, kDim, kRows, kThreads>(d_out, tiles.flags());
+          const bool nonfinite = !sees_all && zero_nonfinite_rows<M, kRows, kThreads>(d_out, tiles.flags());
           gemm_nn<M, kDim, kMmaM, kMmaN>(dv, s, d_out, value_dim);
           if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(dv, s, tiles.flags(), d_outs(row), value_dim);
         }
         if (kWantsDk) {
-          const bool nonfinite = !sees_all && zero_nonfinite_rows<M, kDim, kRows, kThreads>(q, tiles.flags());
+          const bool nonfinite = !sees_all && zero_nonfinite_rows<M, kRows, kThreads>(q, tiles.flags());
           gemm_nn<M, kDim, kMmaM, kMmaN>(dk, dp, q, head_dim);
           if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(dk, dp, tiles.flags(), queries(row), head_dim);
         }

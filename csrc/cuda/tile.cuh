@@ -22,6 +22,8 @@ struct SharedTile {
   static constexpr int kSwizzled = kChunks % 8 == 0 ? 8 : 4;  // chunks that change places with each other
   ATTN_DEVICE static int swizzle(int row) { return kSwizzled == 8 ? row & 7 : row >> 1 & 3; }
   ATTN_DEVICE char* chunk(int row, int c) const { return data + row * kRowBytes + ((c ^ swizzle(row)) << 4); }
+  // Of the i-th chunk as they lie: those of a row lie within it, in whatever order.
+  ATTN_DEVICE static int row_of(int i) { return i / kChunks; }
   ATTN_DEVICE Element* at(int row, int column) const {
     return reinterpret_cast<Element*>(chunk(row, column / kPerChunk)) + column % kPerChunk;
   }

@@ -119,9 +119,7 @@ ATTN_DEVICE void hide_gradients(Acc<1, kN / 8>& ds, const Acc<1, kN / 8>& p) {
 // Looks through a tile that passes, before a product in which hidden rows are zeros; whether flags tell of any.
 template <class M, int kDim>
 ATTN_DEVICE bool look_through(const BackwardMemory<kDim>& memory, int which, int stage) {
-  constexpr int kConsumers = BackwardMemory<kDim>::kConsumers;
-  const int thread = thread_index() - kWarpgroup;
-  return zero_nonfinite_rows<M, kConsumers>(memory.streamed(which, stage), memory.flags(which), thread);
+  return zero_nonfinite_rows<M, BackwardMemory<kDim>::kConsumers>(memory.streamed(which, stage), memory.flags(which));
 }
 
 }  // namespace attn_ops::cuda::hopper

@@ -149,8 +149,7 @@ ATTN_DEVICE void consume(const ForwardArgs& args, const ForwardMemory<kDim>& mem
     if (block.sees_all(tiles.first(i), kN)) return;
     const Turn<kStages> turn(i);
     memory.full(1, turn.stage).wait(turn.parity);
-    nonfinite =
-        zero_nonfinite_rows<M, kShape.consumers>(memory.v(turn.stage), memory.flags(), kWarpgroup * consumer + thread);
+    nonfinite = zero_nonfinite_rows<M, kShape.consumers>(memory.v(turn.stage), memory.flags());
   };
   const auto start_values = [&](int i) {
     const Turn<kStages> turn(i);

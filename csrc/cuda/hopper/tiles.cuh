@@ -30,13 +30,15 @@ ATTN_DEVICE uint64_t descriptor(const void* tile, int offset_bytes, int lead_byt
 template <int kRows, int kDim>
 struct PanelTile {
   static constexpr int kPanels = kDim / kPanelColumns;
-  static constexpr int kPanelBytes = kRows * kPanelRowBytes, kBytes = kPanels * kPanelBytes;
+  static constexpr int kChunks = kDim / 8, kPanelBytes = kRows * kPanelRowBytes, kBytes = kPanels * kPanelBytes;
 
   char* data;
 
   ATTN_DEVICE char* chunk(int row, int c) const {
     return data + (c >> 3) * kPanelBytes + row * kPanelRowBytes + (((c ^ row) & 7) << 4);
   }
+  // Of the i-th chunk as they lie.
+  ATTN_DEVICE static int row_of(int i) { return 16 * i % kPanelBytes / kPanelRowBytes; }
   // All rows, columns 16 k to 16 k + 16, which are summed over.
   ATTN_DEVICE uint64_t along(int k) const {
     return descriptor(data, (k >> 2) * kPanelBytes + (k & 3) * 32, 16, 8 * kPanelRowBytes);
@@ -100,7 +102,7 @@ ATTN_DEVICE void start_nn(Acc<1, kDim / 8>& d, const Rounded<kN>& p, const Panel
 // are aligned. They have arrived after copy_async_wait, for tensor cores after fence_writes and a barrier.
 template <int kRows, int kDim, class Rows>
 ATTN_DEVICE void load_rows(const PanelTile<kRows, kDim>& tile, const Rows& rows, int dim, int thread) {
-  constexpr int kChunks = kDim / 8;
+  constexpr int kChunks = PanelTile<kRows, kDim>::kChunks;
 #pragma unroll 4
   for (int i = thread; i < kRows * kChunks; i += kWarpgroup) {
     const int r = i / kChunks, c = i % kChunks;
