@@ -67,14 +67,12 @@ def _turn(device, step, samples, seconds):
 
 def _rotating(device, peer, workload, mode):
     """A step whose every call works on another set of inputs, so that none is still in the cache."""
-    import torch
-
     count = max(-(-2 * device.cache_bytes // input_bytes(workload)), 1)
-    first = peer.prepare(device, workload, mode, _random(torch, device, workload, 0))
+    first = peer.prepare(device, workload, mode, random_inputs(device, workload, 0))
     if hasattr(first, "turn"):  # which rotates itself
         return first
     steps = [first]
-    steps += [peer.prepare(device, workload, mode, _random(torch, device, workload, n)) for n in range(1, count)]
+    steps += [peer.prepare(device, workload, mode, random_inputs(device, workload, n)) for n in range(1, count)]
     position = 0
 
     def step():
@@ -85,8 +83,10 @@ def _rotating(device, peer, workload, mode):
     return step
 
 
-def _random(torch, device, workload, seed):
+def random_inputs(device, workload, seed):
     """Standard normal, never zeros: with those the device needs less power and clocks higher."""
+    import torch
+
     generator = torch.Generator(device=device.kind).manual_seed(seed)
     rows = (workload.batch, workload.seqlen_q, workload.num_heads, workload.head_dim)
     keys = (workload.batch, workload.seqlen_k, workload.num_kv_heads, workload.head_dim)

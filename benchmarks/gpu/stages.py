@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from workloads import FORWARD, Workload
+from workloads import FORWARD
 
 from . import device as devices
 from . import measure, peers
-from .workloads import BACKWARD
+from .workloads import BACKWARD, decode, prefill
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SANITIZED = "strides or head_dims or nan or split"  # of tests/cuda/test_kernels.py
@@ -152,24 +152,14 @@ def soak(out: Path) -> int:
 # ------------------------------------------------------------------------------------------------ how fast, and why?
 
 
-def _prefill(dim: int, length: int, is_causal: bool = False, dtype: str = "bfloat16") -> Workload:
-    heads = 2048 // dim
-    name = f"d{dim}_{length}{'_causal' * is_causal}"
-    return Workload(name, 16384 // length, heads, heads, length, length, dim, is_causal, dtype)
-
-
-def _decode(batch: int, keys: int) -> Workload:
-    return Workload(f"decode_b{batch}_{keys}", batch, 32, 8, 1, keys, 128, dtype="bfloat16")
-
-
 _NUMBERS = [
-    *((_prefill(dim, 4096, causal), mode) for dim in (64, 128) for causal in (False, True)
+    *((prefill(dim, 4096, causal), mode) for dim in (64, 128) for causal in (False, True)
       for mode in (FORWARD, BACKWARD)),
-    *((_decode(batch, keys), FORWARD) for batch, keys in ((1, 8192), (8, 4096), (32, 4096))),
-    *((_prefill(64, 2048, dtype="float32"), mode) for mode in (FORWARD, BACKWARD)),
-    (_prefill(128, 16384), FORWARD),
-    (_prefill(256, 4096), FORWARD),
-    (dataclasses.replace(_prefill(128, 1024, True), name="short", batch=4), FORWARD),
+    *((decode(batch, keys), FORWARD) for batch, keys in ((1, 8192), (8, 4096), (32, 4096))),
+    *((prefill(64, 2048, dtype="float32"), mode) for mode in (FORWARD, BACKWARD)),
+    (prefill(128, 16384), FORWARD),
+    (prefill(256, 4096), FORWARD),
+    (dataclasses.replace(prefill(128, 1024, True), name="short", batch=4), FORWARD),
 ]  # fmt: skip
 _BESIDE = ("attn_ops_cuda", "torch_cudnn", "torch_flash", "torch_efficient")
 
@@ -216,11 +206,8 @@ def launches(out: Path) -> None:
     import torch
 
     ours, device = peers.all_peers()["attn_ops_cuda"], devices.Cuda()
-    for workload, mode in ((_prefill(128, 4096), BACKWARD), (_decode(8, 4096), FORWARD)):
-        shape = workload.batch, workload.seqlen_q, workload.num_heads, workload.head_dim
-        keys = workload.batch, workload.seqlen_k, workload.num_kv_heads, workload.head_dim
-        made = {"query": shape, "key": keys, "value": keys, "d_out": shape}
-        inputs = {name: torch.randn(x, device="cuda").bfloat16() for name, x in made.items()}
+    for workload, mode in ((prefill(128, 4096), BACKWARD), (decode(8, 4096), FORWARD)):
+        inputs = measure.random_inputs(device, workload, 0)
         step = ours.prepare(device, workload, mode, inputs)
         for _ in range(2):
             step()

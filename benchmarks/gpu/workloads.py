@@ -19,26 +19,26 @@ _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 _DECODE = ((1, 1024), (1, 8192), (1, 65536), (8, 4096), (32, 4096))  # batch, keys
 
 
-def _prefill(head_dim, length, is_causal, dtype="bfloat16"):
+def prefill(head_dim, length, is_causal=False, dtype="bfloat16"):
     heads = _HIDDEN // head_dim
     name = f"d{head_dim}_{length}{'_causal' * is_causal}"
     return Workload(name, _TOKENS // length, heads, heads, length, length, head_dim, is_causal, dtype)
 
 
-def _decode(batch, keys):
+def decode(batch, keys):
     return Workload(f"decode_b{batch}_{keys}", batch, 32, 8, 1, keys, 128, dtype="bfloat16")
 
 
 def section(name: str, quick: bool = False) -> list[tuple[Workload, str]]:
     """(workload, mode) of what a section measures."""
     if name == "decode":
-        found = [(_decode(*shape), FORWARD) for shape in _DECODE]
+        found = [(decode(*shape), FORWARD) for shape in _DECODE]
     elif name == "float32":
-        shapes = [_prefill(dim, 2048, causal, "float32") for dim in (64, 128) for causal in (False, True)]
+        shapes = [prefill(dim, 2048, causal, "float32") for dim in (64, 128) for causal in (False, True)]
         found = [(workload, mode) for workload in shapes for mode in (FORWARD, BACKWARD)]
     else:
         mode = FORWARD if name == "forward" else BACKWARD
-        found = [(_prefill(dim, n, causal), mode) for dim in _HEAD_DIMS for causal in (False, True) for n in _LENGTHS]
+        found = [(prefill(dim, n, causal), mode) for dim in _HEAD_DIMS for causal in (False, True) for n in _LENGTHS]
     if quick:
         found = [(_quick(workload), mode) for workload, mode in found[:: max(len(found) // 3, 1)]]
     return found
