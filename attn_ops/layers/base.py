@@ -10,6 +10,8 @@ import numbers
 import keras
 from keras import tree
 
+from attn_ops.call.options import is_integer
+
 _IMPLEMENTATIONS = {None: None, True: "fused", False: "composite"}
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
@@ -170,6 +172,13 @@ def refuse_if_forced(layer, reason):
     """Raises ValueError where `layer` must run fused and, for this `reason`, runs Keras's code."""
     if layer.implementation == "fused":
         raise ValueError(f"{type(layer).__name__}(flash_attention=True) cannot run fused: {reason}")
+
+
+def checked_units(name, units):
+    """``units`` as a positive int, or None."""
+    if units is not None and (not is_integer(units) or units <= 0):
+        raise ValueError(f"{name}: units must be None or a positive integer, got {units!r}")
+    return None if units is None else int(units)
 
 
 def checked_dropout(name, rate):

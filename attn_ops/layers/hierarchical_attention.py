@@ -5,9 +5,8 @@ from __future__ import annotations
 import keras
 from keras import ops
 
-from attn_ops.call.options import is_integer
 from attn_ops.layers.backend import set_keras_mask
-from attn_ops.layers.base import FlashAttention, checked_dropout
+from attn_ops.layers.base import FlashAttention, checked_dropout, checked_units
 from attn_ops.layers.common import attend_one_head, dropout_seed
 from attn_ops.layers.inputs import boolean, refuse_ragged
 from attn_ops.masks import constructors
@@ -65,14 +64,13 @@ class HierarchicalAttention(FlashAttention, keras.layers.Layer):
         **kwargs,
     ):
         name = type(self).__name__
-        if units is not None and (not is_integer(units) or units <= 0):
-            raise ValueError(f"{name}: units must be None or a positive integer, got {units!r}")
+        units = checked_units(name, units)
         if sentence_encoder is not None and not isinstance(sentence_encoder, keras.layers.Layer):
             raise TypeError(f"{name}: sentence_encoder must be None or a Keras layer, got {sentence_encoder!r}")
         dropout = checked_dropout(name, dropout)
         super().__init__(**kwargs)
         self.supports_masking = True
-        self.units = None if units is None else int(units)
+        self.units = units
         self.sentence_encoder = sentence_encoder
         self.dropout = dropout
         self.kernel_initializer = keras.initializers.get(kernel_initializer)

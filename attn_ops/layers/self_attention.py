@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import keras
 
-from attn_ops.call.options import is_integer
-from attn_ops.layers.base import FlashAttention, checked_dropout, checked_number
+from attn_ops.layers.base import FlashAttention, checked_dropout, checked_number, checked_units
 from attn_ops.layers.common import attend_one_head, combine, dropout_seed
 from attn_ops.layers.inputs import boolean, refuse_ragged
 from attn_ops.masks import constructors
@@ -60,9 +59,7 @@ class SelfAttention(FlashAttention, keras.layers.Layer):
         **kwargs,
     ):
         name = type(self).__name__
-        if units is not None and (not is_integer(units) or units <= 0):
-            raise ValueError(f"{name}: units must be None or a positive integer, got {units!r}")
-        units = None if units is None else int(units)
+        units = checked_units(name, units)
         scale = None if scale is None else checked_number(name, "scale", scale)
         dropout = checked_dropout(name, dropout)
         super().__init__(**kwargs)
