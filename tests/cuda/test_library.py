@@ -23,6 +23,7 @@ COMPILE = ROOT / "csrc/cuda/compile.py"
 
 
 LIBRARY = cuda_run.library()
+needs_images = pytest.mark.skipif(cuda_run.library_without_kernels() is None, reason="build in this checkout")
 needs_library = pytest.mark.skipif(LIBRARY is None, reason="no libattn_ops_cuda*.so here: build in this checkout")
 
 
@@ -156,7 +157,7 @@ def test_cards_before_ampere_are_a_reason(capability):
     assert f"compute capability {capability}" in reason and "8.0 or newer" in reason
 
 
-@pytest.mark.skipif(cuda_run.library_without_kernels() is None, reason="build in this checkout")
+@needs_images
 @pytest.mark.parametrize(
     "capability, image",
     # Cubins run on cards of the same major version, but not on Tegra's; PTX is for those and for what comes.
@@ -181,7 +182,7 @@ def call_on_hopper(seqlen_q=300, seqlen_k=200, heads=4, kv_heads=2, dim=64, dtyp
     return call(shapes, dtype, options, library=cuda_run.library_without_kernels(), ATTN_OPS_STANDIN_CAPABILITY="9.0")
 
 
-@pytest.mark.skipif(cuda_run.library_without_kernels() is None, reason="build in this checkout")
+@needs_images
 def test_hopper_has_kernels_of_its_own():
     result = call_on_hopper()
     launches = [(x["kernel"], x["grid"][0], x["block"][0]) for x in result["launches"]]
@@ -205,7 +206,7 @@ def test_hopper_has_kernels_of_its_own():
 
 
 @pytest.mark.wide(2)
-@pytest.mark.skipif(cuda_run.library_without_kernels() is None, reason="build in this checkout")
+@needs_images
 @pytest.mark.parametrize(
     "what, hopper",
     [
