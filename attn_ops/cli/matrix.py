@@ -13,7 +13,7 @@ import attn_ops
 from attn_ops import kernels, reference
 from attn_ops.call.normalize import normalize
 from attn_ops.call.position_bias import T5RelativeBias, alibi_slopes
-from attn_ops.cli import frameworks
+from attn_ops.cli import frameworks, matrix_of_caches
 from attn_ops.masks import constructors as masks
 from attn_ops.masks.functions import from_function
 
@@ -278,6 +278,10 @@ def render() -> str:
     kinds = next(iter(asked.values()))
     lines += ["", "Derivatives of a plain call:", ""]
     lines += _table(["derivative", *asked], ([kind, *(column[kind] for column in asked.values())] for kind in kinds))
+    caches = matrix_of_caches.implementations()
+    lines += ["", "A step of `decode_attention` or `paged_attention`, which appends a row and attends; without gradients:", ""]
+    rows = ([cache, *(column[cache] for column in caches.values())] for cache in matrix_of_caches.CACHES)
+    lines += _table(["cache", *caches], rows)
     return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from attn_ops import T5RelativeBias, masks, reference
 from attn_ops.call.options import Options
-from attn_ops.cli import app, matrix
+from attn_ops.cli import app, matrix, matrix_of_caches
 from attn_ops.tensorflow import attention, composite
 from cases import TOLERANCES, assert_close
 from implementations import GRADIENTS, differentiable, of_own_choice, specification
@@ -95,6 +95,19 @@ def fused_alone(monkeypatch):
         monkeypatch.setitem(attention.RUN, name, refuse)
     for name in ("attention", "gradients"):
         monkeypatch.setattr(composite, name, refuse)
+
+
+@pytest.mark.parametrize("cache", matrix_of_caches.CACHES)
+def test_a_step_with_a_cache_is_right(cache, fused_alone):
+    """The first row sees itself alone, so that it gets its value, as far as the cache keeps that."""
+    options = matrix_of_caches.CACHES[cache]
+    queries, layout = options.get("queries", "float32"), options.get("layout", "BSHD")
+    value = matrix_of_caches.rows(queries, layout)[2]
+    out, *_ = matrix_of_caches.step("tensorflow", **options)()
+    tolerance = {"int8": np.abs(value).max() / 254, "bfloat16": 2e-2}.get(options.get("dtype"), 1e-6)
+    expected = np.repeat(value, 2, axis=2 if layout == "BSHD" else 1)
+    assert out.dtype == queries
+    np.testing.assert_allclose(np.asarray(out, "float64"), expected.astype("float64"), rtol=0, atol=tolerance * 1.001)
 
 
 @pytest.mark.parametrize("feature", matrix.FEATURES)
