@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+
 from attn_ops.call import explanation
 from attn_ops.jax import forms
 
 IMPLEMENTATIONS = ("fused", "composite")
+# How many calls each has got in this process; in functions that JAX compiles, how many were traced.
+calls: collections.Counter = collections.Counter()
 
 
 def choose(name: str, implementation: str | None) -> str:

@@ -12,12 +12,22 @@ from attn_ops.jax import choice, forms, xp
 
 
 @public.function(implementation=None)
-def explain(query, key, value, **given) -> Explanation:
-    """What `scaled_dot_product_attention` would run for these arguments on the default device, and why.
+def explain(query, key=None, value=None, **given) -> Explanation:
+    """What `scaled_dot_product_attention` would run for these arguments on the default device, and why; or what a whole
+    model runs.
 
     Takes its arguments and raises the same errors; arrays may be `jax.ShapeDtypeStruct` as well, also the table of a
     `T5RelativeBias`. Nothing is computed.
+
+    Of one Keras layer or model alone (with JAX as Keras's backend) it tells what each attention layer in it runs, as
+    `attn_ops.explain` does.
     """
+    if key is None and value is None and not given and hasattr(query, "_flatten_layers"):
+        from attn_ops.models import explanation as of_models
+
+        return of_models.of_model(query, places)
+    if key is None or value is None:
+        raise TypeError("explain: takes query, key and value, or a Keras layer or model alone")
     name, implementation = "explain", given.pop("implementation", None)
     arguments = {"query": query, "key": key, "value": value, **given}
     specifications = {k: x for k, x in arguments.items() if _is_specification(x)}
@@ -43,6 +53,12 @@ def explain(query, key, value, **given) -> Explanation:
     if chosen != "fused":
         return Explanation(chosen, tuple(reasons), notes=notes)
     return Explanation(chosen, tuple(reasons), "xla", "cpu" if platform == "cpu" else "gpu", notes)
+
+
+def places(dtype, implementation) -> tuple[Explanation, ...]:
+    """What `explain` answers to an attention of a model in this dtype, four times: JAX compiles all calls by XLA."""
+    x = jax.ShapeDtypeStruct((2, 8, 2, 8), dtype)
+    return (explain(x, x, x, implementation=None if implementation == "fused" else implementation),) * 4
 
 
 def _is_specification(x):

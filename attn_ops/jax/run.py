@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from attn_ops.jax import call as calls
-from attn_ops.jax import composite, derivatives
+from attn_ops.jax import choice, composite, derivatives
 
 _composite = jax.jit(composite.attention, static_argnums=0)
 
@@ -13,6 +13,7 @@ _composite = jax.jit(composite.attention, static_argnums=0)
 def attention(name, call, chosen, forced):
     """(out, lse) of an `AttentionCall` by the implementation that was ``chosen``, because it was ``forced`` or not;
     lse is None unless asked for."""
+    choice.calls[chosen] += 1
     options, arrays = calls.split(call)
     if chosen == "composite":
         return _composite(options, arrays)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn_ops.jax import attention, philox, rotary, xp  # noqa: F401  attention, rotary: modules with functions for the layers
+from attn_ops.jax import attention, choice, philox, rotary, xp  # noqa: F401  some for others
 from attn_ops.jax.append import append_to_cache  # noqa: F401
 from attn_ops.jax.decode import attend_stacked, decode_attention  # noqa: F401
 

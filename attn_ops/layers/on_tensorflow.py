@@ -7,7 +7,7 @@ import importlib
 import tensorflow as tf
 
 import attn_ops
-from attn_ops.tensorflow import constants, philox, rematerialization, rotary  # noqa: F401  rotary: for the layers
+from attn_ops.tensorflow import choice, constants, philox, rematerialization, rotary, xp  # noqa: F401  some for others
 
 attention = attn_ops  # the module with scaled_dot_product_attention and attention_weights
 

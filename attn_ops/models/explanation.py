@@ -6,7 +6,6 @@ import dataclasses
 import functools
 
 import keras
-import tensorflow as tf
 
 from attn_ops.layers.base import FlashAttention
 from attn_ops.models import found, seams
@@ -75,11 +74,12 @@ class ModelExplanation:
         return "\n".join(lines)
 
 
-def of_model(model, explain) -> ModelExplanation:
-    """What the attention layers in this Keras layer or model run, by `attn_ops.explain` of their calls."""
+def of_model(model, places) -> ModelExplanation:
+    """What the attention layers in this Keras layer or model run: ``places`` tells for a dtype and an implementation (or
+    None) what `explain` of Keras's backend answers in eager calls, graphs, XLA and training."""
     rows = []
     paths = _paths(model)
-    places = functools.cache(functools.partial(_places, explain))  # for this answer: the next one may stand elsewhere
+    places = functools.cache(places)  # for this answer: the next one may stand elsewhere
     for layer in found.layers("explain", model):
         state = found.state(layer)
         if state is not None and state.attends:
@@ -111,22 +111,6 @@ def _why_keras(layer, state):
     if seams.in_effect(layer):
         return None, None
     return "its own code", _CONVERT
-
-
-def _places(explain, dtype, implementation):
-    """What `explain` answers in each of `_PLACES`."""
-    x = tf.TensorSpec([2, 8, 2, 8], dtype)
-    asked = None if implementation == "fused" else implementation
-    ask = functools.partial(explain, x, x, x, implementation=asked)
-
-    def traced(jit_compile):
-        answers = []
-        function = tf.function(lambda: answers.append(ask()), jit_compile=jit_compile, autograph=False)
-        function.get_concrete_function()
-        return answers[0]
-
-    graph = traced(jit_compile=False)
-    return ask(), graph, traced(jit_compile=True), graph
 
 
 def _paths(model):

@@ -11,17 +11,16 @@ import threading
 import warnings
 
 import keras
-import tensorflow as tf
+from keras import ops
 
-import attn_ops
 from attn_ops.layers.axes import dims
+from attn_ops.layers.backend import backend
 from attn_ops.layers.empty_rows import empty_rows, with_means
 from attn_ops.masks.mask import combined
 from attn_ops.models import found, seams
 from attn_ops.models.adapters import table
-from attn_ops.tensorflow import choice
 
-_HOOK = "keras.src.backend.tensorflow.nn"
+_HOOK = f"keras.src.backend.{keras.config.backend()}.nn"
 _NAME = "dot_product_attention"
 # What the replacement understands. Newer arguments of Keras would be dropped silently: then it does not patch.
 _KNOWN = (
@@ -43,9 +42,9 @@ _lock = threading.Lock()
 def patch():
     """Has the attention of stock layers and models run in :func:`attn_ops.scaled_dot_product_attention`, in this process.
 
-    Replaced are the function behind `keras.ops.dot_product_attention` (Keras's TensorFlow backend), and in each class of
-    attention of Keras and KerasHub that is imported by now, and known, the method that :func:`attn_ops.convert` replaces in
-    a layer. That holds for the functions that are traced or run eagerly while it is in place, with dropout too. A call
+    Replaced are the function behind `keras.ops.dot_product_attention` (of Keras's TensorFlow or JAX backend), and in each
+    class of attention of Keras and KerasHub that is imported by now, and known, the method that :func:`attn_ops.convert`
+    replaces in a layer. That holds for the functions that are traced or run eagerly while it is in place, with dropout too. A call
     runs fused where the fused op can, otherwise in the composite; `flash_attention=True` runs fused or raises ValueError
     with the reasons. Keras's own function still serves `flash_attention=False` and everything that
     :func:`attn_ops.scaled_dot_product_attention` does not take. Queries that see no key give what Keras gives them: a stock
@@ -53,8 +52,8 @@ def patch():
     Keras as well, when it runs: there such a key counts less than a masked one. Patching twice is patching once.
 
     Raises:
-        RuntimeError: This Keras has no such function, calls it in another way, or does not use TensorFlow; the message
-            says what was found. :func:`attn_ops.convert` does not depend on it.
+        RuntimeError: This Keras has no such function, or calls it in another way; the message says what was found.
+            :func:`attn_ops.convert` does not depend on it.
     """
     with _lock:
         if not _is_patched():
@@ -95,7 +94,7 @@ def patched(model=None):
         RuntimeError: See :func:`patch`.
     """
     layers = [] if model is None else found.layers("patched", model)
-    before, fused = _is_patched(), choice.calls["fused"]
+    before, fused = _is_patched(), backend.choice.calls["fused"]
     patch()
     found.drop_traced_functions(layers)
     try:
@@ -104,7 +103,7 @@ def patched(model=None):
         if not before:
             unpatch()
             found.drop_traced_functions(layers)
-    if choice.calls["fused"] == fused:
+    if backend.choice.calls["fused"] == fused:
         _warn_of_no_call()
 
 
@@ -151,7 +150,7 @@ def _replacement(original):
         flash_attention=None,
         attn_logits_soft_cap=None,
     ):
-        query, key, value = (tf.convert_to_tensor(x) for x in (query, key, value))
+        query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
         soft_cap = attn_logits_soft_cap
         if flash_attention is False or not _is_taken(query, key, value, bias, mask):
             own = {} if soft_cap is None else {"attn_logits_soft_cap": soft_cap}
@@ -159,7 +158,7 @@ def _replacement(original):
         bias, mask = _rank_4(bias), _rank_4(mask)
 
         def here():
-            out = attn_ops.scaled_dot_product_attention(
+            out = backend.attention.scaled_dot_product_attention(
                 query,
                 key,
                 value,
@@ -182,7 +181,7 @@ def _replacement(original):
         def in_keras():
             return original(query, key, value, bias, mask, scale, is_causal, flash_attention)
 
-        return tf.cond(tf.reduce_min(tf.cast(bias, tf.float32)) < _BELOW_MASKED, in_keras, here)
+        return ops.cond(ops.min(ops.cast(bias, "float32")) < _BELOW_MASKED, in_keras, here)
 
     dot_product_attention.original = original
     return dot_product_attention
@@ -190,9 +189,10 @@ def _replacement(original):
 
 def _is_taken(query, key, value, bias, mask):
     """Whether scaled_dot_product_attention means the same by these arguments; the rest is left to Keras, errors too."""
-    if any(x.shape.rank != 4 or not x.dtype.is_floating for x in (query, key, value)):
+    xp = backend.xp
+    if any(len(xp.extents(x) or ()) != 4 or not xp.is_floating(x.dtype) for x in (query, key, value)):
         return False
-    if mask is not None and (tf.as_dtype(mask.dtype) != tf.bool or not 1 < len(mask.shape) <= 4):
+    if mask is not None and (keras.backend.standardize_dtype(mask.dtype) != "bool" or not 1 < len(mask.shape) <= 4):
         return False
     return bias is None or 1 < len(bias.shape) <= 4
 
@@ -201,5 +201,5 @@ def _rank_4(x):
     """A mask or bias of Keras's, which broadcasts from the right like arrays, with all four axes."""
     if x is None:
         return None
-    x = tf.convert_to_tensor(x)
+    x = ops.convert_to_tensor(x)
     return x[(None,) * (4 - len(x.shape))]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import tensorflow as tf
 
 from attn_ops.call import public
@@ -24,9 +27,11 @@ def explain(query, key=None, value=None, **given) -> Explanation:
     not run fused: `attn_ops.models.explanation.ModelExplanation`, a table when printed, `.to_dict()` for programs.
     """
     if key is None and value is None and not given and hasattr(query, "_flatten_layers"):
+        if _backend_of_keras() == "jax":
+            return importlib.import_module("attn_ops.jax").explain(query)
         from attn_ops.models import explanation
 
-        return explanation.of_model(query, explain)
+        return explanation.of_model(query, places)
     if key is None or value is None:
         raise TypeError("explain: takes query, key and value, or a Keras layer or model alone")
     implementation = given.pop("implementation", None)
@@ -50,6 +55,24 @@ def can_use_fused(query, key, value, **given) -> Support:
     return Support(not reasons, tuple(reasons))
 
 
+def places(dtype, implementation) -> tuple[Explanation, ...]:
+    """What `explain` answers to an attention of a model in this dtype, in eager calls, graphs, XLA and training."""
+    x = tf.TensorSpec([2, 8, 2, 8], dtype)
+    asked = None if implementation == "fused" else implementation
+
+    def ask():
+        return explain(x, x, x, implementation=asked)
+
+    def traced(jit_compile):
+        answers = []
+        function = tf.function(lambda: answers.append(ask()), jit_compile=jit_compile, autograph=False)
+        function.get_concrete_function()
+        return answers[0]
+
+    graph = traced(jit_compile=False)
+    return ask(), graph, traced(jit_compile=True), graph
+
+
 def described(name, query, key, value, given):
     """The normalised call. Where one of the tensors is only a specification, all of them become placeholders."""
     arguments = {"query": query, "key": key, "value": value, **given}
@@ -57,6 +80,10 @@ def described(name, query, key, value, given):
         return normalize(xp, name, **arguments)
     with tf.Graph().as_default():
         return normalize(xp, name, **tf.nest.map_structure(_placeholder, arguments))
+
+
+def _backend_of_keras():
+    return sys.modules["keras"].config.backend()
 
 
 def _is_specification(x):

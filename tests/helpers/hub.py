@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import keras
 import numpy as np
-import tensorflow as tf
 
-from attn_ops.tensorflow import choice
+import attn_ops
+from attn_ops.layers.backend import backend
 
 LENGTH = 24
 _SIZES = {"vocabulary_size": 50, "num_layers": 2, "hidden_dim": 32, "intermediate_dim": 48}
@@ -185,17 +186,45 @@ def output(model, values, training=False):
     out = model(values, training=training)
     if isinstance(out, dict):
         out = out.get("sequence_output", out.get("decoder_sequence_output"))
-    return tf.cast(out, "float32")
+    return keras.ops.cast(out, "float32")
+
+
+def explain(model):
+    """`attn_ops.explain` of a model, also where TensorFlow is not installed."""
+    return (attn_ops.jax if keras.config.backend() == "jax" else attn_ops).explain(model)
 
 
 def results(model, values, real):
     """The output at real positions, and the gradients of a random projection of it, as arrays."""
+
+    def loss(out):
+        return keras.ops.sum(out * real * np.random.default_rng(5).normal(size=out.shape).astype("float32"))
+
+    return (_results_on_jax if keras.config.backend() == "jax" else _results_on_tensorflow)(model, values, real, loss)
+
+
+def _results_on_tensorflow(model, values, real, loss):
+    import tensorflow as tf
+
     with tf.GradientTape() as tape:
-        out = output(model, values) * real
-        loss = tf.reduce_sum(out * np.random.default_rng(5).normal(size=out.shape).astype("float32"))
+        out = output(model, values)
+        total = loss(out)
     weights = [weight.value for weight in model.trainable_weights]
-    gradients = tape.gradient(loss, weights, unconnected_gradients="zero")
-    return out.numpy(), [np.asarray(tf.convert_to_tensor(g)) for g in gradients]
+    gradients = tape.gradient(total, weights, unconnected_gradients="zero")
+    return (out * real).numpy(), [np.asarray(tf.convert_to_tensor(g)) for g in gradients]
+
+
+def _results_on_jax(model, values, real, loss):
+    import jax
+
+    def of_weights(trainable):
+        with keras.StatelessScope(state_mapping=list(zip(model.trainable_variables, trainable))):
+            out = output(model, values)
+        return loss(out), out
+
+    trainable = [weight.value for weight in model.trainable_variables]
+    gradients, out = jax.jit(jax.grad(of_weights, has_aux=True))(trainable)  # one program: quicker to compile than its operations
+    return np.asarray(out * real), [np.asarray(g) for g in gradients]
 
 
 def error(actual, expected, scale=None):
@@ -211,8 +240,8 @@ def gradient_error(actual, expected):
 
 def fused_calls(function):
     """The result of a function, and how many attentions ran fused in it, if no other ran otherwise."""
-    before = choice.calls.copy()
+    before = backend.choice.calls.copy()
     result = function()
-    ran = choice.calls - before
+    ran = backend.choice.calls - before
     assert set(ran) <= {"fused"}
     return result, ran["fused"]

@@ -21,7 +21,7 @@ def test_converted_models_answer_as_stock_ones(keras_hub, name):
     values, real = hub.inputs(model)
     expected, expected_gradients = hub.results(model, values, real)
     assert attn_ops.convert(model) is model
-    explained = attn_ops.explain(model)
+    explained = hub.explain(model)
     count = hub.LANGUAGE_MODELS[name][2]
     assert len(explained.layers) == count and all(layer.fused for layer in explained.layers)
     (out, gradients), fused = hub.fused_calls(lambda: hub.results(model, values, real))
@@ -134,7 +134,7 @@ def test_patched_process(keras_hub, name):
     values, real = hub.inputs(model)
     expected = _sequence(model.predict(values, verbose=0)) * real
     with attn_ops.patched(model):
-        assert all(layer.fused for layer in attn_ops.explain(model).layers)
+        assert all(layer.fused for layer in hub.explain(model).layers)
         out, fused = hub.fused_calls(lambda: _sequence(model.predict(values, verbose=0)) * real)
         assert fused >= hub.LANGUAGE_MODELS[name][2]
     assert hub.error(out, expected) < 1e-5
@@ -162,7 +162,7 @@ def test_a_changed_release_is_left_alone(keras_hub, monkeypatch):
             np.testing.assert_array_equal(hub.output(model, values), expected)
         attn_ops.convert(model)
         np.testing.assert_array_equal(hub.output(model, values), expected)
-        for layer in attn_ops.explain(model).layers:
+        for layer in hub.explain(model).layers:
             assert layer.eager == "keras"
             assert re.search(reason, layer.reason)
 
