@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from attn_ops.call import public
+from attn_ops.call import checked_before, public
 from attn_ops.call.normalize import checked_lse, normalize, normalize_weights
 from attn_ops.models import keras_tensors
 from attn_ops.tensorflow import choice, composite, derivatives, export, place, xp
 from attn_ops.tensorflow.as_written import as_written
-from attn_ops.tensorflow.forms import eager, graph, reference, xla
+from attn_ops.tensorflow.forms import eager, graph, plain, reference, xla
 
 
 @as_written
@@ -55,6 +55,11 @@ def scaled_dot_product_attention(query, key, value, **given):
     from inside XLA, with TensorFlow 2.18 or newer; other graphs hold what either needs, so they may be called by
     functions that XLA compiles. What Keras exports holds the composite: see `attn_ops.export`.
     """
+    like = checked_before.likeness(xp, (query, key, value), given) if tf.executing_eagerly() else None
+    out = plain.again(like, query, key, value)
+    if out is not None:
+        choice.calls["fused"] += 1
+        return out
     if keras_tensors.any_among(query, key, value, *given.values()):
         from attn_ops.models import operation
 
@@ -65,6 +70,8 @@ def scaled_dot_product_attention(query, key, value, **given):
     chosen = choice.choose(name, call, implementation)
     choice.calls[chosen] += 1
     out, lse = RUN[chosen](call)
+    if chosen == "fused":
+        plain.remember(like, call)
     if call.squeeze:
         out = tf.squeeze(out, call.added_axes(call.heads_axis()))
         lse = tf.squeeze(lse, call.added_axes(1)) if call.return_lse else None

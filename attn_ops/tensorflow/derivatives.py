@@ -14,6 +14,8 @@ from attn_ops.tensorflow import composite, place
 
 # For the names of all attributes and of all counts of optional inputs.
 _ANY_CALL = AttentionCall(None, None, None, block_q=1, block_k=1, logits_soft_cap=1.0)
+_NO_INPUTS = optional_inputs(AttentionCall(None, None, None))
+_DEFAULTS = attributes(AttentionCall(None, None, None))
 _GRADIENTS = {"num_bias": "bias", "num_relative_bias": "relative_bias", "num_sinks": "sinks"}  # of optional inputs
 
 
@@ -124,25 +126,43 @@ def _of_inputs(lists, gradients):
 def _forward_gradient(op, d_out, _, *d_lse):
     if op.get_attr("halves"):
         raise NotImplementedError("attn_ops: attention to a cache of keys and values in one tensor has no gradient")
-    query, key, value = op.inputs[:3]
-    out, statistics = op.outputs[:2]
     lists = _split(op, op.inputs[3:])
     # Eager tapes and those of tf.function tell which inputs nobody watches; a constant bias then costs nothing.
     unwanted = place.unwatched_inputs(op)
-    d_query, d_key, d_value, *others = kernels.library().attn_ops_backward(
-        query,
-        key,
-        value,
-        out,
-        statistics,
-        tf.zeros_like(out) if d_out is None else d_out,
+    d_query, d_key, d_value, *others = _backward(
+        op,
+        d_out,
         [d for d in d_lse if d is not None],
-        *lists.values(),
+        lists,
         d_bias=bool(lists["num_bias"]) and 3 not in unwanted,
         **{name: op.get_attr(name) for name in attributes(_ANY_CALL)},
     )
     others = _of_inputs(lists, [d for gradients in others for d in gradients])
     return [d_query, d_key, d_value] + [None if at in unwanted else d for at, d in enumerate(others, 3)]
+
+
+@tf.RegisterGradient("AttnOps>Plain")
+def _plain_gradient(op, d_out, _):
+    given = {name: _attribute(op, name, default) for name, default in _DEFAULTS.items()}
+    return _backward(op, d_out, [], _NO_INPUTS, d_bias=False, **given)[:3]
+
+
+def _attribute(op, name, default):
+    """An attribute of `AttnOps>Plain`: an eager operation knows those that it was given, and some it does not have."""
+    try:
+        return op.get_attr(name)
+    except (KeyError, ValueError, tf.errors.InvalidArgumentError):
+        return default
+
+
+def _backward(op, d_out, d_lse, lists, **attributes):
+    """The results of AttnOps>Backward for a forward operator and its cotangents."""
+    query, key, value = op.inputs[:3]
+    out, statistics = op.outputs[:2]
+    d_out = tf.zeros_like(out) if d_out is None else d_out
+    return kernels.library().attn_ops_backward(
+        query, key, value, out, statistics, d_out, d_lse, *lists.values(), **attributes
+    )
 
 
 @tf.RegisterGradient("AttnOps>Decode")

@@ -7,6 +7,7 @@ that a TensorFlow without it costs speed at most; `missing` says what is gone an
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import operator
@@ -16,6 +17,8 @@ import tensorflow as tf
 
 _TANGENTS = "tensorflow.python.eager.forwardprop_util.pack_tangents"
 _XLA = "tensorflow.compiler.tf2xla.python.xla"
+_EXECUTE = "tensorflow.python.pywrap_tfe.TFE_Py_FastPathExecute"
+_CONTEXT = "tensorflow.python.eager.context.context"
 
 # What is used, by path, and what happens without it.
 _WITHOUT = {
@@ -24,6 +27,8 @@ _WITHOUT = {
     ),
     "tf.__internal__.eager_context.get_device_name": "the device of an eager call is told by where a constant lands",
     _TANGENTS: "a ForwardAccumulator around a function that holds the kernels finds no derivative",
+    _EXECUTE: "small eager calls take longer to reach the kernels",
+    _CONTEXT: "small eager calls take longer to reach the kernels",
     "tf.Operation._set_attr": "in graphs the composite takes all query rows at once",
     f"{_XLA}.call_module": "functions compiled by XLA hold the composite",
     f"{_XLA}.remove_dynamic_dimension_size": (
@@ -111,6 +116,16 @@ def device() -> str:
             return name() or ""
     # TensorFlow offers no question for the device of a graph: see where a constant lands.
     return tf.constant(0.0).device
+
+
+@functools.cache
+def eager_executor():
+    """The function (operator, *inputs, *names and values of attributes) that runs an eager operation as the functions
+    that TensorFlow generates do, but with no more attributes than are given; or None."""
+    execute, context = _get(_EXECUTE), _get(_CONTEXT)
+    if execute is None or context is None:
+        return None
+    return lambda operator, *arguments: execute(context(), operator, None, *arguments)
 
 
 def unwatched_inputs(op) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
-// A node of AttnOps>Forward, AttnOps>Decode or AttnOps>Backward, whoever runs it: its attributes, read and checked
-// once, and the order in which its arrays come. TensorFlow's kernel and XLA's custom call have the same attributes and
-// the same order.
+// A node of AttnOps>Forward, AttnOps>Plain, AttnOps>Decode or AttnOps>Backward, whoever runs it: its attributes, read
+// and checked once, and the order in which its arrays come. TensorFlow's kernel and XLA's custom call have the same
+// attributes and the same order.
 #pragma once
 
 #include <locale.h>
@@ -18,8 +18,9 @@ enum class Element { kValue, kInteger, kSeed };  // kInteger: int32; kSeed: 64 b
 
 // Decode is Forward with keys and values as caches keep them, in pages or in int8, and without a gradient. To
 // TensorFlow it is another operator, since those in saved graphs have the inputs that they had; custom calls have the
-// attributes that they announce, so that for XLA both are one.
-enum class Operator { kForward, kBackward, kDecode };
+// attributes that they announce, so that for XLA both are one. Plain is Forward of q, k and v alone, for eager calls: to
+// them every list of inputs and every attribute costs time, used or not.
+enum class Operator { kForward, kBackward, kDecode, kPlain };
 
 class OpCall {
  public:
@@ -34,39 +35,14 @@ class OpCall {
     }
     options_.place = place;
     options_.backward = backward;
-    options_.wants_lse = !backward && count(attributes, "num_lse", 1) > 0;
-    num_d_lse_ = backward ? count(attributes, "num_d_lse", 1) : 0;
-    num_bias_ = count(attributes, "num_bias", 1);
-    options_.num_masks = count(attributes, "num_masks", kMaxMasks);
-    num_query_lengths_ = count(attributes, "num_query_lengths", 1);
-    num_key_lengths_ = count(attributes, "num_key_lengths", 1);
-    num_seed_ = count(attributes, "num_seed", 1);
-    has_intervals_ = pair(attributes, "num_intervals");
-    num_query_offset_ = count(attributes, "num_query_offset", 1, 0);
-    has_segments_ = pair(attributes, "num_segments");
-    num_blocks_ = count(attributes, "num_blocks", 1, 0);
-    num_slopes_ = count(attributes, "num_slopes", 1, 0);
-    num_relative_bias_ = count(attributes, "num_relative_bias", 1, 0);
-    num_sinks_ = count(attributes, "num_sinks", 1, 0);
-    if (which == Operator::kDecode) {
-      num_block_table_ = count(attributes, "num_block_table", 1, 0);
-      has_scales_ = pair(attributes, "num_scales");
-    }
-    options_.block_q = attributes.integer("block_q", 0);
-    options_.block_k = attributes.integer("block_k", 0);
-    const std::string soft_cap = attributes.string("soft_cap", "");
-    options_.has_soft_cap = !soft_cap.empty();
-    if (options_.has_soft_cap) options_.soft_cap = number("soft_cap", soft_cap);
-    options_.wants_d_bias = backward && num_bias_ > 0 && attributes.boolean("d_bias");
+    if (which != Operator::kPlain) read_optional(attributes, which);
     const std::string scale = attributes.string("scale");
     options_.has_scale = !scale.empty();
     if (options_.has_scale) options_.scale = number("scale", scale);
-    options_.dropout_rate = number("dropout_rate", attributes.string("dropout_rate"));
     options_.mask.window_left = attributes.integer("window_left");
     options_.mask.window_right = attributes.integer("window_right");
     options_.mask.bottom_right = attributes.boolean("bottom_right");
     options_.allow_tf32 = attributes.boolean("allow_tf32", false);
-    halves_ = attributes.boolean("halves", false);
     const std::string layout = attributes.string("layout");
     options_.layout = layout_named(layout);
     if (halves_ && (backward || options_.layout != Layout::kBSHD)) {
@@ -123,6 +99,37 @@ class OpCall {
   }
 
  private:
+  // What a plain call has none of: optional arrays, how many of each there are, and the options that came with them.
+  template <class Attributes>
+  void read_optional(const Attributes& attributes, Operator which) {
+    options_.wants_lse = !options_.backward && count(attributes, "num_lse", 1) > 0;
+    num_d_lse_ = options_.backward ? count(attributes, "num_d_lse", 1) : 0;
+    num_bias_ = count(attributes, "num_bias", 1);
+    options_.num_masks = count(attributes, "num_masks", kMaxMasks);
+    num_query_lengths_ = count(attributes, "num_query_lengths", 1);
+    num_key_lengths_ = count(attributes, "num_key_lengths", 1);
+    num_seed_ = count(attributes, "num_seed", 1);
+    has_intervals_ = pair(attributes, "num_intervals");
+    num_query_offset_ = count(attributes, "num_query_offset", 1, 0);
+    has_segments_ = pair(attributes, "num_segments");
+    num_blocks_ = count(attributes, "num_blocks", 1, 0);
+    num_slopes_ = count(attributes, "num_slopes", 1, 0);
+    num_relative_bias_ = count(attributes, "num_relative_bias", 1, 0);
+    num_sinks_ = count(attributes, "num_sinks", 1, 0);
+    if (which == Operator::kDecode) {
+      num_block_table_ = count(attributes, "num_block_table", 1, 0);
+      has_scales_ = pair(attributes, "num_scales");
+    }
+    options_.block_q = attributes.integer("block_q", 0);
+    options_.block_k = attributes.integer("block_k", 0);
+    const std::string soft_cap = attributes.string("soft_cap", "");
+    options_.has_soft_cap = !soft_cap.empty();
+    if (options_.has_soft_cap) options_.soft_cap = number("soft_cap", soft_cap);
+    options_.wants_d_bias = options_.backward && num_bias_ > 0 && attributes.boolean("d_bias");
+    options_.dropout_rate = number("dropout_rate", attributes.string("dropout_rate"));
+    halves_ = attributes.boolean("halves", false);
+  }
+
   template <class Attributes, class... Absent>
   static int count(const Attributes& attributes, const char* name, int most, Absent... absent) {
     const int64_t value = attributes.integer(name, absent...);
@@ -178,10 +185,10 @@ class OpCall {
   }
 
   Call options_;  // each execution adds the arrays
-  int num_d_lse_, num_bias_, num_query_lengths_, num_key_lengths_, num_seed_;
-  int num_query_offset_, num_blocks_, num_slopes_, num_relative_bias_, num_sinks_;
+  int num_d_lse_ = 0, num_bias_ = 0, num_query_lengths_ = 0, num_key_lengths_ = 0, num_seed_ = 0;
+  int num_query_offset_ = 0, num_blocks_ = 0, num_slopes_ = 0, num_relative_bias_ = 0, num_sinks_ = 0;
   int num_block_table_ = 0;
-  bool has_intervals_, has_segments_, halves_, has_scales_ = false;
+  bool has_intervals_ = false, has_segments_ = false, halves_ = false, has_scales_ = false;
 };
 
 }  // namespace attn_ops

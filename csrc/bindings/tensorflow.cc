@@ -1,6 +1,6 @@
-// The operators AttnOps>Forward, AttnOps>Decode, AttnOps>Backward, AttnOps>AppendToCache and AttnOps>AppendToPages for
-// TensorFlow, through its C API: one binary for every TensorFlow from 2.16 up. Exceptions stay inside this file; whoever
-// calls in sees a status.
+// The operators AttnOps>Forward, AttnOps>Plain, AttnOps>Decode, AttnOps>Backward, AttnOps>AppendToCache and
+// AttnOps>AppendToPages for TensorFlow, through its C API: one binary for every TensorFlow from 2.16 up. Exceptions stay
+// inside this file; whoever calls in sees a status.
 #include "tensorflow/c/kernels.h"
 
 #include <link.h>
@@ -35,16 +35,33 @@ void infer_shapes(TF_ShapeInferenceContext* context, TF_Status* result) {
 }
 
 template <Operator which>
+void finish_operator(TF_OpDefinitionBuilder* op) {
+  TF_OpDefinitionBuilderSetShapeInferenceFunction(op, infer_shapes<which>);
+  Status status;
+  TF_RegisterOpDefinition(op, status);
+  status.check();
+}
+
+constexpr const char* kPlainAttributes[] = {
+    "T: {float, double, half, bfloat16}",
+    "Tlse: {float, double} = DT_FLOAT",
+    "scale: string = ''",
+    "window_left: int = -1",
+    "window_right: int = -1",
+    "bottom_right: bool = false",
+    "layout: {'BSHD', 'BHSD'} = 'BSHD'",
+    "allow_tf32: bool = false",
+};
+
+template <Operator which>
 void register_operator() {
   constexpr bool backward = which == Operator::kBackward, decode = which == Operator::kDecode;
   TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(operator_name(which));
+  for (const char* attribute : kPlainAttributes) TF_OpDefinitionBuilderAddAttr(op, attribute);
   for (const char* attribute :
-       {"T: {float, double, half, bfloat16}", "Tlse: {float, double} = DT_FLOAT",
-        "Tbias: {float, double, half, bfloat16} = DT_FLOAT", "Tterm: {float, double} = DT_FLOAT", "num_bias: int >= 0",
+       {"Tbias: {float, double, half, bfloat16} = DT_FLOAT", "Tterm: {float, double} = DT_FLOAT", "num_bias: int >= 0",
         "num_masks: int >= 0", "num_query_lengths: int >= 0", "num_key_lengths: int >= 0", "num_seed: int >= 0",
-        "scale: string = ''", "dropout_rate: string = '0'", "window_left: int = -1", "window_right: int = -1",
-        "bottom_right: bool = false", "layout: {'BSHD', 'BHSD'} = 'BSHD'", "allow_tf32: bool = false",
-        "num_intervals: int >= 0 = 0", "num_query_offset: int >= 0 = 0", "num_segments: int >= 0 = 0",
+        "dropout_rate: string = '0'", "num_intervals: int >= 0 = 0", "num_query_offset: int >= 0 = 0", "num_segments: int >= 0 = 0",
         "num_blocks: int >= 0 = 0", "num_slopes: int >= 0 = 0", "num_relative_bias: int >= 0 = 0",
         "num_sinks: int >= 0 = 0", "soft_cap: string = ''", "block_q: int = 0", "block_k: int = 0",
         "halves: bool = false"}) {
@@ -89,10 +106,7 @@ void register_operator() {
       TF_OpDefinitionBuilderAddOutput(op, output);
     }
   }
-  TF_OpDefinitionBuilderSetShapeInferenceFunction(op, infer_shapes<which>);
-  Status status;
-  TF_RegisterOpDefinition(op, status);
-  status.check();
+  finish_operator<which>(op);
 }
 
 // On a GPU nothing that runs there may be registered without the library that does it: TensorFlow would put the
@@ -106,9 +120,18 @@ void register_kernels() {
   }
 }
 
+void register_plain_operator() {
+  TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(operator_name(Operator::kPlain));
+  for (const char* attribute : kPlainAttributes) TF_OpDefinitionBuilderAddAttr(op, attribute);
+  for (const char* input : {"q: T", "k: T", "v: T"}) TF_OpDefinitionBuilderAddInput(op, input);
+  for (const char* output : {"out: T", "statistics: Tlse"}) TF_OpDefinitionBuilderAddOutput(op, output);
+  finish_operator<Operator::kPlain>(op);
+}
+
 template <Operator which>
 void register_attention() {
-  register_operator<which>();
+  if constexpr (which == Operator::kPlain) register_plain_operator();
+  else register_operator<which>();
   register_kernels<which>();
 }
 
@@ -145,6 +168,7 @@ __attribute__((constructor)) void register_operators() {
       return;
     }
     register_attention<Operator::kForward>();
+    register_attention<Operator::kPlain>();
     register_attention<Operator::kBackward>();
     register_attention<Operator::kDecode>();
     register_append<false>();

@@ -1,4 +1,4 @@
-// TensorFlow's kernels of AttnOps>Forward, AttnOps>Decode and AttnOps>Backward, the same for every device but for where
+// TensorFlow's kernels of the operators of attention, the same for every device but for where
 // they run (tf_devices.h). Exceptions stay inside; TensorFlow sees a status.
 #pragma once
 
@@ -14,6 +14,7 @@ namespace attn_ops::tf {
 constexpr const char* operator_name(Operator which) {
   return which == Operator::kBackward ? "AttnOps>Backward"
          : which == Operator::kDecode ? "AttnOps>Decode"
+         : which == Operator::kPlain  ? "AttnOps>Plain"
                                       : "AttnOps>Forward";
 }
 

@@ -1,0 +1,45 @@
+"""The operator `AttnOps>Plain`, for eager calls of query, key and value alone that are like one before.
+
+Such a call may take as long to reach the kernel as the kernel takes. This operator has no lists of inputs and few
+attributes, since each costs an eager call, used or not; and what was found out about the first such call, by the rules
+of call/ and the choice of an implementation, is kept for those like it.
+"""
+
+from __future__ import annotations
+
+from attn_ops import kernels
+from attn_ops.call.attention_call import AttentionCall, attributes
+from attn_ops.tensorflow import gpu, place
+
+_LARGEST = 1024
+_DEFAULTS = attributes(AttentionCall(None, None, None))
+_NOT_HERE = ("dropout_rate",)
+
+_given: dict = {}  # the attributes of the operator that differ from their defaults, name after value, by likeness
+
+
+def again(like, query, key, value):
+    """The output of a call ``like`` (checked_before.py) one that was remembered, or None."""
+    given = None if like is None else _given.get(like)
+    if given is None or kernels.unavailable_reason() is not None:
+        return None
+    execute = place.eager_executor()
+    if execute is not None:
+        try:
+            return execute("AttnOps>Plain", query, key, value, *given)[0]
+        except Exception:  # of names that TensorFlow keeps to itself: those of the function below are the public ones
+            pass
+    return kernels.library().attn_ops_plain(query, key, value, **dict(zip(given[::2], given[1::2])))[0]
+
+
+def remember(like, call: AttentionCall) -> None:
+    """Keeps what is to be known of ``call``, which ran fused in an eager call of this ``like``, if the operator can."""
+    if like is None or call.squeeze or call.return_lse or call.has_other_tensors() or gpu.any_visible():
+        return
+    named = attributes(call)
+    if named.keys() != _DEFAULTS.keys() or any(named[name] != _DEFAULTS[name] for name in _NOT_HERE):
+        return
+    if len(_given) >= _LARGEST:
+        _given.clear()
+    named = {"Tlse": call.lse_dtype, **{name: x for name, x in named.items() if x != _DEFAULTS[name]}}
+    _given[like] = tuple(x for pair in named.items() for x in pair)
