@@ -174,6 +174,8 @@ _REPORT = (
     _self_attention("one_head_2048", 1, 1, 2048, 64),
     _self_attention("long_16384", 1, 8, 16384, 64),
     _self_attention("one_token", 1, 1, 1, 64),
+    _self_attention("tiny_16", 1, 8, 16, 64),
+    _self_attention("tiny_64", 1, 8, 64, 64),
     _decode("llama8b_decode_32k", 1, (32, 8), 32768, 128),
     _decode("llama8b_decode_1k_batch8", 8, (32, 8), 1024, 128),
 )

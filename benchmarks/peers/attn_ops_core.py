@@ -1,5 +1,5 @@
-"""Our kernels on NumPy arrays, without TensorFlow: on all threads, and on one of them, so that both can be compared in
-one process. The report alone asks for these."""
+"""Our kernels on NumPy arrays, without TensorFlow: on all threads, on one of them, and on more than there are CPUs, so that
+they can be compared in one process. The report alone asks for these."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Core(Peer):
     dtypes = ("float32", "float64", "float16", "bfloat16")
     by_default = False
 
-    def __init__(self, name, single_thread):
+    def __init__(self, name, count=None):
         self.name = name
-        self._single_thread = single_thread
+        self._count = count
 
     def supports(self, workload, mode):
         return mode in (FORWARD, FORWARD_BACKWARD)
@@ -24,7 +24,7 @@ class Core(Peer):
         from attn_ops import _core
 
         q, k, v, d_out = (inputs[name] for name in ("query", "key", "value", "d_out"))
-        options = {"num_threads": 1 if self._single_thread else threads()}
+        options = {"num_threads": self._count or threads()}
         if workload.is_causal:
             options["window_right"] = 0
 
@@ -41,5 +41,6 @@ class Core(Peer):
 
 
 def peers():
-    yield Core("attn_ops_core", single_thread=False)
-    yield Core("attn_ops_core_1_thread", single_thread=True)
+    yield Core("attn_ops_core")
+    yield Core("attn_ops_core_1_thread", 1)
+    yield Core("attn_ops_core_16_threads", 16)

@@ -12,6 +12,7 @@ _FORWARD = (OURS, *RIVALS, "jax", "keras_graph", "keras_xla")
 _TRAINING = (OURS, "torch_sdpa", "tf_xla", "jax", "keras_graph", "keras_xla")
 _MASKED = (OURS, "torch_sdpa", "ort_attention", "openvino_sdpa", "jax")
 _KERNEL_SCALING = ("attn_ops_core", "attn_ops_core_1_thread")
+_KERNEL_CROWDED = ("attn_ops_core_1_thread", "attn_ops_core_16_threads")
 
 # Workloads by the part they play; the targets are about these.
 FULL = ("bert_base_512", "long_2048", "wide_heads_2048")
@@ -34,6 +35,7 @@ BIAS_BASE = "length_1024_unmasked"
 BIASES = tuple(f"length_1024_{mask}" for mask in (BIAS, BOOLEAN))
 SCALING = ("one_head_2048", "bert_base_512", "long_2048_causal")
 LENGTHS = ("length_128", "length_512", "length_1024", "long_2048", "length_4096")
+TINY = ("tiny_16", "tiny_64")
 OVERHEAD = "one_token"
 MEMORY = "long_16384"
 MEMORY_LENGTHS = ("length_512", "long_2048", "length_4096")
@@ -49,6 +51,8 @@ TITLES = {
     "masks": "padding, window, segments",
     "bias": "additive bias, boolean mask",
     "threads": "threads",
+    "threads16": "16 threads, whatever the CPUs",
+    "tiny": "16 and 64 tokens",
     "memory": "memory",
     "overhead": "TensorFlow overhead",
     "lengths": "time against length (charts)",
@@ -92,6 +96,11 @@ def groups(section: str, threads: int, most_threads: int, names: list[str] | Non
         if threads < most_threads or threads == 1:
             return []
         return [group((name, mode, _KERNEL_SCALING)) for name in SCALING for mode in modes]
+    if section == "threads16" and threads == most_threads:
+        return [group((name, mode, _KERNEL_CROWDED)) for name in SCALING for mode in (FORWARD, FORWARD_BACKWARD)]
+    if section == "tiny" and threads == most_threads:
+        peers = dict.fromkeys((*_KERNEL_SCALING, *_KERNEL_CROWDED))
+        return [group((name, mode, tuple(peers))) for name in TINY for mode in (FORWARD, FORWARD_BACKWARD)]
     if section == "lengths":
         peers = (OURS, "torch_sdpa", "ort_mha", "openvino_sdpa", "jax", "keras_graph")
         return [group((name, FORWARD, peers)) for name in LENGTHS if name not in FULL]

@@ -131,6 +131,17 @@ def _speed_up(mode):
     return value
 
 
+def _of_one_thread(mode, peer, time):
+    """The time of a peer, by the clock ("wall") or of all processors together ("cpu"), against that of one thread."""
+
+    def value(measured, workload, threads):
+        one = measured.row(workload, mode, threads, "attn_ops_core_1_thread")
+        row = measured.row(workload, mode, threads, peer)
+        return getattr(row, f"{time}_median") / getattr(one, f"{time}_median") if row and one else None
+
+    return value
+
+
 def _busy_threads(measured, workload, threads):
     row = measured.row(workload, FORWARD, threads, EAGER)
     return row.cpu_median / row.wall_median if row and row.wall_median else None
@@ -159,6 +170,7 @@ def output_bytes(workload) -> int:
 _FMA, _READ = "part of the FMA peak", "part of the read bandwidth"
 _BEST = "the best of torch, onnxruntime, OpenVINO takes"
 _F, _FB = FORWARD, FORWARD_BACKWARD
+_MODES = ((_F, "forward"), (_FB, "forward + backward"))
 _TRAINING_SHORT_PEERS = ("torch_sdpa", "tf_xla", "keras_xla")
 
 TARGETS = (
@@ -246,6 +258,33 @@ TARGETS = (
         lambda t: 0.95 * t,
         "x",
         all_threads_only=True,
+    ),
+    *(
+        Target(
+            "threads16",
+            f"kernel, {mode}: processor time, of that of 1 thread",
+            sections.SCALING,
+            _of_one_thread(name, "attn_ops_core_16_threads", "cpu"),
+            1.05,
+            "x",
+            at_least=False,
+            all_threads_only=True,
+        )
+        for name, mode in _MODES
+    ),
+    *(
+        Target(
+            "tiny",
+            f"kernel, {mode}, {threads}: of the time of 1",
+            sections.TINY,
+            _of_one_thread(name, peer, "wall"),
+            1,
+            "x",
+            at_least=False,
+            all_threads_only=True,
+        )
+        for name, mode in _MODES
+        for peer, threads in (("attn_ops_core", "all threads"), ("attn_ops_core_16_threads", "16 threads"))
     ),
     Target(
         "memory",
