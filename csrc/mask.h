@@ -19,7 +19,8 @@ struct KeyRange {
 ATTN_OPS_HOST_DEVICE static inline int64_t aligned_shift(const Mask& m, int64_t length_q, int64_t length_k) {
   return m.bottom_right ? length_k - length_q : 0;
 }
-static inline int64_t row_shift(const Mask& m, int64_t batch, int64_t length_q, int64_t length_k) {
+ATTN_OPS_HOST_DEVICE static inline int64_t row_shift(const Mask& m, int64_t batch, int64_t length_q,
+                                                     int64_t length_k) {
   return m.query_offset ? m.query_offset[batch * m.offset_stride] : aligned_shift(m, length_q, length_k);
 }
 
@@ -38,8 +39,8 @@ ATTN_OPS_HOST_DEVICE static inline KeyRange window_range(const Mask& m, int64_t 
 }
 
 // The same with the caller's own intervals, whose ends never move back either.
-static inline KeyRange key_range(const Mask& m, int64_t batch, int64_t i, int64_t own, int64_t length_q,
-                                 int64_t length_k) {
+ATTN_OPS_HOST_DEVICE static inline KeyRange key_range(const Mask& m, int64_t batch, int64_t i, int64_t own,
+                                                      int64_t length_q, int64_t length_k) {
   KeyRange r = window_range(m, i, own, length_q, length_k);
   if (i >= length_q || !m.key_begin) return r;
   const int64_t at = batch * m.interval_stride + i;

@@ -91,8 +91,6 @@ def beyond_cuda(options, arrays) -> str | None:
 
 
 _NOT_ON_CUDA = {
-    "intervals": "masks of intervals (prefix, chunked, packed, segments)",
-    "query_offset": "query_offset",
     "segments": "masks of segments",
     "blocks": "masks of blocks",
     "alibi_slopes": "alibi_slopes",

@@ -132,6 +132,8 @@ class Forward(_Launch):
         window_left: int = -1,
         window_right: int = -1,
         bottom_right: bool = False,
+        query_offset=None,
+        intervals=None,
         masks: Sequence = (),
         bias=None,
         query_lengths=None,
@@ -152,6 +154,9 @@ class Forward(_Launch):
             scale: of the scores; by default 1/sqrt(head_dim).
             window_left, window_right: keys seen before and after a row's own; -1 is all, causal is (-1, 0).
             bottom_right: whether the last query is aligned with the last key, and not the first with the first.
+            query_offset: where the first query stands among the keys, instead: contiguous int32 `[batch]` or `[1]`.
+            intervals: the keys that a row sees, of those in its window: a pair (begin, end) of contiguous int32
+                `[batch, seqlen_q]` or `[1, seqlen_q]`, which never move back along the rows.
             masks: up to 4 bool arrays that broadcast to `[batch, num_heads, seqlen_q, seqlen_k]`; true = may see.
             bias: added to the scores, of the dtype of q or float32, broadcast likewise.
             query_lengths, key_lengths: contiguous int32 `[batch]`.
@@ -198,6 +203,16 @@ class Forward(_Launch):
         if min(window_left, window_right) < -1:
             raise ValueError(f"window_left ({window_left}) and window_right ({window_right}) must be -1 or more")
         p.mask.window_left, p.mask.window_right, p.mask.bottom_right = window_left, window_right, bottom_right
+        if query_offset is not None:
+            if bottom_right:
+                raise ValueError("query_offset and bottom_right both say where the first query stands: give one")
+            p.mask.query_offset, p.mask.offset_stride = self._by_batch("query_offset", query_offset)
+        if intervals is not None:
+            begin, end = intervals
+            p.mask.key_begin, stride = self._by_batch("key_begin", begin, p.seqlen_q)
+            p.mask.key_end, p.mask.interval_stride = self._by_batch("key_end", end, p.seqlen_q)
+            if stride != p.mask.interval_stride:
+                raise ValueError("key_begin and key_end must have one shape")
         if len(masks) > MAX_MASKS:
             raise ValueError(f"masks: there may be {MAX_MASKS}, got {len(masks)}")
         p.num_masks = len(masks)
@@ -216,6 +231,12 @@ class Forward(_Launch):
             p.dropout_words = _dense("dropout_words", dropout_words, "uint64", (2,))
         elif dropout_rate > 0:
             raise ValueError("dropout_rate > 0 needs dropout_words")
+
+    def _by_batch(self, name, array, *rest) -> tuple[int, int]:
+        """The address of contiguous int32 [batch or 1, *rest], and from one entry of the batch to the next."""
+        entries = describe(name, array).shape[:1]
+        shape = entries if entries == (1,) else (self._forward.batch,)
+        return _dense(name, array, "int32", (*shape, *rest)), 0 if shape == (1,) else math.prod(rest)
 
     def _score_shaped(self, name, array, *dtypes) -> StridedView:
         array = describe(name, array)

@@ -35,9 +35,7 @@ std::string unsupported_reason(const AttentionParams& p) {
   const struct {
     bool given;
     const char* what;
-  } not_yet[] = {{p.mask.query_offset != nullptr, "query_offset"},
-                 {p.mask.key_begin != nullptr, "intervals of keys"},
-                 {p.query_ids.data != nullptr, "segments"},
+  } not_yet[] = {{p.query_ids.data != nullptr, "segments"},
                  {p.blocks.data != nullptr, "block-sparse masks"},
                  {p.soft_cap != 0, "logits_soft_cap"},
                  {p.slopes != nullptr, "alibi_slopes"},

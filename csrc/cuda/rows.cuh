@@ -28,6 +28,7 @@ struct Head {
   const Rows& rows;
   int batch, kv_head, first_head;  // first_head: the query head of row 0
   int length_q, length_k;
+  int shift;  // row i stands at i + shift among the keys
 
   ATTN_DEVICE Head(const AttentionParams& p, const Factors& factors, const Rows& rows, int batch, int kv_head,
                    int first_head)
@@ -41,6 +42,7 @@ struct Head {
         length_k(static_cast<int>(p.seqlen_k)) {
     if (p.query_lengths != nullptr) length_q = clamp(p.query_lengths[batch], 0, length_q);
     if (p.key_lengths != nullptr) length_k = clamp(p.key_lengths[batch], 0, length_k);
+    shift = static_cast<int>(row_shift(p.mask, batch, length_q, length_k));
   }
   // The index-th of all batch entries' key/value heads, with all its query heads.
   ATTN_DEVICE Head(const AttentionParams& p, const Factors& factors, const Rows& rows, int index)
@@ -59,8 +61,7 @@ struct Head {
   }
 
   ATTN_DEVICE Interval seen_at(int position) const {
-    const int64_t own = position + aligned_shift(p.mask, length_q, length_k);
-    const KeyRange r = window_range(p.mask, position, own, length_q, length_k);
+    const KeyRange r = key_range(p.mask, batch, position, int64_t{position} + shift, length_q, length_k);
     return {static_cast<int>(r.begin), static_cast<int>(r.end)};
   }
   // Rows past the last see nothing.

@@ -101,14 +101,22 @@ def run_all(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.nd
 def launch_options(query, key, options):
     """Public arguments of the attention as those of `cuda.Forward`, and the device arrays that they describe."""
     structure = take_mask(options)
-    masks = structure.tensors()
-    if structure.structured:  # which these kernels do not have
-        axis = 1 if options.get("layout", "BSHD") == "BSHD" else 2
-        structured = Mask(structured=structure.structured)
-        masks += (structured.materialize(query.shape[axis], key.shape[axis]),)
-    arrays = {f"mask {i}": Array(np.asarray(mask, bool)) for i, mask in enumerate(masks)}
+    rows, offset = 1 if options.get("layout", "BSHD") == "BSHD" else 2, options.pop("query_offset", None)
+    parts = structure.parts(query.shape[rows], key.shape[rows], offset)
+    dense = parts.dense
+    if parts.segments is not None or parts.blocks is not None:  # which these kernels do not have
+        apart = Mask(structured=structure.structured)
+        dense = (*structure.tensors(), apart.materialize(query.shape[rows], key.shape[rows], query_offset=offset))
+    arrays = {f"mask {i}": Array(np.asarray(mask, bool)) for i, mask in enumerate(dense)}
     named = {"layout": "BSHD", "masks": [array.view for array in arrays.values()]}
     named |= {name: getattr(structure, name) for name in ("window_left", "window_right", "bottom_right")}
+    if parts.intervals is not None:
+        ends = [Array(np.ascontiguousarray(x, np.int32)) for x in parts.intervals]
+        arrays |= dict(zip(("key_begin", "key_end"), ends))
+        named["intervals"] = [array.view for array in ends]
+    if offset is not None:
+        arrays["query_offset"] = Array(np.atleast_1d(np.asarray(offset, np.int32)))
+        named["query_offset"] = arrays["query_offset"].view
     for name in ("query_lengths", "key_lengths"):
         if getattr(structure, name) is not None:
             arrays[name] = Array(np.asarray(getattr(structure, name), np.int32))

@@ -206,13 +206,13 @@ def test_tables_keep_their_dtype():
 
 def test_reasons_on_gpus():
     plain = normalize(xp, "test", **inputs(), is_causal=True)
-    assert beyond_cuda(plain, plain) is None
+    offset = normalize(xp, "test", **inputs(), mask=masks.prefix(3), query_offset=2)
+    assert beyond_cuda(plain, plain) is None and beyond_cuda(offset, offset) is None
     for options, word in (
         ({"sinks": SINKS, "logits_soft_cap": 3}, "sinks, logits_soft_cap"),
-        ({"query_offset": 3}, "query_offset"),
         ({"alibi_slopes": SLOPES}, "alibi_slopes"),
         ({"relative_bias": TABLE}, "relative_bias"),
-        ({"mask": masks.prefix(3)}, "intervals"),
+        ({"mask": masks.segments([[0, 1] * 4], [[1, 0] * 4])}, "segments"),
         ({"mask": masks.block_sparse(np.ones((1, 1), bool), 8, 8)}, "blocks"),
     ):
         call = normalize(xp, "test", **inputs(), **options)
