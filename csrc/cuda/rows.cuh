@@ -61,7 +61,8 @@ struct Head {
   }
 
   ATTN_DEVICE Interval seen_at(int position) const {
-    const KeyRange r = key_range(p.mask, batch, position, int64_t{position} + shift, length_q, length_k);
+    const KeyRange r =
+        key_range(p.mask, recomputed(batch), position, int64_t{position} + shift, length_q, length_k);
     return {static_cast<int>(r.begin), static_cast<int>(r.end)};
   }
   // Rows past the last see nothing.

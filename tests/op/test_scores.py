@@ -212,7 +212,7 @@ def test_reasons_on_gpus():
         ({"sinks": SINKS, "logits_soft_cap": 3}, "sinks, logits_soft_cap"),
         ({"alibi_slopes": SLOPES}, "alibi_slopes"),
         ({"relative_bias": TABLE}, "relative_bias"),
-        ({"mask": masks.segments([[0, 1] * 4], [[1, 0] * 4])}, "segments"),
+        ({"mask": masks.segments([[0, 1, 0, 1, 0]], [[1, 0, 1, 0, 1, 0, 1]])}, "segments"),
         ({"mask": masks.block_sparse(np.ones((1, 1), bool), 8, 8)}, "blocks"),
     ):
         call = normalize(xp, "test", **inputs(), **options)
