@@ -78,7 +78,7 @@ class ModelExplanation:
 def of_model(model, explain) -> ModelExplanation:
     """What the attention layers in this Keras layer or model run, by `attn_ops.explain` of their calls."""
     rows = []
-    paths = _paths(model)
+    paths = found.paths(model)
     places = functools.cache(functools.partial(_places, explain))  # for this answer: the next one may stand elsewhere
     for layer in found.layers("explain", model):
         state = found.state(layer)
@@ -127,20 +127,3 @@ def _places(explain, dtype, implementation):
 
     graph = traced(jit_compile=False)
     return ask(), graph, traced(jit_compile=True), graph
-
-
-def _paths(model):
-    """The names on the way to each layer, by identity."""
-    paths = {}
-
-    def visit(layer, prefix):
-        if id(layer) in paths:
-            return
-        path = paths[id(layer)] = f"{prefix}/{layer.name}" if prefix else layer.name
-        for inner in layer._layers:
-            visit(inner, path)
-
-    for layer in model._layers:
-        visit(layer, "")
-    paths.setdefault(id(model), model.name)
-    return paths
