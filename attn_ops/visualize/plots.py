@@ -1,4 +1,4 @@
-"""Pictures of attention weights and masks. Needs matplotlib: `pip install matplotlib`."""
+"""Heat maps of attention weights, and pictures of masks, by matplotlib."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from attn_ops import requirements
 from attn_ops.masks import pictures
 from attn_ops.masks.mask import combined
+from attn_ops.visualize import drawable, figures
 
+_NAME = "plot_attention_weights"
 _MAX_COLUMNS = 4
-_LABELS_PER_INCH = 7  # more cannot be read
+_CELL = 0.2  # inches, where there is room: letters of 7 points fit
+_SIDES = {True: (3.0, 9.0), False: (2.0, 4.5)}  # the least and most inches of a panel: alone, and among others
+_FLAT = 4  # cells of flatter matrices are no squares
 
 
 def plot_attention_weights(
@@ -26,15 +29,20 @@ def plot_attention_weights(
     annotate: bool = False,
     cmap: str = "Blues",
     figure=None,
+    ax=None,
+    vmax: float | None = None,
+    power: float = 1.0,
+    crop: bool = False,
 ):
     """Draws attention weights as heat maps: one row per query, one column per key, one panel per head.
 
     All panels share one colour scale, from 0 to the largest weight drawn, so heads can be compared by eye.
-    NaN weights are drawn grey.
+    What is hidden, and NaN, is hatched.
 
     Args:
         weights: [seqlen_q, seqlen_k], [batch, seqlen_q, seqlen_k] or [batch, num_heads, seqlen_q, seqlen_k];
-            any real dtype, NumPy or TensorFlow, e.g. what a layer returns with `return_attention_scores=True`.
+            any real dtype, NumPy or TensorFlow, e.g. what a layer returns with `return_attention_scores=True`. Or a
+            :class:`LayerAttention`, whose tokens and masks are drawn too.
         query_tokens: seqlen_q labels for the rows (any objects; `str` is applied), or None for positions.
         key_tokens: seqlen_k labels for the columns; None takes query_tokens if seqlen_q == seqlen_k.
         example: which entry of the batch to draw (rank 3 and 4); negative counts from the end.
@@ -43,7 +51,12 @@ def plot_attention_weights(
         annotate: whether to write each weight, to two digits, in its cell.
         cmap: name of a matplotlib colour map.
         figure: an empty `matplotlib.figure.Figure` to draw into; None makes one with `pyplot`, which the caller
-            shows, saves or closes.
+            shows, saves or closes. Notebooks show it once.
+        ax: a matplotlib axes to draw into, for one matrix.
+        vmax: the weight of the last colour; None for the largest drawn. Larger ones have that colour too.
+        power: colours go by weight ** power; 0.5 shows small weights, which are most of those of long sequences.
+        crop: whether to draw real tokens only: from the first to the last with a label that is not empty, and without
+            labels of what weighs or is weighed.
 
     Returns:
         The `matplotlib.figure.Figure`.
@@ -51,50 +64,77 @@ def plot_attention_weights(
     Raises:
         ImportError: matplotlib is not installed.
         TypeError: `weights` is symbolic (a KerasTensor, or a tensor inside `tf.function`).
-        ValueError: wrong rank, an empty extent, a label count that is not the number of rows or columns, or an
-            `example` or head that does not exist.
+        ValueError: wrong rank, an empty extent, a label count that is not the number of rows or columns, an `example` or
+            head that does not exist, several matrices for one axes, or `vmax` or `power` that is not positive.
     """
-    panels = _panels(_to_numpy(weights), example, heads)
+    panels, own_query, own_key, block = drawable.matrices(_NAME, weights, example, heads)
+    vmax, power = figures.checked_scale(_NAME, vmax, power)
     seqlen_q, seqlen_k = panels[0][1].shape
+    query_tokens = own_query if query_tokens is None else query_tokens
+    key_tokens = own_key if key_tokens is None else key_tokens
     if key_tokens is None and seqlen_q == seqlen_k:
         key_tokens = query_tokens
-    query_labels = _labels("query_tokens", query_tokens, seqlen_q)
-    key_labels = _labels("key_tokens", key_tokens, seqlen_k)
+    query_labels = drawable.labels(_NAME, "query_tokens", query_tokens, seqlen_q, block)
+    key_labels = drawable.labels(_NAME, "key_tokens", key_tokens, seqlen_k, block)
+    if crop:
+        values = [panel for _, panel in panels]
+        rows = drawable.real_range(values, None if query_tokens is None else query_labels, 0)
+        keys = drawable.real_range(values, None if key_tokens is None else key_labels, 1)
+        panels = [(name, panel[rows, keys]) for name, panel in panels]
+        query_labels, key_labels = query_labels[rows], key_labels[keys]
+        seqlen_q, seqlen_k = panels[0][1].shape
+    if ax is not None and len(panels) > 1:
+        raise ValueError(f"{_NAME}: ax takes one matrix, and there are {len(panels)} heads: pass heads=[one of them]")
+    figures.pyplot(_NAME)
 
-    rows = math.ceil(len(panels) / _MAX_COLUMNS)
-    columns = math.ceil(len(panels) / rows)  # as even as can be: 6 is 2 x 3
-    width, height = pictures.panel_inches(seqlen_q, seqlen_k, alone=len(panels) == 1)
-    figure = _figure(figure, columns * width + 1.4, rows * height + 1.0)
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    largest = max(np.nanmax(panel, initial=0.0) for _, panel in panels) or 1.0
-    for index, ax in enumerate(axes.flat):
+    width, height = _inches(seqlen_q, seqlen_k, alone=len(panels) == 1)
+    if ax is None:
+        rows = math.ceil(len(panels) / _MAX_COLUMNS)
+        columns = math.ceil(len(panels) / rows)  # as even as can be: 6 is 2 x 3
+        figure = figures.new_figure(_NAME, columns * width + 1.4, rows * height + 1.0, figure)
+        axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    else:
+        figure, columns, axes = ax.figure, 1, np.array([[ax]], object)
+        box = ax.get_window_extent().transformed(figure.dpi_scale_trans.inverted())
+        width, height = box.width, box.height
+    drawn = max(np.nanmax(panel, initial=0.0) for _, panel in panels)
+    largest = vmax or drawn or 1.0
+    square = max(seqlen_q, seqlen_k) <= _FLAT * min(seqlen_q, seqlen_k)
+    for index, panel_ax in enumerate(axes.flat):
         if index >= len(panels):
-            ax.set_axis_off()
+            panel_ax.set_axis_off()
             continue
         name, panel = panels[index]
-        image = ax.imshow(np.ma.masked_invalid(panel), cmap=cmap, vmin=0.0, vmax=largest, aspect="equal")
-        ax.set_facecolor("0.8")  # what shows through a NaN
-        ax.set_title(name, fontsize=10)
-        _label(ax.yaxis, query_labels, height)
-        _label(ax.xaxis, key_labels, width)
+        image = panel_ax.imshow(
+            np.ma.masked_invalid(panel),
+            cmap=cmap,
+            norm=figures.norm(largest, power),
+            aspect="equal" if square else "auto",
+            interpolation="nearest",
+        )
+        panel_ax.patch.set(**figures.HATCH)  # what shows through a NaN
+        if name:
+            panel_ax.set_title(name, fontsize=10)
+        figures.label_axis(panel_ax.yaxis, query_labels, height)
+        figures.label_axis(panel_ax.xaxis, key_labels, width)
         if max(map(len, key_labels)) > 2:
-            ax.tick_params(axis="x", labelrotation=90)
-        ax.tick_params(length=0, labelsize=8)
-        for spine in ax.spines.values():
+            panel_ax.tick_params(axis="x", labelrotation=90)
+        panel_ax.tick_params(length=0, labelsize=8)
+        for spine in panel_ax.spines.values():
             spine.set_color("0.8")
-        ax.label_outer()
+        if ax is None:
+            panel_ax.label_outer()
         if index + columns >= len(panels):  # last of its column, also above an empty place
-            ax.tick_params(labelbottom=True)
-            ax.set_xlabel("key")
+            panel_ax.tick_params(labelbottom=True)
+            panel_ax.set_xlabel("key" if block == 1 else f"key, in blocks of {block}")
         if index % columns == 0:
-            ax.set_ylabel("query")
+            panel_ax.set_ylabel("query" if block == 1 else f"query, in blocks of {block}")
         if annotate:
-            _annotate(ax, panel, largest)
-    bar = figure.colorbar(image, ax=axes, shrink=0.85, aspect=30, pad=0.02)
-    bar.set_label("attention weight")
-    bar.outline.set_visible(False)
+            _annotate(panel_ax, image, panel)
+    label = "attention weight" if block == 1 else "attention weight, mean of a block"
+    figures.colour_bar(figure, image, axes if ax is None else ax, largest, drawn > largest, label)
     if title is not None:
-        figure.suptitle(title)
+        ax.set_title(title) if ax is not None else figure.suptitle(title)
     return figure
 
 
@@ -143,85 +183,22 @@ def plot_mask(
     )
 
 
-def _to_numpy(weights) -> np.ndarray:
-    try:
-        array = np.asarray(weights)
-    except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
-        raise TypeError(_symbolic(weights)) from error
-    if array.dtype == object:
-        raise TypeError(_symbolic(weights))
-    try:  # one dtype for float16, bfloat16, masks, ...; complex numbers and strings have no colour
-        return array.astype(np.float64, casting="unsafe" if array.dtype.kind != "c" else "same_kind")
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"plot_attention_weights: weights must be real numbers, got dtype {array.dtype}") from error
+def _inches(seqlen_q: int, seqlen_k: int, alone: bool) -> tuple[float, float]:
+    """Width and height of a panel: of its cells, within reason. Flat matrices may be wider than the others are."""
+    least, most = _SIDES[alone]
+    rows, keys = seqlen_q * _CELL, seqlen_k * _CELL
+    if max(rows, keys) > _FLAT * min(rows, keys):
+        wide = min(max(rows, keys, least), most if not alone else 14.0)
+        flat = min(max(min(rows, keys), 1.2), wide)
+        return (wide, flat) if keys > rows else (flat, wide)
+    scale = max(least / max(rows, keys), min(1.0, most / max(rows, keys)))
+    return keys * scale, rows * scale
 
 
-def _symbolic(weights) -> str:
-    return (
-        f"plot_attention_weights: weights must hold values, got {type(weights).__name__}; call the model on data "
-        "first (a symbolic tensor of a functional model or a tf.function has none)"
-    )
-
-
-def _panels(weights: np.ndarray, example: int, heads) -> list[tuple[str, np.ndarray]]:
-    """(title, [seqlen_q, seqlen_k]) of every panel."""
-    if weights.ndim not in (2, 3, 4):
-        raise ValueError(
-            "plot_attention_weights: weights must be [seqlen_q, seqlen_k], [batch, seqlen_q, seqlen_k] or "
-            f"[batch, num_heads, seqlen_q, seqlen_k], got shape {weights.shape}"
-        )
-    if weights.size == 0:
-        raise ValueError(f"plot_attention_weights: weights must not be empty, got shape {weights.shape}")
-    if heads is not None and weights.ndim != 4:
-        raise ValueError(f"plot_attention_weights: heads needs weights of rank 4, got shape {weights.shape}")
-    if weights.ndim == 2:
-        return [("", weights)]
-    batch = weights.shape[0]
-    if not -batch <= example < batch:
-        raise ValueError(f"plot_attention_weights: example {example} is not in a batch of {batch}")
-    if weights.ndim == 3:
-        return [("", weights[example])]
-    num_heads = weights.shape[1]
-    chosen = range(num_heads) if heads is None else list(heads)
-    wrong = [head for head in chosen if not 0 <= head < num_heads]
-    if wrong or len(chosen) == 0:
-        raise ValueError(f"plot_attention_weights: heads must be in 0..{num_heads - 1} and at least one, got {heads}")
-    return [(f"head {head}", weights[example, head]) for head in chosen]
-
-
-def _labels(argument: str, tokens, extent: int) -> list[str]:
-    if tokens is None:
-        return [str(position) for position in range(extent)]
-    labels = [str(token) for token in tokens]
-    if len(labels) != extent:
-        raise ValueError(f"plot_attention_weights: {argument} has {len(labels)} labels for {extent} positions")
-    return labels
-
-
-def _figure(figure, width: float, height: float):
-    if figure is None:
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ImportError(
-                requirements.missing("attn_ops.visualize.plot_attention_weights", "matplotlib")
-            ) from error
-        figure = pyplot.figure(figsize=(width, height))
-    figure.set_layout_engine("compressed")  # constrained layout for panels of fixed aspect
-    return figure
-
-
-def _label(axis, labels: list[str], inches: float) -> None:
-    """Every n-th label, n = 1, 2, 5, 10, 20, ..., so that they can be read."""
-    most = max(1, int(inches * _LABELS_PER_INCH))
-    step = next(
-        factor * 10**power for power in range(18) for factor in (1, 2, 5) if factor * 10**power * most >= len(labels)
-    )
-    positions = range(0, len(labels), step)
-    axis.set_ticks(positions, [labels[position] for position in positions])
-
-
-def _annotate(ax, panel: np.ndarray, largest: float) -> None:
+def _annotate(ax, image, panel: np.ndarray) -> None:
+    colours = image.cmap(image.norm(panel))
     for (row, column), weight in np.ndenumerate(panel):
-        light = not weight > 0.5 * largest
-        ax.text(column, row, f"{weight:.2f}", ha="center", va="center", fontsize=7, color="black" if light else "white")
+        if not np.isnan(weight):
+            ax.text(
+                column, row, f"{weight:.2f}", ha="center", va="center", fontsize=7, color=figures.ink(colours[row, column])
+            )

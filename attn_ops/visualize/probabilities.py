@@ -60,10 +60,21 @@ class Probabilities:
         for heads, rows in _pieces(self.shape, multiple):
             yield heads, rows, *self._piece(entry, heads, np.arange(rows.start, rows.stop))
 
+    def visibility(self, entry: int):
+        """Which rows of one entry see any key, and which keys are seen by any row, in any head: bool, `[seqlen_q]` and
+        `[seqlen_k]`."""
+        _, _, seqlen_q, seqlen_k = self.shape
+        sees, seen = np.zeros(seqlen_q, bool), np.zeros(seqlen_k, bool)
+        for heads, rows in _pieces((1, self.mask_heads, seqlen_q, seqlen_k), 1):
+            visible, _ = self._visible(entry, heads, np.arange(rows.start, rows.stop))
+            sees[rows] |= visible.any((0, 2))
+            seen |= visible.any((0, 1))
+        return sees, seen
+
     def _piece(self, entry, heads, rows):
         call, seqlen_k = self._call, self.shape[3]
         group = self.shape[1] // self._kv_heads
-        visible, own = self._seen(entry, heads, rows, np.arange(seqlen_k))
+        visible, own = self._visible(entry, heads, rows)
         with np.errstate(invalid="ignore", over="ignore"):
             scale = 1.0 / math.sqrt(self._head_dim) if call.scale is None else call.scale
             query = self._query[entry, heads][:, rows] * self._dtype(scale)
@@ -76,11 +87,9 @@ class Probabilities:
                 s = s + self._of_entry(slopes, entry)[heads, None, None] * distances.astype(self._dtype)
             if table is not None:
                 reach = table.shape[1] // 2
-                by_distance = table[heads][:, np.clip(distances, -reach, reach) + reach]
-                s, visible = s + by_distance, visible & (by_distance != -np.inf)
+                s = s + table[heads][:, np.clip(distances, -reach, reach) + reach]
             if self._bias is not None:
-                bias = self._part(self._bias, entry, heads, rows)
-                s, visible = s + bias, visible & (bias != -np.inf)
+                s = s + self._part(self._bias, entry, heads, rows)
             s = np.where(visible, s, -np.inf)
             m = s.max(-1, keepdims=True, initial=-np.inf)
             sink = -np.inf if sinks is None else sinks[heads, None, None]
@@ -89,11 +98,24 @@ class Probabilities:
             e = np.exp(s - m)
             total = e.sum(-1, keepdims=True) + np.exp(sink - m)
             weights = np.where(s == -np.inf, 0.0, e / np.where(total == 0, 1.0, total))
-        of_heads = s.shape[0] if self.mask_heads > 1 else 1
-        return weights.astype(self._dtype, copy=False), np.broadcast_to(visible[:of_heads], (of_heads, *s.shape[1:])), own
+        return weights.astype(self._dtype, copy=False), visible, own
+
+    def _visible(self, entry, heads, rows):
+        """Who sees whom, bool `[num_heads or 1, rows, seqlen_k]`, and the keys that rows stand at."""
+        columns = np.arange(self.shape[3])
+        visible, own = self._seen(entry, heads, rows, columns)
+        table = self._arrays["relative_bias"]
+        if table is not None and (table == -np.inf).any():
+            reach = table.shape[1] // 2
+            visible = visible & (table[heads][:, np.clip(columns - own[:, None], -reach, reach) + reach] != -np.inf)
+        if self._bias is not None:
+            visible = visible & (self._part(self._bias, entry, heads, rows) != -np.inf)
+        visible = visible if self.mask_heads > 1 else visible[:1]
+        of_heads = 1 if self.mask_heads == 1 else heads.stop - heads.start
+        return np.broadcast_to(visible, (of_heads, len(rows), len(columns))), own
 
     def _seen(self, entry, heads, rows, columns):
-        """Who sees whom by all that is no bias, bool `[num_heads or 1, rows, keys or 1]`, and the keys that rows stand at."""
+        """The same by all that is no bias; axes of heads and of keys may be 1."""
         call, (_, _, seqlen_q, seqlen_k) = self._call, self.shape
         query_length, key_length = (None if x is None else int(self._of_entry(x, entry)) for x in self._lengths)
         offset = None if self._offset is None else int(self._of_entry(self._offset, entry))
@@ -149,6 +171,10 @@ class Given:
         visible = np.ones((1, 1, 1, 1), bool) if visible is None else visible
         self.mask_heads = visible.shape[1]
         self._visible = np.broadcast_to(visible, (self.shape[0], self.mask_heads, *self.shape[2:]))
+
+    def visibility(self, entry: int):
+        """As :meth:`Probabilities.visibility`."""
+        return self._visible[entry].any((0, 2)), self._visible[entry].any((0, 1))
 
     def chunks(self, entry: int, multiple: int = 1):
         """As :meth:`Probabilities.chunks`."""

@@ -54,6 +54,7 @@ class LayerAttention:
             those that look at n keys alike.
         distance: float32 `[batch, num_heads]`, how far from its own position a row looks, sum p |j - i|, the mean over real
             rows; NaN where rows and keys are different sequences.
+        received: float32 `[batch, num_heads, seqlen_k]`, the weight that a key receives, the mean over real rows.
         query_tokens, key_tokens: lists of a label for each row and key, one list for each entry of the batch, or None.
     """
 
@@ -67,6 +68,7 @@ class LayerAttention:
     real_keys: np.ndarray
     entropy: np.ndarray
     distance: np.ndarray
+    received: np.ndarray
     query_tokens: list | None = None
     key_tokens: list | None = None
 
@@ -193,24 +195,26 @@ def summarized(name, cls, source, longest: int, top_keys: int) -> LayerAttention
     batch, num_heads, seqlen_q, seqlen_k = source.shape
     whole = max(seqlen_q, seqlen_k) <= longest
     keeper = (_Whole if whole else _InBlocks)(source, top_keys)
-    sees, seen = np.zeros((batch, seqlen_q), bool), np.zeros((batch, seqlen_k), bool)
-    entropy, distance = np.zeros(source.shape[:3], np.float32), np.zeros(source.shape[:3], np.float32)
     same = seqlen_q == seqlen_k
+    per_row = {"entropy": np.zeros(source.shape[:3], np.float32), "distance": np.zeros(source.shape[:3], np.float32)}
+    received = np.zeros((batch, num_heads, seqlen_k), np.float32)
+    visibility = [source.visibility(entry) for entry in range(batch)]
+    sees, seen = map(np.stack, zip(*visibility))
+    real = sees & seen if same else sees
     for entry in range(batch):
         for heads, rows, weights, visible, own in source.chunks(entry, keeper.multiple):
             keeper.add(entry, heads, rows, weights, visible)
-            sees[entry, rows] |= visible.any((0, 2))
-            seen[entry] |= visible.any((0, 1))
             logs = np.log(np.where(weights > 0, weights, 1.0))
-            entropy[entry, heads, rows] = -(weights * logs).sum(-1)
-            distance[entry, heads, rows] = (weights * np.abs(np.arange(seqlen_k) - own[:, None])).sum(-1)
+            per_row["entropy"][entry, heads, rows] = -(weights * logs).sum(-1)
+            per_row["distance"][entry, heads, rows] = (weights * np.abs(np.arange(seqlen_k) - own[:, None])).sum(-1)
+            received[entry, heads] += weights[:, real[entry, rows]].sum(1)
             same &= bool((own == np.arange(rows.start, rows.stop)).all())
-    real = sees & seen if same else sees
-    share = real[:, None] / np.maximum(real.sum(-1), 1)[:, None, None]
-    means = [(x * share).sum(-1).astype(np.float32) for x in (entropy, distance)]
-    if not same:
-        means[1][:] = np.nan
-    return LayerAttention(name, cls, source.shape, *keeper.results(), real, seen, *means)
+    count = np.maximum(real.sum(-1), 1).astype(np.float32)[:, None, None]
+    entropy, distance = ((np.where(real[:, None], x, 0) / count).sum(-1) for x in per_row.values())
+    distance = distance if same else np.full_like(distance, np.nan)
+    return LayerAttention(
+        name, cls, source.shape, *keeper.results(), real, seen, entropy, distance, received / count
+    )
 
 
 class _Whole:
