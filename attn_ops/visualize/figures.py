@@ -69,9 +69,10 @@ def checked_scale(name: str, vmax, power):
     return None if vmax is None else float(vmax), float(power)
 
 
-def colour_bar(figure, image, axes, largest: float, clipped: bool, label="attention weight"):
-    """With its ends and its middle labelled."""
-    bar = figure.colorbar(image, ax=axes, shrink=0.85, aspect=30, pad=0.02, extend="max" if clipped else "neither")
+def colour_bar(figure, image, axes, largest: float, clipped: bool, label="attention weight", cax=None):
+    """With its ends and its middle labelled, beside the axes or in ``cax``."""
+    place = {"ax": axes, "shrink": 0.85, "aspect": 30, "pad": 0.02} if cax is None else {"cax": cax}
+    bar = figure.colorbar(image, extend="max" if clipped else "neither", **place)
     ticks = [0.0, largest / 2, largest]
     bar.set_ticks(ticks, labels=[f"{'≥ ' if clipped and x == largest else ''}{x:.3g}" for x in ticks])
     bar.minorticks_off()

@@ -14,6 +14,7 @@ _NAME = "plot_attention_over_text"
 _POINTS = 11
 _ADVANCE = 0.602  # of a letter of DejaVu Sans Mono, in its size
 _LINE = 1.9  # of lines, likewise
+_BAR = 1.2  # inches beside the text
 
 
 def plot_attention_over_text(
@@ -73,14 +74,18 @@ def plot_attention_over_text(
     letter = _POINTS * _ADVANCE / 72
     places, lines = _lines(texts, max(8, int(width / letter)))
     if ax is None:
-        figure, ax = pyplot.subplots(figsize=(width, lines * _LINE * _POINTS / 72 + (0.9 if title else 0.6)), layout="constrained")
+        height, above = max(1.0, lines * _LINE * _POINTS / 72), 0.45 if title else 0.15
+        inches = width + _BAR, height + above + 0.1
+        figure = pyplot.figure(figsize=inches)
         figures.show_once(figure)
+        ax = figure.add_axes((0.1 / inches[0], 0.1 / inches[1], width / inches[0], height / inches[1]))
+    bar = ax.inset_axes((1.01, 0.08, 0.12 / width, 0.84))
     largest = vmax or float(received.max()) or 1.0
     scale = figures.norm(largest, power)
     colours = pyplot.get_cmap(cmap)
     ax.set_axis_off()
     ax.set_xlim(0, width / letter)
-    ax.set_ylim(lines, -0.5)
+    ax.set_ylim(lines - 0.4, -0.6)
     for text, weight, dark, (line, column) in zip(texts, received, hidden, places):
         colour = colours(scale(min(weight, largest)))
         box = {"boxstyle": "square,pad=0.25", "facecolor": colour, "edgecolor": "none"}
@@ -99,7 +104,7 @@ def plot_attention_over_text(
     from matplotlib import cm
 
     figures.colour_bar(
-        ax.figure, cm.ScalarMappable(scale, colours), ax, largest, received.max() > largest, "weight received"
+        ax.figure, cm.ScalarMappable(scale, colours), ax, largest, received.max() > largest, "weight received", cax=bar
     )
     if title is not None:
         ax.set_title(title, loc="left")

@@ -13,7 +13,7 @@ from attn_ops.visualize import drawable, figures
 
 _NAME = "plot_attention_weights"
 _MAX_COLUMNS = 4
-_CELL = 0.2  # inches, where there is room: letters of 7 points fit
+_CELL = {False: 0.2, True: 0.34}  # inches, where there is room: labels of 8 points fit, and with annotate numbers of 7
 _SIDES = {True: (3.0, 9.0), False: (2.0, 4.5)}  # the least and most inches of a panel: alone, and among others
 _FLAT = 4  # cells of flatter matrices are no squares
 
@@ -87,7 +87,7 @@ def plot_attention_weights(
         raise ValueError(f"{_NAME}: ax takes one matrix, and there are {len(panels)} heads: pass heads=[one of them]")
     figures.pyplot(_NAME)
 
-    width, height = _inches(seqlen_q, seqlen_k, alone=len(panels) == 1)
+    width, height = _inches(seqlen_q * _CELL[annotate], seqlen_k * _CELL[annotate], alone=len(panels) == 1)
     if ax is None:
         rows = math.ceil(len(panels) / _MAX_COLUMNS)
         columns = math.ceil(len(panels) / rows)  # as even as can be: 6 is 2 x 3
@@ -183,12 +183,11 @@ def plot_mask(
     )
 
 
-def _inches(seqlen_q: int, seqlen_k: int, alone: bool) -> tuple[float, float]:
-    """Width and height of a panel: of its cells, within reason. Flat matrices may be wider than the others are."""
+def _inches(rows: float, keys: float, alone: bool) -> tuple[float, float]:
+    """Width and height of a panel whose cells would take so many inches. Flat matrices may be wider than the others are."""
     least, most = _SIDES[alone]
-    rows, keys = seqlen_q * _CELL, seqlen_k * _CELL
     if max(rows, keys) > _FLAT * min(rows, keys):
-        wide = min(max(rows, keys, least), most if not alone else 14.0)
+        wide = min(max(rows, keys, least), 14.0 if alone else most)
         flat = min(max(min(rows, keys), 1.2), wide)
         return (wide, flat) if keys > rows else (flat, wide)
     scale = max(least / max(rows, keys), min(1.0, most / max(rows, keys)))

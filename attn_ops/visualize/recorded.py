@@ -190,11 +190,11 @@ def kept_bytes(shape, longest: int, top_keys: int) -> int:
     return batch * heads * (4 * -(-rows // size) * -(-keys // size) + 8 * rows * min(top_keys, keys))
 
 
-def summarized(name, cls, source, longest: int, top_keys: int) -> LayerAttention:
-    """What is kept of a `Probabilities` or `Given`."""
+def summarized(name, cls, source, longest: int, top_keys: int, block: int | None = None) -> LayerAttention:
+    """What is kept of a `Probabilities` or `Given`; in blocks of ``block``, or of a size that goes by the length."""
     batch, num_heads, seqlen_q, seqlen_k = source.shape
     whole = max(seqlen_q, seqlen_k) <= longest
-    keeper = (_Whole if whole else _InBlocks)(source, top_keys)
+    keeper = _Whole(source) if whole else _InBlocks(source, top_keys, block or _block_size(seqlen_q, seqlen_k))
     same = seqlen_q == seqlen_k
     per_row = {"entropy": np.zeros(source.shape[:3], np.float32), "distance": np.zeros(source.shape[:3], np.float32)}
     received = np.zeros((batch, num_heads, seqlen_k), np.float32)
@@ -220,7 +220,7 @@ def summarized(name, cls, source, longest: int, top_keys: int) -> LayerAttention
 class _Whole:
     multiple = 1
 
-    def __init__(self, source, top_keys):
+    def __init__(self, source):
         batch, _, rows, keys = source.shape
         self._weights = np.zeros(source.shape, np.float32)
         self._hidden = np.zeros((batch, source.mask_heads, rows, keys), bool)
@@ -234,9 +234,9 @@ class _Whole:
 
 
 class _InBlocks:
-    def __init__(self, source, top_keys):
+    def __init__(self, source, top_keys, block):
         batch, heads, rows, keys = source.shape
-        self.multiple = _block_size(rows, keys)
+        self.multiple = block
         blocks = -(-rows // self.multiple), -(-keys // self.multiple)
         self._means = np.zeros((batch, heads, *blocks), np.float32)
         self._seen = np.zeros((batch, source.mask_heads, *blocks), np.float32)
@@ -289,3 +289,9 @@ def with_tokens(name, layers, tokens):
         dataclasses.replace(layer, query_tokens=of_rows, key_tokens=of_keys)
         for layer, (of_rows, of_keys) in zip(layers, found)
     ]
+
+
+def with_labels_of(made, layer):
+    """``made`` with the labels of another layer, and with what was known of that before it was summarized."""
+    names = ("real_rows", "real_keys", "entropy", "distance", "received", "query_tokens", "key_tokens")
+    return dataclasses.replace(made, **{name: getattr(layer, name) for name in names})
