@@ -1008,7 +1008,7 @@ class Viewer {
       const lines = ["query,query token,key,key token,weight"];
       for (const row of range(all.r0, all.r1)) {
         for (const [key, weight] of layer.strongest(this.head, row, layer.top)) {
-          lines.push([row, cell(this.label("row", row)), key, cell(this.label("key", key)), weight.toPrecision(4)].join(","));
+          lines.push([row, cell(this.label("row", row)), key, cell(this.label("key", key)), weight.toPrecision(3)].join(","));
         }
       }
       return lines.join("\r\n") + "\r\n";
@@ -1016,7 +1016,7 @@ class Viewer {
     const keys = range(all.k0, all.k1);
     const lines = [["query \\ key", ...keys.map((key) => cell(this.label("key", key)))].join(",")];
     for (const row of range(all.r0, all.r1)) {
-      const weights = keys.map((key) => (layer.hidden(this.head, row, key) ? "" : String(Number(layer.weight(this.head, row, key).weight.toPrecision(4)))));
+      const weights = keys.map((key) => (layer.hidden(this.head, row, key) ? "" : String(Number(layer.weight(this.head, row, key).weight.toPrecision(3)))));
       lines.push([cell(this.label("row", row)), ...weights].join(","));
     }
     return lines.join("\r\n") + "\r\n";
