@@ -170,6 +170,7 @@ function canvasOf(width, height, density = 1) {
 const TABS = ["lines", "text", "picture"];
 const MOST_CELLS = 160; // tokens that a zoomed view of blocks shows one by one
 const MOST_LINES = 600;
+const MOST_FOUND = 100;
 const ROWS_OF_LINES = 70;
 
 class Viewer {
@@ -292,12 +293,23 @@ class Viewer {
     this.el.replaceChildren(root);
     root.addEventListener("keydown", (event) => this.key_(event));
     this.bindMatrix();
-    new ResizeObserver(() => {
-      if (this.width !== this.matrix.clientWidth) this.draw();
-      if (this.overviewWidth !== this.overview.clientWidth) this.drawOverview();
-    }).observe(root);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.theme === null && this.redraw());
+    // Not for the width of a scroll bar, which may come and go with what is drawn; and not out of sight.
+    const changed = (drawn, now) => now > 0 && (now < drawn || now > drawn + 24);
+    this.observer = new ResizeObserver(() => {
+      if (changed(this.width, this.matrix.clientWidth)) this.draw();
+      if (changed(this.overviewWidth, this.overview.clientWidth)) this.drawOverview();
+    });
+    this.observer.observe(root);
+    this.system = matchMedia("(prefers-color-scheme: dark)");
+    this.followSystem = () => this.theme === null && this.redraw();
+    this.system.addEventListener("change", this.followSystem);
     this.applyTheme();
+  }
+
+  leave() {
+    this.observer.disconnect();
+    this.system.removeEventListener("change", this.followSystem);
+    this.root.remove();
   }
 
   helpPanel(button) {
@@ -494,7 +506,8 @@ class Viewer {
 
     const { r0, r1, k0, k1 } = this.view;
     const [rows, keys] = [r1 - r0, k1 - k0];
-    const width = (this.width = this.matrix.clientWidth);
+    this.width = this.matrix.clientWidth;
+    const width = Math.max(200, this.width);
     const letters = (axis, from, to) => {
       let most = String(to).length;
       if (this.hasTokens(axis)) for (let n = from; n < to; n += Math.max(1, Math.floor((to - from) / 400))) most = Math.max(most, Array.from(this.label(axis, n)).length);
@@ -504,7 +517,7 @@ class Viewer {
     const high = clamp(letters("key", k0, k1), 2, 12);
     const left = wide * 6.7 + 8;
     const top = high * 6.7 + 8;
-    const roomX = width - left - 2;
+    const roomX = Math.max(40, width - left - 2);
     const roomY = Math.max(220, Math.min(760, (globalThis.innerHeight || 800) * 0.78) - top);
     const cell = Math.min(34, roomX / keys, Math.max(roomY / rows, roomX / keys > 6 && rows > keys ? 6 : 0));
     // Flat matrices have cells that are no squares.
@@ -611,16 +624,17 @@ class Viewer {
     const { left, top, cellX, cellY, wide, high } = this.geometry;
     const matching = new Set(this.found.map(({ axis, at }) => `${axis}${at}`));
     const step = { row: everyNth(cellY, 11), key: everyNth(cellX, 11) };
+    const few = this.found.length <= MOST_FOUND; // those have labels between the others
     for (let row = r0; row < r1; row++) {
       const found = matching.has(`row${row}`);
-      if ((row - r0) % step.row && !found) continue;
+      if ((row - r0) % step.row && !(found && few)) continue;
       const y = top + (row - r0 + 0.5) * cellY;
       if (found) into.append(svg("rect", { class: "found", x: 0, y: y - 6.5, width: left - 3, height: 13, rx: 3 }));
       into.append(svg("text", { x: left - 5, y: y + 3.7, "text-anchor": "end", class: this.hasTokens("row") ? "" : "quiet" }, shortened(this.label("row", row), wide)));
     }
     for (let key = k0; key < k1; key++) {
       const found = matching.has(`key${key}`);
-      if ((key - k0) % step.key && !found) continue;
+      if ((key - k0) % step.key && !(found && few)) continue;
       const x = left + (key - k0 + 0.5) * cellX;
       if (found) into.append(svg("rect", { class: "found", x: x - 6.5, y: 0, width: 13, height: top - 3, rx: 3 }));
       into.append(svg("text", { transform: `translate(${x + 3.7} ${top - 5}) rotate(-90)`, class: this.hasTokens("key") ? "" : "quiet" }, shortened(this.label("key", key), high)));
@@ -1025,7 +1039,7 @@ class Viewer {
   // --------------------------------------------------------------------------------------------------------- the keyboard
 
   key_(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey || this.help.open || event.target.closest?.("select, input, dialog, details[open]")) {
+    if (event.ctrlKey || event.metaKey || event.altKey || this.help.open || event.target.closest?.("select, input, details[open]")) {
       if (event.key === "Escape" && this.menu.open) this.menu.open = false;
       return;
     }
@@ -1114,8 +1128,8 @@ async function renderPage() {
 export default {
   // anywidget calls what this returns when the output goes away.
   async render({ model, el }) {
-    await render({ model, el });
-    return () => el.replaceChildren();
+    const viewer = await render({ model, el });
+    return () => viewer.leave();
   },
 };
 export { render, renderPage };

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 
+import numpy as np
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -75,13 +76,16 @@ class Page:
         box = self.page.locator(".matrix canvas").bounding_box()
         self.page.mouse.move(box["x"] + (key + 0.5) * box["width"] / keys, box["y"] + (row + 0.5) * box["height"] / rows)
 
-    def pixel(self, row, key, rows, keys):
-        """The colour in the middle of a cell, [red, green, blue, alpha]."""
-        return self.page.evaluate(
-            """([y, x]) => { const c = document.querySelector(".matrix canvas");
-            return [...c.getContext("2d").getImageData(x * c.width, y * c.height, 1, 1).data]; }""",
-            [(row + 0.2) / rows, (key + 0.2) / keys],
-        )
+    def cells(self, rows, keys):
+        """The colour in each cell of a matrix, [rows, keys, red green blue alpha]."""
+        return np.array(self.page.evaluate(
+            """([rows, keys]) => { const c = document.querySelector(".matrix canvas");
+            const all = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+            const at = (y, x) => 4 * (Math.floor(y * c.height) * c.width + Math.floor(x * c.width));
+            return Array.from({ length: rows }, (_, i) => Array.from({ length: keys }, (_, j) => {
+              const n = at((i + 0.2) / rows, (j + 0.2) / keys); return [...all.slice(n, n + 4)]; })); }""",
+            [rows, keys],
+        ))  # fmt: skip
 
     def saved(self, label):
         """What a button of the export menu saves: (name of the file, its bytes)."""
