@@ -652,11 +652,13 @@ class Viewer {
     if (inRow) {
       parts.push(svg("rect", { class: "band", x: 0, y, width: left, height: Math.max(1, cellY) }),
         svg("rect", { class: "guide", x: left, y, width: w, height: cellY }),
+        svg("rect", { class: "ground", x: 0, y: y + cellY / 2 - 7, width: left - 2, height: 14 }),
         svg("text", { class: "strong", x: left - 5, y: y + cellY / 2 + 3.7, "text-anchor": "end" }, shortened(this.label("row", row), wide)));
     }
     if (inKey) {
       parts.push(svg("rect", { class: "band", x, y: 0, width: Math.max(1, cellX), height: top }),
         svg("rect", { class: "guide", x, y: top, width: cellX, height: h }),
+        svg("rect", { class: "ground", x: x + cellX / 2 - 7, y: 0, width: 14, height: top - 2 }),
         svg("text", { class: "strong", transform: `translate(${x + cellX / 2 + 3.7} ${top - 5}) rotate(-90)` }, shortened(this.label("key", key), high)));
     }
     if (inRow && inKey) parts.push(svg("rect", { class: "cross", x: x - 1, y: y - 1, width: cellX + 2, height: cellY + 2, rx: 2 }));
@@ -811,10 +813,8 @@ class Viewer {
       for (const [key, weight] of layer.strongest(this.head, row, 40)) if (places.has(key)) found.push({ row, key, weight, n, m: places.get(key) });
     });
     found.sort((a, b) => b.weight - a.weight);
-    const largest = found[0]?.weight || 1;
     this.lineParts = found.slice(0, MOST_LINES).map((x) => {
-      const node = svg("line", { x1: column, x2: width - column, y1: yOf(x.n) + step / 2, y2: yOf(x.m) + step / 2, "stroke-width": (0.6 + 2.8 * (x.weight / largest)).toFixed(2) });
-      return { ...x, node, strength: (x.weight / largest) ** 0.7 };
+      return { ...x, node: svg("line", { x1: column, x2: width - column, y1: yOf(x.n) + step / 2, y2: yOf(x.m) + step / 2 }) };
     });
     const matching = new Set(this.found.map(({ axis, at }) => `${axis}${at}`));
     const token = (axis, at, n) => {
@@ -839,11 +839,14 @@ class Viewer {
 
   markLines() {
     const { row, key } = this.meant;
-    const of = (x) => (row !== null && key !== null ? x.row === row : row !== null ? x.row === row : key !== null ? x.key === key : true);
     const calm = row === null && key === null;
-    for (const x of this.lineParts) {
-      const shown = of(x);
-      x.node.setAttribute("stroke-opacity", shown ? (calm ? 0.65 * x.strength : 0.12 + 0.88 * x.strength).toFixed(3) : "0");
+    const shown = this.lineParts.filter((x) => (row !== null ? x.row === row : key !== null ? x.key === key : true));
+    const largest = Math.max(...shown.map((x) => x.weight), 1e-12);
+    for (const x of this.lineParts) x.node.setAttribute("stroke-opacity", "0");
+    for (const x of shown) {
+      const strength = (x.weight / largest) ** 0.7;
+      x.node.setAttribute("stroke-opacity", (calm ? 0.65 * strength : 0.12 + 0.88 * strength).toFixed(3));
+      x.node.setAttribute("stroke-width", (0.6 + 2.8 * (x.weight / largest)).toFixed(2));
     }
     const layer = this.current;
     for (const group of this.tokenParts) {
@@ -1000,7 +1003,7 @@ class Viewer {
     for (const [name, x] of [["xmlns", SVG], ["width", Math.ceil(width)], ["height", Math.ceil(height)]]) copy.setAttribute(name, x);
     const rules = `text{fill:${get("--ink")};font:11px ui-monospace,Menlo,Consolas,monospace;white-space:pre}text.quiet{fill:${get("--quiet")}}` +
       `text.strong{fill:${get("--mark")};font-weight:700}.found{fill:${get("--found")}}.cross{fill:none;stroke:${get("--mark")};stroke-width:1.5}` +
-      `.band{fill:${get("--mark")};opacity:.12}.guide{fill:none;stroke:${get("--mark")};opacity:.45}line{stroke:${get("--accent")};stroke-linecap:round}`;
+      `.band{fill:${get("--mark")};opacity:.12}.guide{fill:none;stroke:${get("--mark")};opacity:.45}.ground{fill:${get("--panel")}}line{stroke:${get("--accent")};stroke-linecap:round}`;
     copy.prepend(svg("style", {}, rules), svg("rect", { width: "100%", height: "100%", fill: get("--panel") }), ...before);
     return new XMLSerializer().serializeToString(copy);
   }
