@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+
 import numpy as np
 
 _TOLERANCE = 1e-2  # of sums of rows: weights of 16 bits are rounded
@@ -62,13 +64,18 @@ def visible(name: str, layer: str, hidden, shape):
     return ~hidden.reshape(full)
 
 
+def matches(name: str, names) -> list[str]:
+    """Those of the paths that a name means: itself, its last part, or a pattern such as `decoder/*`."""
+    if name in names:
+        return [name]
+    return [path for path in names if path.endswith(f"/{name}") or fnmatch.fnmatchcase(path, name)]
+
+
 def tokens(name: str, layers, given) -> list:
     """(labels of the rows, labels of the keys) of each layer: a list for each entry of the batch, or None each.
 
     ``given`` is what :func:`attn_ops.visualize.attention` documents.
     """
-    from attn_ops.visualize.recorded import matches
-
     if not isinstance(given, dict):
         return _by_length(name, layers, given)
     names = [layer.name for layer in layers]

@@ -8,7 +8,7 @@ from keras import ops
 
 from attn_ops import requirements
 from attn_ops.models import convert, found
-from attn_ops.visualize import listening, recorded
+from attn_ops.visualize import checks, listening, recorded
 from attn_ops.visualize.recorded import LONGEST, MAX_BYTES, TOP_KEYS, ModelAttention
 
 _NAME = "attn_ops.visualize.attention"
@@ -77,7 +77,7 @@ def attention(model, inputs, layers=None, *, tokens=None, longest=LONGEST, top_k
     silent = {name: reason or "it did not run" for name, reason in known.items() if name not in recording.heard}
     left_out = {**silent, **recording.left_out}
     there = [*recording.heard, *left_out]
-    missing = [name for name in wanted or () if not recorded.matches(name, there)]
+    missing = [name for name in wanted or () if not checks.matches(name, there)]
     if missing and there:
         raise ValueError(_unknown(missing, there))
     left_out = {name: reason for name, reason in left_out.items() if _is_wanted(name, wanted)}
@@ -105,7 +105,7 @@ def _wanted(layers, known, paths):
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{_NAME}: layers must be None or names of layers, got {layers!r}")
     paths = [*paths, *known]
-    missing = [name for name in names if not recorded.matches(name.partition("#")[0], paths)]
+    missing = [name for name in names if not checks.matches(name.partition("#")[0], paths)]
     if missing and known:
         raise ValueError(_unknown(missing, known))
     return names
@@ -116,7 +116,7 @@ def _unknown(missing, known):
 
 
 def _is_wanted(name, wanted):
-    return wanted is None or any(recorded.matches(pattern, [name]) for pattern in wanted)
+    return wanted is None or any(checks.matches(pattern, [name]) for pattern in wanted)
 
 
 def _run(model, inputs):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import typing
 
 import numpy as np
@@ -150,7 +149,7 @@ class ModelAttention:
     def __getitem__(self, name) -> LayerAttention:
         if not isinstance(name, str):
             return self.layers[name]
-        matching = matches(name, self.names)
+        matching = checks.matches(name, self.names)
         if len(matching) != 1:
             what = "there is none" if not matching else f"there are {len(matching)}: {', '.join(matching)}"
             raise KeyError(f"attention of a layer {name!r}: {what}; known: {', '.join(self.names)}")
@@ -172,13 +171,6 @@ class ModelAttention:
         return "\n".join(lines)
 
     __repr__ = __str__
-
-
-def matches(name: str, names) -> list[str]:
-    """Those of the paths that a name means: itself, its last part, or a pattern such as `decoder/*`."""
-    if name in names:
-        return [name]
-    return [path for path in names if path.endswith(f"/{name}") or fnmatch.fnmatchcase(path, name)]
 
 
 def kept_bytes(shape, longest: int, top_keys: int) -> int:

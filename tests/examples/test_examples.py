@@ -46,7 +46,7 @@ def test_it_runs_and_learns_what_stock_keras_learns(name, capsys, tmp_path, monk
         assert "Most attended words of it" in printed and "MultiHeadAttention  4" in printed
         folder = Path("reading_attention")
         assert {path.name for path in folder.iterdir()} == {"attention.html", "heads.png", "words.png"}
-        assert "attn-ops-data" in (folder / "attention.html").read_text() and results["text_classifier"]["accuracy"] > 0.4
+        assert "attn-ops-data" in (folder / "attention.html").read_text() and results["text_classifier"]["loss"] < 2
     elif name == "multi_head":
         assert {scores["weights"] for scores in results.values()} == {results["heads_1"]["weights"]}
         assert all(scores["stock Keras differs by"] < 1e-5 for scores in results.values())

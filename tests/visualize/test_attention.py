@@ -41,6 +41,7 @@ def embedded(model, ids=IDS):
     return np.asarray(model.get_layer("embedding")(ids), np.float64)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("form", ["stock", "converted", "ours"])
 def test_weights_are_softmax_of_the_models_own_projections(form):
     model = encoder(attn_ops.layers if form == "ours" else keras.layers)
@@ -146,6 +147,7 @@ class OwnAttention(keras.layers.Layer):
         return self.function(y, y, y, is_causal=True)[:, :, 0]
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("function", [keras.ops.dot_product_attention, attn_ops.scaled_dot_product_attention])
 @pytest.mark.parametrize("as_layer", [True, False])
 def test_attention_without_a_layer(function, as_layer):
@@ -209,6 +211,7 @@ class Changing(keras.layers.Layer):
         return x + 0 * keras.random.normal(keras.ops.shape(x), seed=self.seeds)
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("fails", [False, True, "too large"])
 def test_nothing_of_the_model_changes(fails):
     inputs = keras.Input((5, 8))
@@ -238,6 +241,7 @@ def dense(model, x):
     return visualize.attention(model, x, longest=10**6)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("rows, keys", [(300, 300), (700, 500)])
 def test_blocks_and_top_keys_are_those_of_the_matrix(rows, keys):
     layer = attn_ops.layers.MultiHeadAttention(2, 4, name="long")
@@ -304,6 +308,7 @@ def test_the_matrix_is_never_there(monkeypatch):
 # ------------------------------------------------------------------------------------------------------- every option
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize(
     "options",
     [

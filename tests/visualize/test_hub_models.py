@@ -27,6 +27,7 @@ def softmaxes(monkeypatch, model, values):
     return [np.asarray(keras.ops.cast(x, "float32")) for x in given]
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("name", SHOWN)
 def test_weights_are_those_of_the_stock_model(keras_hub, name, monkeypatch):
     model = hub.make(keras_hub, name, **({"dropout": 0.1} if name in _WITH_DROPOUT else {}))
@@ -46,7 +47,7 @@ def test_weights_are_those_of_the_stock_model(keras_hub, name, monkeypatch):
         assert a.name == b.name
 
 
-@pytest.mark.wide(9)
+@pytest.mark.wide(24)
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_language_model_is_read(keras_hub, name):
     model = hub.make(keras_hub, name)

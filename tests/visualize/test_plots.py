@@ -225,6 +225,7 @@ def luminance(colour):
     return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("cmap", ["Blues", "viridis", "inferno", "Greys_r", "RdBu"])
 def test_numbers_contrast_with_their_cells(cmap):
     weights = np.linspace(0, 1, 12).reshape(3, 4)
@@ -269,6 +270,7 @@ def test_crop():
     assert tick_labels(axes_of(figure)[0].xaxis) == ["a", "", "b", "c"] and drawn(figure)[0].shape == (4, 4)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("shape", [(3, 60), (60, 3), (300, 300), (1, 200)])
 def test_flat_and_large_matrices_can_be_read(shape):
     figure = plot_attention_weights(softmax_weights(*shape))

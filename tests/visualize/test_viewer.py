@@ -180,6 +180,7 @@ def test_export(chromium, file, attention):
         assert opened.locator("svg line").count() == data.count(b"<line")
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_narrow_and_wide_and_both_themes(chromium, file, scheme):
     with browser.Page(chromium, file, width=360, height=740, scheme=scheme) as page:
