@@ -52,10 +52,12 @@ def _bytes(layer):
 
 def _coarser(layer, room):
     """The layer in blocks that take about so many bytes, if there are such."""
-    _, _, rows, keys = layer.shape
-    source = Given(layer.weights, ~layer.hidden)
-    size = max(2, int(np.ceil(np.sqrt(_bytes(layer) / max(room / 2, 1)))))
-    made = recorded.summarized(layer.name, layer.cls, source, 0, recorded.TOP_KEYS, block=size)
+    _, heads, rows, keys = layer.shape
+    room = max(1.0, room - heads * keys)  # what each key receives
+    top = int(np.clip(room / 3 // (5 * heads * rows), 1, recorded.TOP_KEYS))
+    left = max(1.0, 0.9 * room - 5 * heads * rows * top)
+    size = max(2, int(np.ceil(np.sqrt((heads + layer.hidden.shape[1]) * rows * keys / left))))
+    made = recorded.summarized(layer.name, layer.cls, Given(layer.weights, ~layer.hidden), 0, top, block=size)
     return recorded.with_labels_of(made, layer)
 
 

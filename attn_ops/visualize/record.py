@@ -177,6 +177,8 @@ class _Recording:
         if not stack:
             return self._model.name, type(self._model).__name__
         inner = stack[-1]
+        if isinstance(inner, keras.layers.Wrapper) and getattr(inner.layer, "name", None):
+            inner = inner.layer  # of which some wrappers run `call` alone
         path = self._paths.get(id(inner))
         if path is None:  # an operation, or a layer that Keras does not track
             around = next((self._paths[id(x)] for x in reversed(stack[:-1]) if id(x) in self._paths and x is not self._model), None)

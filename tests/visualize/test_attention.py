@@ -135,6 +135,18 @@ def test_the_layer_alone_and_cross_attention():
     assert np.isnan(found.distance).all() and not found.of_one_sequence
 
 
+def test_wrappers_and_text():
+    inputs = keras.Input((3, 5, 8))
+    model = keras.Model(inputs, keras.layers.TimeDistributed(attn_ops.layers.SelfAttention(4, name="self"), name="each")(inputs))
+    found = visualize.attention(model, RNG.normal(size=(1, 3, 5, 8)).astype("float32"))
+    assert found.names == ["each/self", "each/self#2", "each/self#3"] and not found.left_out
+    words = keras.layers.TextVectorization(output_sequence_length=6, vocabulary=["the", "film", "was", "good"])
+    model = keras.Sequential([keras.Input((1,), dtype="string"), words, keras.layers.Embedding(9, 8, mask_zero=True),
+                              keras.layers.Dropout(0.5), attn_ops.layers.SelfAttention(8, name="self")])  # fmt: skip
+    (found,) = visualize.attention(model, ["the film was good"], tokens="the film was good".split() + ["", ""])
+    np.testing.assert_array_equal(found.real_keys, [[True] * 4 + [False] * 2])
+
+
 class OwnAttention(keras.layers.Layer):
     """Attention without a layer for it."""
 

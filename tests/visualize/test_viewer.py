@@ -1,5 +1,6 @@
 """The viewer in a real browser, and the page and the widget that hold it."""
 
+import base64
 import csv
 import io
 import json
@@ -294,6 +295,81 @@ def test_the_module_as_a_widget(chromium, attention, tmp_path):
         page.page.evaluate("window.leave()")
         assert page.page.locator(".attn-ops").count() == 0
     assert json.loads(header)["title"] == made.title
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_needs_nothing_else(file, attention):
+    text = file.read_text()
+    assert text.count("</script>") == 3 and "&lt;script&gt;title" in text
+    links = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\s\"']*", re.sub(r"^\s*//.*$", "", text, flags=re.MULTILINE)))
+    assert links == {"http://www.w3.org/2000/svg"}  # a name, which nobody asks for
+    assert "default-src 'none'" in text and not re.search(r"\b(eval|fetch|XMLHttpRequest|innerHTML|insertAdjacentHTML)\b", text)
+
+
+def test_what_a_notebook_and_a_script_get(attention, tmp_path, monkeypatch):
+    made = visualize.viewer(attention, title="a & b")
+    assert made.save(tmp_path / "a.html").read_text() == made.html and "<title>a &amp; b</title>" in made.html
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    shown = made._repr_mimebundle_()
+    assert shown["text/html"].startswith("<iframe srcdoc=") and shown["text/html"].count("<") == 2
+    with pytest.raises(ImportError, match="pip install anywidget"):
+        made.widget()
+    layer = visualize.viewer(attention["cross"])
+    assert json.loads(layer._header)["title"] == "cross" and len(json.loads(layer._header)["layers"]) == 1
+
+
+def test_the_bytes_are_the_weights(attention):
+    header, data = payload.payload("test", attention, 0, None, None, None, 2**24)
+    header, data = json.loads(header), zlib.decompress(data)
+    for layer, own in zip(header["layers"], attention):
+        begin, count = layer["codesAt"]
+        codes = np.frombuffer(data[begin : begin + count], np.uint8).reshape(own.shape[1:])
+        found = np.array(layer["scale"])[:, None, None] * (codes / 255) ** 2
+        np.testing.assert_allclose(found, own.weights[0], atol=0.5 / 127 * own.weights.max())
+        np.testing.assert_array_equal(codes[own.weights[0] == 0], 0)
+    begin, count = header["layers"][0]["hiddenAt"]
+    bits = np.unpackbits(np.frombuffer(data[begin : begin + count], np.uint8), bitorder="little")[:144]
+    np.testing.assert_array_equal(bits.reshape(12, 12).astype(bool), ~SEEN[0, 0])
+
+
+def test_many_layers_come_in_blocks_and_too_many_are_refused():
+    p = weights(64, 64, 2)
+    made = visualize.viewer({"a": p, "b": p}, max_bytes=10000)
+    assert all(layer["block"] > 1 for layer in json.loads(made._header)["layers"])
+    assert len(zlib.decompress(made._data)) <= 10000
+    with pytest.raises(ValueError, match=r"2 layers take [\d,]+ bytes, and max_bytes allows 100: record fewer \(layers=\)"):
+        visualize.viewer({"a": p, "b": p}, max_bytes=100)
+
+
+def test_refusals(attention):
+    with pytest.raises(ValueError, match="must be probabilities"):
+        visualize.viewer(np.ones((3, 3)))
+    with pytest.raises(ValueError, match="example 1 is not in a batch of 1"):
+        visualize.viewer(attention, example=1)
+    with pytest.raises(ValueError, match="no layers"):
+        visualize.viewer(visualize.ModelAttention("empty", []))
+    p = visualize.ModelAttention.from_weights(np.eye(25))
+    for image in (np.zeros((2, 2, 2)), "a.png", np.zeros(3), [["a"]]):
+        with pytest.raises(ValueError, match="image must be an array"):
+            visualize.viewer(p, image=image)
+    with pytest.raises(ValueError, match=r"25 keys are no grid of patches over an image of 10 x 70.*grid="):
+        visualize.viewer(p, image=np.zeros((10, 70)))
+    with pytest.raises(ValueError, match="grid must be"):
+        visualize.viewer(p, grid=3)
+    with pytest.raises(ValueError, match="a grid of 6 x 6 patches does not fit 25 keys"):
+        visualize.viewer(p, grid=(6, 6))
+
+
+@pytest.mark.parametrize("channels", [None, 1, 3, 4])
+def test_images_are_png(channels):
+    pixels = RNG.integers(0, 256, (6, 4) if channels is None else (6, 4, channels), dtype=np.uint8)
+    matplotlib = pytest.importorskip("matplotlib.image")
+    shown = payload._image("test", pixels)
+    read = matplotlib.imread(io.BytesIO(base64.b64decode(shown["src"].partition(",")[2])))
+    np.testing.assert_array_equal(np.rint(255 * read).astype(np.uint8), pixels if channels != 1 else pixels[..., 0])
+    assert (shown["height"], shown["width"]) == (6, 4)
 
 
 def told(text, before, *expected):
