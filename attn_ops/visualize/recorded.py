@@ -46,12 +46,12 @@ class LayerAttention:
         weights: float32 `[batch, num_heads, seqlen_q, seqlen_k]`, or None where `blocks` summarizes them. 0 where hidden.
         hidden: bool `[batch, num_heads or 1, seqlen_q, seqlen_k]`, True where a mask or a bias of -inf hides a key; None
             beside `blocks`, of which `seen` tells it.
-        blocks: None or the :class:`Blocks`.
+        blocks: None or the :class:`attn_ops.visualize.recorded.Blocks`.
         real_rows, real_keys: bool `[batch, seqlen_q]` and `[batch, seqlen_k]`: what is no padding: keys that some row
             sees, and rows that see a key (and that others see, where each row is also a key).
         entropy: float32 `[batch, num_heads]`, -sum p ln p, the mean over real rows: 0 for heads that look at one key, ln n for
             those that look at n keys alike.
-        distance: float32 `[batch, num_heads]`, how far from its own position a row looks, sum p |j - i|, the mean over real
+        distance: float32 `[batch, num_heads]`, how far from its own position a row looks, the mean of abs(j - i), and that over real
             rows; NaN where rows and keys are different sequences.
         received: float32 `[batch, num_heads, seqlen_k]`, the weight that a key receives, the mean over real rows.
         query_tokens, key_tokens: lists of a label for each row and key, one list for each entry of the batch, or None.
