@@ -60,7 +60,9 @@ def visible(name: str, layer: str, hidden, shape):
         raise TypeError(f"{name}: hidden of {layer!r} must be bool, True where a key is hidden, got {hidden.dtype}")
     full = (1,) * (4 - hidden.ndim) + hidden.shape
     if len(full) != 4 or any(extent not in (1, whole) for extent, whole in zip(full, shape)):
-        raise ValueError(f"{name}: hidden of {layer!r} must broadcast to the weights {tuple(shape)}, got {hidden.shape}")
+        raise ValueError(
+            f"{name}: hidden of {layer!r} must broadcast to the weights {tuple(shape)}, got {hidden.shape}"
+        )
     return ~hidden.reshape(full)
 
 

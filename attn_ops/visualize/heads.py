@@ -81,4 +81,4 @@ def _real(real, block):
 
 
 def _short(name, most=28):
-    return name if len(name) <= most else f"…{name[1 - most:]}"
+    return name if len(name) <= most else f"…{name[1 - most :]}"

@@ -200,7 +200,9 @@ def _replaced(owner, name, make):
 def _with_losses_kept(layers):
     """A model forgets the losses of its last call when it is called again."""
     names = ("_losses", "_loss_ids")  # a list and a set
-    before = [(kept, kept.copy()) for layer in layers for name in names if (kept := getattr(layer, name, None)) is not None]
+    before = [
+        (kept, kept.copy()) for layer in layers for name in names if (kept := getattr(layer, name, None)) is not None
+    ]
     try:
         yield
     finally:

@@ -46,15 +46,17 @@ renderPage();
 def viewer(attention, path=None, *, example=0, image=None, grid=None, title=None, max_bytes=MAX_BYTES):
     """A viewer of attention weights for browsers and notebooks: one HTML file that needs no network.
 
-    It shows all heads of all layers, one of them large, lines between tokens, the tokens as text, and patches over an image;
-    what masks hide is hatched. Everything works by keyboard ("?" tells the keys), and pictures and weights can be saved from it.
+    It shows all heads of all layers, one of them large, lines between tokens, the tokens as text, and patches over an
+    image; what masks hide is hatched. Everything works by keyboard ("?" tells the keys), and pictures and weights can
+    be saved from it.
 
     Args:
-        attention: What :func:`attention` returns, a :class:`LayerAttention`, or weights as `ModelAttention.from_weights` takes
-            them.
+        attention: What :func:`attention` returns, a :class:`LayerAttention`, or weights as
+            `ModelAttention.from_weights` takes them.
         path: Where to write the HTML file; None for nowhere yet.
         example: Which entry of the batch.
-        image: For vision models: the image `[height, width]` or `[height, width, channels]`, whose patches are the last tokens.
+        image: For vision models: the image `[height, width]` or `[height, width, channels]`, whose patches are the last
+            tokens.
         grid: (rows, columns) of patches; None for squares over the image.
         title: None for the name of the model.
         max_bytes: Beyond it, before compression, layers are shown by means of blocks and the largest weights of each row.
@@ -63,8 +65,8 @@ def viewer(attention, path=None, *, example=0, image=None, grid=None, title=None
         A :class:`Viewer`, which notebooks show: as a widget where the package anywidget is installed.
 
     Raises:
-        ValueError: Weights that are no probabilities, an example that does not exist, an image or a grid that does not fit, or more
-            layers than ``max_bytes`` allows.
+        ValueError: Weights that are no probabilities, an example that does not exist, an image or a grid that does not
+            fit, or more layers than ``max_bytes`` allows.
     """
     if isinstance(attention, LayerAttention):
         attention = ModelAttention(attention.name, [attention])
@@ -109,7 +111,9 @@ class Viewer:
     def widget(self):
         """The same as a widget of the package anywidget; ImportError where that is not installed."""
         if importlib.util.find_spec("anywidget") is None:
-            raise ImportError("attn_ops.visualize.Viewer.widget needs anywidget, which is not installed: pip install anywidget")
+            raise ImportError(
+                "attn_ops.visualize.Viewer.widget needs anywidget, which is not installed: pip install anywidget"
+            )
         return _widget_class()(header=self._header, data=self._data)
 
     def _repr_html_(self):
@@ -127,7 +131,9 @@ class Viewer:
         return {"text/plain": repr(self), "text/html": self._repr_html_()}
 
     def __repr__(self):
-        return f"<attn_ops.visualize.Viewer of {self.title}: .save(path) writes it, {len(self._data):,} bytes of weights>"
+        return (
+            f"<attn_ops.visualize.Viewer of {self.title}: .save(path) writes it, {len(self._data):,} bytes of weights>"
+        )
 
 
 def _source(name):

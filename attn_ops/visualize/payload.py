@@ -102,7 +102,12 @@ def _layer(parts, tokens, layer, example):
         header |= {"seenAt": parts.add(np.ceil(255 * seen).astype(np.uint8)), "seenHeads": len(seen)}
     top_scale, top_codes = _coded(blocks.top_weights[example])
     top_keys = np.ascontiguousarray(blocks.top_keys[example], "<i4")
-    return header | {"top": top_keys.shape[-1], "topKeysAt": parts.add(top_keys), "topScale": top_scale, "topCodesAt": parts.add(top_codes)}
+    return header | {
+        "top": top_keys.shape[-1],
+        "topKeysAt": parts.add(top_keys),
+        "topScale": top_scale,
+        "topCodesAt": parts.add(top_codes),
+    }
 
 
 def _coded(values):
@@ -218,7 +223,12 @@ def _image(name, image):
     step = -(-max(pixels.shape[:2]) // _LARGEST_IMAGE)
     pixels = np.ascontiguousarray(pixels[::step, ::step])
     height, width, channels = pixels.shape
-    return {"src": f"data:image/png;base64,{base64.b64encode(_png(pixels)).decode()}", "width": width, "height": height, "channels": channels}
+    return {
+        "src": f"data:image/png;base64,{base64.b64encode(_png(pixels)).decode()}",
+        "width": width,
+        "height": height,
+        "channels": channels,
+    }
 
 
 def _png(pixels):

@@ -199,5 +199,11 @@ def _annotate(ax, image, panel: np.ndarray) -> None:
     for (row, column), weight in np.ndenumerate(panel):
         if not np.isnan(weight):
             ax.text(
-                column, row, f"{weight:.2f}", ha="center", va="center", fontsize=7, color=figures.ink(colours[row, column])
+                column,
+                row,
+                f"{weight:.2f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color=figures.ink(colours[row, column]),
             )

@@ -1,7 +1,7 @@
 """The weights of an `AttentionCall`, some query rows at a time, in NumPy: never a whole matrix.
 
-The equations are those of `reference.py`, in float32 (float64 for float64 inputs). All keys of a row are there at once, so a
-row needs nothing of the others.
+The equations are those of `reference.py`, in float32 (float64 for float64 inputs). All keys of a row are there at once,
+so a row needs nothing of the others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Probabilities:
         self.shape = batch, heads, rows, keys
         self._bias = None if call.bias is None else np.asarray(call.bias).astype(self._dtype)
         self._masks = [np.asarray(mask) for mask in call.masks]
-        self._lengths = [None if x is None else np.asarray(x).astype(np.int64) for x in (call.query_lengths, call.key_lengths)]
+        self._lengths = [
+            None if x is None else np.asarray(x).astype(np.int64) for x in (call.query_lengths, call.key_lengths)
+        ]
         self._offset = None if call.query_offset is None else np.asarray(call.query_offset).astype(np.int64)
         self._arrays = {
             name: None if getattr(call, name) is None else np.asarray(getattr(call, name)).astype(self._dtype)
@@ -47,15 +49,17 @@ class Probabilities:
         self._blocks = None if call.blocks is None else np.asarray(call.blocks)
         table = self._arrays["relative_bias"]
         by_head = [*self._masks, *(x for x in (self._blocks,) if x is not None)]
-        by_head += [x for x in (self._bias, None if table is None else table[None]) if x is not None and (x == -np.inf).any()]
+        by_head += [
+            x for x in (self._bias, None if table is None else table[None]) if x is not None and (x == -np.inf).any()
+        ]
         self.mask_heads = heads if any(x.shape[1] > 1 for x in by_head) else 1
 
     def chunks(self, entry: int, multiple: int = 1):
         """Yields (heads, rows, weights, visible, own) until all of one entry of the batch has been there.
 
-        heads and rows are slices; weights are `[heads, rows, seqlen_k]`, 0 where hidden; visible is bool of that shape, or with
-        one head where `mask_heads` is 1; own is the key that each row stands at, int64 `[rows]`. There are ``multiple`` rows or a multiple of that,
-        but for the last ones.
+        heads and rows are slices; weights are `[heads, rows, seqlen_k]`, 0 where hidden; visible is bool of that shape,
+        or with one head where `mask_heads` is 1; own is the key that each row stands at, int64 `[rows]`. There are
+        ``multiple`` rows or a multiple of that, but for the last ones.
         """
         for heads, rows in _pieces(self.shape, multiple):
             yield heads, rows, *self._piece(entry, heads, np.arange(rows.start, rows.stop))

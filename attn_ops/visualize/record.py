@@ -24,23 +24,24 @@ def attention(model, inputs, layers=None, *, tokens=None, longest=LONGEST, top_k
     """The weights of the attention layers of a trained model, for some inputs: softmax of the scores, before dropout.
 
     Runs the model once on the inputs, in inference mode. Its layers may be stock ones, converted ones, those of
-    :mod:`attn_ops.layers` and of KerasHub, anywhere in functional, sequential, subclassed and nested models; a shared layer is
-    there once for each call. Nothing of the model changes, whatever happens: not its weights, states of random numbers, flags and
-    traced functions. While it runs, `tf.function`s of the process run as Python.
+    :mod:`attn_ops.layers` and of KerasHub, anywhere in functional, sequential, subclassed and nested models; a shared
+    layer is there once for each call. Nothing of the model changes, whatever happens: not its weights, states of random
+    numbers, flags and traced functions. While it runs, `tf.function`s of the process run as Python.
 
-    Up to ``longest`` rows and keys, the weights themselves are kept; of longer sequences the means of blocks and the largest weights
-    of each row, computed from queries and keys some rows at a time: the matrix is never there. What attention sinks take is
-    left out, so that rows of such layers sum to less than 1.
+    Up to ``longest`` rows and keys, the weights themselves are kept; of longer sequences the means of blocks and the
+    largest weights of each row, computed from queries and keys some rows at a time: the matrix is never there. What
+    attention sinks take is left out, so that rows of such layers sum to less than 1.
 
     Args:
         model: A built Keras model or layer.
-        inputs: What `model` is called with, with an axis for the batch: an array, or a list or dict of them. For a layer that is
-            no `keras.Model`, a tuple holds its arguments by position.
-        layers: None for all; or names of attention layers, or one of them: paths as `attn_ops.explain(model)` prints them,
-            their last parts, or patterns such as `"decoder/*"`.
+        inputs: What `model` is called with, with an axis for the batch: an array, or a list or dict of them. For a
+            layer that is no `keras.Model`, a tuple holds its arguments by position.
+        layers: None for all; or names of attention layers, or one of them: paths as `attn_ops.explain(model)` prints
+            them, their last parts, or patterns such as `"decoder/*"`.
         tokens: None, or what stands at the positions, padding too: a sequence of labels; a tuple of two for models of two
-            sequences, which are told apart by their lengths; or a dict of those by names as for ``layers``, where a tuple is
-            (query tokens, key tokens). Instead of a sequence of labels there may be one for each entry of the batch.
+            sequences, which are told apart by their lengths; or a dict of those by names as for ``layers``, where a
+            tuple is (query tokens, key tokens). Instead of a sequence of labels there may be one for each entry of the
+            batch.
         longest: Up to how many rows and keys the weights are kept.
         top_keys: How many keys of each row are kept otherwise.
         max_bytes: What the result may take.
@@ -51,13 +52,17 @@ def attention(model, inputs, layers=None, *, tokens=None, longest=LONGEST, top_k
 
     Raises:
         TypeError: `model` is no Keras layer, or the tokens are no labels.
-        ValueError: The model was never built, or has no attention whose weights can be had; a name is no attention layer of
-            it; tokens do not fit; the result would be larger than ``max_bytes``.
+        ValueError: The model was never built, or has no attention whose weights can be had; a name is no attention
+            layer of it; tokens do not fit; the result would be larger than ``max_bytes``.
     """
     requirements.check_keras(_NAME)
     inside = found.layers("visualize.attention", model)
     for what, number in (("longest", longest), ("top_keys", top_keys), ("max_bytes", max_bytes)):
-        if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < (0 if what == "longest" else 1):
+        if (
+            isinstance(number, bool)
+            or not isinstance(number, (int, np.integer))
+            or number < (0 if what == "longest" else 1)
+        ):
             raise ValueError(f"{_NAME}: {what} must be a positive integer, got {number!r}")
     if not model.built:
         raise ValueError(
@@ -123,7 +128,9 @@ def _run(model, inputs):
     if isinstance(inputs, tuple) and not isinstance(model, keras.Model):
         model(*inputs, training=False)
         return
-    if isinstance(inputs, (list, tuple)) and not any(hasattr(x, "shape") or isinstance(x, (list, tuple)) for x in inputs):
+    if isinstance(inputs, (list, tuple)) and not any(
+        hasattr(x, "shape") or isinstance(x, (list, tuple)) for x in inputs
+    ):
         inputs = np.asarray(inputs)
     inputs = keras.tree.map_structure(lambda x: ops.convert_to_tensor(x) if isinstance(x, np.ndarray) else x, inputs)
     model(inputs, training=False)
@@ -181,6 +188,9 @@ class _Recording:
             inner = inner.layer  # of which some wrappers run `call` alone
         path = self._paths.get(id(inner))
         if path is None:  # an operation, or a layer that Keras does not track
-            around = next((self._paths[id(x)] for x in reversed(stack[:-1]) if id(x) in self._paths and x is not self._model), None)
+            around = next(
+                (self._paths[id(x)] for x in reversed(stack[:-1]) if id(x) in self._paths and x is not self._model),
+                None,
+            )
             path = inner.name if around is None else f"{around}/{inner.name}"
         return path, self._classes.get(id(inner), type(inner).__name__)

@@ -49,10 +49,10 @@ class LayerAttention:
         blocks: None or the :class:`attn_ops.visualize.recorded.Blocks`.
         real_rows, real_keys: bool `[batch, seqlen_q]` and `[batch, seqlen_k]`: what is no padding: keys that some row
             sees, and rows that see a key (and that others see, where each row is also a key).
-        entropy: float32 `[batch, num_heads]`, -sum p ln p, the mean over real rows: 0 for heads that look at one key, ln n for
-            those that look at n keys alike.
-        distance: float32 `[batch, num_heads]`, how far from its own position a row looks, the mean of abs(j - i), and that over real
-            rows; NaN where rows and keys are different sequences.
+        entropy: float32 `[batch, num_heads]`, -sum p ln p, the mean over real rows: 0 for heads that look at one key,
+            ln n for those that look at n keys alike.
+        distance: float32 `[batch, num_heads]`, how far from its own position a row looks, the mean of abs(j - i), and
+            that over real rows; NaN where rows and keys are different sequences.
         received: float32 `[batch, num_heads, seqlen_k]`, the weight that a key receives, the mean over real rows.
         query_tokens, key_tokens: lists of a label for each row and key, one list for each entry of the batch, or None.
     """
@@ -84,15 +84,19 @@ class LayerAttention:
 
     def __repr__(self):
         batch, heads, rows, keys = self.shape
-        kept = "weights" if self.blocks is None else f"blocks of {self.blocks.size} and {self.blocks.top_keys.shape[-1]} keys a row"
+        kept = (
+            "weights"
+            if self.blocks is None
+            else f"blocks of {self.blocks.size} and {self.blocks.top_keys.shape[-1]} keys a row"
+        )
         return f"<LayerAttention {self.name}: batch {batch}, {heads} heads, {rows} x {keys}, {kept}>"
 
 
 class ModelAttention:
     """The attention of a model, layer by layer, in the order in which the layers ran; a table when printed.
 
-    `attention["encoder/attention"]`, `attention["attention"]` (the last name of a path, if it is the only one of that name) and
-    `attention[0]` are :class:`LayerAttention`.
+    `attention["encoder/attention"]`, `attention["attention"]` (the last name of a path, if it is the only one of that
+    name) and `attention[0]` are :class:`LayerAttention`.
 
     Attributes:
         model: the name of the model.
@@ -110,9 +114,9 @@ class ModelAttention:
         """The same for weights that come from elsewhere.
 
         Args:
-            weights: probabilities `[batch, num_heads, seqlen_q, seqlen_k]`, `[num_heads, seqlen_q, seqlen_k]` or `[seqlen_q,
-                seqlen_k]`, or a dict of them by the name of a layer, or a list. Exact zeros are weights of 0, and NaN stands
-                for hidden.
+            weights: probabilities `[batch, num_heads, seqlen_q, seqlen_k]`, `[num_heads, seqlen_q, seqlen_k]` or
+                `[seqlen_q, seqlen_k]`, or a dict of them by the name of a layer, or a list. Exact zeros are weights of
+                0, and NaN stands for hidden.
             tokens: as for :func:`attention`.
             hidden: None, or what hides keys: bool that broadcasts to the weights, or a dict of them.
             model: a title.
@@ -120,8 +124,8 @@ class ModelAttention:
 
         Raises:
             TypeError: weights that hold no real numbers.
-            ValueError: weights that are no probabilities (negative, above 1, rows whose sum is above 1), or of another rank;
-                tokens that do not fit.
+            ValueError: weights that are no probabilities (negative, above 1, rows whose sum is above 1), or of another
+                rank; tokens that do not fit.
         """
         if not isinstance(weights, dict):
             several = isinstance(weights, (list, tuple)) and len(weights) > 0 and np.ndim(weights[0]) >= 2
@@ -204,9 +208,7 @@ def summarized(name, cls, source, longest: int, top_keys: int, block: int | None
     count = np.maximum(real.sum(-1), 1).astype(np.float32)[:, None, None]
     entropy, distance = ((np.where(real[:, None], x, 0) / count).sum(-1) for x in per_row.values())
     distance = distance if same else np.full_like(distance, np.nan)
-    return LayerAttention(
-        name, cls, source.shape, *keeper.results(), real, seen, entropy, distance, received / count
-    )
+    return LayerAttention(name, cls, source.shape, *keeper.results(), real, seen, entropy, distance, received / count)
 
 
 class _Whole:

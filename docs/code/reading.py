@@ -51,7 +51,9 @@ viewer = visualize.viewer(attention, "reviews.html")  # one file; in a notebook 
 
 # [pictures]
 visualize.plot_attention_weights(layer, crop=True, annotate=True).savefig("heads.png")
-visualize.plot_attention_over_text(layer, query=sentence.index("good"), title='What "good" reads').figure.savefig("words.png")
+visualize.plot_attention_over_text(layer, query=sentence.index("good"), title='What "good" reads').figure.savefig(
+    "words.png"
+)
 visualize.plot_heads(attention).savefig("all_heads.png")
 # [/pictures]
 
@@ -79,5 +81,9 @@ assert model.evaluate(sentences, labels, verbose=0)[1] > 0.9
 weights = np.asarray(layer.weights)
 np.testing.assert_allclose(weights[0, :, :6].sum(-1), 1.0, rtol=1e-5)
 assert layer.hidden[0, 0, :, 6:].all() and (weights[..., 6:] == 0).all()
-assert kept.blocks.means.shape == (1, 2, 188, 188) and kept.blocks.top_keys.shape == (1, 2, 1500, 4) and kept.blocks.size == 8
+assert (
+    kept.blocks.means.shape == (1, 2, 188, 188)
+    and kept.blocks.top_keys.shape == (1, 2, 1500, 4)
+    and kept.blocks.size == 8
+)
 assert found[0].entropy[0, 0] == np.float32(np.log(4)) and len(viewer.html) < 10**6

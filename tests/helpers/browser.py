@@ -36,7 +36,9 @@ class Page:
     """
 
     def __init__(self, browser, file, width=1300, height=900, scheme="light"):
-        self.context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, accept_downloads=True)
+        self.context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme, accept_downloads=True
+        )
         self.page = self.context.new_page()
         self.complaints = []
         self.page.on("console", lambda message: self.complaints.append(message.text))
@@ -74,7 +76,9 @@ class Page:
     def point(self, row, key, rows, keys):
         """Puts the pointer on a cell of a matrix of so many rows and keys."""
         box = self.page.locator(".matrix canvas").bounding_box()
-        self.page.mouse.move(box["x"] + (key + 0.5) * box["width"] / keys, box["y"] + (row + 0.5) * box["height"] / rows)
+        self.page.mouse.move(
+            box["x"] + (key + 0.5) * box["width"] / keys, box["y"] + (row + 0.5) * box["height"] / rows
+        )
 
     def cells(self, rows, keys):
         """The colour in each cell of a matrix, [rows, keys, red green blue alpha]."""

@@ -1,4 +1,4 @@
-"""`attn_ops.visualize.attention`: the weights of models of all kinds, against softmax by hand, and a model that stays as it was."""
+"""`attn_ops.visualize.attention`: the weights of models of all kinds, by hand, and a model that stays as it was."""
 
 import keras
 import numpy as np
@@ -50,7 +50,7 @@ def test_weights_are_softmax_of_the_models_own_projections(form):
     found = visualize.attention(model, IDS)
     assert found.names == ["first", "second"] and found.model == "encoder" and not found.left_out
     real = IDS != 0
-    visible = (real[:, None, :, None] & real[:, None, None, :])
+    visible = real[:, None, :, None] & real[:, None, None, :]
     expected = by_hand(model.get_layer("first"), embedded(model), visible)
     np.testing.assert_allclose(found["first"].weights, expected, atol=1e-5)
     np.testing.assert_array_equal(found["first"].hidden, ~visible)
@@ -137,7 +137,9 @@ def test_the_layer_alone_and_cross_attention():
 
 def test_wrappers_and_text():
     inputs = keras.Input((3, 5, 8))
-    model = keras.Model(inputs, keras.layers.TimeDistributed(attn_ops.layers.SelfAttention(4, name="self"), name="each")(inputs))
+    model = keras.Model(
+        inputs, keras.layers.TimeDistributed(attn_ops.layers.SelfAttention(4, name="self"), name="each")(inputs)
+    )
     found = visualize.attention(model, RNG.normal(size=(1, 3, 5, 8)).astype("float32"))
     assert found.names == ["each/self", "each/self#2", "each/self#3"] and not found.left_out
     words = keras.layers.TextVectorization(output_sequence_length=6, vocabulary=["the", "film", "was", "good"])
@@ -171,7 +173,9 @@ def test_attention_without_a_layer(function, as_layer):
         model = keras.Model(inputs, function(x, x, x, is_causal=True))
     x = RNG.normal(size=(1, 5, 8)).astype("float32")
     (found,) = visualize.attention(model, x)
-    np.testing.assert_allclose(found.weights, reference.attention_weights(x[:, :, None], x[:, :, None], is_causal=True), atol=1e-5)
+    np.testing.assert_allclose(
+        found.weights, reference.attention_weights(x[:, :, None], x[:, :, None], is_causal=True), atol=1e-5
+    )
     assert found.name == "own" if as_layer else "dot_product_attention" in found.name
     np.testing.assert_array_equal(found.hidden[0, 0], ~np.tri(5, dtype=bool))
 
@@ -236,7 +240,9 @@ def test_nothing_of_the_model_changes(fails):
     before, out = state(model), None
     changing.fails = fails is True
     if fails:
-        with pytest.raises(RuntimeError if fails is True else ValueError, match="from inside" if fails is True else "max_bytes"):
+        with pytest.raises(
+            RuntimeError if fails is True else ValueError, match="from inside" if fails is True else "max_bytes"
+        ):
             visualize.attention(model, x, max_bytes=2**30 if fails is True else 300)
     else:
         out = visualize.attention(model, x)

@@ -314,7 +314,9 @@ def recorded():
     rng = np.random.default_rng(1)
     weights = np.where(hidden, 0, rng.random((2, 3, 5, 5)) + 0.1)
     weights /= weights.sum(-1, keepdims=True)
-    return visualize.ModelAttention.from_weights({"a": weights, "b": weights[:, :2]}, tokens=["x", "y", "$z", "w", ""], hidden=hidden)
+    return visualize.ModelAttention.from_weights(
+        {"a": weights, "b": weights[:, :2]}, tokens=["x", "y", "$z", "w", ""], hidden=hidden
+    )
 
 
 def test_weights_of_a_layer_with_its_masks_and_tokens():
@@ -354,7 +356,9 @@ def test_all_heads():
     figure = visualize.plot_heads(found, example=1, title="heads")
     panels = axes_of(figure)
     assert len(panels) == 5 and [ax.get_ylabel() for ax in panels if ax.get_ylabel()] == ["a", "b"]
-    np.testing.assert_array_equal(drawn(figure)[4], np.where(found["b"].hidden[1, 0], np.nan, found["b"].weights[1, 1])[:4, :4])
+    np.testing.assert_array_equal(
+        drawn(figure)[4], np.where(found["b"].hidden[1, 0], np.nan, found["b"].weights[1, 1])[:4, :4]
+    )
     assert panels[0].get_xlabel() == f"{found['a'].entropy[1, 0]:.2f}"
     with pytest.raises(ValueError, match="must be probabilities"):
         visualize.plot_heads(np.ones((2, 3, 3)))

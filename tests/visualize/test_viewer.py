@@ -16,14 +16,23 @@ from attn_ops import reference, visualize
 from attn_ops.visualize import payload
 
 RNG = np.random.default_rng(0)
-EVIL = ["</script><script>document.title='evil'</script>", "<img src=x onerror=document.title='evil'>", "<b>bold</b>", "&amp;", "'\"", "]]>"]
+EVIL = [
+    "</script><script>document.title='evil'</script>",
+    "<img src=x onerror=document.title='evil'>",
+    "<b>bold</b>",
+    "&amp;",
+    "'\"",
+    "]]>",
+]
 TOKENS = ["[CLS]", "good", "film", *EVIL, "good", "", ""]
 SEEN = np.zeros((1, 1, 12, 12), bool)
 SEEN[..., :10, :10] = True
 
 
 def weights(rows, keys, heads=1, **options):
-    return reference.attention_weights(2 * RNG.normal(size=(1, rows, heads, 8)), RNG.normal(size=(1, keys, heads, 8)), **options)
+    return reference.attention_weights(
+        2 * RNG.normal(size=(1, rows, heads, 8)), RNG.normal(size=(1, keys, heads, 8)), **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +102,9 @@ def test_all_by_keyboard(chromium, file, attention):
         page.press("]")
         assert page.heading.endswith("<i>1</i>/attention · head 0")
         page.press("}")
-        assert page.heading == "cross · head 0" and page.page.locator(".matrix canvas").get_attribute("aria-label").endswith("12 queries by 5 keys")
+        assert page.heading == "cross · head 0" and page.page.locator(".matrix canvas").get_attribute(
+            "aria-label"
+        ).endswith("12 queries by 5 keys")
         page.press("ArrowDown", "ArrowLeft")
         told(page.said, "query “[CLS]” (0) → key “z” (4): ", attention["cross"].weights[0, 0, 0, 4])
         page.press("{", "[")
@@ -128,7 +139,9 @@ def test_heads_are_sorted(chromium, file, attention):
         assert [float(x) for x in page.page.locator("tbody td:nth-child(2)").all_inner_texts()] == entropies[::-1]
         assert set(page.page.locator("tbody td:nth-child(3)").all_inner_texts()) >= {"–"}  # of the two sentences
         page.page.locator("tbody tr").first.click()
-        most = max(((layer.entropy[0, h], f"{layer.name} · head {h}") for layer in attention for h in range(layer.heads)))[1]
+        most = max(
+            ((layer.entropy[0, h], f"{layer.name} · head {h}") for layer in attention for h in range(layer.heads))
+        )[1]
         assert page.heading == most
 
 
@@ -168,9 +181,16 @@ def test_export(chromium, file, attention):
         rows = list(csv.reader(io.StringIO(data.decode())))
         assert rows[0][1:] == TOKENS[:10] and [row[0] for row in rows[1:]] == TOKENS[:10]
         values = np.array([[float(x) for x in row[1:]] for row in rows[1:]])
-        np.testing.assert_allclose(values, attention[0].weights[0, 0, :10, :10], atol=attention[0].weights[0, 0].max() / 200)  # a byte each
+        np.testing.assert_allclose(
+            values, attention[0].weights[0, 0, :10, :10], atol=attention[0].weights[0, 0].max() / 200
+        )  # a byte each
         name, data = page.saved("Matrix as SVG")
-        assert name.endswith(".svg") and data.startswith(b"<svg") and b"data:image/png;base64" in data and b"&lt;b&gt;bold" in data
+        assert (
+            name.endswith(".svg")
+            and data.startswith(b"<svg")
+            and b"data:image/png;base64" in data
+            and b"&lt;b&gt;bold" in data
+        )
         name, data = page.saved("Matrix as PNG")
         width, height = struct.unpack(">II", data[16:24])
         assert data[:8] == b"\x89PNG\r\n\x1a\n" and width > 400 and height > 400
@@ -205,7 +225,9 @@ def test_patches_over_an_image(chromium, tmp_path):
         page.page.mouse.move(5, 5)
         best = np.argsort(-p[0, 0, 7])[0]
         told(page.said, f"query 7 reads most from {best} ", p[0, 0, 7, best])
-        veils = np.array([float(x.get_attribute("fill-opacity")) for x in page.page.locator(".picture rect[data-at]").all()])
+        veils = np.array(
+            [float(x.get_attribute("fill-opacity")) for x in page.page.locator(".picture rect[data-at]").all()]
+        )
         np.testing.assert_array_equal(np.argmin(veils), np.argmax(p[0, 0, 7, 1:]))  # the one that is read most is clear
         assert veils.min() == 0 and page.page.locator(".picture .own").get_attribute("visibility") == "visible"
         page.page.get_by_text("token 0", exact=True).click()
@@ -242,7 +264,11 @@ def test_long_sequences_open_on_zoom(chromium, tmp_path, long_attention):
         page.page.keyboard.type("word2000")
         page.press("Enter", "Escape")
         key = blocks.top_keys[0, 0, 2000, 0]
-        told(page.said, f"query “word2000” (2000) reads most from “word{key}” ({key}) ", blocks.top_weights[0, 0, 2000, 0])
+        told(
+            page.said,
+            f"query “word2000” (2000) reads most from “word{key}” ({key}) ",
+            blocks.top_weights[0, 0, 2000, 0],
+        )
         for _ in range(5):
             page.press("+")
         labels = page.page.locator(".matrix text").all_text_contents()
@@ -262,7 +288,9 @@ def test_first_paint_of_many_heads(chromium, tmp_path, record_property):
     random = RNG.random((12, 128, 128), "float32") / 128
     random /= random.sum(-1, keepdims=True)
     worst = visualize.viewer(
-        visualize.ModelAttention.from_weights({f"layer_{n}": random[:, ::-1] if n % 2 else random for n in range(12)}, tokens=tokens)
+        visualize.ModelAttention.from_weights(
+            {f"layer_{n}": random[:, ::-1] if n % 2 else random for n in range(12)}, tokens=tokens
+        )
     )
     assert path.stat().st_size <= 4 * 2**20 and len(worst.html) <= 4 * 2**20
     with browser.Page(chromium, path) as page:
@@ -278,7 +306,7 @@ def test_the_module_as_a_widget(chromium, attention, tmp_path):
     made = visualize.viewer(attention)
     header, data = payload.payload("test", attention, 0, None, None, None, 2**24)
     script, text = (json.dumps(x).replace("<", "\\u003c") for x in (visualize.page._source("viewer.js"), header))
-    code = f"""<!DOCTYPE html><style>{visualize.page._source('viewer.css')}</style><div id=a></div><script type=module>
+    code = f"""<!DOCTYPE html><style>{visualize.page._source("viewer.css")}</style><div id=a></div><script type=module>
       const module = await import(URL.createObjectURL(new Blob([{script}], {{ type: "text/javascript" }})));
       const bytes = new Uint8Array({list(data)});
       const given = {{ header: {text}, data: new DataView(bytes.buffer) }};
@@ -305,7 +333,9 @@ def test_the_page_needs_nothing_else(file, attention):
     assert text.count("</script>") == 3 and "&lt;script&gt;title" in text
     links = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\s\"']*", re.sub(r"^\s*//.*$", "", text, flags=re.MULTILINE)))
     assert links == {"http://www.w3.org/2000/svg"}  # a name, which nobody asks for
-    assert "default-src 'none'" in text and not re.search(r"\b(eval|fetch|XMLHttpRequest|innerHTML|insertAdjacentHTML)\b", text)
+    assert "default-src 'none'" in text and not re.search(
+        r"\b(eval|fetch|XMLHttpRequest|innerHTML|insertAdjacentHTML)\b", text
+    )
 
 
 def test_what_a_notebook_and_a_script_get(attention, tmp_path, monkeypatch):
@@ -339,7 +369,9 @@ def test_many_layers_come_in_blocks_and_too_many_are_refused():
     made = visualize.viewer({"a": p, "b": p}, max_bytes=10000)
     assert all(layer["block"] > 1 for layer in json.loads(made._header)["layers"])
     assert len(zlib.decompress(made._data)) <= 10000
-    with pytest.raises(ValueError, match=r"2 layers take [\d,]+ bytes, and max_bytes allows 100: record fewer \(layers=\)"):
+    with pytest.raises(
+        ValueError, match=r"2 layers take [\d,]+ bytes, and max_bytes allows 100: record fewer \(layers=\)"
+    ):
         visualize.viewer({"a": p, "b": p}, max_bytes=100)
 
 
@@ -376,4 +408,6 @@ def told(text, before, *expected):
     """Whether a text begins so, and goes on with these numbers: weights are kept in a byte each."""
     assert text.startswith(before)
     rest = re.sub(r"“.*?” \(\d+\)|of a query.*", "", text[len(before) :])
-    np.testing.assert_allclose([float(x) for x in re.findall(r"\d[\d.e-]*", rest)][: len(expected)], expected, rtol=0.04, atol=1e-4)
+    np.testing.assert_allclose(
+        [float(x) for x in re.findall(r"\d[\d.e-]*", rest)][: len(expected)], expected, rtol=0.04, atol=1e-4
+    )
