@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from attn_ops.call import arrays, checked_before, options, pages, precision
 from attn_ops.call.attention_call import MAX_MASKS, AttentionCall, canonical
+from attn_ops.call.listeners import listeners
 from attn_ops.call.options import Options
 from attn_ops.masks.mask import Mask, Parts
 
@@ -30,6 +31,8 @@ def normalize(xp, name, query, key, value, **given):
         call = _checked(xp, name, query, key, value, **given)
         if like is not None:
             checked_before.remember(like, tensors, call)
+    for tell in listeners:
+        tell(name, call)
     return call
 
 

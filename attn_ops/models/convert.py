@@ -3,6 +3,7 @@ which fuse more (dropout, scores, windows, grouped heads); other classes get the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 from attn_ops.layers.attention import Attention
@@ -48,13 +49,7 @@ def convert(model):
     changed, attentions, left = False, 0, []
     for layer in layers:
         state = found.state(layer)
-        if type(layer) in _PAIRS:
-            _change_class(layer, _PAIRS[type(layer)])
-            changed = True
-        elif state is not None and state.seams and state.reason is None and not seams.installed(layer):
-            for seam in state.seams:
-                seams.install(seam, layer)
-            changed = True
+        changed |= _take_over(layer, state)
         if state is not None and state.attends:
             attentions += 1
             left += [f"{layer.name} ({state.reason})"] if state.reason else []
@@ -97,6 +92,44 @@ def revert(model):
     if ours or any(adapted):
         found.drop_traced_functions(layers)
     return model
+
+
+@contextlib.contextmanager
+def borrowed(layers):
+    """Has the attention in these layers run in ours for the duration of a `with` block, and leaves no trace of it: what
+    :func:`convert` changes is put back as it was, and functions that are traced stay traced."""
+    before = []
+    try:
+        for layer in layers:
+            kind, own = type(layer), {name: vars(layer)[name] for name in _CHANGED if name in vars(layer)}
+            methods = {seam.method for seam in seams.installed(layer)}
+            before.append((layer, kind, own, methods))
+            _take_over(layer, found.state(layer))
+        yield
+    finally:
+        for layer, kind, own, methods in reversed(before):
+            for method in {seam.method for seam in seams.installed(layer)} - methods:
+                del vars(layer)[method]
+            if type(layer) is not kind:
+                layer.__class__ = kind
+                for name in _CHANGED:
+                    vars(layer).pop(name, None)
+                vars(layer).update(own)
+
+
+def _take_over(layer, state) -> bool:
+    """Has the attention of one layer run in ours, if it is known; whether that has changed the layer."""
+    if type(layer) in _PAIRS:
+        _change_class(layer, _PAIRS[type(layer)])
+        return True
+    if state is None or not state.seams or state.reason is not None or seams.installed(layer):
+        return False
+    for seam in state.seams:
+        seams.install(seam, layer)
+    return True
+
+
+_CHANGED = ("flash_attention", "_flash_attention", "as_in_keras")  # by _change_class, beside the class
 
 
 def _change_class(layer, target):

@@ -78,7 +78,7 @@ def of_model(model, places) -> ModelExplanation:
     """What the attention layers in this Keras layer or model run: ``places`` tells for a dtype and an implementation (or
     None) what `explain` of Keras's backend answers in eager calls, graphs, XLA and training."""
     rows = []
-    paths = _paths(model)
+    paths = found.paths(model)
     places = functools.cache(places)  # for this answer: the next one may stand elsewhere
     for layer in found.layers("explain", model):
         state = found.state(layer)
@@ -111,20 +111,3 @@ def _why_keras(layer, state):
     if seams.in_effect(layer):
         return None, None
     return "its own code", _CONVERT
-
-
-def _paths(model):
-    """The names on the way to each layer, by identity."""
-    paths = {}
-
-    def visit(layer, prefix):
-        if id(layer) in paths:
-            return
-        path = paths[id(layer)] = f"{prefix}/{layer.name}" if prefix else layer.name
-        for inner in layer._layers:
-            visit(inner, path)
-
-    for layer in model._layers:
-        visit(layer, "")
-    paths.setdefault(id(model), model.name)
-    return paths

@@ -36,6 +36,23 @@ def layers(name, model) -> list:
     return list(model._flatten_layers())
 
 
+def paths(model) -> dict:
+    """The names on the way to each layer, by its identity: "encoder/attention"."""
+    by_identity = {}
+
+    def visit(layer, prefix):
+        if id(layer) in by_identity:
+            return
+        path = by_identity[id(layer)] = f"{prefix}/{layer.name}" if prefix else layer.name
+        for inner in layer._layers:
+            visit(inner, path)
+
+    for layer in model._layers:
+        visit(layer, "")
+    by_identity.setdefault(id(model), model.name)
+    return by_identity
+
+
 def drop_traced_functions(layers):
     """Has the models among these layers trace again what they have traced."""
     for model in (layer for layer in layers if isinstance(layer, keras.Model)):

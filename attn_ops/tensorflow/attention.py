@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from attn_ops.call import checked_before, public
+from attn_ops.call import checked_before, listeners, public
 from attn_ops.call.normalize import checked_lse, normalize, normalize_weights
 from attn_ops.models import keras_tensors
 from attn_ops.tensorflow import choice, composite, derivatives, export, place, xp
@@ -55,7 +55,8 @@ def scaled_dot_product_attention(query, key, value, **given):
     from inside XLA, with TensorFlow 2.18 or newer; other graphs hold what either needs, so they may be called by
     functions that XLA compiles. What Keras exports holds the composite: see `attn_ops.export`.
     """
-    like = checked_before.likeness(xp, (query, key, value), given) if tf.executing_eagerly() else None
+    tells = not tf.executing_eagerly() or listeners.listeners  # who listens hears of calls that are normalised
+    like = None if tells else checked_before.likeness(xp, (query, key, value), given)
     out = plain.again(like, query, key, value)
     if out is not None:
         choice.calls["fused"] += 1

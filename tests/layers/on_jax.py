@@ -349,3 +349,19 @@ def test_parts_with_a_tensor_in_functions():
         out, cache = step(x[:, start:end], cache, jax.numpy.asarray(start))
         outs.append(out)
     assert_same(np.concatenate(outs, 1), expected)
+
+
+def test_weights_of_a_model_are_read():
+    """attn_ops.visualize, also without a function being compiled (tests/visualize has the rest)."""
+    ids = np.array([[5, 3, 9, 1, 0, 0]])
+    inputs = keras.Input((6,), dtype="int32")
+    x = embedded = keras.layers.Embedding(10, 8, mask_zero=True)(inputs)
+    x = keras.layers.MultiHeadAttention(2, 4, name="stock")(x, x)
+    x = keras.layers.Attention(name="luong")([x, embedded])
+    model = keras.Model(inputs, layers.MultiHeadAttention(2, 4, name="ours")(x, x))
+    found = attn_ops.visualize.attention(model, ids)
+    assert found.names == ["stock", "luong", "ours"]
+    x = np.asarray(model.layers[1](ids))
+    _, expected = model.get_layer("stock")(x, x, return_attention_scores=True, attention_mask=(ids != 0)[:, None])
+    np.testing.assert_allclose(found["stock"].weights[:, :, :4], np.asarray(expected)[:, :, :4], atol=1e-6)
+    assert type(model.get_layer("stock")) is keras.layers.MultiHeadAttention

@@ -5,7 +5,7 @@ import builtins
 import numpy as np
 import pytest
 
-from attn_ops import masks
+from attn_ops import masks, visualize
 from attn_ops.visualize import plot_attention_weights, plot_mask
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -210,3 +210,155 @@ def test_masks_are_drawn_into_given_axes_and_by_the_mask_itself():
     np.testing.assert_array_equal(drawn_array == 2, np.eye(3, dtype=bool))
     with pytest.raises(ValueError, match="plot_mask: entry must be one of 2, got 2"):
         plot_mask(masks.padding(None, [1, 2]), 3, entry=2)
+
+
+# ---------------------------------------------------------------------------------------------- what can be read of them
+
+
+def axes_of(figure):
+    return [ax for ax in figure.axes if ax.get_images()]
+
+
+def luminance(colour):
+    """Of WCAG 2.2."""
+    c = np.asarray(colour[:3])
+    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+
+
+@pytest.mark.wide(3)
+@pytest.mark.parametrize("cmap", ["Blues", "viridis", "inferno", "Greys_r", "RdBu"])
+def test_numbers_contrast_with_their_cells(cmap):
+    weights = np.linspace(0, 1, 12).reshape(3, 4)
+    figure = plot_attention_weights(weights, annotate=True, cmap=cmap, power=0.5)
+    colours = matplotlib.colormaps[cmap](np.sqrt(weights)).reshape(-1, 4)
+    texts = axes_of(figure)[0].texts
+    assert [text.get_text() for text in texts] == [f"{x:.2f}" for x in weights.flat]
+    for text, colour in zip(texts, colours):
+        contrast = sorted([luminance(colour) + 0.05, luminance(matplotlib.colors.to_rgb(text.get_color())) + 0.05])
+        assert contrast[1] / contrast[0] > 4.5  # what WCAG asks of text
+
+
+def test_into_axes():
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2)
+    assert plot_attention_weights(softmax_weights(4, 4), ax=right, title="right") is figure
+    assert right.get_images() and not left.get_images() and right.get_title() == "right"
+    with pytest.raises(ValueError, match=r"ax takes one matrix, and there are 2 heads"):
+        plot_attention_weights(softmax_weights(1, 2, 4, 4), ax=left)
+
+
+def test_scale_of_colours():
+    weights = softmax_weights(4, 4)
+    figure = plot_attention_weights(weights, vmax=0.25, power=0.5)
+    norm = axes_of(figure)[0].get_images()[0].norm
+    assert norm.vmax == 0.25 and norm(0.0625) == pytest.approx(0.5)
+    labels = tick_labels(figure.axes[-1].yaxis)
+    assert labels == ["0", "0.125", "≥ 0.25"]
+    assert tick_labels(plot_attention_weights(weights).axes[-1].yaxis)[::2] == ["0", f"{weights.max():.3g}"]
+    for wrong in ({"vmax": 0}, {"vmax": np.nan}, {"power": -1}, {"power": "large"}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a positive number"):
+            plot_attention_weights(weights, **wrong)
+
+
+def test_crop():
+    weights = np.zeros((6, 6))
+    weights[1:4, 1:4] = softmax_weights(3, 3)
+    (panel,) = drawn(plot_attention_weights(weights, crop=True))
+    np.testing.assert_array_equal(panel, weights[1:4, 1:4])
+    figure = plot_attention_weights(softmax_weights(6, 6), ["", "a", "", "b", "c", ""], crop=True)
+    assert tick_labels(axes_of(figure)[0].xaxis) == ["a", "", "b", "c"] and drawn(figure)[0].shape == (4, 4)
+
+
+@pytest.mark.wide(2)
+@pytest.mark.parametrize("shape", [(3, 60), (60, 3), (300, 300), (1, 200)])
+def test_flat_and_large_matrices_can_be_read(shape):
+    figure = plot_attention_weights(softmax_weights(*shape))
+    figure.canvas.draw()
+    (ax,) = axes_of(figure)
+    box = ax.get_window_extent().transformed(figure.dpi_scale_trans.inverted())
+    assert min(box.width, box.height) > 0.8 and max(box.width, box.height) < 14.5
+    assert box.width * 72 / shape[1] > 1.5 and box.height * 72 / shape[0] > 1.5  # points of a cell
+    for axis in (ax.xaxis, ax.yaxis):
+        boxes = sorted((t.get_window_extent() for t in axis.get_ticklabels()), key=lambda b: (b.x0, b.y0))
+        assert not any(a.overlaps(b) for a, b in zip(boxes, boxes[1:]))
+
+
+def test_notebooks_show_a_figure_once(monkeypatch):
+    """The inline backend shows open figures at the end of a cell, and closes them; what a line gives is displayed too."""
+    import sys
+    import types
+
+    from matplotlib import pyplot
+
+    shown = []
+    display = types.SimpleNamespace(display=shown.append, Image=lambda data: data)
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setattr(matplotlib, "get_backend", lambda: "module://matplotlib_inline.backend_inline")
+    figure = plot_attention_weights(softmax_weights(3, 3))
+    figure._ipython_display_()
+    assert shown == []
+    pyplot.close(figure)  # the end of the cell
+    figure._ipython_display_()
+    assert shown[0].startswith(b"\x89PNG")
+    monkeypatch.undo()
+    assert not hasattr(plot_attention_weights(softmax_weights(3, 3)), "_ipython_display_")
+
+
+# ------------------------------------------------------------------------------------------------- of what was recorded
+
+
+def recorded():
+    hidden = ~np.tri(5, dtype=bool) | (np.arange(5) == 4)
+    rng = np.random.default_rng(1)
+    weights = np.where(hidden, 0, rng.random((2, 3, 5, 5)) + 0.1)
+    weights /= weights.sum(-1, keepdims=True)
+    return visualize.ModelAttention.from_weights(
+        {"a": weights, "b": weights[:, :2]}, tokens=["x", "y", "$z", "w", ""], hidden=hidden
+    )
+
+
+def test_weights_of_a_layer_with_its_masks_and_tokens():
+    layer = recorded()["a"]
+    figure = plot_attention_weights(layer, example=1, heads=[2], crop=True)
+    np.testing.assert_array_equal(drawn(figure)[0], np.where(layer.hidden[1, 0], np.nan, layer.weights[1, 2])[:4, :4])
+    assert tick_labels(axes_of(figure)[0].yaxis) == ["x", "y", "$z", "w"]
+    assert axes_of(figure)[0].patch.get_hatch()
+
+
+def test_over_text():
+    layer = recorded()["a"]
+    ax = visualize.plot_attention_over_text(layer, example=1, heads=[0, 2], title="text")
+    texts = [text for text in ax.texts if text.get_text()]
+    assert [text.get_text().replace("\\", "") for text in texts] == ["x", "y", "$z", "w"]
+    expected = layer.weights[1, [0, 2]][:, :4].mean((0, 1))  # of real rows
+    colours = matplotlib.colormaps["Blues"](expected[:4] / expected[:4].max())
+    for text, colour in zip(texts, colours):
+        np.testing.assert_allclose(text.get_bbox_patch().get_facecolor(), colour, atol=0.01)
+    row = visualize.plot_attention_over_text(layer.weights[1, 0], ["x", "y", "z", "w", "-"], query=2)
+    best = np.argmax(layer.weights[1, 0, 2])
+    dark = [luminance(text.get_bbox_patch().get_facecolor()) for text in row.texts]
+    assert np.argmin(dark) == best
+    many = visualize.plot_attention_over_text(np.eye(200), [f"word{i}" for i in range(200)], width=5)
+    assert len({text.get_position()[1] for text in many.texts}) > 10
+    many.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in many.texts]
+    assert not any(a.overlaps(b) for a, b in zip(boxes, boxes[1:]))
+    with pytest.raises(ValueError, match="tokens must be given"):
+        visualize.plot_attention_over_text(np.eye(3))
+    with pytest.raises(ValueError, match="query must be one of 3 rows, got 3"):
+        visualize.plot_attention_over_text(np.eye(3), "abc", query=3)
+
+
+def test_all_heads():
+    found = recorded()
+    figure = visualize.plot_heads(found, example=1, title="heads")
+    panels = axes_of(figure)
+    assert len(panels) == 5 and [ax.get_ylabel() for ax in panels if ax.get_ylabel()] == ["a", "b"]
+    np.testing.assert_array_equal(
+        drawn(figure)[4], np.where(found["b"].hidden[1, 0], np.nan, found["b"].weights[1, 1])[:4, :4]
+    )
+    assert panels[0].get_xlabel() == f"{found['a'].entropy[1, 0]:.2f}"
+    with pytest.raises(ValueError, match="must be probabilities"):
+        visualize.plot_heads(np.ones((2, 3, 3)))
