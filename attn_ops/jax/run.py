@@ -14,10 +14,11 @@ from attn_ops.jax import composite, derivatives, place
 _composite = jax.jit(composite.attention, static_argnums=0)
 
 
-def attention(name, call, chosen, forced):
+def attention(name, call, chosen, forced, origin=None):
     """(out, lse) of an `AttentionCall` by the implementation that was ``chosen``, because it was ``forced`` or not;
-    lse is None unless asked for."""
+    lse is None unless asked for. ``origin`` is that of `Arrays`."""
     options, arrays = calls.split(call)
+    arrays = arrays._replace(origin=origin)
     run = functools.partial(_run, name, chosen, forced, options)
     out, *lse = place.without_explicit_axes(run, _specs(options, arrays), arrays)
     return out, lse[0] if lse else None
