@@ -69,4 +69,5 @@ def all_gather_kv(query, key, value, **given):
 
 def _gathered(context, x, axis):
     """``x`` of all replicas along ``axis``."""
-    return context.all_gather(x, axis)
+    with tf.device(context.devices[0]):  # several workers gather only what knows its device, which in a graph few do
+        return context.all_gather(tf.identity(x), axis)

@@ -1,6 +1,6 @@
 """What test_jax.py runs in a process of its own: JAX and Keras on it, with eight logical devices.
 
-Right values are those of the composite on one device, which other tests hold to the specification.
+Right values are those of one device, which other tests hold to the specification.
 """
 
 import collections
@@ -107,7 +107,7 @@ def test_jit(name, shardy):
     if not shardy and not hasattr(jax.config, "jax_use_shardy_partitioner"):
         pytest.skip("this JAX has Shardy alone")
     case, arrays, specs, differentiated = CASES[name]
-    expected = with_gradients(lambda *x: case(*x, implementation="composite"), differentiated)(*arrays)
+    expected = with_gradients(case, differentiated)(*arrays)
     before = jax.config.jax_use_shardy_partitioner
     jax.config.update("jax_use_shardy_partitioner", shardy)
     try:
@@ -128,7 +128,7 @@ def test_gradients_of_what_devices_share_are_added_up():
     case, arrays, _, differentiated = CASES["everything"]
     arrays = [x[:, :, : x.shape[2] * 3 // 4] if n < 3 else x for n, x in enumerate(arrays)]  # 6 and 3 heads for 2 devices
     arrays = [x[:, :6] if n == 3 else x[..., :6] if n in (4, 5, 6) else x for n, x in enumerate(arrays)]
-    expected = with_gradients(lambda *x: case(*x, implementation="composite"), differentiated)(*arrays)
+    expected = with_gradients(case, differentiated)(*arrays)
     divided = put(mesh(), arrays, [BOTH, DATA, DATA, *[P()] * 6])
     assert_same(with_gradients(case, differentiated)(*divided), expected)
 
@@ -141,7 +141,7 @@ def test_shard_map(check):
     divided = jax.shard_map(
         case, mesh=mesh(), in_specs=tuple(specs), out_specs=(BOTH, P("data", "model")), check_vma=check
     )
-    expected = with_gradients(lambda *x: case(*x, implementation="composite"), differentiated)(*arrays)
+    expected = with_gradients(case, differentiated)(*arrays)
     function = with_gradients(divided, differentiated)
     assert set(collectives(function.lower(*arrays).compile().as_text())) <= {"all-reduce"}
     assert_same(function(*arrays), expected)
@@ -161,7 +161,7 @@ def test_explicit_axes():
     """`jax.set_mesh` with axes that are a part of types."""
     case, arrays, specs, differentiated = CASES["heads of the query alone"]
     explicit = mesh(AxisType.Explicit)
-    expected = with_gradients(lambda *x: case(*x, implementation="composite"))(*arrays)
+    expected = with_gradients(case)(*arrays)
     with jax.set_mesh(explicit):
         divided = put(explicit, arrays, [BOTH] * 3)
         assert jax.typeof(jax.jit(case)(*divided)[0]).sharding.spec[0] == "data"
@@ -316,7 +316,7 @@ def divided_attention(count, method, order, names=(), **options):
         given = dict(zip(names, others))
         if "segment_ids" in given:
             given["mask"] = [masks.segments(given.pop("segment_ids")), *([given["mask"]] if "mask" in given else [])]
-        return attend(query, key, value, return_lse=True, implementation="composite", **given, **options)
+        return attend(query, key, value, return_lse=True, **given, **options)
 
     return whole, plain
 

@@ -4,9 +4,16 @@ import os
 import sys
 from pathlib import Path
 
+import processes
+import pytest
 from children import run
 
 FILE = Path(__file__).with_name("on_eight_devices.py")
+# Programs are small and run once: their compilation is what costs.
+FLAGS = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+)
 # Without conftest.py, which is for a process with TensorFlow.
 TESTS = """
 sys.modules["tensorflow"] = None
@@ -26,7 +33,17 @@ def test_eight_devices(pytestconfig):
         without=(),
         KERAS_BACKEND="jax",
         PYTHONPATH=os.pathsep.join(sys.path),
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        XLA_FLAGS=FLAGS,
     )
     assert process.returncode == 0, process.stdout[-8000:] + process.stderr[-2000:]
     assert " passed" in process.stdout
+
+
+@pytest.mark.wide(3)
+@pytest.mark.parametrize("method", ["head_parallel", "ring", "all_gather_kv"])
+def test_two_processes(method):
+    """`jax.distributed` on this machine, the processes' arrays exchanged by its own collectives."""
+    outputs = processes.run_two(
+        FILE.with_name("two_processes_jax.py"), lambda n, ports: ([f"127.0.0.1:{ports[0]}", str(n), method], {"XLA_FLAGS": ""})
+    )
+    assert all(f"{method} of 2 processes" in output for output in outputs)
