@@ -7,6 +7,7 @@ and a JAX without it loses what the name is for, not the attention: `docs/guides
 from __future__ import annotations
 
 import functools
+import inspect
 
 import jax
 
@@ -80,7 +81,10 @@ def partitioned(function, partition, infer, propagate, rule):
     shardy = {}
     if SdyShardingRule is not None:
         operands, results, replicated, sizes = rule
-        shardy["sharding_rule"] = SdyShardingRule(operands, results, need_replication_factors=replicated, **sizes)
+        # Older rules cannot say what is to be replicated. Then `partition` alone sees to it.
+        known = inspect.signature(SdyShardingRule).parameters
+        kinds = {"need_replication_factors": replicated} if "need_replication_factors" in known else {}
+        shardy["sharding_rule"] = SdyShardingRule(operands, results, **kinds, **sizes)
     divided.def_partition(
         partition, infer_sharding_from_operands=infer, propagate_user_sharding=propagate, **shardy
     )

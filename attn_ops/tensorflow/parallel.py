@@ -69,5 +69,10 @@ def all_gather_kv(query, key, value, **given):
 
 def _gathered(context, x, axis):
     """``x`` of all replicas along ``axis``."""
-    with tf.device(context.devices[0]):  # several workers gather only what knows its device, which in a graph few do
+    # Several workers gather only what knows its device, which in a graph few tensors do. Devices are those of this worker.
+    devices = context.strategy.extended.worker_devices
+    replica = tf.get_static_value(context.replica_id_in_sync_group)
+    if replica is None:
+        return context.all_gather(x, axis)
+    with tf.device(devices[int(replica) % len(devices)]):
         return context.all_gather(tf.identity(x), axis)

@@ -3,8 +3,9 @@
 Right values are those of one device, which other tests hold to the specification.
 """
 
-import collections
 import re
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import attn_ops
-from attn_ops.jax import parallel
 from attn_ops import masks
+from attn_ops.jax import parallel
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import parallel_costs  # noqa: E402
 
 RNG = np.random.default_rng(0)
 B, T, H, N, D = 4, 16, 8, 4, 8
@@ -99,7 +103,7 @@ CASES = {
 }
 
 
-@pytest.mark.wide(5)
+@pytest.mark.wide(10)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("shardy", [True, False])
 def test_jit(name, shardy):
@@ -272,15 +276,26 @@ def test_keras(kind):
     assert_same(found, expected, 1e-5)
 
 
-def moved(text):
-    """Bytes that a device sends in a compiled program without loops: {collective: bytes}, for `count` devices."""
-    sizes = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "s32": 4, "pred": 1, "u32": 4, "s8": 1}
-    found = collections.Counter()
-    pattern = r"= (.*?) (all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)(?:-start)?\("
-    for shapes, name in re.findall(pattern, text):
-        for dtype, extents in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-            found[name] += sizes[dtype] * int(np.prod([int(n) for n in extents.split(",") if n] or [1]))
-    return found
+def sent(text, count):
+    """Bytes that one of ``count`` devices sends in a compiled program, whose loops run as often as its text says."""
+    sizes = {"f32": 4, "bf16": 2, "s32": 4}
+    share = {  # of the bytes of the result
+        "all-gather": (count - 1) / count,
+        "all-to-all": (count - 1) / count,
+        "collective-permute": 1,
+        "reduce-scatter": count - 1,
+        "all-reduce": 2 * (count - 1) / count,
+    }
+    trips = {body: int(n) for body, n in re.findall(r"while\(.*?body=%?([\w.-]+).*?known_trip_count\D*(\d+)", text)}
+    total, times = 0, 1
+    for line in text.splitlines():
+        computation = re.match(r"%?([\w.-]+) .*\{$", line)
+        if computation:
+            times = trips.get(computation.group(1), 1)
+        found = re.search(r"= (.*?) (all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)\(", line)
+        for dtype, extents in re.findall(r"(\w+)\[([\d,]*)\]", found.group(1)) if found else ():
+            total += times * share[found.group(2)] * sizes[dtype] * np.prod([int(n) for n in extents.split(",") if n])
+    return total
 
 
 def ring_of(count):
@@ -290,7 +305,7 @@ def ring_of(count):
 ROWS = {"bias": 2, "mask": 2, "segment_ids": 1}  # where those have the rows
 
 
-def divided_attention(count, method, order, names=(), **options):
+def divided_attention(count, method, order, names=(), deal=True, **options):
     """(whole, plain): attention of the whole by parts, and by one device."""
     sequence = P(None, "s")
 
@@ -304,8 +319,9 @@ def divided_attention(count, method, order, names=(), **options):
     function = jax.shard_map(
         local, mesh=ring_of(count), in_specs=(sequence,) * 3 + tuple(specs), out_specs=(sequence, P(None, None, "s"))
     )
-    dealt = parallel.zigzag if order == "zigzag" else lambda x, count, axis=1: x
-    back = parallel.unzigzag if order == "zigzag" else lambda x, count, axis=1: x
+    deals = deal and order == "zigzag"
+    dealt = parallel.zigzag if deals else lambda x, count, axis=1: x
+    back = parallel.unzigzag if deals else lambda x, count, axis=1: x
 
     def whole(query, key, value, *others):
         others = [dealt(x, count, ROWS[name]) if name in ROWS else x for name, x in zip(names, others)]
@@ -351,7 +367,7 @@ SEQUENCES = [
 ]
 
 
-@pytest.mark.wide(11)
+@pytest.mark.wide(50)
 @pytest.mark.parametrize("count", [4, 2, 8])
 @pytest.mark.parametrize("case", range(len(SEQUENCES)))
 def test_sequence(case, count):
@@ -419,6 +435,28 @@ def test_what_is_not_there_says_so(method, options, rule):
     whole, _ = divided_attention(4, method, order, **options)
     with pytest.raises((NotImplementedError, ValueError), match=rule):
         jax.eval_shape(whole, *inputs(batch=2))
+
+
+@pytest.mark.wide(8)
+@pytest.mark.parametrize("count", [4, 8])  # of 2, what goes forward and what goes back are merged
+@pytest.mark.parametrize("method, order", [(m, "contiguous") for m in parallel_costs.METHODS] + [("ring", "zigzag")])
+def test_bytes(method, order, count):
+    """What compiled programs send is what the model of costs says."""
+    arguments = inputs(batch=2)
+    shape = parallel_costs.Shape(T, H, N, D, 2, 4)
+    whole, _ = divided_attention(count, method, order, is_causal=True)
+    divided = [jax.device_put(x, NamedSharding(ring_of(count), P(None, "s"))) for x in arguments]
+    if order == "zigzag":  # without the dealing out
+        whole, _ = divided_attention(count, method, order, deal=False, is_causal=True)
+
+    def loss(*x):
+        return jnp.sum(jnp.sin(whole(*x)[0]))
+
+    model = parallel_costs.sent(method, shape, count)
+    forward = jax.jit(lambda *x: whole(*x)[0]).lower(*divided).compile().as_text()
+    assert sent(forward, count) == model["forward"]
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*divided).compile().as_text()
+    assert sent(gradients, count) == model["forward"] + model["backward"]
 
 
 def test_memory_falls_with_devices():
