@@ -127,16 +127,6 @@ def test_jit(name, shardy):
     assert_same(found, expected)
 
 
-def test_gradients_of_what_devices_share_are_added_up():
-    """Also where nothing but the batch is divided, and heads do not divide."""
-    case, arrays, _, differentiated = CASES["everything"]
-    arrays = [x[:, :, : x.shape[2] * 3 // 4] if n < 3 else x for n, x in enumerate(arrays)]  # 6 and 3 heads for 2 devices
-    arrays = [x[:, :6] if n == 3 else x[..., :6] if n in (4, 5, 6) else x for n, x in enumerate(arrays)]
-    expected = with_gradients(case, differentiated)(*arrays)
-    divided = put(mesh(), arrays, [BOTH, DATA, DATA, *[P()] * 6])
-    assert_same(with_gradients(case, differentiated)(*divided), expected)
-
-
 @pytest.mark.wide(2)
 @pytest.mark.parametrize("check", [True, False])
 def test_shard_map(check):
@@ -149,27 +139,6 @@ def test_shard_map(check):
     function = with_gradients(divided, differentiated)
     assert set(collectives(function.lower(*arrays).compile().as_text())) <= {"all-reduce"}
     assert_same(function(*arrays), expected)
-
-
-def test_shard_map_of_some_axes():
-    """The compiler divides along the others; what it makes of a kernel is right."""
-    case, arrays, specs, differentiated = CASES["data"]
-    divided = jax.shard_map(
-        case, mesh=mesh(), in_specs=(DATA,) * 3, out_specs=(DATA, DATA), axis_names=frozenset(["data"])
-    )
-    expected = case(*arrays, implementation="composite")
-    assert_same(jax.jit(divided)(*put(mesh(), arrays, [BOTH] * 3)), expected)
-
-
-def test_explicit_axes():
-    """`jax.set_mesh` with axes that are a part of types."""
-    case, arrays, specs, differentiated = CASES["heads of the query alone"]
-    explicit = mesh(AxisType.Explicit)
-    expected = with_gradients(case)(*arrays)
-    with jax.set_mesh(explicit):
-        divided = put(explicit, arrays, [BOTH] * 3)
-        assert jax.typeof(jax.jit(case)(*divided)[0]).sharding.spec[0] == "data"
-        assert_same(with_gradients(case)(*divided), expected)
 
 
 def test_sequences_are_gathered():
@@ -195,22 +164,6 @@ def test_decode():
     assert_same(compiled(*arguments), attn_ops.jax.decode_attention(query, cache, new, new, implementation="composite"))
 
 
-def test_pages():
-    """Heads of pages are divided; new rows of all sequences go to all devices, pages to none."""
-    pages, table = random(2 * B, 16, N, D), RNG.permutation(2 * B).reshape(B, 2).astype("int32")
-    query, new, lengths = random(B, 1, H, D), random(B, 1, N, D), np.array([1, 9, 17, 32], "int32")
-
-    def step(query, pages, table, lengths, new, **options):
-        return attn_ops.jax.paged_attention(query, pages, pages, table, lengths, new, new, **options)
-
-    arrays = query, pages, table, lengths, new
-    divided = put(mesh(), arrays, [BOTH, P(None, None, "model"), DATA, DATA, BOTH])
-    compiled = jax.jit(step).lower(*divided).compile()
-    gathered = re.findall(r"= \w+\[([\d,]*)\][^=]* all-gather", compiled.as_text())
-    assert all(np.prod([int(n) for n in shape.split(",") if n]) <= new.size for shape in gathered)
-    assert_same(compiled(*divided), step(*arrays, implementation="composite"))
-
-
 def test_vmap_joins_the_batch():
     """One call instead of a loop, also of gradients, and where arguments are shared."""
     queries, (_, key, value), biases = random(3, B, T, H, D), inputs(), random(3, 1, H, T, T)
@@ -228,13 +181,6 @@ def test_vmap_joins_the_batch():
     nested = jax.vmap(jax.vmap(lambda q, k: attend(q, k, k), (0, None)), (None, 0))
     keys = np.stack([key, value])
     assert_same(nested(queries, keys), np.stack([[attend(q, k, k) for q in queries] for k in keys]))
-
-
-def test_vmap_of_divided_arrays():
-    query, key, value = (np.stack([x, x[::-1]]) for x in inputs())
-    divided = put(mesh(), (query, key, value), [P(None, *BOTH)] * 3)
-    function = jax.jit(jax.vmap(lambda *x: attend(*x, is_causal=True)))
-    assert_same(function(*divided), np.stack([attend(*x, is_causal=True) for x in zip(query, key, value)]))
 
 
 @pytest.mark.wide(2)
@@ -305,7 +251,7 @@ def ring_of(count):
 ROWS = {"bias": 2, "mask": 2, "segment_ids": 1}  # where those have the rows
 
 
-def divided_attention(count, method, order, names=(), deal=True, **options):
+def divided_attention(count, method, order, names=(), **options):
     """(whole, plain): attention of the whole by parts, and by one device."""
     sequence = P(None, "s")
 
@@ -319,9 +265,8 @@ def divided_attention(count, method, order, names=(), deal=True, **options):
     function = jax.shard_map(
         local, mesh=ring_of(count), in_specs=(sequence,) * 3 + tuple(specs), out_specs=(sequence, P(None, None, "s"))
     )
-    deals = deal and order == "zigzag"
-    dealt = parallel.zigzag if deals else lambda x, count, axis=1: x
-    back = parallel.unzigzag if deals else lambda x, count, axis=1: x
+    dealt = parallel.zigzag if order == "zigzag" else lambda x, count, axis=1: x
+    back = parallel.unzigzag if order == "zigzag" else lambda x, count, axis=1: x
 
     def whole(query, key, value, *others):
         others = [dealt(x, count, ROWS[name]) if name in ROWS else x for name, x in zip(names, others)]
@@ -386,37 +331,84 @@ def test_sequence(case, count):
     )
 
 
-def test_heads_are_those_of_one_device():
-    """Bit for bit."""
-    arguments = inputs(batch=2)
-    whole, _ = divided_attention(4, "head_parallel", "contiguous", is_causal=True)
-    found = jax.jit(whole)(*arguments)
-    assert all(np.array_equal(x, y) for x, y in zip(found, attend(*arguments, is_causal=True, return_lse=True)))
+@pytest.mark.wide(3)
+class TestRarer:
+    def test_explicit_axes(self):
+        """`jax.set_mesh` with axes that are a part of types."""
+        case, arrays, specs, differentiated = CASES["heads of the query alone"]
+        explicit = mesh(AxisType.Explicit)
+        expected = with_gradients(case)(*arrays)
+        with jax.set_mesh(explicit):
+            divided = put(explicit, arrays, [BOTH] * 3)
+            assert jax.typeof(jax.jit(case)(*divided)[0]).sharding.spec[0] == "data"
+            assert_same(with_gradients(case)(*divided), expected)
 
+    def test_shard_map_of_some_axes(self):
+        """The compiler divides along the others; what it makes of a kernel is right."""
+        case, arrays, specs, differentiated = CASES["data"]
+        divided = jax.shard_map(
+            case, mesh=mesh(), in_specs=(DATA,) * 3, out_specs=(DATA, DATA), axis_names=frozenset(["data"])
+        )
+        expected = case(*arrays, implementation="composite")
+        assert_same(jax.jit(divided)(*put(mesh(), arrays, [BOTH] * 3)), expected)
 
-def test_auto():
-    """Heads where they divide, the ring where they do not, and what has all options where that lacks some."""
-    def chosen(heads, **options):
-        query = key = random(1, T, heads, D)
-        whole, _ = divided_attention(4, "auto", "contiguous", **options)
-        return set(collectives(jax.jit(whole).lower(query, key, key).compile().as_text()))
+    def test_pages(self):
+        """Heads of pages are divided; new rows of all sequences go to all devices, pages to none."""
+        pages, table = random(2 * B, 16, N, D), RNG.permutation(2 * B).reshape(B, 2).astype("int32")
+        query, new, lengths = random(B, 1, H, D), random(B, 1, N, D), np.array([1, 9, 17, 32], "int32")
 
-    assert chosen(4) == {"all-to-all"}
-    assert chosen(3) == {"collective-permute"}
-    assert chosen(3, alibi_slopes=random(3)) == {"all-gather"}
+        def step(query, pages, table, lengths, new, **options):
+            return attn_ops.jax.paged_attention(query, pages, pages, table, lengths, new, new, **options)
 
+        arrays = query, pages, table, lengths, new
+        divided = put(mesh(), arrays, [BOTH, P(None, None, "model"), DATA, DATA, BOTH])
+        compiled = jax.jit(step).lower(*divided).compile()
+        gathered = re.findall(r"= \w+\[([\d,]*)\][^=]* all-gather", compiled.as_text())
+        assert all(np.prod([int(n) for n in shape.split(",") if n]) <= new.size for shape in gathered)
+        assert_same(compiled(*divided), step(*arrays, implementation="composite"))
 
-def test_a_window_skips_steps():
-    """A ring goes no further than any row sees."""
-    arguments = inputs(batch=1)
-    trips = {}
-    for name, options in {"all": {"is_causal": True}, "window": {"window": (2, 0)}}.items():
-        whole, _ = divided_attention(8, "ring", "contiguous", **options)
-        text = jax.jit(whole).lower(*arguments).as_text()
-        trips[name] = text.count("collective_permute")
-        loops = re.findall(r"known_trip_count\D*(\d+)", jax.jit(whole).lower(*arguments).compile().as_text())
-        trips[name] = [int(n) for n in loops]
-    assert sum(trips["all"]) == 7 and sum(trips["window"]) in (0, 1)
+    def test_vmap_of_divided_arrays(self):
+        query, key, value = (np.stack([x, x[::-1]]) for x in inputs())
+        divided = put(mesh(), (query, key, value), [P(None, *BOTH)] * 3)
+        function = jax.jit(jax.vmap(lambda *x: attend(*x, is_causal=True)))
+        assert_same(function(*divided), np.stack([attend(*x, is_causal=True) for x in zip(query, key, value)]))
+
+    def test_a_window_skips_steps(self):
+        """A ring goes no further than any row sees."""
+        arguments = inputs(batch=1)
+        trips = {}
+        for name, options in {"all": {"is_causal": True}, "window": {"window": (2, 0)}}.items():
+            whole, _ = divided_attention(8, "ring", "contiguous", **options)
+            loops = re.findall(r"known_trip_count\D*(\d+)", jax.jit(whole).lower(*arguments).compile().as_text())
+            trips[name] = [int(n) for n in loops]
+        assert sum(trips["all"]) == 7 and sum(trips["window"]) in (0, 1)
+
+    def test_gradients_of_what_devices_share_are_added_up(self):
+        """Also where nothing but the batch is divided, and heads do not divide."""
+        case, arrays, _, differentiated = CASES["everything"]
+        arrays = [x[:, :, : x.shape[2] * 3 // 4] if n < 3 else x for n, x in enumerate(arrays)]  # 6 and 3 heads for 2 devices
+        arrays = [x[:, :6] if n == 3 else x[..., :6] if n in (4, 5, 6) else x for n, x in enumerate(arrays)]
+        expected = with_gradients(case, differentiated)(*arrays)
+        divided = put(mesh(), arrays, [BOTH, DATA, DATA, *[P()] * 6])
+        assert_same(with_gradients(case, differentiated)(*divided), expected)
+
+    def test_auto(self):
+        """Heads where they divide, the ring where they do not, and what has all options where that lacks some."""
+        def chosen(heads, **options):
+            query = key = random(1, T, heads, D)
+            whole, _ = divided_attention(4, "auto", "contiguous", **options)
+            return set(collectives(jax.jit(whole).lower(query, key, key).compile().as_text()))
+
+        assert chosen(4) == {"all-to-all"}
+        assert chosen(3) == {"collective-permute"}
+        assert chosen(3, alibi_slopes=random(3)) == {"all-gather"}
+
+    def test_heads_are_those_of_one_device(self):
+        """Bit for bit."""
+        arguments = inputs(batch=2)
+        whole, _ = divided_attention(4, "head_parallel", "contiguous", is_causal=True)
+        found = jax.jit(whole)(*arguments)
+        assert all(np.array_equal(x, y) for x, y in zip(found, attend(*arguments, is_causal=True, return_lse=True)))
 
 
 @pytest.mark.parametrize(
@@ -437,17 +429,15 @@ def test_what_is_not_there_says_so(method, options, rule):
         jax.eval_shape(whole, *inputs(batch=2))
 
 
-@pytest.mark.wide(8)
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("count", [4, 8])  # of 2, what goes forward and what goes back are merged
-@pytest.mark.parametrize("method, order", [(m, "contiguous") for m in parallel_costs.METHODS] + [("ring", "zigzag")])
-def test_bytes(method, order, count):
+@pytest.mark.parametrize("method", parallel_costs.METHODS)
+def test_bytes(method, count):
     """What compiled programs send is what the model of costs says."""
     arguments = inputs(batch=2)
     shape = parallel_costs.Shape(T, H, N, D, 2, 4)
-    whole, _ = divided_attention(count, method, order, is_causal=True)
+    whole, _ = divided_attention(count, method, "contiguous", is_causal=True)
     divided = [jax.device_put(x, NamedSharding(ring_of(count), P(None, "s"))) for x in arguments]
-    if order == "zigzag":  # without the dealing out
-        whole, _ = divided_attention(count, method, order, deal=False, is_causal=True)
 
     def loss(*x):
         return jnp.sum(jnp.sin(whole(*x)[0]))
@@ -459,20 +449,18 @@ def test_bytes(method, order, count):
     assert sent(gradients, count) == model["forward"] + model["backward"]
 
 
-def test_memory_falls_with_devices():
-    """What a device holds of a sequence halves as devices double, forward and backward."""
+@pytest.mark.wide(2)
+@pytest.mark.parametrize("method", ["head_parallel", "ring"])
+def test_memory_falls_with_devices(method):
+    """What a device holds of a sequence, forward and backward."""
     query, key, value = (jax.ShapeDtypeStruct((1, 1024, 8, 32), "float32") for _ in range(3))
-    for method in ("head_parallel", "ring"):
-        held = []
-        for count in (2, 8):
-            whole, _ = divided_attention(count, method, "contiguous", is_causal=True)
-            sharding = NamedSharding(ring_of(count), P(None, "s"))
-
-            def loss(*x):
-                return whole(*x)[0].sum()
-
-            compiled = jax.jit(jax.grad(loss, (0, 1, 2)), in_shardings=(sharding,) * 3).lower(query, key, value).compile()
-            sizes = compiled.memory_analysis()
-            held.append(sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes)
-        print(method, held)
-        assert held[1] < held[0] / 3
+    held = []
+    for count in (2, 8):
+        whole, _ = divided_attention(count, method, "contiguous", is_causal=True)
+        sharding = NamedSharding(ring_of(count), P(None, "s"))
+        gradients = jax.grad(lambda *x, whole=whole: whole(*x)[0].sum(), (0, 1, 2))
+        compiled = jax.jit(gradients, in_shardings=(sharding,) * 3).lower(query, key, value).compile()
+        sizes = compiled.memory_analysis()
+        held.append(sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes)
+    print(f"{method}: {held[0]} bytes on each of 2 devices, {held[1]} on each of 8")
+    assert held[1] < held[0] / 3.5

@@ -24,8 +24,8 @@ sys.exit(pytest.main([sys.argv[1], *options], [shares] if sys.argv[2] == "share"
 """
 
 
-def test_eight_devices(pytestconfig):
-    share = "all" if pytestconfig.getoption("whole") else "share"
+def _eight_devices(config):
+    share = "all" if config.getoption("whole") else "share"
     process = run(
         TESTS,
         str(FILE),
@@ -39,11 +39,18 @@ def test_eight_devices(pytestconfig):
     assert " passed" in process.stdout
 
 
-@pytest.mark.wide(3)
-@pytest.mark.parametrize("method", ["head_parallel", "ring", "all_gather_kv"])
-def test_two_processes(method):
-    """`jax.distributed` on this machine, the processes' arrays exchanged by its own collectives."""
-    outputs = processes.run_two(
-        FILE.with_name("two_processes_jax.py"), lambda n, ports: ([f"127.0.0.1:{ports[0]}", str(n), method], {"XLA_FLAGS": ""})
-    )
-    assert all(f"{method} of 2 processes" in output for output in outputs)
+def _two_processes(config):
+    """`jax.distributed` on this machine, arrays exchanged by the processes' own collectives."""
+    methods = ["head_parallel", "ring", "all_gather_kv"]
+
+    def described(n, ports):
+        return [f"127.0.0.1:{ports[0]}", str(n), *methods], {"XLA_FLAGS": ""}
+
+    for output in processes.run_two(FILE.with_name("two_processes_jax.py"), described):
+        assert all(f"{method} of 2 processes" in output for method in methods)
+
+
+@pytest.mark.wide(2)
+@pytest.mark.parametrize("check", [_two_processes, _eight_devices])
+def test_jax(pytestconfig, check):
+    check(pytestconfig)
