@@ -80,11 +80,11 @@ def merge_attention(outs, lses, *, layout="BSHD"):
     """
     outs, lses = (np.stack([np.asarray(x, np.float64) for x in xs]) for xs in (outs, lses))
     lse = np.logaddexp.reduce(lses, 0)
-    seen = lses > -np.inf
-    weights = np.where(seen, np.exp(np.where(seen, lses - np.where(lse > -np.inf, lse, 0.0), 0.0)), 0.0)
+    seen = lses != -np.inf
+    weights = np.where(seen, np.exp(np.where(seen, lses - np.where(lse != -np.inf, lse, 0.0), 0.0)), 0.0)
     if layout == "BSHD" and weights.ndim == 4:
         weights = weights.swapaxes(2, 3)
-    return np.where(weights[..., None] > 0, weights[..., None] * outs, 0.0).sum(0), lse
+    return np.where(weights[..., None] != 0, weights[..., None] * outs, 0.0).sum(0), lse
 
 
 def attention_weights(query, key, **given):

@@ -13,20 +13,20 @@ def merge(xp, name, outs, lses, layout):
     """(out, lse) of all keys; see `attn_ops.merge_attention`. Differentiable, also where parts saw no key."""
     outs, lses = checked(xp, name, outs, lses, layout)
     dtype = outs[0].dtype
-    seen = [lse > -math.inf for lse in lses]
+    seen = [lse != -math.inf for lse in lses]  # NaN is not hidden, here and below
     shift = xp.stop_gradient(functools.reduce(xp.maximum, lses))  # its derivative cancels
     none = xp.zeros_like(shift)
-    shift = xp.where(shift > -math.inf, shift, none)
+    shift = xp.where(shift != -math.inf, shift, none)
     # Selected before and after: the derivative of exp(-inf) meets infinite differences.
     weights = [xp.where(s, xp.exp(xp.where(s, lse - shift, none)), none) for s, lse in zip(seen, lses)]
     total = functools.reduce(operator.add, weights)
-    nonzero = xp.where(total > 0, total, xp.ones_like(total))
+    nonzero = xp.where(total != 0, total, xp.ones_like(total))
     terms = []
     for weight, out in zip(weights, outs):
         weight = _along_rows(xp, weight / nonzero, layout)
         out = xp.cast(out, weight.dtype)
-        terms.append(xp.where(weight > 0, weight * out, xp.zeros_like(out)))
-    lse = xp.where(total > 0, shift + xp.log(nonzero), none - math.inf)
+        terms.append(xp.where(weight != 0, weight * out, xp.zeros_like(out)))
+    lse = xp.where(total != 0, shift + xp.log(nonzero), none - math.inf)
     return xp.cast(functools.reduce(operator.add, terms), dtype), lse
 
 

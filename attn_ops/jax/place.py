@@ -10,7 +10,6 @@ import functools
 import inspect
 
 import jax
-
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 

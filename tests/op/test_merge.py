@@ -72,6 +72,19 @@ def test_gradients(framework):
         np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("merge", [attn_ops.merge_attention, attn_ops.jax.merge_attention, reference.merge_attention])
+def test_nan_stays_in_its_row(merge):
+    """It is neither hidden nor spread."""
+    outs, lses = ([np.array(x, "float32") for x in xs] for xs in parts(QUERY, KEY, VALUE))
+    right = reference.merge_attention(outs, lses)
+    lses[1][0, 1, 3] = outs[2][1, 4, 0, 0] = np.nan
+    out, lse = (np.asarray(x) for x in merge(outs, lses))
+    assert np.isnan(lse[0, 1, 3]) and np.isnan(out[0, 3, 1]).all() and np.isnan(out[1, 4, 0, 0])
+    assert np.isnan(lse).sum() == 1 and np.isnan(out).sum() == D + 1
+    np.testing.assert_allclose(out[~np.isnan(out)], right[0][~np.isnan(out)], rtol=1e-5, atol=1e-6)
+
+
 def test_lower_ranks_and_sixteen_bits():
     outs, lses = (list(x) for x in parts(QUERY, KEY, VALUE))
     single = [x[:, :, 0] for x in outs], [x[:, 0] for x in lses]

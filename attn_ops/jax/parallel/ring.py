@@ -133,9 +133,12 @@ def _ring_backward(setting, residuals, cotangents):
             out, lse, statistics = _of_keys(setting, rows[n], query, key, value, bias, keys, start)
             return (out, lse), statistics
 
-        (out, _), pull, statistics = jax.vjp(attention, queries[n], *held, biases[n], has_aux=True)
+        (out, _), pull, statistics = jax.vjp(attention, queries[n], *widened(held), biases[n], has_aux=True)
         weight = _weight(statistics[..., 0], statistics[..., 1], found[n][2])
         return pull((_along_rows(weight) * d_out, weight * (_products(d_out, out) + common[n])))
+
+    def widened(held):
+        return tuple(x.astype(accumulator(x.dtype)) for x in held)
 
     def step(back, held, sums):
         d_queries, d_key, d_value, d_biases = sums
@@ -144,7 +147,7 @@ def _ring_backward(setting, residuals, cotangents):
             d_query, d_k, d_v, d_bias = _if_seen(
                 _seen(setting, rows[n], queries[n].shape[1], keys, start),
                 functools.partial(gradients_of, n, held, keys, start),
-                lambda n=n: _zeros((queries[n], *held, biases[n]), queries),
+                lambda n=n: _zeros((queries[n], *widened(held), biases[n]), queries),
             )
             d_queries[n] += d_query
             d_key, d_value = d_key + d_k, d_value + d_v
@@ -155,8 +158,7 @@ def _ring_backward(setting, residuals, cotangents):
         d_queries, d_key, d_value, d_biases = sums
         return d_queries, _shifted(setting, d_key, by), _shifted(setting, d_value, by), d_biases
 
-    wide = accumulator(key.dtype)
-    sums = _zeros((queries, key.astype(wide), value.astype(wide), biases), queries)
+    sums = _zeros((queries, *widened((key, value)), biases), queries)
     d_queries, d_key, d_value, d_biases = _round(setting, (key, value), sums, step, moved)
     if setting.steps[-1]:
         d_key, d_value = (_shifted(setting, x, setting.count - setting.steps[-1]) for x in (d_key, d_value))
@@ -196,7 +198,7 @@ def _forward(setting, rows, queries, key, value, biases, sinks):
     results = []
     for state in _round(setting, (key, value), states, step):
         state = state if sinks is None else _with_sinks(state, sinks)
-        lse = jnp.where(state.total > 0, state.maximum + jnp.log(_nonzero(state.total)), -jnp.inf)
+        lse = jnp.where(state.total == 0, -jnp.inf, state.maximum + jnp.log(_nonzero(state.total)))
         results.append((state.out, lse, state._replace(out=None)))
     return results
 
@@ -293,12 +295,12 @@ def _of_keys(setting, rows, query, key, value, bias, keys, start):
 
 
 def _merged(a, b):
-    """The state of rows that saw the keys of both."""
+    """The state of rows that saw the keys of both. (Asked is what is 0, not what is more: NaN is not hidden.)"""
     maximum = jnp.maximum(_logarithm_base(a), _logarithm_base(b))
     maximum = jnp.where(maximum == -jnp.inf, 0.0, maximum)
     shares = [x.total * jnp.exp(_logarithm_base(x) - maximum) for x in (a, b)]
     total = shares[0] + shares[1]
-    out = sum(jnp.where(w > 0, w * x.out, 0.0) for w, x in zip((_along_rows(w / _nonzero(total)) for w in shares), (a, b)))
+    out = sum(jnp.where(w == 0, 0.0, w * x.out) for w, x in zip((_along_rows(w / _nonzero(total)) for w in shares), (a, b)))
     return _State(out, maximum, total)
 
 
@@ -310,12 +312,12 @@ def _with_sinks(state, sinks):
 
 
 def _logarithm_base(state):
-    return jnp.where(state.total > 0, state.maximum, -jnp.inf)
+    return jnp.where(state.total == 0, -jnp.inf, state.maximum)
 
 
 def _weight(maximum, total, whole):
     """What share of the rows' weights those keys have."""
-    return jnp.where(total > 0, total * jnp.exp(maximum - whole.maximum), 0.0) / _nonzero(whole.total)
+    return jnp.where(total == 0, 0.0, total * jnp.exp(maximum - whole.maximum)) / _nonzero(whole.total)
 
 
 def _products(x, y):
@@ -329,7 +331,7 @@ def _along_rows(x):
 
 
 def _nonzero(x):
-    return jnp.where(x > 0, x, 1.0)
+    return jnp.where(x == 0, 1.0, x)
 
 
 def _zeros(tree, like):
