@@ -2,9 +2,9 @@
 
     python benchmarks/parallel_costs.py --links 50 --flops 400 --heads 32 --kv-heads 8 --head-dim 128 --dtype-bytes 2
 
-For each method of `attn_ops.jax.parallel` the bytes that a device sends for one layer and one sequence, forward and backward, the
-floating-point operations it does under a causal mask, and how long both take at the speeds given, if neither waits for the
-other. tests/parallel holds the bytes to those of compiled programs.
+For each method of `attn_ops.jax.parallel` the bytes that a device sends for one layer and one sequence, forward and
+backward, the floating-point operations it does under a causal mask, and how long both take at the speeds given, if
+neither waits for the other. tests/parallel holds the bytes to those of compiled programs.
 """
 
 from __future__ import annotations
@@ -52,12 +52,14 @@ def sent(method: str, shape: Shape, devices: int) -> dict[str, float]:
 
 
 def operations(shape: Shape) -> float:
-    """Of products, of the whole under a causal mask, forward and backward: 2 products there, 5 here, half of all pairs."""
+    """Of products, of the whole under a causal mask, forward and backward: 2 products there, 5 here, half of all
+    pairs."""
     return (2 + 5) * 2 * shape.batch * shape.heads * shape.head_dim * shape.tokens**2 / 2
 
 
 def busiest(method: str, shape: Shape, devices: int, order: str = "contiguous") -> float:
-    """The share of `operations` that the device with the most to do has. A ring computes shares anew for its backward."""
+    """The share of `operations` that the device with the most to do has. A ring computes shares anew for its
+    backward."""
     again = (2 + 5 + 2) / (2 + 5) if method == "ring" else 1
     if method == "head_parallel" or order == "zigzag":
         return again / devices
@@ -79,7 +81,9 @@ def rows(shape: Shape, devices: int, links: float, flops: float):
         ("ring", "contiguous"),
         ("ring", "zigzag"),
     ):
-        if method == "head_parallel" and (shape.heads % devices or (shape.kv_heads % devices and devices % shape.kv_heads)):
+        if method == "head_parallel" and (
+            shape.heads % devices or (shape.kv_heads % devices and devices % shape.kv_heads)
+        ):
             continue
         total = sum(sent(method, shape, devices).values())
         work = busiest(method, shape, devices, order) * operations(shape)
@@ -88,7 +92,9 @@ def rows(shape: Shape, devices: int, links: float, flops: float):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--links", type=float, default=50, help="GB/s that a device sends (default: 50, a 400 Gbit/s network)")
+    parser.add_argument(
+        "--links", type=float, default=50, help="GB/s that a device sends (default: 50, a 400 Gbit/s network)"
+    )
     parser.add_argument("--flops", type=float, default=400, help="Tflop/s of a device in attention (default: 400)")
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)

@@ -34,14 +34,19 @@ def checked(xp, name, outs, lses, layout):
     """Both as lists of tensors that fit each other; lse in the widest of the dtypes."""
     if layout not in ("BSHD", "BHSD"):
         raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}; {arrays.LAYOUTS}")
-    outs, lses = ([xp.as_tensor(name, f"{what}[{n}]", x) for n, x in enumerate(xs)] for what, xs in (("outs", outs), ("lses", lses)))
+    outs, lses = (
+        [xp.as_tensor(name, f"{what}[{n}]", x) for n, x in enumerate(xs)]
+        for what, xs in (("outs", outs), ("lses", lses))
+    )
     if not outs or len(outs) != len(lses):
         raise ValueError(f"{name}: needs as many outs as lses, and at least one, got {len(outs)} and {len(lses)}")
     for n, (out, lse) in enumerate(zip(outs, lses)):
         if not xp.is_floating(out.dtype) or not xp.is_floating(lse.dtype):
             raise TypeError(f"{name}: outs and lses must be floating, got {out.dtype.name} and {lse.dtype.name} at {n}")
         if (out.dtype, lse.dtype) != (outs[0].dtype, lses[0].dtype):
-            raise TypeError(f"{name}: all outs must have one dtype, and all lses, got {out.dtype.name} and {lse.dtype.name} at {n}")
+            raise TypeError(
+                f"{name}: all outs must have one dtype, and all lses, got {out.dtype.name} and {lse.dtype.name} at {n}"
+            )
         of_out, of_lse, first = xp.extents(out), xp.extents(lse), xp.extents(outs[0])
         if of_out is None or of_lse is None:
             continue

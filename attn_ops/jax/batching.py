@@ -1,7 +1,8 @@
 """What `jax.vmap` makes of the kernels: its axis joins the batch, so that one call does what many would.
 
-Not where examples share what must not be added up or drawn anew: dropout, whose bits follow the number of the batch entry;
-relative_bias and sinks that differ between examples, or whose gradients do; pages that differ. There, one call follows the other.
+Not where examples share what must not be added up or drawn anew: dropout, whose bits follow the number of the batch
+entry; relative_bias and sinks that differ between examples, or whose gradients do; pages that differ. There, one call
+follows the other.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """How the kernels are divided among devices: the batch and the heads, each where the arrays are already.
 
-A compiler that partitions a program (`jax.jit` with sharded arrays, `keras.distribution`) knows nothing of a custom call and would
-gather all its operands on each device. Here it is told: the axes of the batch and of the heads stay where they are, rows, keys
-and depth are gathered. Query heads of a group go with their key head; if that is the only one, it is on each device. What does
-not divide evenly is gathered.
+A compiler that partitions a program (`jax.jit` with sharded arrays, `keras.distribution`) knows nothing of a custom
+call and would gather all its operands on each device. Here it is told: the axes of the batch and of the heads stay
+where they are, rows, keys and depth are gathered. Query heads of a group go with their key head; if that is the only
+one, it is on each device. What does not divide evenly is gathered.
 
-Each operand has a role per axis: "b" for the batch, "h" for query heads, "k" for key heads, None for all others, among them
-axes of extent 1 that broadcast.
+Each operand has a role per axis: "b" for the batch, "h" for query heads, "k" for key heads, None for all others, among
+them axes of extent 1 that broadcast.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def _divided(kernels, others, options, arguments, roles, result_roles, sums=Fals
     """``kernels(*arguments)``, a tuple of arrays, with a rule for the axes of these roles. With ``sums`` results that
     several devices have a share of are added up; without, they are the same on each.
 
-    With dropout shares are computed by ``others``, the composite: the kernels draw by the numbers of batch entries and heads,
-    which in a share begin at 0 again.
+    With dropout shares are computed by ``others``, the composite: the kernels draw by the numbers of batch entries and
+    heads, which in a share begin at 0 again.
     """
     arrays = arguments[0]
     batch, num_heads = canonical(arrays.query.shape, options.layout)[:2]
@@ -167,8 +167,8 @@ class _Plan:
         self.extents, self.operands, self.results = extents, operands, results
 
     def partitioned(self, function, lowered):
-        """``function`` with the rule; ``lowered(axes)`` is what a device runs on its share, where ``axes`` are those of the
-        mesh by letter."""
+        """``function`` with the rule; ``lowered(axes)`` is what a device runs on its share, where ``axes`` are those of
+        the mesh by letter."""
 
         def partition(mesh, operands, results):
             mesh = _some_mesh(mesh, operands, results)
@@ -256,5 +256,7 @@ def _some_mesh(mesh, *described):
     """``mesh``, or where a program has none, all its devices in a row, of which nothing is divided."""
     if not mesh.empty:
         return mesh
-    devices = {device for arrays in described for x in arrays if x.sharding is not None for device in x.sharding.device_set}
+    devices = {
+        device for arrays in described for x in arrays if x.sharding is not None for device in x.sharding.device_set
+    }
     return Mesh(sorted(devices, key=lambda device: device.id), ("devices",))

@@ -58,7 +58,8 @@ def result(shape, dtype, like):
 
 
 def spec(x):
-    """The axes of an explicit mesh along which the type of ``x`` is divided, one entry per axis of ``x``; else all None."""
+    """The axes of an explicit mesh along which the type of ``x`` is divided, one entry per axis of ``x``; else all
+    None."""
     entries = tuple(getattr(getattr(_type(x), "sharding", None), "spec", ()))
     return entries + (None,) * (x.ndim - len(entries))
 
@@ -84,9 +85,7 @@ def partitioned(function, partition, infer, propagate, rule):
         known = inspect.signature(SdyShardingRule).parameters
         kinds = {"need_replication_factors": replicated} if "need_replication_factors" in known else {}
         shardy["sharding_rule"] = SdyShardingRule(operands, results, **kinds, **sizes)
-    divided.def_partition(
-        partition, infer_sharding_from_operands=infer, propagate_user_sharding=propagate, **shardy
-    )
+    divided.def_partition(partition, infer_sharding_from_operands=infer, propagate_user_sharding=propagate, **shardy)
     return divided
 
 

@@ -15,9 +15,9 @@ _NAME = "all_gather_kv"
 def all_gather_kv(query, key, value, **given):
     """Attention of this replica's rows to the keys of all replicas, which are gathered: in a replica context.
 
-    The sequence is divided among the replicas, in their order and in equal shares. What is said of positions, lengths and
-    distances is said of the whole: is_causal, window, alibi_slopes, relative_bias and both lengths. Masks and biases are of
-    this replica's rows and all keys. Outside of `Strategy.run`, or with one replica, it is
+    The sequence is divided among the replicas, in their order and in equal shares. What is said of positions, lengths
+    and distances is said of the whole: is_causal, window, alibi_slopes, relative_bias and both lengths. Masks and
+    biases are of this replica's rows and all keys. Outside of `Strategy.run`, or with one replica, it is
     `scaled_dot_product_attention`. With dropout use `attn_ops.jax.parallel`.
 
     Args:
@@ -28,7 +28,8 @@ def all_gather_kv(query, key, value, **given):
         implementation: as in `attn_ops.scaled_dot_product_attention`.
 
     Returns:
-        The output of this replica's rows, or (output, lse). The gradient of a key is the sum over the rows of all replicas.
+        The output of this replica's rows, or (output, lse). The gradient of a key is the sum over the rows of all
+        replicas.
 
     Raises:
         TypeError, ValueError: as `attn_ops.scaled_dot_product_attention`, and in a cross-replica context.
@@ -37,12 +38,14 @@ def all_gather_kv(query, key, value, **given):
     context = tf.distribute.get_replica_context()
     if context is None:
         raise ValueError(f"{_NAME}: call it in a replica context, inside Strategy.run")
+    count = context.num_replicas_in_sync
+    if count == 1:
+        return scaled_dot_product_attention(query, key, value, **given)
     query, key, value = map(tf.convert_to_tensor, (query, key, value))
     axis = 1 if given.get("layout", "BSHD") == "BSHD" else 2
     rows, keys = query.shape[axis], key.shape[axis]
     if None in (rows, keys):
         raise ValueError(f"{_NAME}: the lengths of query and key must be known, got {query.shape} and {key.shape}")
-    count = context.num_replicas_in_sync
     first = tf.cast(context.replica_id_in_sync_group, tf.int32) * rows
     structure, _ = split_masks(_NAME, given.get("mask"))
     lengths = given.get("query_seq_lengths"), given.get("key_value_seq_lengths")
@@ -62,14 +65,14 @@ def all_gather_kv(query, key, value, **given):
                 f"{_NAME}: causal_alignment='bottom_right' needs as many keys as rows, got {rows} rows and {keys} keys a replica"
             )
         first += (keys - rows) * count
-    if count > 1:
-        key, value = (_gathered(context, x, axis) for x in (key, value))
+    key, value = (_gathered(context, x, axis) for x in (key, value))
     return scaled_dot_product_attention(query, key, value, query_offset=first, **given)
 
 
 def _gathered(context, x, axis):
     """``x`` of all replicas along ``axis``."""
-    # Several workers gather only what knows its device, which in a graph few tensors do. Devices are those of this worker.
+    # Several workers gather only what knows its device, which in a graph few tensors do. Devices are those of this
+    # worker.
     devices = context.strategy.extended.worker_devices
     replica = tf.get_static_value(context.replica_id_in_sync_group)
     if replica is None:

@@ -24,9 +24,7 @@ def parts(query, key, value, layout="BSHD"):
     swapped = [x if layout == "BSHD" else x.swapaxes(1, 2) for x in (query, key, value)]
     query, key, value = swapped
     cut = [[np.take(x, range(*ends), axis) for x in (key, value)] for ends in CUTS]
-    found = [
-        reference.attention(query, k, v, mask=MASK[..., a:b], layout=layout) for (k, v), (a, b) in zip(cut, CUTS)
-    ]
+    found = [reference.attention(query, k, v, mask=MASK[..., a:b], layout=layout) for (k, v), (a, b) in zip(cut, CUTS)]
     return zip(*found)
 
 
@@ -52,16 +50,16 @@ def test_gradients(framework):
 
     def loss(query, key, value, finite, total):
         found = [
-            module.scaled_dot_product_attention(
-                query, key[:, a:b], value[:, a:b], mask=MASK[..., a:b], return_lse=True
-            )
+            module.scaled_dot_product_attention(query, key[:, a:b], value[:, a:b], mask=MASK[..., a:b], return_lse=True)
             for a, b in CUTS
         ]
         out, lse = module.merge_attention(*zip(*found))
         return total(out * d_out.astype("float32")) + total(finite(lse) * d_lse.astype("float32"))
 
     if framework == "jax":
-        gradients = jax.grad(lambda *x: loss(*x, lambda x: jnp.where(jnp.isfinite(x), x, 0), jnp.sum), (0, 1, 2))(*arrays)
+        gradients = jax.grad(lambda *x: loss(*x, lambda x: jnp.where(jnp.isfinite(x), x, 0), jnp.sum), (0, 1, 2))(
+            *arrays
+        )
     else:
         tensors = [tf.constant(x) for x in arrays]
         with tf.GradientTape() as tape:
@@ -92,7 +90,9 @@ def test_lower_ranks_and_sixteen_bits():
     right = reference.merge_attention(outs, lses)
     np.testing.assert_allclose(out, right[0][:, :, 0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(lse, right[1][:, 0], rtol=1e-5, atol=1e-6)
-    half, _ = attn_ops.merge_attention([tf.constant(x, tf.bfloat16) for x in outs], [tf.constant(x, tf.float32) for x in lses])
+    half, _ = attn_ops.merge_attention(
+        [tf.constant(x, tf.bfloat16) for x in outs], [tf.constant(x, tf.float32) for x in lses]
+    )
     assert half.dtype == tf.bfloat16
     np.testing.assert_allclose(tf.cast(half, tf.float32), right[0], rtol=2e-2, atol=2e-2)
 

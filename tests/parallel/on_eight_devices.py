@@ -386,7 +386,9 @@ class TestRarer:
     def test_gradients_of_what_devices_share_are_added_up(self):
         """Also where nothing but the batch is divided, and heads do not divide."""
         case, arrays, _, differentiated = CASES["everything"]
-        arrays = [x[:, :, : x.shape[2] * 3 // 4] if n < 3 else x for n, x in enumerate(arrays)]  # 6 and 3 heads for 2 devices
+        arrays = [
+            x[:, :, : x.shape[2] * 3 // 4] if n < 3 else x for n, x in enumerate(arrays)
+        ]  # 6 and 3 heads for 2 devices
         arrays = [x[:, :6] if n == 3 else x[..., :6] if n in (4, 5, 6) else x for n, x in enumerate(arrays)]
         expected = with_gradients(case, differentiated)(*arrays)
         divided = put(mesh(), arrays, [BOTH, DATA, DATA, *[P()] * 6])
@@ -400,7 +402,10 @@ class TestRarer:
         found, one = (with_gradients(function)(*arguments) for function in (whole, plain))
 
         def error(results):
-            return [np.abs(np.asarray(x, "float32") - y).max() for x, y in zip(jax.tree.leaves(results), jax.tree.leaves(truth))]
+            return [
+                np.abs(np.asarray(x, "float32") - y).max()
+                for x, y in zip(jax.tree.leaves(results), jax.tree.leaves(truth))
+            ]
 
         assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(one)]
         assert all(a <= 2 * b + 1e-6 for a, b in zip(error(found), error(one)))
@@ -415,6 +420,7 @@ class TestRarer:
 
     def test_auto(self):
         """Heads where they divide, the ring where they do not, and what has all options where that lacks some."""
+
         def chosen(heads, **options):
             query = key = random(1, T, heads, D)
             whole, _ = divided_attention(4, "auto", "contiguous", **options)

@@ -77,9 +77,7 @@ def kept():
     @tf.function
     def step():
         def replica():
-            out = attn_ops.scaled_dot_product_attention(
-                ones * 0, ones * 0, tf.eye(6)[None, :, None], dropout_rate=0.5
-            )
+            out = attn_ops.scaled_dot_product_attention(ones * 0, ones * 0, tf.eye(6)[None, :, None], dropout_rate=0.5)
             return out > 0
 
         return strategy.run(replica)

@@ -1,4 +1,5 @@
-"""One of two processes that JAX makes one: `python two_processes_jax.py <address> <number of this one>` (test_jax.py)."""
+"""One of two processes that JAX makes one: `python two_processes_jax.py <address> <number of this one>`
+(test_jax.py)."""
 
 import sys
 

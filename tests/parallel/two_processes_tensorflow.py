@@ -1,4 +1,5 @@
-"""One of two workers of TensorFlow, told by TF_CONFIG (test_tensorflow.py): a loop of training, and a divided sequence."""
+"""One of two workers of TensorFlow, told by TF_CONFIG (test_tensorflow.py): a loop of training, and a divided
+sequence."""
 
 import json
 import os

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from attn_ops.call import public
 from attn_ops.jax import choice
-from attn_ops.jax.parallel import gather, heads, ring as rings, shares
+from attn_ops.jax.parallel import gather, heads, shares
+from attn_ops.jax.parallel import ring as rings
 from attn_ops.jax.parallel.order import ORDERS
 
 _WAYS = {"head_parallel": heads, "ring": rings, "all_gather_kv": gather}
@@ -17,29 +18,30 @@ def context_parallel(query, key, value, **given):
     """`scaled_dot_product_attention` of sequences that are divided along an axis of a mesh: inside `jax.shard_map`.
 
     Each device gives its rows, and the keys and values that it has, and gets the output of its rows: that of the whole
-    sequence, to any of whose keys they may attend. What is said of positions, lengths and distances is said of the whole:
-    is_causal, window, query_offset, alibi_slopes, relative_bias and both lengths. Masks and biases are of the device's rows
-    and all keys; sinks, slopes and tables are of all heads, and the same on each device.
+    sequence, to any of whose keys they may attend. What is said of positions, lengths and distances is said of the
+    whole: is_causal, window, query_offset, alibi_slopes, relative_bias and both lengths. Masks and biases are of the
+    device's rows and all keys; sinks, slopes and tables are of all heads, and the same on each device.
 
     Args:
         query: [batch, seqlen_q / devices, num_heads, head_dim].
         key: [batch, seqlen_k / devices, num_kv_heads, head_dim].
         value: [batch, seqlen_k / devices, num_kv_heads, value_dim].
         {options}
-        method: "head_parallel" exchanges a part of the sequence of all heads for all of it of some heads, and back, and needs
-            heads that the devices divide. "ring" sends keys and values from device to device, and holds two shares at a time.
-            "all_gather_kv" gathers all keys and values on each device, and has all options. "auto" takes the first of them
-            that has the call.
+        method: "head_parallel" exchanges a part of the sequence of all heads for all of it of some heads, and back, and
+            needs heads that the devices divide. "ring" sends keys and values from device to device, and holds two
+            shares at a time. "all_gather_kv" gathers all keys and values on each device, and has all options. "auto"
+            takes the first of them that has the call.
         axis: the name of the mesh axis.
-        order: "contiguous": device n has the n-th share. "zigzag": it has two of 2 devices chunks, the n-th and the n-th from
-            the end, as `zigzag` deals them out, so that under a causal mask all cost the same; not for "head_parallel".
-        segment_ids: integers [batch, seqlen / devices] of the device's tokens, or a pair, of its rows and its keys: equal ones
-            see each other. With a gathering of the ids, `masks.segments` of the whole.
+        order: "contiguous": device n has the n-th share. "zigzag": it has two of 2 devices chunks, the n-th and the
+            n-th from the end, as `zigzag` deals them out, so that under a causal mask all cost the same; not for
+            "head_parallel".
+        segment_ids: integers [batch, seqlen / devices] of the device's tokens, or a pair, of its rows and its keys:
+            equal ones see each other. With a gathering of the ids, `masks.segments` of the whole.
         implementation: see `scaled_dot_product_attention`.
 
     Returns:
-        The output of the device's rows, or (output, lse). Differentiable once; gradients of what all devices hold alike are
-        those of the whole.
+        The output of the device's rows, or (output, lse). Differentiable once; gradients of what all devices hold alike
+        are those of the whole.
 
     Raises:
         NotImplementedError: what a method does not have, naming one that has it.
@@ -76,7 +78,9 @@ def _attend(name, method, query, key, value, given):
     share = shares.described(name, axis, order, query, key, value, given)
     chosen = choice.choose(name, implementation)
     if implementation == "fused" and share.given.get("dropout_rate"):
-        raise NotImplementedError(f"{name}: the kernels have no dropout of a part of a sequence: implementation='composite' has")
+        raise NotImplementedError(
+            f"{name}: the kernels have no dropout of a part of a sequence: implementation='composite' has"
+        )
     refused = {way: None if way == "all_gather_kv" else _WAYS[way].refusal(share) for way in _WAYS}
     if method == "auto":
         method = next(way for way, reason in refused.items() if reason is None)

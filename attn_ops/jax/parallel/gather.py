@@ -9,7 +9,9 @@ from attn_ops.jax import run
 
 def attend(share, chosen, forced):
     """(out, lse) of the device's rows."""
-    gathered = [jax.lax.all_gather(x, share.axis, axis=share.sequence_axis, tiled=True) for x in (share.key, share.value)]
+    gathered = [
+        jax.lax.all_gather(x, share.axis, axis=share.sequence_axis, tiled=True) for x in (share.key, share.value)
+    ]
     results = []
     for rows in share.own_rows():
         call = share.call(rows)

@@ -1,5 +1,5 @@
-"""Devices exchange a part of the sequence of all heads for all of the sequence of some heads (Jacobs et al. 2023, DeepSpeed
-Ulysses, arXiv:2309.14509), and back: what each head computes is what one device would."""
+"""Devices exchange a part of the sequence of all heads for all of the sequence of some heads (Jacobs et al. 2023,
+DeepSpeed Ulysses, arXiv:2309.14509), and back: what each head computes is what one device would."""
 
 from __future__ import annotations
 

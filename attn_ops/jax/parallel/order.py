@@ -9,10 +9,11 @@ ORDERS = ("contiguous", "zigzag")
 
 
 def zigzag(x, count, axis=1):
-    """``x`` reordered along ``axis`` so that of ``count`` equal shares each has two of 2 count chunks, n and 2 count - 1 - n.
+    """``x`` reordered along ``axis`` so that of ``count`` equal shares each has two of 2 count chunks, n and 2 count -
+    1 - n.
 
-    Under a causal mask all shares then cost the same. For the arrays before `jax.shard_map`: query, key, value, targets,
-    and the rows of masks and biases. Positions (rotary embeddings) are to be reordered with them.
+    Under a causal mask all shares then cost the same. For the arrays before `jax.shard_map`: query, key, value,
+    targets, and the rows of masks and biases. Positions (rotary embeddings) are to be reordered with them.
     """
     return _taken(x, count, axis, _chunks(count))
 
@@ -23,8 +24,8 @@ def unzigzag(x, count, axis=1):
 
 
 def pieces(order, extent, device, count):
-    """Where the ``extent`` rows or keys of a device of ``count`` come from: (first, how many) among its own, and which of the
-    whole the first is, for each piece whose neighbours in the whole are neighbours here."""
+    """Where the ``extent`` rows or keys of a device of ``count`` come from: (first, how many) among its own, and which
+    of the whole the first is, for each piece whose neighbours in the whole are neighbours here."""
     if order == "contiguous":
         return [(0, extent, device * extent)]
     half = extent // 2

@@ -1,5 +1,6 @@
-"""Keys and values go from device to device, round a ring, and each attends to the share it holds with its own rows (Liu et
-al. 2023, Ring Attention, arXiv:2310.01889); what the shares gave is merged. Of the whole no device ever holds more than two shares.
+"""Keys and values go from device to device, round a ring, and each attends to the share it holds with its own rows (Liu
+et al. 2023, Ring Attention, arXiv:2310.01889); what the shares gave is merged. Of the whole no device ever holds more
+than two shares.
 
 Backward goes round once more with the gradients of keys and values as passengers. Each share's attention is computed
 again there, and differentiated with the cotangents that merging gives it: for the weight w of a share in a row,
@@ -96,9 +97,12 @@ def attend(share, chosen, forced):
 
 
 def _steps(share, call):
-    """How many devices back rows find keys that they may see, in turn: not those whose keys no row of any device sees."""
+    """How many devices back rows find keys that they may see, in turn: not those whose keys no row of any device
+    sees."""
     everything = tuple(range(share.count))
-    simple = share.order == "contiguous" and isinstance(share.offset, int) and share.offset == 0 and share.rows == share.keys
+    simple = (
+        share.order == "contiguous" and isinstance(share.offset, int) and share.offset == 0 and share.rows == share.keys
+    )
     if not simple or call.query_offset is None:
         return everything
     # The nearest row and key of shares that stand n apart are (n - 1) keys + 1 apart.
@@ -204,7 +208,8 @@ def _forward(setting, rows, queries, key, value, biases, sinks):
 
 
 def _round(setting, held, states, step, moved=lambda states, by: states):
-    """``states`` after the ``step`` of each share of keys that passes; ``moved`` is what travels of them between two."""
+    """``states`` after the ``step`` of each share of keys that passes; ``moved`` is what travels of them between
+    two."""
     steps = list(setting.steps)
 
     def one(by, carry, back):
@@ -226,8 +231,8 @@ def _shifted(setting, x, by):
 
 
 def _pairs(setting, rows, extent, back):
-    """Each piece of rows with each piece of the keys of the device that stands ``back`` places back: number of the rows,
-    (first key, number of keys) among those held, and which key of the whole the first one is."""
+    """Each piece of rows with each piece of the keys of the device that stands ``back`` places back: number of the
+    rows, (first key, number of keys) among those held, and which key of the whole the first one is."""
     device = (jax.lax.axis_index(setting.axis) - back) % setting.count
     pieces = order.pieces(setting.order, extent, device, setting.count)
     return [(n, (at, count), start) for n in range(rows) for at, count, start in pieces]
@@ -265,7 +270,8 @@ def _if_seen(seen, work, nothing):
 
 
 def _of_keys(setting, rows, query, key, value, bias, keys, start):
-    """(out, lse, statistics) of the rows that see these keys alone: ``keys`` of those held, from ``start`` of the whole on."""
+    """(out, lse, statistics) of the rows that see these keys alone: ``keys`` of those held, from ``start`` of the whole
+    on."""
     at, count = keys
     whole = key.shape[1] * setting.count
     key, value = (jax.lax.slice_in_dim(x, at, at + count, axis=1).astype(query.dtype) for x in (key, value))
@@ -300,7 +306,9 @@ def _merged(a, b):
     maximum = jnp.where(maximum == -jnp.inf, 0.0, maximum)
     shares = [x.total * jnp.exp(_logarithm_base(x) - maximum) for x in (a, b)]
     total = shares[0] + shares[1]
-    out = sum(jnp.where(w == 0, 0.0, w * x.out) for w, x in zip((_along_rows(w / _nonzero(total)) for w in shares), (a, b)))
+    out = sum(
+        jnp.where(w == 0, 0.0, w * x.out) for w, x in zip((_along_rows(w / _nonzero(total)) for w in shares), (a, b))
+    )
     return _State(out, maximum, total)
 
 

@@ -109,13 +109,17 @@ class Share:
 
 
 def described(name, axis, order, query, key, value, given) -> Share:
-    """The `Share` of the arguments of a public function. Raises TypeError and ValueError for those that no call may have,
-    NotImplementedError for those that a divided one may not."""
+    """The `Share` of the arguments of a public function. Raises TypeError and ValueError for those that no call may
+    have, NotImplementedError for those that a divided one may not."""
     query, key, value = (xp.as_tensor(name, what, x) for what, x in zip(("query", "key", "value"), (query, key, value)))
     if not query.ndim == key.ndim == value.ndim == 4:
-        raise ValueError(f"{name}: query, key and value must have rank 4, got {query.shape}, {key.shape}, {value.shape}")
+        raise ValueError(
+            f"{name}: query, key and value must have rank 4, got {query.shape}, {key.shape}, {value.shape}"
+        )
     if axis is None:
-        raise TypeError(f"{name}: axis must be the name of the mesh axis of jax.shard_map along which sequences are divided")
+        raise TypeError(
+            f"{name}: axis must be the name of the mesh axis of jax.shard_map along which sequences are divided"
+        )
     given = dict(given)
     layout = given.pop("layout", "BSHD")
     if layout not in ("BSHD", "BHSD"):
@@ -137,9 +141,7 @@ def described(name, axis, order, query, key, value, given) -> Share:
     if segment_ids is not None:
         segments = _segments(name, segment_ids, axis, order, count, rows, keys)
         structure = segments if structure is None else structure & segments
-    lengths = [
-        arrays.lengths(xp, name, "query_seq_lengths", x, batch, rows * count) for x in lengths if x is not None
-    ]
+    lengths = [arrays.lengths(xp, name, "query_seq_lengths", x, batch, rows * count) for x in lengths if x is not None]
     query_lengths = jnp.minimum(*lengths) if len(lengths) == 2 else lengths[0] if lengths else None
     offset = given.pop("query_offset", None)
     if bottom_right:
@@ -161,15 +163,16 @@ def described(name, axis, order, query, key, value, given) -> Share:
         offset = offset[0] if offset.shape == (1,) else offset
     masks = [x for x in (structure, *dense) if x is not None]
     given["mask"] = masks or None
-    return Share(
-        name, axis, order, query, key, value, layout, count, index, rows, keys, offset, query_lengths, given
-    )
+    return Share(name, axis, order, query, key, value, layout, count, index, rows, keys, offset, query_lengths, given)
 
 
 def counts_positions(call) -> bool:
     """Whether it matters to a call where its rows stand."""
     return (
-        call.window_left >= 0 or call.window_right >= 0 or call.alibi_slopes is not None or call.relative_bias is not None
+        call.window_left >= 0
+        or call.window_right >= 0
+        or call.alibi_slopes is not None
+        or call.relative_bias is not None
     )
 
 
@@ -199,7 +202,9 @@ def _rows_of(call, rows, extent, heads_axis):
     lengths = call.query_lengths
     if call.blocks is not None:
         if rows.start % call.block_q:
-            raise NotImplementedError(f"masks.block_sparse: {call.block_q} rows of a block do not divide {rows.start} rows")
+            raise NotImplementedError(
+                f"masks.block_sparse: {call.block_q} rows of a block do not divide {rows.start} rows"
+            )
         first, last = rows.start // call.block_q, -(-end // call.block_q)
         call = call._replace(blocks=call.blocks[:, :, first:last])
     return call._replace(
