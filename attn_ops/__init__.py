@@ -20,6 +20,7 @@ _ATTRIBUTES = {
     "attention_weights": "tensorflow.attention",
     "varlen_attention": "tensorflow.varlen",
     "ragged_attention": "tensorflow.varlen",
+    "merge_attention": "tensorflow.merge",
     "rotary_embedding": "tensorflow.rotary",
     "KVCache": "generation.cache",
     "decode_attention": "tensorflow.decode",
@@ -39,6 +40,7 @@ _ATTRIBUTES = {
     "convert": "models.convert",
     "revert": "models.convert",
     "export": "tensorflow.export",
+    "all_gather_kv": "tensorflow.parallel",
     "load_library": "tensorflow.load",
 }
 

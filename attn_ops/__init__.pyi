@@ -24,6 +24,7 @@ from attn_ops.models.patched import patched as patched
 from attn_ops.models.patched import unpatch as unpatch
 from attn_ops.tensorflow.export import export as export
 from attn_ops.tensorflow.load import load_library as load_library
+from attn_ops.tensorflow.merge import merge_attention as merge_attention
 from attn_ops.tensorflow.rotary import rotary_embedding as rotary_embedding
 
 __version__: str
@@ -164,6 +165,27 @@ def paged_attention(
     is_causal: bool = True,
     rotary: bool | dict | None = None,
     in_place: Any = False,
+    implementation: str | None = None,
+) -> Any: ...
+def all_gather_kv(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    bias: Any = None,
+    mask: Any = None,
+    scale: Any = None,
+    is_causal: bool = False,
+    causal_alignment: str = 'top_left',
+    window: tuple[int | None, int | None] | None = None,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    layout: str = 'BSHD',
+    return_lse: bool = False,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Any = None,
+    relative_bias: Any = None,
+    sinks: Any = None,
     implementation: str | None = None,
 ) -> Any: ...
 def ragged_attention(

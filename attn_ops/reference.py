@@ -73,6 +73,20 @@ def attention(query, key, value, **given):
 
 
 @public.function(without=("dropout_rate", "dropout_seed", "return_lse"))
+def merge_attention(outs, lses, *, layout="BSHD"):
+    """(out, lse) of all keys, of lists of what `attention` to parts of them returned; see `attn_ops.merge_attention`.
+
+        lse_i = log sum_n exp(lse_ni)       out_i = sum_n exp(lse_ni - lse_i) out_ni
+    """
+    outs, lses = (np.stack([np.asarray(x, np.float64) for x in xs]) for xs in (outs, lses))
+    lse = np.logaddexp.reduce(lses, 0)
+    seen = lses != -np.inf
+    weights = np.where(seen, np.exp(np.where(seen, lses - np.where(lse != -np.inf, lse, 0.0), 0.0)), 0.0)
+    if layout == "BSHD" and weights.ndim == 4:
+        weights = weights.swapaxes(2, 3)
+    return np.where(weights[..., None] != 0, weights[..., None] * outs, 0.0).sum(0), lse
+
+
 def attention_weights(query, key, **given):
     """The softmax before dropout: float64 `[batch, num_heads, seqlen_q, seqlen_k]`. Arguments as in `attention`."""
     c = _Call("reference.attention_weights", query, key, key, given)

@@ -18,8 +18,8 @@ def append_to_cache(cache, k_new, v_new, positions):
     argument the cache is, donated."""
     new = jnp.stack([k_new, v_new], 1).astype(cache.dtype)
     at = jnp.reshape(positions, (-1, 1)) + jnp.arange(k_new.shape[1])  # [batch or 1, rows]
-    batch = jnp.arange(cache.shape[0])[:, None, None]
-    return cache.at[batch, jnp.arange(2)[:, None], at[:, None]].set(new, mode="drop")
+    at = jnp.broadcast_to(at, (cache.shape[0], at.shape[1]))
+    return jax.vmap(lambda cache, at, new: cache.at[:, at].set(new, mode="drop"))(cache, at, new)
 
 
 def append(layout, memory, new, positions, counts, dropped, written):
@@ -89,14 +89,14 @@ def _appended(layout, memory, new, positions, counts, dropped):
     at = positions[:, None] + jnp.arange(added)
     if counts is not None:
         at = jnp.where(jnp.arange(added) < counts[:, None], at, rows)  # where nothing is
-    batch = jnp.arange(memory[0].shape[0])[:, None]
 
-    def written(old, new):
+    @jax.vmap  # so that arrays that are divided along the batch stay so
+    def written(at, old, new):
         if layout == "BSHD":
-            return old.at[batch, at].set(new, mode="drop")
-        return old.at[batch, :, at].set(new.swapaxes(1, 2), mode="drop")
+            return old.at[at].set(new, mode="drop")
+        return old.at[:, at].set(new, mode="drop")
 
-    return tuple(map(written, memory, new))
+    return tuple(written(at, *x) for x in zip(memory, new))
 
 
 @_appended.defjvp

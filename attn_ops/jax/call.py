@@ -30,6 +30,7 @@ class Arrays(typing.NamedTuple):
     block_table: jax.Array | None = None
     key_scales: jax.Array | None = None
     value_scales: jax.Array | None = None
+    origin: jax.Array | None = None  # of dropout, where the call is a part of a larger one: see `philox.keep`
 
     def differentiable(self) -> tuple[str, ...]:
         """The names of those that have a gradient, in the order of the kernels."""
@@ -58,7 +59,7 @@ class Options(typing.NamedTuple):
 
 
 def split(call: AttentionCall) -> tuple[Options, Arrays]:
-    return tuple(part(*(getattr(call, name) for name in part._fields)) for part in (Options, Arrays))
+    return tuple(part(**{name: getattr(call, name) for name in part._fields if name != "origin"}) for part in (Options, Arrays))
 
 
 def accumulator(dtype):

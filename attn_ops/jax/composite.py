@@ -85,6 +85,15 @@ def with_statistics(options: Options, arrays: Arrays, chunk_rows: int | None = N
     return _to_layout(options, out.astype(arrays.query.dtype)), lse, jnp.stack([m, total], -1)
 
 
+def gradients(options: Options, wanted: tuple[str, ...], arrays: Arrays, d_out, d_lse):
+    """The gradients of the ``wanted`` of ``arrays.differentiable()``, in that order; ``d_lse`` is None without an lse."""
+
+    def run(*differentiable):
+        return attention(options, arrays._replace(**dict(zip(wanted, differentiable))))
+
+    return jax.vjp(run, *(getattr(arrays, name) for name in wanted))[1]((d_out, d_lse))
+
+
 def attention_weights(options: Options, arrays: Arrays, lse):
     """The softmax before dropout, recomputed from ``lse``: `[batch, num_heads, seqlen_q, seqlen_k]`, query's dtype."""
     q, k, _ = _inputs(options, arrays)
@@ -236,7 +245,7 @@ def _softmax(options, arrays, start, s, masked, v):
     if options.dropout_rate:
         batch, num_heads, n, seqlen_k = s.shape
         rows = start + jnp.arange(n)
-        keep = philox.keep(arrays.seed, batch, num_heads, rows, seqlen_k, options.dropout_rate)
+        keep = philox.keep(arrays.seed, batch, num_heads, rows, seqlen_k, options.dropout_rate, arrays.origin)
         p = _select(keep, p / (1.0 - options.dropout_rate))
     weigh = _masked_sum if masked or options.dropout_rate else _weighted_sum
     out = weigh(_grouped(p, v.shape[1]), v).reshape(*s.shape[:3], v.shape[3])

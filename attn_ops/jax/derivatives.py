@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from attn_ops.call.attention_call import NO_GRADIENT, reads_cache
-from attn_ops.jax import composite, forms
+from attn_ops.jax import batching, composite, forms
 from attn_ops.jax.call import Arrays, Options
 
 
@@ -74,7 +74,7 @@ def _gradients_backward(forced, options, wanted, residuals, cotangents):
     names = arrays.differentiable()
 
     def first(differentiable, d_out, d_lse):
-        return _composite_gradients(options, wanted, _with(arrays, names, differentiable), d_out, d_lse)
+        return composite.gradients(options, wanted, _with(arrays, names, differentiable), d_out, d_lse)
 
     _, pull = jax.vjp(first, _of(arrays, names), d_out, d_lse)
     d, d_d_out, d_d_lse = pull(cotangents)
@@ -86,10 +86,12 @@ gradients.defvjp(_gradients_forward, _gradients_backward)
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward(forced, options, arrays):
-    kernels = functools.partial(forms.forward, options)
+    kernels = functools.partial(batching.forward, options)
     if forced:
         return kernels(arrays)
     others = functools.partial(composite.with_statistics, options)
+    if arrays.origin is not None:
+        return others(arrays)  # kernels know of no larger call
     return jax.lax.platform_dependent(
         arrays, default=others, **dict.fromkeys(forms.platforms(options, arrays), kernels)
     )
@@ -98,23 +100,18 @@ def _forward(forced, options, arrays):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(forced, options, wanted, *arguments):
     def kernels(*arguments):
-        return forms.backward(options, *arguments, wanted)
+        return batching.backward(options, *arguments, wanted)
 
     def others(arrays, out, statistics, d_out, d_lse):
-        return _composite_gradients(options, wanted, arrays, d_out, d_lse)
+        return composite.gradients(options, wanted, arrays, d_out, d_lse)
 
     if forced:
         return kernels(*arguments)
+    if arguments[0].origin is not None:
+        return others(*arguments)
     return jax.lax.platform_dependent(
         *arguments, default=others, **dict.fromkeys(forms.platforms(options, arguments[0]), kernels)
     )
-
-
-def _composite_gradients(options, wanted, arrays, d_out, d_lse):
-    def run(*differentiable):
-        return composite.attention(options, _with(arrays, wanted, differentiable))
-
-    return jax.vjp(run, *_of(arrays, wanted))[1]((d_out, d_lse))
 
 
 def _of(arrays, names):

@@ -13,6 +13,7 @@ import numpy as np
 from attn_ops import kernels
 from attn_ops.call import attention_call
 from attn_ops.call.attention_call import canonical
+from attn_ops.jax import place
 from attn_ops.jax.call import Arrays, Options, accumulator
 
 _PLATFORMS = {"Host": "cpu", "CUDA": "CUDA"}  # of XLA, and what JAX calls them where it takes custom calls
@@ -64,9 +65,9 @@ def forward(options: Options, arrays: Arrays):
     query, key, value = arrays[:3]
     rows = canonical(query.shape, options.layout)[:3]
     results = (
-        jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
-        jax.ShapeDtypeStruct((*rows, 2), accumulator(query.dtype)),
-        *([jax.ShapeDtypeStruct(rows, accumulator(query.dtype))] if options.return_lse else []),
+        place.result((*query.shape[:3], value.shape[3]), query.dtype, query),
+        place.result((*rows, 2), accumulator(query.dtype), query),
+        *([place.result(rows, accumulator(query.dtype), query)] if options.return_lse else []),
     )
     optional, attributes = _optional(options, arrays)
     out, statistics, *lse = _kernel("attn_ops.forward", results)(
@@ -81,7 +82,7 @@ def backward(options: Options, arrays: Arrays, out, statistics, d_out, d_lse, wa
     computed = [name for name in arrays.differentiable() if name != "bias" or d_bias]
     results = (getattr(arrays, name) for name in computed)
     optional, attributes = _optional(options, arrays)
-    gradients = _kernel("attn_ops.backward", tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results))(
+    gradients = _kernel("attn_ops.backward", tuple(place.result(x.shape, x.dtype, x) for x in results))(
         *arrays[:3],
         out,
         statistics,

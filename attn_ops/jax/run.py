@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import jax
+import functools
 
+import jax
+from jax.sharding import PartitionSpec
+
+from attn_ops.call.attention_call import canonical
 from attn_ops.jax import call as calls
-from attn_ops.jax import choice, composite, derivatives
+from attn_ops.jax import choice, composite, derivatives, place
 
 _composite = jax.jit(composite.attention, static_argnums=0)
 
 
-def attention(name, call, chosen, forced):
+def attention(name, call, chosen, forced, origin=None):
     """(out, lse) of an `AttentionCall` by the implementation that was ``chosen``, because it was ``forced`` or not;
-    lse is None unless asked for."""
+    lse is None unless asked for. ``origin`` is that of `Arrays`."""
     choice.calls[chosen] += 1
     options, arrays = calls.split(call)
+    arrays = arrays._replace(origin=origin)
+    run = functools.partial(_run, name, chosen, forced, options)
+    out, *lse = place.without_explicit_axes(run, _specs(options, arrays), arrays)
+    return out, lse[0] if lse else None
+
+
+def _run(name, chosen, forced, options, arrays):
     if chosen == "composite":
-        return _composite(options, arrays)
+        return _found(_composite(options, arrays))
     try:
-        return derivatives.attention(forced and chosen == "fused", options, arrays)[:2]
+        return _found(derivatives.attention(forced and chosen == "fused", options, place.varying_alike(arrays))[:2])
     except TypeError as error:
         if "custom_vjp" not in str(error):
             raise
@@ -26,3 +37,15 @@ def attention(name, call, chosen, forced):
             f"{name}: the kernels have no forward mode (jax.jvp, jax.jacfwd, jax.hessian): "
             'implementation="composite" has it'
         ) from error
+
+
+def _found(results):
+    return tuple(x for x in results if x is not None)
+
+
+def _specs(options, arrays):
+    """How the results are divided on a mesh with explicit axes: along batch and heads, like the query."""
+    batch, heads, _, _ = canonical(place.spec(arrays.query), options.layout)
+    out = (batch, None, heads, None) if options.layout == "BSHD" else (batch, heads, None, None)
+    specs = PartitionSpec(*out), PartitionSpec(batch, heads, None)
+    return specs if options.return_lse else specs[:1]

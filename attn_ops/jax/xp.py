@@ -124,8 +124,9 @@ def seed_of_array(seed):
     return jnp.stack([low.astype(np.uint32), high.astype(np.uint32)], axis=-1).reshape(4)
 
 
-# For rotary embeddings.
+# For rotary embeddings, and to merge.
 cos, sin = jnp.cos, jnp.sin
+exp, log = jnp.exp, jnp.log
 concat, stack, reshape = jnp.concatenate, jnp.stack, jnp.reshape
 uint32 = np.dtype("uint32")
 

@@ -117,8 +117,9 @@ def seed_of_array(seed):
     return seed if seed.dtype == tf.int64 else tf.cast(seed, tf.int64)
 
 
-# For rotary embeddings.
+# For rotary embeddings, and to merge.
 cos, sin = tf.cos, tf.sin
+exp, log = tf.exp, tf.math.log
 concat, stack, reshape = tf.concat, tf.stack, tf.reshape
 uint32 = tf.uint32
 

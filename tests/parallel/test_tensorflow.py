@@ -1,0 +1,34 @@
+"""Attention under `tf.distribute`: replicas on logical devices of a process of their own, and two workers."""
+
+import json
+from pathlib import Path
+
+import processes
+import pytest
+from children import run
+
+HERE = Path(__file__).parent
+
+
+def _replicas():
+    """`MirroredStrategy` on two logical devices."""
+    process = run((HERE / "replicas.py").read_text(), TF_CPP_MIN_LOG_LEVEL="3", CUDA_VISIBLE_DEVICES="")
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    assert process.stdout.split() == ["gathered", "trained", "dropped", "refused"]
+
+
+def _two_workers():
+    """`MultiWorkerMirroredStrategy`, with a loop of one's own."""
+
+    def described(n, ports):
+        cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
+        return [], {"TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": n}})}
+
+    outputs = processes.run_two(HERE / "two_processes_tensorflow.py", described)
+    assert ["worker 0 of 2" in outputs[0], "worker 1 of 2" in outputs[1]] == [True, True]
+
+
+@pytest.mark.wide(2)
+@pytest.mark.parametrize("check", [_two_workers, _replicas])
+def test_tensorflow(check):
+    check()
