@@ -6,6 +6,10 @@ The arrays are few and small, or large enough for several threads (`large`), and
 import numpy as np
 
 
+# What of the options has a gradient, which is asked for: a kernel that need not make one sums in another order.
+LEARNED = ("bias", "relative_bias", "sinks")
+
+
 def arrays(large, dtype="float32", heads=4, kv_heads=2, dim=16):
     rng = np.random.default_rng(7)
     rows = 300 if large else 24
@@ -58,14 +62,18 @@ def op(large=False, wraps=("eager", "graph"), implementation="fused"):
     }
 
     def call(wrap, tensors, named):
-        def attend(q, k, v, d_out):
+        learned = {name: tf.constant(named[name]) for name in LEARNED if name in named}
+        rest = {name: x for name, x in named.items() if name not in learned}
+
+        def attend(q, k, v, d_out, learned):
+            inputs = (q, k, v, *learned.values())
             with tf.GradientTape() as tape:
-                tape.watch((q, k, v))
-                out = attn_ops.scaled_dot_product_attention(q, k, v, implementation=implementation, **named)
-            return out, *tape.gradient(out, (q, k, v), d_out)
+                tape.watch(inputs)
+                out = attn_ops.scaled_dot_product_attention(q, k, v, implementation=implementation, **learned, **rest)
+            return out, *tape.gradient(out, inputs, d_out)
 
         function = forms[wrap](attend)
-        return lambda: [x.numpy() for x in function(*tensors)]
+        return lambda: [x.numpy() for x in function(*tensors, learned)]
 
     tensors = [tf.constant(x) for x in arrays(large)]
     given = {"plain": {}, **options(tensors[0].shape[1])}
@@ -112,15 +120,19 @@ def jax(large=False):
     import jax
 
     def call(named):
-        def attend(q, k, v, d_out):
-            def forward(q, k, v):
-                return attn_ops.jax.scaled_dot_product_attention(q, k, v, implementation="fused", **named)
+        learned = {name: named[name] for name in LEARNED if name in named}
+        rest = {name: x for name, x in named.items() if name not in learned}
 
-            out, pull = jax.vjp(forward, q, k, v)
-            return out, *pull(d_out)
+        def attend(q, k, v, d_out, learned):
+            def forward(q, k, v, learned):
+                return attn_ops.jax.scaled_dot_product_attention(q, k, v, implementation="fused", **learned, **rest)
+
+            out, pull = jax.vjp(forward, q, k, v, learned)
+            *gradients, of_learned = pull(d_out)
+            return out, *gradients, *(of_learned[name] for name in learned)
 
         function = jax.jit(attend)
-        return lambda: [np.asarray(x) for x in function(*given)]
+        return lambda: [np.asarray(x) for x in function(*given, learned)]
 
     given = arrays(large)
     return {f"jax {name}": call(named) for name, named in {"plain": {}, **options(given[0].shape[1])}.items()}

@@ -4,7 +4,6 @@ the number of threads either, nor with the mode in which the host rounds.
     python determinism.py [--runs 100] [--threads 4] [--mode "flush to zero"]
 
 Prints one line of JSON, digests by call. In a process of its own (test_determinism.py), as TensorFlow's threads are fixed once started.
-The values are subnormal where the mode is not the usual one: there flushing shows.
 """
 
 import argparse

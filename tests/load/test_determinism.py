@@ -10,7 +10,7 @@ import tensorflow as tf
 from attn_ops import kernels, scaled_dot_product_attention
 
 import children
-from load import calls, determinism, float_mode
+from load import calls, float_mode
 
 core = kernels.core()
 on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="reads MXCSR, which x86-64 has")
@@ -77,6 +77,14 @@ def test_all_forms_keep_what_is_subnormal(rows):
         assert calls.same(results, eager)
 
 
+def test_forms_and_frameworks():
+    """Also of the gradients: all that have one are asked for."""
+    made = calls.op(True, wraps=("eager", "graph", "xla")) | calls.jax(True)
+    for name in ("plain", *calls.options(1)):
+        eager, *others = (made[f"{form} {name}"]() for form in ("eager", "graph", "xla", "jax"))
+        assert all(calls.same(results, eager) for results in others), name
+
+
 def run(*arguments):
     code = f"import sys; sys.path[:0] = {[path for path in sys.path if path]!r}; from load import determinism; determinism.main()"
     ended = children.run(code, *arguments, without=())
@@ -84,14 +92,10 @@ def run(*arguments):
     return json.loads(ended.stdout.strip().splitlines()[-1])
 
 
-@pytest.mark.wide(3)
-@pytest.mark.parametrize("threads", [1, 3, 7])
-def test_runs_threads_and_forms(threads):
-    """In a process with so many threads the digests are those of this one, whose threads are as many as its CPUs."""
-    made = {f"core {name}": call for name, call in calls.core(True, threads).items()}
-    made |= calls.op(True, wraps=("eager",))
-    wanted = {name: determinism.digest(call()) for name, call in made.items()}
-    found = run("--runs", "2", "--threads", str(threads))
-    assert {name: found[name] for name in wanted} == wanted
-    for name in ("plain", *calls.options(1)):
-        assert found[f"eager {name}"] == found[f"graph {name}"] == found[f"xla {name}"] == found[f"jax {name}"], name
+def test_runs_and_threads(pytestconfig):
+    """The digests of processes with so many threads, after as many runs."""
+    if not pytestconfig.getoption("whole"):
+        pytest.skip("with --whole: starts TensorFlow four times")
+    first, *others = (run("--runs", "3", "--threads", threads) for threads in "1237")
+    assert all(digests == first for digests in others)
+    assert run("--runs", "3", "--mode", "upwards, flush to zero")["core plain"] == first["core plain"]
