@@ -7,7 +7,8 @@
 //
 // Most bytes must make a call that is right but for one or two things, or nothing behind validation would ever run: sizes
 // are few and small, and an array has the shape that it should have unless a byte says otherwise. What is checked beside
-// crashes: every result is the same to the bit on one thread and on several, which take tasks in another order.
+// crashes: every result is the same to the bit on one thread and on several, which take tasks in another order, whatever results
+// and workspace held before.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -28,6 +29,7 @@ namespace {
 
 using namespace attn_ops;
 
+constexpr int kFilling = 0xA5;          // of memory that nobody has written yet
 constexpr size_t kMostBytes = 1 << 20;  // of one array that is really there
 
 // The input; past its end everything is 0.
@@ -59,7 +61,7 @@ class Bytes {
 class Block {
  public:
 #ifdef ATTN_OPS_REPLAY
-  explicit Block(size_t bytes) : bytes_(bytes) {
+  Block(size_t bytes, int filling) : bytes_(bytes) {
     constexpr size_t page = 4096;
     const size_t inside = (bytes + page - 1) / page * page;
     span_ = inside + 2 * page;
@@ -68,13 +70,15 @@ class Block {
     char* const first = static_cast<char*>(map_) + page;
     if (inside) mprotect(first, inside, PROT_READ | PROT_WRITE);
     data_ = first + (inside - bytes);
-    memset(data_, 0xA5, bytes);
+    memset(data_, filling, bytes);
   }
   ~Block() { munmap(map_, span_); }
 #else
-  explicit Block(size_t bytes) : bytes_(bytes), data_(static_cast<char*>(std::aligned_alloc(64, bytes ? bytes : 64))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-    memset(data_, 0xA5, bytes);
+  Block(size_t bytes, int filling) : bytes_(bytes) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, bytes) != 0) throw std::bad_alloc();
+    data_ = static_cast<char*>(memory);
+    memset(data_, filling, bytes);
   }
   ~Block() { std::free(data_); }
 #endif
@@ -204,7 +208,7 @@ class Inputs {
       if (element != Element::kValue || !strcmp(name, "slopes")) throw NotThere();
       huge = true, bytes = 0;
     }
-    blocks_.push_back(std::make_unique<Block>(bytes));
+    blocks_.push_back(std::make_unique<Block>(bytes, kFilling));
     char* const data = blocks_.back()->data();
     if (element == Element::kValue) fill(data, bytes, dtype);
     else if (element == Element::kInteger) integers(name, reinterpret_cast<int32_t*>(data), bytes / 4);
@@ -325,6 +329,7 @@ class Inputs {
 
 class Outputs {
  public:
+  explicit Outputs(int filling) : filling_(filling) {}
   void* next(const char* name, DType dtype, const int64_t* shape, int rank) {
     int64_t bytes = size_of(dtype);
     for (int i = 0; i < rank; ++i)
@@ -332,7 +337,7 @@ class Outputs {
     for (int i = 0; i < rank; ++i)
       if (__builtin_mul_overflow(bytes, shape[i], &bytes)) fail("a result overflows", name);
     if (bytes > static_cast<int64_t>(kMostBytes)) throw NotThere();
-    blocks_.push_back(std::make_unique<Block>(bytes));
+    blocks_.push_back(std::make_unique<Block>(bytes, filling_));
     return blocks_.back()->data();
   }
   void skip(const char*, DType) {}
@@ -351,18 +356,19 @@ class Outputs {
   }
 
  private:
+  int filling_;
   std::vector<std::unique_ptr<Block>> blocks_;
 };
 
 // One thread, or as many slots one after the other, the last first.
 class Device {
  public:
-  Device(int threads, const char* isa) : threads_(threads), isa_(isa) {}
+  Device(int threads, const char* isa, int filling) : threads_(threads), isa_(isa), filling_(filling) {}
   CpuKernels kernels() const { return CpuKernels({threads_, nullptr, backwards}, isa_); }
 
   class Lent {
    public:
-    explicit Lent(size_t bytes) : block_(bytes) {}
+    Lent(size_t bytes, int filling) : block_(bytes, filling) {}
     Workspace lend() const { return {block_.data(), block_.size()}; }
 
    private:
@@ -370,7 +376,7 @@ class Device {
   };
   Lent workspace(size_t bytes) const {
     if (bytes > 256 * kMostBytes) throw NotThere();
-    return Lent((bytes + 63) / 64 * 64);
+    return Lent((bytes + 63) / 64 * 64, filling_);
   }
 
  private:
@@ -379,6 +385,7 @@ class Device {
   }
   int threads_;
   const char* isa_;
+  int filling_;
 };
 
 enum class End { kRefused, kNotThere, kRan };
@@ -399,8 +406,8 @@ End one(const uint8_t* data, size_t size) {
       else cpu::forward_workspace_bytes(to_params(call), threads, isa);
       return End::kNotThere;
     }
-    Outputs alone, together;
-    Device one_thread(1, isa), more(threads, isa);
+    Outputs alone(kFilling), together(~kFilling & 0xFF);
+    Device one_thread(1, isa, kFilling), more(threads, isa, ~kFilling & 0xFF);
     run_call(call, alone, one_thread);
     run_call(call, together, more);
     alone.compare(together);
