@@ -5,10 +5,11 @@ error. One that is believed writes where it may not, and may end the process.
     python malformed.py tensorflow   of the operators
     python malformed.py xla          of the custom calls for XLA, through jax.ffi
 
-The good calls have every kind of array there is. A number behind the kind makes one of so many of the calls. Each process has limits of
+The good calls have every kind of array there is. Kinds may be joined by commas. A number behind them makes one of so many of the calls. Each process has limits of
 time and memory.
 """
 
+import itertools
 import resource
 import sys
 import zlib
@@ -143,11 +144,11 @@ def tensorflow_calls():
     attributes = {"dropout_rate": "0.2", "block_q": BLOCK, "block_k": BLOCK, "soft_cap": "30.0"}
 
     def forward(a):
-        a = {name: tf.constant(x) for name, x in a.items()}  # arrays of NumPy would be cast to each other's type
+        a = {name: tf.convert_to_tensor(x) for name, x in a.items()}  # arrays of NumPy would be cast to each other's type
         return library.attn_ops_forward(a["q"], a["k"], a["v"], *lists(a), num_lse=1, **attributes)
 
     def backward(a):
-        a = {name: tf.constant(x) for name, x in a.items()}
+        a = {name: tf.convert_to_tensor(x) for name, x in a.items()}
         arrays = (a[name] for name in ("q", "k", "v", "out", "statistics", "d_out"))
         return library.attn_ops_backward(*arrays, [a["d_lse"]], *lists(a), **attributes)
 
@@ -278,19 +279,17 @@ def limit_memory():
 KINDS = {"core": core_calls, "tensorflow": tensorflow_calls, "xla": xla_calls}
 
 
-def main(binding, every="1"):
+def main(kinds, every="1"):
     resource.setrlimit(resource.RLIMIT_CPU, (400, 400))
     total = 0
-    for target, call, arguments, bad in KINDS[binding]():
+    for target, call, arguments, bad in itertools.chain.from_iterable(KINDS[kind]() for kind in kinds.split(",")):
         call(arguments)
         limit_memory()
-        count = 0
         for name, changed in bad:
             total += 1
             if zlib.crc32(f"{target} {name}".encode()) % int(every):
                 continue
             print(target, name, flush=True)
-            count += 1
             try:
                 call(changed)
             except Exception as error:  # noqa: BLE001 - every binding has kinds of its own
