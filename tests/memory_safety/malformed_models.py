@@ -2,7 +2,7 @@
 
     python malformed_models.py graph        the operators in a graph whose shapes are known only when it runs
     python malformed_models.py saved        SavedModels whose graph was edited: attributes, types and inputs of the operators
-    python malformed_models.py caches       decode_attention, KVCache and append_to_cache, eager and in functions
+    python malformed_models.py caches       decode_attention, eager and in functions, and KVCache
     python malformed_models.py pages        paged_attention and its pool
 """
 
@@ -146,7 +146,7 @@ def _forms(name, call, good, bad):
 
     def graph(a):
         arrays = {key: x for key, x in a.items() if isinstance(x, np.ndarray)}
-        memory = ("key", "value", "cache", "k_pages", "v_pages")  # whose room must be known
+        memory = ("key", "value", "k_pages", "v_pages")  # whose room must be known
         shapes = {key: (None, *x.shape[1:]) if key in memory and x.ndim else [None] * x.ndim for key, x in arrays.items()}
         specs = {key: tf.TensorSpec(shapes[key], x.dtype) for key, x in arrays.items()}
         function = tf.function(lambda arrays: call({**a, **arrays}), input_signature=[specs], autograph=False)
@@ -174,17 +174,10 @@ def cache_calls():
         floats = x.dtype in (np.float16, np.float32, np.float64)
         if name == "q" and floats and x.ndim == 4 and x.shape == (2, 3, x.shape[2], 8):
             return x.shape[2] % 2 == 0  # more heads
-        integers = name in ("lengths", "positions") and x.dtype == np.int8 and x.ndim == 1 and x.shape == (2,)
+        integers = name == "lengths" and x.dtype == np.int8 and x.shape == (2,)
         return integers or (name in ("k", "v") and floats and x.shape == good[name].shape)
 
     yield from _forms("decode_attention", attend, good, changed(good, legal))
-
-    both = {"cache": np.zeros((2, 2, 16, 2, 8), "float32"), "k": rows["k"], "v": rows["v"], "positions": np.int32([0, 13])}
-
-    def append(a):
-        return attn_ops.append_to_cache(a["cache"], a["k"], a["v"], a["positions"])
-
-    yield from _forms("append_to_cache", append, both, changed(both, legal))
 
     def create(extents):
         return attn_ops.KVCache.create(*extents[:4], extents[4], framework="tensorflow")
