@@ -129,11 +129,8 @@ def attention_gradients(query, key, value, d_out, d_lse=None, **given):
     if c.table is not None:
         gradients.append(c.table_gradient(ds))
     if c.sinks is not None:
-        sinks = np.broadcast_to(c.sinks[:, None], c.lse.shape)
-        there = sinks != -np.inf
-        p_sink = np.where(there, np.exp(sinks - np.where(there, c.lse, 0.0)), 0.0)
         with np.errstate(invalid="ignore"):
-            gradients.append(np.where(p_sink != 0, p_sink * (d_lse - delta), 0.0).sum(axis=(0, 2)))
+            gradients.append(np.where(c.p_sink != 0, c.p_sink * (d_lse - delta), 0.0).sum(axis=(0, 2)))
     return tuple(gradients)
 
 
@@ -223,6 +220,8 @@ class _Call:
             total = e.sum(axis=-1, keepdims=True) + np.exp(sink - m)
             # Selected, since in a row of NaN even hidden weights would be NaN.
             self.p = np.where(s == -np.inf, 0.0, e / np.where(total == 0, 1.0, total))
+            # Not by lse, which has no digits left for the other weights where the sink is large.
+            self.p_sink = (np.exp(sink - m) / np.where(total == 0, 1.0, total))[..., 0]
             with np.errstate(divide="ignore"):
                 self.lse = (m + np.log(total))[..., 0]
             self.z = self._dropout_factors(given.dropout_rate, given.dropout_seed, weights_shape)

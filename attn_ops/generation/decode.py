@@ -86,6 +86,7 @@ def prepared(xp, name, q, cache, k_new, v_new, rotary=None, is_causal=True, **gi
         k_rows = xp.extents(k_new)[axis]
         if not arrays.compatible([k_rows], [rows]):
             raise ValueError(f"{name}: there must be as many new keys as rows of q, got {k_rows} and {rows}")
+        k_new = xp.agreeing(k_new, q, axis, f"{name}: there must be as many new keys as rows of q")
         plan = growth.planned(xp, name, cache, k_new, counts)
         memory, first, before, after = plan.memory, plan.first_after, plan.before, plan.after
         if rotary is not None:

@@ -67,6 +67,11 @@ def extent(x, axis):
     return x.shape[axis]
 
 
+def agreeing(x, other, axis, rule):
+    """``x``: extents are always known here, and have been compared."""
+    return x
+
+
 def take_columns(x, indices):
     """The columns of ``x`` that a NumPy array of integers names."""
     return x[:, indices]

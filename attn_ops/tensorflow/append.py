@@ -13,7 +13,7 @@ from attn_ops import kernels
 from attn_ops.call import pages as paged
 from attn_ops.call.attention_call import canonical
 from attn_ops.generation import int8
-from attn_ops.tensorflow import export, gpu, place, runtime_checks, xp
+from attn_ops.tensorflow import export, gpu, place, registration, runtime_checks, xp
 from attn_ops.tensorflow.forms import graph
 
 
@@ -224,8 +224,8 @@ def _moved_up(memory, dropped, layout):
     return tf.cond(tf.reduce_any(dropped > 0), move, lambda: tuple(memory))
 
 
-@tf.RegisterGradient("AttnOps>AppendToCache")
-@tf.RegisterGradient("AttnOps>AppendToInt8Cache")
+@registration.gradient_of("AttnOps>AppendToCache")
+@registration.gradient_of("AttnOps>AppendToInt8Cache")
 def _no_gradient(op, *_):
     raise NotImplementedError(
         "attn_ops: a KVCache is for generation, and has no gradient: train with scaled_dot_product_attention, or with the "

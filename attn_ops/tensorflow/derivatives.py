@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from attn_ops import kernels
 from attn_ops.call.attention_call import NO_GRADIENT, AttentionCall, attributes, optional_inputs, reads_cache
-from attn_ops.tensorflow import composite, place
+from attn_ops.tensorflow import composite, place, registration
 
 # For the names of all attributes and of all counts of optional inputs.
 _ANY_CALL = AttentionCall(None, None, None, block_q=1, block_k=1, logits_soft_cap=1.0)
@@ -122,7 +122,7 @@ def _of_inputs(lists, gradients):
     return [next(gradients) if count in _GRADIENTS else None for count, inputs in lists.items() for _ in inputs]
 
 
-@tf.RegisterGradient("AttnOps>Forward")
+@registration.gradient_of("AttnOps>Forward")
 def _forward_gradient(op, d_out, _, *d_lse):
     if op.get_attr("halves"):
         raise NotImplementedError("attn_ops: attention to a cache of keys and values in one tensor has no gradient")
@@ -141,7 +141,7 @@ def _forward_gradient(op, d_out, _, *d_lse):
     return [d_query, d_key, d_value] + [None if at in unwanted else d for at, d in enumerate(others, 3)]
 
 
-@tf.RegisterGradient("AttnOps>Plain")
+@registration.gradient_of("AttnOps>Plain")
 def _plain_gradient(op, d_out, _):
     given = {name: _attribute(op, name, default) for name, default in _DEFAULTS.items()}
     return _backward(op, d_out, [], _NO_INPUTS, d_bias=False, **given)[:3]
@@ -165,12 +165,12 @@ def _backward(op, d_out, d_lse, lists, **attributes):
     )
 
 
-@tf.RegisterGradient("AttnOps>Decode")
+@registration.gradient_of("AttnOps>Decode")
 def _no_gradient(op, *_):
     raise NotImplementedError(NO_GRADIENT)
 
 
-@tf.RegisterGradient("AttnOps>Backward")
+@registration.gradient_of("AttnOps>Backward")
 def _backward_gradient(op, *gradients):
     """Second order. `out` and `statistics` are inputs of the op but functions of the others, which get it all."""
     query, key, value, _, _, d_out = op.inputs[:6]

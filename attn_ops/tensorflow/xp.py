@@ -66,6 +66,15 @@ def extent(x, axis):
     return tf.shape(x)[axis] if known is None else known
 
 
+def agreeing(x, other, axis, rule):
+    """``x``, which has the extent of ``other`` along an axis: in a graph that does not know it before it runs,
+    tf.errors.InvalidArgumentError with the ``rule`` where not. (XLA drops the check.)"""
+    if isinstance(extent(x, axis), int) and isinstance(extent(other, axis), int):
+        return x
+    with tf.control_dependencies([tf.debugging.assert_equal(extent(x, axis), extent(other, axis), rule)]):
+        return tf.identity(x)
+
+
 def take_columns(x, indices):
     """The columns of ``x`` that a NumPy array of integers names."""
     return tf.gather(x, indices, axis=1)

@@ -26,6 +26,25 @@ void* find(const char* symbol) {
 
 XLA_FFI_ByteSpan span(const char* text) { return {text, std::char_traits<char>::length(text)}; }
 
+std::string text(const XLA_FFI_Api_Version& version) {
+  return std::to_string(version.major_version) + "." + std::to_string(version.minor_version);
+}
+
+// What an error says, which ends with this. FFI 0.4 writes the error's code behind the message, and asks for the room.
+std::string message_of(const XLA_FFI_Api& api, XLA_FFI_Error* error) {
+  struct {
+    XLA_FFI_Error_GetMessage_Args args;
+    int64_t room[8];
+  } message{};
+  message.args.struct_size = sizeof(message);
+  message.args.error = error;
+  api.XLA_FFI_Error_GetMessage(&message.args);
+  const std::string result = message.args.message == nullptr ? "it does not say why" : message.args.message;
+  XLA_FFI_Error_Destroy_Args destroy{XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, error};
+  api.XLA_FFI_Error_Destroy(&destroy);
+  return result;
+}
+
 // Why XLA does not know the custom calls; empty when it does.
 std::string register_handlers() {
   const char* disabled = std::getenv("ATTN_OPS_DISABLE_XLA_FFI");
@@ -45,6 +64,12 @@ std::string register_handlers() {
   }
   const XLA_FFI_Api* api = get_api == nullptr ? nullptr : get_api();
   if (api == nullptr) return std::string("TensorFlow ") + version() + " has no XLA (no GetXlaFfiApi)";
+  // Later minor versions take what is written for ours; what another major one takes, nobody has said.
+  const XLA_FFI_Api_Version& there = api->api_version;
+  if (there.major_version != XLA_FFI_API_MAJOR || there.minor_version < XLA_FFI_API_MINOR) {
+    return "XLA of TensorFlow " + std::string(version()) + " takes custom calls of FFI " + text(there) +
+           ", and ours are of FFI " + text({0, nullptr, XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR});
+  }
 
   for (const Handler& handler : kHandlers) {
     XLA_FFI_Handler_Register_Args args{};
@@ -54,13 +79,8 @@ std::string register_handlers() {
     args.bundle.execute = handler.run;
     XLA_FFI_Error* error = api->XLA_FFI_Handler_Register(&args);
     if (error == nullptr) continue;
-    XLA_FFI_Error_GetMessage_Args message{XLA_FFI_Error_GetMessage_Args_STRUCT_SIZE, nullptr, error, nullptr};
-    api->XLA_FFI_Error_GetMessage(&message);
-    const std::string reason =
-        std::string("XLA of TensorFlow ") + version() + " refuses the custom call: " + message.message;
-    XLA_FFI_Error_Destroy_Args destroy{XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, error};
-    api->XLA_FFI_Error_Destroy(&destroy);
-    return reason;
+    return std::string("XLA of TensorFlow ") + version() + " (FFI " + text(there) +
+           ") refuses the custom call: " + message_of(*api, error);
   }
   return "";
 }

@@ -6,6 +6,7 @@
 #include <atomic>
 
 #include "cpu_features.h"
+#include "float_mode.h"
 #include "kernels.h"
 #include "packed_masks.h"
 #include "schedule.h"
@@ -61,6 +62,7 @@ void run_tasks(const Threads& threads, int64_t count, const Task& task) {
   } shared{task, count};
   const auto body = [](void* arg, int slot) {
     Shared& s = *static_cast<Shared*>(arg);
+    const FloatMode mode;
     for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.count;) s.task(i, slot);
   };
   const int slots = static_cast<int>(std::min<int64_t>(threads.run ? threads.count : 1, count));
@@ -163,6 +165,7 @@ double probe(const ProbeSlice& slice, double* sink, const char* isa) {
 
 bool quantize(DType dtype, const void* rows, int64_t count, int64_t dim, int8_t* out, float* scales, const char* isa) {
   const Kernels* const k = choose(isa);
+  const FloatMode mode;
   if (k) k->quantize(dtype, rows, count, dim, out, scales);
   return k != nullptr;
 }
@@ -269,6 +272,7 @@ bool backward(const BackwardParams& given, Threads threads, Workspace workspace,
     run_tasks(threads, plan.bias_tasks(part),
               [&](int64_t i, int slot) { k.bias_gradient(params, plan.bias_task(part, i, sums), scratch_of(slot)); });
   }
+  const FloatMode mode;
   if (plan.terms > 0) sum_terms(params, plan, terms);
   return true;
 }

@@ -167,7 +167,8 @@ void forward_tile_block(const HeadRows& r, ForwardTile<T>& tile, const KeyRows<T
     while (first + count < tile.nv && begin_of(first + count) < k0 + kLeastCut) ++count;
     const int next = first + count;
     const int64_t cut = next < tile.nv ? begin_of(next) : k1;
-    int64_t end = cut < k1 && cut < tile.end / 4 * 4 ? cut : k1;  // past the last key are rows that see none
+    // Rows from `next` on that begin at the last key or past it see none, and are not waited for.
+    int64_t end = cut < k1 && tile.lo[next * W] < tile.end ? cut : k1;
     if (count > 0 && first + 1 < tile.nv && end_of(first) < end) end = end_of(first);
     if (count == tile.nv) {
       meet(tile, k0, end);

@@ -3,15 +3,13 @@
 
 For Debian and Ubuntu on another processor. Needed, and installed with apt-get by root: g++-aarch64-linux-gnu and
 qemu-user. Everything else goes into build/aarch64: a Python for Arm from the machine's own Debian mirror, its packages,
-the build and an installation of attn_ops. What is there is not fetched again. The TensorFlow headers, which no
-processor changes, come from the TensorFlow of the Python that runs this, or from --tf-include.
+the build and an installation of attn_ops. What is there is not fetched again.
 
 Runs what needs no TensorFlow: kernels/test_core.py (with ATTN_OPS_ISA=neon, then generic), test_few_rows.py, the tests of
 the compiled files, and the attention tests of the implementations core-neon and core-generic. What follows -- goes to pytest instead.
 """
 
 import argparse
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -88,20 +86,12 @@ def make_environment(environment: Path, system: Path) -> Path:
     return python
 
 
-def tensorflow_headers():
-    spec = importlib.util.find_spec("tensorflow")
-    if spec is None:
-        sys.exit("needs TensorFlow's headers: --tf-include, or a Python that has TensorFlow")
-    return Path(spec.submodule_search_locations[0]) / "include"
-
-
-def install(python: Path, build: Path, system: Path, tf_include: Path):
+def install(python: Path, build: Path, system: Path):
     """Builds with the Python that will load the result, and puts the package beside that one's packages."""
     options = {
         "CMAKE_TOOLCHAIN_FILE": HERE / "toolchain.cmake",
         "CMAKE_CXX_FLAGS": f"-idirafter {system}/usr/include",  # Debian's Python.h includes from there
         "Python_EXECUTABLE": python,
-        "ATTN_OPS_TF_INCLUDE_DIR": tf_include,
     }
     run("cmake", f"-S{ROOT}", f"-B{build}", *(f"-D{name}={value}" for name, value in options.items()))
     run("cmake", "--build", build)
@@ -114,14 +104,13 @@ def install(python: Path, build: Path, system: Path, tf_include: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=BUILD, help="keep what is downloaded elsewhere")
-    parser.add_argument("--tf-include", type=Path, help="TensorFlow's include directory")
     parser.add_argument("pytest", nargs="*", help="arguments for pytest, relative to tests/")
     arguments = parser.parse_args()
     cache = arguments.cache.resolve()
     require_tools()
     make_system(cache / "system", cache / "apt")
     python = make_environment(cache / "environment", cache / "system")
-    install(python, BUILD / "cmake", cache / "system", arguments.tf_include or tensorflow_headers())
+    install(python, BUILD / "cmake", cache / "system")
     for isa, files in (("neon", FILES), ("generic", FILES[:1])):
         chosen = arguments.pytest or [*files, "-k", CHOICE]
         environment = dict(os.environ, ATTN_OPS_ISA=isa)

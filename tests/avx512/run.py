@@ -7,7 +7,6 @@ What follows -- goes to pytest instead of the two files.
 """
 
 import argparse
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -25,18 +24,10 @@ def run(*command, **options):
     return subprocess.run([str(part) for part in command], check=True, **options)
 
 
-def tensorflow_headers():
-    spec = importlib.util.find_spec("tensorflow")
-    if spec is None:
-        sys.exit("needs TensorFlow's headers: --tf-include, or a Python that has TensorFlow")
-    return Path(spec.submodule_search_locations[0]) / "include"
-
-
-def build(tf_include: Path, jobs: int):
+def build(jobs: int):
     """The `_core` of a package of its own, so that nothing takes the emulation for what users get. Takes minutes."""
     options = {
         "Python_EXECUTABLE": sys.executable,
-        "ATTN_OPS_TF_INCLUDE_DIR": tf_include,
         "ATTN_OPS_CUDA": "OFF",
         "ATTN_OPS_EMULATE_AVX512": "ON",
     }
@@ -50,13 +41,12 @@ def build(tf_include: Path, jobs: int):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tf-include", type=Path, help="TensorFlow's include directory")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the fuzz")
     parser.add_argument("--count", type=int, default=500, help="cases of the fuzz")
     parser.add_argument("pytest", nargs="*", help="arguments for pytest, relative to tests/")
     arguments = parser.parse_args()
-    library = build(arguments.tf_include or tensorflow_headers(), arguments.jobs)
+    library = build(arguments.jobs)
     tests = ROOT / "tests"  # not from the checkout's root, where the package of this machine lies
     environment = dict(os.environ, PYTHONPATH=str(PACKAGES))
     imported = f"from attn_ops import kernels; assert kernels.core().__file__ == {str(library)!r}, kernels.core()"

@@ -46,9 +46,18 @@ def test_a_workspace_too_short_is_noticed(guarded_environment):
     assert run("calls.py", "float32", core.isas()[0], 30, 1, 1024, environment=guarded_environment).returncode == -11
 
 
-@pytest.mark.parametrize("binding", ["core", "tensorflow", "xla"])
-def test_malformed_calls(binding):
-    assert_done(run("malformed.py", binding))
+@pytest.mark.parametrize(
+    "script, kinds, every",
+    [
+        ("malformed.py", "core", 1),
+        ("malformed_models.py", "tensorflow,graph,saved,caches,pages", 8),
+        ("malformed.py", "xla", 20),
+    ],
+    ids=("core", "tensorflow", "xla"),
+)
+def test_malformed_calls(script, kinds, every, pytestconfig):
+    """Of TensorFlow's and XLA's, one in so many, and all with --whole."""
+    assert_done(run(script, kinds, 1 if pytestconfig.getoption("whole") else every))
 
 
 def test_empty_arrays_of_any_extent(guarded_environment):

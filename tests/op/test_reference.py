@@ -286,3 +286,13 @@ def test_bad_cotangents():
 def test_needs_no_tensorflow():
     program = "import sys, attn_ops.reference, attn_ops.masks, attn_ops.call.philox; assert 'tensorflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_weight_of_a_large_sink():
+    """Four keys as large as the sink leave it a fifth: whatever a sum of 1e300 and log 5 is."""
+    q, k = np.zeros((1, 1, 1, 2)), np.zeros((1, 4, 1, 2))
+    d_out, value = np.ones((1, 1, 1, 2)), np.ones((1, 4, 1, 2))
+    for size in (0.0, 1e17, 1e300):
+        options = {"bias": np.full((1, 1, 1, 4), size), "sinks": np.array([size])}
+        *_, d_sinks = reference.attention_gradients(q, k, value, d_out, **options)
+        np.testing.assert_allclose(d_sinks, [-0.2 * 0.8 * 2], rtol=1e-12)

@@ -1,0 +1,46 @@
+"""Defects to plant: (name, file, text, what it becomes). The text occurs once in its file (test_defects.py), so that a defect is what
+its name says for as long as the code is that."""
+
+CPU, PACKAGE = "csrc/cpu/", "attn_ops/"
+
+KERNELS = [
+    ("rows begin among the last keys", CPU + "row_lanes.h", "tile.lo[next * W] < tile.end ? cut", "cut < tile.end / 4 * 4 ? cut"),
+    ("no rescale of the output", CPU + "row_lanes.h", "S::store(at, S::fma(S::load(at), correction[v], x));", "S::store(at, S::load(at) + x);"),
+    ("no rescale of the sum", CPU + "row_lanes.h", "S::fma(S::load(tile.l + v * W), correction[v], sum[v])", "S::load(tile.l + v * W) + sum[v]"),
+    ("splits are merged without weights", CPU + "row_lanes.h", "l += weight * part[1];", "l += part[1];"),
+    ("the maximum of a split is lost", CPU + "row_lanes.h", "if (m_s > m || m_s != m_s) m = m_s;", "if (m_s > m) m = m_s;"),
+    ("causal sees one key more", "csrc/mask.h", "r.end = own + m.window_right + 1;", "r.end = own + m.window_right + 2;"),
+    ("windows see one key less", "csrc/mask.h", "r.begin = own - m.window_left;", "r.begin = own - m.window_left + 1;"),
+    ("rows of padding see keys", "csrc/mask.h", "if (i >= length_q) return {length_k, length_k};", ""),
+    ("bottom right by the other sign", "csrc/mask.h", "return m.bottom_right ? length_k - length_q : 0;", "return m.bottom_right ? length_q - length_k : 0;"),
+    ("offsets of the first sequence", "csrc/mask.h", "m.query_offset[batch * m.offset_stride]", "m.query_offset[0]"),
+    ("intervals of the first sequence", "csrc/mask.h", "const int64_t at = batch * m.interval_stride + i;", "const int64_t at = i;"),
+    ("the wrong kv head", "csrc/attention.h", "return p.num_kv_heads ? p.num_heads / p.num_kv_heads : 1;", "return 1;"),
+    ("nine rounds of Philox", CPU + "philox.h", "round < 10", "round < 9"),
+    ("dropout of the first sequence", CPU + "philox.h", "first_head(static_cast<uint32_t>(batch * p.num_heads))", "first_head(0)"),
+    ("a stale counter of dropout", CPU + "philox.h", "static_cast<uint32_t>((k0 + j) >> 2)", "static_cast<uint32_t>(j >> 2)"),
+    ("dropout without rescale", CPU + "philox.h", "keep_scale(1.0 / (1.0 - p.dropout_rate))", "keep_scale(1.0)"),
+    ("the offset of dropout's seed", CPU + "philox.h", "Words{} + d.offset}", "Words{}}"),
+    ("a row of nothing is NaN", CPU + "scores.h", "return Simd<T>::select(m == Simd<T>::set1(-kInfinity<T>), Simd<T>::zero(), m);", "return m;"),
+    ("the cap has no slope", CPU + "scores.h", "S::store(slopes, S::set1(1) - t * t);", "S::store(slopes, S::set1(1));"),
+    ("slopes of the first sequence", CPU + "scores.h", "[r.batch * r.p.slopes_stride + head]", "[head]"),
+    ("distances clipped one short", CPU + "scores.h", "distance > reach ? reach : distance) + reach", "distance > reach - 1 ? reach - 1 : distance) + reach"),
+    ("bias of -inf does not hide", CPU + "scores.h", "S::select(bias == hidden, hidden, S::select(finite == S::zero(), inside, sum))", "inside"),
+    ("a sink counts twice", CPU + "row_tile.h", "*l = *l * correction + exp_of(sink - highest);", "*l = *l * correction + 2 * exp_of(sink - highest);"),
+    ("lse without its maximum", CPU + "row_tile.h", "static_cast<T>(static_cast<double>(m) + std::log(static_cast<double>(l)))", "static_cast<T>(std::log(static_cast<double>(l)))"),
+    ("lengths are not checked", "csrc/bindings/validate.h", "if (lengths[b] < 0 || lengths[b] > limit) {", "if (lengths[b] < 0) {"),
+    ("a page beyond the last", "csrc/bindings/validate.h", "row[i] < c.k.shape[0]) continue;", "row[i] <= c.k.shape[0]) continue;"),
+    ("the mode of rounding is the host's", "csrc/cpu/float_mode.h", "if ((found_ & ~kFlags) != kDefault) set(kDefault);", ""),
+]  # fmt: skip
+
+PYTHON = [
+    ("windows of the composite", PACKAGE + "masks/key_range.py", "terms.append(columns >= own - window_left)", "terms.append(columns > own - window_left)"),
+    ("causal of the composite", PACKAGE + "masks/key_range.py", "terms.append(columns <= own + window_right)", "terms.append(columns < own + window_right)"),
+    ("padding of the composite", PACKAGE + "masks/key_range.py", "terms.append(columns < key_lengths)", "terms.append(columns <= key_lengths)"),
+    ("rows of padding in the composite", PACKAGE + "masks/key_range.py", "terms.append(rows < query_lengths)", "pass"),
+    ("dropout's threshold", PACKAGE + "call/philox.py", "words[..., :seqlen_k] >= uint64(limit)", "words[..., :seqlen_k] < uint64(limit)"),
+    ("dropout's key", PACKAGE + "call/philox.py", "uint64((seed >> 32 ^ offset >> 32) & LOW32)", "uint64((seed >> 32) & LOW32)"),
+    ("the rest of the rows", PACKAGE + "tensorflow/composite.py", "rest = step(self.count * self.rows, self.rest)", "rest = step(0, self.rest)"),
+    ("scales of int8", PACKAGE + "generation/int8.py", "xp.expand_dims(scales, 3)", "xp.expand_dims(xp.ones_like(scales), 3)"),
+    ("new keys that are no rows of q", PACKAGE + "generation/decode.py", 'k_new = xp.agreeing(k_new, q, axis, f"{name}: there must be as many new keys as rows of q")', "pass"),
+]  # fmt: skip
