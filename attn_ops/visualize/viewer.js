@@ -729,11 +729,12 @@ class Viewer {
     this.drawMatrix();
   }
 
-  // Around a place, or what is chosen, or the middle.
+  // Around a place, or what is chosen (of a query alone, the key that it reads most), or the middle.
   zoom(factor, place = null) {
     const all = this.bounds();
     const { r0, r1, k0, k1 } = this.view;
-    const middle = { row: place?.row ?? this.row ?? Math.floor((r0 + r1) / 2), key: place?.key ?? this.key ?? Math.floor((k0 + k1) / 2) };
+    const best = this.row === null ? undefined : this.current.strongest(this.head, this.row, 1)[0]?.[0];
+    const middle = { row: place?.row ?? this.row ?? Math.floor((r0 + r1) / 2), key: place?.key ?? this.key ?? best ?? Math.floor((k0 + k1) / 2) };
     const rows = clamp(Math.round((r1 - r0) * factor), Math.min(4, all.r1 - all.r0), all.r1 - all.r0);
     const keys = clamp(Math.round((k1 - k0) * factor), Math.min(4, all.k1 - all.k0), all.k1 - all.k0);
     const from = (at, size, low, high) => clamp(at - Math.floor(size / 2), low, high - size);
