@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import jax
 
 from attn_ops.call import explanation, public
@@ -23,9 +25,7 @@ def explain(query, key=None, value=None, **given) -> Explanation:
     `attn_ops.explain` does.
     """
     if key is None and value is None and not given and hasattr(query, "_flatten_layers"):
-        from attn_ops.models import explanation as of_models
-
-        return of_models.of_model(query, places)
+        return importlib.import_module("attn_ops.models.explanation").of_model(query, places)  # which imports Keras
     if key is None or value is None:
         raise TypeError("explain: takes query, key and value, or a Keras layer or model alone")
     name, implementation = "explain", given.pop("implementation", None)
