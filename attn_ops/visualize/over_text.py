@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from attn_ops.visualize import checks, drawable, figures
+from attn_ops.visualize import drawable, figures
 from attn_ops.visualize.recorded import LayerAttention
 
 _NAME = "plot_attention_over_text"
