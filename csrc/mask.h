@@ -38,14 +38,21 @@ ATTN_OPS_HOST_DEVICE static inline KeyRange window_range(const Mask& m, int64_t 
   return r;
 }
 
-// The same with the caller's own intervals, whose ends never move back either.
-ATTN_OPS_HOST_DEVICE static inline KeyRange key_range(const Mask& m, int64_t batch, int64_t i, int64_t own,
-                                                      int64_t length_q, int64_t length_k) {
-  KeyRange r = window_range(m, i, own, length_q, length_k);
-  if (i >= length_q || !m.key_begin) return r;
+// What the caller's own intervals leave of one; their ends never move back either.
+template <class Int>
+ATTN_OPS_HOST_DEVICE static inline void narrow(const Mask& m, int64_t batch, int64_t i, Int length_k, Int* begin,
+                                               Int* end) {
   const int64_t at = batch * m.interval_stride + i;
-  if (m.key_begin[at] > r.begin) r.begin = m.key_begin[at] < length_k ? m.key_begin[at] : length_k;
-  if (m.key_end[at] < r.end) r.end = m.key_end[at] > 0 ? m.key_end[at] : 0;
+  const Int own_begin = m.key_begin[at], own_end = m.key_end[at];
+  if (own_begin > *begin) *begin = own_begin < length_k ? own_begin : length_k;
+  if (own_end < *end) *end = own_end > 0 ? own_end : 0;
+}
+
+// The keys that row i of a batch entry sees, at its position own.
+static inline KeyRange key_range(const Mask& m, int64_t batch, int64_t i, int64_t own, int64_t length_q,
+                                 int64_t length_k) {
+  KeyRange r = window_range(m, i, own, length_q, length_k);
+  if (i < length_q && m.key_begin) narrow(m, batch, i, length_k, &r.begin, &r.end);
   return r;
 }
 

@@ -28,7 +28,6 @@ struct Head {
   const Rows& rows;
   int batch, kv_head, first_head;  // first_head: the query head of row 0
   int length_q, length_k;
-  int shift;  // row i stands at i + shift among the keys
 
   ATTN_DEVICE Head(const AttentionParams& p, const Factors& factors, const Rows& rows, int batch, int kv_head,
                    int first_head)
@@ -42,7 +41,6 @@ struct Head {
         length_k(static_cast<int>(p.seqlen_k)) {
     if (p.query_lengths != nullptr) length_q = clamp(p.query_lengths[batch], 0, length_q);
     if (p.key_lengths != nullptr) length_k = clamp(p.key_lengths[batch], 0, length_k);
-    shift = static_cast<int>(row_shift(p.mask, batch, length_q, length_k));
   }
   // The index-th of all batch entries' key/value heads, with all its query heads.
   ATTN_DEVICE Head(const AttentionParams& p, const Factors& factors, const Rows& rows, int index)
@@ -61,9 +59,16 @@ struct Head {
   }
 
   ATTN_DEVICE Interval seen_at(int position) const {
-    const KeyRange r =
-        key_range(p.mask, recomputed(batch), position, int64_t{position} + shift, length_q, length_k);
-    return {static_cast<int>(r.begin), static_cast<int>(r.end)};
+    // Offsets and addresses are looked up each time, and the ends are brought to 32 bits as soon as they can be: there
+    // are no registers to keep more.
+    const int entry = recomputed(batch);
+    const int64_t own = position + row_shift(p.mask, entry, length_q, length_k);
+    const KeyRange r = window_range(p.mask, position, own, length_q, length_k);
+    Interval seen{static_cast<int>(r.begin), static_cast<int>(r.end)};
+    if (position < length_q && p.mask.key_begin != nullptr) {
+      narrow(p.mask, entry, position, length_k, &seen.begin, &seen.end);
+    }
+    return seen;
   }
   // Rows past the last see nothing.
   ATTN_DEVICE Interval seen(int row) const { return row < rows.count ? seen_at(position(row)) : Interval{0, 0}; }

@@ -229,8 +229,6 @@ def test_gradients_that_nobody_wants():
 
 
 FEATURES = [
-    ("masks of intervals", {"mask": masks.prefix(2)}),
-    ("query_offset", {"query_offset": 1}),
     ("masks of segments", {"mask": masks.segments([[1, 0, 1, 0, 1]], [[0, 1, 0, 1, 0, 1]])}),
     ("masks of blocks", {"mask": masks.block_sparse(np.eye(3) > 0, 2, 2)}),
     ("logits_soft_cap", {"logits_soft_cap": 3.0}),
@@ -256,6 +254,14 @@ def test_cuda_leaves_these_to_the_composite(monkeypatch):
         assert attn_ops.jax.explain(*arrays, **given) == Explanation("composite", (whole,), notes=notes)
         with pytest.raises(ValueError, match=f"explain: implementation 'fused' cannot run: .* {what}"):
             attn_ops.jax.explain(*arrays, **given, implementation="fused")
+
+
+@pytest.mark.parametrize("given", [{"mask": masks.prefix(2)}, {"query_offset": 1, "is_causal": True}], ids=str)
+def test_cuda_has_these(monkeypatch, given):
+    monkeypatch.setattr(forms, "_cuda_device_reason", lambda: None)
+    monkeypatch.setattr(kernels, "cuda_unsupported_reason", lambda *given: None)
+    parts = call.split(normalize(xp, "test", *inputs(), **given))
+    assert forms.platforms(*parts) == ("cpu", "cuda")
 
 
 def test_explain_of_specifications():
