@@ -72,7 +72,6 @@ def attention(query, key, value, **given):
     return c.to_caller(c.out), c.without_added(c.lse)
 
 
-@public.function(without=("dropout_rate", "dropout_seed", "return_lse"))
 def merge_attention(outs, lses, *, layout="BSHD"):
     """(out, lse) of all keys, of lists of what `attention` to parts of them returned; see `attn_ops.merge_attention`.
 
@@ -87,6 +86,7 @@ def merge_attention(outs, lses, *, layout="BSHD"):
     return np.where(weights[..., None] != 0, weights[..., None] * outs, 0.0).sum(0), lse
 
 
+@public.function(without=("dropout_rate", "dropout_seed", "return_lse"))
 def attention_weights(query, key, **given):
     """The softmax before dropout: float64 `[batch, num_heads, seqlen_q, seqlen_k]`. Arguments as in `attention`."""
     c = _Call("reference.attention_weights", query, key, key, given)

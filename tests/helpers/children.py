@@ -8,6 +8,8 @@ import attn_ops
 
 # What TensorFlow and Keras import where it is installed, and do without: half of the time that a child takes to start.
 _UNNEEDED = ("jax", "matplotlib", "scipy")
+# XLA_FLAGS of children whose programs are small and run once: their compilation is what costs.
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # To be put before code that finds no framework.
 WITHOUT_TENSORFLOW = """
 import sys

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from children import run
+from children import QUICK_TO_COMPILE, run
 
 FILE = Path(__file__).with_name("on_jax.py")
 # Without conftest.py, which is for a process with TensorFlow.
@@ -15,11 +15,12 @@ import shares
 options = ["-q", "--noconftest", "-p", "no:cacheprovider"]
 sys.exit(pytest.main([sys.argv[1], *options], [shares] if sys.argv[2] == "share" else []))
 """
+BACKEND = {"KERAS_BACKEND": "jax", "XLA_FLAGS": QUICK_TO_COMPILE, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def test_jax(pytestconfig):
     share = "all" if pytestconfig.getoption("whole") else "share"
-    process = run(TESTS, str(FILE), share, without=(), KERAS_BACKEND="jax", PYTHONPATH=os.pathsep.join(sys.path))
+    process = run(TESTS, str(FILE), share, without=(), **BACKEND)
     assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-2000:]
     assert " passed" in process.stdout
 

@@ -87,6 +87,7 @@ def memory(what):
 
 
 def interrupt(what):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     attend = attention(what)
     wanted = small(attend)
     rng = np.random.default_rng(0)

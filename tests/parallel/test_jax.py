@@ -6,14 +6,9 @@ from pathlib import Path
 
 import processes
 import pytest
-from children import run
+from children import QUICK_TO_COMPILE, run
 
 FILE = Path(__file__).with_name("on_eight_devices.py")
-# Programs are small and run once: their compilation is what costs.
-FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
-)
 # Without conftest.py, which is for a process with TensorFlow.
 TESTS = """
 sys.modules["tensorflow"] = None
@@ -33,7 +28,7 @@ def _eight_devices(config):
         without=(),
         KERAS_BACKEND="jax",
         PYTHONPATH=os.pathsep.join(sys.path),
-        XLA_FLAGS=FLAGS,
+        XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {QUICK_TO_COMPILE}",
     )
     assert process.returncode == 0, process.stdout[-8000:] + process.stderr[-2000:]
     assert " passed" in process.stdout

@@ -252,7 +252,9 @@ def long_attention():
     return visualize.ModelAttention("long", layers)
 
 
-def test_long_sequences_open_on_zoom(chromium, tmp_path, long_attention):
+def test_long_sequences_open_on_zoom(chromium, tmp_path, long_attention, pytestconfig):
+    if not pytestconfig.getoption("whole"):
+        pytest.skip("it takes half a minute: with --whole")
     path = tmp_path / "long.html"
     visualize.viewer(long_attention, path)
     assert path.stat().st_size <= 6 * 2**20
