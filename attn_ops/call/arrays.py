@@ -16,6 +16,11 @@ _SCORE_AXES = ("batch", "num_heads", "seqlen_q", "seqlen_k")
 LAYOUTS = "'BSHD' is [batch, seqlen, num_heads, head_dim], 'BHSD' is [batch, num_heads, seqlen, head_dim]"
 
 
+def check_layout(name, layout):
+    if layout not in ("BSHD", "BHSD"):
+        raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}; {LAYOUTS}")
+
+
 def shape_text(extents):
     return "<unknown>" if extents is None else str(tuple(extents))
 

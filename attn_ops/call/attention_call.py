@@ -208,3 +208,6 @@ class AttentionCall(typing.NamedTuple):
     def heads_axis(self):
         """Where query, key, value and out have their heads."""
         return 2 if self.layout == "BSHD" else 1
+
+
+DEFAULT_ATTRIBUTES = attributes(AttentionCall(None, None, None))  # those of the operators too

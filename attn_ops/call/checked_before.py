@@ -32,6 +32,11 @@ def remember(like, tensors, call):
     same = all(x is y for x, y in zip(call, tensors))
     if not same or call.has_other_tensors() or call.sees_the_first_key_alone():
         return
-    if len(_options) >= _LARGEST:
-        _options.clear()
-    _options[like] = tuple(call[_FIRST:])
+    keep(_options, like, tuple(call[_FIRST:]))
+
+
+def keep(known, like, what):
+    """Adds ``what`` is known of calls of this likeness to those that are, if need be in their place."""
+    if len(known) >= _LARGEST:
+        known.clear()
+    known[like] = what

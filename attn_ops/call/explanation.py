@@ -44,6 +44,15 @@ class Explanation:
         return "\n".join(lines)
 
 
+def asks_of_model(query, key, value, given) -> bool:
+    """Whether `explain` is asked of a Keras layer or model, which stands alone in the place of the query."""
+    if key is None and value is None and not given and hasattr(query, "_flatten_layers"):
+        return True
+    if key is None or value is None:
+        raise TypeError("explain: takes query, key and value, or a Keras layer or model alone")
+    return False
+
+
 def mask_notes(mask) -> tuple[str, ...]:
     """What the masks with structure are in the option ``mask`` of a call that has been normalised."""
     masks = mask if isinstance(mask, (list, tuple)) else (mask,)

@@ -31,9 +31,8 @@ def merge(xp, name, outs, lses, layout):
 
 
 def checked(xp, name, outs, lses, layout):
-    """Both as lists of tensors that fit each other; lse in the widest of the dtypes."""
-    if layout not in ("BSHD", "BHSD"):
-        raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}; {arrays.LAYOUTS}")
+    """Both as lists of tensors that fit each other."""
+    arrays.check_layout(name, layout)
     outs, lses = (
         [xp.as_tensor(name, f"{what}[{n}]", x) for n, x in enumerate(xs)]
         for what, xs in (("outs", outs), ("lses", lses))

@@ -56,8 +56,7 @@ def _checked(xp, name, query, key, value, *, block_table=None, scales=(), of_cac
         relative_bias,
         sinks,
     ) = Options(**given)
-    if layout not in ("BSHD", "BHSD"):
-        raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}; {arrays.LAYOUTS}")
+    arrays.check_layout(name, layout)
     query, key, value, squeeze, original, *extents = _inputs(
         xp, name, query, key, value, 2 if layout == "BSHD" else 1, of_cache
     )

@@ -164,8 +164,7 @@ def rotate(xp, name, x, rotary, seq_axis, start=None, positions=None):
 
 def checked_input(xp, name, x, layout):
     """``x`` as a floating tensor, and the axis of its sequence."""
-    if layout not in ("BSHD", "BHSD"):
-        raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}; {arrays.LAYOUTS}")
+    arrays.check_layout(name, layout)
     x = xp.as_tensor(name, "x", x)
     if not xp.is_floating(x.dtype):
         raise TypeError(f"{name}: x must be floating, got {x.dtype.name}")

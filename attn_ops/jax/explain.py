@@ -24,10 +24,8 @@ def explain(query, key=None, value=None, **given) -> Explanation:
     Of one Keras layer or model alone (with JAX as Keras's backend) it tells what each attention layer in it runs, as
     `attn_ops.explain` does.
     """
-    if key is None and value is None and not given and hasattr(query, "_flatten_layers"):
+    if explanation.asks_of_model(query, key, value, given):
         return importlib.import_module("attn_ops.models.explanation").of_model(query, places)  # which imports Keras
-    if key is None or value is None:
-        raise TypeError("explain: takes query, key and value, or a Keras layer or model alone")
     name, implementation = "explain", given.pop("implementation", None)
     arguments = {"query": query, "key": key, "value": value, **given}
     specifications = {k: x for k, x in arguments.items() if _is_specification(x)}

@@ -9,13 +9,19 @@ from __future__ import annotations
 import tensorflow as tf
 
 from attn_ops import kernels
-from attn_ops.call.attention_call import NO_GRADIENT, AttentionCall, attributes, optional_inputs, reads_cache
+from attn_ops.call.attention_call import (
+    DEFAULT_ATTRIBUTES,
+    NO_GRADIENT,
+    AttentionCall,
+    attributes,
+    optional_inputs,
+    reads_cache,
+)
 from attn_ops.tensorflow import composite, place, registration
 
 # For the names of all attributes and of all counts of optional inputs.
 _ANY_CALL = AttentionCall(None, None, None, block_q=1, block_k=1, logits_soft_cap=1.0)
 _NO_INPUTS = optional_inputs(AttentionCall(None, None, None))
-_DEFAULTS = attributes(AttentionCall(None, None, None))
 _GRADIENTS = {"num_bias": "bias", "num_relative_bias": "relative_bias", "num_sinks": "sinks"}  # of optional inputs
 
 
@@ -143,7 +149,7 @@ def _forward_gradient(op, d_out, _, *d_lse):
 
 @registration.gradient_of("AttnOps>Plain")
 def _plain_gradient(op, d_out, _):
-    given = {name: _attribute(op, name, default) for name, default in _DEFAULTS.items()}
+    given = {name: _attribute(op, name, default) for name, default in DEFAULT_ATTRIBUTES.items()}
     return _backward(op, d_out, [], _NO_INPUTS, d_bias=False, **given)[:3]
 
 

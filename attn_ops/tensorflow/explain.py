@@ -8,7 +8,7 @@ import sys
 import tensorflow as tf
 
 from attn_ops.call import public
-from attn_ops.call.explanation import Explanation, Support, mask_notes
+from attn_ops.call.explanation import Explanation, Support, asks_of_model, mask_notes
 from attn_ops.call.normalize import normalize
 from attn_ops.tensorflow import choice, gpu, place, xp
 from attn_ops.tensorflow.as_written import as_written
@@ -26,14 +26,12 @@ def explain(query, key=None, value=None, **given) -> Explanation:
     Of one Keras layer or model alone it tells what each attention layer in it runs, and what to do about those that do
     not run fused: `attn_ops.models.explanation.ModelExplanation`, a table when printed, `.to_dict()` for programs.
     """
-    if key is None and value is None and not given and hasattr(query, "_flatten_layers"):
+    if asks_of_model(query, key, value, given):
         if _backend_of_keras() == "jax":
             return importlib.import_module("attn_ops.jax").explain(query)
         from attn_ops.models import explanation
 
         return explanation.of_model(query, places)
-    if key is None or value is None:
-        raise TypeError("explain: takes query, key and value, or a Keras layer or model alone")
     implementation = given.pop("implementation", None)
     call = described("explain", query, key, value, given)
     chosen = choice.choose("explain", call, implementation)

@@ -18,6 +18,7 @@ from keras import ops
 
 from attn_ops.call import listeners
 from attn_ops.call.normalize import normalize
+from attn_ops.layers.backend import backend
 from attn_ops.visualize.probabilities import Given, Probabilities
 
 _OP = "scaled_dot_product_attention"
@@ -119,7 +120,7 @@ def _heard_op(stock):
                     return None
                 options = {"bias": _rank_4(bias), "mask": _rank_4(mask), "scale": scale, "is_causal": is_causal}
                 options |= {"causal_alignment": "top_left"} | ({} if cap is None else {"logits_soft_cap": cap})
-                return Probabilities(normalize(_xp(), _OP, query, key, value, **options))
+                return Probabilities(normalize(backend.xp, _OP, query, key, value, **options))
 
             heard.hear(make)
         with contextlib.nullcontext() if heard is None else heard.silence():  # behind it may be ours
@@ -162,11 +163,6 @@ def _given(weights, mask):
 
 def _rank_4(x):
     return None if x is None else ops.reshape(x, (1,) * (4 - len(x.shape)) + tuple(ops.shape(x)))
-
-
-def _xp():
-    """The framework of Keras's backend, for the rules of arguments."""
-    return importlib.import_module(f"attn_ops.{'jax' if keras.config.backend() == 'jax' else 'tensorflow'}.xp")
 
 
 def _keras_op():

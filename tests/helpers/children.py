@@ -8,8 +8,13 @@ import attn_ops
 
 # What TensorFlow and Keras import where it is installed, and do without: half of the time that a child takes to start.
 _UNNEEDED = ("jax", "matplotlib", "scipy")
-# XLA_FLAGS of children whose programs are small and run once: their compilation is what costs.
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Programs of tests are small and run once: their compilation is what costs.
+_QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+_TESTS_WITHOUT_TENSORFLOW = """
+sys.modules["tensorflow"] = None
+import pytest
+sys.exit(pytest.main(["-q", "--noconftest", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
 # To be put before code that finds no framework.
 WITHOUT_TENSORFLOW = """
 import sys
@@ -28,6 +33,15 @@ def run(code, *arguments, without=_UNNEEDED, **environment):
     """`python -c code arguments`, with more variables of the environment; it finds no packages of the names `without`."""
     hidden = f"import sys; sys.modules |= dict.fromkeys({without!r})\n"
     return _run("-c", hidden + code, *arguments, environment=environment)
+
+
+def pass_on_jax(*arguments, flags=""):
+    """Asserts that tests pass with JAX as Keras's backend and without TensorFlow (nor conftest.py, which is for processes
+    with it): ``arguments`` of pytest, and more XLA_FLAGS."""
+    environment = {"KERAS_BACKEND": "jax", "XLA_FLAGS": f"{_QUICK_TO_COMPILE} {flags}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = run(_TESTS_WITHOUT_TENSORFLOW, *map(str, arguments), without=(), **environment)
+    assert process.returncode == 0, process.stdout[-8000:] + process.stderr[-2000:]
+    assert " passed" in process.stdout
 
 
 def command(*arguments, **environment):

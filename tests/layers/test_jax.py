@@ -1,28 +1,13 @@
 """The layers on other backends of Keras than TensorFlow, which is that of this process."""
 
-import os
-import sys
 from pathlib import Path
 
-from children import QUICK_TO_COMPILE, run
-
-FILE = Path(__file__).with_name("on_jax.py")
-# Without conftest.py, which is for a process with TensorFlow.
-TESTS = """
-sys.modules["tensorflow"] = None
-import pytest
-import shares
-options = ["-q", "--noconftest", "-p", "no:cacheprovider"]
-sys.exit(pytest.main([sys.argv[1], *options], [shares] if sys.argv[2] == "share" else []))
-"""
-BACKEND = {"KERAS_BACKEND": "jax", "XLA_FLAGS": QUICK_TO_COMPILE, "PYTHONPATH": os.pathsep.join(sys.path)}
+from children import pass_on_jax, run
 
 
 def test_jax(pytestconfig):
-    share = "all" if pytestconfig.getoption("whole") else "share"
-    process = run(TESTS, str(FILE), share, without=(), **BACKEND)
-    assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-2000:]
-    assert " passed" in process.stdout
+    share = [] if pytestconfig.getoption("whole") else ["-p", "shares"]
+    pass_on_jax(Path(__file__).with_name("on_jax.py"), *share)
 
 
 def test_other_backends_are_refused():

@@ -1,8 +1,3 @@
 """Fixtures of the tests of whole models."""
 
-import pytest
-
-
-@pytest.fixture(scope="module")
-def keras_hub():
-    return pytest.importorskip("keras_hub")
+from hub import keras_hub  # noqa: F401  a fixture

@@ -122,8 +122,7 @@ def described(name, axis, order, query, key, value, given) -> Share:
         )
     given = dict(given)
     layout = given.pop("layout", "BSHD")
-    if layout not in ("BSHD", "BHSD"):
-        raise ValueError(f"{name}: layout must be 'BSHD' or 'BHSD', got {layout!r}")
+    arrays.check_layout(name, layout)
     count, index = place.axis_size(axis), jax.lax.axis_index(axis)
     batch, _, rows, _ = canonical(query.shape, layout)
     keys = canonical(key.shape, layout)[2]

@@ -8,12 +8,11 @@ of call/ and the choice of an implementation, is kept for those like it.
 from __future__ import annotations
 
 from attn_ops import kernels
-from attn_ops.call.attention_call import AttentionCall, attributes
+from attn_ops.call import checked_before
+from attn_ops.call.attention_call import DEFAULT_ATTRIBUTES, AttentionCall, attributes
 from attn_ops.tensorflow import gpu, place
 
-_LARGEST = 1024
-_DEFAULTS = attributes(AttentionCall(None, None, None))
-_NOT_HERE = ("dropout_rate",)
+_ATTRIBUTES = DEFAULT_ATTRIBUTES.keys() - {"dropout_rate"}  # of the operator
 
 _given: dict = {}  # the attributes of the operator that differ from their defaults, name after value, by likeness
 
@@ -36,10 +35,7 @@ def remember(like, call: AttentionCall) -> None:
     """Keeps what is to be known of ``call``, which ran fused in an eager call of this ``like``, if the operator can."""
     if like is None or call.squeeze or call.return_lse or call.has_other_tensors() or gpu.any_visible():
         return
-    named = attributes(call)
-    if named.keys() != _DEFAULTS.keys() or any(named[name] != _DEFAULTS[name] for name in _NOT_HERE):
-        return
-    if len(_given) >= _LARGEST:
-        _given.clear()
-    named = {"Tlse": call.lse_dtype, **{name: x for name, x in named.items() if x != _DEFAULTS[name]}}
-    _given[like] = tuple(x for pair in named.items() for x in pair)
+    changed = {name: x for name, x in attributes(call).items() if x != DEFAULT_ATTRIBUTES.get(name)}
+    if changed.keys() <= _ATTRIBUTES:
+        given = {"Tlse": call.lse_dtype, **changed}
+        checked_before.keep(_given, like, tuple(x for pair in given.items() for x in pair))
