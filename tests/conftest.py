@@ -34,9 +34,10 @@ def pytest_report_header(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """See device_runs.py. (None: as pytest thinks.)"""
-    is_module = collection_path.suffix == ".py" and collection_path.is_file()
-    return True if is_module and cuda_run.on_device(config) and missing_packages(collection_path) else None
+    """See device_runs.py; of a folder its conftest.py tells. (None: as pytest thinks.)"""
+    module = collection_path / "conftest.py" if collection_path.is_dir() else collection_path
+    is_module = module.suffix == ".py" and module.is_file()
+    return True if is_module and cuda_run.on_device(config) and missing_packages(module) else None
 
 
 def pytest_generate_tests(metafunc):
@@ -84,6 +85,11 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("whole"):
         whole = [config.rootpath / "tests" / "models"] if config.getoption("models") == "all" else []
         shares.leave_out(config, items, whole)
+
+
+@pytest.fixture(scope="session")
+def keras_hub():
+    return pytest.importorskip("keras_hub")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import keras
 import numpy as np
-import pytest
 
 import attn_ops
 from attn_ops.layers.backend import backend
@@ -144,11 +143,6 @@ LANGUAGE_MODELS = {
         6,
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def keras_hub():
-    return pytest.importorskip("keras_hub")
 
 
 def make(hub, name, **changes):
