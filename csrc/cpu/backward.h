@@ -36,24 +36,24 @@ ATTN_INLINE void no_weights(int64_t keys, T* prob, T* ds, int64_t ld) {
 }
 
 // p (with dropout) and ds of one tile against keys k0 .. k1, into [key][ld]; zeros where nothing is seen.
-template <class T, int NV>
-__attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const BackwardTile<T>& tile,
-                                                     const KeyRows<T>& keys, const KeyRows<T>& values, int64_t k0,
-                                                     int64_t k1, const BackwardScratch<T>& scratch, T* prob, T* ds,
+template <class E, int NV, class T>
+__attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const BackwardTile<E>& tile,
+                                                     const KeyRows<E>& keys, const KeyRows<E>& values, int64_t k0,
+                                                     int64_t k1, const BackwardScratch<E>& scratch, T* prob, T* ds,
                                                      int64_t ld) {
   using S = Simd<T>;
   constexpr int W = S::width, lanes = NV * W;
   const AttentionParams& p = r.p;
   const int64_t n = k1 - k0;
   const Visibility seen =
-      score_block<T, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.score, prob, ld, scratch.cap_slopes,
+      score_block<E, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.score, prob, ld, scratch.cap_slopes,
                          [](int, Vec<T>) {});
   if (seen == Visibility::kNothing) {
     no_weights<T, NV>(n, prob, ds, ld);
     return seen;
   }
   const bool masked = seen == Visibility::kSome;
-  gemm<T, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, p.value_dim,
+  gemm<E, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, elements<E>(p.value_dim),
                            [=](int64_t j, int v, Vec<T> x) { S::store(ds + j * ld + v * W, x); });
   const bool dropout = p.dropout_rate > 0;
   if (dropout) dropout_factors<T>(Dropout(p, r.batch), tile.position, tile.head, lanes, k0, n, scratch.factors);
@@ -96,103 +96,142 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
   return seen;
 }
 
+// The p and ds of n keys as what products are made of: of pairs, two rows an element, in place, and ds once more with two
+// keys an element, [key / 2][lanes]. Tiles are packed one after the other, so that joint ones do not meet.
+template <class E, int NV, class T>
+ATTN_INLINE void pack_weights(int64_t n, int64_t lane, T* p, T* ds, int64_t ld, E* ds_pairs) {
+  using S = Simd<T>;
+  using P = Product<E>;
+  constexpr int W = S::width;
+  const auto row = [=](T* x, int64_t j) { return reinterpret_cast<E*>(x + j * ld) + lane / 2; };
+  for (int64_t j = 0; j < n; j += 2) {
+    const bool both = j + 1 < n;
+    const int64_t other = both ? j + 1 : j;
+    for (int v = 0; v < NV; ++v) {
+      const int64_t at = lane + v * W;
+      const Vec<T> p0 = S::load(p + j * ld + at), p1 = S::load(p + other * ld + at);
+      const Vec<T> ds0 = S::load(ds + j * ld + at), ds1 = S::load(ds + other * ld + at);
+      P::store_neighbours(row(p, j) + v * W / 2, row(p, other) + v * W / 2, p0, p1);
+      P::store_neighbours(row(ds, j) + v * W / 2, row(ds, other) + v * W / 2, ds0, ds1);
+      S::store(reinterpret_cast<T*>(ds_pairs + j / 2 * (NV * W) + v * W), P::pairs(ds0, both ? ds1 : S::zero()));
+    }
+  }
+}
+
 // dq += k ds, of one tile and the keys begin .. end.
-template <class T, int NV>
-__attribute__((noinline)) void add_query_gradient(const BackwardTile<T>& tile, KeyRows<T>& keys, int64_t begin,
-                                                  int64_t end, const T* ds, int64_t ld, int64_t head_dim, bool masked) {
+template <class E, int NV>
+__attribute__((noinline)) void add_query_gradient(const BackwardTile<E>& tile, KeyPairs<E>& keys, int64_t begin,
+                                                  int64_t end, const E* ds, int64_t ld, int64_t head_dim, bool masked) {
+  using T = Accumulator<E>;
   using S = Simd<T>;
   T* const dq = tile.dq;
   const auto add = [=](int64_t d, int v, Vec<T> x) {
     T* const at = dq + d * (NV * S::width) + v * S::width;
     S::store(at, S::load(at) + x);
   };
-  const int64_t n = end - begin;
+  const int64_t depth = elements<E>(end - begin);
   if (masked && !keys.finite())
-    gemm_hiding<T, NV, Major::kDepth, ZeroHides::kB>(head_dim, keys.at(begin), keys.ld(), ds, ld, n, add);
-  else gemm<T, NV, Major::kDepth>(head_dim, keys.at(begin), keys.ld(), ds, ld, n, add);
+    gemm_hiding<E, NV, Major::kDepth, ZeroHides::kB>(head_dim, keys.at(begin), keys.ld(), ds, ld, depth, add);
+  else gemm<E, NV, Major::kDepth>(head_dim, keys.at(begin), keys.ld(), ds, ld, depth, add);
 }
 
 // Joint tiles [t0, t1) of the scratch against keys k0 .. k1.
-template <class T>
-void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTile<T>* t0, BackwardTile<T>* t1,
-                    KeyRows<T>& keys, KeyRows<T>& values, int64_t k0, int64_t k1, const BackwardScratch<T>& scratch,
+template <class E>
+void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTile<E>* t0, BackwardTile<E>* t1,
+                    BackwardKeys<E>& keys, int64_t k0, int64_t k1, const BackwardScratch<E>& scratch,
                     const BackwardTask& task, BiasGradient kind) {
+  using T = Accumulator<E>;
   T *const dk = static_cast<T*>(task.dk), *const dv = static_cast<T*>(task.dv);
   const AttentionParams& p = r.p;
   const int64_t n = k1 - k0, padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
   int64_t ld = 0, first_lane = 0, end_lane = 0;  // lanes of the tiles that see something
   bool masked = false, q_finite = true, d_out_finite = true;
-  for (BackwardTile<T>* t = t0; t < t1; ++t) ld += t->lanes;
+  for (BackwardTile<E>* t = t0; t < t1; ++t) ld += t->lanes;
 
   int64_t lane = 0;
-  for (BackwardTile<T>* t = t0; t < t1; lane += t->lanes, ++t) {
+  for (BackwardTile<E>* t = t0; t < t1; lane += t->lanes, ++t) {
     with_vectors(t->nv, [&](auto nv) {
       constexpr int NV = decltype(nv)::value;
       T *const prob = scratch.p + lane, *const ds = scratch.ds + lane;
       // The tiles meet the block together, but each computes only what it sees of it.
-      int64_t begin = t->begin / 4 * 4 > k0 ? t->begin / 4 * 4 : k0, end = t->end < k1 ? t->end : k1;
+      const int64_t tile_end = end_of_keys<E>(t->end, r.length_k);
+      int64_t begin = t->begin / 4 * 4 > k0 ? t->begin / 4 * 4 : k0, end = tile_end < k1 ? tile_end : k1;
       if (begin >= end || t->begin >= t->end) begin = end = k1;
       T* const seen_ds = ds + (begin - k0) * ld;
       no_weights<T, NV>(begin - k0, prob, ds, ld);
       no_weights<T, NV>(k1 - end, prob + (end - k0) * ld, ds + (end - k0) * ld, ld);
-      const Visibility what = begin == end ? Visibility::kNothing
-                                           : score_gradients<T, NV>(r, *t, keys, values, begin, end, scratch,
-                                                                    prob + (begin - k0) * ld, seen_ds, ld);
+      const Visibility what = begin == end
+                                  ? Visibility::kNothing
+                                  : score_gradients<E, NV>(r, *t, keys.keys, keys.values, begin, end, scratch,
+                                                           prob + (begin - k0) * ld, seen_ds, ld);
       if (kind == BiasGradient::kOwn) write_bias_gradient<T>(params, r, *t, k0, n, ds, ld);
       if (kind == BiasGradient::kElements && (task.d_bias.starts || what != Visibility::kNothing))
         add_elements<T>(task.d_bias, *t, k0, n, p.seqlen_k, ds, ld);
       masked = masked || what != Visibility::kAll || end - begin < n;
-      if (what == Visibility::kNothing) return;
-      if (end_lane == 0) first_lane = lane;
-      end_lane = lane + t->lanes;
-      if (kind > BiasGradient::kElements)
-        add_block_sums<T, NV>(kind, static_cast<double*>(task.d_bias.sums), *t, begin, end - begin, seen_ds, ld);
-      if (task.d_relative_bias)
-        add_relative_gradient<T, NV>(r, *t, begin, end - begin, seen_ds, ld, task.d_relative_bias);
-      if (p.soft_cap != 0) through_cap<T, NV>(scratch.cap_slopes, end - begin, seen_ds, ld);
-      add_query_gradient<T, NV>(*t, keys, begin, end, seen_ds, ld, p.head_dim, what == Visibility::kSome);
+      if (what != Visibility::kNothing) {
+        if (end_lane == 0) first_lane = lane;
+        end_lane = lane + t->lanes;
+        if (kind > BiasGradient::kElements)
+          add_block_sums<T, NV>(kind, static_cast<double*>(task.d_bias.sums), *t, begin, end - begin, seen_ds, ld);
+        if (task.d_relative_bias)
+          add_relative_gradient<T, NV>(r, *t, begin, end - begin, seen_ds, ld, task.d_relative_bias);
+        if (p.soft_cap != 0) through_cap<T, NV>(scratch.cap_slopes, end - begin, seen_ds, ld);
+      }
+      const E* of_query = reinterpret_cast<const E*>(seen_ds);
+      int64_t of_query_ld = ld;
+      if constexpr (kOfPairs<E>) {
+        pack_weights<E, NV>(n, lane, scratch.p, scratch.ds, ld, scratch.ds_pairs);
+        of_query_ld = t->lanes;
+        of_query = scratch.ds_pairs + (begin - k0) / 2 * of_query_ld;
+      }
+      if (what != Visibility::kNothing)
+        add_query_gradient<E, NV>(*t, keys.key_pairs(), begin, end, of_query, of_query_ld, p.head_dim,
+                                  what == Visibility::kSome);
     });
     q_finite = q_finite && t->q_finite;
     d_out_finite = d_out_finite && t->d_out_finite;
   }
   if (end_lane == 0) return;
-  const int64_t lanes = end_lane - first_lane;
-  gemm_accumulate<T, Major::kRow>(n, padded_dv, scratch.p + first_lane, ld, t0->d_out_rows + first_lane * padded_dv,
-                                  padded_dv, lanes, masked && !d_out_finite, dv + k0 * padded_dv, padded_dv);
-  gemm_accumulate<T, Major::kRow>(n, padded_d, scratch.ds + first_lane, ld, t0->q_rows + first_lane * padded_d,
-                                  padded_d, lanes, masked && !q_finite, dk + k0 * padded_d, padded_d);
+  const int64_t first = elements<E>(first_lane), depth = elements<E>(end_lane - first_lane);
+  const E *const prob = reinterpret_cast<const E*>(scratch.p) + first;
+  const E *const ds = reinterpret_cast<const E*>(scratch.ds) + first;
+  gemm_accumulate<E, Major::kRow>(n, padded_dv, prob, ld, t0->d_out_rows + first * padded_dv, padded_dv, depth,
+                                  masked && !d_out_finite, dv + k0 * padded_dv, padded_dv);
+  gemm_accumulate<E, Major::kRow>(n, padded_d, ds, ld, t0->q_rows + first * padded_d, padded_d, depth,
+                                  masked && !q_finite, dk + k0 * padded_d, padded_d);
 }
 
 // The rows of a task in one list: dq, and what they add to the rest.
-template <class T>
+template <class E>
 void backward_rows(const BackwardParams& params, const HeadRows& r, const BackwardTask& task, BiasGradient kind,
-                   KeyRows<T>& keys, KeyRows<T>& values, NextTask& next, const BackwardScratch<T>& scratch) {
+                   BackwardKeys<E>& keys, NextTask& next, const BackwardScratch<E>& scratch) {
+  using T = Accumulator<E>;
   using S = Simd<T>;
   const AttentionParams& p = params.forward;
   const Tiling<T> tiling(r.count);
   const int64_t padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
   for (int64_t first = task.tile_begin; first < task.tile_end; first += kBackwardTiles) {
     const int64_t count = task.tile_end - first < kBackwardTiles ? task.tile_end - first : kBackwardTiles;
-    BackwardTile<T>* const tiles = scratch.tiles;
+    BackwardTile<E>* const tiles = scratch.tiles;
     int64_t begin = r.length_k, end = 0;
     for (int64_t t = 0; t < count; ++t) {
       if (t > 0) {
-        const BackwardTile<T>& before = tiles[t - 1];
-        tiles[t].q = before.q + before.lanes * p.head_dim;
+        const BackwardTile<E>& before = tiles[t - 1];
+        tiles[t].q = before.q + before.lanes * elements<E>(p.head_dim);
         tiles[t].dq = before.dq + before.lanes * p.head_dim;
-        tiles[t].d_out = before.d_out + before.lanes * p.value_dim;
-        tiles[t].q_rows = before.q_rows + before.lanes * padded_d;
-        tiles[t].d_out_rows = before.d_out_rows + before.lanes * padded_dv;
+        tiles[t].d_out = before.d_out + before.lanes * elements<E>(p.value_dim);
+        tiles[t].q_rows = before.q_rows + elements<E>(before.lanes) * padded_d;
+        tiles[t].d_out_rows = before.d_out_rows + elements<E>(before.lanes) * padded_dv;
       }
       tiles[t].setup(r, tiling, first + t);
-      start_tile<T>(params, r, tiles[t]);
+      start_tile<E>(params, r, tiles[t]);
       if (tiles[t].begin >= tiles[t].end) continue;
       if (tiles[t].begin < begin) begin = tiles[t].begin;
       if (tiles[t].end > end) end = tiles[t].end;
     }
     if (recomputes_statistics<T>(p))
-      recompute_statistics<T>(params, r, tiles, count, begin, end, keys, values, scratch);
-    for (int64_t t = 0; task.d_sinks && t < count; ++t) add_sink_gradient<T>(params, r, tiles[t], task.d_sinks);
+      recompute_statistics<E>(params, r, tiles, count, begin, end, keys.keys, keys.values, scratch);
+    for (int64_t t = 0; task.d_sinks && t < count; ++t) add_sink_gradient<E>(params, r, tiles[t], task.d_sinks);
 
     const bool clears = kind == BiasGradient::kOwn || (kind == BiasGradient::kElements && task.d_bias.starts);
     for (int64_t t = 0; clears && t < count; ++t) {
@@ -201,25 +240,27 @@ void backward_rows(const BackwardParams& params, const HeadRows& r, const Backwa
       if (kind == BiasGradient::kOwn) clear_bias_gradient<T>(params, r, tiles[t], met);
       else clear_sums<T>(task.d_bias, tiles[t], p.seqlen_k, met);
     }
+    end = end_of_keys<E>(end, r.length_k);
+    // Key 4 n starts a group of random numbers, or a pair; keys before `begin` are hidden from all rows.
+    const bool in_groups = kOfPairs<E> || p.dropout_rate > 0;
     for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
       const int64_t block_begin = block < begin ? begin : block;
       const int64_t block_end = block + kBlockKeys < end ? block + kBlockKeys : end;
-      // Key 4 n starts a group of random numbers; keys before `begin` are hidden from all rows.
-      const int64_t load_begin = p.dropout_rate > 0 ? block_begin / 4 * 4 : block_begin;
+      const int64_t load_begin = in_groups ? block_begin / 4 * 4 : block_begin;
       keys.load(load_begin, block_end);
-      values.load(load_begin, block_end);
       for (int64_t t = 0; t < count; t += joint_tiles<T>()) {
         const int64_t t1 = t + joint_tiles<T>() < count ? t + joint_tiles<T>() : count;
         int64_t k0 = block_end, k1 = load_begin;  // what these tiles see of the block
         for (int64_t i = t; i < t1; ++i) {
           if (tiles[i].begin >= tiles[i].end) continue;
           if (tiles[i].begin < k0) k0 = tiles[i].begin < load_begin ? load_begin : tiles[i].begin;
-          if (tiles[i].end > k1) k1 = tiles[i].end > block_end ? block_end : tiles[i].end;
+          const int64_t tile_end = end_of_keys<E>(tiles[i].end, r.length_k);
+          if (tile_end > k1) k1 = tile_end > block_end ? block_end : tile_end;
         }
-        if (p.dropout_rate > 0) k0 = k0 / 4 * 4;
+        if (in_groups) k0 = k0 / 4 * 4;
         if (k0 >= k1) continue;
         for (int64_t i = t; i < t1; ++i) next.ask();
-        backward_block<T>(params, r, tiles + t, tiles + t1, keys, values, k0, k1, scratch, task, kind);
+        backward_block<E>(params, r, tiles + t, tiles + t1, keys, k0, k1, scratch, task, kind);
       }
     }
 
@@ -233,8 +274,9 @@ void backward_rows(const BackwardParams& params, const HeadRows& r, const Backwa
   }
 }
 
-template <class T>
+template <class E>
 void backward(const BackwardParams& params, const BackwardTask& task, void* memory) {
+  using T = Accumulator<E>;
   const AttentionParams& p = params.forward;
   const BiasGradient kind = bias_gradient_of(params);
   const int64_t group = group_size(p), joint = separate_heads(kind) ? 1 : group;  // heads of a list
@@ -255,10 +297,9 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
   if (task.d_sinks) memset(task.d_sinks, 0, sizeof(double) * group);
 
   Arena arena(memory);
-  const BackwardScratch<T> scratch(p, arena);
+  const BackwardScratch<E> scratch(p, arena);
   const int64_t together = most_keys_seen<T>(first_list, tiling, task.tile_begin, task.tile_end, kBackwardTiles);
-  KeyRows<T> keys(first_list, p.k, p.k_scales, p.head_dim, true, together, &arena);
-  KeyRows<T> values(first_list, p.v, p.v_scales, p.value_dim, true, together, &arena);
+  BackwardKeys<E> keys(first_list, together, &arena);
   NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
   next.reads_inputs();
   if (!recomputes_statistics<T>(p)) next.reads_rows(p.out, p.value_dim);
@@ -280,7 +321,7 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
       sums.adds = sums.adds && last;
       start_sums(kind, sums, first_row, padded_end, p.seqlen_k);
     }
-    backward_rows<T>(params, list(h), of_list, kind, keys, values, next, scratch);
+    backward_rows<E>(params, list(h), of_list, kind, keys, next, scratch);
     finish_sums<T>(sums, first_row, padded_end, p.seqlen_q, p.seqlen_k);
   }
 }

@@ -9,10 +9,11 @@
 namespace attn_ops::cpu {
 namespace {
 
-template <class T>
+template <class E, class T = Accumulator<E>>
 struct BackwardTile : RowTile<T> {
-  T *q, *d_out, *dq;             // transposed: [head_dim or value_dim][lanes]; q holds scale q
-  T *q_rows, *d_out_rows;        // row major, padded to whole vectors: [lanes][padded dim]
+  E *q, *d_out;             // transposed: [head_dim or value_dim][lanes]; q is scaled (Scale::of_q)
+  T* dq;                    // the same
+  E *q_rows, *d_out_rows;   // row major, padded to whole vectors: [lanes][padded dim]; pairs are of two rows
   // p = e^(s - m) inverse_l; a row that sees nothing has 0, 0 and delta 0.
   T m[RowTile<T>::max_lanes], inverse_l[RowTile<T>::max_lanes], delta[RowTile<T>::max_lanes];
   bool q_finite, d_out_finite;
@@ -26,37 +27,79 @@ constexpr int joint_tiles() {
   return wanted < kBackwardTiles ? wanted : kBackwardTiles;
 }
 
-template <class T>
+// The keys and values of a head as backward reads them. Of pairs the keys are there twice: two columns an element for
+// scores, two keys an element for dq.
+template <class E>
+struct BackwardKeys {
+  KeyRows<E> keys, values;
+
+  static int64_t bytes(const AttentionParams& p) {
+    return KeyRows<E>::bytes(p, p.head_dim) + KeyRows<E>::bytes(p, p.value_dim) +
+           (kOfPairs<E> ? KeyPairs<E>::bytes(p, p.head_dim) : 0);
+  }
+  BackwardKeys(const HeadRows& r, int64_t together, Arena* arena)
+      : keys(r, r.p.k, r.p.k_scales, r.p.head_dim, true, together, arena),
+        values(r, r.p.v, r.p.v_scales, r.p.value_dim, true, together, arena),
+        paired_(r, together, arena) {}
+
+  void load(int64_t k0, int64_t k1) {
+    keys.load(k0, k1);
+    values.load(k0, k1);
+    if constexpr (kOfPairs<E>) paired_.keys.load(k0, k1);
+  }
+  KeyPairs<E>& key_pairs() {
+    if constexpr (kOfPairs<E>) return paired_.keys;
+    else return keys;
+  }
+
+ private:
+  struct Nothing {
+    Nothing(const HeadRows&, int64_t, Arena*) {}
+  };
+  struct Paired {
+    KeyPairs<E> keys;
+    Paired(const HeadRows& r, int64_t together, Arena* arena)
+        : keys(r, r.p.k, r.p.k_scales, r.p.head_dim, true, together, arena) {}
+  };
+  std::conditional_t<kOfPairs<E>, Paired, Nothing> paired_;
+};
+
+template <class E, class T = Accumulator<E>>
 struct BackwardScratch {
   static constexpr int64_t max_joint = joint_tiles<T>() * RowTile<T>::max_lanes;
-  BackwardTile<T>* tiles;
+  BackwardTile<E>* tiles;
   T *p, *ds, *factors, *cap_slopes;
+  E* ds_pairs;  // [kBlockKeys / 2][lanes], two keys an element, or null
   ScoreScratch<T> score;
+
+  static int64_t ds_pairs_count() { return kOfPairs<E> ? kBlockKeys / 2 * RowTile<T>::max_lanes : 0; }
 
   static int64_t bytes(const AttentionParams& params) {
     const int64_t lanes = RowTile<T>::max_lanes, d = params.head_dim, dv = params.value_dim;
-    return Arena::bytes<BackwardTile<T>>(kBackwardTiles) + Arena::bytes<T>(kBackwardTiles * lanes * d) * 2 +
-           Arena::bytes<T>(kBackwardTiles * lanes * dv) +
-           Arena::bytes<T>(kBackwardTiles * lanes * round_to_width<T>(d)) +
-           Arena::bytes<T>(kBackwardTiles * lanes * round_to_width<T>(dv)) + KeyRows<T>::bytes(params, d) +
-           KeyRows<T>::bytes(params, dv) + 2 * Arena::bytes<T>(kBlockKeys * max_joint) +
+    const int64_t row_elements = kBackwardTiles * elements<E>(lanes);
+    return Arena::bytes<BackwardTile<E>>(kBackwardTiles) + Arena::bytes<E>(kBackwardTiles * lanes * elements<E>(d)) +
+           Arena::bytes<T>(kBackwardTiles * lanes * d) + Arena::bytes<E>(kBackwardTiles * lanes * elements<E>(dv)) +
+           Arena::bytes<E>(row_elements * round_to_width<T>(d)) + Arena::bytes<E>(row_elements * round_to_width<T>(dv)) +
+           BackwardKeys<E>::bytes(params) + 2 * Arena::bytes<T>(kBlockKeys * max_joint) +
            Arena::bytes<T>(kBlockKeys * lanes) + Arena::bytes<T>(params.soft_cap != 0 ? kBlockKeys * lanes : 0) +
-           ScoreScratch<T>::bytes(params);
+           Arena::bytes<E>(ds_pairs_count()) + ScoreScratch<T>::bytes(params);
   }
 
   // Consecutive tiles lie behind one another, without gaps, so that joint tiles are one matrix.
   BackwardScratch(const AttentionParams& params, Arena& arena) {
     const int64_t lanes = RowTile<T>::max_lanes, d = params.head_dim, dv = params.value_dim;
-    tiles = arena.take<BackwardTile<T>>(kBackwardTiles);
-    tiles[0].q = arena.take<T>(kBackwardTiles * lanes * d);
+    const int64_t row_elements = kBackwardTiles * elements<E>(lanes);
+    tiles = arena.take<BackwardTile<E>>(kBackwardTiles);
+    tiles[0].q = arena.take<E>(kBackwardTiles * lanes * elements<E>(d));
     tiles[0].dq = arena.take<T>(kBackwardTiles * lanes * d);
-    tiles[0].d_out = arena.take<T>(kBackwardTiles * lanes * dv);
-    tiles[0].q_rows = arena.take<T>(kBackwardTiles * lanes * round_to_width<T>(d));
-    tiles[0].d_out_rows = arena.take<T>(kBackwardTiles * lanes * round_to_width<T>(dv));
+    tiles[0].d_out = arena.take<E>(kBackwardTiles * lanes * elements<E>(dv));
+    tiles[0].q_rows = arena.take<E>(row_elements * round_to_width<T>(d));
+    tiles[0].d_out_rows = arena.take<E>(row_elements * round_to_width<T>(dv));
     p = arena.take<T>(kBlockKeys * max_joint);
     ds = arena.take<T>(kBlockKeys * max_joint);
     factors = arena.take<T>(kBlockKeys * lanes);
     cap_slopes = params.soft_cap != 0 ? arena.take<T>(kBlockKeys * lanes) : nullptr;
+    ds_pairs = kOfPairs<E> ? arena.take<E>(ds_pairs_count()) : nullptr;
     score = ScoreScratch<T>(params, &arena);
   }
 };
@@ -71,24 +114,22 @@ bool recomputes_statistics(const AttentionParams& p) {
 }
 
 // Reads the rows of `tile` (its geometry is set up) into the scratch, and their statistics where those will do.
-template <class T>
-void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>& tile) {
+template <class E>
+void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<E>& tile) {
+  using T = Accumulator<E>;
   using S = Simd<T>;
-  const AttentionParams& p = params.forward;
+  const AttentionParams& p = r.p;
   const int64_t padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
   char *q[RowTile<T>::max_lanes], *out[RowTile<T>::max_lanes], *d_out[RowTile<T>::max_lanes];
   tile.tensor_rows(r, p.q, q);
   tile.tensor_rows(r, p.out, out);
   tile.tensor_rows(r, params.d_out, d_out);
 
-  const Vec<T> factor = S::set1(static_cast<T>(p.scale));
-  load_transposed<T>(p.dtype, q, tile.rows, tile.lanes, p.q.step(), p.head_dim, tile.q, tile.lanes,
-                     [=](T* at, Vec<T> x) { S::store(at, x * factor); });
-  load_transposed<T>(p.dtype, d_out, tile.rows, tile.lanes, params.d_out.step(), p.value_dim, tile.d_out, tile.lanes,
-                     [](T* at, Vec<T> x) { S::store(at, x); });
+  load_factors<E>(p.dtype, q, tile.rows, tile.lanes, p.q.step(), p.head_dim, Scale<E>(p.scale).of_q, tile.q);
+  load_factors<E>(p.dtype, d_out, tile.rows, tile.lanes, params.d_out.step(), p.value_dim, T{1}, tile.d_out);
+  load_rows<E>(p.dtype, q, tile.rows, tile.lanes, p.q.step(), p.head_dim, tile.q_rows);
+  load_rows<E>(p.dtype, d_out, tile.rows, tile.lanes, params.d_out.step(), p.value_dim, tile.d_out_rows);
   memset(tile.dq, 0, sizeof(T) * tile.lanes * p.head_dim);
-  memset(tile.q_rows, 0, sizeof(T) * tile.lanes * padded_d);
-  memset(tile.d_out_rows, 0, sizeof(T) * tile.lanes * padded_dv);
 
   const bool recomputes = recomputes_statistics<T>(p);
   const T* const statistics = static_cast<const T*>(p.statistics);
@@ -96,25 +137,24 @@ void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<T>
   for (int i = 0; i < tile.lanes; ++i) {
     tile.m[i] = recomputes ? -kInfinity<T> : T{0};
     tile.inverse_l[i] = tile.delta[i] = 0;
-    if (i >= tile.rows) continue;
-    T* const d_out_row = tile.d_out_rows + i * padded_dv;
-    load_row<T>(p.dtype, q[i], p.q.step(), p.head_dim, true, tile.q_rows + i * padded_d);
-    load_row<T>(p.dtype, d_out[i], params.d_out.step(), p.value_dim, true, d_out_row);
+    if (i >= tile.rows || recomputes) continue;
     const int64_t at = r.statistic(tile.position[i], tile.head[i]);
-    if (recomputes || statistics[2 * at + 1] == 0) continue;
+    if (statistics[2 * at + 1] == 0) continue;
     tile.m[i] = statistics[2 * at];
     tile.inverse_l[i] = 1 / statistics[2 * at + 1];
-    Vec<T> sum = S::zero();
-    with_storage(T{}, p.dtype, [&](auto storage) {
-      for (int64_t d = 0; d < p.value_dim; d += S::width)
-        sum = S::fma(S::load(d_out_row + d),
-                     load_some<T>(storage, out[i] + d * p.out.step(), p.out.step(), p.value_dim - d), sum);
-    });
-    for (int v = 0; v < S::width; ++v) tile.delta[i] += sum[v];
+    if constexpr (!kOfPairs<E>) {  // theirs are always recomputed
+      Vec<T> sum = S::zero();
+      with_storage(T{}, p.dtype, [&](auto storage) {
+        for (int64_t d = 0; d < p.value_dim; d += S::width)
+          sum = S::fma(S::load(tile.d_out_rows + i * padded_dv + d),
+                       load_some<T>(storage, out[i] + d * p.out.step(), p.out.step(), p.value_dim - d), sum);
+      });
+      for (int v = 0; v < S::width; ++v) tile.delta[i] += sum[v];
+    }
     if (d_lse) tile.delta[i] -= d_lse[at];
   }
-  tile.q_finite = all_finite(tile.q_rows, padded_d, tile.lanes, padded_d);
-  tile.d_out_finite = all_finite(tile.d_out_rows, padded_dv, tile.lanes, padded_dv);
+  tile.q_finite = all_finite(tile.q_rows, padded_d, elements<E>(tile.lanes), padded_d);
+  tile.d_out_finite = all_finite(tile.d_out_rows, padded_dv, elements<E>(tile.lanes), padded_dv);
 }
 
 }  // namespace

@@ -48,7 +48,22 @@ const Kernels* choose(const char* isa) {
   return nullptr;
 }
 
-const TypedKernels& typed(const Kernels& k, DType t) { return t == DType::kFloat64 ? k.float64 : k.float32; }
+// Whether queries, keys and values are rows of pairs of bfloat16.
+bool of_pairs(const AttentionParams& p) {
+  const auto fits = [](const StridedView& v) { return v.dtype == DType::kBFloat16 && v.stride[3] == 1; };
+  return p.head_dim % 2 == 0 && p.value_dim % 2 == 0 && fits(p.q) && fits(p.k) && fits(p.v);
+}
+
+const TypedKernels& typed(const Kernels& k, const AttentionParams& p, bool pairs) {
+  if (k.others) return pairs ? k.of_pairs : typed(*k.others, p, false);
+  return p.dtype == DType::kFloat64 ? k.float64 : k.float32;
+}
+const TypedKernels& forward_kernels(const Kernels& k, const AttentionParams& p) { return typed(k, p, of_pairs(p)); }
+const TypedKernels& backward_kernels(const Kernels& k, const BackwardParams& params) {
+  return typed(k, params.forward, of_pairs(params.forward) && params.d_out.stride[3] == 1);
+}
+
+const Kernels& without_pairs(const Kernels& k) { return k.others ? *k.others : k; }
 
 // ---------------------------------------------------------------------------------------------- running tasks
 
@@ -160,13 +175,13 @@ const char* default_isa() {
 
 double probe(const ProbeSlice& slice, double* sink, const char* isa) {
   const Kernels* const k = choose(isa);
-  return k ? k->probe(slice, sink) : 0.0;
+  return k ? without_pairs(*k).probe(slice, sink) : 0.0;
 }
 
 bool quantize(DType dtype, const void* rows, int64_t count, int64_t dim, int8_t* out, float* scales, const char* isa) {
   const Kernels* const k = choose(isa);
   const FloatMode mode;
-  if (k) k->quantize(dtype, rows, count, dim, out, scales);
+  if (k) without_pairs(*k).quantize(dtype, rows, count, dim, out, scales);
   return k != nullptr;
 }
 
@@ -174,7 +189,7 @@ size_t forward_workspace_bytes(const AttentionParams& p, int num_threads, const 
   const Kernels* const k = choose(isa);
   if (!k || !has_rows(p)) return 0;
   if (!within_limits(p)) return kNoMemory;
-  return plus(Prepared(p).bytes(), ForwardPlan(p, typed(*k, p.dtype), num_threads).bytes());
+  return plus(Prepared(p).bytes(), ForwardPlan(p, forward_kernels(*k, p), num_threads).bytes());
 }
 
 bool forward(const AttentionParams& given, Threads threads, Workspace workspace, const char* isa) {
@@ -182,7 +197,7 @@ bool forward(const AttentionParams& given, Threads threads, Workspace workspace,
   if (!chosen) return false;
   if (!has_rows(given)) return true;
   if (!within_limits(given)) return false;
-  const TypedKernels& k = typed(*chosen, given.dtype);
+  const TypedKernels& k = forward_kernels(*chosen, given);
   const Prepared prepared(given);
   const ForwardPlan plan(given, k, threads.count);
   if (workspace.bytes < static_cast<size_t>(plus(prepared.bytes(), plan.bytes()))) return false;
@@ -206,7 +221,7 @@ size_t backward_workspace_bytes(const BackwardParams& params, int num_threads, c
   if (!k || !has_rows(params.forward)) return 0;
   if (!within_limits(params.forward)) return kNoMemory;
   return plus(Prepared(params.forward).bytes(),
-              BackwardPlan(params, typed(*k, params.forward.dtype), num_threads).bytes());
+              BackwardPlan(params, backward_kernels(*k, params), num_threads).bytes());
 }
 
 bool backward(const BackwardParams& given, Threads threads, Workspace workspace, const char* isa) {
@@ -217,7 +232,7 @@ bool backward(const BackwardParams& given, Threads threads, Workspace workspace,
     return true;
   }
   if (!within_limits(given.forward)) return false;
-  const TypedKernels& k = typed(*chosen, given.forward.dtype);
+  const TypedKernels& k = backward_kernels(*chosen, given);
   const Prepared prepared(given.forward);
   const BackwardPlan plan(given, k, threads.count);
   if (workspace.bytes < static_cast<size_t>(plus(prepared.bytes(), plan.bytes()))) return false;

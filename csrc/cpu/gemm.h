@@ -3,7 +3,8 @@
 //   c[r][j] = epilogue( sum_{k < depth} a(r, k) * b[k][j] )        r < rows,  j < NV * width
 //
 // a is read one scalar at a time and broadcast, so it is used where it lies, whichever way it is stored; b is read
-// in whole vectors. The tile is R x NV accumulators; R is as large as the register file allows.
+// in whole vectors. The tile is R x NV accumulators; R is as large as the register file allows. Of pairs (simd.h) a(r, k)
+// and b[k][j] are two numbers each, and depth counts pairs.
 #pragma once
 
 #include <type_traits>
@@ -35,21 +36,22 @@ ATTN_INLINE void with_vectors(int nv, const F& f) {
 // How `a` is stored: a(r, k) = a[r * lda + k] or a[r + k * lda].
 enum class Major { kRow, kDepth };
 
-template <class T, int R, int NV, Major M, class Epilogue>
-ATTN_INLINE void gemm_tile(const T* __restrict__ a, int64_t lda, const T* __restrict__ b, int64_t ldb, int64_t depth,
+template <class E, int R, int NV, Major M, class Epilogue>
+ATTN_INLINE void gemm_tile(const E* __restrict__ a, int64_t lda, const E* __restrict__ b, int64_t ldb, int64_t depth,
                            const Epilogue& epilogue, int64_t row) {
-  using S = Simd<T>;
-  Vec<T> acc[R][NV];
+  using S = Simd<Accumulator<E>>;
+  using P = Product<E>;
+  Vec<Accumulator<E>> acc[R][NV];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < NV; ++v) acc[r][v] = S::zero();
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> bk[NV];
-    for (int v = 0; v < NV; ++v) bk[v] = S::load(b + k * ldb + v * S::width);
+    typename P::V bk[NV];
+    for (int v = 0; v < NV; ++v) bk[v] = P::load(b + k * ldb + v * S::width);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec<T> x = S::set1(M == Major::kRow ? a[r * lda + k] : a[r + k * lda]);
-      for (int v = 0; v < NV; ++v) acc[r][v] = S::fma(x, bk[v], acc[r][v]);
+      const typename P::V x = P::set1(M == Major::kRow ? a + r * lda + k : a + r + k * lda);
+      for (int v = 0; v < NV; ++v) acc[r][v] = P::add(x, bk[v], acc[r][v]);
     }
   }
   for (int r = 0; r < R; ++r)
@@ -57,15 +59,15 @@ ATTN_INLINE void gemm_tile(const T* __restrict__ a, int64_t lda, const T* __rest
 }
 
 // All rows: full tiles, then halves and single rows. epilogue(r, v, sum) stores vector v of row r.
-template <class T, int NV, Major M, class Epilogue>
-ATTN_INLINE void gemm(int64_t rows, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth,
+template <class E, int NV, Major M, class Epilogue>
+ATTN_INLINE void gemm(int64_t rows, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth,
                       const Epilogue& epilogue) {
   constexpr int R = tile_rows(NV);
   const int64_t step = M == Major::kRow ? lda : 1;
   int64_t r = 0;
-  for (; r + R <= rows; r += R) gemm_tile<T, R, NV, M>(a + r * step, lda, b, ldb, depth, epilogue, r);
-  for (; r + R / 2 <= rows; r += R / 2) gemm_tile<T, R / 2, NV, M>(a + r * step, lda, b, ldb, depth, epilogue, r);
-  for (; r < rows; ++r) gemm_tile<T, 1, NV, M>(a + r * step, lda, b, ldb, depth, epilogue, r);
+  for (; r + R <= rows; r += R) gemm_tile<E, R, NV, M>(a + r * step, lda, b, ldb, depth, epilogue, r);
+  for (; r + R / 2 <= rows; r += R / 2) gemm_tile<E, R / 2, NV, M>(a + r * step, lda, b, ldb, depth, epilogue, r);
+  for (; r < rows; ++r) gemm_tile<E, 1, NV, M>(a + r * step, lda, b, ldb, depth, epilogue, r);
 }
 
 // The same product for blocks that are partly masked and whose other factor holds Inf or NaN: a masked probability
@@ -73,27 +75,32 @@ ATTN_INLINE void gemm(int64_t rows, const T* a, int64_t lda, const T* b, int64_t
 // therefore left out. Rare, so plain.
 enum class ZeroHides { kA, kB };
 
-template <class T, int NV, Major M, ZeroHides Z, class Epilogue>
-__attribute__((noinline)) void gemm_hiding(int64_t rows, const T* a, int64_t lda, const T* b, int64_t ldb,
+template <class E, int NV, Major M, ZeroHides Z, class Epilogue>
+__attribute__((noinline)) void gemm_hiding(int64_t rows, const E* a, int64_t lda, const E* b, int64_t ldb,
                                            int64_t depth, const Epilogue& epilogue) {
+  using T = Accumulator<E>;
   using S = Simd<T>;
+  using P = Product<E>;
   for (int64_t r = 0; r < rows; ++r)
     for (int v = 0; v < NV; ++v) {
       Vec<T> acc = S::zero();
       for (int64_t k = 0; k < depth; ++k) {
-        const Vec<T> x = S::set1(M == Major::kRow ? a[r * lda + k] : a[r + k * lda]);
-        const Vec<T> y = S::load(b + k * ldb + v * S::width);
-        const Vec<T> probability = Z == ZeroHides::kA ? x : y;
-        acc = S::select(probability == S::zero(), acc, S::fma(x, y, acc));
+        const typename P::V xs = P::set1(M == Major::kRow ? a + r * lda + k : a + r + k * lda);
+        const typename P::V ys = P::load(b + k * ldb + v * S::width);
+        for (int i = 0; i < P::numbers; ++i) {
+          const Vec<T> x = P::number(xs, i), y = P::number(ys, i), probability = Z == ZeroHides::kA ? x : y;
+          acc = S::select(probability == S::zero(), acc, S::fma(x, y, acc));
+        }
       }
       epilogue(r, v, acc);
     }
 }
 
 // c[rows][columns] += a b for `columns` a multiple of the vector width: panels of up to kMaxVectors vectors, evenly.
-template <class T, Major M>
-ATTN_INLINE void gemm_accumulate(int64_t rows, int64_t columns, const T* a, int64_t lda, const T* b, int64_t ldb,
-                                 int64_t depth, bool hide_zero_a, T* c, int64_t ldc) {
+template <class E, Major M>
+ATTN_INLINE void gemm_accumulate(int64_t rows, int64_t columns, const E* a, int64_t lda, const E* b, int64_t ldb,
+                                 int64_t depth, bool hide_zero_a, Accumulator<E>* c, int64_t ldc) {
+  using T = Accumulator<E>;
   using S = Simd<T>;
   int64_t left = columns / S::width;
   while (left > 0) {
@@ -104,8 +111,8 @@ ATTN_INLINE void gemm_accumulate(int64_t rows, int64_t columns, const T* a, int6
         T* const at = c + r * ldc + v * S::width;
         S::store(at, S::load(at) + sum);
       };
-      if (hide_zero_a) gemm_hiding<T, NV, M, ZeroHides::kA>(rows, a, lda, b, ldb, depth, add);
-      else gemm<T, NV, M>(rows, a, lda, b, ldb, depth, add);
+      if (hide_zero_a) gemm_hiding<E, NV, M, ZeroHides::kA>(rows, a, lda, b, ldb, depth, add);
+      else gemm<E, NV, M>(rows, a, lda, b, ldb, depth, add);
     };
     with_vectors(nv, panel);
     b += nv * S::width;

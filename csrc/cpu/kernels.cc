@@ -11,29 +11,32 @@
 #include "backward.h"
 #include "bias_gradient.h"
 #include "head_lanes.h"
+#include "row_lanes.h"
+#ifndef ATTN_OPS_OF_PAIRS_BESIDE
 #include "probe.h"
 #include "quantize.h"
-#include "row_lanes.h"
+#endif
 
 namespace attn_ops::cpu {
 namespace {
 
-template <class T>
+template <class E>
 constexpr TypedKernels typed_kernels() {
+  using T = Accumulator<E>;
   return {
       [](int64_t rows) { return Tiling<T>(rows).tiles; },
       [](int64_t dim) { return round_to_width<T>(dim); },
       few_rows<T>,
-      RowLanesScratch<T>::bytes,
-      forward_row_lanes<T>,
+      RowLanesScratch<E>::bytes,
+      forward_row_lanes<E>,
       HeadLanesScratch<T>::bytes,
       forward_head_lanes<T>,
       combine<T>,
       [](const BackwardParams& p) {
-        const int64_t tiles = BackwardScratch<T>::bytes(p.forward), sums = bias_gradient_scratch<T>();
+        const int64_t tiles = BackwardScratch<E>::bytes(p.forward), sums = bias_gradient_scratch<T>();
         return p.d_bias && sums > tiles ? sums : tiles;
       },
-      backward<T>,
+      backward<E>,
       reduce<T>,
       bias_gradient<T>,
   };
@@ -41,7 +44,12 @@ constexpr TypedKernels typed_kernels() {
 
 }  // namespace
 
-extern const Kernels ATTN_OPS_JOIN(kernels_, ATTN_OPS_ISA) = {ATTN_OPS_STRING(ATTN_OPS_ISA), typed_kernels<float>(),
-                                                             typed_kernels<double>(), quantize, probe_slice};
+extern const Kernels ATTN_OPS_JOIN(kernels_, ATTN_OPS_ISA) = {
+    ATTN_OPS_STRING(ATTN_OPS_ISA),
+#ifdef ATTN_OPS_OF_PAIRS_BESIDE  // simd_<isa>.h: kernels of pairs alone, and whose all others are
+    &ATTN_OPS_JOIN(kernels_, ATTN_OPS_OF_PAIRS_BESIDE), typed_kernels<Pair>(), {}, {}, nullptr, nullptr};
+#else
+    nullptr, {}, typed_kernels<float>(), typed_kernels<double>(), quantize, probe_slice};
+#endif
 
 }  // namespace attn_ops::cpu

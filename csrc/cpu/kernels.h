@@ -105,6 +105,9 @@ struct TypedKernels {
 
 struct Kernels {
   const char* name;
+  // Where these kernels are for pairs of bfloat16 alone (kernels_of_pairs): those for all other calls, else null.
+  const Kernels* others;
+  TypedKernels of_pairs;
   TypedKernels float32, float64;
   // Rows of float32, float16 or bfloat16 for an int8 cache: quantize.h.
   void (*quantize)(DType, const void* rows, int64_t count, int64_t dim, int8_t* out, float* scales);

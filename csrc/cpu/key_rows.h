@@ -7,20 +7,23 @@ namespace attn_ops::cpu {
 namespace {
 
 // Whether the copies of all keys and values of a head are kept for a task; see kKeptKeysBytes.
-template <class T>
+template <class E>
 bool keeps_keys(const AttentionParams& p) {
-  return p.seqlen_k * (p.head_dim + p.value_dim) * static_cast<int64_t>(sizeof(T)) <= kKeptKeysBytes;
+  const int64_t size = static_cast<int64_t>(sizeof(E)) / Product<E>::numbers;
+  return p.seqlen_k * (p.head_dim + p.value_dim) * size <= kKeptKeysBytes;
 }
 
-// The keys or the values of one head as rows of T, block by block: in place when the memory already is that, else
+// The keys or the values of one head as rows of E, block by block: in place when the memory already is that, else
 // copied, and multiplied by their scales. Copies pay when several tiles share them, even of the same type: BSHD rows lie
 // num_heads * dim apart, often a multiple of 4 KiB, where the rows of a block would fight for a few cache sets.
-template <class T>
+//
+// Pairs are of two columns of a row, or with `of_rows` of one column of rows 2 n and 2 n + 1: then at() is for even keys.
+template <class E, bool of_rows = false>
 class KeyRows {
  public:
   // Scratch for `dim` columns: rows, and for kept copies of which block they are.
   static int64_t bytes(const AttentionParams& p, int64_t dim) {
-    return Arena::bytes<T>(copies(p) * kBlockKeys * dim) + Arena::bytes<int32_t>(copies(p));
+    return Arena::bytes<E>(copies(p) * block_size(dim)) + Arena::bytes<int32_t>(copies(p));
   }
 
   // `scales` of int8 rows, else with data null. No rows that meet keys together see more than `together` of them, and none go
@@ -31,13 +34,12 @@ class KeyRows {
         view_(v),
         scales_(scales),
         dim_(dim),
-        stride_(v.step()),
-        in_place_(v.dtype == kDTypeOf<T> && v.stride[3] == 1 && !r.p.block_table &&
-                  (!shared || v.stride[1] == dim)),
-        kept_(shared && keeps_keys<T>(r.p)),
+        columns_(of_rows ? dim : elements<E>(dim)),
+        in_place_(lies_so(v) && v.stride[3] == 1 && !r.p.block_table && (!shared || v.stride[1] == dim)),
+        kept_(shared && keeps_keys<E>(r.p)),
         slots_(copies(r.p)) {
     if (together / kBlockKeys + 2 < slots_) slots_ = together / kBlockKeys + 2;
-    copy_ = arena->take<T>(copies(r.p) * kBlockKeys * dim);
+    copy_ = arena->take<E>(copies(r.p) * block_size(dim));
     copied_ = arena->take<int32_t>(copies(r.p));
     memset(copied_, -1, copies(r.p) * sizeof(int32_t));
   }
@@ -47,67 +49,92 @@ class KeyRows {
     begin_ = k0;
     end_ = k1;
     finite_ = Finite::kUnknown;
+    ld_ = columns_;
     if (in_place_) {
-      data_ = reinterpret_cast<const T*>(rows_.key_row(view_, k0));
-      ld_ = view_.stride[1];
+      data_ = reinterpret_cast<const E*>(rows_.key_row(view_, k0));
+      ld_ = view_.stride[1] / Product<E>::numbers;
     } else if (kept_) {
       const int64_t block = k0 / kBlockKeys, first = block * kBlockKeys, slot = block % slots_;
-      T* const kept = copy_ + slot * kBlockKeys * dim_;
+      E* const kept = copy_ + slot * block_size(dim_);
       if (copied_[slot] != block) {
         const int64_t end = first + kBlockKeys < rows_.length_k ? first + kBlockKeys : rows_.length_k;
         copy(first, end, kept);
         copied_[slot] = static_cast<int32_t>(block);
       }
-      data_ = kept + (k0 - first) * dim_;
-      ld_ = dim_;
+      data_ = kept + row_of(k0 - first) * columns_;
     } else {
       copy(k0, k1, copy_);
       data_ = copy_;
-      ld_ = dim_;
     }
   }
 
-  const T* at(int64_t key) const { return data_ + (key - begin_) * ld_; }
+  const E* at(int64_t key) const { return data_ + row_of(key - begin_) * ld_; }
   int64_t ld() const { return ld_; }
 
   bool finite() {
     if (finite_ == Finite::kUnknown)
-      finite_ = all_finite(data_, ld_, end_ - begin_, dim_) ? Finite::kYes : Finite::kNo;
+      finite_ = all_finite(data_, ld_, of_rows ? elements<E>(end_ - begin_) : end_ - begin_, columns_) ? Finite::kYes
+                                                                                                       : Finite::kNo;
     return finite_ == Finite::kYes;
   }
 
  private:
   enum class Finite { kUnknown, kYes, kNo };
 
+  static int64_t row_of(int64_t key) { return of_rows ? key / 2 : key; }
+  static int64_t block_size(int64_t dim) { return of_rows ? kBlockKeys / 2 * dim : kBlockKeys * elements<E>(dim); }
   // Blocks that there is room for.
-  static int64_t copies(const AttentionParams& p) { return keeps_keys<T>(p) ? p.seqlen_k / kBlockKeys + 1 : 1; }
+  static int64_t copies(const AttentionParams& p) { return keeps_keys<E>(p) ? p.seqlen_k / kBlockKeys + 1 : 1; }
+  // Whether a row in memory, if its elements are neighbours, is one of E.
+  static bool lies_so(const StridedView& v) {
+    return kOfPairs<E> ? !of_rows && v.stride[1] % 2 == 0 : v.dtype == kDTypeOf<Accumulator<E>>;
+  }
 
-  void copy(int64_t k0, int64_t k1, T* to) const {
+  void copy(int64_t k0, int64_t k1, E* to) const {
     const int64_t next_row = view_.stride[1] * size_of(view_.dtype);
     for (int64_t j = k0, end; j < k1; j = end) {
       end = neighbours_end(rows_.p, j, k1);
       const char* row = rows_.key_row(view_, j);
-      for (int64_t i = j; i < end; ++i, row += next_row, to += dim_) {
-        load_row<T>(view_.dtype, row, stride_, dim_, false, to);
-        if (scales_.data) multiply(to, rows_.scale<T>(scales_, i));
+      if constexpr (of_rows) {
+        for (int64_t i = j; i < end; i += 2, row += 2 * next_row, to += columns_)
+          load_row_pairs(row, i + 1 < end ? row + next_row : nullptr, dim_, false, to);
+      } else {
+        for (int64_t i = j; i < end; ++i, row += next_row, to += columns_) copy_row(row, i, to);
       }
     }
   }
 
-  void multiply(T* row, T scale) const {
-    for (int64_t d = 0; d < dim_; ++d) row[d] *= scale;
+  void copy_row(const char* row, int64_t key, E* to) const {
+    if constexpr (kOfPairs<E>) {
+      memcpy(to, row, columns_ * sizeof(E));
+    } else {
+      load_row<E>(view_.dtype, row, view_.step(), dim_, false, to);
+      if (!scales_.data) return;
+      const E scale = rows_.scale<E>(scales_, key);
+      for (int64_t d = 0; d < dim_; ++d) to[d] *= scale;
+    }
   }
 
   const HeadRows& rows_;
   const StridedView &view_, &scales_;
-  int64_t dim_, stride_, begin_ = 0, end_ = 0, ld_ = 0;
+  int64_t dim_, columns_, begin_ = 0, end_ = 0, ld_ = 0;  // columns_: elements of a row
   bool in_place_, kept_;
   int64_t slots_;  // copies in use
-  T* copy_;
+  E* copy_;
   int32_t* copied_;
-  const T* data_ = nullptr;
+  const E* data_ = nullptr;
   Finite finite_ = Finite::kUnknown;
 };
+
+// For sums over keys, not over columns.
+template <class E>
+using KeyPairs = KeyRows<E, kOfPairs<E>>;
+
+// Where the keys that rows see end, for who takes keys in pairs: an odd key at the end is hidden by the rows' intervals.
+template <class E>
+int64_t end_of_keys(int64_t end, int64_t length_k) {
+  return kOfPairs<E> && end % 2 != 0 && end < length_k ? end + 1 : end;
+}
 
 // The most keys that any `count` of the tiles first .. end see together.
 template <class T>
@@ -123,17 +150,19 @@ int64_t most_keys_seen(const HeadRows& r, const Tiling<T>& tiling, int64_t first
 
 // meet(tile, k0, k1) for each of `count` tiles and each block of the keys begin .. end of which it sees keys k0 .. k1,
 // when both are loaded. Key 4 n starts a group of random numbers, so k0 is a multiple of 4.
-template <class T, class Tile, class Meet>
-ATTN_INLINE void for_each_block(Tile* tiles, int64_t count, int64_t begin, int64_t end, KeyRows<T>& keys,
-                                KeyRows<T>& values, const Meet& meet) {
+template <class E, class Tile, class Values, class Meet>
+ATTN_INLINE void for_each_block(Tile* tiles, int64_t count, int64_t begin, int64_t end, int64_t length_k,
+                                KeyRows<E>& keys, Values& values, const Meet& meet) {
+  end = end_of_keys<E>(end, length_k);
   for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
     const int64_t block_begin = block < begin ? begin / 4 * 4 : block;
     const int64_t block_end = block + kBlockKeys < end ? block + kBlockKeys : end;
     keys.load(block_begin, block_end);
     values.load(block_begin, block_end);
     for (Tile* t = tiles; t < tiles + count; ++t) {
+      const int64_t tile_end = end_of_keys<E>(t->end, length_k);
       const int64_t k0 = t->begin > block_begin ? t->begin / 4 * 4 : block_begin;
-      const int64_t k1 = t->end < block_end ? t->end : block_end;
+      const int64_t k1 = tile_end < block_end ? tile_end : block_end;
       if (k0 < k1 && t->begin < t->end) meet(*t, k0, k1);
     }
   }

@@ -60,6 +60,26 @@ ATTN_INLINE void load_transposed(DType dtype, const char* const* row, int rows, 
   });
 }
 
+// dst[c * ld + r] = factor times row r, of `columns` numbers that lie `stride` bytes apart; of pairs that are neighbours.
+// The factor of pairs is a power of two.
+template <class E>
+ATTN_INLINE void load_factors(DType dtype, const char* const* row, int rows, int lanes, int64_t stride,
+                              int64_t columns, Accumulator<E> factor, E* dst) {
+  using T = Accumulator<E>;
+  using S = Simd<T>;
+  const Vec<T> by = S::set1(factor);
+  if constexpr (kOfPairs<E>) {  // as if they were floats: bits change places
+    load_transposed<T>(DType::kFloat32, row, rows, lanes, sizeof(E), elements<E>(columns), reinterpret_cast<T*>(dst),
+                       lanes, [=](T* at, Vec<T> x) {
+                         const auto number = [=](int i) { return Product<E>::number(x, i) * by; };
+                         S::store(at, Product<E>::pairs(number(0), number(1)));
+                       });
+  } else {
+    load_transposed<T>(dtype, row, rows, lanes, stride, columns, dst, lanes,
+                       [=](T* at, Vec<T> x) { S::store(at, x * by); });
+  }
+}
+
 // row[r][c] = get(src + c * ld + r, r0) for the first `rows` lanes; get returns a vector over rows.
 template <class T, class Get>
 ATTN_INLINE void store_transposed(DType dtype, char* const* row, int rows, int lanes, int64_t stride, int64_t columns,
@@ -99,6 +119,36 @@ ATTN_INLINE void load_row(DType dtype, const char* src, int64_t stride, int64_t 
   });
 }
 
+// dst[c] = {first[c], second[c]} of two rows of bfloat16, then zeros to the end of the last vector when `padded`; a row
+// that is null is zeros.
+inline void load_row_pairs(const char* first, const char* second, int64_t columns, bool padded, Pair* dst) {
+  constexpr int W = Simd<float>::width;
+  using Words = BFloat16::Words;
+  const auto words = [](const char* row, int64_t c, int64_t n) {
+    return row ? (Words)load_some<float>(BFloat16{}, row + 2 * c, 2, n) : Words{};
+  };
+  for (int64_t c = 0; c < columns; c += W) {
+    const int64_t n = columns - c < W ? columns - c : W;
+    const Words both = words(first, c, n) >> 16 | words(second, c, n);
+    memcpy(dst + c, &both, (padded ? W : n) * sizeof(Pair));
+  }
+}
+
+// `rows` rows, and zeros for the other lanes, one after the other or in pairs, each padded to whole vectors.
+template <class E>
+ATTN_INLINE void load_rows(DType dtype, const char* const* row, int rows, int lanes, int64_t stride, int64_t columns,
+                           E* dst) {
+  const int64_t padded = round_to_width<Accumulator<E>>(columns);
+  if (padded == 0) return;
+  if constexpr (kOfPairs<E>) {
+    for (int i = 0; i < lanes; i += 2, dst += padded)
+      load_row_pairs(i < rows ? row[i] : nullptr, i + 1 < rows ? row[i + 1] : nullptr, columns, true, dst);
+  } else {
+    for (int i = 0; i < rows; ++i) load_row<E>(dtype, row[i], stride, columns, true, dst + i * padded);
+    memset(dst + rows * padded, 0, sizeof(E) * (lanes - rows) * padded);
+  }
+}
+
 // dst[c] = src[c] * factor
 template <class T>
 ATTN_INLINE void store_row(DType dtype, char* dst, int64_t stride, int64_t columns, const T* src, T factor) {
@@ -113,14 +163,16 @@ ATTN_INLINE void store_row(DType dtype, char* dst, int64_t stride, int64_t colum
 }
 
 // Neither Inf nor NaN anywhere in [rows][columns]: 0 * x is 0 for finite x only.
-template <class T>
-bool all_finite(const T* a, int64_t lda, int64_t rows, int64_t columns) {
+template <class E>
+bool all_finite(const E* a, int64_t lda, int64_t rows, int64_t columns) {
+  using T = Accumulator<E>;
   using S = Simd<T>;
   Vec<T> sum = S::zero();
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; c += S::width)
-      sum += S::zero() *
-             load_some<T>(Same<T>{}, reinterpret_cast<const char*>(a + r * lda + c), sizeof(T), columns - c);
+    for (int64_t c = 0; c < columns; c += S::width) {
+      const Vec<T> x = load_some<T>(Same<T>{}, reinterpret_cast<const char*>(a + r * lda + c), sizeof(T), columns - c);
+      for (int i = 0; i < Product<E>::numbers; ++i) sum += S::zero() * Product<E>::number(x, i);
+    }
   return !S::any(sum != S::zero());
 }
 

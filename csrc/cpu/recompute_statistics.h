@@ -9,10 +9,11 @@ namespace {
 
 // One tile of recompute_statistics meets keys k0 .. k1. As long as that lasts, m is the maximum so far, inverse_l holds
 // the sum of e^(s - m), and delta that of e^(s - m) dp.
-template <class T, int NV>
-__attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<T>& tile, const KeyRows<T>& keys,
-                                                const KeyRows<T>& values, int64_t k0, int64_t k1,
-                                                const BackwardScratch<T>& scratch) {
+template <class E, int NV>
+__attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<E>& tile, const KeyRows<E>& keys,
+                                                const KeyRows<E>& values, int64_t k0, int64_t k1,
+                                                const BackwardScratch<E>& scratch) {
+  using T = Accumulator<E>;
   using S = Simd<T>;
   constexpr int W = S::width, lanes = NV * W;
   const AttentionParams& p = r.p;
@@ -20,10 +21,10 @@ __attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<
   T *const s = scratch.p, *const dp = scratch.ds;
   Vec<T> m_old[NV], m[NV];
   for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
-  const Visibility seen = score_block<T, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.score, s, lanes, nullptr,
-                                             [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
+  const Visibility seen = score_block<E, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.score, s, lanes,
+                                             static_cast<T*>(nullptr), [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
   if (seen == Visibility::kNothing) return;
-  gemm<T, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, p.value_dim,
+  gemm<E, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, elements<E>(p.value_dim),
                            [=](int64_t j, int v, Vec<T> x) { S::store(dp + j * lanes + v * W, x); });
   const bool dropout = p.dropout_rate > 0;
   if (dropout) dropout_factors<T>(Dropout(p, r.batch), tile.position, tile.head, lanes, k0, n, scratch.factors);
@@ -50,15 +51,16 @@ __attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<
 }
 
 // m, 1 / l and delta of `count` tiles that see keys in begin .. end, from the scores.
-template <class T>
-void recompute_statistics(const BackwardParams& params, const HeadRows& r, BackwardTile<T>* tiles, int64_t count,
-                          int64_t begin, int64_t end, KeyRows<T>& keys, KeyRows<T>& values,
-                          const BackwardScratch<T>& scratch) {
-  for_each_block<T>(tiles, count, begin, end, keys, values, [&](BackwardTile<T>& t, int64_t k0, int64_t k1) {
-    with_vectors(t.nv, [&](auto nv) { statistics_block<T, decltype(nv)::value>(r, t, keys, values, k0, k1, scratch); });
+template <class E>
+void recompute_statistics(const BackwardParams& params, const HeadRows& r, BackwardTile<E>* tiles, int64_t count,
+                          int64_t begin, int64_t end, KeyRows<E>& keys, KeyRows<E>& values,
+                          const BackwardScratch<E>& scratch) {
+  using T = Accumulator<E>;
+  for_each_block(tiles, count, begin, end, r.length_k, keys, values, [&](BackwardTile<E>& t, int64_t k0, int64_t k1) {
+    with_vectors(t.nv, [&](auto nv) { statistics_block<E, decltype(nv)::value>(r, t, keys, values, k0, k1, scratch); });
   });
   const T* const d_lse = static_cast<const T*>(params.d_lse);
-  for (BackwardTile<T>* t = tiles; t < tiles + count; ++t)
+  for (BackwardTile<E>* t = tiles; t < tiles + count; ++t)
     for (int i = 0; i < t->lanes; ++i) {
       T l = t->inverse_l[i];
       const T correction = i < t->rows ? join_sink(params.forward, t->head[i], &t->m[i], &l) : T{1};

@@ -6,7 +6,8 @@
 //   p[j][i]  = e^(s - m')                         l = c l + sum_j p
 //   o[d][i]  = c o + sum_j v[j][d] p[j][i]
 // and at the end out = o / l, lse = m + ln l. Maxima, sums and corrections are plain vectors: nothing is
-// ever reduced across lanes.
+// ever reduced across lanes. Of pairs (simd.h) p is rounded to bfloat16 for the second product, and l is the sum of what
+// it was before.
 #pragma once
 
 #include "kernels.h"
@@ -17,30 +18,31 @@
 namespace attn_ops::cpu {
 namespace {
 
-template <class T>
+template <class E, class T = Accumulator<E>>
 struct ForwardTile : RowTile<T> {
-  T *q, *out;  // [head_dim][ld], [value_dim][ld]
+  E* q;        // [head_dim][ld]
+  T* out;      // [value_dim][ld]
   int64_t ld;  // the lanes, but for a part of a tile those of the whole
   T m[RowTile<T>::max_lanes], l[RowTile<T>::max_lanes];
 };
 
-template <class T>
+template <class E, class T = Accumulator<E>>
 struct RowLanesScratch {
-  ForwardTile<T> tiles[kForwardTiles], part;
+  ForwardTile<E> tiles[kForwardTiles], part;
   T *scores, *factors;
   ScoreScratch<T> score;
 
   static int64_t bytes(const AttentionParams& p) {
-    return Arena::bytes<RowLanesScratch>(1) + KeyRows<T>::bytes(p, p.head_dim) + KeyRows<T>::bytes(p, p.value_dim) +
-           kForwardTiles * (Arena::bytes<T>(RowTile<T>::max_lanes * p.head_dim) +
+    return Arena::bytes<RowLanesScratch>(1) + KeyRows<E>::bytes(p, p.head_dim) + KeyPairs<E>::bytes(p, p.value_dim) +
+           kForwardTiles * (Arena::bytes<E>(RowTile<T>::max_lanes * elements<E>(p.head_dim)) +
                             Arena::bytes<T>(RowTile<T>::max_lanes * p.value_dim)) +
            2 * Arena::bytes<T>(kBlockKeys * RowTile<T>::max_lanes) + ScoreScratch<T>::bytes(p);
   }
 
   static RowLanesScratch& in(const AttentionParams& p, Arena* arena) {
     RowLanesScratch& scratch = *arena->take<RowLanesScratch>(1);
-    for (ForwardTile<T>& tile : scratch.tiles) {
-      tile.q = arena->take<T>(RowTile<T>::max_lanes * p.head_dim);
+    for (ForwardTile<E>& tile : scratch.tiles) {
+      tile.q = arena->take<E>(RowTile<T>::max_lanes * elements<E>(p.head_dim));
       tile.out = arena->take<T>(RowTile<T>::max_lanes * p.value_dim);
     }
     scratch.scores = arena->take<T>(kBlockKeys * RowTile<T>::max_lanes);
@@ -50,16 +52,15 @@ struct RowLanesScratch {
   }
 };
 
-template <class T>
-void start_tile(const HeadRows& r, ForwardTile<T>& tile) {
+template <class E>
+void start_tile(const HeadRows& r, ForwardTile<E>& tile) {
+  using T = Accumulator<E>;
   using S = Simd<T>;
   const AttentionParams& p = r.p;
   char* row[RowTile<T>::max_lanes];
   tile.tensor_rows(r, p.q, row);
   tile.ld = tile.lanes;
-  const Vec<T> factor = S::set1(static_cast<T>(p.scale));
-  load_transposed<T>(p.q.dtype, row, tile.rows, tile.lanes, p.q.step(), p.head_dim, tile.q, tile.lanes,
-                     [=](T* at, Vec<T> x) { S::store(at, x * factor); });
+  load_factors<E>(p.q.dtype, row, tile.rows, tile.lanes, p.q.step(), p.head_dim, Scale<E>(p.scale).of_q, tile.q);
   memset(tile.out, 0, sizeof(T) * tile.lanes * p.value_dim);
   for (int i = 0; i < tile.lanes; i += S::width) {
     S::store(tile.m + i, S::set1(-kInfinity<T>));
@@ -67,11 +68,31 @@ void start_tile(const HeadRows& r, ForwardTile<T>& tile) {
   }
 }
 
+// weights[j * lanes + lane] = weight(j, v) for n keys, in place of the scores that `weight` is made of; of pairs, two keys
+// an element.
+template <class E, int NV, class T, class Weight>
+ATTN_INLINE void put_weights(T* scores, int64_t n, const Weight& weight) {
+  using S = Simd<T>;
+  constexpr int W = S::width, lanes = NV * W;
+  if constexpr (kOfPairs<E>) {
+    for (int64_t j = 0; j < n; j += 2)
+      for (int v = 0; v < NV; ++v) {
+        const Vec<T> first = weight(j, v), second = j + 1 < n ? weight(j + 1, v) : S::zero();
+        S::store(scores + j / 2 * lanes + v * W, Product<E>::pairs(first, second));
+      }
+  } else {
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < n; ++j)
+      for (int v = 0; v < NV; ++v) S::store(scores + j * lanes + v * W, weight(j, v));
+  }
+}
+
 // One tile meets the keys k0 .. k1 of a block.
-template <class T, int NV>
-__attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& tile, const KeyRows<T>& keys,
-                                             KeyRows<T>& values, int64_t k0, int64_t k1,
-                                             const RowLanesScratch<T>& scratch) {
+template <class E, int NV>
+__attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<E>& tile, const KeyRows<E>& keys,
+                                             KeyPairs<E>& values, int64_t k0, int64_t k1,
+                                             const RowLanesScratch<E>& scratch) {
+  using T = Accumulator<E>;
   using S = Simd<T>;
   constexpr int W = S::width, lanes = NV * W;
   const AttentionParams& p = r.p;
@@ -79,7 +100,8 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
   T* const s = scratch.scores;
   Vec<T> m_old[NV], m[NV];
   for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
-  const Visibility seen = score_block<T, NV>(r, tile, tile.q, tile.ld, keys, k0, n, scratch.score, s, lanes, nullptr,
+  const Visibility seen = score_block<E, NV>(r, tile, tile.q, tile.ld, keys, k0, n, scratch.score, s, lanes,
+                                             static_cast<T*>(nullptr),
                                              [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
   if (seen == Visibility::kNothing) return;
   const bool masked = seen == Visibility::kSome;
@@ -91,39 +113,43 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<T>& 
     correction[v] = exp<T>(m_old[v] - base[v]);
     sum[v] = S::zero();
   }
-#pragma GCC unroll 2
-  for (int64_t j = 0; j < n; ++j)
-    for (int v = 0; v < NV; ++v) {
-      const Vec<T> e = exp<T>(S::load(s + j * lanes + v * W) - base[v]);
-      sum[v] += e;
-      S::store(s + j * lanes + v * W, e);
-    }
+  const auto probability = [&](int64_t j, int v) {
+    const Vec<T> e = exp<T>(S::load(s + j * lanes + v * W) - base[v]);
+    sum[v] += e;
+    return e;
+  };
+  if (p.dropout_rate > 0) {  // not in the sum: dropout acts on the normalised probabilities
+    dropout_factors<T>(Dropout(p, r.batch), tile.position, tile.head, lanes, k0, n, scratch.factors);
+    put_weights<E, NV>(s, n, [&](int64_t j, int v) {
+      return probability(j, v) * S::load(scratch.factors + j * lanes + v * W);
+    });
+  } else {
+    put_weights<E, NV>(s, n, probability);
+  }
   for (int v = 0; v < NV; ++v) {
     S::store(tile.m + v * W, m[v]);
     S::store(tile.l + v * W, S::fma(S::load(tile.l + v * W), correction[v], sum[v]));
   }
-  if (p.dropout_rate > 0) {  // after the sum: dropout acts on the normalised probabilities
-    dropout_factors<T>(Dropout(p, r.batch), tile.position, tile.head, lanes, k0, n, scratch.factors);
-    for (int64_t i = 0; i < n * lanes; i += W) S::store(s + i, S::load(s + i) * S::load(scratch.factors + i));
-  }
 
   T* const out = tile.out;
-  const int64_t ld = tile.ld;
+  const int64_t ld = tile.ld, depth = elements<E>(n);
   const auto accumulate = [=](int64_t d, int v, Vec<T> x) {
     T* const at = out + d * ld + v * W;
     S::store(at, S::fma(S::load(at), correction[v], x));
   };
+  const E* const weights = reinterpret_cast<const E*>(s);
   if (masked && !values.finite())
-    gemm_hiding<T, NV, Major::kDepth, ZeroHides::kB>(p.value_dim, values.at(k0), values.ld(), s, lanes, n, accumulate);
-  else gemm<T, NV, Major::kDepth>(p.value_dim, values.at(k0), values.ld(), s, lanes, n, accumulate);
+    gemm_hiding<E, NV, Major::kDepth, ZeroHides::kB>(p.value_dim, values.at(k0), values.ld(), weights, lanes, depth,
+                                                     accumulate);
+  else gemm<E, NV, Major::kDepth>(p.value_dim, values.at(k0), values.ld(), weights, lanes, depth, accumulate);
 }
 
 // `count` vectors of a tile from `first` on as a tile of their own, in place: q and out are shared, m and l copied.
-template <class T>
-void part_of_tile(const ForwardTile<T>& tile, int first, int count, ForwardTile<T>& part) {
-  const int skipped = first * Simd<T>::width;
+template <class E>
+void part_of_tile(const ForwardTile<E>& tile, int first, int count, ForwardTile<E>& part) {
+  const int skipped = first * Simd<Accumulator<E>>::width;
   part.nv = count;
-  part.lanes = count * Simd<T>::width;
+  part.lanes = count * Simd<Accumulator<E>>::width;
   part.rows = tile.rows - skipped < part.lanes ? tile.rows - skipped : part.lanes;
   part.first = tile.first + skipped;
   part.all_begin = 0, part.all_end = INT64_MAX;
@@ -145,18 +171,19 @@ void part_of_tile(const ForwardTile<T>& tile, int first, int count, ForwardTile<
 // A tile meets the keys k0 .. k1 of a block, cut where intervals begin and end, so that only vectors that see keys take
 // part: of 48 rows on a causal diagonal and as many keys past the first, a third of the products is nobody's, of rows
 // of two documents half. Key 4 n starts a group of random numbers: cuts are there.
-template <class T>
-void forward_tile_block(const HeadRows& r, ForwardTile<T>& tile, const KeyRows<T>& keys, KeyRows<T>& values, int64_t k0,
-                        int64_t k1, RowLanesScratch<T>& scratch) {
+template <class E>
+void forward_tile_block(const HeadRows& r, ForwardTile<E>& tile, const KeyRows<E>& keys, KeyPairs<E>& values,
+                        int64_t k0, int64_t k1, RowLanesScratch<E>& scratch) {
+  using T = Accumulator<E>;
   constexpr int W = Simd<T>::width;
   const auto begin_of = [&](int v) { return tile.lo[v * W] / 4 * 4; };
   const auto end_of = [&](int v) {
     const int last = (v + 1) * W <= tile.rows ? (v + 1) * W - 1 : tile.rows - 1;
     return (tile.hi[last] + 3) / 4 * 4;
   };
-  const auto meet = [&](ForwardTile<T>& t, int64_t begin, int64_t end) {
+  const auto meet = [&](ForwardTile<E>& t, int64_t begin, int64_t end) {
     with_vectors(t.nv,
-                 [&](auto nv) { forward_block<T, decltype(nv)::value>(r, t, keys, values, begin, end, scratch); });
+                 [&](auto nv) { forward_block<E, decltype(nv)::value>(r, t, keys, values, begin, end, scratch); });
   };
   int first = 0;
   while (k0 < k1) {
@@ -173,7 +200,7 @@ void forward_tile_block(const HeadRows& r, ForwardTile<T>& tile, const KeyRows<T
     if (count == tile.nv) {
       meet(tile, k0, end);
     } else if (count > 0) {
-      ForwardTile<T>& part = scratch.part;
+      ForwardTile<E>& part = scratch.part;
       part_of_tile(tile, first, count, part);
       meet(part, k0, end);
       memcpy(tile.m + first * W, part.m, sizeof(T) * part.lanes);
@@ -184,8 +211,9 @@ void forward_tile_block(const HeadRows& r, ForwardTile<T>& tile, const KeyRows<T
 }
 
 // finish_row() for all rows of a tile.
-template <class T>
-void finish_tile(const HeadRows& r, ForwardTile<T>& tile) {
+template <class E>
+void finish_tile(const HeadRows& r, ForwardTile<E>& tile) {
+  using T = Accumulator<E>;
   using S = Simd<T>;
   const AttentionParams& p = r.p;
   T inverse[RowTile<T>::max_lanes];
@@ -208,8 +236,8 @@ void finish_tile(const HeadRows& r, ForwardTile<T>& tile) {
 }
 
 // A key split leaves m, l and the unnormalised o of its rows: [row][value_dim + 2].
-template <class T>
-void finish_partial(const HeadRows& r, const ForwardTile<T>& tile, T* partial) {
+template <class E, class T>
+void finish_partial(const HeadRows& r, const ForwardTile<E>& tile, T* partial) {
   using S = Simd<T>;
   const int64_t size = r.p.value_dim + 2;
   char* row[RowTile<T>::max_lanes];
@@ -224,14 +252,14 @@ void finish_partial(const HeadRows& r, const ForwardTile<T>& tile, T* partial) {
 }
 
 // `count` tiles from `first` on meet all their keys, block by block.
-template <class T>
+template <class E, class T>
 void forward_tiles(const HeadRows& r, const Tiling<T>& tiling, const RowLanesTask& task, int64_t first, int64_t count,
-                   KeyRows<T>& keys, KeyRows<T>& values, NextTask& next, RowLanesScratch<T>& scratch) {
+                   KeyRows<E>& keys, KeyPairs<E>& values, NextTask& next, RowLanesScratch<E>& scratch) {
   int64_t begin = r.length_k, end = 0;
   for (int64_t t = 0; t < count; ++t) {
-    ForwardTile<T>& tile = scratch.tiles[t];
+    ForwardTile<E>& tile = scratch.tiles[t];
     tile.setup(r, tiling, first + t);
-    start_tile<T>(r, tile);
+    start_tile<E>(r, tile);
     if (tile.begin >= tile.end) continue;
     if (tile.begin < begin) begin = tile.begin;
     if (tile.end > end) end = tile.end;
@@ -239,32 +267,34 @@ void forward_tiles(const HeadRows& r, const Tiling<T>& tiling, const RowLanesTas
   if (begin < task.key_begin) begin = task.key_begin;
   if (end > task.key_end) end = task.key_end;
 
-  for_each_block<T>(scratch.tiles, count, begin, end, keys, values, [&](ForwardTile<T>& tile, int64_t k0, int64_t k1) {
-    next.ask();
-    forward_tile_block<T>(r, tile, keys, values, k0, k1, scratch);
-  });
+  for_each_block(scratch.tiles, count, begin, end, r.length_k, keys, values,
+                 [&](ForwardTile<E>& tile, int64_t k0, int64_t k1) {
+                   next.ask();
+                   forward_tile_block<E>(r, tile, keys, values, k0, k1, scratch);
+                 });
   for (int64_t t = 0; t < count; ++t) {
-    if (task.partial) finish_partial<T>(r, scratch.tiles[t], static_cast<T*>(task.partial));
-    else finish_tile<T>(r, scratch.tiles[t]);
+    if (task.partial) finish_partial<E>(r, scratch.tiles[t], static_cast<T*>(task.partial));
+    else finish_tile<E>(r, scratch.tiles[t]);
   }
 }
 
-template <class T>
+template <class E>
 void forward_row_lanes(const AttentionParams& p, const RowLanesTask& task, void* memory) {
+  using T = Accumulator<E>;
   const HeadRows r(p, task.batch, task.kv_head);
   Arena arena(memory);
   const Tiling<T> tiling(r.count);
-  RowLanesScratch<T>& scratch = RowLanesScratch<T>::in(p, &arena);
+  RowLanesScratch<E>& scratch = RowLanesScratch<E>::in(p, &arena);
   const bool shared = task.tile_end - task.tile_begin > 1;
   const int64_t together = most_keys_seen<T>(r, tiling, task.tile_begin, task.tile_end, kForwardTiles);
-  KeyRows<T> keys(r, p.k, p.k_scales, p.head_dim, shared, together, &arena);
-  KeyRows<T> values(r, p.v, p.v_scales, p.value_dim, shared, together, &arena);
+  KeyRows<E> keys(r, p.k, p.k_scales, p.head_dim, shared, together, &arena);
+  KeyPairs<E> values(r, p.v, p.v_scales, p.value_dim, shared, together, &arena);
   NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
   next.reads_inputs();
   next.reads_rows(p.out, p.value_dim);
   for (int64_t first = task.tile_begin; first < task.tile_end; first += kForwardTiles) {
     const int64_t left = task.tile_end - first;
-    forward_tiles<T>(r, tiling, task, first, left < kForwardTiles ? left : kForwardTiles, keys, values, next, scratch);
+    forward_tiles<E>(r, tiling, task, first, left < kForwardTiles ? left : kForwardTiles, keys, values, next, scratch);
   }
 }
 

@@ -240,28 +240,47 @@ struct ScoreScratch {
       : visible(arena->take<uint64_t>(kBlockKeys)), relative(arena->take<T>(relative_count(p))) {}
 };
 
-// scores[j * ld + lane] of a tile, whose scaled queries are q [head_dim][ldq], against keys k0 .. k0 + n. see(v,
+// The scale in two factors. Pairs of queries take the power of two, which rounds nothing, and scores the rest, 1 to 2, so
+// that no score is out of range before it is scaled.
+template <class E>
+struct Scale {
+  Accumulator<E> of_q, of_scores;
+  explicit Scale(double scale) : of_q(static_cast<Accumulator<E>>(scale)), of_scores(1) {
+    if (!kOfPairs<E>) return;
+    int exponent = 0;
+    if (std::isfinite(scale)) std::frexp(scale, &exponent);
+    exponent = exponent < -125 ? -125 : exponent > 125 ? 125 : exponent;
+    of_q = std::ldexp(Accumulator<E>{1}, exponent - 1);
+    of_scores = static_cast<Accumulator<E>>(scale / static_cast<double>(of_q));
+  }
+};
+
+// scores[j * ld + lane] of a tile, whose queries, times of_q, are q [head_dim][ldq], against keys k0 .. k0 + n. see(v,
 // scores) is told every vector. Nothing is written where the tile sees nothing; kSome also where there is a bias, which
 // can hide: only after kAll may a loop do without looking for -inf. `cap_slopes`: see cap_scores.
-template <class T, int NV, class See>
-ATTN_INLINE Visibility score_block(const HeadRows& r, const RowTile<T>& tile, const T* q, int64_t ldq,
-                                   const KeyRows<T>& keys, int64_t k0, int64_t n, const ScoreScratch<T>& scratch,
+template <class E, int NV, class T, class See>
+ATTN_INLINE Visibility score_block(const HeadRows& r, const RowTile<T>& tile, const E* q, int64_t ldq,
+                                   const KeyRows<E>& keys, int64_t k0, int64_t n, const ScoreScratch<T>& scratch,
                                    T* scores, int64_t ld, T* cap_slopes, const See& see) {
   using S = Simd<T>;
   constexpr int W = S::width;
   const AttentionParams& p = r.p;
+  const int64_t depth = elements<E>(p.head_dim);
+  const Vec<T> factor = S::set1(Scale<E>(p.scale).of_scores);
+  const auto scaled = [=](Vec<T> x) { return kOfPairs<E> ? x * factor : x; };
   uint64_t* const visible = scratch.visible;
   const Visibility seen = visible_keys<T>(r, tile, k0, n, visible);
   if (seen == Visibility::kNothing) return seen;
   if (seen == Visibility::kAll && plain_scores(p)) {
-    gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), q, ldq, r.p.head_dim, [=, &see](int64_t j, int v, Vec<T> x) {
+    gemm<E, NV, Major::kRow>(n, keys.at(k0), keys.ld(), q, ldq, depth, [=, &see](int64_t j, int v, Vec<T> x) {
+      x = scaled(x);
       S::store(scores + j * ld + v * W, x);
       see(v, x);
     });
     return seen;
   }
-  gemm<T, NV, Major::kRow>(n, keys.at(k0), keys.ld(), q, ldq, r.p.head_dim,
-                           [=](int64_t j, int v, Vec<T> x) { S::store(scores + j * ld + v * W, x); });
+  gemm<E, NV, Major::kRow>(n, keys.at(k0), keys.ld(), q, ldq, depth,
+                           [=](int64_t j, int v, Vec<T> x) { S::store(scores + j * ld + v * W, scaled(x)); });
   if (p.soft_cap != 0) cap_scores<T, NV>(p.soft_cap, n, scores, ld, cap_slopes);
   if (p.slopes) add_slopes<T, NV>(r, tile, k0, n, scores, ld);
   if (p.relative_bias) add_relative_bias<T, NV>(r, tile, k0, n, scores, ld, scratch.relative);

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #define ATTN_INLINE inline __attribute__((always_inline))
 
@@ -103,6 +104,42 @@ ATTN_INLINE typename Simd<T>::V sums(typename Simd<T>::V* r) {
 template <class T>
 ATTN_INLINE typename Simd<T>::V maxima(typename Simd<T>::V* r) {
   return Simd<T>::reduced(r, [](auto a, auto b) { return Simd<T>::max(a, b); });
+}
+
+// Two bfloat16, of which some instruction sets multiply and add both at once.
+struct Pair {
+  uint16_t first, second;
+};
+
+// What products are made of, numbers or pairs of them, as vectors: the kernels are templates over it. Sums and all that
+// is not a product are of Accumulator<E>. An instruction set that has products of pairs specialises this for Pair.
+template <class E>
+struct Product {
+  using V = Vec<E>;
+  static constexpr int numbers = 1;  // in an E
+  static ATTN_INLINE V load(const E* p) { return Simd<E>::load(p); }
+  static ATTN_INLINE V set1(const E* p) { return Simd<E>::set1(*p); }
+  static ATTN_INLINE V add(V x, V y, V sum) { return Simd<E>::fma(x, y, sum); }
+  static ATTN_INLINE V number(V x, int) { return x; }
+};
+
+template <class E>
+struct AccumulatorOf {
+  using T = E;
+};
+template <>
+struct AccumulatorOf<Pair> {
+  using T = float;
+};
+template <class E>
+using Accumulator = typename AccumulatorOf<E>::T;
+template <class E>
+constexpr bool kOfPairs = std::is_same_v<E, Pair>;
+
+// How many E hold n numbers.
+template <class E>
+constexpr int64_t elements(int64_t n) {
+  return kOfPairs<E> ? (n + 1) / 2 : n;
 }
 
 }  // namespace

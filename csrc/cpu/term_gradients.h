@@ -56,8 +56,9 @@ __attribute__((noinline)) void add_relative_gradient(const HeadRows& r, const Ro
 
 // sinks[head - first_head] += the gradient of the sink by the rows of a tile. A row that the sink has alone weighs no value,
 // whatever is in d_out there.
-template <class T>
-void add_sink_gradient(const BackwardParams& params, const HeadRows& r, const BackwardTile<T>& tile, double* sinks) {
+template <class E>
+void add_sink_gradient(const BackwardParams& params, const HeadRows& r, const BackwardTile<E>& tile, double* sinks) {
+  using T = Accumulator<E>;
   const T* const d_lse = static_cast<const T*>(params.d_lse);
   for (int i = 0; i < tile.rows; ++i) {
     const double sink = static_cast<double>(static_cast<const T*>(r.p.sinks)[tile.head[i]]);

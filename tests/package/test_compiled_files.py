@@ -36,7 +36,7 @@ def newest_object(isa):
 def isa_list():
     """Of csrc/cpu/isas.inc: the names, best first, that are compiled for this processor, and what they need of it."""
     text = (ROOT / "csrc" / "cpu" / "isas.inc").read_text()
-    entries = re.findall(r"^ISA\((\w+), (\w+), ([^,]*),", text, re.MULTILINE)
+    entries = re.findall(r"^ISA\((\w+), (\w+),\s+([^,]*),", text, re.MULTILINE)
     here = [(name, needs) for name, processor, needs in entries if processor in (platform.machine(), "any")]
     return {name: set(re.findall(r"NEEDS\((\w+)\)", needs)) for name, needs in here}
 

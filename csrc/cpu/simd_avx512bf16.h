@@ -1,0 +1,52 @@
+// AVX-512 with BF16: what kernels for pairs of bfloat16 need, and nothing else; all else is AVX-512's.
+//
+// vdpbf16ps takes no notice of the thread's floating-point mode: it rounds to nearest, and a subnormal number is 0 to it.
+#pragma once
+
+#include "simd_avx512.h"
+
+#define ATTN_OPS_OF_PAIRS_BESIDE avx512
+
+namespace attn_ops::cpu {
+namespace {
+
+template <>
+struct Product<Pair> {
+  using S = Simd<float>;
+  using V = Vec<float>;  // its bits
+  static constexpr int numbers = 2;
+
+  static ATTN_INLINE V load(const Pair* p) { return S::load(reinterpret_cast<const float*>(p)); }
+  static ATTN_INLINE V set1(const Pair* p) {
+    uint32_t bits;
+    memcpy(&bits, p, sizeof bits);
+    return (V)_mm512_set1_epi32(static_cast<int>(bits));
+  }
+  static ATTN_INLINE V add(V x, V y, V sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y); }
+  static ATTN_INLINE V number(V x, int i) {
+    return i == 0 ? (V)_mm512_slli_epi32((__m512i)x, 16) : (V)_mm512_and_epi32((__m512i)x, _mm512_set1_epi32(-65536));
+  }
+
+  // Each lane of `first` and of `second` beside one another, to nearest even.
+  static ATTN_INLINE V pairs(V first, V second) {
+    return (V)_mm512_permutexvar_epi16(beside(), in_turn(first, second));
+  }
+  // All lanes of `first`, then all of `second`: pairs of neighbours.
+  static ATTN_INLINE __m512i in_turn(V first, V second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
+  static ATTN_INLINE void store_neighbours(Pair* to_first, Pair* to_second, V first, V second) {
+    const __m512i both = in_turn(first, second);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_first), _mm512_castsi512_si256(both));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_second), _mm512_extracti64x4_epi64(both, 1));
+  }
+
+ private:
+  static ATTN_INLINE __m512i beside() {
+    typedef int16_t Words __attribute__((vector_size(64)));
+    Words order{};
+    for (int i = 0; i < 16; ++i) order[2 * i] = static_cast<int16_t>(i), order[2 * i + 1] = static_cast<int16_t>(16 + i);
+    return (__m512i)order;
+  }
+};
+
+}  // namespace
+}  // namespace attn_ops::cpu
