@@ -24,17 +24,6 @@
 namespace attn_ops::cpu {
 namespace {
 
-// p and ds of keys that a tile does not see.
-template <class T, int NV>
-ATTN_INLINE void no_weights(int64_t keys, T* prob, T* ds, int64_t ld) {
-  using S = Simd<T>;
-  for (int64_t j = 0; j < keys; ++j)
-    for (int v = 0; v < NV; ++v) {
-      S::store(prob + j * ld + v * S::width, S::zero());
-      S::store(ds + j * ld + v * S::width, S::zero());
-    }
-}
-
 // p (with dropout) and ds of one tile against keys k0 .. k1, into [key][ld]; zeros where nothing is seen.
 template <class E, int NV, class T>
 __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const BackwardTile<E>& tile,
@@ -72,7 +61,7 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
         T *const p_at = prob + j * ld + v * W, *const ds_at = ds + j * ld + v * W;
         const Vec<T> s = S::load(p_at);
         // No score exceeds its maximum; whoever brings the statistics of other scores gets at most a wrong gradient.
-        const Vec<T> e = exp<T>(S::min(S::zero(), s - m[v])) * inverse_l[v];
+        const Vec<T> e = exp<E>(S::min(S::zero(), s - m[v])) * inverse_l[v];
         Vec<T> dp = S::load(ds_at), kept = e;
         if (decltype(may_drop)::value) {
           const Vec<T> f = S::load(scratch.factors + j * lanes + v * W);
@@ -94,28 +83,6 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
   else if (dropout) elementwise(std::false_type{}, std::true_type{});
   else elementwise(std::false_type{}, std::false_type{});
   return seen;
-}
-
-// The p and ds of n keys as what products are made of: of pairs, two rows an element, in place, and ds once more with two
-// keys an element, [key / 2][lanes]. Tiles are packed one after the other, so that joint ones do not meet.
-template <class E, int NV, class T>
-ATTN_INLINE void pack_weights(int64_t n, int64_t lane, T* p, T* ds, int64_t ld, E* ds_pairs) {
-  using S = Simd<T>;
-  using P = Product<E>;
-  constexpr int W = S::width;
-  const auto row = [=](T* x, int64_t j) { return reinterpret_cast<E*>(x + j * ld) + lane / 2; };
-  for (int64_t j = 0; j < n; j += 2) {
-    const bool both = j + 1 < n;
-    const int64_t other = both ? j + 1 : j;
-    for (int v = 0; v < NV; ++v) {
-      const int64_t at = lane + v * W;
-      const Vec<T> p0 = S::load(p + j * ld + at), p1 = S::load(p + other * ld + at);
-      const Vec<T> ds0 = S::load(ds + j * ld + at), ds1 = S::load(ds + other * ld + at);
-      P::store_neighbours(row(p, j) + v * W / 2, row(p, other) + v * W / 2, p0, p1);
-      P::store_neighbours(row(ds, j) + v * W / 2, row(ds, other) + v * W / 2, ds0, ds1);
-      S::store(reinterpret_cast<T*>(ds_pairs + j / 2 * (NV * W) + v * W), P::pairs(ds0, both ? ds1 : S::zero()));
-    }
-  }
 }
 
 // dq += k ds, of one tile and the keys begin .. end.
@@ -168,7 +135,9 @@ void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTil
       if (kind == BiasGradient::kElements && (task.d_bias.starts || what != Visibility::kNothing))
         add_elements<T>(task.d_bias, *t, k0, n, p.seqlen_k, ds, ld);
       masked = masked || what != Visibility::kAll || end - begin < n;
-      if (what != Visibility::kNothing) {
+      const bool sees = what != Visibility::kNothing;
+      if (!sees && t1 - t0 == 1) return;
+      if (sees) {
         if (end_lane == 0) first_lane = lane;
         end_lane = lane + t->lanes;
         if (kind > BiasGradient::kElements)
@@ -180,11 +149,11 @@ void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTil
       const E* of_query = reinterpret_cast<const E*>(seen_ds);
       int64_t of_query_ld = ld;
       if constexpr (kOfPairs<E>) {
-        pack_weights<E, NV>(n, lane, scratch.p, scratch.ds, ld, scratch.ds_pairs);
+        pack_weights<E, NV>(scratch.loss[t - scratch.tiles], k0, n, lane, scratch.p, scratch.ds, ld, scratch.ds_pairs);
         of_query_ld = t->lanes;
         of_query = scratch.ds_pairs + (begin - k0) / 2 * of_query_ld;
       }
-      if (what != Visibility::kNothing)
+      if (sees)
         add_query_gradient<E, NV>(*t, keys.key_pairs(), begin, end, of_query, of_query_ld, p.head_dim,
                                   what == Visibility::kSome);
     });
@@ -225,6 +194,7 @@ void backward_rows(const BackwardParams& params, const HeadRows& r, const Backwa
       }
       tiles[t].setup(r, tiling, first + t);
       start_tile<E>(params, r, tiles[t]);
+      if constexpr (kOfPairs<E>) scratch.loss[t].start(r, tiles[t]);
       if (tiles[t].begin >= tiles[t].end) continue;
       if (tiles[t].begin < begin) begin = tiles[t].begin;
       if (tiles[t].end > end) end = tiles[t].end;
@@ -266,6 +236,7 @@ void backward_rows(const BackwardParams& params, const HeadRows& r, const Backwa
 
     const Vec<T> scale = S::set1(static_cast<T>(p.scale));
     for (int64_t t = 0; t < count; ++t) {
+      if constexpr (kOfPairs<E>) give_back<T>(r, tiles[t], scratch.loss[t], tiles[t].dq);
       char* row[RowTile<T>::max_lanes];
       tiles[t].tensor_rows(r, params.dq, row);
       store_transposed<T>(params.dq.dtype, row, tiles[t].rows, tiles[t].lanes, params.dq.step(), p.head_dim,

@@ -3,6 +3,7 @@
 
 #include "head_lanes.h"
 #include "key_rows.h"
+#include "pair_weights.h"
 #include "row_tile.h"
 #include "scores.h"
 
@@ -69,10 +70,13 @@ struct BackwardScratch {
   static constexpr int64_t max_joint = joint_tiles<T>() * RowTile<T>::max_lanes;
   BackwardTile<E>* tiles;
   T *p, *ds, *factors, *cap_slopes;
-  E* ds_pairs;  // [kBlockKeys / 2][lanes], two keys an element, or null
+  E* ds_pairs;            // of pairs: [kBlockKeys / 2][lanes], two keys an element
+  RoundingLoss<T>* loss;  // of pairs: of each tile
   ScoreScratch<T> score;
 
   static int64_t ds_pairs_count() { return kOfPairs<E> ? kBlockKeys / 2 * RowTile<T>::max_lanes : 0; }
+
+  static int64_t loss_count() { return kOfPairs<E> ? kBackwardTiles : 0; }
 
   static int64_t bytes(const AttentionParams& params) {
     const int64_t lanes = RowTile<T>::max_lanes, d = params.head_dim, dv = params.value_dim;
@@ -82,7 +86,8 @@ struct BackwardScratch {
            Arena::bytes<E>(row_elements * round_to_width<T>(d)) + Arena::bytes<E>(row_elements * round_to_width<T>(dv)) +
            BackwardKeys<E>::bytes(params) + 2 * Arena::bytes<T>(kBlockKeys * max_joint) +
            Arena::bytes<T>(kBlockKeys * lanes) + Arena::bytes<T>(params.soft_cap != 0 ? kBlockKeys * lanes : 0) +
-           Arena::bytes<E>(ds_pairs_count()) + ScoreScratch<T>::bytes(params);
+           Arena::bytes<E>(ds_pairs_count()) + Arena::bytes<RoundingLoss<T>>(loss_count()) +
+           ScoreScratch<T>::bytes(params);
   }
 
   // Consecutive tiles lie behind one another, without gaps, so that joint tiles are one matrix.
@@ -99,7 +104,8 @@ struct BackwardScratch {
     ds = arena.take<T>(kBlockKeys * max_joint);
     factors = arena.take<T>(kBlockKeys * lanes);
     cap_slopes = params.soft_cap != 0 ? arena.take<T>(kBlockKeys * lanes) : nullptr;
-    ds_pairs = kOfPairs<E> ? arena.take<E>(ds_pairs_count()) : nullptr;
+    ds_pairs = arena.take<E>(ds_pairs_count());
+    loss = arena.take<RoundingLoss<T>>(loss_count());
     score = ScoreScratch<T>(params, &arena);
   }
 };

@@ -35,6 +35,9 @@ static constexpr int64_t kForwardTiles = 4;
 // The same in backward.
 static constexpr int64_t kBackwardTiles = 4;
 
+// Keys whose mean stands for all that a tile sees (pair_weights.h).
+static constexpr int64_t kMeanKeys = 16;
+
 // Keys and values that are copied (other dtype, or rows far apart) are kept for the whole task up to this size: one
 // copy then serves all its rows. Above it every group of tiles copies its own.
 static constexpr int64_t kKeptKeysBytes = int64_t{8} << 20;

@@ -36,7 +36,7 @@ __attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<
   }
   for (int64_t j = 0; j < n; ++j)
     for (int v = 0; v < NV; ++v) {
-      const Vec<T> e = exp<T>(S::load(s + j * lanes + v * W) - base[v]);
+      const Vec<T> e = exp<E>(S::load(s + j * lanes + v * W) - base[v]);
       Vec<T> weighted = e * S::load(dp + j * lanes + v * W);
       if (dropout) weighted *= S::load(scratch.factors + j * lanes + v * W);
       l[v] += e;

@@ -114,7 +114,7 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<E>& 
     sum[v] = S::zero();
   }
   const auto probability = [&](int64_t j, int v) {
-    const Vec<T> e = exp<T>(S::load(s + j * lanes + v * W) - base[v]);
+    const Vec<T> e = exp<E>(S::load(s + j * lanes + v * W) - base[v]);
     sum[v] += e;
     return e;
   };

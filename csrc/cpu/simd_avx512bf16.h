@@ -17,6 +17,7 @@ struct Product<Pair> {
   static constexpr int numbers = 2;
 
   static ATTN_INLINE V load(const Pair* p) { return S::load(reinterpret_cast<const float*>(p)); }
+  static ATTN_INLINE void store(Pair* p, V x) { S::store(reinterpret_cast<float*>(p), x); }
   static ATTN_INLINE V set1(const Pair* p) {
     uint32_t bits;
     memcpy(&bits, p, sizeof bits);
@@ -31,8 +32,7 @@ struct Product<Pair> {
   static ATTN_INLINE V pairs(V first, V second) {
     return (V)_mm512_permutexvar_epi16(beside(), in_turn(first, second));
   }
-  // All lanes of `first`, then all of `second`: pairs of neighbours.
-  static ATTN_INLINE __m512i in_turn(V first, V second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
+  // The lanes of each as pairs of neighbours.
   static ATTN_INLINE void store_neighbours(Pair* to_first, Pair* to_second, V first, V second) {
     const __m512i both = in_turn(first, second);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_first), _mm512_castsi512_si256(both));
@@ -40,6 +40,7 @@ struct Product<Pair> {
   }
 
  private:
+  static ATTN_INLINE __m512i in_turn(V first, V second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
   static ATTN_INLINE __m512i beside() {
     typedef int16_t Words __attribute__((vector_size(64)));
     Words order{};

@@ -300,7 +300,8 @@ def all_implementations(on_device=False):
         yield Implementation("core", None, kernels.core_unavailable_reason())
     else:
         for isa in core.isas():
-            yield Implementation(f"core-{isa}", functools.partial(run_core, isa))
+            dtypes = ("bfloat16",) if isa.endswith("bf16") else None  # all that these compute in a way of their own
+            yield Implementation(f"core-{isa}", functools.partial(run_core, isa), dtypes=dtypes)
     for implementation, missing in (("composite", None), ("fused", kernels.unavailable_reason())):
         for mode, thinning in (("eager", 1), ("graph", 4), ("xla", 6)):
             run = functools.partial(_run_tensorflow, mode, implementation)
