@@ -34,16 +34,21 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
   constexpr int W = S::width, lanes = NV * W;
   const AttentionParams& p = r.p;
   const int64_t n = k1 - k0;
-  const Visibility seen =
-      score_block<E, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.score, prob, ld, scratch.cap_slopes,
-                         [](int, Vec<T>) {});
+  const bool kept = tile.kept.s != nullptr;
+  const Visibility seen = kept ? tile.kept.seen_of(k0)
+                               : score_block<E, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.score, prob, ld,
+                                                    scratch.cap_slopes, [](int, Vec<T>) {});
   if (seen == Visibility::kNothing) {
     no_weights<T, NV>(n, prob, ds, ld);
     return seen;
   }
   const bool masked = seen == Visibility::kSome;
-  gemm<E, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, elements<E>(p.value_dim),
-                           [=](int64_t j, int v, Vec<T> x) { S::store(ds + j * ld + v * W, x); });
+  if (!kept)
+    gemm<E, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, elements<E>(p.value_dim),
+                             [=](int64_t j, int v, Vec<T> x) { S::store(ds + j * ld + v * W, x); });
+  const T* const s_from = kept ? tile.kept.s + (k0 - tile.kept.first) * lanes : prob;
+  const T* const dp_from = kept ? tile.kept.dp + (k0 - tile.kept.first) * lanes : ds;
+  const int64_t from_ld = kept ? lanes : ld;
   const bool dropout = p.dropout_rate > 0;
   if (dropout) dropout_factors<T>(Dropout(p, r.batch), tile.position, tile.head, lanes, k0, n, scratch.factors);
 
@@ -59,22 +64,22 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
     for (int64_t j = 0; j < n; ++j)
       for (int v = 0; v < NV; ++v) {
         T *const p_at = prob + j * ld + v * W, *const ds_at = ds + j * ld + v * W;
-        const Vec<T> s = S::load(p_at);
+        const Vec<T> s = S::load(s_from + j * from_ld + v * W);
         // No score exceeds its maximum; whoever brings the statistics of other scores gets at most a wrong gradient.
         const Vec<T> e = exp<E>(S::min(S::zero(), s - m[v])) * inverse_l[v];
-        Vec<T> dp = S::load(ds_at), kept = e;
+        Vec<T> dp = S::load(dp_from + j * from_ld + v * W), weight = e;
         if (decltype(may_drop)::value) {
           const Vec<T> f = S::load(scratch.factors + j * lanes + v * W);
           dp *= f;
-          kept = e * f;
+          weight = e * f;
         }
         Vec<T> g = e * (dp - delta[v]);
         if (decltype(may_hide)::value) {
           const typename S::I hidden = (s == S::set1(-kInfinity<T>)) | nobody[v];
           g = S::select(hidden, S::zero(), g);
-          kept = S::select(hidden, S::zero(), kept);
+          weight = S::select(hidden, S::zero(), weight);
         }
-        S::store(p_at, kept);
+        S::store(p_at, weight);
         S::store(ds_at, g);
       }
   };
@@ -179,8 +184,11 @@ void backward_rows(const BackwardParams& params, const HeadRows& r, const Backwa
   const AttentionParams& p = params.forward;
   const Tiling<T> tiling(r.count);
   const int64_t padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
-  for (int64_t first = task.tile_begin; first < task.tile_end; first += kBackwardTiles) {
-    const int64_t count = task.tile_end - first < kBackwardTiles ? task.tile_end - first : kBackwardTiles;
+  const int64_t kept_keys = BackwardScratch<E>::kept_keys(p);
+  const bool keeps = most_keys_seen<T>(r, tiling, task.tile_begin, task.tile_end, 1) + kBlockKeys <= kept_keys;
+  const int64_t together = keeps ? joint_tiles<T>() : kBackwardTiles;
+  for (int64_t first = task.tile_begin; first < task.tile_end; first += together) {
+    const int64_t count = task.tile_end - first < together ? task.tile_end - first : together;
     BackwardTile<E>* const tiles = scratch.tiles;
     int64_t begin = r.length_k, end = 0;
     for (int64_t t = 0; t < count; ++t) {
@@ -195,6 +203,8 @@ void backward_rows(const BackwardParams& params, const HeadRows& r, const Backwa
       tiles[t].setup(r, tiling, first + t);
       start_tile<E>(params, r, tiles[t]);
       if constexpr (kOfPairs<E>) scratch.loss[t].start(r, tiles[t]);
+      tiles[t].kept = keeps ? scratch.kept[t] : KeptScores<T>();
+      tiles[t].kept.first = tiles[t].begin / kBlockKeys * kBlockKeys;
       if (tiles[t].begin >= tiles[t].end) continue;
       if (tiles[t].begin < begin) begin = tiles[t].begin;
       if (tiles[t].end > end) end = tiles[t].end;
@@ -211,8 +221,9 @@ void backward_rows(const BackwardParams& params, const HeadRows& r, const Backwa
       else clear_sums<T>(task.d_bias, tiles[t], p.seqlen_k, met);
     }
     end = end_of_keys<E>(end, r.length_k);
-    // Key 4 n starts a group of random numbers, or a pair; keys before `begin` are hidden from all rows.
-    const bool in_groups = kOfPairs<E> || p.dropout_rate > 0;
+    // Key 4 n starts a group of random numbers, or a pair; keys before `begin` are hidden from all rows. What is kept is of
+    // blocks that begin so.
+    const bool in_groups = kOfPairs<E> || keeps || p.dropout_rate > 0;
     for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
       const int64_t block_begin = block < begin ? begin : block;
       const int64_t block_end = block + kBlockKeys < end ? block + kBlockKeys : end;

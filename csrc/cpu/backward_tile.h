@@ -10,6 +10,26 @@
 namespace attn_ops::cpu {
 namespace {
 
+// Whether what forward left is too coarse, or not of these scores:
+// - `out` of 16 bits. delta must cancel what the dp of a row have in common; where one channel of the keys is huge, as
+//   trained models have it, what the rounding of `out` leaves of that is many times the gradient of the query.
+// - Few rows. Forward summed their scores in another order (head_lanes.h).
+template <class T>
+bool recomputes_statistics(const AttentionParams& p) {
+  return size_of(p.dtype) == 2 || few_rows<T>(p);
+}
+
+// The scores and dp of a tile, [key - first][lanes], that the pass for the statistics leaves for the one after it: 5 products
+// instead of 7. They go through L2, which costs a quarter of computing them again.
+template <class T>
+struct KeptScores {
+  T *s = nullptr, *dp = nullptr;  // null: nothing is kept
+  Visibility* seen;               // of each block
+  int64_t first;                  // a multiple of kBlockKeys
+
+  Visibility& seen_of(int64_t k0) const { return seen[(k0 - first) / kBlockKeys]; }
+};
+
 template <class E, class T = Accumulator<E>>
 struct BackwardTile : RowTile<T> {
   E *q, *d_out;             // transposed: [head_dim or value_dim][lanes]; q is scaled (Scale::of_q)
@@ -18,6 +38,7 @@ struct BackwardTile : RowTile<T> {
   // p = e^(s - m) inverse_l; a row that sees nothing has 0, 0 and delta 0.
   T m[RowTile<T>::max_lanes], inverse_l[RowTile<T>::max_lanes], delta[RowTile<T>::max_lanes];
   bool q_finite, d_out_finite;
+  KeptScores<T> kept;
 };
 
 // Tiles side by side in one block of p and ds, so that the sums over rows in dv, dk are long enough (>= 48) to pay
@@ -72,9 +93,18 @@ struct BackwardScratch {
   T *p, *ds, *factors, *cap_slopes;
   E* ds_pairs;            // of pairs: [kBlockKeys / 2][lanes], two keys an element
   RoundingLoss<T>* loss;  // of pairs: of each tile
+  KeptScores<T> kept[joint_tiles<T>()];
   ScoreScratch<T> score;
 
   static int64_t ds_pairs_count() { return kOfPairs<E> ? kBlockKeys / 2 * RowTile<T>::max_lanes : 0; }
+
+  // Keys for whose scores there is room, or 0: none are kept.
+  static int64_t kept_keys(const AttentionParams& params) {
+    const int64_t keys = (params.seqlen_k / kBlockKeys + 1) * kBlockKeys;
+    const int64_t most = kKeptScoresBytes / (2 * static_cast<int64_t>(sizeof(T)) * max_joint) / kBlockKeys * kBlockKeys;
+    if (!recomputes_statistics<T>(params) || params.soft_cap != 0) return 0;
+    return keys < most ? keys : most;
+  }
 
   static int64_t loss_count() { return kOfPairs<E> ? kBackwardTiles : 0; }
 
@@ -87,6 +117,8 @@ struct BackwardScratch {
            BackwardKeys<E>::bytes(params) + 2 * Arena::bytes<T>(kBlockKeys * max_joint) +
            Arena::bytes<T>(kBlockKeys * lanes) + Arena::bytes<T>(params.soft_cap != 0 ? kBlockKeys * lanes : 0) +
            Arena::bytes<E>(ds_pairs_count()) + Arena::bytes<RoundingLoss<T>>(loss_count()) +
+           joint_tiles<T>() * (2 * Arena::bytes<T>(kept_keys(params) * lanes) +
+                               Arena::bytes<Visibility>(kept_keys(params) / kBlockKeys)) +
            ScoreScratch<T>::bytes(params);
   }
 
@@ -106,18 +138,14 @@ struct BackwardScratch {
     cap_slopes = params.soft_cap != 0 ? arena.take<T>(kBlockKeys * lanes) : nullptr;
     ds_pairs = arena.take<E>(ds_pairs_count());
     loss = arena.take<RoundingLoss<T>>(loss_count());
+    for (KeptScores<T>& of_tile : kept) {
+      of_tile.s = arena.take<T>(kept_keys(params) * lanes);
+      of_tile.dp = arena.take<T>(kept_keys(params) * lanes);
+      of_tile.seen = arena.take<Visibility>(kept_keys(params) / kBlockKeys);
+    }
     score = ScoreScratch<T>(params, &arena);
   }
 };
-
-// Whether what forward left is too coarse, or not of these scores:
-// - `out` of 16 bits. delta must cancel what the dp of a row have in common; where one channel of the keys is huge, as
-//   trained models have it, what the rounding of `out` leaves of that is many times the gradient of the query.
-// - Few rows. Forward summed their scores in another order (head_lanes.h).
-template <class T>
-bool recomputes_statistics(const AttentionParams& p) {
-  return size_of(p.dtype) == 2 || few_rows<T>(p);
-}
 
 // Reads the rows of `tile` (its geometry is set up) into the scratch, and their statistics where those will do.
 template <class E>

@@ -18,11 +18,14 @@ __attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<
   constexpr int W = S::width, lanes = NV * W;
   const AttentionParams& p = r.p;
   const int64_t n = k1 - k0;
-  T *const s = scratch.p, *const dp = scratch.ds;
+  const bool keeps = tile.kept.s != nullptr;
+  T *const s = keeps ? tile.kept.s + (k0 - tile.kept.first) * lanes : scratch.p;
+  T *const dp = keeps ? tile.kept.dp + (k0 - tile.kept.first) * lanes : scratch.ds;
   Vec<T> m_old[NV], m[NV];
   for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
   const Visibility seen = score_block<E, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.score, s, lanes,
                                              static_cast<T*>(nullptr), [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
+  if (keeps) tile.kept.seen_of(k0) = seen;
   if (seen == Visibility::kNothing) return;
   gemm<E, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, elements<E>(p.value_dim),
                            [=](int64_t j, int v, Vec<T> x) { S::store(dp + j * lanes + v * W, x); });
