@@ -151,16 +151,20 @@ void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTil
           add_relative_gradient<T, NV>(r, *t, begin, end - begin, seen_ds, ld, task.d_relative_bias);
         if (p.soft_cap != 0) through_cap<T, NV>(scratch.cap_slopes, end - begin, seen_ds, ld);
       }
-      const E* of_query = reinterpret_cast<const E*>(seen_ds);
-      int64_t of_query_ld = ld;
+      const auto add_to_query = [&](const E* weights, int64_t weights_ld) {
+        if (sees)
+          add_query_gradient<E, NV>(*t, keys.key_pairs(), begin, end, weights, weights_ld, p.head_dim,
+                                    what == Visibility::kSome);
+      };
       if constexpr (kOfPairs<E>) {
-        pack_weights<E, NV>(scratch.loss[t - scratch.tiles], k0, n, lane, scratch.p, scratch.ds, ld, scratch.ds_pairs);
-        of_query_ld = t->lanes;
-        of_query = scratch.ds_pairs + (begin - k0) / 2 * of_query_ld;
+        const QueryWeights<E>& of_query = scratch.of_query;
+        pack_weights<E, NV>(n, lane, scratch.p, scratch.ds, ld, of_query);
+        const int64_t first = (begin - k0) / 2 * t->lanes;
+        add_to_query(of_query.rounded + first, t->lanes);
+        add_to_query(of_query.rest + first, t->lanes);
+      } else {
+        add_to_query(seen_ds, ld);
       }
-      if (sees)
-        add_query_gradient<E, NV>(*t, keys.key_pairs(), begin, end, of_query, of_query_ld, p.head_dim,
-                                  what == Visibility::kSome);
     });
     q_finite = q_finite && t->q_finite;
     d_out_finite = d_out_finite && t->d_out_finite;
@@ -202,7 +206,6 @@ void backward_rows(const BackwardParams& params, const HeadRows& r, const Backwa
       }
       tiles[t].setup(r, tiling, first + t);
       start_tile<E>(params, r, tiles[t]);
-      if constexpr (kOfPairs<E>) scratch.loss[t].start(r, tiles[t]);
       tiles[t].kept = keeps ? scratch.kept[t] : KeptScores<T>();
       tiles[t].kept.first = tiles[t].begin / kBlockKeys * kBlockKeys;
       if (tiles[t].begin >= tiles[t].end) continue;
@@ -247,7 +250,6 @@ void backward_rows(const BackwardParams& params, const HeadRows& r, const Backwa
 
     const Vec<T> scale = S::set1(static_cast<T>(p.scale));
     for (int64_t t = 0; t < count; ++t) {
-      if constexpr (kOfPairs<E>) give_back<T>(r, tiles[t], scratch.loss[t], tiles[t].dq);
       char* row[RowTile<T>::max_lanes];
       tiles[t].tensor_rows(r, params.dq, row);
       store_transposed<T>(params.dq.dtype, row, tiles[t].rows, tiles[t].lanes, params.dq.step(), p.head_dim,

@@ -91,12 +91,9 @@ struct BackwardScratch {
   static constexpr int64_t max_joint = joint_tiles<T>() * RowTile<T>::max_lanes;
   BackwardTile<E>* tiles;
   T *p, *ds, *factors, *cap_slopes;
-  E* ds_pairs;            // of pairs: [kBlockKeys / 2][lanes], two keys an element
-  RoundingLoss<T>* loss;  // of pairs: of each tile
+  QueryWeights<E> of_query;
   KeptScores<T> kept[joint_tiles<T>()];
   ScoreScratch<T> score;
-
-  static int64_t ds_pairs_count() { return kOfPairs<E> ? kBlockKeys / 2 * RowTile<T>::max_lanes : 0; }
 
   // Keys for whose scores there is room, or 0: none are kept.
   static int64_t kept_keys(const AttentionParams& params) {
@@ -106,8 +103,6 @@ struct BackwardScratch {
     return keys < most ? keys : most;
   }
 
-  static int64_t loss_count() { return kOfPairs<E> ? kBackwardTiles : 0; }
-
   static int64_t bytes(const AttentionParams& params) {
     const int64_t lanes = RowTile<T>::max_lanes, d = params.head_dim, dv = params.value_dim;
     const int64_t row_elements = kBackwardTiles * elements<E>(lanes);
@@ -116,14 +111,14 @@ struct BackwardScratch {
            Arena::bytes<E>(row_elements * round_to_width<T>(d)) + Arena::bytes<E>(row_elements * round_to_width<T>(dv)) +
            BackwardKeys<E>::bytes(params) + 2 * Arena::bytes<T>(kBlockKeys * max_joint) +
            Arena::bytes<T>(kBlockKeys * lanes) + Arena::bytes<T>(params.soft_cap != 0 ? kBlockKeys * lanes : 0) +
-           Arena::bytes<E>(ds_pairs_count()) + Arena::bytes<RoundingLoss<T>>(loss_count()) +
+           QueryWeights<E>::bytes() +
            joint_tiles<T>() * (2 * Arena::bytes<T>(kept_keys(params) * lanes) +
                                Arena::bytes<Visibility>(kept_keys(params) / kBlockKeys)) +
            ScoreScratch<T>::bytes(params);
   }
 
   // Consecutive tiles lie behind one another, without gaps, so that joint tiles are one matrix.
-  BackwardScratch(const AttentionParams& params, Arena& arena) {
+  BackwardScratch(const AttentionParams& params, Arena& arena) : of_query(arena) {
     const int64_t lanes = RowTile<T>::max_lanes, d = params.head_dim, dv = params.value_dim;
     const int64_t row_elements = kBackwardTiles * elements<E>(lanes);
     tiles = arena.take<BackwardTile<E>>(kBackwardTiles);
@@ -136,8 +131,6 @@ struct BackwardScratch {
     ds = arena.take<T>(kBlockKeys * max_joint);
     factors = arena.take<T>(kBlockKeys * lanes);
     cap_slopes = params.soft_cap != 0 ? arena.take<T>(kBlockKeys * lanes) : nullptr;
-    ds_pairs = arena.take<E>(ds_pairs_count());
-    loss = arena.take<RoundingLoss<T>>(loss_count());
     for (KeptScores<T>& of_tile : kept) {
       of_tile.s = arena.take<T>(kept_keys(params) * lanes);
       of_tile.dp = arena.take<T>(kept_keys(params) * lanes);

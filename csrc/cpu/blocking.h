@@ -39,9 +39,6 @@ static constexpr int64_t kBackwardTiles = 4;
 // the L2 cache of most processors (Zen 5, 2026-11-27).
 static constexpr int64_t kKeptScoresBytes = int64_t{1} << 20;
 
-// Keys whose mean stands for all that a tile sees (pair_weights.h).
-static constexpr int64_t kMeanKeys = 16;
-
 // Keys and values that are copied (other dtype, or rows far apart) are kept for the whole task up to this size: one
 // copy then serves all its rows. Above it every group of tiles copies its own.
 static constexpr int64_t kKeptKeysBytes = int64_t{8} << 20;

@@ -85,12 +85,9 @@ __attribute__((noinline)) void gemm_hiding(int64_t rows, const E* a, int64_t lda
     for (int v = 0; v < NV; ++v) {
       Vec<T> acc = S::zero();
       for (int64_t k = 0; k < depth; ++k) {
-        const typename P::V xs = P::set1(M == Major::kRow ? a + r * lda + k : a + r + k * lda);
-        const typename P::V ys = P::load(b + k * ldb + v * S::width);
-        for (int i = 0; i < P::numbers; ++i) {
-          const Vec<T> x = P::number(xs, i), y = P::number(ys, i), probability = Z == ZeroHides::kA ? x : y;
-          acc = S::select(probability == S::zero(), acc, S::fma(x, y, acc));
-        }
+        const typename P::V x = P::set1(M == Major::kRow ? a + r * lda + k : a + r + k * lda);
+        const typename P::V y = P::load(b + k * ldb + v * S::width);
+        acc = Z == ZeroHides::kA ? P::add(x, P::hidden(x, y), acc) : P::add(P::hidden(y, x), y, acc);
       }
       epilogue(r, v, acc);
     }

@@ -121,6 +121,10 @@ struct Product {
   static ATTN_INLINE V set1(const E* p) { return Simd<E>::set1(*p); }
   static ATTN_INLINE V add(V x, V y, V sum) { return Simd<E>::fma(x, y, sum); }
   static ATTN_INLINE V number(V x, int) { return x; }
+  // x, and 0 where the weight is.
+  static ATTN_INLINE V hidden(V weight, V x) {
+    return Simd<E>::select(weight == Simd<E>::zero(), Simd<E>::zero(), x);
+  }
 };
 
 template <class E>

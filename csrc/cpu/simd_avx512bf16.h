@@ -27,6 +27,9 @@ struct Product<Pair> {
   static ATTN_INLINE V number(V x, int i) {
     return i == 0 ? (V)_mm512_slli_epi32((__m512i)x, 16) : (V)_mm512_and_epi32((__m512i)x, _mm512_set1_epi32(-65536));
   }
+  static ATTN_INLINE V hidden(V weight, V x) {
+    return (V)_mm512_maskz_mov_epi16(_mm512_test_epi16_mask((__m512i)weight, _mm512_set1_epi16(0x7fff)), (__m512i)x);
+  }
 
   // Each lane of `first` and of `second` beside one another, to nearest even.
   static ATTN_INLINE V pairs(V first, V second) {

@@ -10,6 +10,11 @@ from fuzz import cases
 from implementations import expanded_table, table_gradient
 
 
+def kernel_precision(case, isa):
+    """The dtype in which the kernels of an instruction set compute a case: some round weights to bfloat16."""
+    return case.query.dtype if isa.endswith("bf16") and case.dtype == "bfloat16" else case.accumulator
+
+
 class Core:
     """The kernels of one instruction set on NumPy arrays, which may lie in memory in any way."""
 
@@ -23,7 +28,7 @@ class Core:
 
     def precision(self, case):
         """The dtype in which it computes."""
-        return case.accumulator
+        return kernel_precision(case, self.isa)
 
     def __call__(self, case, turn=0, threads=None):
         """Results by name. `turn`: which garbage of the case, and on how many threads if `threads` does not say."""
@@ -103,7 +108,7 @@ class Other:
         self.name, self.share = name, share
 
     def precision(self, case):
-        return case.accumulator
+        return kernel_precision(case, kernels.core().default_isa()) if "fused" in self.name else case.accumulator
 
     def __call__(self, case):
         query, key, value, d_out, d_lse, options = case.arguments()
