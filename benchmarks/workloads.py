@@ -162,6 +162,8 @@ _REPORT = (
     *(_variant("bert_base_512", dtype, dtype=dtype) for dtype in ("float16", "bfloat16", "float64")),
     # The same as their bases, under names of their own: they are measured in the rounds of what is compared with them.
     _variant("bert_base_512", "float32"),
+    _variant("long_2048", "float32"),
+    _variant("long_2048", "bfloat16", dtype="bfloat16"),
     _variant("long_2048", "unmasked"),
     _variant("length_1024", "unmasked"),
     _variant("long_2048", PADDING, mask=PADDING),

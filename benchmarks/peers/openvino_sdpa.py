@@ -1,13 +1,14 @@
 """OpenVINO's ScaledDotProductAttention (opset 13) on contiguous [batch, heads, seqlen, head_dim], forward only.
 
-Half-precision tensors are computed in float32, as OpenVINO's CPU plugin does anyway without native half arithmetic.
+float16 tensors are computed in float32, as OpenVINO's CPU plugin does anyway without native half arithmetic; bfloat16 ones
+natively where the processor can.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from workloads import BIAS, BOOLEAN, FORWARD, PADDING, SEGMENTS, dense_mask
+from workloads import BIAS, BOOLEAN, FORWARD, PADDING, SEGMENTS, dense_mask, numpy_dtype
 
 from .base import Peer, threads
 
@@ -15,7 +16,7 @@ from .base import Peer, threads
 class OpenVinoSdpa(Peer):
     name = "openvino_sdpa"
     modules = ("openvino",)
-    dtypes = ("float32", "float16")
+    dtypes = ("float32", "float16", "bfloat16")
     masks = (PADDING, SEGMENTS, BOOLEAN, BIAS)
     windows = True
 
@@ -32,18 +33,24 @@ class OpenVinoSdpa(Peer):
         if mask is not None:
             rows_and_keys = (workload.seqlen_q, workload.seqlen_k)
             arrays.append(np.broadcast_to(mask, (*mask.shape[:2], *rows_and_keys)).copy())
-        parameters = [opset13.parameter(x.shape, x.dtype) for x in arrays]
+        of_bfloat16 = workload.dtype == "bfloat16"
+        types = [openvino.Type.bf16 if x.dtype.name == "bfloat16" else openvino.Type(x.dtype) for x in arrays]
+        parameters = [opset13.parameter(x.shape, of_x) for x, of_x in zip(arrays, types)]
         node = opset13.scaled_dot_product_attention(*parameters, causal=workload.is_causal)
         options = {
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if of_bfloat16 else "f32",
             "INFERENCE_NUM_THREADS": threads(),
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
         }
         compiled = openvino.Core().compile_model(openvino.Model([node], parameters, "attention"), "CPU", options)
         request = compiled.create_infer_request()
-        for index, array in enumerate(arrays):
-            request.set_input_tensor(index, openvino.Tensor(array, shared_memory=True))
+        for index, (array, of_x) in enumerate(zip(arrays, types)):
+            if of_x == openvino.Type.bf16:  # which NumPy has not: as 16 bits
+                tensor = openvino.Tensor(array.view(np.uint16), array.shape, of_x)
+            else:
+                tensor = openvino.Tensor(array, shared_memory=True)
+            request.set_input_tensor(index, tensor)
 
         def step():
             request.infer()
@@ -53,7 +60,10 @@ class OpenVinoSdpa(Peer):
 
     def outputs(self, workload, mode, result):
         request, _ = result
-        return [request.get_output_tensor().data.transpose(0, 2, 1, 3).copy()]
+        out = request.get_output_tensor().data
+        if workload.dtype == "bfloat16":
+            out = out.view(numpy_dtype("bfloat16"))
+        return [out.transpose(0, 2, 1, 3).copy()]
 
 
 def peers():

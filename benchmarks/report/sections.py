@@ -28,6 +28,7 @@ DECODE_BATCH_8 = ("llama8b_decode_1k_batch8", "llama8b_decode_4k_batch8")
 DECODE = DECODE_BATCH_1 + DECODE_BATCH_8
 DECODE_WITH_KERAS = ("llama8b_decode_1k", "llama8b_decode_8k")  # seconds a step: the others would take all the time
 HALF_BASE, HALF = "bert_base_512_float32", ("bert_base_512_float16", "bert_base_512_bfloat16")
+BF16 = {"bert_base_512_bfloat16": "bert_base_512_float32", "long_2048_bfloat16": "long_2048_float32"}  # and their bases
 FLOAT64 = "bert_base_512_float64"
 MASKS_BASE = "long_2048_unmasked"
 MASKS = tuple(f"long_2048_{mask}" for mask in (PADDING, "window", SEGMENTS))
@@ -47,6 +48,7 @@ TITLES = {
     "training": "forward + backward",
     "decode": "decode: 1 query, 32/8 heads",
     "half": "float16, bfloat16",
+    "bf16": "bfloat16 against float32, N >= 512",
     "float64": "float64",
     "masks": "padding, window, segments",
     "bias": "additive bias, boolean mask",
@@ -84,6 +86,11 @@ def groups(section: str, threads: int, most_threads: int, names: list[str] | Non
     if section == "half":
         # Keras takes seconds a step here and is left out.
         return [group((HALF_BASE, FORWARD, (OURS,)), *((name, FORWARD, _MASKED) for name in HALF))]
+    if section == "bf16":
+        peers = {FORWARD: _MASKED, FORWARD_BACKWARD: (OURS, "torch_sdpa")}
+        return [
+            group((base, mode, (OURS,)), (name, mode, peers[mode])) for name, base in BF16.items() for mode in peers
+        ]
     if section == "float64":
         return [group((FLOAT64, FORWARD, (OURS, "torch_sdpa", "keras_graph")))]
     if section == "masks":

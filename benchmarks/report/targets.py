@@ -122,6 +122,16 @@ def _compared_with(base, part_left=False):
     return value
 
 
+def _float32_takes(mode):
+    """The time of the same work in float32, in the same rounds, against ours."""
+
+    def value(measured, workload, threads):
+        time, base = (measured.seconds(name, mode, threads) for name in (workload, sections.BF16[workload]))
+        return base / time if base and time else None
+
+    return value
+
+
 def _speed_up(mode):
     def value(measured, workload, threads):
         one = measured.seconds(workload, mode, threads, "attn_ops_core_1_thread")
@@ -218,6 +228,9 @@ TARGETS = (
     Target("decode", "Keras takes", sections.DECODE_WITH_KERAS, _against(_F, "keras_graph", ours=EAGER), 40, "x"),
     Target("half", "of our float32 time", sections.HALF, _compared_with(sections.HALF_BASE), 1.15, "x", at_least=False),
     Target("half", "the best peer takes", sections.HALF, _against(_F, *RIVALS, "jax"), 1.3, "x"),
+    Target("bf16", "forward: our float32 takes", tuple(sections.BF16), _float32_takes(_F), 1.7, "x"),
+    Target("bf16", "forward: the best peer takes", tuple(sections.BF16), _against(_F, *RIVALS, "jax"), 1.15, "x"),
+    Target("bf16", "forward + backward: our float32 takes", tuple(sections.BF16), _float32_takes(_FB), 1.5, "x"),
     Target("float64", f"{_FMA} in float64", (sections.FLOAT64,), _percent(_F), 75, " %"),
     Target(
         "masks",

@@ -14,6 +14,8 @@ template <>
 struct Product<Pair> {
   using S = Simd<float>;
   using V = Vec<float>;  // its bits
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  typedef int16_t Halves __attribute__((vector_size(64)));
   static constexpr int numbers = 2;
 
   static ATTN_INLINE V load(const Pair* p) { return S::load(reinterpret_cast<const float*>(p)); }
@@ -21,14 +23,12 @@ struct Product<Pair> {
   static ATTN_INLINE V set1(const Pair* p) {
     uint32_t bits;
     memcpy(&bits, p, sizeof bits);
-    return (V)_mm512_set1_epi32(static_cast<int>(bits));
+    return (V)(Words{} + bits);
   }
   static ATTN_INLINE V add(V x, V y, V sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y); }
-  static ATTN_INLINE V number(V x, int i) {
-    return i == 0 ? (V)_mm512_slli_epi32((__m512i)x, 16) : (V)_mm512_and_epi32((__m512i)x, _mm512_set1_epi32(-65536));
-  }
+  static ATTN_INLINE V number(V x, int i) { return (V)(i == 0 ? (Words)x << 16 : (Words)x & 0xffff0000u); }
   static ATTN_INLINE V hidden(V weight, V x) {
-    return (V)_mm512_maskz_mov_epi16(_mm512_test_epi16_mask((__m512i)weight, _mm512_set1_epi16(0x7fff)), (__m512i)x);
+    return (V)((Halves)x & (((Halves)weight & int16_t{0x7fff}) != 0));
   }
 
   // Each lane of `first` and of `second` beside one another, to nearest even.
@@ -45,8 +45,7 @@ struct Product<Pair> {
  private:
   static ATTN_INLINE __m512i in_turn(V first, V second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
   static ATTN_INLINE __m512i beside() {
-    typedef int16_t Words __attribute__((vector_size(64)));
-    Words order{};
+    Halves order{};
     for (int i = 0; i < 16; ++i) order[2 * i] = static_cast<int16_t>(i), order[2 * i + 1] = static_cast<int16_t>(16 + i);
     return (__m512i)order;
   }

@@ -1,4 +1,4 @@
-// Stands before the compiler's <immintrin.h> and gives the AVX-512 intrinsics that csrc/cpu uses to a processor which has
+// Stands before the compiler's <immintrin.h> and gives the AVX-512 intrinsics, those of BF16 among them, that csrc/cpu uses to a processor which has
 // only AVX2, FMA and F16C: the same results bit by bit, by halves. See run.py.
 //
 // The types are the compiler's own, which has 64-byte vectors for every processor. An intrinsic that is missing here
@@ -121,19 +121,50 @@ EMULATED __m512 shuffle_ps(__m512 a, __m512 b) {
   return by_halves<Floats>([](__m256 x, __m256 y) { return _mm256_shuffle_ps(x, y, kControl); }, a, b);
 }
 
+typedef unsigned Words __attribute__((vector_size(64)));
+typedef short Halves16 __attribute__((vector_size(64)));
+
+// bfloat16, to nearest even; NaN stays NaN.
+EMULATED Words rounded_to_bf16(__m512 x) {
+  const Words bits = (Words)x;
+  return (Words)(x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : bits >> 16 | 0x40u);
+}
+EMULATED __m512bh cvtne2ps_pbh(__m512 a, __m512 b) {
+  const Words high = rounded_to_bf16(a), low = rounded_to_bf16(b);
+  Halves16 both{};
+  for (int i = 0; i < 16; ++i) both[i] = static_cast<short>(low[i]), both[16 + i] = static_cast<short>(high[i]);
+  return (__m512bh)both;
+}
+EMULATED __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+  const Words x = (Words)a, y = (Words)b;
+  sum = fmadd_ps((__m512)(x & 0xffff0000u), (__m512)(y & 0xffff0000u), sum);
+  return fmadd_ps((__m512)(x << 16), (__m512)(y << 16), sum);
+}
+EMULATED __m512i permutexvar_epi16(__m512i order, __m512i x) {
+  Halves16 moved{};
+  for (int i = 0; i < 32; ++i) moved[i] = ((Halves16)x)[((Halves16)order)[i] & 31];
+  return (__m512i)moved;
+}
+EMULATED __m256i extract_half(__m512i x, int half) { return Integers{x}.half[half]; }
+
 }  // namespace
 }  // namespace attn_ops_emulated
 
 #undef EMULATED
 #undef _mm512_cvtps_ph
+#undef _mm512_extracti64x4_epi64
 #undef _mm512_shuffle_f32x4
 #undef _mm512_shuffle_f64x2
 #undef _mm512_shuffle_ps
 #define _mm256_maskz_loadu_epi16(mask, p) attn_ops_emulated::masked_load<__m256i, short>(mask, p)
+#define _mm512_castsi512_si256(x) attn_ops_emulated::extract_half(x, 0)
 #define _mm512_cvtepi32_ps attn_ops_emulated::cvtepi32_ps
 #define _mm512_cvtepi8_epi32 attn_ops_emulated::cvtepi8_epi32
+#define _mm512_cvtne2ps_pbh attn_ops_emulated::cvtne2ps_pbh
 #define _mm512_cvtph_ps attn_ops_emulated::cvtph_ps
 #define _mm512_cvtps_ph(a, rounding) attn_ops_emulated::cvtps_ph<rounding>(a)
+#define _mm512_dpbf16_ps attn_ops_emulated::dpbf16_ps
+#define _mm512_extracti64x4_epi64 attn_ops_emulated::extract_half
 #define _mm512_fmadd_pd attn_ops_emulated::fmadd_pd
 #define _mm512_fmadd_ps attn_ops_emulated::fmadd_ps
 #define _mm512_maskz_loadu_pd(mask, p) attn_ops_emulated::masked_load<__m512d, double>(mask, p)
@@ -145,6 +176,7 @@ EMULATED __m512 shuffle_ps(__m512 a, __m512 b) {
 #define _mm512_movepi32_mask attn_ops_emulated::movepi32_mask
 #define _mm512_movepi64_mask attn_ops_emulated::movepi64_mask
 #define _mm512_mul_epu32 attn_ops_emulated::mul_epu32
+#define _mm512_permutexvar_epi16 attn_ops_emulated::permutexvar_epi16
 #define _mm512_set1_epi64 attn_ops_emulated::set1_epi64
 #define _mm512_set1_pd attn_ops_emulated::set1_pd
 #define _mm512_set1_ps attn_ops_emulated::set1_ps

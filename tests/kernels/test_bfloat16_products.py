@@ -1,0 +1,104 @@
+"""Kernels that multiply pairs of bfloat16 natively: which calls they take, and what their rounding may change."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from attn_ops import kernels
+
+core = kernels.core()
+NATIVE = [isa for isa in core.isas() if isa.endswith("bf16")]
+pytestmark = pytest.mark.skipif(not NATIVE, reason="this processor has no products of bfloat16")
+BFLOAT16 = ml_dtypes.bfloat16
+
+
+def run(inputs, isa, **options):
+    """out, lse, dq, dk, dv."""
+    query, key, value, d_out = inputs
+    out, lse, statistics = core.forward(query, key, value, isa=isa, **options)
+    gradients = core.backward(query, key, value, out, statistics, d_out, isa=isa, **options)
+    return out, lse, *gradients[:3]
+
+
+def arrays(seqlen_q=70, seqlen_k=45, head_dim=32, value_dim=16, dtype=BFLOAT16, heads=2):
+    rng = np.random.default_rng(3)
+    shapes = [(2, seqlen_q, heads, head_dim), (2, seqlen_k, heads, head_dim), (2, seqlen_k, heads, value_dim)]
+    return [rng.standard_normal(shape).astype(dtype) for shape in (*shapes, (2, seqlen_q, heads, value_dim))]
+
+
+def strided(x):
+    """The same numbers, 4 bytes apart."""
+    return np.repeat(x, 2, axis=-1)[..., ::2]
+
+
+def widened(inputs, **options):
+    return run(inputs, NATIVE[0].removesuffix("bf16"), **options)
+
+
+def equal(first, second):
+    return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        arrays(head_dim=31),
+        arrays(value_dim=15),
+        arrays(dtype=np.float16),
+        arrays(dtype=np.float32),
+        [strided(x) for x in arrays()],
+    ],
+    ids=["odd head_dim", "odd value_dim", "float16", "float32", "strided"],
+)
+def test_other_calls_are_those_of_the_set_beside(inputs):
+    assert equal(run(inputs, NATIVE[0]), widened(inputs))
+
+
+def test_bfloat16_calls_are_its_own():
+    assert not equal(run(arrays(), NATIVE[0]), widened(arrays()))
+
+
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(70, 45), (9, 1), (48, 128), (33, 257), (300, 130)])
+@pytest.mark.parametrize("options", [{}, {"window_right": 0}, {"window_left": 6, "window_right": 3}])
+def test_only_weights_are_rounded(seqlen_q, seqlen_k, options):
+    """Scores are sums in float32 of exact products: lse is as good as that of float32 inputs, and dq as its rounding."""
+    inputs = arrays(seqlen_q, seqlen_k)
+    out, lse, dq, dk, dv = run(inputs, NATIVE[0], **options)
+    expected = run([x.astype(np.float64) for x in inputs], NATIVE[0], **options)
+    sees = np.isfinite(expected[1])
+    assert np.array_equal(np.isfinite(lse), sees) and np.abs(lse - expected[1])[sees].max() < 2e-6
+    for name, found, wanted, roundings in zip(("out", "dq", "dk", "dv"), (out, dq, dk, dv), (expected[0], *expected[2:]), (2, 1, 3, 2)):
+        error = np.abs(found.astype(np.float64) - wanted).max()
+        assert error <= roundings * 2.0**-8 * np.abs(wanted).max(), name
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 3e38])
+def test_an_odd_key_at_the_end_brings_no_neighbour(garbage):
+    """Keys go in pairs: what lies beside the last one a row sees, hidden or of another sequence, must not be seen."""
+    clean = arrays(seqlen_k=47)
+    for end, options in ((45, {"key_lengths": np.array([45, 45])}), (1, {"window_left": 0, "window_right": 0})):
+        dirty = [x.copy() for x in clean]
+        for x in dirty[1:3]:
+            x[:, end if "key_lengths" in options else 46 :] = garbage
+        found, wanted = (run(x, NATIVE[0], **options) for x in (dirty, clean))
+        rows = slice(None) if "key_lengths" in options else slice(0, 46)
+        assert all(np.array_equal(a[:, rows], b[:, rows]) for a, b in zip((found[0], found[2]), (wanted[0], wanted[2])))
+        assert all(np.array_equal(a[:, :end], b[:, :end]) for a, b in zip(found[3:], wanted[3:]))
+
+
+@pytest.mark.parametrize("scale", [0.3, -1.7, 2.0**-3, 1e-30, 0.0])
+def test_scales(scale):
+    inputs = arrays()
+    out, lse, *_ = run(inputs, NATIVE[0], scale=scale)
+    expected = run([x.astype(np.float64) for x in inputs], NATIVE[0], scale=scale)
+    assert np.abs(lse - expected[1]).max() < 2e-6 * max(1, np.abs(expected[1]).max())
+    assert np.abs(out.astype(np.float64) - expected[0]).max() <= 2.0**-7 * np.abs(expected[0]).max()
+
+
+def test_scores_in_range_only_once_scaled():
+    """q k is 2.6e39, past the end of float32, and times the scale it is not."""
+    query, key, value, d_out = arrays(8, 12, 64)
+    query[:], key[:] = 2.0**66, 2.0**59
+    key[:, 1::2] = -key[:, 1::2]
+    out, lse, *_ = run((query, key, value, d_out), NATIVE[0], scale=2.0**-7)
+    assert np.allclose(out.astype(np.float64), value[:, ::2].astype(np.float64).mean(axis=1, keepdims=True), atol=2e-2)
+    assert np.all(lse == np.float32(2.0**124))
