@@ -15,27 +15,40 @@ namespace {
 typedef uint32_t Words __attribute__((vector_size(sizeof(Vec<float>))));
 constexpr int kWordLanes = sizeof(Words) / 4;
 
-// High and low halves of the 64-bit products x * m.
-ATTN_INLINE void multiply_wide(Words x, uint32_t m, Words* high, Words* low) {
-  typedef uint64_t Longs __attribute__((vector_size(sizeof(Words))));
-  const Longs even = Simd<float>::multiply_even((Longs)x, m);
-  const Longs odd = Simd<float>::multiply_even((Longs)x >> 32, m);
-  *low = (Words)((even & 0xffffffffu) | odd << 32);
-  *high = (Words)(even >> 32 | (odd & ~uint64_t{0xffffffffu}));
+// The keys of the ten rounds, each as a vector: they stay in the cache, while to make one costs as much as a product.
+typedef Simd<float>::Longs Longs;
+struct RoundKeys {
+  Longs first[10], second[10];
+  RoundKeys(uint32_t key0, uint32_t key1) {
+    for (int round = 0; round < 10; ++round) {
+      first[round] = (Longs)(Words{} + key0);
+      second[round] = (Longs)(Words{} + key1);
+      key0 += 0x9E3779B9u;
+      key1 += 0xBB67AE85u;
+    }
+  }
+};
+
+// Ten rounds on words that are the low halves of 64-bit numbers: those that a product is made of, and half of what it gives.
+// What is in upper halves never counts.
+ATTN_INLINE void philox_rounds(Longs c[4], const RoundKeys& keys) {
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    const Longs product0 = Simd<float>::multiply_even(c[0], 0xD2511F53u);
+    const Longs product1 = Simd<float>::multiply_even(c[2], 0xCD9E8D57u);
+    c[0] = product1 >> 32 ^ c[1] ^ keys.first[round];
+    c[1] = product1;
+    c[2] = product0 >> 32 ^ c[3] ^ keys.second[round];
+    c[3] = product0;
+  }
 }
 
-ATTN_INLINE void philox(Words c[4], uint32_t key0, uint32_t key1) {
-  for (int round = 0; round < 10; ++round) {
-    Words high0, low0, high1, low1;
-    multiply_wide(c[0], 0xD2511F53u, &high0, &low0);
-    multiply_wide(c[2], 0xCD9E8D57u, &high1, &low1);
-    c[0] = high1 ^ c[1] ^ key0;
-    c[1] = low1;
-    c[2] = high0 ^ c[3] ^ key1;
-    c[3] = low0;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
+ATTN_INLINE void philox(Words c[4], const RoundKeys& keys) {
+  Longs even[4], odd[4];
+  for (int i = 0; i < 4; ++i) even[i] = (Longs)c[i], odd[i] = (Longs)c[i] >> 32;
+  philox_rounds(even, keys);
+  philox_rounds(odd, keys);
+  for (int i = 0; i < 4; ++i) c[i] = (Words)Simd<float>::low_halves(even[i], odd[i]);
 }
 
 struct Dropout {
@@ -50,24 +63,44 @@ struct Dropout {
         first_head(static_cast<uint32_t>(batch * p.num_heads)), keep_scale(1.0 / (1.0 - p.dropout_rate)) {}
 };
 
+ATTN_INLINE Words load_words(const uint32_t* from) {
+  Words words;
+  memcpy(&words, from, sizeof words);
+  return words;
+}
+ATTN_INLINE Words first_words(const uint32_t* from, int n) {
+  Words words{};
+  memcpy(&words, from, n * 4);
+  return words;
+}
+
 // factor[j][r] = 1 / (1 - rate) or 0 for keys k0 <= k0 + j < k0 + keys (k0 a multiple of 4) and `lanes` rows, lane r
 // being row `row[r]` of head `head[r]`.
 template <class T>
 __attribute__((noinline)) void dropout_factors(const Dropout& d, const uint32_t* row, const uint32_t* head, int lanes,
                                                int64_t k0, int64_t keys, T* factor) {
   const T keep = static_cast<T>(d.keep_scale);
+  const RoundKeys round_keys(d.key0, d.key1);
   for (int64_t j = 0; j < keys; j += 4)
     for (int r0 = 0; r0 < lanes; r0 += kWordLanes) {
-      Words c[4] = {Words{} + static_cast<uint32_t>((k0 + j) >> 2), Words{}, Words{}, Words{} + d.offset};
       const int n = lanes - r0 < kWordLanes ? lanes - r0 : kWordLanes;
-      memcpy(&c[1], row + r0, n * 4);
-      memcpy(&c[2], head + r0, n * 4);
-      c[2] += d.first_head;
-      philox(c, d.key0, d.key1);
-      for (int64_t i = 0; i < 4 && j + i < keys; ++i) {
+      const bool whole = n == kWordLanes;
+      // In registers, which a copy of unknown size into them would not let them be.
+      Words c[4] = {Words{} + static_cast<uint32_t>((k0 + j) >> 2), whole ? load_words(row + r0) : first_words(row + r0, n),
+                    (whole ? load_words(head + r0) : first_words(head + r0, n)) + d.first_head, Words{} + d.offset};
+      philox(c, round_keys);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        if (j + i >= keys) break;
+        T* const at = factor + (j + i) * lanes + r0;
+        if (sizeof(T) == 4 && whole) {
+          const Words factors = (Words)Simd<float>::set1(static_cast<float>(keep)) & (Words)(c[i] >= d.threshold);
+          memcpy(at, &factors, sizeof factors);
+          continue;
+        }
         uint32_t word[kWordLanes];
         memcpy(word, &c[i], sizeof word);
-        for (int r = 0; r < n; ++r) factor[(j + i) * lanes + r0 + r] = word[r] >= d.threshold ? keep : T{0};
+        for (int r = 0; r < n; ++r) at[r] = word[r] >= d.threshold ? keep : T{0};
       }
     }
 }

@@ -16,12 +16,14 @@ namespace attn_ops::cpu {
 namespace {
 
 // s + bias. A bias of -inf hides, whatever the score is. A sum of finite numbers stays finite: past the end of the
-// range -inf would hide a key that is not hidden, and inf would make the row NaN.
+// range -inf would hide a key that is not hidden, and inf would make the row NaN. Almost all sums are finite as they are.
 template <class T>
 ATTN_INLINE Vec<T> biased(Vec<T> s, Vec<T> bias) {
   using S = Simd<T>;
+  const Vec<T> sum = s + bias;
+  if (__builtin_expect(S::finite(sum), 1)) return sum;
   const Vec<T> largest = S::set1(kLargest<T>), hidden = S::set1(-kInfinity<T>);
-  const Vec<T> sum = s + bias, finite = S::fma(s, S::zero(), bias * S::zero());  // 0, or NaN
+  const Vec<T> finite = S::fma(s, S::zero(), bias * S::zero());  // 0, or NaN
   const Vec<T> inside = S::max(-largest, S::min(largest, sum));
   return S::select(bias == hidden, hidden, S::select(finite == S::zero(), inside, sum));
 }

@@ -25,6 +25,7 @@ template <class T, class Int, int kBytes>
 struct SimdBase {
   typedef T V __attribute__((vector_size(kBytes)));
   typedef Int I __attribute__((vector_size(kBytes)));
+  typedef uint64_t Longs __attribute__((vector_size(kBytes)));
   typedef T Unaligned __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
   static constexpr int width = kBytes / sizeof(T);
 
@@ -69,6 +70,9 @@ struct SimdBase {
   static ATTN_INLINE V max(V a, V b) { return a > b ? a : b; }
   static ATTN_INLINE V min(V a, V b) { return a < b ? a : b; }
 
+  // The low 32-bit halves of even and odd numbers in turn.
+  static ATTN_INLINE Longs low_halves(Longs even, Longs odd) { return (even & 0xffffffffu) | odd << 32; }
+
   // r[i][j] <-> r[j][i]
   static ATTN_INLINE void transpose(V* r) {
     for (int i = 0; i < width; ++i)
@@ -88,6 +92,9 @@ struct SimdBase {
       for (int i = 0; i < half; ++i) r[i] = join(r[i], r[i + half]);
     return r[0];
   }
+
+  // Whether all lanes are.
+  static ATTN_INLINE bool finite(V x) { return !Simd<T>::any(x - x != V{}); }
 
   static ATTN_INLINE bool any(I mask) {
     Int bits = 0;

@@ -20,9 +20,11 @@ struct Simd<float> : SimdBase<float, int32_t, 32> {
   static ATTN_INLINE bool any(I mask) { return _mm256_movemask_ps((__m256)mask) != 0; }
 
   // Products of the even (low) 32-bit halves.
-  typedef uint64_t Longs __attribute__((vector_size(32)));
   static ATTN_INLINE Longs multiply_even(Longs a, uint32_t m) {
     return (Longs)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
+  }
+  static ATTN_INLINE Longs low_halves(Longs even, Longs odd) {
+    return (Longs)_mm256_blend_epi32((__m256i)even, (__m256i)(odd << 32), 0xaa);
   }
 
   static ATTN_INLINE V load(const float* p, int64_t n) {

@@ -9,6 +9,7 @@ namespace attn_ops::cpu {
 namespace {
 
 constexpr int kVectorRegisters = 32;
+constexpr int kNotFinite = 0x99;  // of vfpclass: quiet NaN, inf, -inf, signalling NaN
 
 template <>
 struct Simd<float> : SimdBase<float, int32_t, 64> {
@@ -18,11 +19,14 @@ struct Simd<float> : SimdBase<float, int32_t, 64> {
   static ATTN_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static ATTN_INLINE V set1(float x) { return _mm512_set1_ps(x); }
   static ATTN_INLINE bool any(I mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
+  static ATTN_INLINE bool finite(V x) { return _mm512_fpclass_ps_mask(x, kNotFinite) == 0; }
 
   // Products of the even (low) 32-bit halves.
-  typedef uint64_t Longs __attribute__((vector_size(64)));
   static ATTN_INLINE Longs multiply_even(Longs a, uint32_t m) {
     return (Longs)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
+  }
+  static ATTN_INLINE Longs low_halves(Longs even, Longs odd) {
+    return (Longs)_mm512_mask_shuffle_epi32((__m512i)even, 0xaaaa, (__m512i)odd, _MM_PERM_CCAA);
   }
 
   static ATTN_INLINE V load(const float* p, int64_t n) {
@@ -91,6 +95,7 @@ struct Simd<double> : SimdBase<double, int64_t, 64> {
   static ATTN_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
   static ATTN_INLINE V set1(double x) { return _mm512_set1_pd(x); }
   static ATTN_INLINE bool any(I mask) { return _mm512_movepi64_mask((__m512i)mask) != 0; }
+  static ATTN_INLINE bool finite(V x) { return _mm512_fpclass_pd_mask(x, kNotFinite) == 0; }
 
   static ATTN_INLINE void transpose(V* r) {
     V t[8];

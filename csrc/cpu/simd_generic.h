@@ -11,7 +11,6 @@ constexpr int kVectorRegisters = 16;
 template <>
 struct Simd<float> : SimdBase<float, int32_t, 16> {
   // Products of the even (low) 32-bit halves.
-  typedef uint64_t Longs __attribute__((vector_size(16)));
   static ATTN_INLINE Longs multiply_even(Longs a, uint32_t m) { return (a & 0xffffffffu) * m; }
 
   // IEEE half -> float: the fields shifted into place, the exponent moved by the difference of the biases (112;

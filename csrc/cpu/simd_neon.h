@@ -17,7 +17,6 @@ struct Simd<float> : SimdBase<float, int32_t, 16> {
   static ATTN_INLINE bool any(I mask) { return vmaxvq_u32((uint32x4_t)mask) != 0; }
 
   // Products of the even (low) 32-bit halves.
-  typedef uint64_t Longs __attribute__((vector_size(16)));
   static ATTN_INLINE Longs multiply_even(Longs a, uint32_t m) {
     return (Longs)vmull_n_u32(vmovn_u64((uint64x2_t)a), m);
   }

@@ -45,6 +45,9 @@ EMULATED Vector shuffle_lanes(Vector a, Vector b, int control) {
   return result.whole;
 }
 
+typedef unsigned Words __attribute__((vector_size(64)));
+typedef short Halves16 __attribute__((vector_size(64)));
+
 EMULATED __m512 max_ps(__m512 a, __m512 b) { return a > b ? a : b; }
 EMULATED __m512 min_ps(__m512 a, __m512 b) { return a < b ? a : b; }
 EMULATED __m512d max_pd(__m512d a, __m512d b) { return a > b ? a : b; }
@@ -94,6 +97,23 @@ EMULATED __m512 cvtepi32_ps(__m512i a) {
   return Floats{.half = {_mm256_cvtepi32_ps(x.half[0]), _mm256_cvtepi32_ps(x.half[1])}}.whole;
 }
 
+EMULATED __m512i mask_shuffle_epi32(__m512i a, unsigned mask, __m512i b, int control) {
+  Words result = (Words)a;
+  for (int i = 0; i < 16; ++i)
+    if (mask >> i & 1) result[i] = ((Words)b)[i / 4 * 4 + (control >> 2 * (i % 4) & 3)];
+  return (__m512i)result;
+}
+
+// The classes that `kNotFinite` names, and no others.
+template <int kClasses, class Vector>
+EMULATED bool not_finite(Vector x) {
+  static_assert(kClasses == 0x99, "only NaN and infinity are known here");
+  const Vector zero = x - x;
+  for (unsigned i = 0; i < sizeof x / sizeof x[0]; ++i)
+    if (!(zero[i] == 0)) return true;
+  return false;
+}
+
 EMULATED __m512 cvtph_ps(__m256i a) {
   return Floats{.half = {_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1))}}
       .whole;
@@ -120,9 +140,6 @@ template <int kControl>
 EMULATED __m512 shuffle_ps(__m512 a, __m512 b) {
   return by_halves<Floats>([](__m256 x, __m256 y) { return _mm256_shuffle_ps(x, y, kControl); }, a, b);
 }
-
-typedef unsigned Words __attribute__((vector_size(64)));
-typedef short Halves16 __attribute__((vector_size(64)));
 
 // bfloat16, to nearest even; NaN stays NaN.
 EMULATED Words rounded_to_bf16(__m512 x) {
@@ -153,6 +170,9 @@ EMULATED __m256i extract_half(__m512i x, int half) { return Integers{x}.half[hal
 #undef EMULATED
 #undef _mm512_cvtps_ph
 #undef _mm512_extracti64x4_epi64
+#undef _mm512_fpclass_pd_mask
+#undef _mm512_fpclass_ps_mask
+#undef _mm512_mask_shuffle_epi32
 #undef _mm512_shuffle_f32x4
 #undef _mm512_shuffle_f64x2
 #undef _mm512_shuffle_ps
@@ -167,6 +187,9 @@ EMULATED __m256i extract_half(__m512i x, int half) { return Integers{x}.half[hal
 #define _mm512_extracti64x4_epi64 attn_ops_emulated::extract_half
 #define _mm512_fmadd_pd attn_ops_emulated::fmadd_pd
 #define _mm512_fmadd_ps attn_ops_emulated::fmadd_ps
+#define _mm512_fpclass_pd_mask(x, classes) attn_ops_emulated::not_finite<classes>(x)
+#define _mm512_fpclass_ps_mask(x, classes) attn_ops_emulated::not_finite<classes>(x)
+#define _mm512_mask_shuffle_epi32 attn_ops_emulated::mask_shuffle_epi32
 #define _mm512_maskz_loadu_pd(mask, p) attn_ops_emulated::masked_load<__m512d, double>(mask, p)
 #define _mm512_maskz_loadu_ps(mask, p) attn_ops_emulated::masked_load<__m512, float>(mask, p)
 #define _mm512_max_pd attn_ops_emulated::max_pd
