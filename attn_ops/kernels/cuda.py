@@ -135,6 +135,7 @@ class Forward(_Launch):
         query_offset=None,
         intervals=None,
         masks: Sequence = (),
+        soft_cap: float | None = None,
         bias=None,
         query_lengths=None,
         key_lengths=None,
@@ -158,6 +159,7 @@ class Forward(_Launch):
             intervals: the keys that a row sees, of those in its window: a pair (begin, end) of contiguous int32
                 `[batch, seqlen_q]` or `[1, seqlen_q]`, which never move back along the rows.
             masks: up to 4 bool arrays that broadcast to `[batch, num_heads, seqlen_q, seqlen_k]`; true = may see.
+            soft_cap: a number > 0: scaled scores s become soft_cap tanh(s / soft_cap). None is no cap.
             bias: added to the scores, of the dtype of q or float32, broadcast likewise.
             query_lengths, key_lengths: contiguous int32 `[batch]`.
             dropout_rate, dropout_words: probability of dropping a weight; contiguous uint64 `[2]`: seed and offset.
@@ -200,6 +202,10 @@ class Forward(_Launch):
         p.scale = 1 / math.sqrt(p.head_dim) if scale is None else float(scale)
         if not math.isfinite(p.scale):
             raise ValueError(f"scale ({scale}) must be finite")
+        if soft_cap is not None:
+            p.soft_cap = float(soft_cap)
+            if not 0 < p.soft_cap < math.inf:
+                raise ValueError(f"soft_cap ({soft_cap}) must be more than 0 and finite")
         if min(window_left, window_right) < -1:
             raise ValueError(f"window_left ({window_left}) and window_right ({window_right}) must be -1 or more")
         p.mask.window_left, p.mask.window_right, p.mask.bottom_right = window_left, window_right, bottom_right

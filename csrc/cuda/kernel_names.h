@@ -15,7 +15,7 @@ struct KernelName {
   Role role;
   Math math;
   int dim;             // one of kDims, of no meaning to kDelta
-  bool plain = false;  // no bias, no boolean masks, no dropout, scale > 0
+  bool plain = false;  // for calls that are: is_plain() of plan.h
   bool hopper = false;  // hopper/kernels.cu
 
   constexpr int index() const {

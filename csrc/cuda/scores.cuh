@@ -1,5 +1,5 @@
-// From products q k^T to what the softmax is taken of, where there is more than an interval of keys per row: bias and
-// boolean masks.
+// From products q k^T to what the softmax is taken of, where there is more than an interval of keys per row: the algebra
+// of attention.h and boolean masks.
 //
 // Scores are in natural units, and only what is left when a row's maximum is subtracted is multiplied by log2(e): a
 // score of up to the largest float32 is one, where log2(e) times it would be infinite.
@@ -37,12 +37,33 @@ ATTN_DEVICE float score(float x, float scale, float bias) {
   return overflows ? float_of(kLargest | (bits_of(sum) & kHiddenBits)) : sum;
 }
 
+// The soft cap of a product q k^T, scaled: cap tanh(scale x / cap), and what the gradient of that is multiplied with.
+ATTN_DEVICE float capped_score(float x, const Factors& f) { return f.cap * tanh_of(x * f.into_cap); }
+ATTN_DEVICE float cap_slope(float x, const Factors& f) {
+  const float t = tanh_of(x * f.into_cap);
+  return 1.0f - t * t;
+}
+// What comes to nothing, as beyond the cap, is as if hidden: no infinity that the product was made of shall count.
+ATTN_DEVICE float through_cap(float gradient, float slope) {
+  const float result = gradient * slope;
+  return result == 0.0f ? float_of(kHiddenBits) : result;
+}
+
 // One query row's line of a score-shaped view [batch, num_heads, seqlen_q, seqlen_k].
 ATTN_DEVICE int64_t line(const StridedView& view, int batch, int head, int position) {
   return batch * view.stride[0] + head * view.stride[1] + position * view.stride[2];
 }
 
-//   x[i] = scale x[i] + bias      or -inf where key(i) is not seen
+// What happens to products that does not depend on what hides them. Returns what they are still to be multiplied with.
+template <int kCount>
+ATTN_DEVICE float finish_products(float (&x)[kCount], const Head& h) {
+  if (h.factors.cap == 0.0f) return h.factors.scale;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] = capped_score(x[i], h.factors);
+  return 1.0f;
+}
+
+//   x[i] = scale x[i]    x[i] = cap tanh(x[i] / cap)    x[i] += bias      or -inf where key(i) is not seen
 //
 // for `count` keys of one query row. Nothing outside the row's interval is read.
 template <class M, int kCount, class Key>
@@ -51,6 +72,7 @@ ATTN_DEVICE void finish_scores(float (&x)[kCount], const Head& h, int head, int 
   const AttentionParams& p = h.p;
   const auto is_seen = [=](int i) { return key(i) >= seen.begin && key(i) < seen.end; };
   const int64_t bias_line = line(p.bias, h.batch, head, position);
+  const float scale = finish_products(x, h);
   const bool has_bias = p.bias.data != nullptr, is_float = sizeof(Element) == 4 || p.bias.dtype == DType::kFloat32;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -61,7 +83,7 @@ ATTN_DEVICE void finish_scores(float (&x)[kCount], const Head& h, int head, int 
                       : M::to_float(static_cast<const Element*>(p.bias.data)[place]);
     }
     // -inf hides, even a score of +inf or NaN.
-    x[i] = is_minus_infinity(bias) ? bias : score(x[i], h.factors.scale, bias);
+    x[i] = is_minus_infinity(bias) ? bias : score(x[i], scale, bias);
   }
 #pragma unroll
   for (int m = 0; m < kMaxMasks; ++m) {

@@ -246,6 +246,7 @@ def test_views_have_the_strides_that_were_given():
         ({"dropout_rate": 0.5}, ValueError, "needs dropout_words"),
         ({"dropout_rate": 1.0}, ValueError, "less than 1"),
         ({"scale": float("nan")}, ValueError, "must be finite"),
+        ({"soft_cap": 0}, ValueError, r"soft_cap \(0\) must be more than 0"),
         ({"window_left": -2}, ValueError, "must be -1 or more"),
         ({"layout": "SBHD"}, ValueError, "layout must be"),
         ({"q": np.zeros((2, 3, 4, 8))}, TypeError, "q must be an array in device memory, .* numpy.ndarray"),

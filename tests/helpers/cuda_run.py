@@ -121,6 +121,7 @@ def launch_options(query, key, options):
         if getattr(structure, name) is not None:
             arrays[name] = Array(np.asarray(getattr(structure, name), np.int32))
             named[name] = arrays[name].view
+    named["soft_cap"] = options.pop("logits_soft_cap", None)
     if options.get("bias") is not None:
         bias = np.asarray(options.pop("bias"))
         arrays["bias"] = Array(bias if bias.dtype == np.float32 else bias.astype(query.dtype))

@@ -207,9 +207,10 @@ def test_tables_keep_their_dtype():
 def test_reasons_on_gpus():
     plain = normalize(xp, "test", **inputs(), is_causal=True)
     offset = normalize(xp, "test", **inputs(), mask=masks.prefix(3), query_offset=2)
-    assert beyond_cuda(plain, plain) is None and beyond_cuda(offset, offset) is None
+    capped = normalize(xp, "test", **inputs(), logits_soft_cap=3)
+    assert all(beyond_cuda(call, call) is None for call in (plain, offset, capped))
     for options, word in (
-        ({"sinks": SINKS, "logits_soft_cap": 3}, "sinks, logits_soft_cap"),
+        ({"sinks": SINKS, "logits_soft_cap": 3}, "sinks"),
         ({"alibi_slopes": SLOPES}, "alibi_slopes"),
         ({"relative_bias": TABLE}, "relative_bias"),
         ({"mask": masks.segments([[0, 1, 0, 1, 0]], [[1, 0, 1, 0, 1, 0, 1]])}, "segments"),

@@ -1,0 +1,72 @@
+"""What the CUDA kernels do to scores beside products: in the order of csrc/attention.h, and its gradients.
+
+On the stand-in driver, or with `pytest -m gpu` on a device. Over several tiles of rows and keys, forward and backward.
+"""
+
+import numpy as np
+import pytest
+from attn_ops import masks
+
+from cases import TOLERANCES, check, make_inputs
+from implementations import Cuda
+
+KINDS = ("float32", "bfloat16", "float16")
+LENGTH = 150
+EXTENTS = {"seqlen_q": LENGTH, "seqlen_k": LENGTH, "head_dim": 16}
+RNG = np.random.default_rng(5)
+BIAS = RNG.standard_normal((1, 4, LENGTH, LENGTH)).astype(np.float32)
+
+
+@pytest.fixture(params=(True, False), ids=("", "without-decode"))
+def attend(cuda, on_device, request):
+    return Cuda(on_device, request.param)
+
+
+SCORES = {
+    "cap": {"logits_soft_cap": 1.5},
+    "cap, bias": {"logits_soft_cap": 3.0, "bias": BIAS, "mask": masks.window(left=70, right=9)},
+    "cap, negative scale, dropout": {"logits_soft_cap": 0.8, "scale": -1.7, "dropout_rate": 0.3, "dropout_seed": 5},
+}
+
+
+@pytest.mark.wide(2)
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("scores", SCORES)
+def test_scores(attend, scores, dtype):
+    check(attend, dtype, **EXTENTS, **SCORES[scores])
+
+
+@pytest.mark.wide(2)
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("scores", SCORES)
+def test_scores_of_few_rows(attend, scores, dtype):
+    """Decoded, unless that is forbidden, and cut along the keys."""
+    options = dict(SCORES[scores])
+    if "bias" in options:
+        options["bias"] = np.resize(BIAS, (1, 4, 3, 700))
+    check(attend, dtype, seqlen_q=3, seqlen_k=700, head_dim=16, **options)
+
+
+@pytest.mark.parametrize("seqlen_q", [3, 70])
+@pytest.mark.parametrize("dtype", KINDS)
+def test_caps_of_what_is_not_finite(attend, dtype, seqlen_q):
+    """Infinite products are seen as the cap, and have no gradient; NaN that is hidden stays hidden."""
+    query, key, value, d_out, d_lse = make_inputs(dtype, 1, seqlen_q, 75, 2, 2, 16)
+    key[:, 60:], value[:, 60:] = np.nan, np.inf
+    key[:, 7, 1, 3] = np.inf
+    options = {"logits_soft_cap": 2.0, "key_value_seq_lengths": np.array([60])}
+    result, _ = check(attend, dtype, inputs=(query, key, value, d_out, d_lse), **options)
+    assert np.isfinite(result.out.astype(float)).all() and np.isfinite(result.lse).all()
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_the_largest_and_the_smallest_cap(attend, dtype):
+    """The one caps nothing; by the other all scores are the same."""
+    inputs, tolerance = make_inputs(dtype, 1, 20, 75, 2, 2, 16), max(TOLERANCES[dtype] / 10, 1e-5)
+    largest, none = (attend(*inputs, **options) for options in ({"logits_soft_cap": 2.0**127}, {}))
+    for (name, found), (_, wanted) in zip(largest.items(), none.items()):
+        np.testing.assert_allclose(found.astype(float), wanted.astype(float), atol=tolerance, err_msg=name)
+    smallest = attend(*inputs, logits_soft_cap=2.0**-126)
+    mean = np.broadcast_to(inputs[2].astype(np.float64).mean(1, keepdims=True), smallest.out.shape)
+    np.testing.assert_allclose(smallest.out.astype(float), mean, atol=TOLERANCES[dtype])
+    assert not smallest.dq.any() and not smallest.dk.any()
