@@ -91,7 +91,6 @@ def beyond_cuda(options, arrays) -> str | None:
 _NOT_ON_CUDA = {
     "segments": "masks of segments",
     "blocks": "masks of blocks",
-    "alibi_slopes": "alibi_slopes",
     "relative_bias": "relative_bias",
     "sinks": "sinks",
     "block_table": "keys in pages",

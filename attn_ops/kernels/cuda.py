@@ -136,6 +136,7 @@ class Forward(_Launch):
         intervals=None,
         masks: Sequence = (),
         soft_cap: float | None = None,
+        slopes=None,
         bias=None,
         query_lengths=None,
         key_lengths=None,
@@ -160,6 +161,8 @@ class Forward(_Launch):
                 `[batch, seqlen_q]` or `[1, seqlen_q]`, which never move back along the rows.
             masks: up to 4 bool arrays that broadcast to `[batch, num_heads, seqlen_q, seqlen_k]`; true = may see.
             soft_cap: a number > 0: scaled scores s become soft_cap tanh(s / soft_cap). None is no cap.
+            slopes: contiguous float32 `[batch, num_heads]` or `[1, num_heads]`, float64 for float64, of absolute value up
+                to 2^64; times the distance from a row's own place to a key they are added to the scores.
             bias: added to the scores, of the dtype of q or float32, broadcast likewise.
             query_lengths, key_lengths: contiguous int32 `[batch]`.
             dropout_rate, dropout_words: probability of dropping a weight; contiguous uint64 `[2]`: seed and offset.
@@ -206,6 +209,8 @@ class Forward(_Launch):
             p.soft_cap = float(soft_cap)
             if not 0 < p.soft_cap < math.inf:
                 raise ValueError(f"soft_cap ({soft_cap}) must be more than 0 and finite")
+        if slopes is not None:
+            p.slopes, p.slopes_stride = self._by_batch("slopes", slopes, p.num_heads, dtype=exact)
         if min(window_left, window_right) < -1:
             raise ValueError(f"window_left ({window_left}) and window_right ({window_right}) must be -1 or more")
         p.mask.window_left, p.mask.window_right, p.mask.bottom_right = window_left, window_right, bottom_right
@@ -238,11 +243,11 @@ class Forward(_Launch):
         elif dropout_rate > 0:
             raise ValueError("dropout_rate > 0 needs dropout_words")
 
-    def _by_batch(self, name, array, *rest) -> tuple[int, int]:
-        """The address of contiguous int32 [batch or 1, *rest], and from one entry of the batch to the next."""
+    def _by_batch(self, name, array, *rest, dtype="int32") -> tuple[int, int]:
+        """The address of contiguous [batch or 1, *rest], and from one entry of the batch to the next."""
         entries = describe(name, array).shape[:1]
         shape = entries if entries == (1,) else (self._forward.batch,)
-        return _dense(name, array, "int32", (*shape, *rest)), 0 if shape == (1,) else math.prod(rest)
+        return _dense(name, array, dtype, (*shape, *rest)), 0 if shape == (1,) else math.prod(rest)
 
     def _score_shaped(self, name, array, *dtypes) -> StridedView:
         array = describe(name, array)

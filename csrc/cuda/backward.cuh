@@ -1,6 +1,6 @@
 // Backward, what its kernels share:
 //
-//   s = scale q k^T, capped, + bias    p = e^(s - m) / l    dp = d_out v^T
+//   s = scale q k^T, capped, + slope distance + bias    p = e^(s - m) / l    dp = d_out v^T
 //   ds = p (dp - delta)       delta = rowsum(p * dp) - d_lse
 //   dq = scale ds k           dk = scale ds^T q           dv = p^T d_out           d_bias = ds
 //

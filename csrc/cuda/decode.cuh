@@ -150,7 +150,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
   const float scale = args.factors.scale;
   // In float32, values are looked through in any case: infinities do not survive 3xTF32.
   const bool plain = M::kMmaK == 16 && p.bias.data == nullptr && p.num_masks == 0 && args.factors.drop_below == 0 &&
-                     args.factors.cap == 0.0f && scale > 0 && scale <= 1;
+                     args.factors.cap == 0.0f && p.slopes == nullptr && scale > 0 && scale <= 1;
 
   // The block's share of the keys, in steps of one tile for each warp.
   constexpr int kStepKeys = kDecodeWarps * kKeys;

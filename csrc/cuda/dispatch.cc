@@ -37,7 +37,6 @@ std::string unsupported_reason(const AttentionParams& p) {
     const char* what;
   } not_yet[] = {{p.query_ids.data != nullptr, "segments"},
                  {p.blocks.data != nullptr, "block-sparse masks"},
-                 {p.slopes != nullptr, "alibi_slopes"},
                  {p.relative_bias != nullptr, "relative_bias"},
                  {p.sinks != nullptr, "sinks"},
                  {p.k.data != nullptr && p.k.dtype != p.dtype, "keys of another dtype than the queries"}};

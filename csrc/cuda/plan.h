@@ -47,7 +47,7 @@ inline Math math_of(const AttentionParams& p, bool decodes) {
 inline bool is_plain(const AttentionParams& p) {
   const double largest_scale = p.dtype == DType::kFloat16 ? 1e20 : 1.0;
   return size_of(p.dtype) == 2 && p.bias.data == nullptr && p.num_masks == 0 && p.dropout_rate == 0 &&
-         p.soft_cap == 0 && p.scale > 0 && p.scale <= largest_scale;
+         p.soft_cap == 0 && p.slopes == nullptr && p.scale > 0 && p.scale <= largest_scale;
 }
 
 inline Factors factors_of(const AttentionParams& p) {

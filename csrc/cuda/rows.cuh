@@ -58,15 +58,16 @@ struct Head {
     return (batch * p.num_heads + head) * p.seqlen_q + position;
   }
 
+  // Where the row at `position` stands among the keys. Looked up each time, as addresses are: there are no registers to
+  // keep more.
+  ATTN_DEVICE int64_t own_at(int position) const {
+    return position + row_shift(p.mask, recomputed(batch), length_q, length_k);
+  }
   ATTN_DEVICE Interval seen_at(int position) const {
-    // Offsets and addresses are looked up each time, and the ends are brought to 32 bits as soon as they can be: there
-    // are no registers to keep more.
-    const int entry = recomputed(batch);
-    const int64_t own = position + row_shift(p.mask, entry, length_q, length_k);
-    const KeyRange r = window_range(p.mask, position, own, length_q, length_k);
-    Interval seen{static_cast<int>(r.begin), static_cast<int>(r.end)};
+    const KeyRange r = window_range(p.mask, position, own_at(position), length_q, length_k);
+    Interval seen{static_cast<int>(r.begin), static_cast<int>(r.end)};  // in 32 bits as soon as they can be
     if (position < length_q && p.mask.key_begin != nullptr) {
-      narrow(p.mask, entry, position, length_k, &seen.begin, &seen.end);
+      narrow(p.mask, recomputed(batch), position, length_k, &seen.begin, &seen.end);
     }
     return seen;
   }

@@ -54,25 +54,38 @@ ATTN_DEVICE int64_t line(const StridedView& view, int batch, int head, int posit
   return batch * view.stride[0] + head * view.stride[1] + position * view.stride[2];
 }
 
-// What happens to products that does not depend on what hides them. Returns what they are still to be multiplied with.
-template <int kCount>
-ATTN_DEVICE float finish_products(float (&x)[kCount], const Head& h) {
-  if (h.factors.cap == 0.0f) return h.factors.scale;
+// What happens to the products of a row before any bias. Returns what they are still to be multiplied with.
+template <int kCount, class Key>
+ATTN_DEVICE float cap_and_slope(float (&x)[kCount], const Head& h, int head, int position, Key key) {
+  const AttentionParams& p = h.p;
+  float scale = h.factors.scale;
+  if (h.factors.cap != 0.0f) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) x[i] = capped_score(x[i], h.factors);
-  return 1.0f;
+    for (int i = 0; i < kCount; ++i) x[i] = capped_score(x[i], h.factors);
+    scale = 1.0f;
+  }
+  if (p.slopes != nullptr) {
+    const float slope = static_cast<const float*>(p.slopes)[recomputed(h.batch) * p.slopes_stride + head];
+    const float distance = static_cast<float>(key(0) - h.own_at(position));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      x[i] = score(x[i], scale, product(slope, distance + static_cast<float>(key(i) - key(0))));
+    }
+    scale = 1.0f;
+  }
+  return scale;
 }
 
-//   x[i] = scale x[i]    x[i] = cap tanh(x[i] / cap)    x[i] += bias      or -inf where key(i) is not seen
+//   x[i] = scale x[i]    x[i] = cap tanh(x[i] / cap)    x[i] += slope (key(i) - own) + bias
 //
-// for `count` keys of one query row. Nothing outside the row's interval is read.
+// or -inf where key(i) is not seen, for `count` keys of one query row. Nothing outside the row's interval is read.
 template <class M, int kCount, class Key>
 ATTN_DEVICE void finish_scores(float (&x)[kCount], const Head& h, int head, int position, Interval seen, Key key) {
   using Element = typename M::Element;
   const AttentionParams& p = h.p;
   const auto is_seen = [=](int i) { return key(i) >= seen.begin && key(i) < seen.end; };
   const int64_t bias_line = line(p.bias, h.batch, head, position);
-  const float scale = finish_products(x, h);
+  const float scale = cap_and_slope(x, h, head, position, key);
   const bool has_bias = p.bias.data != nullptr, is_float = sizeof(Element) == 4 || p.bias.dtype == DType::kFloat32;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {

@@ -15,6 +15,7 @@ LENGTH = 150
 EXTENTS = {"seqlen_q": LENGTH, "seqlen_k": LENGTH, "head_dim": 16}
 RNG = np.random.default_rng(5)
 BIAS = RNG.standard_normal((1, 4, LENGTH, LENGTH)).astype(np.float32)
+SLOPES = RNG.uniform(-0.3, 0.5, (2, 4)).astype(np.float32)
 
 
 @pytest.fixture(params=(True, False), ids=("", "without-decode"))
@@ -25,6 +26,17 @@ def attend(cuda, on_device, request):
 SCORES = {
     "cap": {"logits_soft_cap": 1.5},
     "cap, bias": {"logits_soft_cap": 3.0, "bias": BIAS, "mask": masks.window(left=70, right=9)},
+    "slopes": {"alibi_slopes": SLOPES[0]},
+    "slopes, offset": {"alibi_slopes": SLOPES, "query_offset": np.array([20, 3]), "is_causal": True},
+    "slopes, cap, bias, lengths": {
+        "alibi_slopes": SLOPES,
+        "logits_soft_cap": 2.0,
+        "bias": BIAS,
+        "is_causal": True,
+        "causal_alignment": "bottom_right",
+        "query_seq_lengths": np.array([150, 40]),
+        "key_value_seq_lengths": np.array([99, 150]),
+    },
     "cap, negative scale, dropout": {"logits_soft_cap": 0.8, "scale": -1.7, "dropout_rate": 0.3, "dropout_seed": 5},
 }
 
@@ -44,6 +56,8 @@ def test_scores_of_few_rows(attend, scores, dtype):
     options = dict(SCORES[scores])
     if "bias" in options:
         options["bias"] = np.resize(BIAS, (1, 4, 3, 700))
+    if "query_seq_lengths" in options:
+        options["query_seq_lengths"], options["key_value_seq_lengths"] = np.array([3, 2]), np.array([130, 600])
     check(attend, dtype, seqlen_q=3, seqlen_k=700, head_dim=16, **options)
 
 
@@ -70,3 +84,13 @@ def test_the_largest_and_the_smallest_cap(attend, dtype):
     mean = np.broadcast_to(inputs[2].astype(np.float64).mean(1, keepdims=True), smallest.out.shape)
     np.testing.assert_allclose(smallest.out.astype(float), mean, atol=TOLERANCES[dtype])
     assert not smallest.dq.any() and not smallest.dk.any()
+
+
+@pytest.mark.parametrize("seqlen_q", [3, 70])
+def test_the_largest_slopes(attend, seqlen_q):
+    """Beside them the products are nothing: each row sees one end of the keys."""
+    slopes = np.array([2.0**64, -(2.0**64)], np.float32)
+    inputs = make_inputs("float32", 1, seqlen_q, 75, 2, 2, 16)
+    result, _ = check(attend, inputs=inputs, alibi_slopes=slopes)
+    ends = inputs[2][:, [-1, 0], [0, 1]]
+    np.testing.assert_allclose(result.out, np.broadcast_to(ends[:, None], result.out.shape), rtol=1e-6)

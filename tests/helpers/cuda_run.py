@@ -122,6 +122,9 @@ def launch_options(query, key, options):
             arrays[name] = Array(np.asarray(getattr(structure, name), np.int32))
             named[name] = arrays[name].view
     named["soft_cap"] = options.pop("logits_soft_cap", None)
+    if options.get("alibi_slopes") is not None:
+        arrays["slopes"] = Array(np.atleast_2d(np.asarray(options.pop("alibi_slopes"), np.float32)))
+        named["slopes"] = arrays["slopes"].view
     if options.get("bias") is not None:
         bias = np.asarray(options.pop("bias"))
         arrays["bias"] = Array(bias if bias.dtype == np.float32 else bias.astype(query.dtype))
