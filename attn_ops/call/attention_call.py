@@ -92,7 +92,6 @@ _NOT_ON_CUDA = {
     "segments": "masks of segments",
     "blocks": "masks of blocks",
     "relative_bias": "relative_bias",
-    "sinks": "sinks",
     "block_table": "keys in pages",
 }
 

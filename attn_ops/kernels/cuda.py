@@ -138,6 +138,7 @@ class Forward(_Launch):
         soft_cap: float | None = None,
         slopes=None,
         bias=None,
+        sinks=None,
         query_lengths=None,
         key_lengths=None,
         dropout_rate: float = 0.0,
@@ -164,6 +165,7 @@ class Forward(_Launch):
             slopes: contiguous float32 `[batch, num_heads]` or `[1, num_heads]`, float64 for float64, of absolute value up
                 to 2^64; times the distance from a row's own place to a key they are added to the scores.
             bias: added to the scores, of the dtype of q or float32, broadcast likewise.
+            sinks: contiguous `[num_heads]` of the dtype of statistics: logits that join the sums of a head's rows, and no value.
             query_lengths, key_lengths: contiguous int32 `[batch]`.
             dropout_rate, dropout_words: probability of dropping a weight; contiguous uint64 `[2]`: seed and offset.
             allow_tf32: whether products of float32 may be made in TF32.
@@ -231,6 +233,8 @@ class Forward(_Launch):
             p.masks[index] = self._score_shaped(f"masks[{index}]", mask, "bool")
         if bias is not None:
             p.bias = self._score_shaped("bias", bias, dtype, _accumulator_of(dtype))
+        if sinks is not None:
+            p.sinks = _dense("sinks", sinks, exact, (p.num_heads,))
         if query_lengths is not None:
             p.query_lengths = _dense("query_lengths", query_lengths, "int32", (p.batch,))
         if key_lengths is not None:
@@ -269,7 +273,22 @@ class Backward(_Launch):
     _name = "backward"
 
     def __init__(
-        self, q, k, v, out, statistics, d_out, dq, dk, dv, *, d_lse=None, d_bias=None, layout="BSHD", **options
+        self,
+        q,
+        k,
+        v,
+        out,
+        statistics,
+        d_out,
+        dq,
+        dk,
+        dv,
+        *,
+        d_lse=None,
+        d_bias=None,
+        d_sinks=None,
+        layout="BSHD",
+        **options,
     ):
         """Describes the call.
 
@@ -279,6 +298,7 @@ class Backward(_Launch):
             dq, dk, dv: written; of the shapes of q, k and v.
             d_lse: the gradient of `lse`, like it; None for zero.
             d_bias: written; contiguous, of the shape and dtype of the bias. None where it is not wanted.
+            d_sinks: the same of the sinks.
         """
         forward = Forward(q, k, v, out, statistics, layout=layout, **options)
         b = self._params = BackwardParams(forward=forward._forward)
@@ -302,6 +322,10 @@ class Backward(_Launch):
             shape = describe("bias", options["bias"]).shape
             b.d_bias = _dense("d_bias", d_bias, DTYPES[p.bias.dtype], shape)
             b.d_bias_shape[:] = (1,) * (4 - len(shape)) + shape
+        if d_sinks is not None:
+            if options.get("sinks") is None:
+                raise ValueError("d_sinks without sinks")
+            b.d_sinks = _dense("d_sinks", d_sinks, _accumulator_of(dtype), (p.num_heads,))
 
 
 def forward(q, k, v, out, statistics, *, workspace=None, stream: int = 0, **options) -> None:

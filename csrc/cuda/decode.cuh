@@ -239,7 +239,10 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
 
   const QueryRows<Element> out(p.out, head, block.first, block.end, args.aligned.out);
   const auto finish = [&](int row, int column, const Quad& sum) {
-    const float total = merged[2 * row + 1], factor = total == 0.0f ? 0.0f : args.factors.keep / total;
+    float maximum = merged[2 * row], total = merged[2 * row + 1];
+    const int position = head.position(block.first + row), query_head = head.head(block.first + row, position);
+    const float kept = args.factors.keep * join_sink(p, query_head, maximum, total);
+    const float factor = total == 0.0f ? 0.0f : kept / total;
     struct alignas(4 * sizeof(Element)) {
       Element x[4];
     } result;
@@ -254,9 +257,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
         if (column + i < value_dim) target[i * out.dim_stride] = result.x[i];
     }
     if (column > 0) return;
-    const int position = head.position(block.first + row);
-    const int64_t statistic = head.statistic(head.head(block.first + row, position), position);
-    write_statistics(p, statistic, merged[2 * row], total);
+    write_statistics(p, head.statistic(query_head, position), maximum, total);
   };
   const int quads = static_cast<int>(decode_quads(value_dim));
   const int items = own_rows * quads;

@@ -1,7 +1,7 @@
 // Forward: a block keeps a tile of query rows, and all their keys and values pass.
 //
 //   s = scale q k^T + bias    m' = max(m, s)    p = e^(s - m')     l = e^(m - m') l + sum p     o = e^(m - m') o + p v
-//   out = o / l                 lse = m + log l
+//   out = o / l                 lse = m + log l                      (with a sink, where there is one: join_sink)
 //
 // Each warp owns 16 or 32 rows from the scores to the output, so the statistics of a row never leave a quad of lanes.
 // The values of a tile are fetched while its scores are computed, the next keys while its values are used.
@@ -203,12 +203,13 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
   for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = rows.sum[m][half];
-      factor[m][half] = sum == 0.0f ? 0.0f : args.factors.keep / sum;
+      float maximum = rows.maximum[m][half], sum = rows.sum[m][half];
       const int row = first_row + 16 * m + 8 * half + g;
+      const int position = head.position(row), query_head = head.head(row, position);
+      const float kept = args.factors.keep * join_sink(p, query_head, maximum, sum);
+      factor[m][half] = sum == 0.0f ? 0.0f : kept / sum;
       if ((lane_index() & 3) != 0 || row >= block.end) continue;
-      const int position = head.position(row);
-      write_statistics(p, head.statistic(head.head(row, position), position), rows.maximum[m][half], sum);
+      write_statistics(p, head.statistic(query_head, position), maximum, sum);
     }
   // Only this warp reads these rows of the query tile, and it has done so.
   sync_warp();

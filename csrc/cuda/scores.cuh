@@ -49,6 +49,18 @@ ATTN_DEVICE float through_cap(float gradient, float slope) {
   return result == 0.0f ? float_of(kHiddenBits) : result;
 }
 
+// Lets the sink of a head, if there is one, join the maximum and the sum of a row; returns what its weights so far are to
+// be multiplied with.
+ATTN_DEVICE float join_sink(const AttentionParams& p, int head, float& maximum, float& sum) {
+  if (p.sinks == nullptr) return 1.0f;
+  const float sink = static_cast<const float*>(p.sinks)[head], before = maximum;
+  if (!(sink > minus_infinity()) || before != before) return 1.0f;
+  maximum = fmaxf(before, sink);
+  const float factor = before == maximum ? 1.0f : exponential(before - maximum);
+  sum = sum * factor + exponential(sink - maximum);
+  return factor;
+}
+
 // One query row's line of a score-shaped view [batch, num_heads, seqlen_q, seqlen_k].
 ATTN_DEVICE int64_t line(const StridedView& view, int batch, int head, int position) {
   return batch * view.stride[0] + head * view.stride[1] + position * view.stride[2];

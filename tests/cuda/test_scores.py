@@ -15,6 +15,7 @@ LENGTH = 150
 EXTENTS = {"seqlen_q": LENGTH, "seqlen_k": LENGTH, "head_dim": 16}
 RNG = np.random.default_rng(5)
 BIAS = RNG.standard_normal((1, 4, LENGTH, LENGTH)).astype(np.float32)
+SINKS = np.array([0.5, -np.inf, 3.0, -1.0], np.float32)
 SLOPES = RNG.uniform(-0.3, 0.5, (2, 4)).astype(np.float32)
 
 
@@ -36,6 +37,24 @@ SCORES = {
         "causal_alignment": "bottom_right",
         "query_seq_lengths": np.array([150, 40]),
         "key_value_seq_lengths": np.array([99, 150]),
+    },
+    "sinks": {"sinks": SINKS},
+    "sinks, window": {"sinks": SINKS, "window": (30, None), "is_causal": True},
+    "sinks, rows without keys": {
+        "sinks": SINKS,
+        "is_causal": True,
+        "causal_alignment": "bottom_right",
+        "query_seq_lengths": np.array([150, 40]),
+        "key_value_seq_lengths": np.array([99, 0]),
+    },
+    "everything": {
+        "sinks": SINKS,
+        "alibi_slopes": SLOPES,
+        "logits_soft_cap": 2.0,
+        "bias": BIAS,
+        "mask": masks.window(left=60, right=4),
+        "dropout_rate": 0.3,
+        "dropout_seed": 7,
     },
     "cap, negative scale, dropout": {"logits_soft_cap": 0.8, "scale": -1.7, "dropout_rate": 0.3, "dropout_seed": 5},
 }
@@ -94,3 +113,32 @@ def test_the_largest_slopes(attend, seqlen_q):
     result, _ = check(attend, inputs=inputs, alibi_slopes=slopes)
     ends = inputs[2][:, [-1, 0], [0, 1]]
     np.testing.assert_allclose(result.out, np.broadcast_to(ends[:, None], result.out.shape), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("lengths", [(3, 2), (70, 40)])
+def test_rows_that_a_sink_has_alone(attend, dtype, lengths):
+    """Past the last row, and before the first key: out 0, lse the sink, and the gradient of lse is the sink's, whatever
+    comes from out."""
+    rows, length = lengths
+    query, key, value, d_out, d_lse = make_inputs(dtype, 2, rows, 75, 4, 2, 16)
+    key_lengths = np.array([75, 0])
+    d_out[:, length:], d_out[1] = np.nan, np.inf
+    options = {"query_seq_lengths": np.array([length, length]), "key_value_seq_lengths": key_lengths}
+    result, _ = check(attend, dtype, inputs=(query, key, value, d_out, d_lse), sinks=SINKS, **options)
+    assert np.isfinite(result.d_sinks).all() and result.d_sinks[1] == 0
+    assert (result.lse[1] == SINKS[:, None]).all() and not result.out[1].any()
+
+
+def test_the_gradient_of_sinks_that_many_rows_share(cuda, on_device):
+    """More rows than threads of the block, without a gradient of lse: as summed in float64."""
+    attend = Cuda(on_device, False)
+    inputs = make_inputs("float32", 3, 700, 5, 2, 1, 8)
+    result, expected = check(attend, inputs=inputs, with_d_lse=False, sinks=SINKS[[0, 2]])
+    np.testing.assert_allclose(result.d_sinks, expected.d_sinks, rtol=1e-5)
+
+
+def test_gradients_of_nothing_are_zero(attend):
+    for sizes in ({"batch": 0}, {"seqlen_q": 0}, {"seqlen_k": 0}):
+        result, _ = check(attend, **sizes, sinks=SINKS)
+        assert result.d_sinks.any() == ("seqlen_k" in sizes)

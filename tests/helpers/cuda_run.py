@@ -58,7 +58,7 @@ def start(device: bool) -> None:
 
 
 def run(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.ndarray | None]:
-    """Forward and backward: out, lse, dq, dk, dv, d_bias by name. `more` are options of the launches alone."""
+    """Forward and backward: out, lse, dq, dk, dv, d_bias, d_sinks by name. `more` are options of the launches alone."""
     results = run_all(query, key, value, d_out, d_lse, options, **more)
     del results["statistics"]
     return results
@@ -79,6 +79,7 @@ def run_all(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.nd
     gradients = {f"d{name}": Array.unwritten(x.shape, query.dtype) for name, x in zip("qkv", (query, key, value))}
     bias = arrays["bias"].numpy() if "bias" in arrays else None
     d_bias = None if bias is None else Array.unwritten(bias.shape, bias.dtype)
+    d_sinks = Array.unwritten((num_heads,), "float32") if "sinks" in arrays else None
     d_out = Array(d_out)
     d_lse = None if d_lse is None else Array(d_lse.astype("float32"))
     backward = launch(
@@ -88,13 +89,14 @@ def run_all(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.nd
             *(x.view for x in gradients.values()),
             d_lse=d_lse and d_lse.view,
             d_bias=d_bias and d_bias.view,
+            d_sinks=d_sinks and d_sinks.view,
             **options,
         )
     )
     for array in (*inputs.values(), *arrays.values(), d_out, forward, backward):
         if array is not None:
             array.numpy()  # nothing was written beside it
-    results = {"out": out, "lse": lse, "statistics": statistics, **gradients, "d_bias": d_bias}
+    results = {"out": out, "lse": lse, "statistics": statistics, **gradients, "d_bias": d_bias, "d_sinks": d_sinks}
     return {name: array and array.numpy() for name, array in results.items()}
 
 
@@ -122,9 +124,11 @@ def launch_options(query, key, options):
             arrays[name] = Array(np.asarray(getattr(structure, name), np.int32))
             named[name] = arrays[name].view
     named["soft_cap"] = options.pop("logits_soft_cap", None)
-    if options.get("alibi_slopes") is not None:
-        arrays["slopes"] = Array(np.atleast_2d(np.asarray(options.pop("alibi_slopes"), np.float32)))
-        named["slopes"] = arrays["slopes"].view
+    slopes, sinks = (options.pop(name, None) for name in ("alibi_slopes", "sinks"))
+    for name, x in (("slopes", slopes if slopes is None else np.atleast_2d(slopes)), ("sinks", sinks)):
+        if x is not None:
+            arrays[name] = Array(np.asarray(x, np.float32))
+            named[name] = arrays[name].view
     if options.get("bias") is not None:
         bias = np.asarray(options.pop("bias"))
         arrays["bias"] = Array(bias if bias.dtype == np.float32 else bias.astype(query.dtype))

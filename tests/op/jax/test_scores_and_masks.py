@@ -231,10 +231,12 @@ def test_gradients_that_nobody_wants():
 FEATURES = [
     ("masks of segments", {"mask": masks.segments([[1, 0, 1, 0, 1]], [[0, 1, 0, 1, 0, 1]])}),
     ("masks of blocks", {"mask": masks.block_sparse(np.eye(3) > 0, 2, 2)}),
-    ("logits_soft_cap", {"logits_soft_cap": 3.0}),
-    ("alibi_slopes", {"alibi_slopes": attn_ops.alibi_slopes(2)}),
     ("relative_bias", {"relative_bias": TABLE}),
-    ("sinks", {"sinks": np.zeros(2)}),
+]
+ON_CUDA = [
+    {"mask": masks.prefix(2)},
+    {"query_offset": 1, "is_causal": True},
+    {"logits_soft_cap": 3.0, "alibi_slopes": np.float32([0.5, 0.1]), "sinks": np.zeros(2)},
 ]
 
 
@@ -256,7 +258,7 @@ def test_cuda_leaves_these_to_the_composite(monkeypatch):
             attn_ops.jax.explain(*arrays, **given, implementation="fused")
 
 
-@pytest.mark.parametrize("given", [{"mask": masks.prefix(2)}, {"query_offset": 1, "is_causal": True}], ids=str)
+@pytest.mark.parametrize("given", ON_CUDA, ids=str)
 def test_cuda_has_these(monkeypatch, given):
     monkeypatch.setattr(forms, "_cuda_device_reason", lambda: None)
     monkeypatch.setattr(kernels, "cuda_unsupported_reason", lambda *given: None)
