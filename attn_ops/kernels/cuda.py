@@ -135,6 +135,7 @@ class Forward(_Launch):
         query_offset=None,
         intervals=None,
         masks: Sequence = (),
+        segments=None,
         soft_cap: float | None = None,
         slopes=None,
         bias=None,
@@ -161,6 +162,8 @@ class Forward(_Launch):
             intervals: the keys that a row sees, of those in its window: a pair (begin, end) of contiguous int32
                 `[batch, seqlen_q]` or `[1, seqlen_q]`, which never move back along the rows.
             masks: up to 4 bool arrays that broadcast to `[batch, num_heads, seqlen_q, seqlen_k]`; true = may see.
+            segments: a pair of contiguous int32, the ids of the rows `[batch, seqlen_q]` and of the keys `[batch, seqlen_k]`, or
+                `[1, ...]`: a row sees the keys of its own id.
             soft_cap: a number > 0: scaled scores s become soft_cap tanh(s / soft_cap). None is no cap.
             slopes: contiguous float32 `[batch, num_heads]` or `[1, num_heads]`, float64 for float64, of absolute value up
                 to 2^64; times the distance from a row's own place to a key they are added to the scores.
@@ -231,6 +234,11 @@ class Forward(_Launch):
         p.num_masks = len(masks)
         for index, mask in enumerate(masks):
             p.masks[index] = self._score_shaped(f"masks[{index}]", mask, "bool")
+        if segments is not None:
+            for ids, name, array, extent in zip(
+                (p.query_ids, p.key_ids), ("query_ids", "key_ids"), segments, (p.seqlen_q, p.seqlen_k), strict=True
+            ):
+                ids.data, ids.stride = self._by_batch(name, array, extent)
         if bias is not None:
             p.bias = self._score_shaped("bias", bias, dtype, _accumulator_of(dtype))
         if sinks is not None:

@@ -46,6 +46,7 @@ struct DecodeArgs {
   Factors factors;
   Rows rows;
   Aligned aligned;
+  bool plain = false;  // is_plain() of plan.h, with a scale up to 1
   int32_t splits = 1;
   float* partial_out = nullptr;  // [batch, num_kv_heads, tiles, splits, kDecodeRows, decode_quads(value_dim), 4]
   float* partial_stats = nullptr;  // [batch, num_kv_heads, tiles, splits, kDecodeRows, 2]: maximum, sum

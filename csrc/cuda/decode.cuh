@@ -149,8 +149,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const float scale = args.factors.scale;
   // In float32, values are looked through in any case: infinities do not survive 3xTF32.
-  const bool plain = M::kMmaK == 16 && p.bias.data == nullptr && p.num_masks == 0 && args.factors.drop_below == 0 &&
-                     args.factors.cap == 0.0f && p.slopes == nullptr && scale > 0 && scale <= 1;
+  const bool plain = M::kMmaK == 16 && args.plain;
 
   // The block's share of the keys, in steps of one tile for each warp.
   constexpr int kStepKeys = kDecodeWarps * kKeys;

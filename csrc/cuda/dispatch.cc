@@ -35,8 +35,7 @@ std::string unsupported_reason(const AttentionParams& p) {
   const struct {
     bool given;
     const char* what;
-  } not_yet[] = {{p.query_ids.data != nullptr, "segments"},
-                 {p.blocks.data != nullptr, "block-sparse masks"},
+  } not_yet[] = {{p.blocks.data != nullptr, "block-sparse masks"},
                  {p.relative_bias != nullptr, "relative_bias"},
                  {p.k.data != nullptr && p.k.dtype != p.dtype, "keys of another dtype than the queries"}};
   for (const auto& option : not_yet) {
@@ -101,6 +100,7 @@ int launch_decode(const AttentionParams& p, const Device& device, void* stream, 
   args.factors = factors_of(p);
   args.rows = rows_of(p, plan.tiles_per_head);
   args.aligned = aligned_of(p);
+  args.plain = is_plain(p) && p.scale <= 1;
   args.splits = plan.splits;
   if (plan.splits > 1) {
     char* memory = static_cast<char*>(workspace.data);

@@ -119,6 +119,15 @@ ATTN_DEVICE void finish_scores(float (&x)[kCount], const Head& h, int head, int 
       if (is_seen(i) && !mask[key(i) * p.masks[m].stride[3]]) x[i] = minus_infinity();
     }
   }
+  if (p.query_ids.data != nullptr && seen.begin < seen.end) {
+    const int batch = recomputed(h.batch);
+    const int32_t id = p.query_ids.data[batch * p.query_ids.stride + position];
+    const int32_t* key_ids = p.key_ids.data + batch * p.key_ids.stride;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (is_seen(i) && key_ids[key(i)] != id) x[i] = minus_infinity();
+    }
+  }
 }
 
 // The same for kernels that may know of no bias and no boolean mask.

@@ -1,4 +1,4 @@
-"""Intervals of keys per row, and the position of the first row, on the CUDA kernels, which read both from device memory.
+"""Intervals of keys per row, ids, and the position of the first row, on the CUDA kernels, which read both from device memory.
 
 On the stand-in driver, or with `pytest -m gpu` on a device. Over several tiles of rows and keys, forward and backward, in
 the kernels for plain calls (16 bits and nothing else that hides) and in the others.
@@ -30,6 +30,12 @@ def intervals(batch, rows=LENGTH, keys=LENGTH):
     return masks.intervals(begin, end)
 
 
+def segments(batch, kinds=3):
+    """Ids that are scattered."""
+    rng = np.random.default_rng(batch)
+    return masks.segments(*rng.integers(0, kinds, (2, batch, LENGTH)), contiguous=False)
+
+
 MASKS = {
     "intervals": lambda: intervals(2),
     "intervals of all": lambda: intervals(1),
@@ -38,6 +44,9 @@ MASKS = {
     "packed": lambda: masks.packed([0, 3, 70, LENGTH]),
     "window": lambda: intervals(2) & masks.window(left=20, right=5),
     "lengths": lambda: intervals(2) & masks.padding(np.array([120, 7]), np.array([0, 130])),
+    "segments": lambda: segments(2),
+    "segments of all": lambda: segments(1, 40) & masks.window(left=70) & masks.padding(None, np.array([150, 90])),
+    "segments in intervals": lambda: segments(2) & intervals(2),
 }
 
 
@@ -110,4 +119,5 @@ def test_bad_descriptions(cuda):
     refuses(TypeError, "query_offset must be int32", query_offset=ends(2, dtype=np.uint64))
     refuses(ValueError, "query_offset and bottom_right", query_offset=ends(2), bottom_right=True)
     refuses(ValueError, "key_end .*extents", intervals=(ends(2, 3), ends(2, 4)))
+    refuses(ValueError, "key_ids .*extents", segments=(ends(2, 3), ends(2, 4)))
     refuses(ValueError, "one shape", intervals=(ends(2, 3), ends(1, 3)))

@@ -106,7 +106,7 @@ def launch_options(query, key, options):
     rows, offset = 1 if options.get("layout", "BSHD") == "BSHD" else 2, options.pop("query_offset", None)
     parts = structure.parts(query.shape[rows], key.shape[rows], offset)
     dense = parts.dense
-    if parts.segments is not None or parts.blocks is not None:  # which these kernels do not have
+    if parts.blocks is not None:  # which these kernels do not have
         apart = Mask(structured=structure.structured)
         dense = (*structure.tensors(), apart.materialize(query.shape[rows], key.shape[rows], query_offset=offset))
     arrays = {f"mask {i}": Array(np.asarray(mask, bool)) for i, mask in enumerate(dense)}
@@ -116,6 +116,10 @@ def launch_options(query, key, options):
         ends = [Array(np.ascontiguousarray(x, np.int32)) for x in parts.intervals]
         arrays |= dict(zip(("key_begin", "key_end"), ends))
         named["intervals"] = [array.view for array in ends]
+    if parts.segments is not None:
+        ids = [Array(np.ascontiguousarray(x, np.int32)) for x in parts.segments]
+        arrays |= dict(zip(("query_ids", "key_ids"), ids))
+        named["segments"] = [array.view for array in ids]
     if offset is not None:
         arrays["query_offset"] = Array(np.atleast_1d(np.asarray(offset, np.int32)))
         named["query_offset"] = arrays["query_offset"].view

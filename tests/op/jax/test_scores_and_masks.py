@@ -229,12 +229,12 @@ def test_gradients_that_nobody_wants():
 
 
 FEATURES = [
-    ("masks of segments", {"mask": masks.segments([[1, 0, 1, 0, 1]], [[0, 1, 0, 1, 0, 1]])}),
     ("masks of blocks", {"mask": masks.block_sparse(np.eye(3) > 0, 2, 2)}),
     ("relative_bias", {"relative_bias": TABLE}),
 ]
 ON_CUDA = [
     {"mask": masks.prefix(2)},
+    {"mask": masks.segments([[1, 0, 1, 0, 1]], [[0, 1, 0, 1, 0, 1]])},
     {"query_offset": 1, "is_causal": True},
     {"logits_soft_cap": 3.0, "alibi_slopes": np.float32([0.5, 0.1]), "sinks": np.zeros(2)},
 ]
