@@ -136,6 +136,9 @@ class Forward(_Launch):
         intervals=None,
         masks: Sequence = (),
         segments=None,
+        blocks=None,
+        block_q: int = 1,
+        block_k: int = 1,
         soft_cap: float | None = None,
         slopes=None,
         bias=None,
@@ -164,6 +167,8 @@ class Forward(_Launch):
             masks: up to 4 bool arrays that broadcast to `[batch, num_heads, seqlen_q, seqlen_k]`; true = may see.
             segments: a pair of contiguous int32, the ids of the rows `[batch, seqlen_q]` and of the keys `[batch, seqlen_k]`, or
                 `[1, ...]`: a row sees the keys of its own id.
+            blocks, block_q, block_k: bool `[batch, num_heads, blocks of block_q rows, blocks of block_k keys]`, of which the first
+                two extents may be 1: true where a row may see a key.
             soft_cap: a number > 0: scaled scores s become soft_cap tanh(s / soft_cap). None is no cap.
             slopes: contiguous float32 `[batch, num_heads]` or `[1, num_heads]`, float64 for float64, of absolute value up
                 to 2^64; times the distance from a row's own place to a key they are added to the scores.
@@ -239,6 +244,14 @@ class Forward(_Launch):
                 (p.query_ids, p.key_ids), ("query_ids", "key_ids"), segments, (p.seqlen_q, p.seqlen_k), strict=True
             ):
                 ids.data, ids.stride = self._by_batch(name, array, extent)
+        if blocks is not None:
+            if min(block_q, block_k) < 1:
+                raise ValueError(f"block_q ({block_q}) and block_k ({block_k}) must be at least 1")
+            p.block_q, p.block_k = block_q, block_k
+            counts = -(-p.seqlen_q // block_q), -(-p.seqlen_k // block_k)
+            if describe("blocks", blocks).shape[2:] != counts:
+                raise ValueError(f"blocks must have {counts} blocks, but has shape {describe('blocks', blocks).shape}")
+            p.blocks = self._broadcast("blocks", blocks, (p.batch, p.num_heads, *counts), "bool")
         if bias is not None:
             p.bias = self._score_shaped("bias", bias, dtype, _accumulator_of(dtype))
         if sinks is not None:
@@ -262,9 +275,12 @@ class Forward(_Launch):
         return _dense(name, array, dtype, (*shape, *rest)), 0 if shape == (1,) else math.prod(rest)
 
     def _score_shaped(self, name, array, *dtypes) -> StridedView:
-        array = describe(name, array)
         p = self._forward
-        full = (p.batch, p.num_heads, p.seqlen_q, p.seqlen_k)
+        return self._broadcast(name, array, (p.batch, p.num_heads, p.seqlen_q, p.seqlen_k), *dtypes)
+
+    @staticmethod
+    def _broadcast(name, array, full, *dtypes) -> StridedView:
+        array = describe(name, array)
         if array.dtype not in dtypes:
             raise TypeError(f"{name} must be {' or '.join(dict.fromkeys(dtypes))}, not {array.dtype}")
         missing = 4 - len(array.shape)

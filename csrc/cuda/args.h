@@ -27,6 +27,7 @@ struct Rows {
 
 // What would be computed by every thread, and in double precision, which many cards hardly have.
 struct Factors {
+  Divisor block_q, block_k;  // of rows and keys, where the mask has blocks
   float scale = 1.0f;  // of the scores
   float cap = 0.0f, into_cap = 0.0f;  // 0: none; scale / cap
   float keep = 1.0f;  // 1 / (1 - dropout_rate)

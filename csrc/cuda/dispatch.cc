@@ -35,8 +35,7 @@ std::string unsupported_reason(const AttentionParams& p) {
   const struct {
     bool given;
     const char* what;
-  } not_yet[] = {{p.blocks.data != nullptr, "block-sparse masks"},
-                 {p.relative_bias != nullptr, "relative_bias"},
+  } not_yet[] = {{p.relative_bias != nullptr, "relative_bias"},
                  {p.k.data != nullptr && p.k.dtype != p.dtype, "keys of another dtype than the queries"}};
   for (const auto& option : not_yet) {
     if (option.given) return std::string("the CUDA kernels do not take ") + option.what;

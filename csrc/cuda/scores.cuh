@@ -110,23 +110,29 @@ ATTN_DEVICE void finish_scores(float (&x)[kCount], const Head& h, int head, int 
     // -inf hides, even a score of +inf or NaN.
     x[i] = is_minus_infinity(bias) ? bias : score(x[i], scale, bias);
   }
+  const auto hide_unless = [&](auto may_be_seen) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (is_seen(i) && !may_be_seen(key(i))) x[i] = minus_infinity();
+    }
+  };
 #pragma unroll
   for (int m = 0; m < kMaxMasks; ++m) {
     if (m >= p.num_masks) break;
     const uint8_t* mask = static_cast<const uint8_t*>(p.masks[m].data) + line(p.masks[m], h.batch, head, position);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (is_seen(i) && !mask[key(i) * p.masks[m].stride[3]]) x[i] = minus_infinity();
-    }
+    hide_unless([=, &p](int j) { return mask[j * p.masks[m].stride[3]] != 0; });
   }
-  if (p.query_ids.data != nullptr && seen.begin < seen.end) {
+  if (seen.begin >= seen.end) return;  // and a row that does not exist has no id, and is in no block
+  if (p.query_ids.data != nullptr) {
     const int batch = recomputed(h.batch);
     const int32_t id = p.query_ids.data[batch * p.query_ids.stride + position];
     const int32_t* key_ids = p.key_ids.data + batch * p.key_ids.stride;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (is_seen(i) && key_ids[key(i)] != id) x[i] = minus_infinity();
-    }
+    hide_unless([=](int j) { return key_ids[j] == id; });
+  }
+  if (p.blocks.data != nullptr) {
+    const uint8_t* blocks =
+        static_cast<const uint8_t*>(p.blocks.data) + line(p.blocks, h.batch, head, divide(position, h.factors.block_q));
+    hide_unless([=, &p, &h](int j) { return blocks[divide(j, h.factors.block_k) * p.blocks.stride[3]] != 0; });
   }
 }
 

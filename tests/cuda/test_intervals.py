@@ -36,6 +36,11 @@ def segments(batch, kinds=3):
     return masks.segments(*rng.integers(0, kinds, (2, batch, LENGTH)), contiguous=False)
 
 
+def blocks(batch, heads, block_q, block_k):
+    shape = batch, heads, -(-LENGTH // block_q), -(-LENGTH // block_k)
+    return masks.block_sparse(np.random.default_rng(block_q).random(shape) < 0.4, block_q, block_k)
+
+
 MASKS = {
     "intervals": lambda: intervals(2),
     "intervals of all": lambda: intervals(1),
@@ -47,6 +52,9 @@ MASKS = {
     "segments": lambda: segments(2),
     "segments of all": lambda: segments(1, 40) & masks.window(left=70) & masks.padding(None, np.array([150, 90])),
     "segments in intervals": lambda: segments(2) & intervals(2),
+    "blocks": lambda: blocks(2, 4, 32, 64),
+    "blocks of all": lambda: blocks(1, 1, 1, 200) & masks.causal(),
+    "blocks, segments, intervals": lambda: blocks(1, 4, 13, 7) & segments(2) & intervals(2),
 }
 
 
@@ -119,5 +127,8 @@ def test_bad_descriptions(cuda):
     refuses(TypeError, "query_offset must be int32", query_offset=ends(2, dtype=np.uint64))
     refuses(ValueError, "query_offset and bottom_right", query_offset=ends(2), bottom_right=True)
     refuses(ValueError, "key_end .*extents", intervals=(ends(2, 3), ends(2, 4)))
+    blocks = Array(np.zeros((2, 1, 2, 3), bool)).view
+    refuses(ValueError, "blocks must have .3, 3. blocks", blocks=blocks)
+    refuses(ValueError, "block_q .0. and block_k", blocks=blocks, block_q=0)
     refuses(ValueError, "key_ids .*extents", segments=(ends(2, 3), ends(2, 4)))
     refuses(ValueError, "one shape", intervals=(ends(2, 3), ends(1, 3)))

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from attn_ops.kernels import cuda
-from attn_ops.masks import Mask
 from cuda_arrays import Array, driver, missing_reason
 from reference_cases import take_mask
 
@@ -105,11 +104,7 @@ def launch_options(query, key, options):
     structure = take_mask(options)
     rows, offset = 1 if options.get("layout", "BSHD") == "BSHD" else 2, options.pop("query_offset", None)
     parts = structure.parts(query.shape[rows], key.shape[rows], offset)
-    dense = parts.dense
-    if parts.blocks is not None:  # which these kernels do not have
-        apart = Mask(structured=structure.structured)
-        dense = (*structure.tensors(), apart.materialize(query.shape[rows], key.shape[rows], query_offset=offset))
-    arrays = {f"mask {i}": Array(np.asarray(mask, bool)) for i, mask in enumerate(dense)}
+    arrays = {f"mask {i}": Array(np.asarray(mask, bool)) for i, mask in enumerate(parts.dense)}
     named = {"layout": "BSHD", "masks": [array.view for array in arrays.values()]}
     named |= {name: getattr(structure, name) for name in ("window_left", "window_right", "bottom_right")}
     if parts.intervals is not None:
@@ -120,6 +115,9 @@ def launch_options(query, key, options):
         ids = [Array(np.ascontiguousarray(x, np.int32)) for x in parts.segments]
         arrays |= dict(zip(("query_ids", "key_ids"), ids))
         named["segments"] = [array.view for array in ids]
+    if parts.blocks is not None:
+        arrays["blocks"] = Array(np.asarray(parts.blocks, bool))
+        named |= {"blocks": arrays["blocks"].view, "block_q": parts.block_q, "block_k": parts.block_k}
     if offset is not None:
         arrays["query_offset"] = Array(np.atleast_1d(np.asarray(offset, np.int32)))
         named["query_offset"] = arrays["query_offset"].view
