@@ -37,17 +37,17 @@ struct BackwardTiles {
   ATTN_DEVICE Flags flags() const { return reinterpret_cast<Flags>(rest() + 2 * Shape::kBlockN * kStreamedRowBytes); }
 };
 
-// Runs `compute(column, stage)` for columns begin, begin + kBlockN, ... below end, each after `load(column, stage)`
-// has brought its tiles: while the ones before are computed with, where there is room for two stages. Between the two,
-// before others see it, a thread may change what it has copied itself: `arrive(stage)`.
-template <int kStages, int kBlockN, class Load, class Arrive, class Compute>
-ATTN_DEVICE void stream(int begin, int end, Load load, Arrive arrive, Compute compute) {
+// Runs `compute(column, stage)` for columns begin, next_from(begin + kBlockN), ... below end, each after
+// `load(column, stage)` has brought its tiles: while the ones before are computed with, where there is room for two
+// stages. Between the two, before others see it, a thread may change what it has copied itself: `arrive(stage)`.
+template <int kStages, int kBlockN, class Next, class Load, class Arrive, class Compute>
+ATTN_DEVICE void stream(int begin, int end, Next next_from, Load load, Arrive arrive, Compute compute) {
   int stage = 0;
   if (begin < end) load(begin, 0);
   copy_async_commit();
 #pragma unroll 1
-  for (int column = begin; column < end; column += kBlockN) {
-    const int next = column + kBlockN;
+  for (int column = begin, next; column < end; column = next) {
+    next = next_from(column + kBlockN);
     if (kStages == 2) {
       if (next < end) load(next, stage ^ 1);
       copy_async_commit();

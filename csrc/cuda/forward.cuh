@@ -163,7 +163,8 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
   clear<kMmaM, kDim / 8>(o);
   const auto rescale = [&o](int m, int half, float factor) { scale_row<kMmaM, kDim / 8>(o, m, half, factor); };
   RowStatistics<kMmaM> rows;
-  int key = round_down(block.any.begin, kBlockN);
+  const auto next = [&](int key) { return kPlain ? key : block.next_shown(head, key, kBlockN); };
+  int key = next(round_down(block.any.begin, kBlockN));
   if (key < block.any.end) {
     // Queries that see nothing are not read.
     const QueryRows<const Element> queries(p.q, head, block.first, head.rows_in_length(), args.aligned.q);
@@ -172,7 +173,8 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
     copy_async_commit();
   }
 #pragma unroll 1
-  for (; key < block.any.end; key += kBlockN) {
+  for (int following; key < block.any.end; key = following) {
+    following = next(key + kBlockN);
     copy_async_wait<0>();
     sync_block();  // the keys are here, the values of the tile before are no longer needed
     load_tile<M, kDim, kBlockN, kThreads>(v, values(key), value_dim);
@@ -181,8 +183,8 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
     gemm_nt<M, kDim, kMmaM, kMmaN>(s, q, warp_row, k);
     copy_async_wait<0>();
     sync_block();  // the reverse
-    if (key + kBlockN < block.any.end) {
-      load_tile<M, kDim, kBlockN, kThreads>(k, keys(key + kBlockN), head_dim);
+    if (following < block.any.end) {
+      load_tile<M, kDim, kBlockN, kThreads>(k, keys(following), head_dim);
       copy_async_commit();
     }
     if (kPlain && block.sees_all(key, kBlockN)) {

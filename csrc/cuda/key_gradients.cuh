@@ -132,6 +132,14 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
     begin = round_down(first_row_where(limit, [&](int row) { return head.seen(row).end > first_key; }), kRows);
     end = first_row_where(limit, [&](int row) { return head.seen(row).begin >= first_key + kKeys; });
   }
+  const auto next = [&](int row) {
+    if constexpr (!kPlain) {
+      const int end_key = min(first_key + kKeys, head.length_k);
+      while (row < end && !head.blocks_show(row, min(row + kRows, end), first_key, end_key)) row += kRows;
+    }
+    return row;
+  };
+  begin = next(begin);
   const auto queries = [&](int first) { return QueryRows<const Element>(p.q, head, first, limit, args.aligned.q); };
   const auto d_outs = [&](int first) {
     return QueryRows<const Element>(b.d_out, head, first, limit, args.aligned.d_out);
@@ -150,7 +158,7 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
                                         value_dim);
   }
   stream<Shape::kStages, kRows>(
-      begin, end,
+      begin, end, next,
       [&](int row, int stage) {
         load_tile<M, kDim, kRows, kThreads>(tiles.streamed(0, stage), queries(row), head_dim);
         load_tile<M, kDim, kRows, kThreads>(tiles.streamed(1, stage), d_outs(row), value_dim);

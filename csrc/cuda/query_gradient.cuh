@@ -165,7 +165,8 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   const auto keys = [&](int first) { return KeyRows<const Element>(p.k, head, first, head.length_k, args.aligned.k); };
 
   RowGradients<kMmaM> rows(args, head, first_row, !sums_delta(M::kMath));
-  const int begin = round_down(block.any.begin, kBlockN);
+  const auto next = [&](int key) { return kPlain ? key : block.next_shown(head, key, kBlockN); };
+  const int begin = next(round_down(block.any.begin, kBlockN));
   if (begin < block.any.end) {
     const int limit = head.rows_in_length();
     load_tile<M, kDim, kBlockM, kThreads>(q, QueryRows<const Element>(p.q, head, block.first, limit, args.aligned.q),
@@ -176,7 +177,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   // use(s, dp, key, sees_all, the tile of keys) for each tile of keys.
   const auto pass = [&](auto use) {
     stream<Shape::kStages, kBlockN>(
-        begin, block.any.end,
+        begin, block.any.end, next,
         [&](int key, int stage) {
           load_tile<M, kDim, kBlockN, kThreads>(tiles.streamed(0, stage), keys(key), head_dim);
           const KeyRows<const Element> values(p.v, head, key, head.length_k, args.aligned.v);

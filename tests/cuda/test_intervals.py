@@ -4,14 +4,17 @@ On the stand-in driver, or with `pytest -m gpu` on a device. Over several tiles 
 the kernels for plain calls (16 bits and nothing else that hides) and in the others.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 from attn_ops import masks
 from attn_ops.kernels import cuda as kernels
 
-from cases import check
+import cuda_run
+from cases import TOLERANCES, assert_close, check, make_inputs
 from cuda_arrays import Array
-from implementations import Cuda
+from implementations import Cuda, Result, specification
 
 LENGTH = 150
 EXTENTS = {"seqlen_q": LENGTH, "seqlen_k": LENGTH, "head_dim": 16}
@@ -110,6 +113,31 @@ def test_the_last_bits_are_those_of_the_same_window(attend):
     for other in others:
         for (name, a), (_, b) in zip(first.items(), other.items()):
             np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tiles_without_a_block_are_not_read(cuda, dtype):
+    """Of 512 keys the first 128 are in memory, and they alone are in blocks that are seen."""
+    kernels.set_most_decode_rows(0)
+    query, key, value, d_out, _ = make_inputs(dtype, 1, 130, 128, 4, 2, 16)
+    seen = np.zeros((1, 1, 2, 8), bool)
+    seen[..., 0, :2], seen[..., 1, 1] = True, True
+    there = {name: Array(x) for name, x in zip(("q", "k", "v", "d_out"), (query, key, value, d_out))}
+    views = {name: x.view for name, x in there.items()}
+    views |= {name: dataclasses.replace(views[name], shape=(1, 512, 2, 16)) for name in "kv"}
+    out, statistics = Array.unwritten(query.shape, query.dtype), Array.unwritten((1, 4, 130, 2), "float32")
+    d_query = Array.unwritten(query.shape, query.dtype)
+    d_key, d_value = (Array.unwritten((1, 512, 2, 16), query.dtype) for _ in "kv")
+    options = {"blocks": (blocks := Array(seen)).view, "block_q": 65, "block_k": 64}
+    shared = (*(views[name] for name in "qkv"), out.view, statistics.view)
+    cuda_run.launch(kernels.Forward(*shared, **options))
+    gradients = (x.view for x in (d_query, d_key, d_value))
+    workspace = cuda_run.launch(kernels.Backward(*shared, views["d_out"], *gradients, **options))
+    expected = specification(query, key, value, d_out, mask=masks.block_sparse(seen[..., :2], 65, 64))
+    found = Result(out.numpy(), expected.lse, d_query.numpy(), d_key.numpy()[:, :128], d_value.numpy()[:, :128])
+    assert_close(found, expected, TOLERANCES[dtype], dtype)
+    assert not d_key.numpy()[:, 128:].any() and not d_value.numpy()[:, 128:].any()
+    del blocks, workspace
 
 
 def test_bad_descriptions(cuda):
