@@ -83,19 +83,13 @@ def given_inputs(arrays) -> dict:
 def beyond_cuda(options, arrays) -> str | None:
     """What of a call the CUDA kernels do not have, as the reason why they cannot run it; None when they have all."""
     lacking = [word for name, word in _NOT_ON_CUDA.items() if getattr(arrays, name) is not None]
-    if options.logits_soft_cap is not None:
-        lacking.append("logits_soft_cap")
     if arrays.key.dtype != arrays.query.dtype:
         lacking.append(f"keys of {arrays.key.dtype.name} beside queries of {arrays.query.dtype.name}")
     return f"its kernels do not have {', '.join(lacking)}" if lacking else None
 
 
 _NOT_ON_CUDA = {
-    "segments": "masks of segments",
-    "blocks": "masks of blocks",
-    "alibi_slopes": "alibi_slopes",
     "relative_bias": "relative_bias",
-    "sinks": "sinks",
     "block_table": "keys in pages",
 }
 

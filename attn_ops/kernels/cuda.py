@@ -135,7 +135,14 @@ class Forward(_Launch):
         query_offset=None,
         intervals=None,
         masks: Sequence = (),
+        segments=None,
+        blocks=None,
+        block_q: int = 1,
+        block_k: int = 1,
+        soft_cap: float | None = None,
+        slopes=None,
         bias=None,
+        sinks=None,
         query_lengths=None,
         key_lengths=None,
         dropout_rate: float = 0.0,
@@ -158,7 +165,15 @@ class Forward(_Launch):
             intervals: the keys that a row sees, of those in its window: a pair (begin, end) of contiguous int32
                 `[batch, seqlen_q]` or `[1, seqlen_q]`, which never move back along the rows.
             masks: up to 4 bool arrays that broadcast to `[batch, num_heads, seqlen_q, seqlen_k]`; true = may see.
+            segments: a pair of contiguous int32, the ids of the rows `[batch, seqlen_q]` and of the keys `[batch, seqlen_k]`, or
+                `[1, ...]`: a row sees the keys of its own id.
+            blocks, block_q, block_k: bool `[batch, num_heads, blocks of block_q rows, blocks of block_k keys]`, of which the first
+                two extents may be 1: true where a row may see a key.
+            soft_cap: a number > 0: scaled scores s become soft_cap tanh(s / soft_cap). None is no cap.
+            slopes: contiguous float32 `[batch, num_heads]` or `[1, num_heads]`, float64 for float64, of absolute value up
+                to 2^64; times the distance from a row's own place to a key they are added to the scores.
             bias: added to the scores, of the dtype of q or float32, broadcast likewise.
+            sinks: contiguous `[num_heads]` of the dtype of statistics: logits that join the sums of a head's rows, and no value.
             query_lengths, key_lengths: contiguous int32 `[batch]`.
             dropout_rate, dropout_words: probability of dropping a weight; contiguous uint64 `[2]`: seed and offset.
             allow_tf32: whether products of float32 may be made in TF32.
@@ -200,6 +215,12 @@ class Forward(_Launch):
         p.scale = 1 / math.sqrt(p.head_dim) if scale is None else float(scale)
         if not math.isfinite(p.scale):
             raise ValueError(f"scale ({scale}) must be finite")
+        if soft_cap is not None:
+            p.soft_cap = float(soft_cap)
+            if not 0 < p.soft_cap < math.inf:
+                raise ValueError(f"soft_cap ({soft_cap}) must be more than 0 and finite")
+        if slopes is not None:
+            p.slopes, p.slopes_stride = self._by_batch("slopes", slopes, p.num_heads, dtype=exact)
         if min(window_left, window_right) < -1:
             raise ValueError(f"window_left ({window_left}) and window_right ({window_right}) must be -1 or more")
         p.mask.window_left, p.mask.window_right, p.mask.bottom_right = window_left, window_right, bottom_right
@@ -218,8 +239,23 @@ class Forward(_Launch):
         p.num_masks = len(masks)
         for index, mask in enumerate(masks):
             p.masks[index] = self._score_shaped(f"masks[{index}]", mask, "bool")
+        if segments is not None:
+            for ids, name, array, extent in zip(
+                (p.query_ids, p.key_ids), ("query_ids", "key_ids"), segments, (p.seqlen_q, p.seqlen_k), strict=True
+            ):
+                ids.data, ids.stride = self._by_batch(name, array, extent)
+        if blocks is not None:
+            if min(block_q, block_k) < 1:
+                raise ValueError(f"block_q ({block_q}) and block_k ({block_k}) must be at least 1")
+            p.block_q, p.block_k = block_q, block_k
+            counts = -(-p.seqlen_q // block_q), -(-p.seqlen_k // block_k)
+            if describe("blocks", blocks).shape[2:] != counts:
+                raise ValueError(f"blocks must have {counts} blocks, but has shape {describe('blocks', blocks).shape}")
+            p.blocks = self._broadcast("blocks", blocks, (p.batch, p.num_heads, *counts), "bool")
         if bias is not None:
             p.bias = self._score_shaped("bias", bias, dtype, _accumulator_of(dtype))
+        if sinks is not None:
+            p.sinks = _dense("sinks", sinks, exact, (p.num_heads,))
         if query_lengths is not None:
             p.query_lengths = _dense("query_lengths", query_lengths, "int32", (p.batch,))
         if key_lengths is not None:
@@ -232,16 +268,19 @@ class Forward(_Launch):
         elif dropout_rate > 0:
             raise ValueError("dropout_rate > 0 needs dropout_words")
 
-    def _by_batch(self, name, array, *rest) -> tuple[int, int]:
-        """The address of contiguous int32 [batch or 1, *rest], and from one entry of the batch to the next."""
+    def _by_batch(self, name, array, *rest, dtype="int32") -> tuple[int, int]:
+        """The address of contiguous [batch or 1, *rest], and from one entry of the batch to the next."""
         entries = describe(name, array).shape[:1]
         shape = entries if entries == (1,) else (self._forward.batch,)
-        return _dense(name, array, "int32", (*shape, *rest)), 0 if shape == (1,) else math.prod(rest)
+        return _dense(name, array, dtype, (*shape, *rest)), 0 if shape == (1,) else math.prod(rest)
 
     def _score_shaped(self, name, array, *dtypes) -> StridedView:
-        array = describe(name, array)
         p = self._forward
-        full = (p.batch, p.num_heads, p.seqlen_q, p.seqlen_k)
+        return self._broadcast(name, array, (p.batch, p.num_heads, p.seqlen_q, p.seqlen_k), *dtypes)
+
+    @staticmethod
+    def _broadcast(name, array, full, *dtypes) -> StridedView:
+        array = describe(name, array)
         if array.dtype not in dtypes:
             raise TypeError(f"{name} must be {' or '.join(dict.fromkeys(dtypes))}, not {array.dtype}")
         missing = 4 - len(array.shape)
@@ -258,7 +297,22 @@ class Backward(_Launch):
     _name = "backward"
 
     def __init__(
-        self, q, k, v, out, statistics, d_out, dq, dk, dv, *, d_lse=None, d_bias=None, layout="BSHD", **options
+        self,
+        q,
+        k,
+        v,
+        out,
+        statistics,
+        d_out,
+        dq,
+        dk,
+        dv,
+        *,
+        d_lse=None,
+        d_bias=None,
+        d_sinks=None,
+        layout="BSHD",
+        **options,
     ):
         """Describes the call.
 
@@ -268,6 +322,7 @@ class Backward(_Launch):
             dq, dk, dv: written; of the shapes of q, k and v.
             d_lse: the gradient of `lse`, like it; None for zero.
             d_bias: written; contiguous, of the shape and dtype of the bias. None where it is not wanted.
+            d_sinks: the same of the sinks.
         """
         forward = Forward(q, k, v, out, statistics, layout=layout, **options)
         b = self._params = BackwardParams(forward=forward._forward)
@@ -291,6 +346,10 @@ class Backward(_Launch):
             shape = describe("bias", options["bias"]).shape
             b.d_bias = _dense("d_bias", d_bias, DTYPES[p.bias.dtype], shape)
             b.d_bias_shape[:] = (1,) * (4 - len(shape)) + shape
+        if d_sinks is not None:
+            if options.get("sinks") is None:
+                raise ValueError("d_sinks without sinks")
+            b.d_sinks = _dense("d_sinks", d_sinks, _accumulator_of(dtype), (p.num_heads,))
 
 
 def forward(q, k, v, out, statistics, *, workspace=None, stream: int = 0, **options) -> None:

@@ -57,7 +57,7 @@ def kernels(out: Path) -> int:
 
 
 _DIMS = (64, 80, 128, 192, 256)
-_KINDS = ("full", "causal", "masked", "few rows")
+_KINDS = ("full", "causal", "masked", "scores", "few rows")
 
 
 def _errors(dtype: str, dim: int, kind: str) -> dict[str, float]:
@@ -74,6 +74,8 @@ def _errors(dtype: str, dim: int, kind: str) -> dict[str, float]:
         rng = np.random.default_rng(dim)
         options["mask"] = rng.random((2, 1, rows, keys)) < 0.7
         options["bias"] = rng.standard_normal((1, heads, rows, keys)).astype(inputs[0].dtype)
+    if kind == "scores":
+        options |= {"logits_soft_cap": 3.0, "alibi_slopes": np.float32([0.3, -0.1]), "sinks": np.float32([0.5, 4.0])}
     found = cuda_run.run(*inputs, dict(options))
     wanted = vars(specification(*inputs, **options))
     return {name: float(np.abs(np.asarray(x, np.float64) - wanted[name]).max() / max(np.abs(wanted[name]).max(), 1))

@@ -27,7 +27,9 @@ struct Rows {
 
 // What would be computed by every thread, and in double precision, which many cards hardly have.
 struct Factors {
+  Divisor block_q, block_k;  // of rows and keys, where the mask has blocks
   float scale = 1.0f;  // of the scores
+  float cap = 0.0f, into_cap = 0.0f;  // 0: none; scale / cap
   float keep = 1.0f;  // 1 / (1 - dropout_rate)
   uint32_t drop_below = 0;  // dropout_rate * 2^32; 0: no dropout
 };
@@ -45,6 +47,7 @@ struct DecodeArgs {
   Factors factors;
   Rows rows;
   Aligned aligned;
+  bool plain = false;  // is_plain() of plan.h, with a scale up to 1
   int32_t splits = 1;
   float* partial_out = nullptr;  // [batch, num_kv_heads, tiles, splits, kDecodeRows, decode_quads(value_dim), 4]
   float* partial_stats = nullptr;  // [batch, num_kv_heads, tiles, splits, kDecodeRows, 2]: maximum, sum

@@ -1,6 +1,6 @@
 // Backward, what its kernels share:
 //
-//   s = scale q k^T + bias    p = e^(s - m) / l    dp = d_out v^T
+//   s = scale q k^T, capped, + slope distance + bias    p = e^(s - m) / l    dp = d_out v^T
 //   ds = p (dp - delta)       delta = rowsum(p * dp) - d_lse
 //   dq = scale ds k           dk = scale ds^T q           dv = p^T d_out           d_bias = ds
 //
@@ -37,17 +37,17 @@ struct BackwardTiles {
   ATTN_DEVICE Flags flags() const { return reinterpret_cast<Flags>(rest() + 2 * Shape::kBlockN * kStreamedRowBytes); }
 };
 
-// Runs `compute(column, stage)` for columns begin, begin + kBlockN, ... below end, each after `load(column, stage)`
-// has brought its tiles: while the ones before are computed with, where there is room for two stages. Between the two,
-// before others see it, a thread may change what it has copied itself: `arrive(stage)`.
-template <int kStages, int kBlockN, class Load, class Arrive, class Compute>
-ATTN_DEVICE void stream(int begin, int end, Load load, Arrive arrive, Compute compute) {
+// Runs `compute(column, stage)` for columns begin, next_from(begin + kBlockN), ... below end, each after
+// `load(column, stage)` has brought its tiles: while the ones before are computed with, where there is room for two
+// stages. Between the two, before others see it, a thread may change what it has copied itself: `arrive(stage)`.
+template <int kStages, int kBlockN, class Next, class Load, class Arrive, class Compute>
+ATTN_DEVICE void stream(int begin, int end, Next next_from, Load load, Arrive arrive, Compute compute) {
   int stage = 0;
   if (begin < end) load(begin, 0);
   copy_async_commit();
 #pragma unroll 1
-  for (int column = begin; column < end; column += kBlockN) {
-    const int next = column + kBlockN;
+  for (int column = begin, next; column < end; column = next) {
+    next = next_from(column + kBlockN);
     if (kStages == 2) {
       if (next < end) load(next, stage ^ 1);
       copy_async_commit();

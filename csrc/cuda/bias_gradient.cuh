@@ -49,7 +49,7 @@ ATTN_DEVICE void bias_gradient(const BackwardArgs& args) {
   clear<kMmaM, kMmaN>(sum);
   const auto add = [&](const Head& head, int row, int key) {
     const RowBlock block(head, row, kBlockM);
-    if (block.sees_none(key, kBlockN)) return;
+    if (block.sees_none(head, key, kBlockN)) return;
     const int limit = head.rows_in_length();
     load_tile<M, kDim, kBlockM, kThreads>(q, QueryRows<const Element>(p.q, head, row, limit, args.aligned.q), head_dim);
     load_tile<M, kDim, kBlockM, kThreads>(
@@ -65,7 +65,7 @@ ATTN_DEVICE void bias_gradient(const BackwardArgs& args) {
     gemm_nt<M, kDim, kMmaM, kMmaN>(s, q, warp_row, k);
     gemm_nt<M, kDim, kMmaM, kMmaN>(dp, d_out, warp_row, v);
     const RowGradients<kMmaM> gradients(args, head, row + warp_row, true);
-    score_gradients<M, false, kMmaM, kMmaN>(s, dp, gradients, head, row + warp_row, key, false);
+    score_gradients<M, false, false, kMmaM, kMmaN>(s, dp, gradients, head, row + warp_row, key, false);
 #pragma unroll
     for (int m = 0; m < kMmaM; ++m)
 #pragma unroll

@@ -97,4 +97,8 @@ constexpr int decode_shared_bytes(Math m, int dim) {
 // Rows of the gradient of the output per block of the kernel that prepares the backward of float32.
 constexpr int kDeltaWarps = 8;
 
+// Of the block of each head that makes the gradient of its sink.
+constexpr int kSinkThreads = 512;
+constexpr int kSinkSharedBytes = kSinkThreads / 32 * 4;
+
 }  // namespace attn_ops::cuda

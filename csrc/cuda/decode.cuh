@@ -149,8 +149,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const float scale = args.factors.scale;
   // In float32, values are looked through in any case: infinities do not survive 3xTF32.
-  const bool plain = M::kMmaK == 16 && p.bias.data == nullptr && p.num_masks == 0 && args.factors.drop_below == 0 &&
-                     scale > 0 && scale <= 1;
+  const bool plain = M::kMmaK == 16 && args.plain;
 
   // The block's share of the keys, in steps of one tile for each warp.
   constexpr int kStepKeys = kDecodeWarps * kKeys;
@@ -239,7 +238,10 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
 
   const QueryRows<Element> out(p.out, head, block.first, block.end, args.aligned.out);
   const auto finish = [&](int row, int column, const Quad& sum) {
-    const float total = merged[2 * row + 1], factor = total == 0.0f ? 0.0f : args.factors.keep / total;
+    float maximum = merged[2 * row], total = merged[2 * row + 1];
+    const int position = head.position(block.first + row), query_head = head.head(block.first + row, position);
+    const float kept = args.factors.keep * join_sink(p, query_head, maximum, total);
+    const float factor = total == 0.0f ? 0.0f : kept / total;
     struct alignas(4 * sizeof(Element)) {
       Element x[4];
     } result;
@@ -254,9 +256,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
         if (column + i < value_dim) target[i * out.dim_stride] = result.x[i];
     }
     if (column > 0) return;
-    const int position = head.position(block.first + row);
-    const int64_t statistic = head.statistic(head.head(block.first + row, position), position);
-    write_statistics(p, statistic, merged[2 * row], total);
+    write_statistics(p, head.statistic(query_head, position), maximum, total);
   };
   const int quads = static_cast<int>(decode_quads(value_dim));
   const int items = own_rows * quads;

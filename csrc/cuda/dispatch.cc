@@ -35,12 +35,7 @@ std::string unsupported_reason(const AttentionParams& p) {
   const struct {
     bool given;
     const char* what;
-  } not_yet[] = {{p.query_ids.data != nullptr, "segments"},
-                 {p.blocks.data != nullptr, "block-sparse masks"},
-                 {p.soft_cap != 0, "logits_soft_cap"},
-                 {p.slopes != nullptr, "alibi_slopes"},
-                 {p.relative_bias != nullptr, "relative_bias"},
-                 {p.sinks != nullptr, "sinks"},
+  } not_yet[] = {{p.relative_bias != nullptr, "relative_bias"},
                  {p.k.data != nullptr && p.k.dtype != p.dtype, "keys of another dtype than the queries"}};
   for (const auto& option : not_yet) {
     if (option.given) return std::string("the CUDA kernels do not take ") + option.what;
@@ -104,6 +99,7 @@ int launch_decode(const AttentionParams& p, const Device& device, void* stream, 
   args.factors = factors_of(p);
   args.rows = rows_of(p, plan.tiles_per_head);
   args.aligned = aligned_of(p);
+  args.plain = is_plain(p) && p.scale <= 1;
   args.splits = plan.splits;
   if (plan.splits > 1) {
     char* memory = static_cast<char*>(workspace.data);
@@ -167,6 +163,10 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
   args.rows = rows_of(p, key_tiles);
   code = launch(device, {Role::kKeyGradients, math, dim, plain}, heads * key_tiles * (splits_dk_dv(math, dim) ? 2 : 1),
                 tile.threads(), shared, stream, &args);
+  if (code == 0 && b.d_sinks != nullptr) {
+    code = launch(device, {Role::kSinkGradient, Math::kFloat32, 0}, p.num_heads, kSinkThreads, kSinkSharedBytes, stream,
+                  &args);
+  }
   if (code != 0 || b.d_bias == nullptr) return code;
 
   const Tile bias_tile = backward_tile(math, dim, false);

@@ -1,7 +1,7 @@
 // Forward: a block keeps a tile of query rows, and all their keys and values pass.
 //
 //   s = scale q k^T + bias    m' = max(m, s)    p = e^(s - m')     l = e^(m - m') l + sum p     o = e^(m - m') o + p v
-//   out = o / l                 lse = m + log l
+//   out = o / l                 lse = m + log l                      (with a sink, where there is one: join_sink)
 //
 // Each warp owns 16 or 32 rows from the scores to the output, so the statistics of a row never leave a quad of lanes.
 // The values of a tile are fetched while its scores are computed, the next keys while its values are used.
@@ -163,7 +163,8 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
   clear<kMmaM, kDim / 8>(o);
   const auto rescale = [&o](int m, int half, float factor) { scale_row<kMmaM, kDim / 8>(o, m, half, factor); };
   RowStatistics<kMmaM> rows;
-  int key = round_down(block.any.begin, kBlockN);
+  const auto next = [&](int key) { return kPlain ? key : block.next_shown(head, key, kBlockN); };
+  int key = next(round_down(block.any.begin, kBlockN));
   if (key < block.any.end) {
     // Queries that see nothing are not read.
     const QueryRows<const Element> queries(p.q, head, block.first, head.rows_in_length(), args.aligned.q);
@@ -172,7 +173,8 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
     copy_async_commit();
   }
 #pragma unroll 1
-  for (; key < block.any.end; key += kBlockN) {
+  for (int following; key < block.any.end; key = following) {
+    following = next(key + kBlockN);
     copy_async_wait<0>();
     sync_block();  // the keys are here, the values of the tile before are no longer needed
     load_tile<M, kDim, kBlockN, kThreads>(v, values(key), value_dim);
@@ -181,8 +183,8 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
     gemm_nt<M, kDim, kMmaM, kMmaN>(s, q, warp_row, k);
     copy_async_wait<0>();
     sync_block();  // the reverse
-    if (key + kBlockN < block.any.end) {
-      load_tile<M, kDim, kBlockN, kThreads>(k, keys(key + kBlockN), head_dim);
+    if (following < block.any.end) {
+      load_tile<M, kDim, kBlockN, kThreads>(k, keys(following), head_dim);
       copy_async_commit();
     }
     if (kPlain && block.sees_all(key, kBlockN)) {
@@ -203,12 +205,13 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
   for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = rows.sum[m][half];
-      factor[m][half] = sum == 0.0f ? 0.0f : args.factors.keep / sum;
+      float maximum = rows.maximum[m][half], sum = rows.sum[m][half];
       const int row = first_row + 16 * m + 8 * half + g;
+      const int position = head.position(row), query_head = head.head(row, position);
+      const float kept = args.factors.keep * join_sink(p, query_head, maximum, sum);
+      factor[m][half] = sum == 0.0f ? 0.0f : kept / sum;
       if ((lane_index() & 3) != 0 || row >= block.end) continue;
-      const int position = head.position(row);
-      write_statistics(p, head.statistic(head.head(row, position), position), rows.maximum[m][half], sum);
+      write_statistics(p, head.statistic(query_head, position), maximum, sum);
     }
   // Only this warp reads these rows of the query tile, and it has done so.
   sync_warp();

@@ -7,15 +7,15 @@
 
 namespace attn_ops::cuda {
 
-enum class Role : int32_t { kForward, kDecode, kDelta, kQueryGradient, kKeyGradients, kBiasGradient };
-constexpr int kNumRoles = 6;
-constexpr const char* kRoleNames[kNumRoles] = {"forward", "decode", "delta", "dq", "dkdv", "dbias"};
+enum class Role : int32_t { kForward, kDecode, kDelta, kQueryGradient, kKeyGradients, kBiasGradient, kSinkGradient };
+constexpr int kNumRoles = 7;
+constexpr const char* kRoleNames[kNumRoles] = {"forward", "decode", "delta", "dq", "dkdv", "dbias", "dsinks"};
 
 struct KernelName {
   Role role;
   Math math;
-  int dim;             // one of kDims, of no meaning to kDelta
-  bool plain = false;  // no bias, no boolean masks, no dropout, scale > 0
+  int dim;             // one of kDims, of no meaning to kDelta and kSinkGradient
+  bool plain = false;  // for calls that are: is_plain() of plan.h
   bool hopper = false;  // hopper/kernels.cu
 
   constexpr int index() const {
@@ -32,7 +32,8 @@ struct KernelText {
 
   explicit KernelText(const KernelName& k) {
     const char *role = kRoleNames[static_cast<int>(k.role)], *math = kMathNames[static_cast<int>(k.math)];
-    if (k.role == Role::kDelta) snprintf(data, sizeof data, "attn_ops_%s_%s", role, math);
+    if (k.role == Role::kDelta || k.role == Role::kSinkGradient)
+      snprintf(data, sizeof data, "attn_ops_%s_%s", role, math);
     else if (k.hopper) snprintf(data, sizeof data, "attn_ops_hopper_%s_%s_%d", role, math, k.dim);
     else snprintf(data, sizeof data, "attn_ops_%s_%s_%d%s", role, math, k.dim, k.plain ? "_plain" : "");
   }

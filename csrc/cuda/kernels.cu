@@ -6,6 +6,7 @@
 #include "forward.cuh"
 #include "key_gradients.cuh"
 #include "query_gradient.cuh"
+#include "sink_gradient.cuh"
 
 namespace attn_ops::cuda {
 
@@ -49,5 +50,6 @@ FOR_EXACT(DECODE)
 FOR_ALL(DBIAS)
 
 ATTN_KERNEL(attn_ops_delta_f32, 32 * kDeltaWarps, BackwardArgs) { row_delta(args); }
+ATTN_KERNEL(attn_ops_dsinks_f32, kSinkThreads, BackwardArgs) { sink_gradient(args); }
 
 }  // namespace attn_ops::cuda

@@ -59,6 +59,7 @@ ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, con
   const int g = lane_index() >> 2, t = lane_index() & 3;
   const float scale = head.factors.scale;
   static_assert(kPlain || kMmaM == 1, "KeptOfKeys knows 16 keys");
+  const bool capped = !kPlain && head.factors.cap != 0.0f;
   const bool drops = !kPlain && head.factors.drop_below > 0;
   KeptOfKeys<kMmaN> kept;
   if (drops) kept.make(head, first_row, first_key);
@@ -85,6 +86,11 @@ ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, con
       float x[2 * kMmaM];
 #pragma unroll
       for (int j = 0; j < 2 * kMmaM; ++j) x[j] = s[j >> 1][n][2 * (j & 1) + i];
+      float slope[2 * kMmaM];
+      if (kWithDp && capped) {
+#pragma unroll
+        for (int j = 0; j < 2 * kMmaM; ++j) slope[j] = cap_slope(x[j], head.factors);
+      }
       hide_or_scale<M, kPlain>(x, head, query_head, position, rows.seen[column], key);
 #pragma unroll
       for (int j = 0; j < 2 * kMmaM; ++j) {
@@ -95,7 +101,10 @@ ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, con
         const float probability = row.probability_or_hidden(x[j]);
         const bool hidden = is_hidden(probability);
         own_p = keeps || hidden ? probability : 0.0f;
-        if (kWithDp) own_dp = hidden ? probability : row.of_score(probability, d);
+        if (kWithDp) {
+          const float ds = row.of_score(probability, d);
+          own_dp = hidden ? probability : capped ? through_cap(ds, slope[j]) : ds;
+        }
       }
     }
 }
@@ -123,6 +132,14 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
     begin = round_down(first_row_where(limit, [&](int row) { return head.seen(row).end > first_key; }), kRows);
     end = first_row_where(limit, [&](int row) { return head.seen(row).begin >= first_key + kKeys; });
   }
+  const auto next = [&](int row) {
+    if constexpr (!kPlain) {
+      const int end_key = min(first_key + kKeys, head.length_k);
+      while (row < end && !head.blocks_show(row, min(row + kRows, end), first_key, end_key)) row += kRows;
+    }
+    return row;
+  };
+  begin = next(begin);
   const auto queries = [&](int first) { return QueryRows<const Element>(p.q, head, first, limit, args.aligned.q); };
   const auto d_outs = [&](int first) {
     return QueryRows<const Element>(b.d_out, head, first, limit, args.aligned.d_out);
@@ -141,7 +158,7 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
                                         value_dim);
   }
   stream<Shape::kStages, kRows>(
-      begin, end,
+      begin, end, next,
       [&](int row, int stage) {
         load_tile<M, kDim, kRows, kThreads>(tiles.streamed(0, stage), queries(row), head_dim);
         load_tile<M, kDim, kRows, kThreads>(tiles.streamed(1, stage), d_outs(row), value_dim);

@@ -46,13 +46,23 @@ inline Math math_of(const AttentionParams& p, bool decodes) {
 // scale makes an infinity of a finite product (which of two float16 is below 2^40).
 inline bool is_plain(const AttentionParams& p) {
   const double largest_scale = p.dtype == DType::kFloat16 ? 1e20 : 1.0;
-  return size_of(p.dtype) == 2 && p.bias.data == nullptr && p.num_masks == 0 && p.dropout_rate == 0 && p.scale > 0 &&
+  return size_of(p.dtype) == 2 && p.bias.data == nullptr && p.num_masks == 0 && p.query_ids.data == nullptr &&
+         p.blocks.data == nullptr && p.dropout_rate == 0 && p.soft_cap == 0 && p.slopes == nullptr && p.scale > 0 &&
          p.scale <= largest_scale;
 }
 
 inline Factors factors_of(const AttentionParams& p) {
   Factors f;
+  if (p.blocks.data != nullptr) {
+    const auto divisor = [](int64_t x) { return make_divisor(static_cast<uint32_t>(std::min<int64_t>(x, INT32_MAX))); };
+    f.block_q = divisor(p.block_q), f.block_k = divisor(p.block_k);
+  }
   f.scale = static_cast<float>(p.scale);
+  if (p.soft_cap != 0) {
+    constexpr double kLargest = 3.4028234663852886e38;
+    f.cap = static_cast<float>(std::min(p.soft_cap, kLargest));
+    f.into_cap = static_cast<float>(std::clamp(p.scale / p.soft_cap, -kLargest, kLargest));
+  }
   f.keep = static_cast<float>(1.0 / (1.0 - p.dropout_rate));
   f.drop_below = static_cast<uint32_t>(p.dropout_rate * 4294967296.0);
   return f;

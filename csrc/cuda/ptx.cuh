@@ -137,6 +137,7 @@ ATTN_DEVICE float exp2_fast(float x) {
   return y;
 }
 ATTN_DEVICE float log_of(float x) { return logf(x); }
+ATTN_DEVICE float tanh_of(float x) { return tanhf(x); }
 // x y, rounded: never fused with an addition that follows.
 ATTN_DEVICE float product(float x, float y) { return __fmul_rn(x, y); }
 // The smaller one; NaN if one is NaN.

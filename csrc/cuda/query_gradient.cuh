@@ -33,8 +33,9 @@ struct RowGradients {
 };
 
 // use(m, half, s, p, hidden, dp) for each pair of a query row and a key, with query rows down and keys across: where
-// the row is among the lane's, the product, of it the probability, whether that is hidden, what dropout leaves of dp.
-template <class M, bool kPlain, int kMmaM, int kMmaN, class Use>
+// the row is among the lane's, the product (kThroughCap: where there is a cap, its derivative instead), of it the
+// probability, whether that is hidden, what dropout leaves of dp.
+template <class M, bool kPlain, bool kThroughCap, int kMmaM, int kMmaN, class Use>
 ATTN_DEVICE void for_each_pair(Acc<kMmaM, kMmaN>& s, const Acc<kMmaM, kMmaN>& dp, const RowGradients<kMmaM>& rows,
                                const Head& head, int first_row, int first_key, bool sees_all, Use use) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
@@ -61,6 +62,13 @@ ATTN_DEVICE void for_each_pair(Acc<kMmaM, kMmaN>& s, const Acc<kMmaM, kMmaN>& dp
 #pragma unroll
       for (int i = 0; i < 2 * kMmaN; ++i) x[i] = s[m][i >> 1][2 * half + (i & 1)];
       hide_or_scale<M, kPlain>(x, head, query_head, position, seen, key);
+      if (!kPlain && kThroughCap && head.factors.cap != 0.0f) {
+#pragma unroll
+        for (int i = 0; i < 2 * kMmaN; ++i) {
+          float& product = s[m][i >> 1][2 * half + (i & 1)];
+          product = cap_slope(product, head.factors);
+        }
+      }
       float d[2 * kMmaN];
 #pragma unroll
       for (int i = 0; i < 2 * kMmaN; ++i) d[i] = dp[m][i >> 1][2 * half + (i & 1)];
@@ -77,14 +85,16 @@ ATTN_DEVICE void for_each_pair(Acc<kMmaM, kMmaN>& s, const Acc<kMmaM, kMmaN>& dp
     }
 }
 
-// s becomes ds.
-template <class M, bool kPlain, int kMmaM, int kMmaN>
+// s becomes ds; kThroughCap: the gradient of the product, before the cap.
+template <class M, bool kPlain, bool kThroughCap, int kMmaM, int kMmaN>
 ATTN_DEVICE void score_gradients(Acc<kMmaM, kMmaN>& s, const Acc<kMmaM, kMmaN>& dp, const RowGradients<kMmaM>& rows,
                                  const Head& head, int first_row, int first_key, bool sees_all) {
-  for_each_pair<M, kPlain, kMmaM, kMmaN>(s, dp, rows, head, first_row, first_key, sees_all,
-                                         [&](int m, int half, float& s, float p, bool hidden, float dp) {
-                                           s = hidden ? p : rows.row[m][half].of_score(p, dp);
-                                         });
+  const bool capped = !kPlain && kThroughCap && head.factors.cap != 0.0f;
+  for_each_pair<M, kPlain, kThroughCap, kMmaM, kMmaN>(s, dp, rows, head, first_row, first_key, sees_all,
+                                                      [&](int m, int half, float& s, float p, bool hidden, float dp) {
+                                                        const float ds = rows.row[m][half].of_score(p, dp);
+                                                        s = hidden ? p : capped ? through_cap(ds, s) : ds;
+                                                      });
 }
 
 // The sum of p dp over the keys of a tile, as far as this lane has them, is added to delta.
@@ -92,7 +102,7 @@ template <class M, bool kPlain, int kMmaM, int kMmaN>
 ATTN_DEVICE void add_to_delta(RowGradients<kMmaM>& rows, Acc<kMmaM, kMmaN>& s, const Acc<kMmaM, kMmaN>& dp,
                               const Head& head, int first_row, int first_key, bool sees_all) {
   float sum[kMmaM][2] = {};
-  for_each_pair<M, kPlain, kMmaM, kMmaN>(
+  for_each_pair<M, kPlain, false, kMmaM, kMmaN>(
       s, dp, rows, head, first_row, first_key, sees_all, [&](int m, int half, float&, float p, bool hidden, float dp) {
         sum[m][half] += hidden ? 0.0f : p * dp;
         if constexpr (M::kMath == Math::kFloat16) {
@@ -155,7 +165,8 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   const auto keys = [&](int first) { return KeyRows<const Element>(p.k, head, first, head.length_k, args.aligned.k); };
 
   RowGradients<kMmaM> rows(args, head, first_row, !sums_delta(M::kMath));
-  const int begin = round_down(block.any.begin, kBlockN);
+  const auto next = [&](int key) { return kPlain ? key : block.next_shown(head, key, kBlockN); };
+  const int begin = next(round_down(block.any.begin, kBlockN));
   if (begin < block.any.end) {
     const int limit = head.rows_in_length();
     load_tile<M, kDim, kBlockM, kThreads>(q, QueryRows<const Element>(p.q, head, block.first, limit, args.aligned.q),
@@ -166,7 +177,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   // use(s, dp, key, sees_all, the tile of keys) for each tile of keys.
   const auto pass = [&](auto use) {
     stream<Shape::kStages, kBlockN>(
-        begin, block.any.end,
+        begin, block.any.end, next,
         [&](int key, int stage) {
           load_tile<M, kDim, kBlockN, kThreads>(tiles.streamed(0, stage), keys(key), head_dim);
           const KeyRows<const Element> values(p.v, head, key, head.length_k, args.aligned.v);
@@ -198,7 +209,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   Acc<kMmaM, kDim / 8> dq;
   clear<kMmaM, kDim / 8>(dq);
   pass([&](auto& s, const auto& dp, int key, bool sees_all, const auto& k) {
-    score_gradients<M, kPlain, kMmaM, kMmaN>(s, dp, rows, head, first_row, key, sees_all);
+    score_gradients<M, kPlain, true, kMmaM, kMmaN>(s, dp, rows, head, first_row, key, sees_all);
     const bool nonfinite = !sees_all && zero_nonfinite_rows<M, kBlockN, kThreads>(k, tiles.flags());
     // All of ds: what keys have in common cancels, however large it is.
     gemm_nn<M, kDim, kMmaM, kMmaN, M::kPartsOfFloat>(dq, s, k, head_dim);

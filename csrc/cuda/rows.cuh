@@ -58,17 +58,37 @@ struct Head {
     return (batch * p.num_heads + head) * p.seqlen_q + position;
   }
 
+  // Where the row at `position` stands among the keys. Looked up each time, as addresses are: there are no registers to
+  // keep more.
+  ATTN_DEVICE int64_t own_at(int position) const {
+    return position + row_shift(p.mask, recomputed(batch), length_q, length_k);
+  }
   ATTN_DEVICE Interval seen_at(int position) const {
-    // Offsets and addresses are looked up each time, and the ends are brought to 32 bits as soon as they can be: there
-    // are no registers to keep more.
-    const int entry = recomputed(batch);
-    const int64_t own = position + row_shift(p.mask, entry, length_q, length_k);
-    const KeyRange r = window_range(p.mask, position, own, length_q, length_k);
-    Interval seen{static_cast<int>(r.begin), static_cast<int>(r.end)};
+    const KeyRange r = window_range(p.mask, position, own_at(position), length_q, length_k);
+    Interval seen{static_cast<int>(r.begin), static_cast<int>(r.end)};  // in 32 bits as soon as they can be
     if (position < length_q && p.mask.key_begin != nullptr) {
-      narrow(p.mask, entry, position, length_k, &seen.begin, &seen.end);
+      narrow(p.mask, recomputed(batch), position, length_k, &seen.begin, &seen.end);
     }
     return seen;
+  }
+  // Whether the blocks of the mask, where it has any, show some of the keys first_key <= j < end_key to some of the rows
+  // first_row <= r < end_row. Neither is empty.
+  ATTN_DEVICE bool blocks_show(int first_row, int end_row, int first_key, int end_key) const {
+    const StridedView& blocks = p.blocks;
+    if (blocks.data == nullptr) return true;
+    const int first_q = divide(position(first_row), factors.block_q);
+    const int last_q = divide(position(end_row - 1), factors.block_q);
+    const int first_k = divide(first_key, factors.block_k), last_k = divide(end_key - 1, factors.block_k);
+    const int heads = blocks.stride[1] == 0 ? 1 : group_size();
+    const uint8_t* of_entry = static_cast<const uint8_t*>(blocks.data) + recomputed(batch) * blocks.stride[0];
+#pragma unroll 1
+    for (int head = first_head; head < first_head + heads; ++head)
+#pragma unroll 1
+      for (int i = first_q; i <= last_q; ++i)
+#pragma unroll 1
+        for (int j = first_k; j <= last_k; ++j)
+          if (of_entry[head * blocks.stride[1] + i * blocks.stride[2] + j * blocks.stride[3]] != 0) return true;
+    return false;
   }
   // Rows past the last see nothing.
   ATTN_DEVICE Interval seen(int row) const { return row < rows.count ? seen_at(position(row)) : Interval{0, 0}; }
@@ -90,7 +110,14 @@ struct RowBlock {
     if (last == end - 1) all = {bottom.begin, top.end};
   }
 
-  ATTN_DEVICE bool sees_none(int key, int keys) const { return key >= any.end || key + keys <= any.begin; }
+  ATTN_DEVICE bool sees_none(const Head& h, int key, int keys) const {
+    return key >= any.end || key + keys <= any.begin || !h.blocks_show(first, end, key, min(key + keys, any.end));
+  }
+  // From `key` on, `keys` at a time, the first tile of keys of which blocks show anything; past the end where none is.
+  ATTN_DEVICE int next_shown(const Head& h, int key, int keys) const {
+    while (key < any.end && !h.blocks_show(first, end, key, min(key + keys, any.end))) key += keys;
+    return key;
+  }
   ATTN_DEVICE bool sees_all(int key, int keys) const { return all.begin <= key && key + keys <= all.end; }
 };
 

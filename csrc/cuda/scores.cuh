@@ -1,5 +1,5 @@
-// From products q k^T to what the softmax is taken of, where there is more than an interval of keys per row: bias and
-// boolean masks.
+// From products q k^T to what the softmax is taken of, where there is more than an interval of keys per row: the algebra
+// of attention.h and boolean masks.
 //
 // Scores are in natural units, and only what is left when a row's maximum is subtracted is multiplied by log2(e): a
 // score of up to the largest float32 is one, where log2(e) times it would be infinite.
@@ -37,20 +37,67 @@ ATTN_DEVICE float score(float x, float scale, float bias) {
   return overflows ? float_of(kLargest | (bits_of(sum) & kHiddenBits)) : sum;
 }
 
+// The soft cap of a product q k^T, scaled: cap tanh(scale x / cap), and what the gradient of that is multiplied with.
+ATTN_DEVICE float capped_score(float x, const Factors& f) { return f.cap * tanh_of(x * f.into_cap); }
+ATTN_DEVICE float cap_slope(float x, const Factors& f) {
+  const float t = tanh_of(x * f.into_cap);
+  return 1.0f - t * t;
+}
+// What comes to nothing, as beyond the cap, is as if hidden: no infinity that the product was made of shall count.
+ATTN_DEVICE float through_cap(float gradient, float slope) {
+  const float result = gradient * slope;
+  return result == 0.0f ? float_of(kHiddenBits) : result;
+}
+
+// Lets the sink of a head, if there is one, join the maximum and the sum of a row; returns what its weights so far are to
+// be multiplied with.
+ATTN_DEVICE float join_sink(const AttentionParams& p, int head, float& maximum, float& sum) {
+  if (p.sinks == nullptr) return 1.0f;
+  const float sink = static_cast<const float*>(p.sinks)[head], before = maximum;
+  if (!(sink > minus_infinity()) || before != before) return 1.0f;
+  maximum = fmaxf(before, sink);
+  const float factor = before == maximum ? 1.0f : exponential(before - maximum);
+  sum = sum * factor + exponential(sink - maximum);
+  return factor;
+}
+
 // One query row's line of a score-shaped view [batch, num_heads, seqlen_q, seqlen_k].
 ATTN_DEVICE int64_t line(const StridedView& view, int batch, int head, int position) {
   return batch * view.stride[0] + head * view.stride[1] + position * view.stride[2];
 }
 
-//   x[i] = scale x[i] + bias      or -inf where key(i) is not seen
+// What happens to the products of a row before any bias. Returns what they are still to be multiplied with.
+template <int kCount, class Key>
+ATTN_DEVICE float cap_and_slope(float (&x)[kCount], const Head& h, int head, int position, Key key) {
+  const AttentionParams& p = h.p;
+  float scale = h.factors.scale;
+  if (h.factors.cap != 0.0f) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = capped_score(x[i], h.factors);
+    scale = 1.0f;
+  }
+  if (p.slopes != nullptr) {
+    const float slope = static_cast<const float*>(p.slopes)[recomputed(h.batch) * p.slopes_stride + head];
+    const float distance = static_cast<float>(key(0) - h.own_at(position));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      x[i] = score(x[i], scale, product(slope, distance + static_cast<float>(key(i) - key(0))));
+    }
+    scale = 1.0f;
+  }
+  return scale;
+}
+
+//   x[i] = scale x[i]    x[i] = cap tanh(x[i] / cap)    x[i] += slope (key(i) - own) + bias
 //
-// for `count` keys of one query row. Nothing outside the row's interval is read.
+// or -inf where key(i) is not seen, for `count` keys of one query row. Nothing outside the row's interval is read.
 template <class M, int kCount, class Key>
 ATTN_DEVICE void finish_scores(float (&x)[kCount], const Head& h, int head, int position, Interval seen, Key key) {
   using Element = typename M::Element;
   const AttentionParams& p = h.p;
   const auto is_seen = [=](int i) { return key(i) >= seen.begin && key(i) < seen.end; };
   const int64_t bias_line = line(p.bias, h.batch, head, position);
+  const float scale = cap_and_slope(x, h, head, position, key);
   const bool has_bias = p.bias.data != nullptr, is_float = sizeof(Element) == 4 || p.bias.dtype == DType::kFloat32;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -61,16 +108,31 @@ ATTN_DEVICE void finish_scores(float (&x)[kCount], const Head& h, int head, int 
                       : M::to_float(static_cast<const Element*>(p.bias.data)[place]);
     }
     // -inf hides, even a score of +inf or NaN.
-    x[i] = is_minus_infinity(bias) ? bias : score(x[i], h.factors.scale, bias);
+    x[i] = is_minus_infinity(bias) ? bias : score(x[i], scale, bias);
   }
+  const auto hide_unless = [&](auto may_be_seen) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (is_seen(i) && !may_be_seen(key(i))) x[i] = minus_infinity();
+    }
+  };
 #pragma unroll
   for (int m = 0; m < kMaxMasks; ++m) {
     if (m >= p.num_masks) break;
     const uint8_t* mask = static_cast<const uint8_t*>(p.masks[m].data) + line(p.masks[m], h.batch, head, position);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (is_seen(i) && !mask[key(i) * p.masks[m].stride[3]]) x[i] = minus_infinity();
-    }
+    hide_unless([=, &p](int j) { return mask[j * p.masks[m].stride[3]] != 0; });
+  }
+  if (seen.begin >= seen.end) return;  // and a row that does not exist has no id, and is in no block
+  if (p.query_ids.data != nullptr) {
+    const int batch = recomputed(h.batch);
+    const int32_t id = p.query_ids.data[batch * p.query_ids.stride + position];
+    const int32_t* key_ids = p.key_ids.data + batch * p.key_ids.stride;
+    hide_unless([=](int j) { return key_ids[j] == id; });
+  }
+  if (p.blocks.data != nullptr) {
+    const uint8_t* blocks =
+        static_cast<const uint8_t*>(p.blocks.data) + line(p.blocks, h.batch, head, divide(position, h.factors.block_q));
+    hide_unless([=, &p, &h](int j) { return blocks[divide(j, h.factors.block_k) * p.blocks.stride[3]] != 0; });
   }
 }
 

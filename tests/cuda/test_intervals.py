@@ -1,17 +1,20 @@
-"""Intervals of keys per row, and the position of the first row, on the CUDA kernels, which read both from device memory.
+"""Intervals of keys per row, ids, and the position of the first row, on the CUDA kernels, which read both from device memory.
 
 On the stand-in driver, or with `pytest -m gpu` on a device. Over several tiles of rows and keys, forward and backward, in
 the kernels for plain calls (16 bits and nothing else that hides) and in the others.
 """
+
+import dataclasses
 
 import numpy as np
 import pytest
 from attn_ops import masks
 from attn_ops.kernels import cuda as kernels
 
-from cases import check
+import cuda_run
+from cases import TOLERANCES, assert_close, check, make_inputs
 from cuda_arrays import Array
-from implementations import Cuda
+from implementations import Cuda, Result, specification
 
 LENGTH = 150
 EXTENTS = {"seqlen_q": LENGTH, "seqlen_k": LENGTH, "head_dim": 16}
@@ -30,6 +33,17 @@ def intervals(batch, rows=LENGTH, keys=LENGTH):
     return masks.intervals(begin, end)
 
 
+def segments(batch, kinds=3):
+    """Ids that are scattered."""
+    rng = np.random.default_rng(batch)
+    return masks.segments(*rng.integers(0, kinds, (2, batch, LENGTH)), contiguous=False)
+
+
+def blocks(batch, heads, block_q, block_k):
+    shape = batch, heads, -(-LENGTH // block_q), -(-LENGTH // block_k)
+    return masks.block_sparse(np.random.default_rng(block_q).random(shape) < 0.4, block_q, block_k)
+
+
 MASKS = {
     "intervals": lambda: intervals(2),
     "intervals of all": lambda: intervals(1),
@@ -38,6 +52,12 @@ MASKS = {
     "packed": lambda: masks.packed([0, 3, 70, LENGTH]),
     "window": lambda: intervals(2) & masks.window(left=20, right=5),
     "lengths": lambda: intervals(2) & masks.padding(np.array([120, 7]), np.array([0, 130])),
+    "segments": lambda: segments(2),
+    "segments of all": lambda: segments(1, 40) & masks.window(left=70) & masks.padding(None, np.array([150, 90])),
+    "segments in intervals": lambda: segments(2) & intervals(2),
+    "blocks": lambda: blocks(2, 4, 32, 64),
+    "blocks of all": lambda: blocks(1, 1, 1, 200) & masks.causal(),
+    "blocks, segments, intervals": lambda: blocks(1, 4, 13, 7) & segments(2) & intervals(2),
 }
 
 
@@ -95,6 +115,31 @@ def test_the_last_bits_are_those_of_the_same_window(attend):
             np.testing.assert_array_equal(a, b, err_msg=name)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tiles_without_a_block_are_not_read(cuda, dtype):
+    """Of 512 keys the first 128 are in memory, and they alone are in blocks that are seen."""
+    kernels.set_most_decode_rows(0)
+    query, key, value, d_out, _ = make_inputs(dtype, 1, 130, 128, 4, 2, 16)
+    seen = np.zeros((1, 1, 2, 8), bool)
+    seen[..., 0, :2], seen[..., 1, 1] = True, True
+    there = {name: Array(x) for name, x in zip(("q", "k", "v", "d_out"), (query, key, value, d_out))}
+    views = {name: x.view for name, x in there.items()}
+    views |= {name: dataclasses.replace(views[name], shape=(1, 512, 2, 16)) for name in "kv"}
+    out, statistics = Array.unwritten(query.shape, query.dtype), Array.unwritten((1, 4, 130, 2), "float32")
+    d_query = Array.unwritten(query.shape, query.dtype)
+    d_key, d_value = (Array.unwritten((1, 512, 2, 16), query.dtype) for _ in "kv")
+    options = {"blocks": (blocks := Array(seen)).view, "block_q": 65, "block_k": 64}
+    shared = (*(views[name] for name in "qkv"), out.view, statistics.view)
+    cuda_run.launch(kernels.Forward(*shared, **options))
+    gradients = (x.view for x in (d_query, d_key, d_value))
+    workspace = cuda_run.launch(kernels.Backward(*shared, views["d_out"], *gradients, **options))
+    expected = specification(query, key, value, d_out, mask=masks.block_sparse(seen[..., :2], 65, 64))
+    found = Result(out.numpy(), expected.lse, d_query.numpy(), d_key.numpy()[:, :128], d_value.numpy()[:, :128])
+    assert_close(found, expected, TOLERANCES[dtype], dtype)
+    assert not d_key.numpy()[:, 128:].any() and not d_value.numpy()[:, 128:].any()
+    del blocks, workspace
+
+
 def test_bad_descriptions(cuda):
     x = Array(np.zeros((2, 3, 1, 8), np.float16)).view
     statistics = Array(np.zeros((2, 1, 3, 2), np.float32)).view
@@ -110,4 +155,8 @@ def test_bad_descriptions(cuda):
     refuses(TypeError, "query_offset must be int32", query_offset=ends(2, dtype=np.uint64))
     refuses(ValueError, "query_offset and bottom_right", query_offset=ends(2), bottom_right=True)
     refuses(ValueError, "key_end .*extents", intervals=(ends(2, 3), ends(2, 4)))
+    blocks = Array(np.zeros((2, 1, 2, 3), bool)).view
+    refuses(ValueError, "blocks must have .3, 3. blocks", blocks=blocks)
+    refuses(ValueError, "block_q .0. and block_k", blocks=blocks, block_q=0)
+    refuses(ValueError, "key_ids .*extents", segments=(ends(2, 3), ends(2, 4)))
     refuses(ValueError, "one shape", intervals=(ends(2, 3), ends(1, 3)))

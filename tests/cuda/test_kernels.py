@@ -246,6 +246,12 @@ def test_views_have_the_strides_that_were_given():
         ({"dropout_rate": 0.5}, ValueError, "needs dropout_words"),
         ({"dropout_rate": 1.0}, ValueError, "less than 1"),
         ({"scale": float("nan")}, ValueError, "must be finite"),
+        ({"slopes": nowhere((1, 4))}, None, None),
+        ({"slopes": nowhere((2, 3))}, ValueError, r"slopes must have the extents \(2, 4\)"),
+        ({"slopes": nowhere((2, 4), "float16")}, TypeError, "slopes must be float32"),
+        ({"sinks": nowhere((4,))}, None, None),
+        ({"sinks": nowhere((2,))}, ValueError, r"sinks must have the extents \(4,\)"),
+        ({"soft_cap": 0}, ValueError, r"soft_cap \(0\) must be more than 0"),
         ({"window_left": -2}, ValueError, "must be -1 or more"),
         ({"layout": "SBHD"}, ValueError, "layout must be"),
         ({"q": np.zeros((2, 3, 4, 8))}, TypeError, "q must be an array in device memory, .* numpy.ndarray"),
@@ -269,6 +275,8 @@ def test_gradient_of_a_bias_has_its_shape():
         cuda.Backward(*arguments, bias=nowhere((4, 1, 5)), d_bias=nowhere((4, 3, 5)))
     with pytest.raises(ValueError, match="d_bias without a bias"):
         cuda.Backward(*arguments, d_bias=nowhere((4, 1, 5)))
+    with pytest.raises(ValueError, match="d_sinks without sinks"):
+        cuda.Backward(*arguments, d_sinks=nowhere((4,)))
 
 
 @pytest.mark.parametrize("of", ["float16", "float32"])

@@ -216,6 +216,8 @@ def test_hopper_has_kernels_of_its_own():
         (dict(dtype="float32"), []),
         (dict(dim=36), []),  # 72 bytes a row
         (dict(options={"scale": -1.0}), []),
+        (dict(options={"logits_soft_cap": 5.0}), []),
+        (dict(options={"sinks": [1.0, 2.0, 3.0, 4.0]}), []),
         (dict(options={"scale": 0.5, "window_left": 30, "window_right": 0}), ["forward", "dq", "dkdv"]),
     ],
     ids=lambda x: str(x),
@@ -256,12 +258,21 @@ def test_launches_of_the_fast_kernels():
         ({"scale": -1.0}, "float16", "f16_64"),
         ({"scale": 0.0}, "float16", "f16_64"),
         ({"scale": 1e30}, "float16", "f16_64"),
+        ({"logits_soft_cap": 5.0}, "float16", "f16_64"),
+        ({"alibi_slopes": [0.5, 0.2]}, "float16", "f16_64"),
     ],
 )
 def test_what_the_fast_kernels_do_not_take(options, dtype, kernel):
     names = [x["kernel"] for x in call(dtype=dtype, options=options)["launches"]]
     delta = ["attn_ops_delta_f32"] if dtype == "float32" else []
     assert names == [f"attn_ops_forward_{kernel}", *delta, f"attn_ops_dq_{kernel}", f"attn_ops_dkdv_{kernel}"]
+
+
+@needs_library
+def test_sinks_leave_a_call_to_the_fast_kernels():
+    launches = [(x["kernel"], x["grid"][0]) for x in call(options={"sinks": [0.5, 2.0]})["launches"]]
+    plain = [(f"attn_ops_{name}_f16_64_plain", n) for name, n in (("forward", 2), ("dq", 2), ("dkdv", 1))]
+    assert launches == [*plain, ("attn_ops_dsinks_f32", 2)]
 
 
 @needs_library

@@ -195,6 +195,7 @@ inline float exp2_fast(float x) {
 inline float product(float x, float y) { return x * y; }  // kernels are compiled with -ffp-contract=off
 inline float min_or_nan(float x, float y) { return x < y || x != x ? x : y; }
 inline float log_of(float x) { return logf(x); }
+inline float tanh_of(float x) { return tanhf(x); }
 inline uint32_t multiply_high(uint32_t x, uint32_t y) { return static_cast<uint64_t>(x) * y >> 32; }
 
 inline uint32_t round_to_tf32(float x) {

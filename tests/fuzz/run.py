@@ -27,10 +27,6 @@ from attn_ops import kernels
 from fuzz import cases, check, ways
 
 
-# What the CUDA kernels do not have.
-LATER_OPTIONS = {"query_offset", "logits_soft_cap", "alibi_slopes", "relative_bias", "sinks"}
-
-
 def chosen_ways(implementations, isas):
     """The ways of these names, for `core` one for each of the instruction sets (None: all that run here)."""
     usable = kernels.core().isas()
@@ -86,8 +82,7 @@ def fuzz(seed, numbers, chosen, seconds=float("inf"), whole=False, report=print)
         if not taken:
             continue
         case = cases.draw(seed, number)
-        plain = not case.structure and not LATER_OPTIONS & set(case.options)
-        taken = {name: way for name, way in taken.items() if case.dtype in way.dtypes and (plain or way.structured)}
+        taken = {name: way for name, way in taken.items() if case.dtype in way.dtypes and not way.lacks & set(case.options)}
         judge = check.Judge(case)
         wrong = {name: findings(case, way, judge) for name, way in taken.items()}
         wrong = {name: found for name, found in wrong.items() if found}

@@ -19,7 +19,7 @@ class Core:
     """The kernels of one instruction set on NumPy arrays, which may lie in memory in any way."""
 
     share = 1.0  # of the cases
-    structured = True
+    lacks = frozenset()
     dtypes = tuple(DTYPES)
     rounds = True  # results have the dtypes of the case
 
@@ -102,7 +102,7 @@ class Other:
 
     dtypes = tuple(DTYPES)
     rounds = True
-    structured = True  # whether it takes offsets, masks of more than windows, lengths and arrays, and all for scores
+    lacks = frozenset()  # options that it does not take
 
     def __init__(self, name, share):
         self.name, self.share = name, share
@@ -140,7 +140,7 @@ class Cuda(Other):
     """The CUDA kernels, whose matrix units want weights of 16 bits where the inputs are."""
 
     dtypes = ("float32", "float16", "bfloat16")
-    structured = False
+    lacks = frozenset({"relative_bias"})
 
     def precision(self, case):
         return case.query.dtype

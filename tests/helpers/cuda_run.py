@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from attn_ops.kernels import cuda
-from attn_ops.masks import Mask
 from cuda_arrays import Array, driver, missing_reason
 from reference_cases import take_mask
 
@@ -58,7 +57,7 @@ def start(device: bool) -> None:
 
 
 def run(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.ndarray | None]:
-    """Forward and backward: out, lse, dq, dk, dv, d_bias by name. `more` are options of the launches alone."""
+    """Forward and backward: out, lse, dq, dk, dv, d_bias, d_sinks by name. `more` are options of the launches alone."""
     results = run_all(query, key, value, d_out, d_lse, options, **more)
     del results["statistics"]
     return results
@@ -79,6 +78,7 @@ def run_all(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.nd
     gradients = {f"d{name}": Array.unwritten(x.shape, query.dtype) for name, x in zip("qkv", (query, key, value))}
     bias = arrays["bias"].numpy() if "bias" in arrays else None
     d_bias = None if bias is None else Array.unwritten(bias.shape, bias.dtype)
+    d_sinks = Array.unwritten((num_heads,), "float32") if "sinks" in arrays else None
     d_out = Array(d_out)
     d_lse = None if d_lse is None else Array(d_lse.astype("float32"))
     backward = launch(
@@ -88,13 +88,14 @@ def run_all(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.nd
             *(x.view for x in gradients.values()),
             d_lse=d_lse and d_lse.view,
             d_bias=d_bias and d_bias.view,
+            d_sinks=d_sinks and d_sinks.view,
             **options,
         )
     )
     for array in (*inputs.values(), *arrays.values(), d_out, forward, backward):
         if array is not None:
             array.numpy()  # nothing was written beside it
-    results = {"out": out, "lse": lse, "statistics": statistics, **gradients, "d_bias": d_bias}
+    results = {"out": out, "lse": lse, "statistics": statistics, **gradients, "d_bias": d_bias, "d_sinks": d_sinks}
     return {name: array and array.numpy() for name, array in results.items()}
 
 
@@ -103,23 +104,32 @@ def launch_options(query, key, options):
     structure = take_mask(options)
     rows, offset = 1 if options.get("layout", "BSHD") == "BSHD" else 2, options.pop("query_offset", None)
     parts = structure.parts(query.shape[rows], key.shape[rows], offset)
-    dense = parts.dense
-    if parts.segments is not None or parts.blocks is not None:  # which these kernels do not have
-        apart = Mask(structured=structure.structured)
-        dense = (*structure.tensors(), apart.materialize(query.shape[rows], key.shape[rows], query_offset=offset))
-    arrays = {f"mask {i}": Array(np.asarray(mask, bool)) for i, mask in enumerate(dense)}
+    arrays = {f"mask {i}": Array(np.asarray(mask, bool)) for i, mask in enumerate(parts.dense)}
     named = {"layout": "BSHD", "masks": [array.view for array in arrays.values()]}
     named |= {name: getattr(structure, name) for name in ("window_left", "window_right", "bottom_right")}
     if parts.intervals is not None:
         ends = [Array(np.ascontiguousarray(x, np.int32)) for x in parts.intervals]
         arrays |= dict(zip(("key_begin", "key_end"), ends))
         named["intervals"] = [array.view for array in ends]
+    if parts.segments is not None:
+        ids = [Array(np.ascontiguousarray(x, np.int32)) for x in parts.segments]
+        arrays |= dict(zip(("query_ids", "key_ids"), ids))
+        named["segments"] = [array.view for array in ids]
+    if parts.blocks is not None:
+        arrays["blocks"] = Array(np.asarray(parts.blocks, bool))
+        named |= {"blocks": arrays["blocks"].view, "block_q": parts.block_q, "block_k": parts.block_k}
     if offset is not None:
         arrays["query_offset"] = Array(np.atleast_1d(np.asarray(offset, np.int32)))
         named["query_offset"] = arrays["query_offset"].view
     for name in ("query_lengths", "key_lengths"):
         if getattr(structure, name) is not None:
             arrays[name] = Array(np.asarray(getattr(structure, name), np.int32))
+            named[name] = arrays[name].view
+    named["soft_cap"] = options.pop("logits_soft_cap", None)
+    slopes, sinks = (options.pop(name, None) for name in ("alibi_slopes", "sinks"))
+    for name, x in (("slopes", slopes if slopes is None else np.atleast_2d(slopes)), ("sinks", sinks)):
+        if x is not None:
+            arrays[name] = Array(np.asarray(x, np.float32))
             named[name] = arrays[name].view
     if options.get("bias") is not None:
         bias = np.asarray(options.pop("bias"))
