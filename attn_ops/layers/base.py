@@ -129,6 +129,20 @@ class DropIn(FlashAttention):
         """The names of what is in effect that stock layers do not have: options, and arguments ``given`` to a call."""
         return [what for what, x in given.items() if x is not None]
 
+    def _refuse_ragged_in_keras(self, reason):
+        """ValueError where a call with ragged tensors would have to run Keras's code, for this ``reason``, or None."""
+        if reason:
+            name = type(self).__name__
+            raise ValueError(f"{name}: Keras's own code has no ragged tensors, and runs here: {reason}")
+
+    def _refuse_beyond_stock(self, reason, **given):
+        """ValueError where this call needs what Keras's code, which runs for this ``reason``, does not have."""
+        beyond = self.beyond_stock(**given)
+        if beyond:
+            raise ValueError(
+                f"{type(self).__name__}: Keras's own code has no {', '.join(beyond)}, and runs here: {reason}"
+            )
+
     # Keras quantizes the projections, which are layers of their own, but saves only the policy of this one: a model
     # that is loaded would have float projections and find int8 weights.
 

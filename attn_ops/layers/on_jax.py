@@ -20,6 +20,11 @@ def is_ragged(x):
     return False  # JAX has none
 
 
+def of_values(function, x):
+    """The ``function`` of ``x``, which is dense."""
+    return function(x)
+
+
 def draw_seed(generator):
     """What a Keras `SeedGenerator` gives next, as a `dropout_seed`. JAX recomputes what it traced, with this seed."""
     return generator.next()

@@ -33,11 +33,16 @@ def is_ragged(x):
     return isinstance(x, tf.RaggedTensor)
 
 
-def tokens(name, query, key, value):
+def tokens(*args, **kwargs):
     """Ragged tensors as `attn_ops.layers.ragged.Tokens`."""
     from attn_ops.layers import ragged
 
-    return ragged.tokens(name, query, key, value)
+    return ragged.tokens(*args, **kwargs)
+
+
+def of_values(function, x):
+    """The ``function`` of a dense tensor, or of the values of a ragged one `[batch, (seqlen), features]`."""
+    return x.with_values(function(x.values)) if is_ragged(x) else function(x)
 
 
 def draw_seed(generator):

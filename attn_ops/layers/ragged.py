@@ -30,8 +30,8 @@ class Tokens(typing.NamedTuple):
         return self.like.with_values(out[0])
 
 
-def tokens(name, query, key, value):
-    """The `Tokens` of three ragged tensors `[batch, (seqlen), features]`.
+def tokens(name, query, key, value, query_offset=None):
+    """The `Tokens` of three ragged tensors `[batch, (seqlen), features]`; queries stand from their ``query_offset`` on.
 
     Raises:
         TypeError: One of them is dense.
@@ -46,6 +46,7 @@ def tokens(name, query, key, value):
             )
     value = with_rows_of(name, key, value)
     same = key.row_splits is query.row_splits
-    positions = tuple(tf.ragged.range(x.row_lengths()).values[None] for x in (query, key))
+    starts = 0 if query_offset is None else tf.cast(query_offset, query.row_splits.dtype)
+    positions = tuple(tf.ragged.range(start, start + x.row_lengths()).values[None] for x, start in ((query, starts), (key, 0)))
     splits = query.row_splits, None if same else key.row_splits
     return Tokens(query.values[None], key.values[None], value.values[None], splits, positions, query)

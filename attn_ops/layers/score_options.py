@@ -124,14 +124,6 @@ class ScoreOptions(DropIn):
         }
         return [*present(**own, **given)]
 
-    def _refuse_beyond_stock(self, reason, **given):
-        """ValueError where this call needs what Keras's code, which runs for this ``reason``, does not have."""
-        beyond = self.beyond_stock(**given)
-        if beyond:
-            raise ValueError(
-                f"{type(self).__name__}: Keras's own code has no {', '.join(beyond)}, and runs here: {reason}"
-            )
-
     def _refuse_masks(self, reason, attention_mask):
         """ValueError where Keras's dense mask, which is made for this ``reason``, would have to hold one of attn_ops."""
         given = attention_mask if isinstance(attention_mask, Mask) else self.mask
@@ -156,29 +148,27 @@ class ScoreOptions(DropIn):
                 f"layer: pass boolean tensors, as attention_mask, value_mask or query_mask; got {attention_mask!r}"
             )
 
-    def _attend_ragged(self, cls, query, key, value, training, use_causal_mask, padded):
+    def _attend_ragged(self, cls, query, key, value, training, mask, use_causal_mask, query_offset):
         """The layer, a ``cls``, on ragged `[batch, (seqlen), features]`: a ragged one of the query's row lengths.
 
-        ``padded`` are the arguments of the call that go by `[batch, seqlen]`, which it refuses. The layer's `_own_settings`
-        are its scale, the rate and the seed of its dropout, Keras's window, and whether it has a gate.
+        The layer's `_own_settings` are its scale, the rate and the seed of its dropout, Keras's window, and whether it has a
+        gate; ``mask`` is that of the call.
         """
         name = type(self).__name__
-        given = [*present(**padded)]
-        if given:
-            raise ValueError(f"{name}: a call with ragged tensors takes no {', '.join(given)}: pass dense ones")
         steps = "call", "_compute_attention", "_masked_softmax"
         reason = "as_in_keras=True" if self.as_in_keras else dense_reason(self, cls, *steps)
-        if reason:
-            raise ValueError(f"{name}: Keras's own code has no ragged tensors, and runs here: {reason}")
+        self._refuse_ragged_in_keras(reason)
         own = self._own_settings(training)
         window = own["window"]
         window = None if window is None else (window - 1, window - 1)
-        mask = combined(self.mask, is_causal=use_causal_mask, window=window)
-        if mask.structured or mask.arrays():
+        mask = combined([x for x in (self.mask, mask) if x is not None], is_causal=use_causal_mask, window=window)
+        lengths = mask.query_lengths is not None or mask.key_lengths is not None
+        if lengths or mask.dense or not all(part.stands for part in mask.structured):
             raise ValueError(
-                f"{name}: of masks a call with ragged tensors has causal ones and windows, got {self.mask!r}"
+                f"{name}: of masks a call with ragged tensors has those that go by positions (causal, window, prefix, "
+                f"chunked), got {mask!r}"
             )
-        tokens = backend.tokens(name, query, key, value)
+        tokens = backend.tokens(name, query, key, value, query_offset)
         turned_query, turned_key = self._rotated(
             self._query_dense(tokens.query), self._key_dense(tokens.key), positions=tokens.positions
         )
@@ -186,13 +176,11 @@ class ScoreOptions(DropIn):
             turned_query,
             turned_key,
             self._value_dense(tokens.value),
+            mask=mask,
             scale=own["scale"],
-            is_causal=mask.is_causal,
-            window=mask.window,
-            causal_alignment=mask.causal_alignment,
             implementation=self.implementation,
             **({} if own["seed"] is None else {"dropout_rate": own["rate"], "dropout_seed": own["seed"]}),
-            **self._score_options(),
+            **self._score_options(query_offset=query_offset),
         )
         if own["gate"]:
             out = out * self._gate_dense(tokens.query)
