@@ -13,7 +13,7 @@ from attn_ops.layers.backend import backend
 from attn_ops.layers.base import DropIn, overridden, refuse_if_forced
 from attn_ops.layers.common import attend_one_head, combine, dropout_seed, hide_rows, ragged_like
 from attn_ops.layers.empty_rows import empty_rows
-from attn_ops.layers.inputs import are_ragged, boolean
+from attn_ops.layers.inputs import are_ragged, boolean, padding
 from attn_ops.masks import constructors
 
 _Stock = keras.layers.Attention
@@ -38,7 +38,7 @@ class Attention(DropIn, _Stock):
       seqlen_k]`, every extent may be 1. It has a gradient.
     - The inputs may be `tf.RaggedTensor`s `[batch, (seqlen), features]`, also of functional models
       (`keras.Input(ragged=True)`): no padding is made, and the output is ragged like the query. Causal masks go with it,
-      other masks, `attention_bias` and scores do not.
+      and ragged masks `[batch, (seqlen)]`; `attention_bias` and scores do not.
     - `score_mode="concat"` and subclasses that override a step of the computation run Keras's code; with
       `flash_attention=True`, `attention_bias` or ragged inputs they raise ValueError.
     """
@@ -56,9 +56,11 @@ class Attention(DropIn, _Stock):
         query, value = inputs[0], inputs[1]
         key = inputs[2] if len(inputs) > 2 else value
         query_mask, value_mask = mask[:2] if mask else (None, None)
-        padded = {"mask": value_mask if query_mask is None else query_mask, "attention_bias": attention_bias}
+        padded = {"query mask": query_mask, "value mask": value_mask, "attention_bias": attention_bias}
         padded["return_attention_scores"] = return_attention_scores
         ragged = are_ragged(self, padded, query=query, value=value, key=key)
+        if ragged and value_mask is not None:
+            value_mask = padding(self, value_mask, value, "the value mask")
 
         def in_keras():
             return super(Attention, self).call(
@@ -96,6 +98,9 @@ class Attention(DropIn, _Stock):
             axes = AttentionAxes((len(query.shape) - 2,), len(query.shape) - 1)
             attention_bias = axes.flatten_mask(ops.convert_to_tensor(attention_bias), query, key, "attention_bias")
         ragged = backend.is_ragged(query)
+        if ragged and query_mask is not None:
+            hidden = constructors.query_padding(padding(self, query_mask, query, "the query mask"))
+            visible = combine([visible, hidden])
         out, scores = attend_one_head(
             self,
             *((query, key, value) if ragged else (_one_batch_axis(x, 2) for x in (query, key, value))),
@@ -114,6 +119,10 @@ class Attention(DropIn, _Stock):
         if not return_attention_scores:
             return out
         return out, ops.reshape(scores, [*leading, dims(scores)[-1]])
+
+    def compute_mask(self, inputs, mask=None):
+        query_mask = mask[0] if mask else None
+        return query_mask if backend.is_ragged(query_mask) else super().compute_mask(inputs, mask)
 
     def compute_output_spec(
         self,

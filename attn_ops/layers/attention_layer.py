@@ -7,7 +7,7 @@ import keras
 from attn_ops.call.arrays import compatible
 from attn_ops.layers.base import FlashAttention, checked_dropout, checked_number
 from attn_ops.layers.common import attend_one_head, combine, dropout_seed, hide_rows, ragged_like
-from attn_ops.layers.inputs import are_ragged, boolean, refuse_ragged
+from attn_ops.layers.inputs import are_ragged, padding, refuse_ragged
 from attn_ops.masks import constructors
 
 
@@ -33,13 +33,20 @@ class _QueryKeyValue(FlashAttention, keras.layers.Layer):
         self._check_three(inputs, mask)
         query, key, value = inputs
         if scores is None:
-            are_ragged(self, {"mask": _any(mask), "attention_bias": attention_bias}, query=query, key=key, value=value)
+            given = {f"{what} mask": x for what, x in zip(("query", "key", "value"), mask or ())}
+            given["attention_bias"] = attention_bias
+            ragged = are_ragged(self, given, query=query, key=key, value=value)
         else:
             refuse_ragged(self, query=query, key=key, value=value)
+            ragged = False
         self._check_shapes([x.shape for x in inputs])
-        query_mask, *key_masks = mask or (None, None, None)
+        query_mask, *key_masks = (
+            None if m is None else padding(self, m, x, "a mask") for m, x in zip(mask or [None] * 3, inputs)
+        )
         parts = [constructors.causal("top_left") if use_causal_mask else None]
-        parts += [constructors.key_padding(boolean(m, "a mask")) for m in key_masks if m is not None]
+        parts += [constructors.key_padding(m) for m in key_masks if m is not None]
+        if ragged and query_mask is not None:
+            parts.append(constructors.query_padding(query_mask))
         out, weights = attend_one_head(
             self,
             query,
@@ -51,8 +58,8 @@ class _QueryKeyValue(FlashAttention, keras.layers.Layer):
             scores=scores,
             attention_bias=attention_bias,
         )
-        if query_mask is not None:
-            out = hide_rows(out, boolean(query_mask, "a mask"))
+        if query_mask is not None and not ragged:
+            out = hide_rows(out, query_mask)
         return out, weights
 
     def _check_three(self, inputs, mask=None):
@@ -106,7 +113,7 @@ class AttentionLayer(_QueryKeyValue):
     Call arguments:
         inputs: `[query, key, value]` of float `[batch, seqlen_q, features]`, `[batch, seqlen_k, features]` and
             `[batch, seqlen_k, value_features]`; on TensorFlow also three `tf.RaggedTensor`s `[batch, (seqlen), features]`,
-            of which no padding is made, without `mask` and `attention_bias`.
+            of which no padding is made, with ragged masks and without `attention_bias`.
         mask: `[query_mask, key_mask, value_mask]`, bool `[batch, seqlen]` or None each; filled from the inputs' Keras
             masks. Hidden keys and values take no part, hidden queries give 0.
         training: Whether dropout runs.
@@ -155,11 +162,6 @@ class AttentionLayerWithWeights(_QueryKeyValue):
     def compute_output_shape(self, input_shape):
         query, key, _ = self._check_shapes(input_shape)
         return super().compute_output_shape(input_shape), (*query[:-1], key[-2])
-
-
-def _any(masks):
-    """The first of the masks that is one, or None."""
-    return next((x for x in masks or () if x is not None), None)
 
 
 def _is_shape(x):

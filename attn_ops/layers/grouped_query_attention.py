@@ -89,7 +89,16 @@ class GroupedQueryAttention(ScoreOptions, _Stock):
         }
         if are_ragged(self, padded, query=query, value=value, key=key):
             return self._attend_ragged(
-                GroupedQueryAttention, query, key, value, training, attention_mask, use_causal_mask, query_offset
+                GroupedQueryAttention,
+                query,
+                key,
+                value,
+                training,
+                query_mask=query_mask,
+                key_masks=(value_mask, key_mask),
+                attention_mask=attention_mask,
+                is_causal=use_causal_mask,
+                query_offset=query_offset,
             )
         self._refuse_in_keras(attention_mask, **given)
         query_mask = None if query_mask is None else boolean(query_mask, "query_mask")

@@ -38,10 +38,16 @@ def boolean(mask, name):
     return ops.cast(mask, "bool")
 
 
+def padding(layer, mask, like, name):
+    """The mask of the positions of `like` as a bool tensor, `[batch, seqlen]`; of ragged ones `[1, tokens]`."""
+    return boolean(backend.mask_of_tokens(type(layer).__name__, mask, like) if backend.is_ragged(mask) else mask, name)
+
+
 def are_ragged(layer, given, **inputs):
     """Whether the `inputs` are ragged, which the backend and the `layer` take then.
 
-    `given` are the arguments of the call that go by `[batch, seqlen]`, by name; masks of `attn_ops.masks` need not.
+    `given` are the arguments of the call that go by `[batch, seqlen]`, by name; masks that are ragged or of `attn_ops.masks`
+    do not.
 
     Raises:
         TypeError: ragged ones that the backend does not have.
@@ -50,7 +56,11 @@ def are_ragged(layer, given, **inputs):
     if not any(backend.is_ragged(x) for x in inputs.values()):
         refuse_ragged(layer, **inputs)
         return False
-    refused = [what for what, x in given.items() if not (x is None or x is False or isinstance(x, Mask))]
+    refused = [
+        what
+        for what, x in given.items()
+        if not (x is None or x is False or isinstance(x, Mask) or (what.endswith("mask") and backend.is_ragged(x)))
+    ]
     if refused:
         raise ValueError(
             f"{type(layer).__name__}: a call with ragged tensors takes no {', '.join(refused)}: pass dense ones"

@@ -68,7 +68,8 @@ class MultiHeadAttention(ScoreOptions, _Stock):
     - An `attention_mask` may be an object of `attn_ops.masks`, which stays structured.
     - Query, value and key may be `tf.RaggedTensor`s `[batch, (seqlen), features]`, also of functional models
       (`keras.Input(ragged=True)`): no padding is made, and the output is ragged like the query. Causal masks and windows
-      go with it, by position in each sequence; other masks, `attention_bias` and scores do not.
+      (and prefix and chunked ones of `attn_ops.masks`) go with it, by position in each sequence, `query_offset`, and ragged
+      padding masks, as embeddings with `mask_zero=True` make them; dense masks, `attention_bias` and scores do not.
     - Options of the constructor, by keyword, that Keras does not have; with one of them, no stock layer can take the
       layer's place (`attn_ops.revert`), and where Keras's own code has to run there is a ValueError:
       `logits_soft_cap`: a number c; scores s become c tanh(s / c). `sinks=True`: a learned logit per head joins the
@@ -130,7 +131,16 @@ class MultiHeadAttention(ScoreOptions, _Stock):
         }
         if are_ragged(self, padded, query=query, value=value, key=key):
             return self._attend_ragged(
-                MultiHeadAttention, query, key, value, training, attention_mask, use_causal_mask, query_offset
+                MultiHeadAttention,
+                query,
+                key,
+                value,
+                training,
+                query_mask=query_mask,
+                key_masks=(value_mask, key_mask),
+                attention_mask=attention_mask,
+                is_causal=use_causal_mask,
+                query_offset=query_offset,
             )
         self._refuse_in_keras(attention_mask, **given)
         if self.as_in_keras:

@@ -40,6 +40,12 @@ def tokens(*args, **kwargs):
     return ragged.tokens(*args, **kwargs)
 
 
+def mask_of_tokens(*args):
+    from attn_ops.layers import ragged
+
+    return ragged.mask_of_tokens(*args)
+
+
 def of_values(function, x):
     """The ``function`` of a dense tensor, or of the values of a ragged one `[batch, (seqlen), features]`."""
     return x.with_values(function(x.values)) if is_ragged(x) else function(x)

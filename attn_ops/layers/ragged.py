@@ -30,6 +30,20 @@ class Tokens(typing.NamedTuple):
         return self.like.with_values(out[0])
 
 
+def mask_of_tokens(name, mask, like):
+    """A ragged mask `[batch, (seqlen)]`, as Keras's embeddings of ragged ids have, of the `[1, tokens]` of ``like``.
+
+    Raises:
+        TypeError: ``like`` is dense.
+        ValueError: Rows of other lengths, or more ragged dimensions.
+    """
+    if not isinstance(like, tf.RaggedTensor):
+        raise TypeError(f"{name}: a mask is ragged, and its input is dense: pass mask.to_tensor()")
+    if mask.ragged_rank != 1 or mask.values.shape.rank != 1:
+        raise ValueError(f"{name}: a ragged mask must be [batch, (seqlen)], got shape {mask.shape}")
+    return with_rows_of(name, like, mask, "an input and its mask").values[None]
+
+
 def tokens(name, query, key, value, query_offset=None):
     """The `Tokens` of three ragged tensors `[batch, (seqlen), features]`; queries stand from their ``query_offset`` on.
 

@@ -8,9 +8,11 @@ import numpy as np
 from attn_ops.call import options
 from attn_ops.call.position_bias import T5RelativeBias, alibi_slopes
 from attn_ops.call.rotary import from_option
-from attn_ops.layers.backend import backend
+from attn_ops.layers.backend import backend, set_keras_mask
 from attn_ops.layers.base import DropIn, dense_reason
+from attn_ops.layers.inputs import padding
 from attn_ops.layers.kept import kept
+from attn_ops.masks import constructors
 from attn_ops.masks.config import config_of, from_config
 from attn_ops.masks.mask import Mask, combined
 
@@ -148,11 +150,13 @@ class ScoreOptions(DropIn):
                 f"layer: pass boolean tensors, as attention_mask, value_mask or query_mask; got {attention_mask!r}"
             )
 
-    def _attend_ragged(self, cls, query, key, value, training, mask, use_causal_mask, query_offset):
+    def _attend_ragged(
+        self, cls, query, key, value, training, *, query_mask, key_masks, attention_mask, is_causal, query_offset
+    ):
         """The layer, a ``cls``, on ragged `[batch, (seqlen), features]`: a ragged one of the query's row lengths.
 
         The layer's `_own_settings` are its scale, the rate and the seed of its dropout, Keras's window, and whether it has a
-        gate; ``mask`` is that of the call.
+        gate. Masks of positions are ragged too.
         """
         name = type(self).__name__
         steps = "call", "_compute_attention", "_masked_softmax"
@@ -161,13 +165,17 @@ class ScoreOptions(DropIn):
         own = self._own_settings(training)
         window = own["window"]
         window = None if window is None else (window - 1, window - 1)
-        mask = combined([x for x in (self.mask, mask) if x is not None], is_causal=use_causal_mask, window=window)
+        mask = combined([x for x in (self.mask, attention_mask) if x is not None], is_causal=is_causal, window=window)
         lengths = mask.query_lengths is not None or mask.key_lengths is not None
         if lengths or mask.dense or not all(part.stands for part in mask.structured):
             raise ValueError(
                 f"{name}: of masks a call with ragged tensors has those that go by positions (causal, window, prefix, "
                 f"chunked), got {mask!r}"
             )
+        if query_mask is not None:
+            mask &= constructors.query_padding(padding(self, query_mask, query, "query_mask"))
+        for key_mask in {id(x): x for x in key_masks if x is not None}.values():
+            mask &= constructors.key_padding(padding(self, key_mask, key, "value_mask"))
         tokens = backend.tokens(name, query, key, value, query_offset)
         turned_query, turned_key = self._rotated(
             self._query_dense(tokens.query), self._key_dense(tokens.key), positions=tokens.positions
@@ -184,7 +192,10 @@ class ScoreOptions(DropIn):
         )
         if own["gate"]:
             out = out * self._gate_dense(tokens.query)
-        return tokens.ragged(self._output_dense(out))
+        out = tokens.ragged(self._output_dense(out))
+        if query_mask is not None:
+            set_keras_mask(out, query_mask)
+        return out
 
     def _score_options(self, attention_bias=None, query_offset=None):
         """The options of the attention, those that are in effect."""

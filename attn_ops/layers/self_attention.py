@@ -7,7 +7,7 @@ import keras
 from attn_ops.layers.backend import backend
 from attn_ops.layers.base import FlashAttention, checked_dropout, checked_number, checked_units
 from attn_ops.layers.common import attend_one_head, combine, dropout_seed, ragged_like
-from attn_ops.layers.inputs import are_ragged, boolean
+from attn_ops.layers.inputs import are_ragged, padding
 from attn_ops.masks import constructors
 
 
@@ -29,7 +29,7 @@ class SelfAttention(FlashAttention, keras.layers.Layer):
 
     Call arguments:
         inputs: Float `[batch, seqlen, features]`, on TensorFlow also a `tf.RaggedTensor` `[batch, (seqlen), features]`, of
-            which no padding is made; then without `mask`, `return_attention_scores` and `attention_bias`.
+            which no padding is made; then without `return_attention_scores` and `attention_bias`, and the mask ragged too.
         mask: Bool `[batch, seqlen]` or None; filled from the input's Keras mask. Hidden positions are not seen, and
             give 0.
         training: Whether dropout runs.
@@ -110,7 +110,7 @@ class SelfAttention(FlashAttention, keras.layers.Layer):
         are_ragged(self, padded, inputs=inputs)
         parts = [constructors.causal("top_left") if use_causal_mask else None]
         if mask is not None:
-            mask = boolean(mask, "mask")
+            mask = padding(self, mask, inputs, "mask")
             parts += [constructors.query_padding(mask), constructors.key_padding(mask)]
         query, key, value = (
             backend.of_values(lambda x, w=w: keras.ops.matmul(x, w), inputs) for w in (self.W_q, self.W_k, self.W_v)

@@ -194,11 +194,12 @@ def test_what_does_not_go_with_one_ragged_head(name, config, call):
     layer, x = ours(name)(**config), ragged(LENGTHS, dtype="float32")
     mask = np.ones((4, 5), bool)
     masks_given = {"Attention": [mask, mask], "AttentionLayer": [mask] * 3, "SelfAttention": mask}
+    words = {"mask": "query mask"} if name != "SelfAttention" else {}
     refused = [{"mask": masks_given[name]}, {"attention_bias": np.zeros((5, 5), "f")}]
     if name != "AttentionLayer":
         refused.append({"return_attention_scores": True})
     for given in refused:
-        with pytest.raises(ValueError, match=f"{name}: a call with ragged tensors takes no {[*given][0]}: pass dense ones"):
+        with pytest.raises(ValueError, match=f"{name}: a call with ragged tensors takes no {words.get([*given][0], [*given][0])}"):
             call(layer, x, x, **given)
     if name != "SelfAttention":
         with pytest.raises((TypeError, ValueError), match=f"{name}: .* must all be ragged"):
@@ -207,3 +208,28 @@ def test_what_does_not_go_with_one_ragged_head(name, config, call):
         for config in ({"score_mode": "concat"}, {"as_in_keras": True}):
             with pytest.raises(ValueError, match="Attention: Keras's own code has no ragged tensors, and runs here: "):
                 call(ours(name)(**config), x, x)
+
+
+MASKED = {
+    **{name: (CONFIGS[name], lambda layer, x: layer(x, x)) for name in CONFIGS},
+    "Attention": ({}, lambda layer, x: layer([x, x])),
+    "AttentionLayer": ({}, lambda layer, x: layer([x, x, x])),
+    "SelfAttention": ({}, lambda layer, x: layer(x)),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_of_ragged_embeddings(name):
+    """Which tokens are hidden is told as for padded ids; what is no padding stays what it is."""
+    config, call = MASKED[name]
+    ids = tf.ragged.constant([[1, 2, 0], [], [3, 0, 0, 4], [5]], dtype="int32")
+    ragged_ids, padded_ids = keras.Input((None,), ragged=True, dtype="int32"), keras.Input((None,), dtype="int32")
+    embedding, layer = keras.layers.Embedding(6, 8, mask_zero=True), ours(name)(**config)
+    ragged_model, padded_model = (keras.Model(i, call(layer, embedding(i))) for i in (ragged_ids, padded_ids))
+    out, wanted = ragged_model(ids), padded_model(ids.to_tensor())
+    np.testing.assert_allclose(out.to_tensor(), np.where(tf.sequence_mask(ids.row_lengths())[..., None], wanted, 0), atol=1e-6)
+    assert out._keras_mask.to_list() == (ids != 0).to_list()
+    with pytest.raises(ValueError, match="an input and its mask must have rows of the same lengths"):
+        x = embedding(ids)
+        x._keras_mask = tf.ragged.constant([[True], [], [True], [True]])
+        call(layer, x)
