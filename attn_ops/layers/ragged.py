@@ -60,7 +60,18 @@ def tokens(name, query, key, value, query_offset=None):
             )
     value = with_rows_of(name, key, value)
     same = key.row_splits is query.row_splits
-    starts = 0 if query_offset is None else tf.cast(query_offset, query.row_splits.dtype)
-    positions = tuple(tf.ragged.range(start, start + x.row_lengths()).values[None] for x, start in ((query, starts), (key, 0)))
+    positions = _positions(query, query_offset)[None], _positions(key)[None]
     splits = query.row_splits, None if same else key.row_splits
     return Tokens(query.values[None], key.values[None], value.values[None], splits, positions, query)
+
+
+def _positions(x, start=None):
+    """The position of each token in its sequence, `[tokens]`, counted from a ``start``, an integer or integers `[batch]`."""
+    splits = x.row_splits
+    tokens = tf.range(tf.shape(x.values, splits.dtype)[0])
+    sequence = tf.searchsorted(splits, tokens, "right") - 1  # XLA has no tf.ragged.range
+    positions = tokens - tf.gather(splits, sequence)
+    if start is None:
+        return positions
+    start = tf.cast(start, splits.dtype)
+    return positions + (start if start.shape.rank == 0 else tf.gather(start, sequence))

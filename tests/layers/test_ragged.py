@@ -233,3 +233,11 @@ def test_masks_of_ragged_embeddings(name):
         x = embedding(ids)
         x._keras_mask = tf.ragged.constant([[True], [], [True], [True]])
         call(layer, x)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_compiled_by_xla(name):
+    config, call = MASKED[name]
+    layer, x = ours(name)(**config, **({"rotary": True} if name in CONFIGS else {})), ragged(LENGTHS, dtype="float32")
+    compiled = tf.function(lambda x: call(layer, x), jit_compile=True)
+    np.testing.assert_allclose(compiled(x).values, call(layer, x).values, rtol=1e-5, atol=1e-5)
