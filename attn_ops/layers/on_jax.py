@@ -20,9 +20,12 @@ def is_ragged(x):
     return False  # JAX has none
 
 
-def of_values(function, x):
-    """The ``function`` of ``x``, which is dense."""
-    return function(x)
+def values(x):
+    return x
+
+
+def with_values(x, values):
+    return values
 
 
 def draw_seed(generator):

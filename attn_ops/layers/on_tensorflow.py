@@ -46,9 +46,14 @@ def mask_of_tokens(*args):
     return ragged.mask_of_tokens(*args)
 
 
-def of_values(function, x):
-    """The ``function`` of a dense tensor, or of the values of a ragged one `[batch, (seqlen), features]`."""
-    return x.with_values(function(x.values)) if is_ragged(x) else function(x)
+def values(x):
+    """``x``, or of a ragged one `[batch, (seqlen), features]` the tokens, `[tokens, features]`."""
+    return x.values if is_ragged(x) else x
+
+
+def with_values(x, values):
+    """``values`` in the place of those of ``x``."""
+    return x.with_values(values) if is_ragged(x) else values
 
 
 def draw_seed(generator):

@@ -113,7 +113,7 @@ class SelfAttention(FlashAttention, keras.layers.Layer):
             mask = padding(self, mask, inputs, "mask")
             parts += [constructors.query_padding(mask), constructors.key_padding(mask)]
         query, key, value = (
-            backend.of_values(lambda x, w=w: keras.ops.matmul(x, w), inputs) for w in (self.W_q, self.W_k, self.W_v)
+            backend.with_values(inputs, keras.ops.matmul(backend.values(inputs), w)) for w in (self.W_q, self.W_k, self.W_v)
         )
         out, scores = attend_one_head(
             self,

@@ -1,5 +1,7 @@
 """Ragged input of the layers: each sequence gives what it gives by itself."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -241,3 +243,24 @@ def test_compiled_by_xla(name):
     layer, x = ours(name)(**config, **({"rotary": True} if name in CONFIGS else {})), ragged(LENGTHS, dtype="float32")
     compiled = tf.function(lambda x: call(layer, x), jit_compile=True)
     np.testing.assert_allclose(compiled(x).values, call(layer, x).values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["MultiHeadAttention", "SelfAttention"])
+def test_rematerialisation(name):
+    config, call = MASKED[name]
+    x = ragged(LENGTHS, dtype="float32")
+    with keras.RematScope(mode="full"):
+        layer = ours(name)(**config, dropout=0.5, seed=1)
+    plain = ours(name)(**config, dropout=0.5, seed=1)
+    call(layer, x), call(plain, x)
+    plain.set_weights(layer.get_weights())
+
+    def gradients(layer):
+        with tf.GradientTape() as tape:
+            tape.watch(x.values)
+            total = tf.reduce_sum(tf.sin(call(functools.partial(layer, training=True), x).values))
+        return tape.gradient(total, [x.values, *(w.value for w in layer.trainable_variables)])
+
+    for run in (gradients, tf.function(gradients)):
+        for found, wanted in zip(run(layer), run(plain), strict=True):
+            np.testing.assert_allclose(tf.convert_to_tensor(found), tf.convert_to_tensor(wanted), rtol=1e-5, atol=1e-6)
