@@ -204,6 +204,9 @@ def ragged_attention(
     alibi_slopes: Any = None,
     relative_bias: Any = None,
     sinks: Any = None,
+    bias: Any = None,
+    mask: Any = None,
+    query_offset: Any = None,
     implementation: str | None = None,
 ) -> Any: ...
 def varlen_attention(
@@ -226,6 +229,9 @@ def varlen_attention(
     alibi_slopes: Any = None,
     relative_bias: Any = None,
     sinks: Any = None,
+    bias: Any = None,
+    mask: Any = None,
+    query_offset: Any = None,
     implementation: str | None = None,
     softmax_scale: Any = None,
     causal: Any = False,

@@ -19,13 +19,17 @@ class NumPy:
     where = staticmethod(np.where)
 
     def int64(self, x):
-        return np.asarray(x).astype(np.int64)
+        return self._values(x).astype(np.int64)
 
     def int32(self, x):
-        return np.asarray(x).astype(np.int32)
+        return self._values(x).astype(np.int32)
 
     def bool(self, x):
-        return np.asarray(x).astype(bool, copy=False)
+        return self._values(x).astype(bool, copy=False)
+
+    def _values(self, x):
+        values = known(x)  # constants of graphs too, which are no arrays of NumPy
+        return np.asarray(x) if values is None else np.asarray(values)
 
     def repeat_batch(self, visible, batch):
         return np.broadcast_to(visible, (batch,) + visible.shape[1:])

@@ -10,6 +10,7 @@ import shares
 
 from device_runs import missing_packages
 from implementations import Cuda, all_implementations
+from optional_packages import keras_hub  # noqa: F401  a fixture
 
 IMPLEMENTATIONS = []
 
@@ -85,11 +86,6 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("whole"):
         whole = [config.rootpath / "tests" / "models"] if config.getoption("models") == "all" else []
         shares.leave_out(config, items, whole)
-
-
-@pytest.fixture(scope="session")
-def keras_hub():
-    return pytest.importorskip("keras_hub")
 
 
 @pytest.fixture

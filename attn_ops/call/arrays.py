@@ -91,24 +91,34 @@ def _what_it_may_be(what, rank, full, dims):
 
 
 def boolean(xp, name, mask, dims):
+    return score_shaped(xp, name, "mask", boolean_array(xp, name, mask), dims)
+
+
+def boolean_array(xp, name, mask):
+    """``mask`` of any shape."""
     if isinstance(mask, str):  # MLX's "causal"
         raise TypeError(checks.not_boolean(name, "mask", "str"))
     mask = xp.as_tensor(name, "mask", mask)
     if mask.dtype != xp.bool_:
         raise TypeError(checks.not_boolean(name, "mask", mask.dtype.name))
-    return score_shaped(xp, name, "mask", mask, dims)
+    return mask
 
 
 def bias(xp, name, bias, dims, dtype):
-    bias = xp.as_tensor(name, "bias", bias)
-    if not xp.is_floating(bias.dtype):
-        hint = "; a boolean mask goes to mask=" if bias.dtype == xp.bool_ else f"; cast it: {xp.cast_text('bias')}"
-        raise TypeError(f"{name}: bias must be floating, got {bias.dtype.name}{hint}")
-    bias = score_shaped(xp, name, "bias", bias, dims)
+    bias = score_shaped(xp, name, "bias", floating_bias(xp, name, bias), dims)
     if bias.dtype == dtype:
         return bias
     # Beside 16-bit inputs float32 holds any bias as it is: 16 bits would round long ALiBi distances away.
     return xp.cast(bias, dtype if dtype == xp.float64 else xp.float32)
+
+
+def floating_bias(xp, name, bias):
+    """``bias`` of any shape."""
+    bias = xp.as_tensor(name, "bias", bias)
+    if not xp.is_floating(bias.dtype):
+        hint = "; a boolean mask goes to mask=" if bias.dtype == xp.bool_ else f"; cast it: {xp.cast_text('bias')}"
+        raise TypeError(f"{name}: bias must be floating, got {bias.dtype.name}{hint}")
+    return bias
 
 
 def lengths(xp, name, what, lengths, batch, limit):
@@ -134,8 +144,8 @@ def lengths(xp, name, what, lengths, batch, limit):
     return xp.as_int32(lengths)
 
 
-def query_offset(xp, name, offset, batch):
-    """``offset`` as int32 [1] or [batch], its values checked when they are known now."""
+def query_offset(xp, name, offset, batch, axis="batch"):
+    """``offset`` as int32 [1] or [batch], an ``axis`` of that name, its values checked when they are known now."""
     if options.is_integer(offset):
         options.check_offset(name, offset, offset)
         return xp.as_tensor(name, "query_offset", np.array([offset], np.int32))
@@ -147,7 +157,7 @@ def query_offset(xp, name, offset, batch):
         offset = xp.expand_dims(offset, 0)
     elif not compatible(extents, [batch]):
         raise ValueError(
-            f"{name}: query_offset must be an integer or have shape [batch={batch}], got {shape_text(extents)}"
+            f"{name}: query_offset must be an integer or have shape [{axis}={batch}], got {shape_text(extents)}"
         )
     values = xp.static_value(offset)
     if values is not None and values.size:

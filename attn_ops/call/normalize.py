@@ -82,7 +82,7 @@ def _checked(xp, name, query, key, value, *, block_table=None, scales=(), of_cac
             counts_distances = alibi_slopes is not None or relative_bias is not None
             if counts_distances and structure.is_aligned:
                 options.check_distances(name, causal_alignment, structure.causal_alignment)
-            structure = _both(
+            structure = both(
                 name,
                 structure,
                 Mask(
@@ -109,11 +109,7 @@ def _checked(xp, name, query, key, value, *, block_table=None, scales=(), of_cac
             alignment_is_said |= bool(structure.structured) or not isinstance(structure.causal_alignment, options.Unsaid)
             query_seq_lengths, key_value_seq_lengths = structure.query_lengths, structure.key_lengths
         masks = _at_most_four(xp, [arrays.boolean(xp, name, m, dims) for m in masks])
-    if bottom_right and query_offset is not None:
-        raise ValueError(
-            f"{name}: query_offset tells where the first row stands, and causal_alignment='bottom_right' that the last row "
-            "stands at the last key: pass one of them"
-        )
+    options.check_one_position(name, query_offset, bottom_right)
     window_left, window_right = window
     if is_causal:
         window_right = 0
@@ -337,13 +333,14 @@ def split_masks(name, mask):
     structure, arrays = None, []
     for item in mask if isinstance(mask, (list, tuple)) else (mask,):
         if isinstance(item, Mask):
-            structure = item if structure is None else _both(name, structure, item)
+            structure = item if structure is None else both(name, structure, item)
         elif item is not None:
             arrays.append(item)
     return structure, tuple(arrays)
 
 
-def _both(name, mask, other):
+def both(name, mask, other):
+    """``mask & other``, with ``name`` in what that raises."""
     try:
         return mask & other
     except ValueError as error:

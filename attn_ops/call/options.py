@@ -196,6 +196,15 @@ def bottom_right(name, causal_alignment) -> bool:
     raise ValueError(f"{name}: causal_alignment must be 'top_left' or 'bottom_right', got {causal_alignment!r}")
 
 
+def check_one_position(name, query_offset, is_bottom_right) -> None:
+    """ValueError where two arguments say where rows stand."""
+    if is_bottom_right and query_offset is not None:
+        raise ValueError(
+            f"{name}: query_offset tells where the first row stands, and causal_alignment='bottom_right' that the last row "
+            "stands at the last key: pass one of them"
+        )
+
+
 def check_distances(name, causal_alignment, of_mask) -> None:
     """ValueError where slopes or tables count distances and ``causal_alignment`` was said to be another one than that
     ``of_mask``, of a mask with parts that ask where rows stand: a row stands at one key."""

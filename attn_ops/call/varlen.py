@@ -10,11 +10,12 @@ import numpy as np
 
 from attn_ops import namespaces
 from attn_ops.call import arrays, options
+from attn_ops.call.normalize import both, split_masks
 from attn_ops.masks import checks
 from attn_ops.masks.mask import Mask
-from attn_ops.masks.structure import Packed
+from attn_ops.masks.structure import Packed, Prefix
 
-# Options of the attention that packed sequences have no use for: they are of batches, or [seqlen_q, seqlen_k].
+# Options of the attention that are of batches, and so others here, or none.
 WITHOUT = ("bias", "mask", "query_seq_lengths", "key_value_seq_lengths", "layout", "query_offset")
 # FlashAttention's names and defaults of options, and what they are here.
 ALIASES = {
@@ -24,7 +25,13 @@ ALIASES = {
     "dropout_p": ("dropout_rate", 0.0),
     "softcap": ("logits_soft_cap", 0.0),
 }
-OWN = {"causal_alignment": "bottom_right", "implementation": None}  # options of these functions, and their defaults
+OWN = {  # options of these functions, and their defaults
+    "bias": None,
+    "mask": None,
+    "query_offset": None,
+    "causal_alignment": options.Unsaid("bottom_right"),
+    "implementation": None,
+}
 OF_FLASH_ATTENTION = {name: default for name, (_, default) in ALIASES.items()}
 
 
@@ -75,12 +82,81 @@ def arguments(xp, name, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_s
     for what, longest in (("q", max_seqlen_q), ("k", max_seqlen_k)):
         _check_longest(name, f"max_seqlen_{what}", longest, cu[f"cu_seqlens_{what}"], cu["cu_seqlens_q"])
     _check_distances(name, cu, given)
-    left, right = options.window(name, given.pop("window", None))
-    if options.flag(name, "is_causal", given.pop("is_causal", False)):
-        right = 0
-    bottom_right = options.bottom_right(name, given.pop("causal_alignment", OWN["causal_alignment"]))
-    given["mask"] = Mask(structured=(Packed(*cu.values(), left, right, bottom_right),))
+    heads = xp.extents(tokens["q"])
+    dims = {"num_heads": None if heads is None else heads[1], "total_q": totals["q"], "total_k": of_keys}
+    if given.get("bias") is not None:
+        bias = arrays.floating_bias(xp, name, given["bias"])
+        given["bias"] = _of_scores(xp, name, "bias", bias, dims)
+    structure, dense = split_masks(name, given.pop("mask", None))
+    dense = [_of_scores(xp, name, "mask", arrays.boolean_array(xp, name, x), dims) for x in dense]
+    given["mask"] = [_packed(xp, name, structure or Mask(), cu, given), *dense]
     return *(xp.expand_dims(x, 0) for x in tokens.values()), given
+
+
+def _packed(xp, name, mask, cu, given):
+    """The mask of all that says who sees whom: the sequences, a ``mask``, and the options ``given``, which are taken out.
+
+    What counts from where rows stand counts in the sequences, all other parts go by the packed tokens.
+    """
+    sequences = cu["cu_seqlens_q"].shape[0]
+    sequences = None if sequences is None else sequences - 1
+    _check_mask(name, mask, sequences)
+    offset = given.pop("query_offset", None)
+    if offset is not None:
+        offset = arrays.query_offset(xp, name, offset, sequences, axis="sequences")
+        rule = f"{name}: query_offset must be between 0 and 2^30"
+        offset = checks.required(offset, lambda x: (x >= 0) & (x <= options.LARGEST_OFFSET), rule)
+    alignment = given.pop("causal_alignment", OWN["causal_alignment"])
+    options.bottom_right(name, alignment)
+    if isinstance(alignment, options.Unsaid) and (offset is not None or mask.is_aligned):
+        alignment = mask.causal_alignment
+    is_causal = options.flag(name, "is_causal", given.pop("is_causal", False))
+    mask = both(name, mask, Mask(is_causal, alignment, options.window(name, given.pop("window", None))))
+    options.check_one_position(name, offset, mask.bottom_right)
+    inside = tuple(part for part in mask.structured if part.stands)
+    packed = Packed(*cu.values(), mask.window_left, mask.window_right, mask.bottom_right, offset, inside)
+    others = tuple(part for part in mask.structured if not part.stands)
+    return Mask(dense=mask.dense, structured=(packed, *others))
+
+
+def _check_mask(name, mask, sequences):
+    """ValueError for parts of a ``mask`` that say nothing of packed tokens."""
+    if mask.query_lengths is not None or mask.key_lengths is not None:
+        raise ValueError(
+            f"{name}: mask holds lengths, which are of batch entries, and cu_seqlens_q and cu_seqlens_k tell those of packed "
+            f"sequences, got {mask!r}"
+        )
+    for part in mask.structured:
+        if part.is_function:
+            raise ValueError(
+                f"{name}: mask holds a Python function, which does not know of sequences: pass what it is for the packed "
+                f"tokens, attn_ops.masks.boolean(mask.materialize(total_q, total_k)), got {mask!r}"
+            )
+        length = list(getattr(part.length, "shape", ())) if isinstance(part, Prefix) else []
+        if length not in ([], [1]) and not arrays.compatible(length, [sequences]):
+            raise ValueError(
+                f"{name}: length of the prefix mask must be an integer or have shape [sequences={sequences}], got "
+                f"{arrays.shape_text(length)}"
+            )
+
+
+def _of_scores(xp, name, what, x, dims):
+    """``x``, which is of the packed scores, with rank 4. ``dims`` are the extents of these by axis."""
+    extents = xp.extents(x)
+    if extents is None:
+        return xp.expand_dims(xp.ensure_rank(x, 3, f"{name}_{what}_needs_rank_3"), 0)
+    wanted = list(dims.values())[-len(extents) :]
+    fits = len(extents) in (2, 3) and all(n == 1 or arrays.compatible([n], [m]) for n, m in zip(extents, wanted))
+    if not fits:
+        axes = ", ".join(f"{axis}={'?' if n is None else n}" for axis, n in dims.items())
+        hint = f"; for the same keys in every row, {what}[None]" if extents == [dims["total_k"]] else ""
+        raise ValueError(
+            f"{name}: {what} must broadcast to the scores of packed tokens, [{axes}], with rank 2 ([total_q, total_k]) or 3: "
+            f"there is no axis of batch, and each extent may be 1; got shape {arrays.shape_text(extents)}{hint}"
+        )
+    for _ in range(4 - len(extents)):
+        x = xp.expand_dims(x, 0)
+    return x
 
 
 def _check_longest(name, what, longest, cu, cu_of_rows):
@@ -99,7 +175,14 @@ def _check_distances(name, cu, given):
         )
     rows, keys = cu.values()
     for what in ("alibi_slopes", "relative_bias"):
-        if given.get(what) is None or keys is None or rows is keys:
+        if given.get(what) is None:
+            continue
+        if given.get("query_offset") is not None:
+            raise ValueError(
+                f"{name}: {what} counts from rows and keys that begin together, and query_offset says where else rows stand: "
+                "pass bias=, or call scaled_dot_product_attention for each sequence"
+            )
+        if keys is None or rows is keys:
             continue
         values = [namespaces.known(x) for x in (rows, keys)]
         if any(x is None for x in values) or not np.array_equal(*values):

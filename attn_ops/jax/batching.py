@@ -38,7 +38,7 @@ def _forward(options):
             return _one_by_one(function, batched, arrays)
         batch = arrays.query.shape[1 if batched[0].query else 0]
         results = function(_joined_arrays(arrays, batched[0], count, batch))
-        return _parted(results, count), jax.tree.map(lambda x: True, results)
+        return _parted(results, count, batch), jax.tree.map(lambda x: True, results)
 
     return function
 
@@ -58,7 +58,7 @@ def _backward(options, wanted):
             bias_shape = arrays.bias.shape[1 if batched[0].bias else 0 :]
             joined = joined._replace(bias=_joined(arrays.bias, batched[0].bias, count, own))
         results = function(joined, *(_joined_tree(x, b, count) for x, b in zip(others, batched[1:])))
-        results = list(_parted(results, count))
+        results = list(_parted(results, count, own))
         if bias_shape is not None:
             at = wanted.index("bias")
             if bias_shape[0] != own:
@@ -103,8 +103,8 @@ def _joined(x, batched, count, batch):
     return x.reshape(count * batch, *shape[1:])
 
 
-def _parted(results, count):
-    return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), results)
+def _parted(results, count, batch):
+    return jax.tree.map(lambda x: x.reshape(count, batch, *x.shape[1:]), results)
 
 
 def _one_by_one(function, batched, *arguments):

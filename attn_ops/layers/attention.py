@@ -8,11 +8,12 @@ import keras
 from keras import ops
 
 from attn_ops.call.arrays import compatible
-from attn_ops.layers.axes import dims
+from attn_ops.layers.axes import AttentionAxes, dims
+from attn_ops.layers.backend import backend
 from attn_ops.layers.base import DropIn, overridden, refuse_if_forced
-from attn_ops.layers.common import attend_one_head, combine, dropout_seed, hide_rows
+from attn_ops.layers.common import attend_one_head, combine, dropout_seed, hide_rows, ragged_like
 from attn_ops.layers.empty_rows import empty_rows
-from attn_ops.layers.inputs import boolean, refuse_ragged
+from attn_ops.layers.inputs import are_ragged, boolean, padding
 from attn_ops.masks import constructors
 
 _Stock = keras.layers.Attention
@@ -33,8 +34,13 @@ class Attention(DropIn, _Stock):
       `as_in_keras=True`, which `attn_ops.convert` sets, computes batches with such a query by Keras's code.
     - A value mask may accompany more than one axis before the sequence, and a `[batch, seqlen_q, seqlen_k]` one a causal
       mask.
+    - `attention_bias` of a call, float, is added to the (scaled) scores, `[seqlen_q, seqlen_k]` or `[*batch, seqlen_q,
+      seqlen_k]`, every extent may be 1. It has a gradient.
+    - The inputs may be `tf.RaggedTensor`s `[batch, (seqlen), features]`, also of functional models
+      (`keras.Input(ragged=True)`): no padding is made, and the output is ragged like the query. Causal masks go with it,
+      and ragged masks `[batch, (seqlen)]`; `attention_bias` and scores do not.
     - `score_mode="concat"` and subclasses that override a step of the computation run Keras's code; with
-      `flash_attention=True` they raise ValueError.
+      `flash_attention=True`, `attention_bias` or ragged inputs they raise ValueError.
     """
 
     def call(
@@ -44,12 +50,17 @@ class Attention(DropIn, _Stock):
         training=False,
         return_attention_scores=False,
         use_causal_mask=False,
+        attention_bias=None,
     ):
         self._validate_inputs(inputs=inputs, mask=mask)
         query, value = inputs[0], inputs[1]
         key = inputs[2] if len(inputs) > 2 else value
-        refuse_ragged(self, query=query, value=value, key=key)
         query_mask, value_mask = mask[:2] if mask else (None, None)
+        padded = {"query mask": query_mask, "value mask": value_mask, "attention_bias": attention_bias}
+        padded["return_attention_scores"] = return_attention_scores
+        ragged = are_ragged(self, padded, query=query, value=value, key=key)
+        if ragged and value_mask is not None:
+            value_mask = padding(self, value_mask, value, "the value mask")
 
         def in_keras():
             return super(Attention, self).call(
@@ -61,6 +72,11 @@ class Attention(DropIn, _Stock):
             )
 
         reason = self._stock_reason(query, key, value, value_mask)
+        as_stock = reason or ("as_in_keras=True" if self.as_in_keras else None)
+        if as_stock:
+            self._refuse_beyond_stock(as_stock, attention_bias=attention_bias)
+        if ragged:
+            self._refuse_ragged_in_keras(as_stock)
         if reason:
             refuse_if_forced(self, reason)
             return in_keras()
@@ -69,7 +85,7 @@ class Attention(DropIn, _Stock):
         seed = dropout_seed(self, self.dropout, training)
 
         def here():
-            return self._attend(query, key, value, query_mask, visible, seed, return_attention_scores)
+            return self._attend(query, key, value, query_mask, visible, seed, return_attention_scores, attention_bias)
 
         if self.as_in_keras and value_mask is not None:
             # Keras takes 1e9 from every score of such a row, and what is left of them decides: only its code has that.
@@ -77,16 +93,25 @@ class Attention(DropIn, _Stock):
             return ops.cond(any_empty, in_keras, here)
         return here()
 
-    def _attend(self, query, key, value, query_mask, visible, seed, return_attention_scores):
+    def _attend(self, query, key, value, query_mask, visible, seed, return_attention_scores, attention_bias):
+        if attention_bias is not None:
+            axes = AttentionAxes((len(query.shape) - 2,), len(query.shape) - 1)
+            attention_bias = axes.flatten_mask(ops.convert_to_tensor(attention_bias), query, key, "attention_bias")
+        ragged = backend.is_ragged(query)
+        if ragged and query_mask is not None:
+            hidden = constructors.query_padding(padding(self, query_mask, query, "the query mask"))
+            visible = combine([visible, hidden])
         out, scores = attend_one_head(
-            *(_one_batch_axis(x, 2) for x in (query, key, value)),
+            self,
+            *((query, key, value) if ragged else (_one_batch_axis(x, 2) for x in (query, key, value))),
             mask=visible,
             scale=1.0 if self.scale is None else ops.convert_to_tensor(self.scale),
-            implementation=self.implementation,
-            dropout_rate=self.dropout,
             dropout_seed=seed,
             scores="dropped" if return_attention_scores else None,
+            attention_bias=attention_bias,
         )
+        if ragged:
+            return out
         leading = dims(query)[:-1]
         out = ops.reshape(out, [*leading, dims(out)[-1]])
         if query_mask is not None:
@@ -94,6 +119,28 @@ class Attention(DropIn, _Stock):
         if not return_attention_scores:
             return out
         return out, ops.reshape(scores, [*leading, dims(scores)[-1]])
+
+    def compute_mask(self, inputs, mask=None):
+        query_mask = mask[0] if mask else None
+        return query_mask if backend.is_ragged(query_mask) else super().compute_mask(inputs, mask)
+
+    def compute_output_spec(
+        self,
+        inputs,
+        mask=None,
+        return_attention_scores=False,
+        training=None,
+        use_causal_mask=False,
+        attention_bias=None,
+    ):
+        spec = super().compute_output_spec(
+            inputs,
+            mask=mask,
+            return_attention_scores=return_attention_scores,
+            training=training,
+            use_causal_mask=use_causal_mask,
+        )
+        return spec if return_attention_scores else ragged_like(spec, inputs[0])
 
     def _stock_reason(self, query, key, value, value_mask):
         """Why this call has to run Keras's own code, or None."""

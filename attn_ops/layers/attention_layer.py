@@ -6,8 +6,8 @@ import keras
 
 from attn_ops.call.arrays import compatible
 from attn_ops.layers.base import FlashAttention, checked_dropout, checked_number
-from attn_ops.layers.common import attend_one_head, combine, dropout_seed, hide_rows
-from attn_ops.layers.inputs import boolean, refuse_ragged
+from attn_ops.layers.common import attend_one_head, combine, dropout_seed, hide_rows, ragged_like
+from attn_ops.layers.inputs import are_ragged, padding, refuse_ragged
 from attn_ops.masks import constructors
 
 
@@ -29,27 +29,37 @@ class _QueryKeyValue(FlashAttention, keras.layers.Layer):
     def build(self, input_shape):
         self._check_shapes(input_shape)
 
-    def _attend(self, inputs, mask, training, use_causal_mask, scores):
+    def _attend(self, inputs, mask, training, use_causal_mask, attention_bias, scores):
         self._check_three(inputs, mask)
         query, key, value = inputs
-        refuse_ragged(self, query=query, key=key, value=value)
+        if scores is None:
+            given = {f"{what} mask": x for what, x in zip(("query", "key", "value"), mask or ())}
+            given["attention_bias"] = attention_bias
+            ragged = are_ragged(self, given, query=query, key=key, value=value)
+        else:
+            refuse_ragged(self, query=query, key=key, value=value)
+            ragged = False
         self._check_shapes([x.shape for x in inputs])
-        query_mask, *key_masks = mask or (None, None, None)
+        query_mask, *key_masks = (
+            None if m is None else padding(self, m, x, "a mask") for m, x in zip(mask or [None] * 3, inputs)
+        )
         parts = [constructors.causal("top_left") if use_causal_mask else None]
-        parts += [constructors.key_padding(boolean(m, "a mask")) for m in key_masks if m is not None]
+        parts += [constructors.key_padding(m) for m in key_masks if m is not None]
+        if ragged and query_mask is not None:
+            parts.append(constructors.query_padding(query_mask))
         out, weights = attend_one_head(
+            self,
             query,
             key,
             value,
             mask=combine(parts),
             scale=1.0 if self.scale is None else self.scale,
-            implementation=self.implementation,
-            dropout_rate=self.dropout,
             dropout_seed=dropout_seed(self, self.dropout, training),
             scores=scores,
+            attention_bias=attention_bias,
         )
-        if query_mask is not None:
-            out = hide_rows(out, boolean(query_mask, "a mask"))
+        if query_mask is not None and not ragged:
+            out = hide_rows(out, query_mask)
         return out, weights
 
     def _check_three(self, inputs, mask=None):
@@ -102,23 +112,30 @@ class AttentionLayer(_QueryKeyValue):
 
     Call arguments:
         inputs: `[query, key, value]` of float `[batch, seqlen_q, features]`, `[batch, seqlen_k, features]` and
-            `[batch, seqlen_k, value_features]`.
+            `[batch, seqlen_k, value_features]`; on TensorFlow also three `tf.RaggedTensor`s `[batch, (seqlen), features]`,
+            of which no padding is made, with ragged masks and without `attention_bias`.
         mask: `[query_mask, key_mask, value_mask]`, bool `[batch, seqlen]` or None each; filled from the inputs' Keras
             masks. Hidden keys and values take no part, hidden queries give 0.
         training: Whether dropout runs.
         use_causal_mask: Whether query i sees only the keys up to i.
+        attention_bias: Float `[seqlen_q, seqlen_k]` or `[batch, seqlen_q, seqlen_k]`, every extent may be 1, or None: added
+            to the scaled scores. It has a gradient.
 
     Returns:
-        The context `[batch, seqlen_q, value_features]`, with the mask of the query.
+        The context `[batch, seqlen_q, value_features]`, ragged like the query, with the mask of the query.
 
     Raises:
         ValueError: `inputs` or `mask` has not three elements, or the shapes do not agree; `dropout` is outside [0, 1)
-            or `scale` not finite.
-        TypeError: `dropout` or `scale` is not a number, or an input is ragged.
+            or `scale` not finite; or what does not go with ragged inputs.
+        TypeError: `dropout` or `scale` is not a number, some inputs alone are ragged, or any on JAX.
     """
 
-    def call(self, inputs, mask=None, training=False, use_causal_mask=False):
-        return self._attend(inputs, mask, training, use_causal_mask, scores=None)[0]
+    def call(self, inputs, mask=None, training=False, use_causal_mask=False, attention_bias=None):
+        return self._attend(inputs, mask, training, use_causal_mask, attention_bias, scores=None)[0]
+
+    def compute_output_spec(self, inputs, mask=None, training=False, use_causal_mask=False, attention_bias=None):
+        shape = self.compute_output_shape([x.shape for x in inputs])
+        return ragged_like(keras.KerasTensor(shape, dtype=self.compute_dtype), inputs[0])
 
 
 @keras.saving.register_keras_serializable(package="attn_ops")
@@ -129,15 +146,15 @@ class AttentionLayerWithWeights(_QueryKeyValue):
         scale, dropout, seed, flash_attention: As for :class:`AttentionLayer`.
 
     Call arguments:
-        inputs, mask, training, use_causal_mask: As for :class:`AttentionLayer`.
+        inputs, mask, training, use_causal_mask, attention_bias: As for :class:`AttentionLayer`, but dense.
 
     Returns:
         The context `[batch, seqlen_q, value_features]` and the weights `[batch, seqlen_q, seqlen_k]`, those that
         multiplied the values: after dropout, and each row sums to 1 without it (0 where no key is visible).
     """
 
-    def call(self, inputs, mask=None, training=False, use_causal_mask=False):
-        return self._attend(inputs, mask, training, use_causal_mask, scores="dropped")
+    def call(self, inputs, mask=None, training=False, use_causal_mask=False, attention_bias=None):
+        return self._attend(inputs, mask, training, use_causal_mask, attention_bias, scores="dropped")
 
     def compute_mask(self, inputs, mask=None):
         return super().compute_mask(inputs, mask), None

@@ -11,6 +11,7 @@ import keras
 from keras import tree
 
 from attn_ops.call.options import is_integer
+from attn_ops.layers.backend import backend
 
 _IMPLEMENTATIONS = {None: None, True: "fused", False: "composite"}
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
@@ -72,22 +73,27 @@ class FlashAttention:
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """Keras's, for graphs as well: TensorFlow rematerialises there only functions without arguments by keyword, and
-        gives those no gradient anywhere. So this hands it one function of the floating tensors alone."""
+        gives those no gradient anywhere. So this hands it one function of the floating tensors alone, dense ones."""
         for layer in self._flatten_layers(include_self=False):
             layer._remat_mode = None  # part of the region of this layer
 
         def call(*args, **kwargs):
             flat = tree.flatten((args, kwargs))
             where = [i for i, x in enumerate(flat) if _is_floating_tensor(x)]
+            ragged = None  # the result, where it is so
 
             def function_of_tensors(*tensors):
-                given = dict(zip(where, tensors))
+                nonlocal ragged
+                given = {i: backend.with_values(flat[i], x) for i, x in zip(where, tensors)}
                 given = [given.get(i, x) for i, x in enumerate(flat)]
                 given_args, given_kwargs = tree.pack_sequence_as((args, kwargs), given)
-                return layer_call(*given_args, **given_kwargs)
+                result = layer_call(*given_args, **given_kwargs)
+                ragged = result if backend.is_ragged(result) else None
+                return backend.values(result)
 
             function = super(FlashAttention, self).rematerialized_call(function_of_tensors, *args, **kwargs)
-            return function(*(flat[i] for i in where))
+            values = function(*(backend.values(flat[i]) for i in where))
+            return backend.with_values(ragged, values)
 
         return call
 
@@ -128,6 +134,20 @@ class DropIn(FlashAttention):
     def beyond_stock(self, **given):
         """The names of what is in effect that stock layers do not have: options, and arguments ``given`` to a call."""
         return [what for what, x in given.items() if x is not None]
+
+    def _refuse_ragged_in_keras(self, reason):
+        """ValueError where a call with ragged tensors would have to run Keras's code, for this ``reason``, or None."""
+        if reason:
+            name = type(self).__name__
+            raise ValueError(f"{name}: Keras's own code has no ragged tensors, and runs here: {reason}")
+
+    def _refuse_beyond_stock(self, reason, **given):
+        """ValueError where this call needs what Keras's code, which runs for this ``reason``, does not have."""
+        beyond = self.beyond_stock(**given)
+        if beyond:
+            raise ValueError(
+                f"{type(self).__name__}: Keras's own code has no {', '.join(beyond)}, and runs here: {reason}"
+            )
 
     # Keras quantizes the projections, which are layers of their own, but saves only the policy of this one: a model
     # that is loaded would have float projections and find int8 weights.

@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import operator
 
+import keras
 from keras import ops
 
-from attn_ops.layers.axes import dims
+from attn_ops.layers.axes import AttentionAxes, dims
 from attn_ops.layers.backend import backend
 from attn_ops.layers.inputs import boolean
 from attn_ops.masks import constructors
 from attn_ops.masks.mask import Mask
+
+_ONE_AXIS = AttentionAxes((1,), 2)
 
 
 def combine(parts):
@@ -86,7 +89,9 @@ def hide_rows(out, query_mask):
     return ops.where(ops.expand_dims(query_mask, -1), out, ops.zeros((), out.dtype))
 
 
-def attend(query, key, value, *, mask, scale, implementation, dropout_rate, dropout_seed, scores=None, **more):
+def attend(
+    query, key, value, *, mask, scale, implementation, dropout_rate, dropout_seed, scores=None, attention=None, **more
+):
     """Attention of `[batch, seqlen, heads, dim]` tensors, and the attention weights if asked for.
 
     Args:
@@ -96,6 +101,7 @@ def attend(query, key, value, *, mask, scale, implementation, dropout_rate, drop
         implementation: None, "fused" or "composite".
         dropout_rate: The rate where `dropout_seed` is given, by `dropout_seed()`; no dropout where that is None.
         scores: None, "undropped" (the softmax) or "dropped" (what multiplied the values).
+        attention: What attends in place of :func:`attn_ops.scaled_dot_product_attention`, without scores.
         more: Other options of :func:`attn_ops.attention_weights`, such as `sinks`.
 
     Returns:
@@ -103,9 +109,8 @@ def attend(query, key, value, *, mask, scale, implementation, dropout_rate, drop
     """
     options = {"mask": mask, "scale": scale, **more}
     dropout = {} if dropout_seed is None else {"dropout_rate": dropout_rate, "dropout_seed": dropout_seed}
-    out = backend.attention.scaled_dot_product_attention(
-        query, key, value, **options, **dropout, implementation=implementation
-    )
+    attention = backend.attention.scaled_dot_product_attention if attention is None else attention
+    out = attention(query, key, value, **options, **dropout, implementation=implementation)
     if scores is None:
         return out, None
     # Not from the log-sum-exp: -inf for a row that sees no key is what `tf.debugging.enable_check_numerics` looks for.
@@ -116,7 +121,27 @@ def attend(query, key, value, *, mask, scale, implementation, dropout_rate, drop
     return out, weights
 
 
-def attend_one_head(query, key, value, **options):
-    """:func:`attend` for `[batch, seqlen, features]` tensors; the scores are `[batch, seqlen_q, seqlen_k]`."""
+def attend_one_head(layer, query, key, value, *, attention_bias=None, **options):
+    """:func:`attend` for `[batch, seqlen, features]` tensors, ragged ones too; the scores are `[batch, seqlen_q, seqlen_k]`.
+
+    The rate of the dropout and the implementation are the `layer`'s. `attention_bias` is None or added to the scores:
+    `[seqlen_q, seqlen_k]` or `[batch, seqlen_q, seqlen_k]`, every extent may be 1.
+    """
+    options |= {"dropout_rate": layer.dropout, "implementation": layer.implementation}
+    if attention_bias is not None:
+        bias = ops.convert_to_tensor(attention_bias)
+        options["bias"] = _ONE_AXIS.flatten_mask(bias, query, key, "attention_bias")
+    if backend.is_ragged(query):
+        tokens = backend.tokens(type(layer).__name__, query, key, value)
+        heads = (ops.expand_dims(x, 2) for x in (tokens.query, tokens.key, tokens.value))
+        out, _ = attend(*heads, attention=tokens.attend, **options)
+        return tokens.ragged(ops.squeeze(out, 2)), None
     out, scores = attend(*(ops.expand_dims(x, 2) for x in (query, key, value)), **options)
     return ops.squeeze(out, 2), scores if scores is None else ops.squeeze(scores, 1)
+
+
+def ragged_like(spec, query):
+    """A KerasTensor of an output, ragged where the `query` is."""
+    if not getattr(query, "ragged", False):
+        return spec
+    return keras.KerasTensor(spec.shape, dtype=spec.dtype, ragged=True)

@@ -7,11 +7,11 @@ from keras import ops
 
 from attn_ops.layers import cached
 from attn_ops.layers.axes import AttentionAxes, dims
-from attn_ops.layers.backend import backend, set_keras_mask
+from attn_ops.layers.backend import set_keras_mask
 from attn_ops.layers.base import dense_reason, refuse_if_forced
-from attn_ops.layers.common import attend, combine, dropout_seed, keras_mask
+from attn_ops.layers.common import attend, combine, dropout_seed, keras_mask, ragged_like
 from attn_ops.layers.empty_rows import empty_rows, with_means
-from attn_ops.layers.inputs import boolean, refuse_ragged, without_keras_mask
+from attn_ops.layers.inputs import are_ragged, boolean, without_keras_mask
 from attn_ops.layers.score_options import ScoreOptions, present
 from attn_ops.masks import constructors
 from attn_ops.masks.mask import Mask
@@ -78,15 +78,29 @@ class GroupedQueryAttention(ScoreOptions, _Stock):
                 query_offset=query_offset,
             )
         given = present(attention_bias=attention_bias, query_offset=query_offset)
-        if any(backend.is_ragged(x) for x in (query, value, key)):
-            padded = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask}
-            padded |= {"attention_mask": attention_mask, "return_attention_scores": return_attention_scores or None}
+        key = value if key is None else key
+        padded = {
+            "query_mask": query_mask,
+            "value_mask": value_mask,
+            "key_mask": key_mask,
+            "attention_mask": attention_mask,
+            "return_attention_scores": return_attention_scores,
+            "attention_bias": attention_bias,
+        }
+        if are_ragged(self, padded, query=query, value=value, key=key):
             return self._attend_ragged(
-                GroupedQueryAttention, query, value if key is None else key, value, training, use_causal_mask, {**padded, **given}
+                GroupedQueryAttention,
+                query,
+                key,
+                value,
+                training,
+                query_mask=query_mask,
+                key_masks=(value_mask, key_mask),
+                attention_mask=attention_mask,
+                is_causal=use_causal_mask,
+                query_offset=query_offset,
             )
         self._refuse_in_keras(attention_mask, **given)
-        key = value if key is None else key
-        refuse_ragged(self, query=query, value=value, key=key)
         query_mask = None if query_mask is None else boolean(query_mask, "query_mask")
         attention_mask = self._compute_attention_mask(
             query,
@@ -237,7 +251,7 @@ class GroupedQueryAttention(ScoreOptions, _Stock):
             use_causal_mask=use_causal_mask,
         )
         if getattr(query, "ragged", False) and not return_attention_scores:
-            return keras.KerasTensor(spec.shape, dtype=spec.dtype, ragged=True)
+            return ragged_like(spec, query)
         if query_mask is not None and not self.as_in_keras:
             set_keras_mask(spec[0] if return_attention_scores else spec, query_mask)
         return spec

@@ -136,13 +136,12 @@ class HierarchicalAttention(FlashAttention, keras.layers.Layer):
         context = ops.cast(context, key.dtype)
         query = ops.broadcast_to(context, (ops.shape(x)[0], 1, context.shape[0]))
         out, weights = attend_one_head(
+            self,
             query,
             key,
             x,
             mask=None if mask is None else constructors.key_padding(mask),
             scale=1.0,
-            implementation=self.implementation,
-            dropout_rate=self.dropout,
             dropout_seed=dropout_seed(self, self.dropout, training),
             scores="dropped" if return_weights else None,
         )

@@ -38,13 +38,43 @@ def boolean(mask, name):
     return ops.cast(mask, "bool")
 
 
+def padding(layer, mask, like, name):
+    """The mask of the positions of `like` as a bool tensor, `[batch, seqlen]`; of ragged ones `[1, tokens]`."""
+    return boolean(backend.mask_of_tokens(type(layer).__name__, mask, like) if backend.is_ragged(mask) else mask, name)
+
+
+def are_ragged(layer, given, **inputs):
+    """Whether the `inputs` are ragged, which the backend and the `layer` take then.
+
+    `given` are the arguments of the call that go by `[batch, seqlen]`, by name; masks that are ragged or of `attn_ops.masks`
+    do not.
+
+    Raises:
+        TypeError: ragged ones that the backend does not have.
+        ValueError: one of those that are given, beside ragged inputs.
+    """
+    if not any(backend.is_ragged(x) for x in inputs.values()):
+        refuse_ragged(layer, **inputs)
+        return False
+    refused = [
+        what
+        for what, x in given.items()
+        if not (x is None or x is False or isinstance(x, Mask) or (what.endswith("mask") and backend.is_ragged(x)))
+    ]
+    if refused:
+        raise ValueError(
+            f"{type(layer).__name__}: a call with ragged tensors takes no {', '.join(refused)}: pass dense ones"
+        )
+    return True
+
+
 def refuse_ragged(layer, **inputs):
     """Raises TypeError where one of the `inputs` is ragged, as which Keras hands them over."""
     for name, x in inputs.items():
         if type(x).__name__ == "RaggedTensor":
             raise TypeError(
                 f"{type(layer).__name__}: {name} is a RaggedTensor, and this layer takes dense tensors (on TensorFlow "
-                f"MultiHeadAttention takes ragged ones): pass {name}.to_tensor(), and "
+                f"MultiHeadAttention, Attention and SelfAttention take ragged ones): pass {name}.to_tensor(), and "
                 f"tf.sequence_mask({name}.row_lengths()) as its mask"
             )
 

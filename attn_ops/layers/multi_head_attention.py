@@ -9,11 +9,11 @@ from keras import ops
 
 from attn_ops.layers import cached
 from attn_ops.layers.axes import AttentionAxes, dims
-from attn_ops.layers.backend import backend, set_keras_mask
+from attn_ops.layers.backend import set_keras_mask
 from attn_ops.layers.base import dense_reason, refuse_if_forced
-from attn_ops.layers.common import attend, combine, dropout_seed, keras_mask
+from attn_ops.layers.common import attend, combine, dropout_seed, keras_mask, ragged_like
 from attn_ops.layers.empty_rows import empty_rows, with_means
-from attn_ops.layers.inputs import boolean, refuse_ragged, without_keras_mask
+from attn_ops.layers.inputs import are_ragged, boolean, without_keras_mask
 from attn_ops.layers.score_options import ScoreOptions, present
 from attn_ops.masks.mask import Mask
 
@@ -68,7 +68,8 @@ class MultiHeadAttention(ScoreOptions, _Stock):
     - An `attention_mask` may be an object of `attn_ops.masks`, which stays structured.
     - Query, value and key may be `tf.RaggedTensor`s `[batch, (seqlen), features]`, also of functional models
       (`keras.Input(ragged=True)`): no padding is made, and the output is ragged like the query. Causal masks and windows
-      go with it, by position in each sequence; other masks, `attention_bias` and scores do not.
+      (and prefix and chunked ones of `attn_ops.masks`) go with it, by position in each sequence, `query_offset`, and ragged
+      padding masks, as embeddings with `mask_zero=True` make them; dense masks, `attention_bias` and scores do not.
     - Options of the constructor, by keyword, that Keras does not have; with one of them, no stock layer can take the
       layer's place (`attn_ops.revert`), and where Keras's own code has to run there is a ValueError:
       `logits_soft_cap`: a number c; scores s become c tanh(s / c). `sinks=True`: a learned logit per head joins the
@@ -119,11 +120,27 @@ class MultiHeadAttention(ScoreOptions, _Stock):
                 query_offset=query_offset,
             )
         given = present(attention_bias=attention_bias, query_offset=query_offset)
-        if any(backend.is_ragged(x) for x in (query, value, key)):
-            padded = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask}
-            padded |= {"attention_mask": attention_mask, "return_attention_scores": return_attention_scores or None}
+        key = value if key is None else key
+        padded = {
+            "query_mask": query_mask,
+            "value_mask": value_mask,
+            "key_mask": key_mask,
+            "attention_mask": attention_mask,
+            "return_attention_scores": return_attention_scores,
+            "attention_bias": attention_bias,
+        }
+        if are_ragged(self, padded, query=query, value=value, key=key):
             return self._attend_ragged(
-                MultiHeadAttention, query, value if key is None else key, value, training, use_causal_mask, {**padded, **given}
+                MultiHeadAttention,
+                query,
+                key,
+                value,
+                training,
+                query_mask=query_mask,
+                key_masks=(value_mask, key_mask),
+                attention_mask=attention_mask,
+                is_causal=use_causal_mask,
+                query_offset=query_offset,
             )
         self._refuse_in_keras(attention_mask, **given)
         if self.as_in_keras:
@@ -139,8 +156,6 @@ class MultiHeadAttention(ScoreOptions, _Stock):
                 training=training,
                 use_causal_mask=use_causal_mask,
             )
-        key = value if key is None else key
-        refuse_ragged(self, query=query, value=value, key=key)
         query_mask = None if query_mask is None else boolean(query_mask, "query_mask")
         attention_mask = self._compute_attention_mask(
             query,
@@ -297,7 +312,7 @@ class MultiHeadAttention(ScoreOptions, _Stock):
             return cached.spec(super().compute_output_spec(query, value, key), cache)
         spec = super().compute_output_spec(query, value, key)
         if getattr(query, "ragged", False):
-            return keras.KerasTensor(spec.shape, dtype=spec.dtype, ragged=True)
+            return ragged_like(spec, query)
         if query_mask is not None and not self.as_in_keras:
             set_keras_mask(spec, query_mask)
         if not return_attention_scores:

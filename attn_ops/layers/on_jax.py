@@ -20,6 +20,14 @@ def is_ragged(x):
     return False  # JAX has none
 
 
+def values(x):
+    return x
+
+
+def with_values(x, values):
+    return values
+
+
 def draw_seed(generator):
     """What a Keras `SeedGenerator` gives next, as a `dropout_seed`. JAX recomputes what it traced, with this seed."""
     return generator.next()

@@ -33,11 +33,27 @@ def is_ragged(x):
     return isinstance(x, tf.RaggedTensor)
 
 
-def tokens(name, query, key, value):
+def tokens(*args, **kwargs):
     """Ragged tensors as `attn_ops.layers.ragged.Tokens`."""
     from attn_ops.layers import ragged
 
-    return ragged.tokens(name, query, key, value)
+    return ragged.tokens(*args, **kwargs)
+
+
+def mask_of_tokens(*args):
+    from attn_ops.layers import ragged
+
+    return ragged.mask_of_tokens(*args)
+
+
+def values(x):
+    """``x``, or of a ragged one `[batch, (seqlen), features]` the tokens, `[tokens, features]`."""
+    return x.values if is_ragged(x) else x
+
+
+def with_values(x, values):
+    """``values`` in the place of those of ``x``."""
+    return x.with_values(values) if is_ragged(x) else values
 
 
 def draw_seed(generator):

@@ -30,8 +30,22 @@ class Tokens(typing.NamedTuple):
         return self.like.with_values(out[0])
 
 
-def tokens(name, query, key, value):
-    """The `Tokens` of three ragged tensors `[batch, (seqlen), features]`.
+def mask_of_tokens(name, mask, like):
+    """A ragged mask `[batch, (seqlen)]`, as Keras's embeddings of ragged ids have, of the `[1, tokens]` of ``like``.
+
+    Raises:
+        TypeError: ``like`` is dense.
+        ValueError: Rows of other lengths, or more ragged dimensions.
+    """
+    if not isinstance(like, tf.RaggedTensor):
+        raise TypeError(f"{name}: a mask is ragged, and its input is dense: pass mask.to_tensor()")
+    if mask.ragged_rank != 1 or mask.values.shape.rank != 1:
+        raise ValueError(f"{name}: a ragged mask must be [batch, (seqlen)], got shape {mask.shape}")
+    return with_rows_of(name, like, mask, "an input and its mask").values[None]
+
+
+def tokens(name, query, key, value, query_offset=None):
+    """The `Tokens` of three ragged tensors `[batch, (seqlen), features]`; queries stand from their ``query_offset`` on.
 
     Raises:
         TypeError: One of them is dense.
@@ -46,6 +60,18 @@ def tokens(name, query, key, value):
             )
     value = with_rows_of(name, key, value)
     same = key.row_splits is query.row_splits
-    positions = tuple(tf.ragged.range(x.row_lengths()).values[None] for x in (query, key))
+    positions = _positions(query, query_offset)[None], _positions(key)[None]
     splits = query.row_splits, None if same else key.row_splits
     return Tokens(query.values[None], key.values[None], value.values[None], splits, positions, query)
+
+
+def _positions(x, start=None):
+    """The position of each token in its sequence, `[tokens]`, counted from a ``start``, an integer or integers `[batch]`."""
+    splits = x.row_splits
+    tokens = tf.range(tf.shape(x.values, splits.dtype)[0])
+    sequence = tf.searchsorted(splits, tokens, "right") - 1  # XLA has no tf.ragged.range
+    positions = tokens - tf.gather(splits, sequence)
+    if start is None:
+        return positions
+    start = tf.cast(start, splits.dtype)
+    return positions + (start if start.shape.rank == 0 else tf.gather(start, sequence))

@@ -8,9 +8,11 @@ import numpy as np
 from attn_ops.call import options
 from attn_ops.call.position_bias import T5RelativeBias, alibi_slopes
 from attn_ops.call.rotary import from_option
-from attn_ops.layers.backend import backend
+from attn_ops.layers.backend import backend, set_keras_mask
 from attn_ops.layers.base import DropIn, dense_reason
+from attn_ops.layers.inputs import padding
 from attn_ops.layers.kept import kept
+from attn_ops.masks import constructors
 from attn_ops.masks.config import config_of, from_config
 from attn_ops.masks.mask import Mask, combined
 
@@ -124,14 +126,6 @@ class ScoreOptions(DropIn):
         }
         return [*present(**own, **given)]
 
-    def _refuse_beyond_stock(self, reason, **given):
-        """ValueError where this call needs what Keras's code, which runs for this ``reason``, does not have."""
-        beyond = self.beyond_stock(**given)
-        if beyond:
-            raise ValueError(
-                f"{type(self).__name__}: Keras's own code has no {', '.join(beyond)}, and runs here: {reason}"
-            )
-
     def _refuse_masks(self, reason, attention_mask):
         """ValueError where Keras's dense mask, which is made for this ``reason``, would have to hold one of attn_ops."""
         given = attention_mask if isinstance(attention_mask, Mask) else self.mask
@@ -156,29 +150,33 @@ class ScoreOptions(DropIn):
                 f"layer: pass boolean tensors, as attention_mask, value_mask or query_mask; got {attention_mask!r}"
             )
 
-    def _attend_ragged(self, cls, query, key, value, training, use_causal_mask, padded):
+    def _attend_ragged(
+        self, cls, query, key, value, training, *, query_mask, key_masks, attention_mask, is_causal, query_offset
+    ):
         """The layer, a ``cls``, on ragged `[batch, (seqlen), features]`: a ragged one of the query's row lengths.
 
-        ``padded`` are the arguments of the call that go by `[batch, seqlen]`, which it refuses. The layer's `_own_settings`
-        are its scale, the rate and the seed of its dropout, Keras's window, and whether it has a gate.
+        The layer's `_own_settings` are its scale, the rate and the seed of its dropout, Keras's window, and whether it has a
+        gate. Masks of positions are ragged too.
         """
         name = type(self).__name__
-        given = [*present(**padded)]
-        if given:
-            raise ValueError(f"{name}: a call with ragged tensors takes no {', '.join(given)}: pass dense ones")
         steps = "call", "_compute_attention", "_masked_softmax"
         reason = "as_in_keras=True" if self.as_in_keras else dense_reason(self, cls, *steps)
-        if reason:
-            raise ValueError(f"{name}: Keras's own code has no ragged tensors, and runs here: {reason}")
+        self._refuse_ragged_in_keras(reason)
         own = self._own_settings(training)
         window = own["window"]
         window = None if window is None else (window - 1, window - 1)
-        mask = combined(self.mask, is_causal=use_causal_mask, window=window)
-        if mask.structured or mask.arrays():
+        mask = combined([x for x in (self.mask, attention_mask) if x is not None], is_causal=is_causal, window=window)
+        lengths = mask.query_lengths is not None or mask.key_lengths is not None
+        if lengths or mask.dense or not all(part.stands for part in mask.structured):
             raise ValueError(
-                f"{name}: of masks a call with ragged tensors has causal ones and windows, got {self.mask!r}"
+                f"{name}: of masks a call with ragged tensors has those that go by positions (causal, window, prefix, "
+                f"chunked), got {mask!r}"
             )
-        tokens = backend.tokens(name, query, key, value)
+        if query_mask is not None:
+            mask &= constructors.query_padding(padding(self, query_mask, query, "query_mask"))
+        for key_mask in {id(x): x for x in key_masks if x is not None}.values():
+            mask &= constructors.key_padding(padding(self, key_mask, key, "value_mask"))
+        tokens = backend.tokens(name, query, key, value, query_offset)
         turned_query, turned_key = self._rotated(
             self._query_dense(tokens.query), self._key_dense(tokens.key), positions=tokens.positions
         )
@@ -186,17 +184,18 @@ class ScoreOptions(DropIn):
             turned_query,
             turned_key,
             self._value_dense(tokens.value),
+            mask=mask,
             scale=own["scale"],
-            is_causal=mask.is_causal,
-            window=mask.window,
-            causal_alignment=mask.causal_alignment,
             implementation=self.implementation,
             **({} if own["seed"] is None else {"dropout_rate": own["rate"], "dropout_seed": own["seed"]}),
-            **self._score_options(),
+            **self._score_options(query_offset=query_offset),
         )
         if own["gate"]:
             out = out * self._gate_dense(tokens.query)
-        return tokens.ragged(self._output_dense(out))
+        out = tokens.ragged(self._output_dense(out))
+        if query_mask is not None:
+            set_keras_mask(out, query_mask)
+        return out
 
     def _score_options(self, attention_bias=None, query_offset=None):
         """The options of the attention, those that are in effect."""

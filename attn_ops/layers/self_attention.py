@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import keras
 
+from attn_ops.layers.backend import backend
 from attn_ops.layers.base import FlashAttention, checked_dropout, checked_number, checked_units
-from attn_ops.layers.common import attend_one_head, combine, dropout_seed
-from attn_ops.layers.inputs import boolean, refuse_ragged
+from attn_ops.layers.common import attend_one_head, combine, dropout_seed, ragged_like
+from attn_ops.layers.inputs import are_ragged, padding
 from attn_ops.masks import constructors
 
 
@@ -27,24 +28,27 @@ class SelfAttention(FlashAttention, keras.layers.Layer):
         flash_attention: None fuses where possible, True raises ValueError where not, False runs the composite.
 
     Call arguments:
-        inputs: Float `[batch, seqlen, features]`.
+        inputs: Float `[batch, seqlen, features]`, on TensorFlow also a `tf.RaggedTensor` `[batch, (seqlen), features]`, of
+            which no padding is made; then without `return_attention_scores` and `attention_bias`, and the mask ragged too.
         mask: Bool `[batch, seqlen]` or None; filled from the input's Keras mask. Hidden positions are not seen, and
             give 0.
         training: Whether dropout runs.
         use_causal_mask: Whether position i sees only positions up to i.
         return_attention_scores: Whether to return the weights as well.
+        attention_bias: Float `[seqlen, seqlen]` or `[batch, seqlen, seqlen]`, every extent may be 1, or None: added to the
+            scaled scores. It has a gradient.
 
     Returns:
-        The context sequence `[batch, seqlen, units]`, with the mask of the input; with `return_attention_scores` also the
+        The context sequence `[batch, seqlen, units]`, ragged like the input, with the mask of the input; with `return_attention_scores` also the
         weights `[batch, seqlen, seqlen]` after dropout.
 
     Weights:
         `W_q`, `W_k`, `W_v`: `[features, units]`.
 
     Raises:
-        ValueError: `units` is not a positive integer, `dropout` outside [0, 1), `scale` not finite, or the input not of
-            rank 3 with known features.
-        TypeError: `dropout` or `scale` is not a number, or the input is ragged.
+        ValueError: `units` is not a positive integer, `dropout` outside [0, 1), `scale` not finite, the input not of
+            rank 3 with known features, or what does not go with a ragged one.
+        TypeError: `dropout` or `scale` is not a number, or the input is ragged on JAX.
     """
 
     def __init__(
@@ -93,32 +97,49 @@ class SelfAttention(FlashAttention, keras.layers.Layer):
             )
             setattr(self, name, weight)
 
-    def call(self, inputs, mask=None, training=False, use_causal_mask=False, return_attention_scores=False):
-        refuse_ragged(self, inputs=inputs)
+    def call(
+        self,
+        inputs,
+        mask=None,
+        training=False,
+        use_causal_mask=False,
+        return_attention_scores=False,
+        attention_bias=None,
+    ):
+        padded = {"mask": mask, "return_attention_scores": return_attention_scores, "attention_bias": attention_bias}
+        are_ragged(self, padded, inputs=inputs)
         parts = [constructors.causal("top_left") if use_causal_mask else None]
         if mask is not None:
-            mask = boolean(mask, "mask")
+            mask = padding(self, mask, inputs, "mask")
             parts += [constructors.query_padding(mask), constructors.key_padding(mask)]
-        query, key, value = (keras.ops.matmul(inputs, w) for w in (self.W_q, self.W_k, self.W_v))
+        query, key, value = (
+            backend.with_values(inputs, keras.ops.matmul(backend.values(inputs), w)) for w in (self.W_q, self.W_k, self.W_v)
+        )
         out, scores = attend_one_head(
+            self,
             query,
             key,
             value,
             mask=combine(parts),
             scale=1.0 if self.scale is None else self.scale,
-            implementation=self.implementation,
-            dropout_rate=self.dropout,
             dropout_seed=dropout_seed(self, self.dropout, training),
             scores="dropped" if return_attention_scores else None,
+            attention_bias=attention_bias,
         )
         return (out, scores) if return_attention_scores else out
 
     def compute_output_spec(
-        self, inputs, mask=None, training=False, use_causal_mask=False, return_attention_scores=False
+        self,
+        inputs,
+        mask=None,
+        training=False,
+        use_causal_mask=False,
+        return_attention_scores=False,
+        attention_bias=None,
     ):
         out = keras.KerasTensor(self.compute_output_shape(inputs.shape), dtype=self.compute_dtype)
         if not return_attention_scores:
-            return out
+            return ragged_like(out, inputs)
         scores = (inputs.shape[0], inputs.shape[1], inputs.shape[1])
         return out, keras.KerasTensor(scores, dtype=self.compute_dtype)
 

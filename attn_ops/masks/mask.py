@@ -252,15 +252,18 @@ class Mask:
         given = dict(zip(((id(owner), name) for owner, name in self._places_of_arrays()), arrays))
 
         def replaced(owner):
-            names = [name for key, name in given if key == id(owner)]
-            return dataclasses.replace(owner, **{name: given[id(owner), name] for name in names}) if names else owner
+            own = {name: given[id(owner), name] for key, name in given if key == id(owner)}
+            if owner.inside:
+                own["inside"] = tuple(map(replaced, owner.inside))
+            return dataclasses.replace(owner, **own) if own else owner
 
         fields = {name: tuple(map(replaced, getattr(self, name))) for name in ("dense", "structured")}
         own = {name: given[id(self), name] for key, name in given if key == id(self)}
         return dataclasses.replace(self, **fields, **own)
 
     def _places_of_arrays(self):
-        owners = [(self, ("query_lengths", "key_lengths")), *((part, part.arrays) for part in self.dense + self.structured)]
+        parts = [inner for part in self.dense + self.structured for inner in (part, *part.inside)]
+        owners = [(self, ("query_lengths", "key_lengths")), *((part, part.arrays) for part in parts)]
         return [
             (owner, name)
             for owner, names in owners
@@ -324,8 +327,7 @@ class _CallPlaces:
 
     def of(self, part):
         """The framework for a part, and its `Places`."""
-        arrays = (getattr(part, name) for name in part.arrays)
-        on_host = self._host is not None and all(x is None or namespaces.known(x) is not None for x in arrays)
+        on_host = self._host is not None and all(x is None or namespaces.known(x) is not None for x in part.held())
         xp = self._host if on_host else self._xp
         return xp, self._at(xp)
 

@@ -53,6 +53,11 @@ class Part:
     arrays = ()  # the fields that may hold arrays
     stands = False  # whether it asks where a row stands among the keys
     is_function = False  # whether it has to be evaluated before it can be asked
+    inside = ()  # parts of its own
+
+    def held(self):
+        """The values of all fields that may hold arrays, those of its own parts too."""
+        return [*(getattr(self, name) for name in self.arrays), *(x for part in self.inside for x in part.held())]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,7 +95,7 @@ class Prefix(Part):
     stands = True
 
     def _length(self, xp):
-        """As an integer, or `[batch, 1]`."""
+        """As an integer, `[batch, 1]`, or of each row."""
         length = xp.int64(self.length)
         return length[:, None] if len(getattr(length, "shape", ())) == 1 else length
 
@@ -99,7 +104,7 @@ class Prefix(Part):
 
     def visible(self, xp, at):
         length = self._length(xp)
-        length = length[:, :, None, None] if len(getattr(length, "shape", ())) == 2 else length
+        length = at.by_row(length) if len(getattr(length, "shape", ())) == 2 else length
         return (at.keys <= at.by_row(at.own)) | (at.keys < length)
 
     def __repr__(self):
@@ -129,7 +134,9 @@ class Chunked(Part):
 class Packed(Part):
     """A row sees the keys of its own sequence; of a window, around its position in the sequence, where there is one.
 
-    Cumulative lengths `[n + 1]`; `cu_seqlens_k` None: those of the rows. Rows are then counted from the `query_offset`.
+    Cumulative lengths `[n + 1]`; `cu_seqlens_k` None: those of the rows. Rows are then counted from the `query_offset` of
+    the call. That of the part, an integer or integers `[1 or n]`, is the position of each sequence's first row among its
+    keys. The parts `inside` count from the sequence's first key, and what they have `[n]` is of each sequence.
     """
 
     cu_seqlens_q: Any
@@ -137,8 +144,10 @@ class Packed(Part):
     window_left: int = -1
     window_right: int = -1
     bottom_right: bool = False
+    query_offset: Any = None
+    inside: tuple = ()
 
-    arrays = ("cu_seqlens_q", "cu_seqlens_k")
+    arrays = ("cu_seqlens_q", "cu_seqlens_k", "query_offset")
 
     def _check(self, at):
         """ValueError where known lengths end beyond the rows or keys of the call."""
@@ -151,8 +160,8 @@ class Packed(Part):
                 raise ValueError(f"packed: {what} must end within the {extent} tokens of the call, got {values[-1]}")
 
     def _sequences(self, xp, at):
-        """The rows, and of each: its sequence, which may be none, and where that and the next one begin among rows and
-        among keys."""
+        """Of each row: its sequence, which may be none; the first and the next one's first key; where it stands; and the
+        parts `inside` with the `Places` that they ask."""
         starts_q = xp.int64(self.cu_seqlens_q)
         starts_k = starts_q if self.cu_seqlens_k is None else xp.int64(self.cu_seqlens_k)
         rows = at.own if self.cu_seqlens_k is None else at.rows
@@ -160,45 +169,63 @@ class Packed(Part):
         count = xp.int64(xp.extent(starts_q, 0)) - 1
         # What is outside of all sequences gets an empty one, at the first key or past the last.
         ends = [xp.minimum(xp.maximum(sequence + next, 0), count) for next in (0, 1)]
-        return rows, sequence, *(xp.take(starts, end) for starts in (starts_q, starts_k) for end in ends)
-
-    def _own(self, rows, first_row, next_row, first_key, next_key):
-        """The position of each row among the keys: that in its sequence, from the first or the last key on."""
-        shift = (next_key - first_key) - (next_row - first_row) if self.bottom_right else 0
-        return first_key + (rows - first_row) + shift
+        first_row, next_row, first_key, next_key = (xp.take(starts, end) for starts in (starts_q, starts_k) for end in ends)
+        entry = xp.maximum(xp.minimum(sequence, count - 1), 0)
+        row, shift = rows - first_row, 0
+        if self.query_offset is not None:
+            shift = _of_entry(xp, self.query_offset, entry)
+        elif self.bottom_right:
+            shift = (next_key - first_key) - (next_row - first_row)
+        places = at._replace(rows=row, own=row + shift, query_offset=self.query_offset)
+        parts = [
+            dataclasses.replace(part, **{name: _of_entry(xp, getattr(part, name), entry) for name in part.arrays})
+            for part in self.inside
+        ]
+        return sequence, first_key, next_key, first_key + places.own, parts, places
 
     def piece(self, xp, at):
         self._check(at)
-        rows, _, *sequence = self._sequences(xp, at)
-        begin, end = begin_all, end_all = sequence[2:]
-        own = self._own(rows, *sequence)
-        # Ends stay within the sequence where a window is before or after it, so that they do not move back.
-        if self.window_left >= 0:
-            begin = xp.maximum(begin, xp.minimum(own - min(self.window_left, LARGEST_OFFSET), end_all))
-        if self.window_right >= 0:
-            end = xp.minimum(end, xp.maximum(own + min(self.window_right, LARGEST_OFFSET) + 1, begin_all))
+        _, begin_all, end_all, own, parts, places = self._sequences(xp, at)
+        bounds = [(None if x is None else begin_all + x for x in part.piece(xp, places)[:2]) for part in parts]
+        # A row may stand far behind its keys: sums stay within 32 bits, which are JAX's.
+        left, right = (min(side, LARGEST_OFFSET) for side in (self.window_left, self.window_right))
+        bounds.append((own - left if left >= 0 else None, xp.minimum(own, end_all) + right + 1 if right >= 0 else None))
+        begin, end = begin_all, end_all
+        for low, high in bounds:
+            # Ends stay within the sequence where a window is before or after it, so that they do not move back.
+            begin = begin if low is None else xp.maximum(begin, xp.minimum(low, end_all))
+            end = end if high is None else xp.minimum(end, xp.maximum(high, begin_all))
         return Piece(begin, end)
 
     def visible(self, xp, at):
         self._check(at)
-        rows, sequence, *starts = self._sequences(xp, at)
+        sequence, first_key, next_key, own, parts, places = self._sequences(xp, at)
         starts_k = xp.int64(self.cu_seqlens_q if self.cu_seqlens_k is None else self.cu_seqlens_k)
         count = xp.int64(xp.extent(starts_k, 0)) - 1
         sequence = at.by_row(sequence)
         seen = xp.equal(sequence, xp.searchsorted(starts_k, at.keys, "right") - 1) & (sequence >= 0) & (sequence < count)
-        own = at.by_row(self._own(rows, *starts))
         if self.window_left >= 0:
-            seen = seen & (at.keys >= own - min(self.window_left, LARGEST_OFFSET))
+            seen = seen & (at.keys >= at.by_row(own) - min(self.window_left, LARGEST_OFFSET))
         if self.window_right >= 0:
-            seen = seen & (at.keys <= own + min(self.window_right, LARGEST_OFFSET))
-        return seen
+            seen = seen & (at.keys <= at.by_row(xp.minimum(own, next_key)) + min(self.window_right, LARGEST_OFFSET))
+        places = places._replace(keys=at.keys - at.by_row(first_key))
+        return _all([seen, *(part.visible(xp, places) for part in parts)])
 
     def __repr__(self):
         given = [extents(x) for x in (self.cu_seqlens_q, self.cu_seqlens_k) if x is not None]
         if self.window_left >= 0 or self.window_right >= 0:
             left, right = ("all" if end < 0 else end for end in (self.window_left, self.window_right))
             given.append(f"left={left}, right={right}{', bottom_right' if self.bottom_right else ''}")
+        if self.query_offset is not None:
+            given.append(f"query_offset{extents(self.query_offset)}")
+        given += map(repr, self.inside)
         return "packed" + (given[0] if len(given) == 1 else f"({', '.join(given)})")
+
+
+def _of_entry(xp, x, entry):
+    """An integer, or of integers `[1 or n]` those of each row's ``entry``."""
+    x = xp.int64(x)
+    return x if getattr(x, "shape", ()) in ((), (1,)) else xp.take(x, entry)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -304,6 +331,7 @@ class Boolean:
     kind: str = "boolean"  # the constructor's name
 
     arrays = ("array",)
+    inside = ()
 
     def __repr__(self):
         given = {"query_padding": (0, 2), "key_padding": (0, 3)}.get(self.kind)

@@ -150,14 +150,14 @@ def _one_or(n, full):
     return None if same is None or (isinstance(n, int) and n == 1) else same | tf.equal(n, 1)
 
 
-def with_rows_of(name, key, value):
+def with_rows_of(name, key, value, what="key and value"):
     """The ragged ``value``, whose rows must be as long as those of ``key``: ValueError where they are known to differ, else
     tf.errors.InvalidArgumentError as the graph runs."""
     if key.row_splits is value.row_splits:
         return value
     splits = [tf.cast(x.row_splits, tf.int64) for x in (key, value)]
     known = [tf.get_static_value(x) for x in splits]
-    rule = f"{name}: key and value must have rows of the same lengths"
+    rule = f"{name}: {what} must have rows of the same lengths"
     if not any(x is None for x in known):
         if known[0].shape != known[1].shape or (known[0] != known[1]).any():
             raise ValueError(f"{rule}, got row splits {known[0]} and {known[1]}")

@@ -31,6 +31,15 @@ def varlen_attention(
         cu_seqlens_k: the same of the keys, from 0 to total_k; None: the same as those of the rows.
         max_seqlen_q: not needed; where known it must not be less than the longest sequence has rows.
         max_seqlen_k: the same of keys.
+        bias: added to the scaled scores, floating, of the packed scores [num_heads, total_q, total_k] or [total_q, total_k];
+            each extent may be 1, and [1, total_k] costs only itself. What it holds between two sequences never counts.
+        mask: True where a row may see a key, boolean of the shapes that bias may have; an `attn_ops.masks.Mask`; or a list
+            of these. Of a Mask, what goes by positions (causal, window, prefix, chunked) counts in each sequence, and a
+            prefix may have a length for each, [sequences]; all else goes by the packed tokens. Lengths and Python
+            functions have no place in it.
+        query_offset: the key that the first row of a sequence stands at, counted from the sequence's first key, an integer
+            or integers [sequences], from 0 to 2^30: for chunks of rows whose earlier keys are cached. Instead of
+            causal_alignment.
         {options}
         softmax_scale: FlashAttention's name of ``scale``.
         causal: FlashAttention's name of ``is_causal``.
@@ -48,8 +57,9 @@ def varlen_attention(
             under two names.
         ValueError: shapes that do not fit; where known, cumulative lengths that do not start at 0, go back or do not end
             with the number of tokens; alibi_slopes or relative_bias where rows and keys are not known to have the same
-            lengths.
-        tf.errors.InvalidArgumentError: traced cumulative lengths of which that is found when they run (not in XLA).
+            lengths, or beside a query_offset; a mask of batches or of a Python function.
+        tf.errors.InvalidArgumentError: traced cumulative lengths or offsets of which that is found when they run (not in
+            XLA).
     """
     name = "varlen_attention"
     cu_seqlens_q, cu_seqlens_k = _checked(name, q, k, cu_seqlens_q, cu_seqlens_k)
@@ -70,6 +80,7 @@ def ragged_attention(query, key, value, **given):
         query: `tf.RaggedTensor` [batch, (seqlen_q), num_heads, head_dim].
         key: `tf.RaggedTensor` [batch, (seqlen_k), num_kv_heads, head_dim].
         value: `tf.RaggedTensor` [batch, (seqlen_k), num_kv_heads, value_dim], in rows as long as those of key.
+        bias, mask, query_offset: as of `varlen_attention`, by the values of query and key one after the other.
         {options}
         implementation: see `scaled_dot_product_attention`.
 

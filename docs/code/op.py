@@ -69,6 +69,9 @@ packed = attn_ops.varlen_attention(tokens, tokens, tokens, cu_seqlens, causal=Tr
 
 ragged = tf.RaggedTensor.from_row_splits(tokens, cu_seqlens)
 the_same = attn_ops.ragged_attention(ragged, ragged, ragged, is_causal=True)
+
+rows = tf.gather(tokens, [2, 6, 7, 11])  # a chunk of each sequence: its rows from 2, 3 and 3 on
+chunk = attn_ops.varlen_attention(rows, tokens, tokens, [0, 1, 3, 4], cu_seqlens, query_offset=[2, 3, 3], causal=True)
 # [/packed]
 
 # [explain]
@@ -76,6 +79,7 @@ print(attn_ops.explain(query, key, value, is_causal=True))
 # [/explain]
 
 np.testing.assert_allclose(packed, the_same.values, rtol=1e-5)
+np.testing.assert_allclose(chunk, tf.gather(packed, [2, 6, 7, 11]), atol=1e-5)
 np.testing.assert_array_equal(dropped, again)
 assert d_query.shape == query.shape and d_key.shape == key.shape
 assert all(np.isfinite(x.numpy()).all() for x in (capped, t5, sunk, d_query, d_key))

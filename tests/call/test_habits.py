@@ -199,7 +199,7 @@ def test_ragged_and_sparse_tensors(kind):
 def test_attention_on_ragged_tensors():
     x = tf.ragged.constant([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0]]], ragged_rank=1)
     with pytest.raises(TypeError, match="is a RaggedTensor.*to_tensor.*mask"):
-        attn_ops.layers.Attention()([x, x])
+        attn_ops.layers.AttentionLayerWithWeights()([x, x, x])
 
 
 def test_a_mask_of_two_axes_is_never_of_the_keys_even_where_the_batch_is_as_large_as_seqlen_q():

@@ -1,4 +1,6 @@
-"""Ragged input of the multi-head layers: each sequence gives what it gives by itself."""
+"""Ragged input of the layers: each sequence gives what it gives by itself."""
+
+import functools
 
 import keras
 import numpy as np
@@ -20,6 +22,8 @@ OPTIONS = {
     "window": ({"mask": masks.window(1, 2)}, {}),
     "positions": (dict(rotary=True, position_bias="t5", sinks=True, logits_soft_cap=2.0, mask=masks.causal()), {}),
     "alibi": (dict(position_bias="alibi"), {"use_causal_mask": True}),
+    "prefix, chunks": (dict(mask=masks.prefix(2)), {"attention_mask": masks.chunked(3)}),
+    "offset": (dict(rotary=True), {"use_causal_mask": True, "query_offset": 1}),
 }
 
 
@@ -66,6 +70,15 @@ def test_queries_and_keys_of_other_lengths(name, flash, config, call):
 
 
 @each_layer
+def test_an_offset_for_each_sequence(name):
+    layer, x, y = made(name, rotary=True), ragged(LENGTHS), ragged(OTHERS, 1)
+    offsets = [0, 1, 2, 3]
+    out = layer(x, y, use_causal_mask=True, query_offset=offsets)
+    one = [layer(x[i][None], y[i][None], use_causal_mask=True, query_offset=n)[0] for i, n in enumerate(offsets) if LENGTHS[i]]
+    np.testing.assert_allclose(out.values, tf.concat(one, 0), rtol=1e-9, atol=1e-9)
+
+
+@each_layer
 def test_gradients(name, flash):
     layer, x = made(name, flash, sinks=True), ragged(LENGTHS)
 
@@ -101,9 +114,8 @@ def test_what_does_not_go_with_ragged_tensors(name):
     layer, x = made(name), ragged(LENGTHS)
     for given in (
         {"value_mask": np.ones((4, 5), bool)},
-        {"attention_mask": masks.causal()},
+        {"attention_mask": np.ones((4, 5, 5), bool)},
         {"attention_bias": np.zeros((5, 5))},
-        {"query_offset": 1},
         {"return_attention_scores": True},
     ):
         with pytest.raises(
@@ -113,9 +125,9 @@ def test_what_does_not_go_with_ragged_tensors(name):
     with pytest.raises(TypeError, match=f"{name}: query, key and value must all be ragged .* value is dense"):
         layer(x, random(4, 5, 8), x)
     with pytest.raises(
-        ValueError, match=f"{name}: of masks a call with ragged tensors has causal ones and windows, got .*chunked"
+        ValueError, match=f"{name}: of masks a call with ragged tensors has those that go by positions .*, got .*packed"
     ):
-        made(name, mask=masks.chunked(2))(x, x)
+        made(name, mask=masks.packed([0, 3, 5]))(x, x)
     with pytest.raises(
         ValueError, match=f"{name}: Keras's own code has no ragged tensors, and runs here: as_in_keras=True"
     ):
@@ -124,3 +136,131 @@ def test_what_does_not_go_with_ragged_tensors(name):
         layer(x, ragged(OTHERS), ragged(OTHERS[::-1]))
     with pytest.raises(ValueError, match="position_bias|alibi_slopes needs sequences of the same lengths"):
         made(name, position_bias="alibi")(x, ragged(OTHERS))
+
+
+# The layers of one head: how they are called on a query and a context.
+ONE_HEAD = {
+    "Attention": (dict(use_scale=True), lambda layer, x, y, **call: layer([x, y], **call)),
+    "AttentionLayer": (dict(scale=0.5), lambda layer, x, y, **call: layer([x, y, y], **call)),
+    "SelfAttention": (dict(units=4), lambda layer, x, y, **call: layer(x, **call)),
+}
+each_of_one_head = pytest.mark.parametrize("name, config, call", [(name, *x) for name, x in ONE_HEAD.items()], ids=ONE_HEAD)
+
+
+@each_of_one_head
+@pytest.mark.parametrize("is_causal", [False, True], ids=["plain", "causal"])
+def test_one_head(name, config, call, is_causal, flash):
+    layer, x, y = ours(name)(**config, flash_attention=flash, dtype="float64"), ragged(LENGTHS), ragged(OTHERS, 1)
+
+    def results(x_values, y_values, attend):
+        with tf.GradientTape() as tape:
+            tape.watch([x_values, y_values])
+            out = attend(x.with_values(x_values), y.with_values(y_values))
+            total = tf.reduce_sum(tf.sin(out))
+        gradients = tape.gradient(total, [x_values, y_values, *(w.value for w in layer.trainable_variables)])
+        return [out, *(tf.convert_to_tensor(g) for g in gradients if g is not None)]
+
+    def whole(x, y):
+        out = call(layer, x, y, use_causal_mask=is_causal)
+        assert isinstance(out, tf.RaggedTensor)
+        np.testing.assert_array_equal(out.row_lengths(), LENGTHS)
+        return out.values
+
+    def one_by_one(x, y):
+        pairs = [(x[i][None], y[i][None]) for i, n in enumerate(LENGTHS) if n]
+        return tf.concat([call(layer, *pair, use_causal_mask=is_causal)[0] for pair in pairs], 0)
+
+    for a, b in zip(results(x.values, y.values, whole), results(x.values, y.values, one_by_one), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
+    traced = tf.function(
+        lambda x, y: call(layer, x, y, use_causal_mask=is_causal), [tf.RaggedTensorSpec([None, None, 8], "float64", 1)] * 2
+    )
+    np.testing.assert_allclose(traced(x, y).values, whole(x, y), rtol=1e-9, atol=1e-9)
+
+
+@each_of_one_head
+def test_one_head_in_a_functional_model(name, config, call, tmp_path):
+    x = keras.Input((None, 8), ragged=True)
+    out = call(ours(name)(**config, dropout=0.2, seed=1), x, x, use_causal_mask=True)
+    assert out.ragged and out.shape == (None, None, config.get("units", 8))
+    model, data = keras.Model(x, out), ragged(LENGTHS, dtype="float32")
+    expected = call(model.layers[-1], data, data, use_causal_mask=True).values
+    assert not np.allclose(call(model.layers[-1], data, data, use_causal_mask=True, training=True).values, expected)
+    np.testing.assert_allclose(model.predict(data, verbose=0).values, expected, atol=1e-6)
+    model.save(tmp_path / "model.keras")
+    np.testing.assert_allclose(keras.models.load_model(tmp_path / "model.keras")(data).values, expected, atol=1e-6)
+
+
+@each_of_one_head
+def test_what_does_not_go_with_one_ragged_head(name, config, call):
+    layer, x = ours(name)(**config), ragged(LENGTHS, dtype="float32")
+    mask = np.ones((4, 5), bool)
+    masks_given = {"Attention": [mask, mask], "AttentionLayer": [mask] * 3, "SelfAttention": mask}
+    words = {"mask": "query mask"} if name != "SelfAttention" else {}
+    refused = [{"mask": masks_given[name]}, {"attention_bias": np.zeros((5, 5), "f")}]
+    if name != "AttentionLayer":
+        refused.append({"return_attention_scores": True})
+    for given in refused:
+        with pytest.raises(ValueError, match=f"{name}: a call with ragged tensors takes no {words.get([*given][0], [*given][0])}"):
+            call(layer, x, x, **given)
+    if name != "SelfAttention":
+        with pytest.raises((TypeError, ValueError), match=f"{name}: .* must all be ragged"):
+            call(layer, x, random(4, 5, 8, dtype="float32"))
+    if name == "Attention":
+        for config in ({"score_mode": "concat"}, {"as_in_keras": True}):
+            with pytest.raises(ValueError, match="Attention: Keras's own code has no ragged tensors, and runs here: "):
+                call(ours(name)(**config), x, x)
+
+
+MASKED = {
+    **{name: (CONFIGS[name], lambda layer, x: layer(x, x)) for name in CONFIGS},
+    "Attention": ({}, lambda layer, x: layer([x, x])),
+    "AttentionLayer": ({}, lambda layer, x: layer([x, x, x])),
+    "SelfAttention": ({}, lambda layer, x: layer(x)),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_of_ragged_embeddings(name):
+    """Which tokens are hidden is told as for padded ids; what is no padding stays what it is."""
+    config, call = MASKED[name]
+    ids = tf.ragged.constant([[1, 2, 0], [], [3, 0, 0, 4], [5]], dtype="int32")
+    ragged_ids, padded_ids = keras.Input((None,), ragged=True, dtype="int32"), keras.Input((None,), dtype="int32")
+    embedding, layer = keras.layers.Embedding(6, 8, mask_zero=True), ours(name)(**config)
+    ragged_model, padded_model = (keras.Model(i, call(layer, embedding(i))) for i in (ragged_ids, padded_ids))
+    out, wanted = ragged_model(ids), padded_model(ids.to_tensor())
+    np.testing.assert_allclose(out.to_tensor(), np.where(tf.sequence_mask(ids.row_lengths())[..., None], wanted, 0), atol=1e-6)
+    assert out._keras_mask.to_list() == (ids != 0).to_list()
+    with pytest.raises(ValueError, match="an input and its mask must have rows of the same lengths"):
+        x = embedding(ids)
+        x._keras_mask = tf.ragged.constant([[True], [], [True], [True]])
+        call(layer, x)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_compiled_by_xla(name):
+    config, call = MASKED[name]
+    layer, x = ours(name)(**config, **({"rotary": True} if name in CONFIGS else {})), ragged(LENGTHS, dtype="float32")
+    compiled = tf.function(lambda x: call(layer, x), jit_compile=True)
+    np.testing.assert_allclose(compiled(x).values, call(layer, x).values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["MultiHeadAttention", "SelfAttention"])
+def test_rematerialisation(name):
+    config, call = MASKED[name]
+    x = ragged(LENGTHS, dtype="float32")
+    with keras.RematScope(mode="full"):
+        layer = ours(name)(**config, dropout=0.5, seed=1)
+    plain = ours(name)(**config, dropout=0.5, seed=1)
+    call(layer, x), call(plain, x)
+    plain.set_weights(layer.get_weights())
+
+    def gradients(layer):
+        with tf.GradientTape() as tape:
+            tape.watch(x.values)
+            total = tf.reduce_sum(tf.sin(call(functools.partial(layer, training=True), x).values))
+        return tape.gradient(total, [x.values, *(w.value for w in layer.trainable_variables)])
+
+    for run in (gradients, tf.function(gradients)):
+        for found, wanted in zip(run(layer), run(plain), strict=True):
+            np.testing.assert_allclose(tf.convert_to_tensor(found), tf.convert_to_tensor(wanted), rtol=1e-5, atol=1e-6)

@@ -11,4 +11,4 @@ WHOLE = "test_converted_models_answer_as_stock_ones", "test_patched_process", "t
 def test_jax(keras_hub, pytestconfig):
     file = Path(__file__).with_name("test_language_models.py")
     chosen = WHOLE if pytestconfig.getoption("whole") else SHARE
-    pass_on_jax("-p", "hub", "-W", "ignore", *(f"{file}::{test}" for test in chosen))
+    pass_on_jax("-p", "optional_packages", "-W", "ignore", *(f"{file}::{test}" for test in chosen))

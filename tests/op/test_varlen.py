@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import attn_ops
+from attn_ops import masks
 
 tf = pytest.importorskip("tensorflow")
 jax = pytest.importorskip("jax")
@@ -27,11 +28,10 @@ def tokens(lengths_q, lengths_k, dtype="float32", seed=0):
     return [rng.standard_normal((*shape, DIM)).astype(dtype) for shape in shapes]
 
 
-def one_sequence(q, k, v, d_out, causal, left, right, bottom_right, scale, cap, slopes, sinks):
-    """out, lse, dq, dk, dv of `[heads, seqlen, dim]`, float64, keys repeated for each head."""
+def one_sequence(q, k, v, d_out, bias, seen, offset, causal, left, right, bottom_right, scale, cap, slopes, sinks):
+    """out, lse, dq, dk, dv, d_bias of `[heads, seqlen, dim]`, float64, keys repeated for each head."""
     rows, keys = np.arange(q.shape[1])[:, None], np.arange(k.shape[1])
-    distance = keys - rows - (k.shape[1] - q.shape[1] if bottom_right else 0)
-    seen = np.ones(distance.shape, bool)
+    distance = keys - rows - (offset if offset is not None else k.shape[1] - q.shape[1] if bottom_right else 0)
     if causal:
         seen &= distance <= 0
     if left is not None:
@@ -45,60 +45,78 @@ def one_sequence(q, k, v, d_out, causal, left, right, bottom_right, scale, cap, 
         s, derivative = cap * t, 1 - t**2
     if slopes is not None:
         s = s + slopes[:, None, None] * distance
+    s = s + bias
     e = np.where(seen, np.exp(s), 0.0)
     total = e.sum(-1, keepdims=True) + (0 if sinks is None else np.exp(sinks)[:, None, None])
     p = e / np.where(total == 0, 1, total)
     with np.errstate(divide="ignore"):
         lse = np.log(total[..., 0])
     dp = d_out @ v.swapaxes(1, 2)
-    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * derivative
-    return p @ v, lse, scale * ds @ k, scale * ds.swapaxes(1, 2) @ q, p.swapaxes(1, 2) @ d_out
+    d_bias = p * (dp - (p * dp).sum(-1, keepdims=True))
+    ds = d_bias * derivative
+    return p @ v, lse, scale * ds @ k, scale * ds.swapaxes(1, 2) @ q, p.swapaxes(1, 2) @ d_out, d_bias
 
 
 def expected(q, k, v, d_out, lengths_q, lengths_k, *, causal=False, window=(None, None), bottom_right=True, scale=None,
-             cap=None, slopes=None, sinks=None):  # fmt: skip
-    """out, lse, dq, dk, dv of packed tokens, one sequence after the other."""
+             cap=None, slopes=None, sinks=None, offsets=None, bias=None, seen=None):  # fmt: skip
+    """out, lse, dq, dk, dv of packed tokens, one sequence after the other; d_bias too where there is a bias. ``seen`` is
+    `[total_q, total_k]`."""
     q, k, v, d_out = (x.astype(np.float64).swapaxes(0, 1) for x in (q, k, v, d_out))
     k, v = (x.repeat(HEADS // KV_HEADS, 0) for x in (k, v))
     scale = DIM**-0.5 if scale is None else scale
     starts_q, starts_k = cumulative(lengths_q), cumulative(lengths_k)
+    shape = HEADS, q.shape[1], k.shape[1]
+    biases, d_bias = np.zeros(shape) if bias is None else np.broadcast_to(bias, shape), np.zeros(shape)
+    seen = np.ones(shape[1:], bool) if seen is None else seen
     pieces = []
     for s in range(len(lengths_q)):
         rows, keys = slice(starts_q[s], starts_q[s + 1]), slice(starts_k[s], starts_k[s + 1])
-        pieces.append(
-            one_sequence(q[:, rows], k[:, keys], v[:, keys], d_out[:, rows], causal, *window, bottom_right, scale, cap, slopes, sinks)
-        )
+        inputs = q[:, rows], k[:, keys], v[:, keys], d_out[:, rows], biases[:, rows, keys], seen[rows, keys].copy()
+        offset = offsets if offsets is None else offsets[s]
+        *piece, d_bias[:, rows, keys] = one_sequence(*inputs, offset, causal, *window, bottom_right, scale, cap, slopes, sinks)
+        pieces.append(piece)
     out, lse, dq, dk, dv = (np.concatenate(x, 1) for x in zip(*pieces))
     dk, dv = (x.reshape(KV_HEADS, HEADS // KV_HEADS, *x.shape[1:]).sum(1) for x in (dk, dv))
-    return [out.swapaxes(0, 1), lse, *(x.swapaxes(0, 1) for x in (dq, dk, dv))]
+    results = [out.swapaxes(0, 1), lse, *(x.swapaxes(0, 1) for x in (dq, dk, dv))]
+    if bias is None:
+        return results
+    missing = (1,) * (3 - bias.ndim) + bias.shape
+    d_bias = d_bias.sum(tuple(axis for axis, extent in enumerate(missing) if extent == 1), keepdims=True)
+    return [*results, d_bias.reshape(bias.shape)]
 
 
-def run_tensorflow(q, k, v, d_out, cu, mode="eager", **options):
-    def function(q, k, v, d_out, *cu):
+def run_tensorflow(q, k, v, d_out, cu, mode="eager", bias=None, **options):
+    biases = [] if bias is None else [bias]
+
+    def function(q, k, v, d_out, *more):
+        cu, biases = more[: len(more) - (bias is not None)], more[len(more) - (bias is not None) :]
         with tf.GradientTape() as tape:
-            tape.watch([q, k, v])
-            out, lse = attn_ops.varlen_attention(q, k, v, *cu, return_lse=True, **options)
+            tape.watch([q, k, v, *biases])
+            given = {"bias": x for x in biases}
+            out, lse = attn_ops.varlen_attention(q, k, v, *cu, return_lse=True, **given, **options)
             loss = tf.reduce_sum(out * d_out)
-        return [out, lse, *tape.gradient(loss, [q, k, v])]
+        return [out, lse, *tape.gradient(loss, [q, k, v, *biases])]
 
-    arrays = [tf.constant(x) for x in (q, k, v, d_out, *cu)]
+    arrays = [tf.constant(x) for x in (q, k, v, d_out, *cu, *biases)]
     if mode != "eager":
         unknown = [tf.TensorSpec([None, *x.shape[1:]], x.dtype) for x in arrays]
         function = tf.function(function, autograph=False, input_signature=unknown, jit_compile=mode == "xla")
     return [x.numpy() for x in function(*arrays)]
 
 
-def run_jax(q, k, v, d_out, cu, mode="eager", **options):
-    def function(q, k, v, d_out, *cu):
-        def attend(q, k, v):
-            out, lse = attn_ops.jax.varlen_attention(q, k, v, *cu, return_lse=True, **options)
+def run_jax(q, k, v, d_out, cu, mode="eager", bias=None, **options):
+    inputs = [q, k, v] + ([] if bias is None else [bias])
+
+    def function(inputs, d_out, cu):
+        def attend(q, k, v, bias=None):
+            out, lse = attn_ops.jax.varlen_attention(q, k, v, *cu, return_lse=True, bias=bias, **options)
             return (out * d_out).sum(), (out, lse)
 
-        (_, (out, lse)), gradients = jax.value_and_grad(attend, (0, 1, 2), has_aux=True)(q, k, v)
+        (_, (out, lse)), gradients = jax.value_and_grad(attend, range(len(inputs)), has_aux=True)(*inputs)
         return out, lse, *gradients
 
     function = jax.jit(function) if mode == "jit" else function
-    return [np.asarray(x) for x in function(*map(jax.numpy.asarray, (q, k, v, d_out)), *cu)]
+    return [np.asarray(x) for x in function([*map(jax.numpy.asarray, inputs)], jax.numpy.asarray(d_out), cu)]
 
 
 RUN = {
@@ -111,10 +129,21 @@ RUN = {
 
 
 def assert_near(found, wanted, tolerance=2e-5):
-    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), found, wanted, strict=True):
+    for name, x, y in zip(("out", "lse", "dq", "dk", "dv", "d_bias")[: len(wanted)], found, wanted, strict=True):
         assert x.shape == y.shape, name
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance, err_msg=name)
 
+
+_RNG = np.random.default_rng(4)
+OFFSETS = [1, 0, 0, 3, 2]
+BIAS = _RNG.standard_normal((HEADS, 16, 14)).astype(np.float32)
+SEEN = _RNG.random((16, 14)) < 0.6
+ROWS_IDS, KEYS_IDS = _RNG.integers(0, 2, 16), _RNG.integers(0, 2, 14)
+PREFIXES = np.array([2, 1, 3, 1, 2])
+# Where keys and rows are in their sequences, for the chunks and prefixes of each.
+IN_SEQUENCE_Q, IN_SEQUENCE_K = (np.concatenate([np.arange(n) for n in x])[:, None] for x in (LENGTHS_Q, LENGTHS_K))
+IN_CHUNK = (IN_SEQUENCE_Q + np.repeat(OFFSETS, LENGTHS_Q)[:, None]) // 2 == IN_SEQUENCE_K.T // 2
+IN_PREFIX = (IN_SEQUENCE_K.T <= IN_SEQUENCE_Q) | (IN_SEQUENCE_K.T < np.repeat(PREFIXES, LENGTHS_Q)[:, None])
 
 # options of ours, and of `expected`
 OPTIONS = {
@@ -127,10 +156,21 @@ OPTIONS = {
     "window by FlashAttention's name": ({"window_size": (1, -1), "causal": True}, {"causal": True, "window": (1, None)}),
     "scale, cap": ({"softmax_scale": 0.7, "softcap": 1.5}, {"scale": 0.7, "cap": 1.5}),
     "sinks": ({"sinks": SINKS, "is_causal": True}, {"sinks": SINKS, "causal": True}),
+    "offsets": ({"query_offset": OFFSETS, "causal": True}, {"offsets": OFFSETS, "causal": True}),
+    "an offset, window": ({"query_offset": 1, "window": (2, 1)}, {"offsets": [1] * 5, "window": (2, 1)}),
+    "bias of heads": ({"bias": BIAS, "causal": True, "softcap": 1.5}, {"bias": BIAS, "causal": True, "cap": 1.5}),
+    "bias of keys": ({"bias": BIAS[0, :1]}, {"bias": BIAS[0, :1]}),
+    "mask": ({"mask": SEEN, "window": (1, 2)}, {"seen": SEEN, "window": (1, 2)}),
+    "masks": (
+        {"mask": [SEEN[None, :1], masks.segments(ROWS_IDS, KEYS_IDS) & masks.causal()]},
+        {"seen": SEEN[:1] & (ROWS_IDS[:, None] == KEYS_IDS), "causal": True, "bottom_right": False},
+    ),
+    "chunks": ({"mask": masks.chunked(2), "query_offset": OFFSETS}, {"seen": IN_CHUNK}),
+    "prefixes": ({"mask": masks.prefix(PREFIXES)}, {"seen": IN_PREFIX}),
 }  # fmt: skip
 
 
-@pytest.mark.wide(8)
+@pytest.mark.wide(15)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("mode", RUN)
 def test_packed_tokens_are_attended_sequence_by_sequence(mode, options):
@@ -207,6 +247,35 @@ def test_long_sequences_are_intervals_of_two_numbers_per_row():
     np.testing.assert_array_equal(end[0], rows + 1)
 
 
+def test_offsets_and_prefixes_of_which_only_the_running_function_knows():
+    q, k, v, _ = tokens(LENGTHS_Q, LENGTHS_K)
+    cu = cumulative(LENGTHS_Q), cumulative(LENGTHS_K)
+
+    def attend(module, offsets, prefixes, cu):
+        mask = masks.prefix(prefixes)
+        return module.varlen_attention(q, k, v, *cu, query_offset=offsets, causal=True, mask=mask, implementation="composite")
+
+    wanted = attend(attn_ops, OFFSETS, PREFIXES, cu)
+    given = np.int32(OFFSETS), PREFIXES.astype(np.int32), cu
+    function = tf.function(lambda *x: attend(attn_ops, *x), autograph=False)
+    np.testing.assert_allclose(function(*tf.nest.map_structure(tf.constant, given)), wanted, rtol=2e-5, atol=2e-5)
+    constants = tf.function(lambda: attend(attn_ops, *tf.nest.map_structure(tf.constant, given)), autograph=False)
+    np.testing.assert_allclose(constants(), wanted, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(jax.jit(lambda *x: attend(attn_ops.jax, *x))(*given), wanted, rtol=2e-5, atol=2e-5)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="query_offset must be between 0 and 2"):
+        function(*tf.nest.map_structure(tf.constant, (-given[0], *given[1:])))
+
+
+@pytest.mark.parametrize("module", [attn_ops, attn_ops.jax], ids=["tensorflow", "jax"])
+def test_rows_far_behind_their_keys(module):
+    """Positions and windows that 32 bits hold apart, but not together."""
+    q, k, v, d_out = tokens(LENGTHS_Q, LENGTHS_K)
+    window = 2**30 - 3, 2**30
+    out = module.varlen_attention(q, k, v, CU_Q, CU_K, query_offset=2**30, window=window, implementation="composite")
+    wanted = expected(q, k, v, d_out, LENGTHS_Q, LENGTHS_K, offsets=[2**30] * 5, window=window)[0]
+    np.testing.assert_allclose(out, wanted, rtol=2e-5, atol=2e-5)
+
+
 def ragged(x, lengths):
     return tf.RaggedTensor.from_row_lengths(tf.constant(x), lengths)
 
@@ -265,7 +334,21 @@ BAD = [
     (ValueError, "relative_bias needs sequences of the same lengths", {"relative_bias": np.zeros((3, HEADS), "f")}),
     (ValueError, r"alibi_slopes must be \[num_heads\], the same for all", {"alibi_slopes": np.tile(SLOPES, (5, 1))}),
     (TypeError, "causal and is_causal are the same option, got both: True and True", {"causal": True, "is_causal": True}),
-    (TypeError, "unexpected keyword argument 'mask'", {"mask": None}),
+    (TypeError, "unexpected keyword argument 'layout'", {"layout": "BSHD"}),
+    (ValueError, r"bias must broadcast to .* \[num_heads=4, total_q=16, total_k=14\].* got shape \(1, 4, 16, 14\)", {"bias": BIAS[None]}),
+    (ValueError, r"bias must broadcast to .* got shape \(14,\); for the same keys in every row, bias\[None\]", {"bias": BIAS[0, 0]}),
+    (TypeError, "bias must be floating, got bool", {"bias": SEEN}),
+    (ValueError, r"mask must broadcast to .* got shape \(5, 7, 5\)", {"mask": np.ones((5, 7, 5), bool)}),
+    (TypeError, "mask must be boolean .* got float32", {"mask": BIAS}),
+    (ValueError, "mask holds lengths, .* cu_seqlens_q and cu_seqlens_k tell", {"mask": masks.padding(key_lengths=[3] * 5)}),
+    (ValueError, "mask holds a Python function, which does not know", {"mask": masks.from_function(lambda b, h, q, k: q > k)}),
+    (ValueError, r"length of the prefix mask must be .* \[sequences=5\], got \(4,\)", {"mask": masks.prefix(PREFIXES[:4])}),
+    (ValueError, r"query_offset must be an integer or have shape \[sequences=5\], got \(4,\)", {"query_offset": OFFSETS[:4]}),
+    (ValueError, "query_offset must be between 0 and 2.30, got -1", {"query_offset": [0, 0, -1, 0, 0]}),
+    (ValueError, "query_offset tells .* pass one of them", {"query_offset": 1, "causal_alignment": "bottom_right"}),
+    (ValueError, "query_offset tells .* pass one of them", {"query_offset": 1, "mask": masks.causal("bottom_right")}),
+    (ValueError, "alibi_slopes counts from rows and keys that begin", {"alibi_slopes": SLOPES, "query_offset": 1}),
+    (ValueError, "both sides have a causal", {"mask": masks.causal(), "causal": True, "causal_alignment": "bottom_right"}),
     (ValueError, "causal_alignment must be 'top_left' or 'bottom_right', got 'middle'", {"causal_alignment": "middle"}),
 ]  # fmt: skip
 

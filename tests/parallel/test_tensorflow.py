@@ -10,11 +10,21 @@ from children import run
 HERE = Path(__file__).parent
 
 
+def _said(script):
+    """The words that a script prints in a process of its own."""
+    process = run((HERE / script).read_text(), TF_CPP_MIN_LOG_LEVEL="3", CUDA_VISIBLE_DEVICES="")
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    return process.stdout.split()
+
+
 def _replicas():
     """`MirroredStrategy` on two logical devices."""
-    process = run((HERE / "replicas.py").read_text(), TF_CPP_MIN_LOG_LEVEL="3", CUDA_VISIBLE_DEVICES="")
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
-    assert process.stdout.split() == ["gathered", "trained", "dropped", "refused"]
+    assert _said("replicas.py") == ["gathered", "trained", "dropped", "refused"]
+
+
+def _parameter_server():
+    """`ParameterServerStrategy`, the worker and the server in one process."""
+    assert _said("parameter_server.py") == ["trained"]
 
 
 def _two_workers():
@@ -29,6 +39,6 @@ def _two_workers():
 
 
 @pytest.mark.wide(2)
-@pytest.mark.parametrize("check", [_two_workers, _replicas])
+@pytest.mark.parametrize("check", [_two_workers, _replicas, _parameter_server])
 def test_tensorflow(check):
     check()

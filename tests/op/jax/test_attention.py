@@ -154,6 +154,8 @@ def test_vmap(forced):
 
     each = [jax.jit(gradients)(q, bias) for q in queries]
     assert_same(jax.jit(jax.vmap(gradients, (0, None)))(queries, bias), jax.tree.map(lambda *x: jnp.stack(x), *each))
+    of_none = jax.vmap(gradients, (0, None))(queries[:0], bias)
+    assert [x.shape for x in of_none] == [(0, *query.shape), (0, *bias.shape)]
 
 
 @both
