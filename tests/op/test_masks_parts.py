@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import attn_ops
-from attn_ops import masks
+from attn_ops import kernels, masks
 
 BATCH, SEQLEN_Q, SEQLEN_K = 2, 9, 11
 CU_Q, CU_K = np.array([0, 3, 3, 7]), np.array([0, 2, 5, 10])
@@ -140,17 +140,22 @@ def test_parts_and_dense_arrays_are_the_rule(name, offset):
 def test_traced_in_tensorflow(mode, offset):
     """With arrays, extents and offset that are all unknown where it is traced."""
     tf = pytest.importorskip("tensorflow")
+    structured = dict(STRUCTURED)
+    if mode == "xla" and kernels.core().cpu_features().get("avx512f"):
+        # TensorFlow 2.21's XLA writes beyond one of its results there: with --xla_cpu_max_isa=AVX2, without fusion or
+        # without optimization it does not, and no part of this mask alone makes it (docs/limits.md).
+        del structured["with others"]
 
     def all_parts(rows, keys, offset, *arrays):
         seqlen_q, seqlen_k = tf.shape(rows)[0], tf.shape(keys)[0]
         found, arrays = {}, iter(arrays)
-        for name, (given, make, _) in STRUCTURED.items():
+        for name, (given, make, _) in structured.items():
             mask = make(*(next(arrays) for _ in given))
             parts = mask.parts(seqlen_q, seqlen_k, None if offset is None else offset, like=(rows,))
             found[name] = tf.nest.map_structure(lambda x: None if x is None else tf.convert_to_tensor(x), parts)
         return found
 
-    flat = [x for given, _, _ in STRUCTURED.values() for x in given]
+    flat = [x for given, _, _ in structured.values() for x in given]
     unknown = [tf.TensorSpec([None] * x.ndim, x.dtype) for x in flat]
     rows = [tf.TensorSpec([None], tf.float32)] * 2
     value = OFFSET[offset]
