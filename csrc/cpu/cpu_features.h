@@ -26,6 +26,15 @@ static inline bool attn_ops_cpu_has_f16c() {
   return __builtin_cpu_supports("avx") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
 }
 #define ATTN_OPS_INSTEAD_OF_f16c , attn_ops_cpu_has_f16c()
+// The same of gcc before 11: leaf 7, 1 has it. The registers are AVX-512's. (ATTN_OPS_EMULATED: tests/avx512.)
+static inline bool attn_ops_cpu_has_avx512bf16() {
+#ifdef ATTN_OPS_EMULATED
+  return true;
+#endif
+  unsigned eax = 0, ebx, ecx, edx;
+  return __builtin_cpu_supports("avx512f") && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 5) != 0;
+}
+#define ATTN_OPS_INSTEAD_OF_avx512bf16 , attn_ops_cpu_has_avx512bf16()
 
 #define ATTN_OPS_CPU_HAS(feature) ATTN_OPS_SECOND_OF(ATTN_OPS_INSTEAD_OF_##feature, __builtin_cpu_supports(#feature), )
 #define ATTN_OPS_SECOND_OF(...) ATTN_OPS_SECOND(__VA_ARGS__)

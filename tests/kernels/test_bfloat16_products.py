@@ -65,8 +65,9 @@ def test_only_weights_are_rounded(seqlen_q, seqlen_k, options):
     out, lse, dq, dk, dv = run(inputs, NATIVE[0], **options)
     expected = run([x.astype(np.float64) for x in inputs], NATIVE[0], **options)
     sees = np.isfinite(expected[1])
-    assert np.array_equal(np.isfinite(lse), sees) and np.abs(lse - expected[1])[sees].max() < 2e-6
-    for name, found, wanted, roundings in zip(("out", "dq", "dk", "dv"), (out, dq, dk, dv), (expected[0], *expected[2:]), (2, 1, 3, 2)):
+    assert np.array_equal(np.isfinite(lse), sees) and np.abs(lse[sees] - expected[1][sees]).max() < 2e-6
+    named = zip(("out", "dq", "dk", "dv"), (out, dq, dk, dv), (expected[0], *expected[2:]), (2, 1, 3, 2), strict=True)
+    for name, found, wanted, roundings in named:
         error = np.abs(found.astype(np.float64) - wanted).max()
         assert error <= roundings * 2.0**-8 * np.abs(wanted).max(), name
 
