@@ -15,12 +15,14 @@ namespace {
 typedef uint32_t Words __attribute__((vector_size(sizeof(Vec<float>))));
 constexpr int kWordLanes = sizeof(Words) / 4;
 
-// The keys of the ten rounds, each as a vector: they stay in the cache, while to make one costs as much as a product.
+constexpr int kRounds = 10;
+
+// The keys of the rounds, each as a vector: they stay in the cache, while to make one costs as much as a product.
 typedef Simd<float>::Longs Longs;
 struct RoundKeys {
-  Longs first[10], second[10];
+  Longs first[kRounds], second[kRounds];
   RoundKeys(uint32_t key0, uint32_t key1) {
-    for (int round = 0; round < 10; ++round) {
+    for (int round = 0; round < kRounds; ++round) {
       first[round] = (Longs)(Words{} + key0);
       second[round] = (Longs)(Words{} + key1);
       key0 += 0x9E3779B9u;
@@ -29,11 +31,11 @@ struct RoundKeys {
   }
 };
 
-// Ten rounds on words that are the low halves of 64-bit numbers: those that a product is made of, and half of what it gives.
+// All rounds on words that are the low halves of 64-bit numbers: those that a product is made of, and half of what it gives.
 // What is in upper halves never counts.
 ATTN_INLINE void philox_rounds(Longs c[4], const RoundKeys& keys) {
-#pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll kRounds
+  for (int round = 0; round < kRounds; ++round) {
     const Longs product0 = Simd<float>::multiply_even(c[0], 0xD2511F53u);
     const Longs product1 = Simd<float>::multiply_even(c[2], 0xCD9E8D57u);
     c[0] = product1 >> 32 ^ c[1] ^ keys.first[round];

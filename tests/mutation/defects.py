@@ -16,7 +16,7 @@ KERNELS = [
     ("offsets of the first sequence", "csrc/mask.h", "m.query_offset[batch * m.offset_stride]", "m.query_offset[0]"),
     ("intervals of the first sequence", "csrc/mask.h", "const int64_t at = batch * m.interval_stride + i;", "const int64_t at = i;"),
     ("the wrong kv head", "csrc/attention.h", "return p.num_kv_heads ? p.num_heads / p.num_kv_heads : 1;", "return 1;"),
-    ("nine rounds of Philox", CPU + "philox.h", "round < 10", "round < 9"),
+    ("nine rounds of Philox", CPU + "philox.h", "kRounds = 10", "kRounds = 9"),
     ("dropout of the first sequence", CPU + "philox.h", "first_head(static_cast<uint32_t>(batch * p.num_heads))", "first_head(0)"),
     ("a stale counter of dropout", CPU + "philox.h", "static_cast<uint32_t>((k0 + j) >> 2)", "static_cast<uint32_t>(j >> 2)"),
     ("dropout without rescale", CPU + "philox.h", "keep_scale(1.0 / (1.0 - p.dropout_rate))", "keep_scale(1.0)"),
