@@ -16,6 +16,13 @@
 #define ATTN_OPS_ON_aarch64(...)
 #endif
 
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+
+static inline bool attn_ops_cpu_has_bf16() { return (getauxval(AT_HWCAP2) & 1u << 14) != 0; }  // HWCAP2_BF16
+#define ATTN_OPS_CPU_HAS(feature) attn_ops_cpu_has_##feature()
+#endif
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 

@@ -5,8 +5,9 @@ For Debian and Ubuntu on another processor. Needed, and installed with apt-get b
 qemu-user. Everything else goes into build/aarch64: a Python for Arm from the machine's own Debian mirror, its packages,
 the build and an installation of attn_ops. What is there is not fetched again.
 
-Runs what needs no TensorFlow: kernels/test_core.py (with ATTN_OPS_ISA=neon, then generic), test_few_rows.py, the tests of
-the compiled files, and the attention tests of the implementations core-neon and core-generic. What follows -- goes to pytest instead.
+Runs what needs no TensorFlow: kernels/test_core.py (with ATTN_OPS_ISA=neon, then generic), test_few_rows.py,
+test_bfloat16_products.py, the tests of the compiled files, and the attention tests of the implementations core-neon,
+core-neonbf16 and core-generic. What follows -- goes to pytest instead.
 """
 
 import argparse
@@ -22,11 +23,11 @@ BUILD = ROOT / "build" / "aarch64"  # test_compiled_files.py looks for objects b
 TOOLS = {"aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64": "qemu-user", "dpkg": "dpkg"}
 SYSTEM_PACKAGES = ("python3-minimal", "libpython3-dev", "libstdc++6")
 PYTHON_PACKAGES = ("ml_dtypes", "numpy", "pybind11", "pyelftools", "pytest")
-FILES = ("kernels/test_core.py", "kernels/test_few_rows.py", "package/test_compiled_files.py")
-FILES += ("op/test_features.py", "op/test_shapes.py", "op/test_accuracy.py")
+FILES = ("kernels/test_core.py", "kernels/test_few_rows.py", "kernels/test_bfloat16_products.py")
+FILES += ("package/test_compiled_files.py", "op/test_features.py", "op/test_shapes.py", "op/test_accuracy.py")
 # There is no TensorFlow. Not "fork": QEMU 7.2 aborts where the child of a threaded process starts a thread. Not
 # "a_build": that test would run this machine's cmake from there. "the_rules_see": that one needs a compiler there.
-CHOICE = "(test_core or test_few_rows or test_compiled_files or core-neon or core-generic)"
+CHOICE = "(test_core or test_few_rows or test_bfloat16 or test_compiled_files or core-neon or core-generic)"
 CHOICE += " and not after_a_fork and not test_a_build and not test_the_rules_see"
 
 
@@ -88,7 +89,11 @@ def make_environment(environment: Path, system: Path) -> Path:
 
 def install(python: Path, build: Path, system: Path):
     """Builds with the Python that will load the result, and puts the package beside that one's packages."""
+    question = "import sysconfig; print(sysconfig.get_path('include'))"
+    headers = run(python, "-c", question, stdout=subprocess.PIPE, text=True).stdout.strip()
     options = {
+        "ATTN_OPS_CUDA": "OFF",
+        "Python_INCLUDE_DIR": headers,
         "CMAKE_TOOLCHAIN_FILE": HERE / "toolchain.cmake",
         "CMAKE_CXX_FLAGS": f"-idirafter {system}/usr/include",  # Debian's Python.h includes from there
         "Python_EXECUTABLE": python,
