@@ -248,7 +248,7 @@ template <class E>
 struct Scale {
   Accumulator<E> of_q, of_scores;
   explicit Scale(double scale) : of_q(static_cast<Accumulator<E>>(scale)), of_scores(1) {
-    if (!kOfPairs<E>) return;
+    if (!kOfPairs<E> || scale == 0) return;
     int exponent = 0;
     if (std::isfinite(scale)) std::frexp(scale, &exponent);
     exponent = exponent < -125 ? -125 : exponent > 125 ? 125 : exponent;

@@ -95,6 +95,15 @@ def test_scales(scale):
     assert np.abs(out.astype(np.float64) - expected[0]).max() <= 2.0**-7 * np.abs(expected[0]).max()
 
 
+def test_nothing_is_out_of_range_with_a_scale_of_nothing():
+    query, key, value, d_out = arrays(8, 12, 64)
+    query[:], key[:] = 3e38, 3e38
+    out, lse, *_ = run((query, key, value, d_out), NATIVE[0], scale=0.0)
+    mean = value.astype(np.float64).mean(axis=1, keepdims=True)
+    assert np.abs(out.astype(np.float64) - mean).max() <= 2.0**-7 * np.abs(mean).max()
+    assert np.allclose(lse, np.log(12))
+
+
 def test_scores_in_range_only_once_scaled():
     """q k is 2.6e39, past the end of float32, and times the scale it is not."""
     query, key, value, d_out = arrays(8, 12, 64)
