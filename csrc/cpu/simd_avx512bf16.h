@@ -4,6 +4,7 @@
 #pragma once
 
 #include "simd_avx512.h"
+#include "simd_pairs.h"
 
 #define ATTN_OPS_OF_PAIRS_BESIDE avx512
 
@@ -11,25 +12,8 @@ namespace attn_ops::cpu {
 namespace {
 
 template <>
-struct Product<Pair> {
-  using S = Simd<float>;
-  using V = Vec<float>;  // its bits
-  typedef uint32_t Words __attribute__((vector_size(64)));
-  typedef int16_t Halves __attribute__((vector_size(64)));
-  static constexpr int numbers = 2;
-
-  static ATTN_INLINE V load(const Pair* p) { return S::load(reinterpret_cast<const float*>(p)); }
-  static ATTN_INLINE void store(Pair* p, V x) { S::store(reinterpret_cast<float*>(p), x); }
-  static ATTN_INLINE V set1(const Pair* p) {
-    uint32_t bits;
-    memcpy(&bits, p, sizeof bits);
-    return (V)(Words{} + bits);
-  }
+struct Product<Pair> : PairProduct {
   static ATTN_INLINE V add(V x, V y, V sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y); }
-  static ATTN_INLINE V number(V x, int i) { return (V)(i == 0 ? (Words)x << 16 : (Words)x & 0xffff0000u); }
-  static ATTN_INLINE V hidden(V weight, V x) {
-    return (V)((Halves)x & (((Halves)weight & int16_t{0x7fff}) != 0));
-  }
 
   // Each lane of `first` and of `second` beside one another, to nearest even.
   static ATTN_INLINE V pairs(V first, V second) {
