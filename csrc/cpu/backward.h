@@ -140,28 +140,29 @@ void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTil
       if (kind == BiasGradient::kElements && (task.d_bias.starts || what != Visibility::kNothing))
         add_elements<T>(task.d_bias, *t, k0, n, p.seqlen_k, ds, ld);
       masked = masked || what != Visibility::kAll || end - begin < n;
-      const bool sees = what != Visibility::kNothing;
-      if (!sees && t1 - t0 == 1) return;
-      if (sees) {
-        if (end_lane == 0) first_lane = lane;
-        end_lane = lane + t->lanes;
-        if (kind > BiasGradient::kElements)
-          add_block_sums<T, NV>(kind, static_cast<double*>(task.d_bias.sums), *t, begin, end - begin, seen_ds, ld);
-        if (task.d_relative_bias)
-          add_relative_gradient<T, NV>(r, *t, begin, end - begin, seen_ds, ld, task.d_relative_bias);
-        if (p.soft_cap != 0) through_cap<T, NV>(scratch.cap_slopes, end - begin, seen_ds, ld);
+      const auto pack = [&] {
+        if constexpr (kOfPairs<E>) pack_weights<E, NV>(n, lane, scratch.p, scratch.ds, ld, scratch.of_query);
+      };
+      if (what == Visibility::kNothing) {
+        if (t1 - t0 > 1) pack();  // zeros beside what joint tiles see
+        return;
       }
+      if (end_lane == 0) first_lane = lane;
+      end_lane = lane + t->lanes;
+      if (kind > BiasGradient::kElements)
+        add_block_sums<T, NV>(kind, static_cast<double*>(task.d_bias.sums), *t, begin, end - begin, seen_ds, ld);
+      if (task.d_relative_bias)
+        add_relative_gradient<T, NV>(r, *t, begin, end - begin, seen_ds, ld, task.d_relative_bias);
+      if (p.soft_cap != 0) through_cap<T, NV>(scratch.cap_slopes, end - begin, seen_ds, ld);
       const auto add_to_query = [&](const E* weights, int64_t weights_ld) {
-        if (sees)
-          add_query_gradient<E, NV>(*t, keys.key_pairs(), begin, end, weights, weights_ld, p.head_dim,
-                                    what == Visibility::kSome);
+        add_query_gradient<E, NV>(*t, keys.key_pairs(), begin, end, weights, weights_ld, p.head_dim,
+                                  what == Visibility::kSome);
       };
       if constexpr (kOfPairs<E>) {
-        const QueryWeights<E>& of_query = scratch.of_query;
-        pack_weights<E, NV>(n, lane, scratch.p, scratch.ds, ld, of_query);
+        pack();
         const int64_t first = (begin - k0) / 2 * t->lanes;
-        add_to_query(of_query.rounded + first, t->lanes);
-        add_to_query(of_query.rest + first, t->lanes);
+        add_to_query(scratch.of_query.rounded + first, t->lanes);
+        add_to_query(scratch.of_query.rest + first, t->lanes);
       } else {
         add_to_query(seen_ds, ld);
       }
