@@ -13,7 +13,7 @@ from attn_ops.layers.backend import set_keras_mask
 from attn_ops.layers.base import dense_reason, refuse_if_forced
 from attn_ops.layers.common import attend, combine, dropout_seed, keras_mask, ragged_like
 from attn_ops.layers.empty_rows import empty_rows, with_means
-from attn_ops.layers.inputs import are_ragged, boolean, without_keras_mask
+from attn_ops.layers.inputs import boolean, without_keras_mask
 from attn_ops.layers.score_options import ScoreOptions, present
 from attn_ops.masks.mask import Mask
 
@@ -121,27 +121,23 @@ class MultiHeadAttention(ScoreOptions, _Stock):
             )
         given = present(attention_bias=attention_bias, query_offset=query_offset)
         key = value if key is None else key
-        padded = {
-            "query_mask": query_mask,
-            "value_mask": value_mask,
-            "key_mask": key_mask,
-            "attention_mask": attention_mask,
-            "return_attention_scores": return_attention_scores,
-            "attention_bias": attention_bias,
-        }
-        if are_ragged(self, padded, query=query, value=value, key=key):
-            return self._attend_ragged(
-                MultiHeadAttention,
-                query,
-                key,
-                value,
-                training,
-                query_mask=query_mask,
-                key_masks=(value_mask, key_mask),
-                attention_mask=attention_mask,
-                is_causal=use_causal_mask,
-                query_offset=query_offset,
-            )
+        ragged = self._attend_if_ragged(
+            MultiHeadAttention,
+            query,
+            key,
+            value,
+            training,
+            query_mask=query_mask,
+            value_mask=value_mask,
+            key_mask=key_mask,
+            attention_mask=attention_mask,
+            use_causal_mask=use_causal_mask,
+            return_attention_scores=return_attention_scores,
+            attention_bias=attention_bias,
+            query_offset=query_offset,
+        )
+        if ragged is not None:
+            return ragged
         self._refuse_in_keras(attention_mask, **given)
         if self.as_in_keras:
             return super().call(

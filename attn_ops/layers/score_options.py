@@ -10,7 +10,7 @@ from attn_ops.call.position_bias import T5RelativeBias, alibi_slopes
 from attn_ops.call.rotary import from_option
 from attn_ops.layers.backend import backend, set_keras_mask
 from attn_ops.layers.base import DropIn, dense_reason
-from attn_ops.layers.inputs import padding
+from attn_ops.layers.inputs import are_ragged, padding
 from attn_ops.layers.kept import kept
 from attn_ops.masks import constructors
 from attn_ops.masks.config import config_of, from_config
@@ -150,14 +150,39 @@ class ScoreOptions(DropIn):
                 f"layer: pass boolean tensors, as attention_mask, value_mask or query_mask; got {attention_mask!r}"
             )
 
-    def _attend_ragged(
-        self, cls, query, key, value, training, *, query_mask, key_masks, attention_mask, is_causal, query_offset
+    def _attend_if_ragged(
+        self,
+        cls,
+        query,
+        key,
+        value,
+        training,
+        *,
+        query_mask,
+        value_mask,
+        key_mask,
+        attention_mask,
+        use_causal_mask,
+        return_attention_scores,
+        attention_bias,
+        query_offset,
     ):
-        """The layer, a ``cls``, on ragged `[batch, (seqlen), features]`: a ragged one of the query's row lengths.
+        """The layer, a ``cls``, on ragged `[batch, (seqlen), features]`: a ragged one of the query's row lengths. None where
+        they are dense.
 
         The layer's `_own_settings` are its scale, the rate and the seed of its dropout, Keras's window, and whether it has a
         gate. Masks of positions are ragged too.
         """
+        padded = {
+            "query_mask": query_mask,
+            "value_mask": value_mask,
+            "key_mask": key_mask,
+            "attention_mask": attention_mask,
+            "return_attention_scores": return_attention_scores,
+            "attention_bias": attention_bias,
+        }
+        if not are_ragged(self, padded, query=query, value=value, key=key):
+            return None
         name = type(self).__name__
         steps = "call", "_compute_attention", "_masked_softmax"
         reason = "as_in_keras=True" if self.as_in_keras else dense_reason(self, cls, *steps)
@@ -165,7 +190,8 @@ class ScoreOptions(DropIn):
         own = self._own_settings(training)
         window = own["window"]
         window = None if window is None else (window - 1, window - 1)
-        mask = combined([x for x in (self.mask, attention_mask) if x is not None], is_causal=is_causal, window=window)
+        mask = [x for x in (self.mask, attention_mask) if x is not None]
+        mask = combined(mask, is_causal=use_causal_mask, window=window)
         lengths = mask.query_lengths is not None or mask.key_lengths is not None
         if lengths or mask.dense or not all(part.stands for part in mask.structured):
             raise ValueError(
@@ -174,8 +200,8 @@ class ScoreOptions(DropIn):
             )
         if query_mask is not None:
             mask &= constructors.query_padding(padding(self, query_mask, query, "query_mask"))
-        for key_mask in {id(x): x for x in key_masks if x is not None}.values():
-            mask &= constructors.key_padding(padding(self, key_mask, key, "value_mask"))
+        for of_keys in {id(x): x for x in (value_mask, key_mask) if x is not None}.values():
+            mask &= constructors.key_padding(padding(self, of_keys, key, "value_mask"))
         tokens = backend.tokens(name, query, key, value, query_offset)
         turned_query, turned_key = self._rotated(
             self._query_dense(tokens.query), self._key_dense(tokens.key), positions=tokens.positions
