@@ -155,7 +155,7 @@ void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTil
         add_relative_gradient<T, NV>(r, *t, begin, end - begin, seen_ds, ld, task.d_relative_bias);
       if (p.soft_cap != 0) through_cap<T, NV>(scratch.cap_slopes, end - begin, seen_ds, ld);
       const auto add_to_query = [&](const E* weights, int64_t weights_ld) {
-        add_query_gradient<E, NV>(*t, keys.key_pairs(), begin, end, weights, weights_ld, p.head_dim,
+        add_query_gradient<E, NV>(*t, keys.key_pairs, begin, end, weights, weights_ld, p.head_dim,
                                   what == Visibility::kSome);
       };
       if constexpr (kOfPairs<E>) {

@@ -54,6 +54,7 @@ constexpr int joint_tiles() {
 template <class E>
 struct BackwardKeys {
   KeyRows<E> keys, values;
+  std::conditional_t<kOfPairs<E>, KeyPairs<E>, KeyPairs<E>&> key_pairs;  // of numbers, `keys`
 
   static int64_t bytes(const AttentionParams& p) {
     return KeyRows<E>::bytes(p, p.head_dim) + KeyRows<E>::bytes(p, p.value_dim) +
@@ -62,28 +63,19 @@ struct BackwardKeys {
   BackwardKeys(const HeadRows& r, int64_t together, Arena* arena)
       : keys(r, r.p.k, r.p.k_scales, r.p.head_dim, true, together, arena),
         values(r, r.p.v, r.p.v_scales, r.p.value_dim, true, together, arena),
-        paired_(r, together, arena) {}
+        key_pairs(paired(r, together, arena)) {}
 
   void load(int64_t k0, int64_t k1) {
     keys.load(k0, k1);
     values.load(k0, k1);
-    if constexpr (kOfPairs<E>) paired_.keys.load(k0, k1);
-  }
-  KeyPairs<E>& key_pairs() {
-    if constexpr (kOfPairs<E>) return paired_.keys;
-    else return keys;
+    if (kOfPairs<E>) key_pairs.load(k0, k1);
   }
 
  private:
-  struct Nothing {
-    Nothing(const HeadRows&, int64_t, Arena*) {}
-  };
-  struct Paired {
-    KeyPairs<E> keys;
-    Paired(const HeadRows& r, int64_t together, Arena* arena)
-        : keys(r, r.p.k, r.p.k_scales, r.p.head_dim, true, together, arena) {}
-  };
-  std::conditional_t<kOfPairs<E>, Paired, Nothing> paired_;
+  decltype(key_pairs) paired(const HeadRows& r, int64_t together, Arena* arena) {
+    if constexpr (kOfPairs<E>) return {r, r.p.k, r.p.k_scales, r.p.head_dim, true, together, arena};
+    else return keys;
+  }
 };
 
 template <class E, class T = Accumulator<E>>
