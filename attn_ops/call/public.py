@@ -13,7 +13,7 @@ _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 _HERE = "    {options}\n"
 
 
-def function(without=(), **more):
+def function(without=(), documentation="", **more):
     """A decorator for functions that end in ``**given``, options that are handed on.
 
     What `inspect.signature` and `help` show names every option; `{options}` on a line of the docstring becomes their
@@ -21,6 +21,7 @@ def function(without=(), **more):
 
     Args:
         without: `Options` that the function does not take.
+        documentation: lines that go before those of the options, as they look in an unindented docstring.
         **more: options of its own, and their defaults.
     """
     names = [name for name in Options._fields if name not in without]
@@ -39,7 +40,7 @@ def function(without=(), **more):
 
         wrapper.__signature__ = inspect.Signature([*positional, *options])
         if wrapper.__doc__ is not None:  # there are none under python -OO
-            wrapper.__doc__ = inspect.cleandoc(wrapper.__doc__).replace(_HERE, _documentation(names))
+            wrapper.__doc__ = inspect.cleandoc(wrapper.__doc__).replace(_HERE, documentation + _documentation(names))
         return wrapper
 
     return decorate

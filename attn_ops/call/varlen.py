@@ -32,6 +32,18 @@ OWN = {  # options of these functions, and their defaults
     "causal_alignment": options.Unsaid("bottom_right"),
     "implementation": None,
 }
+# What both `varlen_attention` say of those that stand in the place of options.
+OF_PACKED_SCORES = """\
+    bias: added to the scaled scores, floating, of the packed scores [num_heads, total_q, total_k] or [total_q, total_k];
+        each extent may be 1, and [1, total_k] costs only itself. What it holds between two sequences never counts.
+    mask: True where a row may see a key, boolean of the shapes that bias may have; an `attn_ops.masks.Mask`; or a list
+        of these. Of a Mask, what goes by positions (causal, window, prefix, chunked) counts in each sequence, and a
+        prefix may have a length for each, [sequences]; all else goes by the packed tokens. Lengths and Python
+        functions have no place in it.
+    query_offset: the key that the first row of a sequence stands at, counted from the sequence's first key, an integer
+        or integers [sequences], from 0 to 2^30: for chunks of rows whose earlier keys are cached. Instead of
+        causal_alignment.
+"""
 OF_FLASH_ATTENTION = {name: default for name, (_, default) in ALIASES.items()}
 
 

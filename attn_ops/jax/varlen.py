@@ -7,7 +7,9 @@ from attn_ops.call import public, varlen
 from attn_ops.jax import xp
 
 
-@public.function(without=varlen.WITHOUT, **varlen.OWN, **varlen.OF_FLASH_ATTENTION)
+@public.function(
+    without=varlen.WITHOUT, documentation=varlen.OF_PACKED_SCORES, **varlen.OWN, **varlen.OF_FLASH_ATTENTION
+)
 def varlen_attention(
     q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, **given
 ):
@@ -24,15 +26,6 @@ def varlen_attention(
         cu_seqlens_k: the same of the keys, from 0 to total_k; None: the same as those of the rows.
         max_seqlen_q: not needed; where known it must not be less than the longest sequence has rows.
         max_seqlen_k: the same of keys.
-        bias: added to the scaled scores, floating, of the packed scores [num_heads, total_q, total_k] or [total_q, total_k];
-            each extent may be 1, and [1, total_k] costs only itself. What it holds between two sequences never counts.
-        mask: True where a row may see a key, boolean of the shapes that bias may have; an `attn_ops.masks.Mask`; or a list
-            of these. Of a Mask, what goes by positions (causal, window, prefix, chunked) counts in each sequence, and a
-            prefix may have a length for each, [sequences]; all else goes by the packed tokens. Lengths and Python
-            functions have no place in it.
-        query_offset: the key that the first row of a sequence stands at, counted from the sequence's first key, an integer
-            or integers [sequences], from 0 to 2^30: for chunks of rows whose earlier keys are cached. Instead of
-            causal_alignment.
         {options}
         softmax_scale: FlashAttention's name of ``scale``.
         causal: FlashAttention's name of ``is_causal``.
