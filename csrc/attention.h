@@ -65,6 +65,12 @@ constexpr int64_t kMaxOffset = int64_t{1} << 30;  // of query_offset
 constexpr int64_t kPageRows = 16;                 // the size of a page of keys is a multiple of it
 constexpr double kMaxSlope = 18446744073709551616.0;  // 2^64: times any distance it cannot leave the range of float32
 
+// Where a call stands in a larger one, as dropout counts: the number of its first head there (of its first batch entry),
+// how many heads an entry has there, and its first row and key.
+struct DropoutOrigin {
+  uint32_t first_head, heads_of_entry, first_row, first_key;
+};
+
 struct AttentionParams {
   DType dtype = DType::kFloat32;  // of q, k, v, out and their gradients; in forward k and v may have another, below
   int64_t batch = 0, seqlen_q = 0, seqlen_k = 0;
@@ -111,6 +117,7 @@ struct AttentionParams {
 
   double dropout_rate = 0.0;
   uint64_t dropout_seed = 0, dropout_offset = 0;
+  DropoutOrigin dropout_origin{};  // of CPUs
   // GPUs read seed and offset from here instead, in device memory: a launch must not wait for their values.
   const uint64_t* dropout_words = nullptr;
   bool allow_tf32 = false;  // GPUs: products of float32 in TF32, with 10 bits of mantissa, instead of 3xTF32

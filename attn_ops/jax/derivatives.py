@@ -90,8 +90,6 @@ def _forward(forced, options, arrays):
     if forced:
         return kernels(arrays)
     others = functools.partial(composite.with_statistics, options)
-    if arrays.origin is not None:
-        return others(arrays)  # kernels know of no larger call
     return jax.lax.platform_dependent(
         arrays, default=others, **dict.fromkeys(forms.platforms(options, arrays), kernels)
     )
@@ -107,8 +105,6 @@ def _backward(forced, options, wanted, *arguments):
 
     if forced:
         return kernels(*arguments)
-    if arguments[0].origin is not None:
-        return others(*arguments)
     return jax.lax.platform_dependent(
         *arguments, default=others, **dict.fromkeys(forms.platforms(options, arguments[0]), kernels)
     )

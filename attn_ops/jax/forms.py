@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from attn_ops import kernels
@@ -16,6 +17,7 @@ from attn_ops.call.attention_call import canonical
 from attn_ops.jax import place
 from attn_ops.jax.call import Arrays, Options, accumulator
 
+PLATFORMS_OF_SHARES = ("cpu",)  # with dropout: the kernels for CUDA know of no larger call
 _PLATFORMS = {"Host": "cpu", "CUDA": "CUDA"}  # of XLA, and what JAX calls them where it takes custom calls
 
 
@@ -33,7 +35,7 @@ def unavailable_reason() -> str | None:
 
 def platforms(options: Options, arrays: Arrays) -> tuple[str, ...]:
     """Where the kernels take this call, by the names of `jax.lax.platform_dependent`."""
-    return ("cpu",) if cuda_reason(options, arrays) else ("cpu", "cuda")
+    return PLATFORMS_OF_SHARES if arrays.origin is not None or cuda_reason(options, arrays) else ("cpu", "cuda")
 
 
 def cuda_reason(options: Options, arrays: Arrays) -> str | None:
@@ -102,6 +104,8 @@ def _kernel(target, results):
 
 def _optional(options, arrays):
     """The operands after the obligatory ones, and the attributes that both kernels take."""
+    if arrays.origin is not None:
+        arrays = arrays._replace(seed=jnp.concatenate([arrays.seed, arrays.origin]))
     lists = attention_call.given_inputs(arrays)
     attributes = {**attention_call.attributes(options), **{name: len(operands) for name, operands in lists.items()}}
     attributes = {name: np.int64(x) if type(x) is int else x for name, x in attributes.items()}

@@ -101,8 +101,8 @@ def _divided(kernels, others, options, arguments, roles, result_roles, sums=Fals
     """``kernels(*arguments)``, a tuple of arrays, with a rule for the axes of these roles. With ``sums`` results that
     several devices have a share of are added up; without, they are the same on each.
 
-    With dropout shares are computed by ``others``, the composite: the kernels draw by the numbers of batch entries and
-    heads, which in a share begin at 0 again.
+    With dropout a share is told where it stands in the whole, and computed by ``others``, the composite, on platforms
+    whose kernels know nothing of that.
     """
     arrays = arguments[0]
     batch, num_heads = canonical(arrays.query.shape, options.layout)[:2]
@@ -116,7 +116,9 @@ def _divided(kernels, others, options, arguments, roles, result_roles, sums=Fals
         arguments = jax.tree.unflatten(tree, leaves)
         if not (options.dropout_rate and axes and any(axes.values())):
             return tuple(kernels(*arguments))
-        return tuple(others(_with_origin(arguments[0], options, axes, num_heads), *arguments[1:]))
+        arguments = _with_origin(arguments[0], options, axes, num_heads), *arguments[1:]
+        run = dict.fromkeys(forms.PLATFORMS_OF_SHARES, lambda *x: tuple(kernels(*x)))
+        return jax.lax.platform_dependent(*arguments, default=lambda *x: tuple(others(*x)), **run)
 
     whole = functools.partial(flat, None)
     roles = [_present(role, x.shape, extents) for role, x in zip(roles, leaves, strict=True)]

@@ -50,6 +50,8 @@ struct Call {
   double dropout_rate = 0.0;
   bool has_seed = false;
   uint64_t dropout_seed = 0, dropout_offset = 0;
+  bool has_origin = false;  // false: the call is no part of a larger one
+  DropoutOrigin dropout_origin{};
   const uint64_t* dropout_words = nullptr;  // both, on a GPU
   bool allow_tf32 = false;
 
@@ -198,6 +200,8 @@ inline AttentionParams to_params(const Call& c) {
   to_scores(c, &p);
   p.dropout_rate = c.dropout_rate;
   p.dropout_seed = c.dropout_seed, p.dropout_offset = c.dropout_offset;
+  p.dropout_origin = c.dropout_origin;
+  if (!c.has_origin) p.dropout_origin.heads_of_entry = static_cast<uint32_t>(p.num_heads);
   p.dropout_words = c.dropout_words;
   p.allow_tf32 = c.allow_tf32;
   return p;

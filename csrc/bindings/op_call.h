@@ -6,6 +6,7 @@
 #include <locale.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -170,9 +171,11 @@ class OpCall {
     }
   }
 
+  // Of a part of a larger call, where that stands comes behind seed and offset, in the order of DropoutOrigin.
   static void read_seed(const Array& seed, Call* call) {
-    const int64_t two = 2;
-    const std::string reason = same_shape_reason(seed, 1, &two, "(seed, offset)");
+    const bool is_part = seed.rank == 1 && seed.shape[0] == 4 && call->place == Place::kCpu;
+    const int64_t words_wanted = is_part ? 4 : 2;
+    const std::string reason = same_shape_reason(seed, 1, &words_wanted, "(seed, offset)");
     if (!reason.empty()) throw std::invalid_argument(reason);
     const uint64_t* words = static_cast<const uint64_t*>(seed.data);
     call->has_seed = true;
@@ -181,6 +184,8 @@ class OpCall {
     } else {
       call->dropout_seed = words[0];
       call->dropout_offset = words[1];
+      call->has_origin = is_part;
+      if (is_part) memcpy(&call->dropout_origin, words + 2, sizeof call->dropout_origin);
     }
   }
 

@@ -47,6 +47,16 @@ void read_pair(const char* function, const char* name, const std::vector<py::obj
   *b = arrays->integers(second, pair[1]);
 }
 
+void read_origin(const char* function, Keywords* keywords, Arrays* arrays, Call* call) {
+  const py::object given = keywords->take("dropout_origin");
+  if (given.is_none()) return;
+  const Array origin = arrays->integers("dropout_origin", given);
+  const int64_t four = 4;
+  require(function, same_shape_reason(origin, 1, &four, "(first_head, heads_of_entry, first_row, first_key)"));
+  call->has_origin = true;
+  memcpy(&call->dropout_origin, origin.data, sizeof call->dropout_origin);
+}
+
 // What is no plain mask or bias.
 void read_structure(const char* function, Keywords* keywords, Arrays* arrays, Call* call) {
   read_pair(function, "intervals", keywords->sequence("intervals"), "key_begin", "key_end", arrays, &call->key_begin,
@@ -102,6 +112,7 @@ Call read(const char* function, const py::object& q, const py::object& k, const 
   call.has_seed = true;
   call.dropout_seed = keywords->word("dropout_seed");
   call.dropout_offset = keywords->word("dropout_offset");
+  read_origin(function, keywords, arrays, &call);
   if (const py::object table = keywords->take("block_table"); !table.is_none()) {
     call.block_table = arrays->integers("block_table", table);
   }
@@ -294,8 +305,9 @@ std::map<std::string, std::map<std::string, py::capsule>> xla_handlers() {
 
 constexpr const char* kForward = R"(
 forward(q, k, v, *, bias=None, masks=(), scale=None, window_left=-1, window_right=-1, bottom_right=False,
-        query_lengths=None, key_lengths=None, dropout_rate=0.0, dropout_seed=0, dropout_offset=0, layout='BSHD',
-        block_table=None, k_scales=None, v_scales=None, isa=None, num_threads=0) -> (out, lse, statistics)
+        query_lengths=None, key_lengths=None, dropout_rate=0.0, dropout_seed=0, dropout_offset=0, dropout_origin=None,
+        layout='BSHD', block_table=None, k_scales=None, v_scales=None, isa=None, num_threads=0)
+    -> (out, lse, statistics)
 
 softmax(scale * q k^T + bias, masked) v, the log-sum-exp of the scores, and what backward needs of them.
 
@@ -305,6 +317,8 @@ float16 or ml_dtypes' bfloat16. Any strides, read in place.
 bias (their dtype or float32) and up to four bool masks (True: may be seen): [batch, num_heads, seqlen_q, seqlen_k], where any
 extent may be 1. window_left, window_right: keys seen before and after a query's own position, -1 for all; that
 position is the query's, or with bottom_right counted from the last key. query_lengths, key_lengths: [batch] integers.
+dropout_origin: four integers, of a call that is a part of a larger one: what number its first head of its first batch entry
+has there, how many heads an entry has there, and where its rows and keys begin.
 block_table: [batch, pages] integers, for forward alone: k and v are then pages [num_pages, page_size, num_kv_heads, dim],
 page_size a multiple of 16, of which each sequence has those that its row of the table names, as far as its length reaches.
 Beside a q that is not float64, forward takes k and v of another dtype than q's, both of float32, float16, bfloat16 or int8. int8

@@ -97,10 +97,10 @@ class Operands {
       case Element::kValue: a.dtype = dtype_of(buffer.dtype, name); break;
       case Element::kInteger: require(buffer.dtype == XLA_FFI_DataType_S32, name, "int32"); break;
       case Element::kSeed:
-        if (buffer.dtype == XLA_FFI_DataType_U32 && a.rank == 1 && a.shape[0] == 4) {
-          a.shape[0] = 2;
+        if (buffer.dtype == XLA_FFI_DataType_U32 && a.rank == 1 && a.shape[0] % 2 == 0) {
+          a.shape[0] /= 2;
         } else {
-          require(buffer.dtype == XLA_FFI_DataType_S64, name, "int64 [2] or uint32 [4]");
+          require(buffer.dtype == XLA_FFI_DataType_S64, name, "int64 [2] or uint32 [4], or twice as many");
         }
     }
     return a;

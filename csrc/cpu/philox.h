@@ -4,6 +4,8 @@
 //
 //   counter = (key / 4, row, batch * num_heads + head, offset)    key = (seed low, seed high ^ offset high)
 //   word (key % 4) of the result keeps the probability when it is >= rate * 2^32.
+//
+// Of a call that is a part of a larger one all are counted as there (DropoutOrigin), so that its keys may begin within four.
 #pragma once
 
 #include "simd.h"
@@ -54,7 +56,7 @@ ATTN_INLINE void philox(Words c[4], const RoundKeys& keys) {
 }
 
 struct Dropout {
-  uint32_t key0, key1, offset, threshold, first_head;
+  uint32_t key0, key1, offset, threshold, first_head, first_row, first_key;
   double keep_scale;  // 1 / (1 - rate)
 
   Dropout(const AttentionParams& p, int64_t batch)
@@ -62,7 +64,8 @@ struct Dropout {
         key1(static_cast<uint32_t>(p.dropout_seed >> 32) ^ static_cast<uint32_t>(p.dropout_offset >> 32)),
         offset(static_cast<uint32_t>(p.dropout_offset)),
         threshold(static_cast<uint32_t>(p.dropout_rate * 4294967296.0)),
-        first_head(static_cast<uint32_t>(batch * p.num_heads)), keep_scale(1.0 / (1.0 - p.dropout_rate)) {}
+        first_head(p.dropout_origin.first_head + static_cast<uint32_t>(batch) * p.dropout_origin.heads_of_entry),
+        first_row(p.dropout_origin.first_row), first_key(p.dropout_origin.first_key), keep_scale(1.0 / (1.0 - p.dropout_rate)) {}
 };
 
 ATTN_INLINE Words load_words(const uint32_t* from) {
@@ -83,17 +86,19 @@ __attribute__((noinline)) void dropout_factors(const Dropout& d, const uint32_t*
                                                int64_t k0, int64_t keys, T* factor) {
   const T keep = static_cast<T>(d.keep_scale);
   const RoundKeys round_keys(d.key0, d.key1);
-  for (int64_t j = 0; j < keys; j += 4)
+  const uint32_t first_key = d.first_key + static_cast<uint32_t>(k0);
+  for (int64_t j = -static_cast<int64_t>(first_key & 3); j < keys; j += 4)
     for (int r0 = 0; r0 < lanes; r0 += kWordLanes) {
       const int n = lanes - r0 < kWordLanes ? lanes - r0 : kWordLanes;
       const bool whole = n == kWordLanes;
       // In registers, which a copy of unknown size into them would not let them be.
-      Words c[4] = {Words{} + static_cast<uint32_t>((k0 + j) >> 2), whole ? load_words(row + r0) : first_words(row + r0, n),
+      Words c[4] = {Words{} + ((first_key + static_cast<uint32_t>(j)) >> 2),
+                    (whole ? load_words(row + r0) : first_words(row + r0, n)) + d.first_row,
                     (whole ? load_words(head + r0) : first_words(head + r0, n)) + d.first_head, Words{} + d.offset};
       philox(c, round_keys);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        if (j + i >= keys) break;
+        if (static_cast<uint64_t>(j + i) >= static_cast<uint64_t>(keys)) continue;
         T* const at = factor + (j + i) * lanes + r0;
         if (sizeof(T) == 4 && whole) {
           const Words factors = (Words)Simd<float>::set1(static_cast<float>(keep)) & (Words)(c[i] >= d.threshold);

@@ -77,10 +77,6 @@ def _attend(name, method, query, key, value, given):
         raise ValueError(f"{name}: order must be one of {ORDERS}, got {order!r}")
     share = shares.described(name, axis, order, query, key, value, given)
     chosen = choice.choose(name, implementation)
-    if implementation == "fused" and share.given.get("dropout_rate"):
-        raise NotImplementedError(
-            f"{name}: the kernels have no dropout of a part of a sequence: implementation='composite' has"
-        )
     refused = {way: None if way == "all_gather_kv" else _WAYS[way].refusal(share) for way in _WAYS}
     if method == "auto":
         method = next(way for way, reason in refused.items() if reason is None)
