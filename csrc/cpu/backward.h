@@ -28,15 +28,15 @@ namespace {
 template <class E, int NV, class T>
 __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const BackwardTile<E>& tile,
                                                      const KeyRows<E>& keys, const KeyRows<E>& values, int64_t k0,
-                                                     int64_t k1, const BackwardScratch<E>& scratch, T* prob, T* ds,
-                                                     int64_t ld) {
+                                                     int64_t k1, const Staircase<T>& steps,
+                                                     const BackwardScratch<E>& scratch, T* prob, T* ds, int64_t ld) {
   using S = Simd<T>;
   constexpr int W = S::width, lanes = NV * W;
   const AttentionParams& p = r.p;
   const int64_t n = k1 - k0;
   const bool kept = tile.kept.s != nullptr;
   const Visibility seen = kept ? tile.kept.seen_of(k0)
-                               : score_block<E, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.score, prob, ld,
+                               : score_block<E, NV>(r, tile, tile.q, lanes, keys, k0, n, steps, scratch.score, prob, ld,
                                                     scratch.cap_slopes, [](int, Vec<T>) {});
   if (seen == Visibility::kNothing) {
     no_weights<T, NV>(n, prob, ds, ld);
@@ -44,8 +44,8 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
   }
   const bool masked = seen == Visibility::kSome;
   if (!kept)
-    gemm<E, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, elements<E>(p.value_dim),
-                             [=](int64_t j, int v, Vec<T> x) { S::store(ds + j * ld + v * W, x); });
+    gemm_of_steps<E, NV>(values.at(k0), values.ld(), tile.d_out, lanes, elements<E>(p.value_dim), steps, ds, ld,
+                         [](Vec<T> x) { return x; });
   const T* const s_from = kept ? tile.kept.s + (k0 - tile.kept.first) * lanes : prob;
   const T* const dp_from = kept ? tile.kept.dp + (k0 - tile.kept.first) * lanes : ds;
   const int64_t from_ld = kept ? lanes : ld;
@@ -93,7 +93,8 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
 // dq += k ds, of one tile and the keys begin .. end.
 template <class E, int NV>
 __attribute__((noinline)) void add_query_gradient(const BackwardTile<E>& tile, KeyPairs<E>& keys, int64_t begin,
-                                                  int64_t end, const E* ds, int64_t ld, int64_t head_dim, bool masked) {
+                                                  int64_t end, const Staircase<Accumulator<E>>& steps, const E* ds,
+                                                  int64_t ld, int64_t head_dim, bool masked) {
   using T = Accumulator<E>;
   using S = Simd<T>;
   T* const dq = tile.dq;
@@ -104,7 +105,41 @@ __attribute__((noinline)) void add_query_gradient(const BackwardTile<E>& tile, K
   const int64_t depth = elements<E>(end - begin);
   if (masked && !keys.finite())
     gemm_hiding<E, NV, Major::kDepth, ZeroHides::kB>(head_dim, keys.at(begin), keys.ld(), ds, ld, depth, add);
-  else gemm<E, NV, Major::kDepth>(head_dim, keys.at(begin), keys.ld(), ds, ld, depth, add);
+  else if (steps.whole(NV, end - begin))
+    gemm<E, NV, Major::kDepth>(head_dim, keys.at(begin), keys.ld(), ds, ld, depth, add);
+  else gemm_in_steps<E, NV>(head_dim, keys.at(begin), keys.ld(), ds, ld, steps, add);
+}
+
+// meet(j, keys, from, to) for neighbouring keys k0 + j .. k0 + j + keys of the n and the lanes, of first_lane .. end_lane of the
+// joint tiles, that may see them, as far as intervals say.
+template <class Tile, class Meet>
+void with_lanes_of_keys(const Tile* t0, const Tile* t1, int64_t k0, int64_t n, int64_t first_lane, int64_t end_lane,
+                        const Meet& meet) {
+  bool all = true;
+  for (const Tile* t = t0; t < t1; ++t) all = all && t->all_see(k0, k0 + n);
+  if (all) return meet(0, n, first_lane, end_lane);
+  constexpr int64_t kKeys = 16, kLanes = 8;  // less is no work worth a product of its own
+  int64_t from = first_lane, to = first_lane;
+  const auto skip = [&](int64_t* lane, const auto& passes) {  // to the first that does not pass; ends never move back
+    int64_t start = 0;
+    for (const Tile* t = t0; t < t1; start += t->lanes, ++t) {
+      for (; *lane < end_lane && *lane < start + t->lanes; ++*lane)
+        if (!passes(*t, *lane - start)) return;
+    }
+  };
+  int64_t begin = 0, seen_from = 0, seen_to = 0;
+  const auto flush = [&](int64_t j) {
+    if (seen_from < seen_to) meet(begin, j - begin, seen_from, seen_to < end_lane ? seen_to : end_lane);
+  };
+  for (int64_t j = 0; j < n; j += kKeys) {
+    skip(&from, [&](const Tile& t, int64_t i) { return i < t.rows && t.hi[i] <= k0 + j; });
+    skip(&to, [&](const Tile& t, int64_t i) { return i >= t.rows || t.lo[i] < k0 + j + kKeys; });
+    const int64_t down = from / kLanes * kLanes, up = (to + kLanes - 1) / kLanes * kLanes;
+    if (down == seen_from && up == seen_to) continue;
+    flush(j);
+    begin = j, seen_from = down, seen_to = up;
+  }
+  flush(n);
 }
 
 // Joint tiles [t0, t1) of the scratch against keys k0 .. k1.
@@ -132,9 +167,10 @@ void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTil
       T* const seen_ds = ds + (begin - k0) * ld;
       no_weights<T, NV>(begin - k0, prob, ds, ld);
       no_weights<T, NV>(k1 - end, prob + (end - k0) * ld, ds + (end - k0) * ld, ld);
+      const Staircase<T> steps(*t, begin, end - begin);
       const Visibility what = begin == end
                                   ? Visibility::kNothing
-                                  : score_gradients<E, NV>(r, *t, keys.keys, keys.values, begin, end, scratch,
+                                  : score_gradients<E, NV>(r, *t, keys.keys, keys.values, begin, end, steps, scratch,
                                                            prob + (begin - k0) * ld, seen_ds, ld);
       if (kind == BiasGradient::kOwn) write_bias_gradient<T>(params, r, *t, k0, n, ds, ld);
       if (kind == BiasGradient::kElements && (task.d_bias.starts || what != Visibility::kNothing))
@@ -155,7 +191,7 @@ void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTil
         add_relative_gradient<T, NV>(r, *t, begin, end - begin, seen_ds, ld, task.d_relative_bias);
       if (p.soft_cap != 0) through_cap<T, NV>(scratch.cap_slopes, end - begin, seen_ds, ld);
       const auto add_to_query = [&](const E* weights, int64_t weights_ld) {
-        add_query_gradient<E, NV>(*t, keys.key_pairs, begin, end, weights, weights_ld, p.head_dim,
+        add_query_gradient<E, NV>(*t, keys.key_pairs, begin, end, steps, weights, weights_ld, p.head_dim,
                                   what == Visibility::kSome);
       };
       if constexpr (kOfPairs<E>) {
@@ -171,13 +207,15 @@ void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTil
     d_out_finite = d_out_finite && t->d_out_finite;
   }
   if (end_lane == 0) return;
-  const int64_t first = elements<E>(first_lane), depth = elements<E>(end_lane - first_lane);
-  const E *const prob = reinterpret_cast<const E*>(scratch.p) + first;
-  const E *const ds = reinterpret_cast<const E*>(scratch.ds) + first;
-  gemm_accumulate<E, Major::kRow>(n, padded_dv, prob, ld, t0->d_out_rows + first * padded_dv, padded_dv, depth,
-                                  masked && !d_out_finite, dv + k0 * padded_dv, padded_dv);
-  gemm_accumulate<E, Major::kRow>(n, padded_d, ds, ld, t0->q_rows + first * padded_d, padded_d, depth,
-                                  masked && !q_finite, dk + k0 * padded_d, padded_d);
+  with_lanes_of_keys(t0, t1, k0, n, first_lane, end_lane, [&](int64_t j, int64_t keys, int64_t from, int64_t to) {
+    const int64_t first = elements<E>(from), depth = elements<E>(to - from);
+    const E *const prob = reinterpret_cast<const E*>(scratch.p) + j * ld + first;
+    const E *const ds = reinterpret_cast<const E*>(scratch.ds) + j * ld + first;
+    gemm_accumulate<E, Major::kRow>(keys, padded_dv, prob, ld, t0->d_out_rows + first * padded_dv, padded_dv, depth,
+                                    masked && !d_out_finite, dv + (k0 + j) * padded_dv, padded_dv);
+    gemm_accumulate<E, Major::kRow>(keys, padded_d, ds, ld, t0->q_rows + first * padded_d, padded_d, depth,
+                                    masked && !q_finite, dk + (k0 + j) * padded_d, padded_d);
+  });
 }
 
 // The rows of a task in one list: dq, and what they add to the rest.

@@ -27,9 +27,6 @@ static constexpr int64_t kHeadLanesHeads = 16;
 // At least this many keys in a split: the partial results of one are a few percent of the keys it reads.
 static constexpr int64_t kHeadLanesSplitKeys = 128;
 
-// Keys that some vectors of a tile do not see, for which a block is cut (Zen 3, 2026-11-26).
-static constexpr int64_t kLeastCut = 32;
-
 // Row tiles that meet a key/value block together, while it is in L1.
 static constexpr int64_t kForwardTiles = 4;
 // The same in backward.
@@ -38,6 +35,10 @@ static constexpr int64_t kBackwardTiles = 4;
 // Scores and dp that backward keeps from one pass over the keys to the next, where it makes two: up to a MiB they stay in
 // the L2 cache of most processors (Zen 5, 2026-11-27).
 static constexpr int64_t kKeptScoresBytes = int64_t{1} << 20;
+
+// Rows of keys a multiple of so many bytes apart are copied before several tiles read them: of a multiple of 4 KiB reading
+// in place takes up to 1.3 times the time (Zen 5, AVX2, 2026-11-27). Half of that for caches with fewer ways.
+static constexpr int64_t kCollidingBytes = 2048;
 
 // Keys and values that are copied (other dtype, or rows far apart) are kept for the whole task up to this size: one
 // copy then serves all its rows. Above it every group of tiles copies its own.

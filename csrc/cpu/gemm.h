@@ -19,7 +19,7 @@ constexpr int kMaxVectors = 3;
 
 // Accumulators R * NV, plus NV vectors of b and one broadcast, must fit in the registers; fewer than 8 accumulators
 // could not hide the latency of FMA (4 cycles, 2 per cycle).
-constexpr int tile_rows(int nv) { return kVectorRegisters == 32 ? (nv == 3 ? 8 : nv == 2 ? 12 : 16)
+constexpr int tile_rows(int nv) { return kVectorRegisters == 32 ? (nv == 3 ? 8 : nv == 2 ? 8 : 16)
                                                                 : (nv == 3 ? 4 : nv == 2 ? 6 : 8); }
 
 template <int N>
@@ -36,24 +36,35 @@ ATTN_INLINE void with_vectors(int nv, const F& f) {
 // How `a` is stored: a(r, k) = a[r * lda + k] or a[r + k * lda].
 enum class Major { kRow, kDepth };
 
-template <class E, int R, int NV, Major M, class Epilogue>
-ATTN_INLINE void gemm_tile(const E* __restrict__ a, int64_t lda, const E* __restrict__ b, int64_t ldb, int64_t depth,
-                           const Epilogue& epilogue, int64_t row) {
-  using S = Simd<Accumulator<E>>;
-  using P = Product<E>;
-  Vec<Accumulator<E>> acc[R][NV];
+template <class V, int R, int NV>
+ATTN_INLINE void clear(V (&acc)[R][NV]) {
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) acc[r][v] = S::zero();
+    for (int v = 0; v < NV; ++v) acc[r][v] = V{};
+}
+
+// acc[r][v] += the sum for the vectors kFirst .. kFirst + kCount of the NV.
+template <class E, int R, int NV, Major M, int kFirst, int kCount>
+ATTN_INLINE void add_products(const E* __restrict__ a, int64_t lda, const E* __restrict__ b, int64_t ldb, int64_t depth,
+                              Vec<Accumulator<E>> (&acc)[R][NV]) {
+  using P = Product<E>;
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
-    typename P::V bk[NV];
-    for (int v = 0; v < NV; ++v) bk[v] = P::load(b + k * ldb + v * S::width);
+    typename P::V bk[kCount];
+    for (int v = 0; v < kCount; ++v) bk[v] = P::load(b + k * ldb + (kFirst + v) * Simd<Accumulator<E>>::width);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const typename P::V x = P::set1(M == Major::kRow ? a + r * lda + k : a + r + k * lda);
-      for (int v = 0; v < NV; ++v) acc[r][v] = P::add(x, bk[v], acc[r][v]);
+      for (int v = 0; v < kCount; ++v) acc[r][kFirst + v] = P::add(x, bk[v], acc[r][kFirst + v]);
     }
   }
+}
+
+template <class E, int R, int NV, Major M, class Epilogue>
+ATTN_INLINE void gemm_tile(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, const Epilogue& epilogue,
+                           int64_t row) {
+  Vec<Accumulator<E>> acc[R][NV];
+  clear(acc);
+  add_products<E, R, NV, M, 0, NV>(a, lda, b, ldb, depth, acc);
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < NV; ++v) epilogue(row + r, v, acc[r][v]);
 }

@@ -106,16 +106,30 @@ ATTN_INLINE void store_transposed(DType dtype, char* const* row, int rows, int l
 }
 
 // dst[c] = src[c] for c < columns, then zeros to the end of the last vector when `padded`.
+template <class T, class Storage>
+ATTN_INLINE void load_row(Storage storage, const char* src, int64_t stride, int64_t columns, bool padded, T* dst) {
+  constexpr int W = Simd<T>::width;
+  int64_t c = 0;
+  for (; c + W <= columns && stride == storage.size; c += W) Simd<T>::store(dst + c, storage.load(src + c * storage.size));
+  for (; c < columns; c += W) {
+    const int64_t n = columns - c < W ? columns - c : W;
+    const Vec<T> x = load_some<T>(storage, src + c * stride, stride, n);
+    if (n == W || padded) Simd<T>::store(dst + c, x);
+    else Simd<T>::store(dst + c, x, n);
+  }
+}
+
 template <class T>
 ATTN_INLINE void load_row(DType dtype, const char* src, int64_t stride, int64_t columns, bool padded, T* dst) {
-  constexpr int W = Simd<T>::width;
+  with_read_storage(T{}, dtype, [&](auto storage) { load_row<T>(storage, src, stride, columns, padded, dst); });
+}
+
+// `rows` of them that lie `next` bytes apart, one after the other.
+template <class T>
+ATTN_INLINE void load_rows_apart(DType dtype, const char* src, int64_t next, int64_t rows, int64_t stride, int64_t columns,
+                                 T* dst) {
   with_read_storage(T{}, dtype, [&](auto storage) {
-    for (int64_t c = 0; c < columns; c += W) {
-      const int64_t n = columns - c < W ? columns - c : W;
-      const Vec<T> x = load_some<T>(storage, src + c * stride, stride, n);
-      if (n == W || padded) Simd<T>::store(dst + c, x);
-      else Simd<T>::store(dst + c, x, n);
-    }
+    for (int64_t r = 0; r < rows; ++r) load_row<T>(storage, src + r * next, stride, columns, false, dst + r * columns);
   });
 }
 
@@ -167,13 +181,20 @@ template <class E>
 bool all_finite(const E* a, int64_t lda, int64_t rows, int64_t columns) {
   using T = Accumulator<E>;
   using S = Simd<T>;
-  Vec<T> sum = S::zero();
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; c += S::width) {
-      const Vec<T> x = load_some<T>(Same<T>{}, reinterpret_cast<const char*>(a + r * lda + c), sizeof(T), columns - c);
-      for (int i = 0; i < Product<E>::numbers; ++i) sum += S::zero() * Product<E>::number(x, i);
-    }
-  return !S::any(sum != S::zero());
+  constexpr int kSums = 4;  // one chain of additions would wait for each
+  Vec<T> sum[kSums] = {};
+  const auto add = [&](const E* at, int64_t n, int i) {
+    const Vec<T> x = load_some<T>(Same<T>{}, reinterpret_cast<const char*>(at), sizeof(T), n);
+    for (int j = 0; j < Product<E>::numbers; ++j) sum[i] += S::zero() * Product<E>::number(x, j);
+  };
+  for (int64_t r = 0; r < rows; ++r) {
+    const E* const row = a + r * lda;
+    int64_t c = 0;
+    for (; c + kSums * S::width <= columns; c += kSums * S::width)
+      for (int i = 0; i < kSums; ++i) add(row + c + i * S::width, S::width, i);
+    for (; c < columns; c += S::width) add(row + c, columns - c, 0);
+  }
+  return !S::any(((sum[0] + sum[1]) + (sum[2] + sum[3])) != S::zero());
 }
 
 }  // namespace

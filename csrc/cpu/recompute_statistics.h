@@ -23,12 +23,13 @@ __attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<
   T *const dp = keeps ? tile.kept.dp + (k0 - tile.kept.first) * lanes : scratch.ds;
   Vec<T> m_old[NV], m[NV];
   for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
-  const Visibility seen = score_block<E, NV>(r, tile, tile.q, lanes, keys, k0, n, scratch.score, s, lanes,
+  const Staircase<T> steps(tile, k0, n);
+  const Visibility seen = score_block<E, NV>(r, tile, tile.q, lanes, keys, k0, n, steps, scratch.score, s, lanes,
                                              static_cast<T*>(nullptr), [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
   if (keeps) tile.kept.seen_of(k0) = seen;
   if (seen == Visibility::kNothing) return;
-  gemm<E, NV, Major::kRow>(n, values.at(k0), values.ld(), tile.d_out, lanes, elements<E>(p.value_dim),
-                           [=](int64_t j, int v, Vec<T> x) { S::store(dp + j * lanes + v * W, x); });
+  gemm_of_steps<E, NV>(values.at(k0), values.ld(), tile.d_out, lanes, elements<E>(p.value_dim), steps, dp, lanes,
+                       [](Vec<T> x) { return x; });
   const bool dropout = p.dropout_rate > 0;
   if (dropout) dropout_factors<T>(Dropout(p, r.batch), tile.position, tile.head, lanes, k0, n, scratch.factors);
 
@@ -43,7 +44,8 @@ __attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<
       Vec<T> weighted = e * S::load(dp + j * lanes + v * W);
       if (dropout) weighted *= S::load(scratch.factors + j * lanes + v * W);
       l[v] += e;
-      delta[v] += S::select(e == S::zero(), S::zero(), weighted);  // a hidden key may hold NaN
+      // A hidden key may hold NaN, and dp beside the steps is anything.
+      delta[v] += S::select(e == S::zero(), S::zero(), weighted);
     }
   for (int v = 0; v < NV; ++v) {
     const Vec<T> correction = exp<T>(m_old[v] - base[v]);

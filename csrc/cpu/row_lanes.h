@@ -20,15 +20,14 @@ namespace {
 
 template <class E, class T = Accumulator<E>>
 struct ForwardTile : RowTile<T> {
-  E* q;        // [head_dim][ld]
-  T* out;      // [value_dim][ld]
-  int64_t ld;  // the lanes, but for a part of a tile those of the whole
+  E* q;    // [head_dim][lanes]
+  T* out;  // [value_dim][lanes]
   T m[RowTile<T>::max_lanes], l[RowTile<T>::max_lanes];
 };
 
 template <class E, class T = Accumulator<E>>
 struct RowLanesScratch {
-  ForwardTile<E> tiles[kForwardTiles], part;
+  ForwardTile<E> tiles[kForwardTiles];
   T *scores, *factors;
   ScoreScratch<T> score;
 
@@ -59,7 +58,6 @@ void start_tile(const HeadRows& r, ForwardTile<E>& tile) {
   const AttentionParams& p = r.p;
   char* row[RowTile<T>::max_lanes];
   tile.tensor_rows(r, p.q, row);
-  tile.ld = tile.lanes;
   load_factors<E>(p.q.dtype, row, tile.rows, tile.lanes, p.q.step(), p.head_dim, Scale<E>(p.scale).of_q, tile.q);
   memset(tile.out, 0, sizeof(T) * tile.lanes * p.value_dim);
   for (int i = 0; i < tile.lanes; i += S::width) {
@@ -100,7 +98,8 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<E>& 
   T* const s = scratch.scores;
   Vec<T> m_old[NV], m[NV];
   for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
-  const Visibility seen = score_block<E, NV>(r, tile, tile.q, tile.ld, keys, k0, n, scratch.score, s, lanes,
+  const Staircase<T> steps(tile, k0, n);
+  const Visibility seen = score_block<E, NV>(r, tile, tile.q, lanes, keys, k0, n, steps, scratch.score, s, lanes,
                                              static_cast<T*>(nullptr),
                                              [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
   if (seen == Visibility::kNothing) return;
@@ -132,82 +131,17 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<E>& 
   }
 
   T* const out = tile.out;
-  const int64_t ld = tile.ld, depth = elements<E>(n);
   const auto accumulate = [=](int64_t d, int v, Vec<T> x) {
-    T* const at = out + d * ld + v * W;
+    T* const at = out + d * lanes + v * W;
     S::store(at, S::fma(S::load(at), correction[v], x));
   };
   const E* const weights = reinterpret_cast<const E*>(s);
   if (masked && !values.finite())
-    gemm_hiding<E, NV, Major::kDepth, ZeroHides::kB>(p.value_dim, values.at(k0), values.ld(), weights, lanes, depth,
-                                                     accumulate);
-  else gemm<E, NV, Major::kDepth>(p.value_dim, values.at(k0), values.ld(), weights, lanes, depth, accumulate);
-}
-
-// `count` vectors of a tile from `first` on as a tile of their own, in place: q and out are shared, m and l copied.
-template <class E>
-void part_of_tile(const ForwardTile<E>& tile, int first, int count, ForwardTile<E>& part) {
-  const int skipped = first * Simd<Accumulator<E>>::width;
-  part.nv = count;
-  part.lanes = count * Simd<Accumulator<E>>::width;
-  part.rows = tile.rows - skipped < part.lanes ? tile.rows - skipped : part.lanes;
-  part.first = tile.first + skipped;
-  part.all_begin = 0, part.all_end = INT64_MAX;
-  for (int i = 0; i < part.lanes; ++i) {
-    part.lo[i] = tile.lo[i + skipped], part.hi[i] = tile.hi[i + skipped];
-    part.position[i] = tile.position[i + skipped], part.head[i] = tile.head[i + skipped];
-    part.m[i] = tile.m[i + skipped], part.l[i] = tile.l[i + skipped];
-    if (i >= part.rows) continue;
-    if (part.lo[i] > part.all_begin) part.all_begin = part.lo[i];
-    if (part.hi[i] < part.all_end) part.all_end = part.hi[i];
-  }
-  part.begin = part.lo[0];
-  part.end = part.hi[part.rows - 1];
-  part.q = tile.q + skipped;
-  part.out = tile.out + skipped;
-  part.ld = tile.ld;
-}
-
-// A tile meets the keys k0 .. k1 of a block, cut where intervals begin and end, so that only vectors that see keys take
-// part: of 48 rows on a causal diagonal and as many keys past the first, a third of the products is nobody's, of rows
-// of two documents half. Key 4 n starts a group of random numbers: cuts are there.
-template <class E>
-void forward_tile_block(const HeadRows& r, ForwardTile<E>& tile, const KeyRows<E>& keys, KeyPairs<E>& values,
-                        int64_t k0, int64_t k1, RowLanesScratch<E>& scratch) {
-  using T = Accumulator<E>;
-  constexpr int W = Simd<T>::width;
-  const auto begin_of = [&](int v) { return tile.lo[v * W] / 4 * 4; };
-  const auto end_of = [&](int v) {
-    const int last = (v + 1) * W <= tile.rows ? (v + 1) * W - 1 : tile.rows - 1;
-    return (tile.hi[last] + 3) / 4 * 4;
-  };
-  const auto meet = [&](ForwardTile<E>& t, int64_t begin, int64_t end) {
-    with_vectors(t.nv,
-                 [&](auto nv) { forward_block<E, decltype(nv)::value>(r, t, keys, values, begin, end, scratch); });
-  };
-  int first = 0;
-  while (k0 < k1) {
-    while (first < tile.nv && end_of(first) <= k0) ++first;  // neither end ever moves back
-    if (first == tile.nv) return;
-    // A cut costs a visit to the output: none is made for the few keys between the rows of a window.
-    int count = 0;
-    while (first + count < tile.nv && begin_of(first + count) < k0 + kLeastCut) ++count;
-    const int next = first + count;
-    const int64_t cut = next < tile.nv ? begin_of(next) : k1;
-    // Rows from `next` on that begin at the last key or past it see none, and are not waited for.
-    int64_t end = cut < k1 && tile.lo[next * W] < tile.end ? cut : k1;
-    if (count > 0 && first + 1 < tile.nv && end_of(first) < end) end = end_of(first);
-    if (count == tile.nv) {
-      meet(tile, k0, end);
-    } else if (count > 0) {
-      ForwardTile<E>& part = scratch.part;
-      part_of_tile(tile, first, count, part);
-      meet(part, k0, end);
-      memcpy(tile.m + first * W, part.m, sizeof(T) * part.lanes);
-      memcpy(tile.l + first * W, part.l, sizeof(T) * part.lanes);
-    }
-    k0 = end;
-  }
+    gemm_hiding<E, NV, Major::kDepth, ZeroHides::kB>(p.value_dim, values.at(k0), values.ld(), weights, lanes,
+                                                     elements<E>(n), accumulate);
+  else if (steps.whole(NV, n))
+    gemm<E, NV, Major::kDepth>(p.value_dim, values.at(k0), values.ld(), weights, lanes, elements<E>(n), accumulate);
+  else gemm_in_steps<E, NV>(p.value_dim, values.at(k0), values.ld(), weights, lanes, steps, accumulate);
 }
 
 // finish_row() for all rows of a tile.
@@ -270,7 +204,9 @@ void forward_tiles(const HeadRows& r, const Tiling<T>& tiling, const RowLanesTas
   for_each_block(scratch.tiles, count, begin, end, r.length_k, keys, values,
                  [&](ForwardTile<E>& tile, int64_t k0, int64_t k1) {
                    next.ask();
-                   forward_tile_block<E>(r, tile, keys, values, k0, k1, scratch);
+                   with_vectors(tile.nv, [&](auto nv) {
+                     forward_block<E, decltype(nv)::value>(r, tile, keys, values, k0, k1, scratch);
+                   });
                  });
   for (int64_t t = 0; t < count; ++t) {
     if (task.partial) finish_partial<E>(r, scratch.tiles[t], static_cast<T*>(task.partial));

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "key_rows.h"
+#include "staircase.h"
 #include "visibility.h"
 
 namespace attn_ops::cpu {
@@ -259,10 +260,12 @@ struct Scale {
 
 // scores[j * ld + lane] of a tile, whose queries, times of_q, are q [head_dim][ldq], against keys k0 .. k0 + n. see(v,
 // scores) is told every vector. Nothing is written where the tile sees nothing; kSome also where there is a bias, which
-// can hide: only after kAll may a loop do without looking for -inf. `cap_slopes`: see cap_scores.
+// can hide: only after kAll may a loop do without looking for -inf. `cap_slopes`: see cap_scores. Products are made where
+// the `steps` are; beside them all is hidden.
 template <class E, int NV, class T, class See>
 ATTN_INLINE Visibility score_block(const HeadRows& r, const RowTile<T>& tile, const E* q, int64_t ldq,
-                                   const KeyRows<E>& keys, int64_t k0, int64_t n, const ScoreScratch<T>& scratch,
+                                   const KeyRows<E>& keys, int64_t k0, int64_t n, const Staircase<T>& steps,
+                                   const ScoreScratch<T>& scratch,
                                    T* scores, int64_t ld, T* cap_slopes, const See& see) {
   using S = Simd<T>;
   constexpr int W = S::width;
@@ -281,8 +284,7 @@ ATTN_INLINE Visibility score_block(const HeadRows& r, const RowTile<T>& tile, co
     });
     return seen;
   }
-  gemm<E, NV, Major::kRow>(n, keys.at(k0), keys.ld(), q, ldq, depth,
-                           [=](int64_t j, int v, Vec<T> x) { S::store(scores + j * ld + v * W, scaled(x)); });
+  gemm_of_steps<E, NV>(keys.at(k0), keys.ld(), q, ldq, depth, steps, scores, ld, scaled);
   if (p.soft_cap != 0) cap_scores<T, NV>(p.soft_cap, n, scores, ld, cap_slopes);
   if (p.slopes) add_slopes<T, NV>(r, tile, k0, n, scores, ld);
   if (p.relative_bias) add_relative_bias<T, NV>(r, tile, k0, n, scores, ld, scratch.relative);
