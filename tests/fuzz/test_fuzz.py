@@ -8,7 +8,7 @@ import pytest
 
 from attn_ops import T5RelativeBias
 
-from fuzz import cases, check, run, truth, ways
+from fuzz import cases, check, reductions, run, shrink, truth, ways
 
 SEED = 14
 CORE = range(120)
@@ -272,6 +272,80 @@ def test_limits_at_the_ends_of_the_range():
     case.options["bias"][0, 0, 0, :2] = np.finfo(np.float64).max * np.array([-1, 1])
     limits = check.Judge(case).limits(case.accumulator)
     assert limits["out"].max() < 1e-13 and limits["lse"].max() < 1e-13 * np.finfo(np.float64).max
+
+
+# Cases that fail
+
+
+class Planted(ways.Way):
+    """The truth, but wrong where a cap meets three keys and more, or another way where there are five heads."""
+
+    def precision(self, case):
+        return case.accumulator
+
+    def __call__(self, case):
+        results = rounded(case, check.Judge(case).expected)
+        heads = case.scores_shape[1]
+        if heads >= 5:
+            raise ValueError(f"{heads} heads")
+        if case.options.get("logits_soft_cap") and case.scores_shape[3] >= 3:
+            results["dv"] = results["dv"] + 1
+        return results
+
+
+def drawn_with_a_cap(wanted):
+    for number in range(10**4):
+        case = cases.draw(SEED, number)
+        if case.options.get("logits_soft_cap") and len(case.options) > 5 and case.structure and wanted(case):
+            return number
+
+
+def test_failures_become_small():
+    """A planted one becomes all that it needs, and no other fault; the line that is told gives the same."""
+    number = drawn_with_a_cap(lambda case: case.scores_shape[1] < 5 and min(case.scores_shape[2:]) > 8)
+    told = []
+    _, failed = run.fuzz(SEED, [number], {"planted": Planted()}, whole=True, report=told.append)
+    assert failed == 1
+    line = told[told.index("the smallest that fails so:") + 1]
+    without = line.split('--without "')[1].strip('"').split(", ")
+    case = cases.draw(SEED, number)
+    for text in without:
+        case = reductions.reduced(case, text)
+    assert case.scores_shape == (1, 1, 1, 3) and case.query.shape[-1] == case.value.shape[-1] == 1
+    assert set(case.options) == {"layout", "logits_soft_cap"} and not case.structure and case.d_lse is None
+    told_again = []
+    run.fuzz(SEED, [number], {"planted": Planted()}, whole=True, report=told_again.append, without=without, shrinking=0)
+    found = [text.strip() for text in told_again if "dv is off" in text]
+    assert found and found[0] in [text.strip() for text in told]
+    assert any(text.strip() == "key = [[[[1.0]], [[1.0]], [[1.0]]]]" for text in told)
+    assert len(told) < 20 and max(map(len, told)) < 2000
+
+
+def test_another_fault_does_not_take_its_place():
+    """One that vanishes as the case gets smaller."""
+    number = drawn_with_a_cap(lambda case: case.scores_shape[1] >= 5)
+    case = cases.draw(SEED, number)
+    smallest, _, found = shrink.shrunk(case, lambda case: run.failure(Planted(), case))
+    assert found[0].endswith("5 heads") and smallest.scores_shape[1] == 5
+    assert "logits_soft_cap" not in smallest.options
+
+
+@pytest.mark.wide(4)
+@pytest.mark.parametrize("number", range(40))
+def test_reductions_are_cases(number):
+    """Of each kind one, drawn: what is left is a case whose truth can be computed, smaller or simpler."""
+    rng = np.random.default_rng([SEED, number])
+    case = cases.draw(SEED, number)
+    for _ in range(6):
+        texts = list(reductions.candidates(case))
+        if not texts:
+            break
+        case = reductions.reduced(case, str(rng.choice(texts)))
+        judge = check.Judge(case)
+        results = rounded(case, judge.expected)
+        for name, places in judge.infected.items():
+            results[name][places] = np.nan
+        assert judge.findings(results, case.accumulator) == []
 
 
 # The truth

@@ -15,13 +15,22 @@ def kernel_precision(case, isa):
     return case.query.dtype if isa.endswith("bf16") and case.dtype == "bfloat16" else case.accumulator
 
 
-class Core:
-    """The kernels of one instruction set on NumPy arrays, which may lie in memory in any way."""
+class Way:
+    """Computes cases: called with one it gives the results by name."""
 
     share = 1.0  # of the cases
-    lacks = frozenset()
+    lacks = frozenset()  # options that it does not take
     dtypes = tuple(DTYPES)
     rounds = True  # results have the dtypes of the case
+    differentiates = True
+
+    def suited(self, case):
+        """What it computes of a case that was drawn: that, another that is like it, or None."""
+        return case if case.dtype in self.dtypes and not self.lacks & set(case.options) else None
+
+
+class Core(Way):
+    """The kernels of one instruction set on NumPy arrays, which may lie in memory in any way."""
 
     def __init__(self, isa):
         self.name, self.isa = f"core-{isa}", isa
@@ -97,12 +106,8 @@ def with_structure(case, options):
     return {**options, "mask": masks.combined([*(options.get("mask") or ()), *structured])}
 
 
-class Other:
+class Other(Way):
     """An implementation of the other tests (implementations.py)."""
-
-    dtypes = tuple(DTYPES)
-    rounds = True
-    lacks = frozenset()  # options that it does not take
 
     def __init__(self, name, share):
         self.name, self.share = name, share
