@@ -27,22 +27,26 @@ if __name__ == "__main__":
 
 from attn_ops import kernels
 
-from fuzz import cases, check, reductions, shrink, ways
+from fuzz import cases, check, packed, reductions, second_truth, shrink, stored, ways
+
+OF_EVERY_ISA = {"core": ways.Core, "core-stored": stored.CoreStored}
+OTHERS = {**ways.OTHERS, **stored.WAYS, **packed.WAYS, **second_truth.WAYS}
+KNOWN = (*OF_EVERY_ISA, *OTHERS)
 
 
 def chosen_ways(implementations, isas):
-    """The ways of these names, for `core` one for each of the instruction sets (None: all that run here)."""
+    """The ways of these names, for the kernels alone one for each of the instruction sets (None: all that run here)."""
     usable = kernels.core().isas()
     unknown = [name for name in isas or () if name not in usable]
-    unknown += [name for name in implementations if name not in ("core", *ways.OTHERS)]
+    unknown += [name for name in implementations if name not in KNOWN]
     if unknown:
-        raise SystemExit(f"unknown here: {', '.join(unknown)}; there are {', '.join((*usable, 'core', *ways.OTHERS))}")
+        raise SystemExit(f"unknown here: {', '.join(unknown)}; there are {', '.join((*usable, *KNOWN))}")
     found = {}
     for name in implementations:
-        if name == "core":
-            found |= {f"core --isa {isa}": ways.Core(isa) for isa in isas or usable}
+        if name in OF_EVERY_ISA:
+            found |= {f"{name} --isa {isa}": OF_EVERY_ISA[name](isa) for isa in isas or usable}
         else:
-            found[name] = ways.OTHERS[name]
+            found[name] = OTHERS[name]
     return found
 
 
@@ -137,11 +141,10 @@ def main():
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--case", type=int, help="only this one")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time")
-    parser.add_argument("--isa", type=_names, help="instruction sets of `core`, by default all that run here")
+    parser.add_argument("--isa", type=_names, help="instruction sets of `core…`, by default all that run here")
     parser.add_argument("--without", type=_reductions, default=(), help="reductions.py has what, by commas")
     parser.add_argument("--shrink", type=float, default=60.0, help="seconds to make a case that fails smaller, 0: leave it")
-    known = ", ".join(("core", *ways.OTHERS))
-    parser.add_argument("--implementations", type=_names, default=("core", "reference"), help=f"of {known}")
+    parser.add_argument("--implementations", type=_names, default=("core", "reference"), help=f"of {', '.join(KNOWN)}")
     arguments = parser.parse_args()
     chosen = chosen_ways(arguments.implementations, arguments.isa)
     one = arguments.case is not None

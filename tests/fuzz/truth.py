@@ -30,7 +30,7 @@ def visible(case):
     if options.get("is_causal"):
         right = 0
     rows, keys = np.arange(seqlen_q)[:, None], np.arange(seqlen_k)
-    length_q, length_k = (x[:, None, None, None] for x in _lengths(case))
+    length_q, length_k = (x[:, None, None, None] for x in lengths(case))
     seen &= (rows < length_q) & (keys < length_k)
     distance = distances(case)[:, None]
     if left is not None and left != -1:
@@ -55,7 +55,7 @@ def visible(case):
     return seen
 
 
-def _lengths(case):
+def lengths(case):
     """How many rows and keys are real, by the entries of the batch."""
     batch, _, seqlen_q, seqlen_k = case.scores_shape
     given = (case.options.get(name) for name in ("query_seq_lengths", "key_value_seq_lengths"))
@@ -67,7 +67,7 @@ def distances(case):
     batch, _, seqlen_q, seqlen_k = case.scores_shape
     shift = np.zeros(batch, int)
     if case.options.get("causal_alignment") == "bottom_right":
-        length_q, length_k = _lengths(case)
+        length_q, length_k = lengths(case)
         shift = length_k - length_q
     if case.options.get("query_offset") is not None:
         shift = np.asarray(case.options["query_offset"], int)
