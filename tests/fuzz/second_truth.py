@@ -21,7 +21,11 @@ class PyTorch(ways.Way):
         return np.dtype(np.float64)
 
     def suited(self, case):
+        if 0 in case.scores_shape or case.value.shape[-1] == 0:  # of what is empty it has no gradients
+            return None
         options = {name: x for name, x in case.options.items() if name not in WITHOUT}
+        if options.get("bias") is not None:  # all terms come in one mask: a sum of a bias of any size is rounded twice
+            options = {name: x for name, x in options.items() if name not in ("alibi_slopes", "relative_bias")}
         return dataclasses.replace(case, options=options, garbage=(), poison=(), d_lse=None, _seen=None)
 
     def __call__(self, case):

@@ -37,7 +37,7 @@ def _filled(x, table, total, size, count):
     pages = np.full((total, size, *x.shape[2:]), nobody)
     whole = np.full((len(x), count * size, *x.shape[2:]), nobody)
     whole[:, : x.shape[1]] = x
-    pages[table.ravel()] = whole.reshape(-1, size, *x.shape[2:])
+    pages[table.ravel()] = whole.reshape(len(x) * count, size, *x.shape[2:])
     return pages
 
 
