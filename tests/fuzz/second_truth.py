@@ -31,6 +31,7 @@ class PyTorch(ways.Way):
     def __call__(self, case):
         """The case's results but lse, which `scaled_dot_product_attention` does not tell: that of the same scores in PyTorch."""
         import torch
+        import torch.nn.attention
 
         def tensor(x):
             return torch.tensor(np.ascontiguousarray(x).astype(np.float64), requires_grad=True)
@@ -50,9 +51,12 @@ class PyTorch(ways.Way):
             added = added + learned["d_bias"]
         mask = torch.where(seen, added, -torch.inf)
         scale = float(truth.scale_of(case))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
+        grouped = query.shape[1] != key.shape[1]
+        # Its fused kernels recompute weights from an lse that has no digits left where scores are huge.
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            out = torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped
+            )
         inputs = [query, key, value, *learned.values()]
         d_out = torch.tensor(truth.heads_first(case, case.d_out).astype(np.float64))
         gradients = [x.numpy() for x in torch.autograd.grad(out, inputs, d_out)]

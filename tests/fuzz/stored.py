@@ -10,7 +10,7 @@ import numpy as np
 from attn_ops import kernels
 
 import int8_rows
-from fuzz import reductions, truth, ways
+from fuzz import reductions, ways
 
 PAGE_SIZES = (16, 32, 48, 64, 256)
 # What calls with a cache take.
