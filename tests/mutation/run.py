@@ -26,7 +26,7 @@ sys.path.insert(0, str(HERE))
 
 import defects  # noqa: E402
 
-KERNEL_TESTS = [f"kernels/test_{name}.py" for name in ("core", "few_rows", "intervals", "philox")]
+KERNEL_TESTS = [f"kernels/test_{name}.py" for name in ("core", "few_rows", "intervals", "pages", "philox")]
 KERNEL_TESTS += ["fuzz/test_fuzz.py::test_kernels", "memory_safety/test_memory_safety.py::test_malformed_calls[core]"]
 KERNEL_TESTS += ["load/test_determinism.py", "op/test_bad_input.py"]
 PYTHON_TESTS = ["op/test_features.py", "op/test_masks.py", "kernels/test_philox.py", "op/tensorflow/test_composite.py"]
