@@ -221,7 +221,8 @@ class _Call:
             # Selected, since in a row of NaN even hidden weights would be NaN.
             self.p = np.where(s == -np.inf, 0.0, e / np.where(total == 0, 1.0, total))
             # Not by lse, which has no digits left for the other weights where the sink is large.
-            self.p_sink = (np.exp(sink - m) / np.where(total == 0, 1.0, total))[..., 0]
+            p_sink = np.exp(sink - m) / np.where(total == 0, 1.0, total)
+            self.p_sink = np.where(sink == -np.inf, 0.0, p_sink)[..., 0]  # nothing, also in a row of NaN
             with np.errstate(divide="ignore"):
                 self.lse = (m + np.log(total))[..., 0]
             self.z = self._dropout_factors(given.dropout_rate, given.dropout_seed, weights_shape)

@@ -124,7 +124,7 @@ class Problem:
         if block.relative_bias is not None:
             others.append(self._sums_by_distance(self._distances(block), ds, extents(block.relative_bias)[1] // 2))
         if block.sinks is not None:
-            p_sink = e_sink / total
+            p_sink = select(tf.not_equal(e_sink, 0.0), e_sink / total)  # -inf is nothing, also in a row of NaN
             others.append(-tf.reduce_sum(select(tf.not_equal(p_sink, 0.0), p_sink * minus_d_row), [0, 2, 3]))
         return dq, dk, dv, *others
 

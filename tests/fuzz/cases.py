@@ -190,6 +190,7 @@ def draw(seed, number):
     }
     arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     _draw_values(rng, case, arrays)
+    _draw_subnormal(np.random.default_rng([seed, number, 18]), case, arrays)
     for name, x in arrays.items():
         setattr(case, name, np.ascontiguousarray(truth.heads_first(case, x.astype(DTYPES[dtype]))))
     if rng.random() < 0.5:
@@ -398,6 +399,17 @@ def _draw_values(rng, case, arrays):
         value *= 10 ** rng.uniform(0, 3)
     if rng.random() < 0.1:
         d_out *= rng.random(d_out.shape) < 0.3
+
+
+def _draw_subnormal(rng, case, arrays):
+    """Of a few cases some arrays are around the smallest number that is normal, in the dtype of the case."""
+    if rng.random() < 0.03:
+        tiny = float(_finfo(DTYPES[case.dtype]).tiny)
+        for x in arrays.values():
+            if x.size and rng.random() < 0.6:
+                largest = np.abs(x).max()
+                x *= tiny * 10 ** rng.uniform(-3, 1) / (largest if largest else 1)
+        case.values += ", subnormal"
 
 
 def _bias(rng, case):

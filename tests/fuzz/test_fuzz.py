@@ -8,7 +8,8 @@ import pytest
 
 from attn_ops import T5RelativeBias
 
-from fuzz import cases, check, run, truth, ways
+import int8_rows
+from fuzz import cases, check, packed, reductions, run, shrink, stored, truth, ways
 
 SEED = 14
 CORE = range(120)
@@ -19,6 +20,12 @@ OTHER_WAYS = {
     "composite": range(152, 155),
     "jax-fused": range(155, 157),
     "jax-composite": range(157, 158),
+    "core-stored": range(158, 170),
+    "cache": range(170, 180),
+    "rolling": range(180, 190),
+    "pages": range(190, 200),
+    "varlen": range(200, 210),
+    "torch": range(210, 230),
 }
 
 
@@ -26,16 +33,50 @@ def assert_no_findings(numbers, chosen):
     told = []
     counts, failed = run.fuzz(SEED, numbers, chosen, whole=True, report=told.append)
     assert failed == 0, "\n".join(told)
-    assert counts == dict.fromkeys(chosen, len(numbers))
+    assert all(2 * count >= len(numbers) for count in counts.values()), "few suit"
+    return counts
 
 
 def test_kernels():
-    assert_no_findings(CORE, run.chosen_ways(["core"], None))
+    chosen = run.chosen_ways(["core"], None)
+    assert assert_no_findings(CORE, chosen) == dict.fromkeys(chosen, len(CORE))
 
 
 @pytest.mark.parametrize("name", OTHER_WAYS)
 def test_other_ways(name):
+    if name == "torch":
+        pytest.importorskip("torch")
     assert_no_findings(OTHER_WAYS[name], run.chosen_ways([name], None))
+
+
+@pytest.mark.parametrize("name", [*stored.WAYS, *packed.WAYS, "core-stored"])
+def test_what_is_stored_is_what_is_read(name):
+    """A way that computes another case than the one that it says is found out, by a value of one key."""
+    way = list(run.chosen_ways([name], None).values())[0]
+    for number in range(100):
+        case = way.suited(cases.draw(SEED, number))
+        if case is None or case.poison or case.garbage or not case.seen.any() or case.options.get("dropout_rate"):
+            continue
+        rows = case.seen.sum(axis=-1)
+        if (rows == 1).any():  # a row whose result is that value
+            break
+    b, h, i = (int(x[0]) for x in (rows == 1).nonzero())
+    kv_head = h // (case.scores_shape[1] // truth.heads_first(case, case.key).shape[1])
+    key = int(case.seen[b, h, i].argmax())
+    judge = check.Judge(case)
+    assert run.findings(case, way, judge) == []
+    value = case.value.copy()
+    truth.heads_first(case, value)[b, kv_head, key] *= 2
+    assert run.findings(dataclasses.replace(case, value=value, _seen=None), way, judge)
+
+
+def test_rows_of_int8_are_those_before(rng):
+    """What a memory of int8 is given becomes what it should, to the last bit."""
+    x = (rng.standard_normal((40, 3, 9)) * 10.0 ** rng.integers(-9, 9, (40, 3, 1))).astype("float32")
+    x8, scale = int8_rows.quantized(x)
+    given = stored.before_rounding(stored.meant(x))
+    for found, wanted in zip((*stored.integers(stored.meant(x)), *int8_rows.quantized(given)), (x8, scale) * 2):
+        np.testing.assert_array_equal(found, wanted)
 
 
 # The judge
@@ -272,6 +313,80 @@ def test_limits_at_the_ends_of_the_range():
     case.options["bias"][0, 0, 0, :2] = np.finfo(np.float64).max * np.array([-1, 1])
     limits = check.Judge(case).limits(case.accumulator)
     assert limits["out"].max() < 1e-13 and limits["lse"].max() < 1e-13 * np.finfo(np.float64).max
+
+
+# Cases that fail
+
+
+class Planted(ways.Way):
+    """The truth, but wrong where a cap meets three keys and more, or another way where there are five heads."""
+
+    def precision(self, case):
+        return case.accumulator
+
+    def __call__(self, case):
+        results = rounded(case, check.Judge(case).expected)
+        heads = case.scores_shape[1]
+        if heads >= 5:
+            raise ValueError(f"{heads} heads")
+        if case.options.get("logits_soft_cap") and case.scores_shape[3] >= 3:
+            results["dv"] = results["dv"] + 1
+        return results
+
+
+def drawn_with_a_cap(wanted):
+    for number in range(10**4):
+        case = cases.draw(SEED, number)
+        if case.options.get("logits_soft_cap") and len(case.options) > 5 and case.structure and wanted(case):
+            return number
+
+
+def test_failures_become_small():
+    """A planted one becomes all that it needs, and no other fault; the line that is told gives the same."""
+    number = drawn_with_a_cap(lambda case: case.scores_shape[1] < 5 and min(case.scores_shape[2:]) > 8)
+    told = []
+    _, failed = run.fuzz(SEED, [number], {"planted": Planted()}, whole=True, report=told.append)
+    assert failed == 1
+    line = told[told.index("the smallest that fails so:") + 1]
+    without = line.split('--without "')[1].strip('"').split(", ")
+    case = cases.draw(SEED, number)
+    for text in without:
+        case = reductions.reduced(case, text)
+    assert case.scores_shape == (1, 1, 1, 3) and case.query.shape[-1] == case.value.shape[-1] == 1
+    assert set(case.options) == {"layout", "logits_soft_cap"} and not case.structure and case.d_lse is None
+    told_again = []
+    run.fuzz(SEED, [number], {"planted": Planted()}, whole=True, report=told_again.append, without=without, shrinking=0)
+    found = [text.strip() for text in told_again if "dv is off" in text]
+    assert found and found[0] in [text.strip() for text in told]
+    assert any(text.strip() == "key = [[[[1.0]], [[1.0]], [[1.0]]]]" for text in told)
+    assert len(told) < 20 and max(map(len, told)) < 2000
+
+
+def test_another_fault_does_not_take_its_place():
+    """One that vanishes as the case gets smaller."""
+    number = drawn_with_a_cap(lambda case: case.scores_shape[1] >= 5)
+    case = cases.draw(SEED, number)
+    smallest, _, found = shrink.shrunk(case, lambda case: run.failure(Planted(), case))
+    assert found[0].endswith("5 heads") and smallest.scores_shape[1] == 5
+    assert "logits_soft_cap" not in smallest.options
+
+
+@pytest.mark.wide(4)
+@pytest.mark.parametrize("number", range(40))
+def test_reductions_are_cases(number):
+    """Of each kind one, drawn: what is left is a case whose truth can be computed, smaller or simpler."""
+    rng = np.random.default_rng([SEED, number])
+    case = cases.draw(SEED, number)
+    for _ in range(6):
+        texts = list(reductions.candidates(case))
+        if not texts:
+            break
+        case = reductions.reduced(case, str(rng.choice(texts)))
+        judge = check.Judge(case)
+        results = rounded(case, judge.expected)
+        for name, places in judge.infected.items():
+            results[name][places] = np.nan
+        assert judge.findings(results, case.accumulator) == []
 
 
 # The truth

@@ -15,13 +15,22 @@ def kernel_precision(case, isa):
     return case.query.dtype if isa.endswith("bf16") and case.dtype == "bfloat16" else case.accumulator
 
 
-class Core:
-    """The kernels of one instruction set on NumPy arrays, which may lie in memory in any way."""
+class Way:
+    """Computes cases: called with one it gives the results by name."""
 
     share = 1.0  # of the cases
-    lacks = frozenset()
+    lacks = frozenset()  # options that it does not take
     dtypes = tuple(DTYPES)
     rounds = True  # results have the dtypes of the case
+    differentiates = True
+
+    def suited(self, case):
+        """What it computes of a case that was drawn: that, another that is like it, or None."""
+        return case if case.dtype in self.dtypes and not self.lacks & set(case.options) else None
+
+
+class Core(Way):
+    """The kernels of one instruction set on NumPy arrays, which may lie in memory in any way."""
 
     def __init__(self, isa):
         self.name, self.isa = f"core-{isa}", isa
@@ -34,9 +43,22 @@ class Core:
         """Results by name. `turn`: which garbage of the case, and on how many threads if `threads` does not say."""
         core = kernels.core()
         query, key, value, d_out, d_lse, options = case.arguments(turn)
+        named = self.named(case, options, turn, threads)
+        inputs = [self._seen_as(case, name, x) for name, x in (("query", query), ("key", key), ("value", value))]
+        out, lse, statistics = core.forward(*inputs, **named)
+        out_again, d_out = self._seen_as(case, "out", out), self._seen_as(case, "d_out", d_out)
+        gradients = core.backward(*inputs, out_again, statistics, d_out, d_lse=d_lse, **named)
+        results = {"out": out, "lse": lse, "maximum": statistics[..., 0], "sum": statistics[..., 1]}
+        results |= dict(zip(("dq", "dk", "dv", "d_bias", "d_relative_bias", "d_sinks"), gradients, strict=True))
+        if results["d_relative_bias"] is not None:
+            results["d_relative_bias"] = table_gradient(options["relative_bias"], results["d_relative_bias"])
+        return {name: x for name, x in results.items() if x is not None}
+
+    def named(self, case, options, turn, threads):
+        """The keywords of `_core.forward` and `_core.backward` for the options of `case.arguments`."""
         left, right = options.get("window") or (-1, -1)
         seed, offset = options.get("dropout_seed", (0, 0))
-        named = dict(
+        return dict(
             masks=[self._seen_as(case, "mask", mask) for mask in options.get("mask", ())],
             bias=self._seen_as(case, "bias", options.get("bias")),
             scale=options.get("scale"),
@@ -55,15 +77,6 @@ class Core:
             isa=self.isa,
             num_threads=threads or case.threads[turn],
         )
-        inputs = [self._seen_as(case, name, x) for name, x in (("query", query), ("key", key), ("value", value))]
-        out, lse, statistics = core.forward(*inputs, **named)
-        out_again, d_out = self._seen_as(case, "out", out), self._seen_as(case, "d_out", d_out)
-        gradients = core.backward(*inputs, out_again, statistics, d_out, d_lse=d_lse, **named)
-        results = {"out": out, "lse": lse, "maximum": statistics[..., 0], "sum": statistics[..., 1]}
-        results |= dict(zip(("dq", "dk", "dv", "d_bias", "d_relative_bias", "d_sinks"), gradients, strict=True))
-        if results["d_relative_bias"] is not None:
-            results["d_relative_bias"] = table_gradient(options["relative_bias"], results["d_relative_bias"])
-        return {name: x for name, x in results.items() if x is not None}
 
     @staticmethod
     def _structure(case):
@@ -97,12 +110,8 @@ def with_structure(case, options):
     return {**options, "mask": masks.combined([*(options.get("mask") or ()), *structured])}
 
 
-class Other:
+class Other(Way):
     """An implementation of the other tests (implementations.py)."""
-
-    dtypes = tuple(DTYPES)
-    rounds = True
-    lacks = frozenset()  # options that it does not take
 
     def __init__(self, name, share):
         self.name, self.share = name, share
@@ -156,7 +165,7 @@ def _implementations():
 # Those in which only our kernels read masks. For the operators of XLA and TensorFlow True is the byte 1.
 KERNELS_ALONE = ("fused-eager", "fused-graph", "cuda")
 
-# By the names of run.py; the share is of the cases that run when nothing is asked for.
+# By the names of run.py, which has more; the share is of the cases that run when nothing is asked for.
 OTHERS = {
     "reference": Reference("reference", 0.1),
     "op": Other("fused-eager", 0.1),

@@ -8,7 +8,7 @@ KERNELS = [
     ("no rescale of the output", CPU + "row_lanes.h", "S::store(at, S::fma(S::load(at), correction[v], x));", "S::store(at, S::load(at) + x);"),
     ("no rescale of the sum", CPU + "row_lanes.h", "S::fma(S::load(tile.l + v * W), correction[v], sum[v])", "S::load(tile.l + v * W) + sum[v]"),
     ("splits are merged without weights", CPU + "row_lanes.h", "l += weight * part[1];", "l += part[1];"),
-    ("the maximum of a split is lost", CPU + "row_lanes.h", "if (m_s > m || m_s != m_s) m = m_s;", "if (m_s > m) m = m_s;"),
+    ("the maximum of a split is lost", CPU + "row_lanes.h", "if (m_s > m || m_s != m_s) m = m_s;", "if (s == 0 || m_s != m_s) m = m_s;"),
     ("causal sees one key more", "csrc/mask.h", "r.end = own + m.window_right + 1;", "r.end = own + m.window_right + 2;"),
     ("windows see one key less", "csrc/mask.h", "r.begin = own - m.window_left;", "r.begin = own - m.window_left + 1;"),
     ("rows of padding see keys", "csrc/mask.h", "if (i >= length_q) return {length_k, length_k};", ""),

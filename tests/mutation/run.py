@@ -2,17 +2,21 @@
 """Plants one defect at a time (defects.py) in a copy of the checkout, runs the tests that should notice, and tells which did.
 
     python tests/mutation/run.py --kind python                  # minutes
-    python tests/mutation/run.py --kind kernels --only causal   # each is a build of the kernels first: minutes, with -O1
+    python tests/mutation/run.py --kind kernels --only causal   # each is a build of the kernels first, with -O1
     python tests/mutation/run.py                                # all
+    python tests/mutation/run.py --isa generic avx2             # kernels of these instruction sets
 
-The exit status is 1 where one goes unnoticed. The copy and the build lie in build/mutation.
+Kernels are built for one instruction set unless more are named: all are compiled from the same source. The tests must pass before
+anything is planted. The exit status is 1 where a defect goes unnoticed. The copy and the build lie in build/mutation.
 """
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -22,20 +26,26 @@ sys.path.insert(0, str(HERE))
 
 import defects  # noqa: E402
 
-KERNEL_TESTS = [f"kernels/test_{name}.py" for name in ("core", "few_rows", "intervals", "philox")]
+KERNEL_TESTS = [f"kernels/test_{name}.py" for name in ("core", "few_rows", "intervals", "pages", "philox")]
 KERNEL_TESTS += ["fuzz/test_fuzz.py::test_kernels", "memory_safety/test_memory_safety.py::test_malformed_calls[core]"]
 KERNEL_TESTS += ["load/test_determinism.py", "op/test_bad_input.py"]
 PYTHON_TESTS = ["op/test_features.py", "op/test_masks.py", "kernels/test_philox.py", "op/tensorflow/test_composite.py"]
 PYTHON_TESTS += ["op/tensorflow/test_int8_cache.py", "op/jax/test_int8_cache.py", "op/tensorflow/test_decode.py", "fuzz/test_fuzz.py"]
 
 
-def copied():
+def copied(isas):
+    """The checkout, with these instruction sets alone in the list that all else follows."""
     ignored = shutil.ignore_patterns("build", ".git", ".venv", "__pycache__", "docs")
     shutil.copytree(ROOT, COPY / "tree", ignore=ignored, dirs_exist_ok=True)
+    listed = COPY / "tree" / "csrc" / "cpu" / "isas.inc"
+    comment, *entries = re.split(r"^(?=ISA\()", (ROOT / "csrc" / "cpu" / "isas.inc").read_text(), flags=re.MULTILINE)
+    kept = comment + "".join(entry for entry in entries if re.match(r"ISA\((\w+)", entry)[1] in isas)
+    if listed.read_text() != kept:
+        listed.write_text(kept)
     return COPY / "tree"
 
 
-def build(tree):
+def build(tree, jobs):
     """Whether it compiles: a defect that does not is told from one that tests notice."""
     options = {"Python_EXECUTABLE": sys.executable, "ATTN_OPS_CUDA": "OFF", "CMAKE_CXX_FLAGS_RELEASE": "-O1"}
     if shutil.which("ccache"):
@@ -43,7 +53,7 @@ def build(tree):
     made = [f"-D{name}={value}" for name, value in options.items()]
     commands = [
         ["cmake", f"-S{tree}", f"-B{COPY / 'build'}", "-GNinja", *made],
-        ["cmake", "--build", COPY / "build"],
+        ["cmake", "--build", COPY / "build", "--parallel", jobs],
         ["cmake", "--install", COPY / "build", "--prefix", tree / "attn_ops"],
     ]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -67,24 +77,31 @@ def noticed(tree, tests):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", nargs="+", default=["python", "kernels"], choices=["python", "kernels"])
-    parser.add_argument("--only", help="defects whose name has this text")
+    parser.add_argument("--only", nargs="+", default=[""], help="defects whose name has one of these texts")
+    parser.add_argument("--isa", nargs="+", default=["generic"], help="instruction sets that are built (csrc/cpu/isas.inc)")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     arguments = parser.parse_args()
-    tree, unnoticed, count = copied(), [], 0
+    tree, unnoticed, count = copied(arguments.isa), [], 0
+    if not build(tree, arguments.jobs):
+        sys.exit("without a defect: does not compile")
     for kind in arguments.kind:
         tests = KERNEL_TESTS if kind == "kernels" else PYTHON_TESTS
+        if told := noticed(tree, tests):
+            sys.exit(f"without a defect: {told}")
         for name, path, text, other in defects.KERNELS if kind == "kernels" else defects.PYTHON:
-            if arguments.only and arguments.only not in name:
+            if not any(only in name for only in arguments.only):
                 continue
+            start = time.monotonic()
             whole = (ROOT / path).read_text()
             (tree / path).write_text(whole.replace(text, other))
             try:
-                if kind == "kernels" and not build(tree):
+                if kind == "kernels" and not build(tree, arguments.jobs):
                     sys.exit(f"{name}: does not compile")
                 count += 1
                 told = noticed(tree, tests)
             finally:
                 (tree / path).write_text(whole)
-            print(f"{name}: {told or 'NOT NOTICED'}", flush=True)
+            print(f"{name}: {told or 'NOT NOTICED'} ({time.monotonic() - start:.0f} s)", flush=True)
             unnoticed += [] if told else [name]
     print(f"{count - len(unnoticed)} of {count} defects were noticed")
     return 1 if unnoticed or count == 0 else 0

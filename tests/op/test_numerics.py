@@ -135,3 +135,11 @@ def test_runs_repeat_bit_for_bit():
     for _ in range(5):
         for (name, array), (_, wanted) in zip(run().items(), first.items()):
             np.testing.assert_array_equal(array, wanted, name)
+
+
+def test_a_sink_of_minus_infinity_is_nothing_in_a_row_of_nan(implementation):
+    query, key, value, d_out, _ = make_inputs(num_kv_heads=2)
+    key[0, 3, 0] = np.nan  # heads 0 and 1 see it
+    result = implementation(query, key, value, d_out, sinks=np.array([-np.inf, 0.5, -np.inf, 0.5], "float32"))
+    assert np.isnan(result.out[0, :, :2]).all()
+    assert (result.d_sinks[[0, 2]] == 0).all() and np.isfinite(result.d_sinks[3]) and result.d_sinks[3] != 0

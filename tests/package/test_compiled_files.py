@@ -27,8 +27,13 @@ def machine(path):
         return ELFFile(file)["e_machine"]
 
 
+# Builds below build/ that are not what users get: with planted defects, emulated, with sanitizers (CMakePresets.json).
+APART = {"mutation", "avx512", "asan-ubsan", "tsan", "fuzz"}
+
+
 def newest_object(isa):
     objects = ROOT.glob(f"build/**/attn_ops_{isa}.dir/csrc/cpu/kernels.cc.o")
+    objects = [path for path in objects if path.relative_to(ROOT / "build").parts[0] not in APART]
     objects = [path for path in objects if machine(path) == machine(CORE)]  # not what tests/aarch64 built
     return max(objects, key=lambda path: path.stat().st_mtime, default=None)
 

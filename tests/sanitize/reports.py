@@ -3,7 +3,8 @@
 TensorFlow, XLA, JAX, NumPy and Python are not compiled with a sanitizer, so what is said of them is partly noise. Of memory and of
 undefined behaviour a report is ours when any frame of its stacks is, since kernels are called through all the others. Of a race, when
 both of its accesses are ours: without TensorFlow's locks, ThreadSanitizer cannot see that the memory of a tensor is made before a
-kernel gets it and given back after.
+kernel gets it and given back after. Nor does it see that TensorFlow makes a kernel before it runs it, perhaps in another thread, and
+destroys it after: a race of a run with one of these is not ours, one of two of them is.
 """
 
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 OURS = re.compile(r"csrc/(?:cpu|bindings)/|attn_ops::|/attn_ops/_core\.|/libattn_ops\.so")
 _STARTS = re.compile(r"^=+\d*=*\s*(?:ERROR|WARNING): \w+Sanitizer|^WARNING: ThreadSanitizer|: runtime error: ", re.MULTILINE)
+_MADE_OR_DESTROYED = re.compile(r"attn_ops::tf::(?:create|destroy)<")
 # What a frame of a stack looks like.
 _FRAME = re.compile(r"^\s+#\d+ .*$", re.MULTILINE)
 
@@ -25,7 +27,8 @@ def split(text):
 
 def is_ours(report):
     if "ThreadSanitizer: data race" in report:
-        return sum(bool(OURS.search(stack)) for stack in _accesses(report)) == 2
+        ours = [stack for stack in _accesses(report) if OURS.search(stack)]
+        return len(ours) == 2 and sum(bool(_MADE_OR_DESTROYED.search(stack)) for stack in ours) != 1
     if "runtime error" in report.splitlines()[0]:
         return bool(OURS.search(report))
     return bool(OURS.search("\n".join(_FRAME.findall(report))) or OURS.search(report.splitlines()[0]))

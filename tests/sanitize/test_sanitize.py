@@ -82,8 +82,14 @@ WARNING: ThreadSanitizer: data race (pid=1)
         (RACE.format(one="attn_ops::Job::work", other="attn_ops::Job::wait"), True),
         (RACE.format(one="attn_ops::Job::work", other="posix_memalign"), False),
         (RACE.format(one="tsl::Notification", other="tsl::Notification"), False),
+        (RACE.format(one="attn_ops::tf::compute<X>", other="attn_ops::tf::create<X>"), False),
+        (RACE.format(one="attn_ops::tf::destroy<X>", other="attn_ops::tf::compute<X>"), False),
+        (RACE.format(one="attn_ops::tf::create<X>", other="attn_ops::tf::create<X>"), True),
     ],
-    ids=("overflow", "another's overflow", "undefined", "another's undefined", "race", "half a race", "another's race"),
+    ids=(
+        *("overflow", "another's overflow", "undefined", "another's undefined", "race", "half a race", "another's race"),
+        *("made before", "destroyed after", "made twice"),
+    ),
 )
 def test_whose_report_it_is(tmp_path, report, ours):
     (tmp_path / "log.1").write_text("noise\n" + report + "more noise\n")

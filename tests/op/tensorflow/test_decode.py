@@ -264,3 +264,14 @@ def test_a_full_cache_where_only_the_running_op_knows(form):
         with pytest.raises((tf.errors.InvalidArgumentError, tf.errors.InternalError)):
             step(rows[0], cache, *rows[1:])[0].numpy()
     close(cache.key[:, :3], KEY[:, :3])
+
+
+def test_other_new_keys_than_rows_where_only_the_running_op_knows():
+    """The keys would go where rows stand that are not there, or rows would see keys that nobody wrote."""
+    cache = new_cache(length=4)
+    unknown = [tf.TensorSpec([*x.shape[:1], None, *x.shape[2:]], tf.float32) for x in (QUERY, KEY, VALUE)]
+    step = tf.function(lambda q, k, v: attn_ops.decode_attention(q, cache, k, v)[0], autograph=False, input_signature=unknown)
+    q, k, v = (tf.constant(x[:, :2], tf.float32) for x in (QUERY, KEY, VALUE))
+    assert step(q, k, v).shape[1] == 2
+    with pytest.raises(tf.errors.InvalidArgumentError, match="there must be as many new keys as rows of q"):
+        step(q[:, :1], k, v)
