@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import jax
@@ -28,15 +29,19 @@ def attention(name, call, chosen, forced, origin=None):
 def _run(name, chosen, forced, options, arrays):
     if chosen == "composite":
         return _found(_composite(options, arrays))
-    try:
+    with without_forward_mode(f'{name}: the kernels have no {{}}: implementation="composite" has it'):
         return _found(derivatives.attention(forced and chosen == "fused", options, place.varying_alike(arrays))[:2])
+
+
+@contextlib.contextmanager
+def without_forward_mode(message):
+    """Gives JAX's error about functions that have reverse mode alone the ``message``, with the name of what they lack."""
+    try:
+        yield
     except TypeError as error:
         if "custom_vjp" not in str(error):
             raise
-        raise TypeError(
-            f"{name}: the kernels have no forward mode (jax.jvp, jax.jacfwd, jax.hessian): "
-            'implementation="composite" has it'
-        ) from error
+        raise TypeError(message.format("forward mode (jax.jvp, jax.jacfwd, jax.hessian)")) from error
 
 
 def _found(results):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 
 import jax
@@ -165,6 +166,12 @@ def described(name, axis, order, query, key, value, given) -> Share:
     return Share(name, axis, order, query, key, value, layout, count, index, rows, keys, offset, query_lengths, given)
 
 
+def finer(blocks, axis, size, extent):
+    """(blocks, size): those of a mask of blocks of ``size`` along ``axis``, cut so that they divide ``extent``."""
+    parts = size // math.gcd(size, extent)
+    return jnp.repeat(blocks, parts, axis) if parts > 1 else blocks, size // parts
+
+
 def counts_positions(call) -> bool:
     """Whether it matters to a call where its rows stand."""
     return (
@@ -200,12 +207,8 @@ def _rows_of(call, rows, extent, heads_axis):
 
     lengths = call.query_lengths
     if call.blocks is not None:
-        if rows.start % call.block_q:
-            raise NotImplementedError(
-                f"masks.block_sparse: {call.block_q} rows of a block do not divide {rows.start} rows"
-            )
-        first, last = rows.start // call.block_q, -(-end // call.block_q)
-        call = call._replace(blocks=call.blocks[:, :, first:last])
+        blocks, size = finer(call.blocks, 2, call.block_q, rows.count)
+        call = call._replace(blocks=blocks[:, :, rows.start // size : end // size], block_q=size)
     return call._replace(
         query=cut(call.query, 3 - heads_axis),
         bias=cut(call.bias, 2),
