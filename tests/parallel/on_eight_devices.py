@@ -299,6 +299,11 @@ PARTS = {
 }
 POSITIONS = {"alibi_slopes": random(H), "relative_bias": random(7, H), "sinks": random(H)}
 OFFSETS = {**POSITIONS, "query_offset": np.array([9, 1], "int32")}
+FUNCTIONS = [
+    lambda b, h, q, k: (q >= k) & (q // 5 == k // 5),  # intervals
+    lambda b, h, q, k: q % 3 == k % 3,  # segments
+    lambda b, h, q, k: (q - k) % 3 != 1,  # bits
+]
 SEQUENCES = [
     (method, order, arrays, options)
     for method, order in (
@@ -314,12 +319,14 @@ SEQUENCES = [
         ({}, {"is_causal": True, "dropout_rate": 0.3, "dropout_seed": (5, 2**33)}),
         ({}, {"query_offset": 3, "window": (6, 2), "logits_soft_cap": 2.0}),
         ({}, {"is_causal": True, "causal_alignment": "bottom_right"}),
-        ({}, {"mask": masks.prefix([3, 6]), "layout": "BSHD"}),
+        ({}, {"mask": masks.prefix([3, 6])}),
         (POSITIONS, {"window": (9, 3)}),
         (POSITIONS, {"logits_soft_cap": 2.0}),
         (OFFSETS, {"window": (20, 1)}),
         ({**PARTS, **POSITIONS}, {"is_causal": True}),
+        ({"segment_ids": RNG.integers(0, 3, (2, T)).astype("int32")}, {}),  # ids that go back
         ("blocks", {"is_causal": True}),
+        *(({}, {"mask": masks.from_function(function)}) for function in FUNCTIONS),
     )
 ]
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from attn_ops import namespaces
 from attn_ops.call.attention_call import canonical
 from attn_ops.jax import run
 from attn_ops.jax.parallel.shares import finer
+from attn_ops.masks import structure
 
 
 def refusal(share) -> str | None:
@@ -55,6 +57,9 @@ def attend(share, chosen, forced):
         blocks, size = finer(call.blocks, 2, call.block_q, share.rows)
         count = share.rows // size
         call = call._replace(blocks=scores(blocks[:, :, :count], count), block_q=size)
+    intervals = call.intervals and tuple(gathered(x, 1) for x in call.intervals)
+    if intervals and call.segments:  # those of ids go from an id's first key to its last, and back for each device
+        intervals = structure.hull(namespaces.of(intervals), *intervals)
     offset = None
     if call.query_offset is not None and not (isinstance(share.offset, int) and share.offset == 0):
         offset = jnp.broadcast_to(jnp.asarray(share.offset, "int32"), call.query_offset.shape)
@@ -64,7 +69,7 @@ def attend(share, chosen, forced):
         value=of_heads(share.value),
         bias=scores(call.bias, share.rows),
         masks=tuple(scores(x, share.rows) for x in call.masks),
-        intervals=call.intervals and tuple(gathered(x, 1) for x in call.intervals),
+        intervals=intervals,
         segments=call.segments and (gathered(call.segments[0], 1), call.segments[1]),
         query_lengths=share.query_lengths,
         query_offset=offset,
