@@ -5,6 +5,7 @@ The commands work today: they name packages that are in the index, which this on
 
 from __future__ import annotations
 
+import importlib.util
 import re
 
 REINSTALL = "build and install it again: in a checkout, pip install ."
@@ -21,6 +22,14 @@ _FRAMEWORKS = {
     "matplotlib": ("matplotlib", "pip install matplotlib"),
     "click": ("click 8.1 or newer", "pip install click"),
 }
+
+
+def installed(package: str) -> bool:
+    """Whether it can be imported, as far as that is known without doing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # None in sys.modules: hidden
+        return False
 
 
 def missing(wanted: str, module: str) -> str | None:

@@ -18,6 +18,8 @@ _composite = jax.jit(composite.attention, static_argnums=0)
 def attention(name, call, chosen, forced, origin=None):
     """(out, lse) of an `AttentionCall` by the implementation that was ``chosen``, because it was ``forced`` or not;
     lse is None unless asked for. ``origin`` is that of `Arrays`."""
+    if chosen == "fused" and not forced and place.exporting(call.query):
+        chosen = "composite"
     choice.calls[chosen] += 1
     options, arrays = calls.split(call)
     arrays = arrays._replace(origin=origin)

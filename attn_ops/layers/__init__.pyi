@@ -62,7 +62,6 @@ class AttentionLayerWithWeights(keras.layers.Layer):
         use_causal_mask: bool = False,
         attention_bias: Any = None,
     ) -> Any: ...
-GroupQueryAttention = GroupedQueryAttention
 class GroupedQueryAttention(keras.layers.GroupQueryAttention):
     def __init__(
         self,
@@ -218,3 +217,4 @@ class SelfAttention(keras.layers.Layer):
         return_attention_scores: bool = False,
         attention_bias: Any = None,
     ) -> Any: ...
+GroupQueryAttention = GroupedQueryAttention

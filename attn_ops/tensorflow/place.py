@@ -7,14 +7,18 @@ that a TensorFlow without it costs speed at most; `missing` says what is gone an
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import importlib
-import inspect
 import operator
 import sys
 
 import tensorflow as tf
 
+from attn_ops.call import frames
+
+_supposed = contextvars.ContextVar("attn_ops.place.supposed_export", default=False)
 _TANGENTS = "tensorflow.python.eager.forwardprop_util.pack_tangents"
 _XLA = "tensorflow.compiler.tf2xla.python.xla"
 _EXECUTE = "tensorflow.python.pywrap_tfe.TFE_Py_FastPathExecute"
@@ -83,14 +87,17 @@ def exporting() -> bool:
     """
     if tf.executing_eagerly():
         return False
-    exporters = (tf.saved_model.save.__module__, *_keras_exporters())
-    frame = inspect.currentframe()
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if name in exporters or name.rpartition(".")[0] in exporters:
-            return True
-        frame = frame.f_back
-    return False
+    return _supposed.get() or frames.any_of((tf.saved_model.save.__module__, *_keras_exporters()))
+
+
+@contextlib.contextmanager
+def supposed_export():
+    """Graphs that are traced meanwhile are for an export."""
+    token = _supposed.set(True)
+    try:
+        yield
+    finally:
+        _supposed.reset(token)
 
 
 def traces_a_graph(frame) -> bool:

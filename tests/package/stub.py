@@ -56,7 +56,13 @@ def path(module: str) -> Path:
 def stub(module: str) -> str:
     """What it says."""
     of, imports, defined = importlib.import_module(full(module)), [], []
-    for name in sorted(of.__all__, key=lambda name: (inspect.isclass(getattr(of, name)), name)):
+
+    def order(name):
+        """Functions, classes, and what is another name of one."""
+        value = getattr(of, name)
+        return inspect.isclass(value), inspect.isclass(value) and value.__name__ != name, name
+
+    for name in sorted(of.__all__, key=order):
         value = getattr(of, name)
         if inspect.ismodule(value):
             imports.append(f"from {value.__name__.rpartition('.')[0]} import {name} as {name}")
