@@ -122,8 +122,8 @@ model.export(sys.argv[1] + "/exported", verbose=False)
 """
     process = run(code, str(tmp_path), without=("matplotlib",), KERAS_BACKEND="jax")
     assert process.returncode == 0, process.stderr[-3000:]
-    found = tf.saved_model.load(tmp_path / "exported").serve(x)
-    np.testing.assert_allclose(found, np.load(tmp_path / "out.npy"), rtol=1e-5, atol=1e-6)
+    loaded = tf.saved_model.load(tmp_path / "exported")  # has the variables
+    np.testing.assert_allclose(loaded.serve(x), np.load(tmp_path / "out.npy"), rtol=1e-5, atol=1e-6)
 
 
 def test_a_forced_choice_is_kept(tmp_path):
