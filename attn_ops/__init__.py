@@ -65,9 +65,9 @@ def _load(module: str, wanted: str):
         from attn_ops import requirements
 
         package = error.name or ""
-        if module == "tensorflow.explain" and package == "tensorflow" and requirements.installed("jax"):
+        if (wanted, module, package) == ("explain", "tensorflow.explain", "tensorflow") and requirements.installed("jax"):
             return _load("jax.explain", wanted)  # of calls on JAX, and of models of a Keras on JAX
-        reason = requirements.missing(f"attn_ops.{wanted}", package)
+        reason = requirements.reason(f"attn_ops.{wanted}", error)
         if reason is None:
             raise
         on_jax = f"; on JAX it is attn_ops.jax.{wanted}" if package == "tensorflow" and wanted in _ON_JAX else ""

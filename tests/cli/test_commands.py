@@ -114,16 +114,23 @@ def test_info_without_tensorflow():
     assert "pip install" in json.loads(result.stdout)["tensorflow op"]
 
 
-WITH_JAX_ALONE = """
-import os, sys
-sys.modules["tensorflow"] = None
+WITH_JAX_ALONE = WITHOUT_TENSORFLOW.replace('("tensorflow", "keras")', '("tensorflow",)') + """
+import os
 os.environ.pop("KERAS_BACKEND", None)
+try:
+    attn_ops.layers
+except ImportError as error:
+    assert "needs TensorFlow" in str(error) and "or set KERAS_BACKEND=jax for Keras on JAX" in str(error), error
+else:
+    raise AssertionError("the backend of Keras is not TensorFlow")
+for name in [name for name in sys.modules if name.partition(".")[0] == "keras"]:
+    del sys.modules[name]
 from attn_ops.cli.app import main
 assert main(["explain", "1,5,4,64", "--is-causal", "--json"]) == 0
 assert main(["explain", "1,?,4,64"]) == 1
 assert main(["explain", sys.argv[1], "--convert"]) == 0
 assert main(["selftest"]) == 0
-import attn_ops, keras, numpy
+import keras, numpy
 assert keras.backend.backend() == "jax"
 x = numpy.ones((1, 4, 2, 8), "float32")
 assert attn_ops.explain(x, x, x).form == "xla"
