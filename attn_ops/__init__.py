@@ -44,6 +44,17 @@ _ATTRIBUTES = {
     "load_library": "tensorflow.load",
 }
 
+_ON_JAX = (  # those of the names that `jax` has too
+    "attention_weights",
+    "decode_attention",
+    "explain",
+    "merge_attention",
+    "paged_attention",
+    "rotary_embedding",
+    "scaled_dot_product_attention",
+    "varlen_attention",
+)
+
 __all__ = ["__version__", *_MODULES, *_ATTRIBUTES]
 
 
@@ -53,10 +64,14 @@ def _load(module: str, wanted: str):
     except ModuleNotFoundError as error:
         from attn_ops import requirements
 
-        reason = requirements.missing(f"attn_ops.{wanted}", error.name or "")
+        package = error.name or ""
+        if (wanted, module, package) == ("explain", "tensorflow.explain", "tensorflow") and requirements.installed("jax"):
+            return _load("jax.explain", wanted)  # of calls on JAX, and of models of a Keras on JAX
+        reason = requirements.reason(f"attn_ops.{wanted}", error)
         if reason is None:
             raise
-        raise ImportError(reason) from error
+        on_jax = f"; on JAX it is attn_ops.jax.{wanted}" if package == "tensorflow" and wanted in _ON_JAX else ""
+        raise ImportError(reason + on_jax) from error
 
 
 def __getattr__(name: str):

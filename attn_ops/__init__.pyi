@@ -1,6 +1,7 @@
 # Written by tests/package/stub.py, which tests compare it with.
 
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, TypeVar
 
 from attn_ops import integration as integration
 from attn_ops import jax as jax
@@ -9,27 +10,34 @@ from attn_ops import masks as masks
 from attn_ops import models as models
 from attn_ops import reference as reference
 from attn_ops import visualize as visualize
-from attn_ops.call.explanation import Explanation as Explanation
-from attn_ops.call.explanation import Support as Support
-from attn_ops.call.position_bias import T5RelativeBias as T5RelativeBias
-from attn_ops.call.position_bias import alibi_slopes as alibi_slopes
-from attn_ops.call.precision import allow_tf32 as allow_tf32
-from attn_ops.call.precision import set_allow_tf32 as set_allow_tf32
-from attn_ops.generation.cache import KVCache as KVCache
-from attn_ops.generation.page_pool import PagedKVCache as PagedKVCache
-from attn_ops.models.convert import convert as convert
-from attn_ops.models.convert import revert as revert
-from attn_ops.models.patched import patch as patch
-from attn_ops.models.patched import patched as patched
-from attn_ops.models.patched import unpatch as unpatch
-from attn_ops.tensorflow.export import export as export
-from attn_ops.tensorflow.load import load_library as load_library
-from attn_ops.tensorflow.merge import merge_attention as merge_attention
-from attn_ops.tensorflow.rotary import rotary_embedding as rotary_embedding
+
+_Model = TypeVar("_Model")
+__all__ = ['__version__', 'integration', 'jax', 'layers', 'masks', 'models', 'reference', 'visualize', 'scaled_dot_product_attention', 'attention_weights', 'varlen_attention', 'ragged_attention', 'merge_attention', 'rotary_embedding', 'KVCache', 'decode_attention', 'PagedKVCache', 'paged_attention', 'alibi_slopes', 'T5RelativeBias', 'explain', 'can_use_fused', 'Explanation', 'Support', 'allow_tf32', 'set_allow_tf32', 'patch', 'unpatch', 'patched', 'convert', 'revert', 'export', 'all_gather_kv', 'load_library']
 
 __version__: str
-__all__: list[str]
-
+def alibi_slopes(num_heads: Any) -> Any: ...
+def all_gather_kv(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    bias: Any = None,
+    mask: Any = None,
+    scale: Any = None,
+    is_causal: bool = False,
+    causal_alignment: str = 'top_left',
+    window: tuple[int | None, int | None] | None = None,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    layout: str = 'BSHD',
+    return_lse: bool = False,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Any = None,
+    relative_bias: Any = None,
+    sinks: Any = None,
+    implementation: str | None = None,
+) -> Any: ...
+def allow_tf32() -> bool: ...
 def attention_weights(
     query: Any,
     key: Any,
@@ -49,50 +57,6 @@ def attention_weights(
     relative_bias: Any = None,
     sinks: Any = None,
     lse: Any = None,
-    implementation: str | None = None,
-) -> Any: ...
-def scaled_dot_product_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    *,
-    bias: Any = None,
-    mask: Any = None,
-    scale: Any = None,
-    is_causal: bool = False,
-    causal_alignment: str = 'top_left',
-    window: tuple[int | None, int | None] | None = None,
-    query_seq_lengths: Any = None,
-    key_value_seq_lengths: Any = None,
-    dropout_rate: float = 0.0,
-    dropout_seed: Any = None,
-    layout: str = 'BSHD',
-    return_lse: bool = False,
-    query_offset: Any = None,
-    logits_soft_cap: float | None = None,
-    alibi_slopes: Any = None,
-    relative_bias: Any = None,
-    sinks: Any = None,
-    implementation: str | None = None,
-) -> Any: ...
-def decode_attention(
-    q: Any,
-    cache: Any,
-    k_new: Any = None,
-    v_new: Any = None,
-    *,
-    bias: Any = None,
-    mask: Any = None,
-    scale: Any = None,
-    window: tuple[int | None, int | None] | None = None,
-    query_seq_lengths: Any = None,
-    return_lse: bool = False,
-    logits_soft_cap: float | None = None,
-    alibi_slopes: Any = None,
-    relative_bias: Any = None,
-    sinks: Any = None,
-    is_causal: bool = True,
-    rotary: bool | dict | None = None,
     implementation: str | None = None,
 ) -> Any: ...
 def can_use_fused(
@@ -118,6 +82,27 @@ def can_use_fused(
     relative_bias: Any = None,
     sinks: Any = None,
 ) -> Support: ...
+def convert(model: _Model) -> _Model: ...
+def decode_attention(
+    q: Any,
+    cache: Any,
+    k_new: Any = None,
+    v_new: Any = None,
+    *,
+    bias: Any = None,
+    mask: Any = None,
+    scale: Any = None,
+    window: tuple[int | None, int | None] | None = None,
+    query_seq_lengths: Any = None,
+    return_lse: bool = False,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Any = None,
+    relative_bias: Any = None,
+    sinks: Any = None,
+    is_causal: bool = True,
+    rotary: bool | dict[str, Any] | None = None,
+    implementation: str | None = None,
+) -> Any: ...
 def explain(
     query: Any,
     key: Any = None,
@@ -142,6 +127,9 @@ def explain(
     sinks: Any = None,
     implementation: str | None = None,
 ) -> Any: ...
+def export(model: Any, path: Any, *, ops: Any = 'composite', **kwargs: Any) -> Any: ...
+def load_library() -> str: ...
+def merge_attention(outs: Any, lses: Any, *, layout: Any = 'BSHD') -> Any: ...
 def paged_attention(
     q: Any,
     k_pages: Any,
@@ -163,31 +151,12 @@ def paged_attention(
     relative_bias: Any = None,
     sinks: Any = None,
     is_causal: bool = True,
-    rotary: bool | dict | None = None,
-    in_place: Any = False,
+    rotary: bool | dict[str, Any] | None = None,
+    in_place: bool = False,
     implementation: str | None = None,
 ) -> Any: ...
-def all_gather_kv(
-    query: Any,
-    key: Any,
-    value: Any,
-    *,
-    bias: Any = None,
-    mask: Any = None,
-    scale: Any = None,
-    is_causal: bool = False,
-    causal_alignment: str = 'top_left',
-    window: tuple[int | None, int | None] | None = None,
-    query_seq_lengths: Any = None,
-    key_value_seq_lengths: Any = None,
-    layout: str = 'BSHD',
-    return_lse: bool = False,
-    logits_soft_cap: float | None = None,
-    alibi_slopes: Any = None,
-    relative_bias: Any = None,
-    sinks: Any = None,
-    implementation: str | None = None,
-) -> Any: ...
+def patch() -> Any: ...
+def patched(model: Any = None) -> AbstractContextManager[None]: ...
 def ragged_attention(
     query: Any,
     key: Any,
@@ -209,6 +178,43 @@ def ragged_attention(
     query_offset: Any = None,
     implementation: str | None = None,
 ) -> Any: ...
+def revert(model: _Model) -> _Model: ...
+def rotary_embedding(
+    x: Any,
+    positions: Any = None,
+    *,
+    base: Any = 10000.0,
+    rotary_dim: Any = None,
+    interleaved: bool = False,
+    scaling: Any = None,
+    layout: Any = 'BSHD',
+) -> Any: ...
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    bias: Any = None,
+    mask: Any = None,
+    scale: Any = None,
+    is_causal: bool = False,
+    causal_alignment: str = 'top_left',
+    window: tuple[int | None, int | None] | None = None,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: Any = None,
+    layout: str = 'BSHD',
+    return_lse: bool = False,
+    query_offset: Any = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Any = None,
+    relative_bias: Any = None,
+    sinks: Any = None,
+    implementation: str | None = None,
+) -> Any: ...
+def set_allow_tf32(allowed: bool) -> None: ...
+def unpatch() -> Any: ...
 def varlen_attention(
     q: Any,
     k: Any,
@@ -234,8 +240,105 @@ def varlen_attention(
     query_offset: Any = None,
     implementation: str | None = None,
     softmax_scale: Any = None,
-    causal: Any = False,
+    causal: bool = False,
     window_size: Any = (-1, -1),
     dropout_p: Any = 0.0,
     softcap: Any = 0.0,
 ) -> Any: ...
+class Explanation:
+    implementation: str
+    reasons: tuple[str, ...]
+    form: str | None
+    device: str | None
+    notes: tuple[str, ...]
+    def __init__(
+        self,
+        implementation: str,
+        reasons: tuple[str, ...] = (),
+        form: str | None = None,
+        device: str | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None: ...
+class KVCache(NamedTuple):
+    key: Any
+    value: Any
+    lengths: Any
+    written: Any = ...
+    @property
+    def key_scale(self) -> Any: ...
+    @property
+    def value_scale(self) -> Any: ...
+    @property
+    def layout(self) -> Any: ...
+    @property
+    def window(self) -> Any: ...
+    @classmethod
+    def create(
+        cls,
+        batch: Any,
+        max_length: Any,
+        num_kv_heads: Any,
+        head_dim: Any,
+        dtype: Any = 'float32',
+        *,
+        layout: Any = 'BSHD',
+        window: Any = None,
+        value_dim: Any = None,
+        framework: Any = None,
+    ) -> KVCache: ...
+    @property
+    def memory(self) -> Any: ...
+    def with_memory(self, memory: Any, **fields: Any) -> KVCache: ...
+    @property
+    def max_length(self) -> Any: ...
+    @property
+    def rows(self) -> Any: ...
+    @property
+    def rolls(self) -> Any: ...
+    def update(self, k: Any, v: Any, lengths: Any = None) -> KVCache: ...
+    def rewind(self, lengths: Any) -> KVCache: ...
+    def copy(self) -> KVCache: ...
+class PagedKVCache:
+    pages: Any
+    layout: Any
+    num_pages: Any
+    page_size: Any
+    def __init__(self, layer_pages: Any, layout: Any, framework: Any) -> None: ...
+    class OutOfPages(ValueError): ...
+    @classmethod
+    def create(
+        cls,
+        num_pages: Any,
+        page_size: Any,
+        num_kv_heads: Any,
+        head_dim: Any,
+        dtype: Any = 'float32',
+        *,
+        num_layers: Any = 1,
+        value_dim: Any = None,
+        layout: Any = 'BSHD',
+        framework: Any = None,
+    ) -> PagedKVCache: ...
+    @property
+    def num_free_pages(self) -> Any: ...
+    @property
+    def sequences(self) -> Any: ...
+    def allocate(self) -> Any: ...
+    def fork(self, sequence: Any) -> Any: ...
+    def free(self, sequence: Any) -> Any: ...
+    def truncate(self, sequence: Any, length: Any) -> Any: ...
+    def reserve(self, sequences: Any, rows: Any) -> Any: ...
+    def append(self, sequences: Any, k: Any, v: Any, lengths: Any = None) -> Any: ...
+    def block_table(self, sequences: Any, pages: Any = None) -> Any: ...
+    def lengths(self, sequences: Any) -> Any: ...
+class Support:
+    ok: bool
+    reasons: tuple[str, ...]
+    def __init__(self, ok: bool, reasons: tuple[str, ...] = ()) -> None: ...
+    def __bool__(self) -> bool: ...
+class T5RelativeBias:
+    table: Any
+    bidirectional: Any
+    max_distance: Any
+    def __init__(self, table: Any, bidirectional: bool = True, max_distance: Any = 128) -> None: ...
+    def buckets(self, name: Any, num_buckets: Any) -> Any: ...

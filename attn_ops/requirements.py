@@ -5,7 +5,9 @@ The commands work today: they name packages that are in the index, which this on
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import traceback
 
 REINSTALL = "build and install it again: in a checkout, pip install ."
 
@@ -23,6 +25,14 @@ _FRAMEWORKS = {
 }
 
 
+def installed(package: str) -> bool:
+    """Whether it can be imported, as far as that is known without doing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # hidden: by a finder, or as None in sys.modules
+        return False
+
+
 def missing(wanted: str, module: str) -> str | None:
     """That ``wanted`` needs ``module``, which is one of those above or of one, and what to do; None where it is neither."""
     package = module.partition(".")[0]
@@ -35,6 +45,16 @@ def missing(wanted: str, module: str) -> str | None:
         )
     needed, command = _FRAMEWORKS[package]
     return f"{wanted} needs {needed}, and {package} is not installed: {command}"
+
+
+def reason(wanted: str, error: ModuleNotFoundError) -> str | None:
+    """`missing` for the module that an import did not find. Keras looks for TensorFlow unless it is told otherwise."""
+    text = missing(wanted, error.name or "")
+    if text is not None and error.name == "tensorflow" and installed("jax"):
+        through = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+        if any(name.partition(".")[0] == "keras" for name in through):
+            return f"{text}, or set KERAS_BACKEND=jax for Keras on JAX"
+    return text
 
 
 def check_keras(wanted: str) -> None:

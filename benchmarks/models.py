@@ -37,6 +37,10 @@ MODELS = {
     "Llama": ("LlamaBackbone", _GROUPS),
     "Mistral": ("MistralBackbone", {**_GROUPS, "sliding_window": 512}),
     "Qwen 3": ("Qwen3Backbone", {**_GEMMA, "sliding_window_size": None}),
+    "Falcon": (
+        "FalconBackbone",
+        {**_SIZES, "num_attention_heads": 8, "attention_dropout_rate": 0.0, "feedforward_dropout_rate": 0.0},
+    ),
     "T5": ("T5Backbone", {**_HEADS, "key_value_dim": 64}),
 }
 _DEFAULT = ("BERT", "GPT-2", "Llama", "Mistral", "Gemma 2", "Qwen 3", "BLOOM", "T5")
@@ -121,7 +125,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=60, help="no new round of a comparison is begun after this time")
     parser.add_argument("--xla", action="store_true", help="with jit_compile=True")
-    parser.add_argument("--no-memory", action="store_true")
+    left_out = parser.add_mutually_exclusive_group()
+    left_out.add_argument("--no-memory", action="store_true")
+    left_out.add_argument("--no-times", action="store_true", help="memory alone, which other work on the machine leaves as it is")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -129,12 +135,13 @@ def main() -> None:
     if arguments.child:
         _measure_growth(*arguments.child)
         return
-    columns = [f"{tokens} {mode}" for tokens in arguments.tokens for mode in ("forward", "training")]
-    memory = [] if arguments.no_memory else [f"MB, {column}" for column in columns]
-    print(f"| model | {' | '.join([*columns, *memory])} |\n|---|{'---:|' * len([*columns, *memory])}")
+    measured = [f"{tokens} {mode}" for tokens in arguments.tokens for mode in ("forward", "training")]
+    columns = [] if arguments.no_times else measured
+    memory = [] if arguments.no_memory else [f"MB, {column}" for column in measured]
+    print(f"| model | {' | '.join([*columns, *memory])} |\n|---|{'---:|' * len([*columns, *memory])}", flush=True)
     for name in arguments.models:
         cases = [(tokens, training) for tokens in arguments.tokens for training in (False, True)]
-        cells = [f"{times(name, *case, arguments):.2f}" for case in cases]
+        cells = [f"{times(name, *case, arguments):.2f}" for case in cases if columns]
         for case in cases if memory else ():
             stock, ours = (growth(name, *case, converted, arguments) for converted in (False, True))
             cells.append(f"{stock:.0f} → {ours:.0f}")

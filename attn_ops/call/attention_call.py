@@ -116,7 +116,7 @@ class AttentionCall(typing.NamedTuple):
     block_table[b, n] (pages.py). Keys and values of a cache may have another dtype than the query, which is not float64
     then: float16, bfloat16 or float32, or int8 with ``key_scales`` and ``value_scales``, float32 like key and value without
     their last axis, by which they are multiplied.
-    ``squeeze`` tells how many axes the caller's tensors lacked: 1 for rank 3, 2 for rank 2. A named tuple because it is
+    ``constant_bias`` tells a backward that nobody asks for the gradient of the bias. ``squeeze`` tells how many axes the caller's tensors lacked: 1 for rank 3, 2 for rank 2. A named tuple because it is
     made at every eager call, and a frozen dataclass costs several times as much.
     """
 
@@ -151,6 +151,7 @@ class AttentionCall(typing.NamedTuple):
     block_table: typing.Any = None
     key_scales: typing.Any = None
     value_scales: typing.Any = None
+    constant_bias: bool = False
 
     def result_shapes(self):
         """The static shapes of out and lse in rank 4 and 3."""
@@ -163,6 +164,10 @@ class AttentionCall(typing.NamedTuple):
             if x is not None:
                 found.append(x)
         return found
+
+    def asked(self):
+        """The positions among `differentiable` of those whose gradient somebody may ask for."""
+        return [at for at in range(len(self.differentiable())) if at != 3 or self.bias is None or not self.constant_bias]
 
     def with_differentiable(self, inputs):
         """The call with these in their places."""

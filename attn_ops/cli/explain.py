@@ -15,18 +15,37 @@ _BAD = 1
 
 def of_call(query, key, value, bias, mask, dtype, as_json=False, **options) -> int:
     """Prints what a call of these shapes runs by context; returns 1 for arguments that no call can have."""
+    key = key or query
+    shapes = {"query": query, "key": key, "value": value or key, "bias": bias, "mask": mask}
+    shapes = {name: (shape, "bool" if name == "mask" else dtype) for name, shape in shapes.items() if shape is not None}
+    try:
+        found = (_in_tensorflow if frameworks.has_tensorflow() else _in_jax)(shapes, options)
+    except (TypeError, ValueError) as error:
+        click.echo(error, err=True)
+        return _BAD
+    if as_json:
+        told = {name: {**dataclasses.asdict(x), "device": device} for name, (device, x) in found.items()}
+        click.echo(json.dumps(told, indent=2))
+        return 0
+    rows = [
+        (name, device, x.implementation + (f" ({x.form})" if x.form else ""), "; ".join(x.reasons))
+        for name, (device, x) in found.items()
+    ]
+    click.echo(table(("context", "device", "implementation", "reason"), rows))
+    for note in dict.fromkeys(note for _, x in found.values() for note in x.notes):
+        click.echo(f"note: {note}")
+    return 0
+
+
+def _in_tensorflow(shapes, options) -> dict:
+    """By context: the device, and the explanation."""
     tf = frameworks.tensorflow()
 
     from attn_ops import Explanation, explain
 
-    def spec(shape, dtype=dtype):
-        return None if shape is None else tf.TensorSpec(shape, dtype)
-
-    key = key or query
-
     def ask():
-        arrays = {"bias": spec(bias), "mask": spec(mask, "bool")}
-        return explain(spec(query), spec(key), spec(value or key), **arrays, **options)
+        specs = {name: tf.TensorSpec(*of) for name, of in shapes.items()}
+        return explain(**specs, **options)
 
     def ask_there():
         """Where it stands it may be refused what eager calls get: a choice that was asked for."""
@@ -35,43 +54,35 @@ def of_call(query, key, value, bias, mask, dtype, as_json=False, **options) -> i
         except ValueError as error:
             return Explanation("none", (str(error),))
 
-    try:
-        eager = ask()
-    except (TypeError, ValueError) as error:
-        click.echo(error, err=True)
-        return _BAD
     found = {
-        "eager": eager,
+        "eager": ask(),
         "graph": frameworks.traced(ask_there),
         "XLA": frameworks.traced(ask_there, jit_compile=True),
         "export": frameworks.exported(ask_there),
     }
-    devices = {context: explanation.device or _device(tf, context) for context, explanation in found.items()}
-    if as_json:
-        told = {name: {**dataclasses.asdict(x), "device": devices[name]} for name, x in found.items()}
-        click.echo(json.dumps(told, indent=2))
-        return 0
-    rows = [
-        (name, devices[name], x.implementation + (f" ({x.form})" if x.form else ""), "; ".join(x.reasons))
-        for name, x in found.items()
-    ]
-    click.echo(table(("context", "device", "implementation", "reason"), rows))
-    for note in dict.fromkeys(note for explanation in found.values() for note in explanation.notes):
-        click.echo(f"note: {note}")
-    return 0
+    # Whose operations those are, where they are not kernels of ours.
+    gpu = "gpu" if tf.config.list_logical_devices("GPU") else "cpu"
+    others = {"export": "any"}  # of whoever loads it
+    return {context: (x.device or others.get(context, gpu), x) for context, x in found.items()}
 
 
-def _device(tf, context):
-    """Whose operations those are, where they are not kernels of ours."""
-    if context == "export":
-        return "any"  # of whoever loads it
-    return "gpu" if tf.config.list_logical_devices("GPU") else "cpu"
+def _in_jax(shapes, options) -> dict:
+    """The same of what there is without TensorFlow."""
+    jax = frameworks.jax()
+
+    from attn_ops.jax import explain
+
+    unknown = [name for name, (shape, _) in shapes.items() if None in shape]
+    if unknown:
+        raise ValueError(f"explain: JAX has no unknown dimensions: {unknown[0]} has one, and TensorFlow is not installed")
+    with frameworks.jax_in_float64():
+        found = explain(**{name: jax.ShapeDtypeStruct(*of) for name, of in shapes.items()}, **options)
+        return {"JAX": (found.device or jax.default_backend(), found)}
 
 
 def of_model(path, convert, as_json=False) -> int:
     """Prints what each attention layer of a saved Keras model runs; returns 1 where it cannot be loaded."""
-    frameworks.tensorflow()
-    import keras
+    keras = frameworks.keras()
 
     import attn_ops
 

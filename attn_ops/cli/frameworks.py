@@ -46,6 +46,39 @@ def tensorflow():
     return tf
 
 
+def has_tensorflow() -> bool:
+    """Whether commands have TensorFlow. Without it JAX answers where it can; without either, they miss TensorFlow."""
+    return requirements.installed("tensorflow") or not requirements.installed("jax")
+
+
+def jax():
+    """JAX.
+
+    Raises:
+        Missing: it cannot be imported.
+    """
+    try:
+        return importlib.import_module("jax")
+    except ImportError as error:
+        raise Missing(requirements.missing("this command", error.name or "") or str(error)) from None
+
+
+def keras():
+    """Keras on TensorFlow, or without that on JAX, unless KERAS_BACKEND says otherwise.
+
+    Raises:
+        Missing: what it needs cannot be imported.
+    """
+    if has_tensorflow():
+        tensorflow()
+    else:
+        os.environ.setdefault("KERAS_BACKEND", "jax")
+    try:
+        return importlib.import_module("keras")
+    except ImportError as error:
+        raise Missing(requirements.missing("this command", error.name or "") or str(error)) from None
+
+
 @contextlib.contextmanager
 def _silent_stderr():
     """Drops what is written to the file descriptor of standard error: what libraries log before levels are read."""
@@ -97,12 +130,17 @@ def exported(function):
 
 
 @contextlib.contextmanager
-def jax_on_cpu_in_float64():
-    """JAX's default device is the CPU meanwhile, and float64 stays what it is."""
-    import jax
+def jax_in_float64():
+    """In JAX float64 stays what it is meanwhile."""
+    home = jax()
+    enabled = home.enable_x64 if hasattr(home, "enable_x64") else importlib.import_module("jax.experimental").enable_x64
+    with enabled(True):
+        yield
 
-    in_float64 = (
-        jax.enable_x64 if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental").enable_x64
-    )
-    with jax.default_device(jax.devices("cpu")[0]), in_float64(True):
+
+@contextlib.contextmanager
+def jax_on_cpu_in_float64():
+    """The same, and JAX's default device is the CPU."""
+    home = jax()
+    with home.default_device(home.devices("cpu")[0]), jax_in_float64():
         yield

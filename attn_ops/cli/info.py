@@ -47,8 +47,19 @@ def info() -> dict:
         "cuda kernels": kernels.cuda_unavailable_reason() or "usable on device 0",
         "tensorflow op": kernels.unavailable_reason() or "available",
         "tensorflow xla": kernels.unavailable_reason() or kernels.xla_unavailable_reason() or "available",
+        "jax": _jax(),
         "environment": {name: os.environ.get(name, "not set") for name in ENVIRONMENT},
     }
+
+
+def _jax() -> str:
+    from attn_ops import requirements
+
+    if not requirements.installed("jax"):
+        return requirements.missing("attn_ops.jax", "jax")
+    from attn_ops.jax import forms
+
+    return forms.unavailable_reason() or "available"
 
 
 def show(as_json: bool) -> int:

@@ -13,7 +13,7 @@ import attn_ops
 from attn_ops import kernels, reference
 from attn_ops.call.normalize import normalize
 from attn_ops.call.position_bias import T5RelativeBias, alibi_slopes
-from attn_ops.cli import frameworks, matrix_of_caches
+from attn_ops.cli import frameworks, matrix_of_caches, matrix_of_shares
 from attn_ops.masks import constructors as masks
 from attn_ops.masks.functions import from_function
 
@@ -282,6 +282,11 @@ def render() -> str:
     lines += ["", "A step of `decode_attention` or `paged_attention`, which appends a row and attends; without gradients:", ""]
     rows = ([cache, *(column[cache] for column in caches.values())] for cache in matrix_of_caches.CACHES)
     lines += _table(["cache", *caches], rows)
+    if importlib.util.find_spec("jax") is not None:
+        ways = matrix_of_shares.implementations({feature: arguments(feature) for feature in FEATURES})
+        lines += ["", "`attn_ops.jax.parallel.context_parallel`, by method:", ""]
+        rows = ([feature, *(column[feature] for column in ways.values())] for feature in FEATURES)
+        lines += _table(["of a divided sequence", *ways], rows)
     return "\n".join(lines) + "\n"
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 
 import click
 import numpy as np
 
-from attn_ops import kernels, reference
+from attn_ops import kernels, reference, requirements
 from attn_ops.cli import frameworks
 from attn_ops.cli.table import table
 
@@ -126,7 +125,7 @@ def _implementations():
     else:
         for isa in kernels.core().isas():
             yield f"kernels {isa}", _core(isa), None
-    if importlib.util.find_spec("jax") is not None:
+    if requirements.installed("jax"):
         yield "JAX", _in_one_dtype(_jax), None
     if without_tensorflow:
         yield "TensorFlow", None, without_tensorflow

@@ -17,14 +17,22 @@ from attn_ops.jax import batching, composite, forms
 from attn_ops.jax.call import Arrays, Options
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def attention(forced: bool, options: Options, arrays: Arrays):
     """(out, lse, statistics) of the kernels; unless ``forced``, of the composite on platforms that have none.
 
     ``lse`` is None unless ``options.return_lse``; ``statistics`` are for the backward, and have no derivative.
 
     Reverse mode, to any order: first derivatives are the kernels', higher ones go through the composite.
+
+    Compiled, though it is one call: JAX takes many times as long to find that nothing is differentiated, and inside
+    `jax.shard_map` outside of `jax.jit` does not find it at all.
     """
+    return _attention(forced, options, arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(forced, options, arrays):
     return _forward(forced, options, arrays)
 
 
@@ -50,12 +58,17 @@ def _attention_backward(forced, options, residuals, cotangents):
     return (_cotangents(arrays, names, gradients(forced, options, names, arrays, out, statistics, d_out, d_lse)),)
 
 
-attention.defvjp(_attention_forward, _attention_backward, symbolic_zeros=True)
+_attention.defvjp(_attention_forward, _attention_backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def gradients(forced, options, wanted, arrays, out, statistics, d_out, d_lse):
+    """The cotangents of the ``wanted`` of ``arrays.differentiable()``, in that order; compiled like `attention`."""
+    return _gradients(forced, options, wanted, arrays, out, statistics, d_out, d_lse)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def gradients(forced, options, wanted, arrays, out, statistics, d_out, d_lse):
-    """The cotangents of the ``wanted`` of ``arrays.differentiable()``, in that order."""
+def _gradients(forced, options, wanted, arrays, out, statistics, d_out, d_lse):
     return _backward(forced, options, wanted, arrays, out, statistics, d_out, d_lse)
 
 
@@ -66,7 +79,7 @@ def _gradients_forward(forced, options, wanted, arrays, out, statistics, d_out, 
 def _gradients_backward(forced, options, wanted, residuals, cotangents):
     """Second order: the derivative of the composite's gradient.
 
-    `out` and `statistics` are arguments of `gradients` but functions of the others; the composite computes them anew,
+    ``out`` and ``statistics`` are arguments of `gradients` but functions of the others; the composite computes them anew,
     so that the whole derivative goes to the others and these two get none. It goes to all others: what was constant
     for the first derivative need not be so for the second.
     """
@@ -81,10 +94,9 @@ def _gradients_backward(forced, options, wanted, residuals, cotangents):
     return _cotangents(arrays, names, d), None, None, d_d_out, d_d_lse
 
 
-gradients.defvjp(_gradients_forward, _gradients_backward)
+_gradients.defvjp(_gradients_forward, _gradients_backward)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward(forced, options, arrays):
     kernels = functools.partial(batching.forward, options)
     if forced:
@@ -95,7 +107,6 @@ def _forward(forced, options, arrays):
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(forced, options, wanted, *arguments):
     def kernels(*arguments):
         return batching.backward(options, *arguments, wanted)

@@ -54,9 +54,12 @@ def explain(query, key=None, value=None, **given) -> Explanation:
 
 
 def places(dtype, implementation) -> tuple[Explanation, ...]:
-    """What `explain` answers to an attention of a model in this dtype, four times: JAX compiles all calls by XLA."""
+    """What `explain` answers to an attention of a model in this dtype, four times: JAX compiles all calls by XLA; and what
+    an export of Keras's gets."""
     x = jax.ShapeDtypeStruct((2, 8, 2, 8), dtype)
-    return (explain(x, x, x, implementation=None if implementation == "fused" else implementation),) * 4
+    found = explain(x, x, x, implementation=None if implementation == "fused" else implementation)
+    exported = found if implementation == "fused" else explain(x, x, x, implementation="composite")
+    return (found,) * 4 + (exported,)
 
 
 def _is_specification(x):

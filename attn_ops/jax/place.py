@@ -13,6 +13,8 @@ import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from attn_ops.call import frames
+
 try:
     from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule
 except ImportError:  # the rules are then those of GSPMD alone
@@ -22,6 +24,11 @@ except ImportError:  # the rules are then those of GSPMD alone
 def in_manual_axes():
     """Whether this is traced inside `jax.shard_map`, be it of some axes of a mesh only."""
     return any(kind == jax.sharding.AxisType.Manual for kind in _axis_types())
+
+
+def exporting(x) -> bool:
+    """Whether ``x`` is traced for an export of Keras's, or by `jax2tf` otherwise, which take no custom call of ours."""
+    return isinstance(x, jax.core.Tracer) and frames.any_of(("jax.experimental.jax2tf",))
 
 
 def axis_size(axis):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import jax
@@ -17,6 +18,8 @@ _composite = jax.jit(composite.attention, static_argnums=0)
 def attention(name, call, chosen, forced, origin=None):
     """(out, lse) of an `AttentionCall` by the implementation that was ``chosen``, because it was ``forced`` or not;
     lse is None unless asked for. ``origin`` is that of `Arrays`."""
+    if chosen == "fused" and not forced and place.exporting(call.query):
+        chosen = "composite"
     choice.calls[chosen] += 1
     options, arrays = calls.split(call)
     arrays = arrays._replace(origin=origin)
@@ -28,15 +31,19 @@ def attention(name, call, chosen, forced, origin=None):
 def _run(name, chosen, forced, options, arrays):
     if chosen == "composite":
         return _found(_composite(options, arrays))
-    try:
+    with without_forward_mode(f'{name}: the kernels have no {{}}: implementation="composite" has it'):
         return _found(derivatives.attention(forced and chosen == "fused", options, place.varying_alike(arrays))[:2])
+
+
+@contextlib.contextmanager
+def without_forward_mode(message):
+    """Gives JAX's error about functions that have reverse mode alone the ``message``, with the name of what they lack."""
+    try:
+        yield
     except TypeError as error:
         if "custom_vjp" not in str(error):
             raise
-        raise TypeError(
-            f"{name}: the kernels have no forward mode (jax.jvp, jax.jacfwd, jax.hessian): "
-            'implementation="composite" has it'
-        ) from error
+        raise TypeError(message.format("forward mode (jax.jvp, jax.jacfwd, jax.hessian)")) from error
 
 
 def _found(results):

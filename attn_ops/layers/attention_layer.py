@@ -5,9 +5,10 @@ from __future__ import annotations
 import keras
 
 from attn_ops.call.arrays import compatible
+from attn_ops.layers.backend import backend
 from attn_ops.layers.base import FlashAttention, checked_dropout, checked_number
 from attn_ops.layers.common import attend_one_head, combine, dropout_seed, hide_rows, ragged_like
-from attn_ops.layers.inputs import are_ragged, padding, refuse_ragged
+from attn_ops.layers.inputs import are_ragged, padding
 from attn_ops.masks import constructors
 
 
@@ -32,13 +33,14 @@ class _QueryKeyValue(FlashAttention, keras.layers.Layer):
     def _attend(self, inputs, mask, training, use_causal_mask, attention_bias, scores):
         self._check_three(inputs, mask)
         query, key, value = inputs
-        if scores is None:
-            given = {f"{what} mask": x for what, x in zip(("query", "key", "value"), mask or ())}
-            given["attention_bias"] = attention_bias
-            ragged = are_ragged(self, given, query=query, key=key, value=value)
-        else:
-            refuse_ragged(self, query=query, key=key, value=value)
-            ragged = False
+        given = {f"{what} mask": x for what, x in zip(("query", "key", "value"), mask or ())}
+        given["attention_bias"] = attention_bias
+        ragged = are_ragged(self, given, query=query, key=key, value=value)
+        padded = None
+        if ragged and scores is not None:
+            padded, ragged = backend.padded(type(self).__name__, inputs, mask), False
+            inputs, mask = padded.inputs, padded.masks
+            query, key, value = inputs
         self._check_shapes([x.shape for x in inputs])
         query_mask, *key_masks = (
             None if m is None else padding(self, m, x, "a mask") for m, x in zip(mask or [None] * 3, inputs)
@@ -60,7 +62,7 @@ class _QueryKeyValue(FlashAttention, keras.layers.Layer):
         )
         if query_mask is not None and not ragged:
             out = hide_rows(out, query_mask)
-        return out, weights
+        return (out, weights) if padded is None else padded.ragged(out, weights)
 
     def _check_three(self, inputs, mask=None):
         name = type(self).__name__
@@ -146,11 +148,12 @@ class AttentionLayerWithWeights(_QueryKeyValue):
         scale, dropout, seed, flash_attention: As for :class:`AttentionLayer`.
 
     Call arguments:
-        inputs, mask, training, use_causal_mask, attention_bias: As for :class:`AttentionLayer`, but dense.
+        inputs, mask, training, use_causal_mask, attention_bias: As for :class:`AttentionLayer`; ragged inputs are padded,
+            which XLA cannot do.
 
     Returns:
-        The context `[batch, seqlen_q, value_features]` and the weights `[batch, seqlen_q, seqlen_k]`, those that
-        multiplied the values: after dropout, and each row sums to 1 without it (0 where no key is visible).
+        The context `[batch, seqlen_q, value_features]` and the weights `[batch, seqlen_q, seqlen_k]`, ragged like the
+        inputs, those that multiplied the values: after dropout, and each row sums to 1 without it (0 where no key is visible).
     """
 
     def call(self, inputs, mask=None, training=False, use_causal_mask=False, attention_bias=None):
@@ -158,6 +161,12 @@ class AttentionLayerWithWeights(_QueryKeyValue):
 
     def compute_mask(self, inputs, mask=None):
         return super().compute_mask(inputs, mask), None
+
+    def compute_output_spec(self, inputs, mask=None, training=False, use_causal_mask=False, attention_bias=None):
+        if getattr(inputs[0], "ragged", False):
+            self.supports_jit = False  # how long the longest rows are, only the data decide
+        shapes = self.compute_output_shape([x.shape for x in inputs])
+        return tuple(ragged_like(keras.KerasTensor(shape, dtype=self.compute_dtype), inputs[0]) for shape in shapes)
 
     def compute_output_shape(self, input_shape):
         query, key, _ = self._check_shapes(input_shape)

@@ -80,20 +80,19 @@ class FlashAttention:
         def call(*args, **kwargs):
             flat = tree.flatten((args, kwargs))
             where = [i for i, x in enumerate(flat) if _is_floating_tensor(x)]
-            ragged = None  # the result, where it is so
+            like = None  # the result, parts of which may be ragged
 
             def function_of_tensors(*tensors):
-                nonlocal ragged
+                nonlocal like
                 given = {i: backend.with_values(flat[i], x) for i, x in zip(where, tensors)}
                 given = [given.get(i, x) for i, x in enumerate(flat)]
                 given_args, given_kwargs = tree.pack_sequence_as((args, kwargs), given)
-                result = layer_call(*given_args, **given_kwargs)
-                ragged = result if backend.is_ragged(result) else None
-                return backend.values(result)
+                like = layer_call(*given_args, **given_kwargs)
+                return tree.map_structure(backend.values, like)
 
             function = super(FlashAttention, self).rematerialized_call(function_of_tensors, *args, **kwargs)
             values = function(*(backend.values(flat[i]) for i in where))
-            return backend.with_values(ragged, values)
+            return tree.map_structure(backend.with_values, like, values)
 
         return call
 

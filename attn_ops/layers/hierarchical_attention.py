@@ -5,10 +5,10 @@ from __future__ import annotations
 import keras
 from keras import ops
 
-from attn_ops.layers.backend import set_keras_mask
+from attn_ops.layers.backend import backend, set_keras_mask
 from attn_ops.layers.base import FlashAttention, checked_dropout, checked_units
-from attn_ops.layers.common import attend_one_head, dropout_seed
-from attn_ops.layers.inputs import boolean, refuse_ragged
+from attn_ops.layers.common import attend_one_head, dropout_seed, ragged_like
+from attn_ops.layers.inputs import are_ragged, boolean
 from attn_ops.masks import constructors
 
 
@@ -31,7 +31,8 @@ class HierarchicalAttention(FlashAttention, keras.layers.Layer):
         flash_attention: None fuses where possible, True raises ValueError where not, False runs the composite.
 
     Call arguments:
-        inputs: Float `[batch, sentences, words, features]`.
+        inputs: Float `[batch, sentences, words, features]`; on TensorFlow also a `tf.RaggedTensor` `[batch, (sentences),
+            (words), features]`, with a ragged mask or none, which is padded. XLA cannot do that.
         mask: Bool `[batch, sentences, words]` or None; filled from the input's Keras mask, which
             `keras.layers.Embedding(mask_zero=True)` makes. Hidden words are not seen, nor are sentences of hidden words
             alone; a document without words gives 0.
@@ -40,7 +41,8 @@ class HierarchicalAttention(FlashAttention, keras.layers.Layer):
 
     Returns:
         The document `[batch, features]`, of the features of the sentences; with `return_attention_scores` also the
-        weights of the words, `[batch, sentences, words]`, and those of the sentences, `[batch, sentences]`, after dropout.
+        weights of the words, `[batch, sentences, words]`, and those of the sentences, `[batch, sentences]`, after dropout,
+        ragged like the input.
 
     Weights:
         `word_kernel`, `sentence_kernel`: `[features, units]`; `word_bias`, `sentence_bias`, `word_context`,
@@ -49,7 +51,7 @@ class HierarchicalAttention(FlashAttention, keras.layers.Layer):
     Raises:
         ValueError: `units` is not a positive integer, `dropout` outside [0, 1), the input not of rank 4 with known
             features, the mask not of rank 3, or the ``sentence_encoder`` gives another rank than 3.
-        TypeError: `dropout` is not a number, ``sentence_encoder`` no Keras layer, or the input ragged.
+        TypeError: `dropout` is not a number, ``sentence_encoder`` no Keras layer, or the input ragged on JAX.
     """
 
     def __init__(
@@ -101,8 +103,11 @@ class HierarchicalAttention(FlashAttention, keras.layers.Layer):
             setattr(self, f"{level}_{kind}", self.add_weight(name=f"{level}_{kind}", shape=shape, **options))
 
     def call(self, inputs, mask=None, training=False, return_attention_scores=False):
-        refuse_ragged(self, inputs=inputs)
         features = self._check_shape(inputs.shape)[-1]
+        if are_ragged(self, {"mask": mask}, inputs=inputs):
+            document = backend.padded_rows(type(self).__name__, inputs, mask)
+            found = self.call(*document[:2], training, return_attention_scores)
+            return (found[0], *document.cut(*found[1:])) if return_attention_scores else found
         if mask is not None:
             mask = boolean(mask, "mask")
             if len(mask.shape) != 3:
@@ -159,11 +164,13 @@ class HierarchicalAttention(FlashAttention, keras.layers.Layer):
         """A document has none: both levels have taken it in."""
 
     def compute_output_spec(self, inputs, mask=None, training=False, return_attention_scores=False):
-        shapes = [self.compute_output_shape(inputs.shape)]
-        if return_attention_scores:
-            shapes += [inputs.shape[:3], inputs.shape[:2]]
-        specs = [keras.KerasTensor(shape, dtype=self.compute_dtype) for shape in shapes]
-        return tuple(specs) if return_attention_scores else specs[0]
+        if getattr(inputs, "ragged", False):
+            self.supports_jit = False  # how long the longest rows are, only the data decide
+        document = keras.KerasTensor(self.compute_output_shape(inputs.shape), dtype=self.compute_dtype)
+        if not return_attention_scores:
+            return document
+        weights = (keras.KerasTensor(inputs.shape[:rank], dtype=self.compute_dtype) for rank in (3, 2))
+        return (document, *(ragged_like(x, inputs) for x in weights))
 
     def compute_output_shape(self, input_shape):
         sentences = _sentences(self._check_shape(input_shape))

@@ -74,7 +74,7 @@ def refuse_ragged(layer, **inputs):
         if type(x).__name__ == "RaggedTensor":
             raise TypeError(
                 f"{type(layer).__name__}: {name} is a RaggedTensor, and this layer takes dense tensors (on TensorFlow "
-                f"MultiHeadAttention, Attention and SelfAttention take ragged ones): pass {name}.to_tensor(), and "
+                f"the attention layers take ragged ones): pass {name}.to_tensor(), and "
                 f"tf.sequence_mask({name}.row_lengths()) as its mask"
             )
 

@@ -40,6 +40,20 @@ def tokens(*args, **kwargs):
     return ragged.tokens(*args, **kwargs)
 
 
+def padded(*args):
+    """Ragged tensors as `attn_ops.layers.ragged.Padded`."""
+    from attn_ops.layers import ragged
+
+    return ragged.padded(*args)
+
+
+def padded_rows(*args):
+    """A ragged tensor as `attn_ops.layers.ragged.PaddedRows`."""
+    from attn_ops.layers import ragged
+
+    return ragged.padded_rows(*args)
+
+
 def mask_of_tokens(*args):
     from attn_ops.layers import ragged
 

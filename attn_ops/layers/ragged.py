@@ -30,6 +30,61 @@ class Tokens(typing.NamedTuple):
         return self.like.with_values(out[0])
 
 
+class Padded(typing.NamedTuple):
+    """Ragged query, key and value with padding, for what is to be told of all pairs of a query and a key."""
+
+    inputs: list
+    masks: list  # bool [batch, seqlen]: what is neither padding nor hidden
+    lengths: list
+
+    def ragged(self, out, weights):
+        """Both without the padding: `[batch, (seqlen_q), features]` and `[batch, (seqlen_q), (seqlen_k)]`."""
+        of_queries, of_keys, _ = self.lengths
+        nested = of_queries, tf.repeat(of_keys, of_queries)
+        return tf.RaggedTensor.from_tensor(out, of_queries), tf.RaggedTensor.from_tensor(weights, nested)
+
+
+def padded(name, inputs, masks):
+    """The `Padded` of ragged query, key and value, and of ragged masks or Nones. Raises what `tokens` does."""
+    tokens(name, *inputs)
+    rows = [padded_rows(name, x, mask) for x, mask in zip(inputs, masks or [None] * 3)]
+    return Padded([x.dense for x in rows], [x.real for x in rows], [x.lengths[0] for x in rows])
+
+
+class PaddedRows(typing.NamedTuple):
+    """A ragged tensor `[batch, …, features]` with padding."""
+
+    dense: tf.Tensor
+    real: tf.Tensor  # bool [batch, …]: what is neither padding nor hidden
+    lengths: tuple  # of its rows, of each ragged dimension
+
+    def cut(self, *results):
+        """Results `[batch, …]` without the padding."""
+        return tuple(tf.RaggedTensor.from_tensor(x, self.lengths[: x.shape.rank - 1]) for x in results)
+
+
+def padded_rows(name, x, mask=None):
+    """The `PaddedRows` of a ragged tensor and a ragged mask or None.
+
+    Raises:
+        ValueError: the mask has other dimensions, or rows of other lengths (tf.errors.InvalidArgumentError where only the
+            running graph knows).
+    """
+    real = x.with_flat_values(tf.ones(tf.shape(x.flat_values)[:-1], tf.bool))
+    if mask is not None:
+        if mask.ragged_rank != x.ragged_rank or mask.shape.rank != x.shape.rank - 1:
+            raise ValueError(f"{name}: a mask must be ragged like its input, of shape {x.shape}, got shape {mask.shape}")
+        shown = tf.cast(_with_rows_of(name, x, mask).flat_values, tf.bool)
+        real = real.with_flat_values(tf.logical_and(real.flat_values, shown))
+    return PaddedRows(x.to_tensor(), real.to_tensor(False), tuple(x.nested_row_lengths()))
+
+
+def _with_rows_of(name, x, mask):
+    if x.ragged_rank > 1:
+        mask = mask.with_values(_with_rows_of(name, x.values, mask.values))
+    return with_rows_of(name, x, mask, "an input and its mask")
+
+
 def mask_of_tokens(name, mask, like):
     """A ragged mask `[batch, (seqlen)]`, as Keras's embeddings of ragged ids have, of the `[1, tokens]` of ``like``.
 

@@ -13,7 +13,8 @@ from attn_ops.models import found, seams
 _HEADS = ("num_heads", "num_query_heads", "num_attention_heads", "_num_heads")
 _CONVERT = "attn_ops.convert(model)"
 _REGISTER = "attn_ops.models.register(cls, adapter)"
-_PLACES = ("eager", "graph", "xla", "training")
+_RUNS = ("eager", "graph", "xla", "training")
+_PLACES = (*_RUNS, "export")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,8 @@ class LayerExplanation:
         heads: how many query heads it has, None where it does not tell.
         eager, graph, xla, training: "fused", "composite" (TensorFlow's operations in ours) or "keras" (its own code), in eager
             calls, in `tf.function`, in functions with `jit_compile=True`, and in a training step.
-        reason: why it is not "fused" everywhere, or None.
+        export: the same of what `model.export` writes, which is to load everywhere: `attn_ops.export` can keep "fused".
+        reason: why it does not run "fused" everywhere, or None.
         remedy: what to do about that, or None.
     """
 
@@ -37,12 +39,14 @@ class LayerExplanation:
     graph: str
     xla: str
     training: str
+    export: str
     reason: str | None = None
     remedy: str | None = None
 
     @property
     def fused(self) -> bool:
-        return all(getattr(self, place) == "fused" for place in _PLACES)
+        """Whether it runs fused everywhere, exports left aside."""
+        return all(getattr(self, place) == "fused" for place in _RUNS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +80,7 @@ class ModelExplanation:
 
 def of_model(model, places) -> ModelExplanation:
     """What the attention layers in this Keras layer or model run: ``places`` tells for a dtype and an implementation (or
-    None) what `explain` of Keras's backend answers in eager calls, graphs, XLA and training."""
+    None) what `explain` of Keras's backend answers in eager calls, graphs, XLA, training and exports."""
     rows = []
     paths = found.paths(model)
     places = functools.cache(places)  # for this answer: the next one may stand elsewhere
@@ -96,7 +100,7 @@ def _row(path, layer, state, places):
     implementation = layer.implementation if isinstance(layer, FlashAttention) else None
     answers = places(keras.backend.standardize_dtype(layer.compute_dtype), implementation)
     names = [answer.implementation for answer in answers]
-    reasons = dict.fromkeys(reason for answer in answers for reason in answer.reasons)
+    reasons = dict.fromkeys(reason for answer in answers[: len(_RUNS)] for reason in answer.reasons)
     if implementation == "composite":
         return row(*names, "flash_attention=False", "make the layer with flash_attention=None")
     return row(*names, "; ".join(reasons) or None)

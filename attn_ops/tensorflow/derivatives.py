@@ -29,6 +29,8 @@ def differentiable(form, call: AttentionCall):
     """(out, lse) of a ``form`` whose operations have no gradient of their own, with gradients up to second order; lse is
     None unless ``call.return_lse``."""
     call = _in_this_graph(call)
+    # No tape that is open now will ask for it. What is differentiated without tapes, as functions are, may.
+    constant_bias = call.bias is not None and not place.is_watched(call.bias)
 
     @tf.custom_gradient
     def forward(*inputs):
@@ -40,7 +42,8 @@ def differentiable(form, call: AttentionCall):
         def gradient(d_out, d_lse=None):
             if reads_cache(own):
                 raise NotImplementedError(NO_GRADIENT)
-            return _gradients(form, own, *kept, d_out, d_lse)
+            asked = own._replace(constant_bias=constant_bias and not place.in_gradients_without_tape())
+            return _at_their_places(own, asked.asked(), _gradients(form, asked, *kept, d_out, d_lse))
 
         return ((out, lse) if call.return_lse else out), gradient
 
@@ -59,12 +62,19 @@ def _gradients(form, call, out, statistics, d_out, d_lse):
         d_out, d_lse = (*arguments[num_inputs:], None)[:2]
 
         def gradient(*incoming):
+            incoming = _at_their_places(own, own.asked(), incoming)
             d_inputs, d_cotangents = _second_order(own, arguments[num_inputs:], incoming)
             return *d_inputs, *d_cotangents
 
         return form.backward(_unwatched(own), out, statistics, *_unwatched_tensors(d_out, d_lse)), gradient
 
     return backward(*call.differentiable(), *cotangents)
+
+
+def _at_their_places(call, asked, gradients):
+    """One for each differentiable input, of the gradients of those that are ``asked`` for; None for the others."""
+    found = dict(zip(asked, gradients))
+    return [found.get(at) for at in range(len(call.differentiable()))]
 
 
 def _unwatched(call):

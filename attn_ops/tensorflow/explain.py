@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 
@@ -54,21 +55,24 @@ def can_use_fused(query, key, value, **given) -> Support:
 
 
 def places(dtype, implementation) -> tuple[Explanation, ...]:
-    """What `explain` answers to an attention of a model in this dtype, in eager calls, graphs, XLA and training."""
+    """What `explain` answers to an attention of a model in this dtype, in eager calls, graphs, XLA, training and exports."""
     x = tf.TensorSpec([2, 8, 2, 8], dtype)
     asked = None if implementation == "fused" else implementation
 
-    def ask():
+    def ask(asked=asked):
         return explain(x, x, x, implementation=asked)
 
-    def traced(jit_compile):
+    def traced(ask, jit_compile=False):
         answers = []
         function = tf.function(lambda: answers.append(ask()), jit_compile=jit_compile, autograph=False)
         function.get_concrete_function()
         return answers[0]
 
-    graph = traced(jit_compile=False)
-    return ask(), graph, traced(jit_compile=True), graph
+    graph = traced(ask)
+    forced = implementation == "fused" and graph.implementation == "fused"  # which an export keeps
+    with place.supposed_export():
+        exported = traced(functools.partial(ask, "fused" if forced else asked))
+    return ask(), graph, traced(ask, jit_compile=True), graph, exported
 
 
 def described(name, query, key, value, given):

@@ -7,15 +7,21 @@ that a TensorFlow without it costs speed at most; `missing` says what is gone an
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import importlib
-import inspect
 import operator
 import sys
 
 import tensorflow as tf
 
+from attn_ops.call import frames
+
+_supposed = contextvars.ContextVar("attn_ops.place.supposed_export", default=False)
 _TANGENTS = "tensorflow.python.eager.forwardprop_util.pack_tangents"
+_WATCHED = "tensorflow.python.pywrap_tfe.TFE_Py_TapeSetShouldRecordBackprop"
+_GRADIENTS = "tensorflow.python.ops.gradients_util"
 _XLA = "tensorflow.compiler.tf2xla.python.xla"
 _EXECUTE = "tensorflow.python.pywrap_tfe.TFE_Py_FastPathExecute"
 _CONTEXT = "tensorflow.python.eager.context.context"
@@ -29,6 +35,7 @@ _WITHOUT = {
     _TANGENTS: "a ForwardAccumulator around a function that holds the kernels finds no derivative",
     _EXECUTE: "small eager calls take longer to reach the kernels",
     _CONTEXT: "small eager calls take longer to reach the kernels",
+    _WATCHED: "in graphs the gradient of a constant bias is computed, though nobody asks for it",
     "tf.Operation._set_attr": "in graphs the composite takes all query rows at once",
     f"{_XLA}.call_module": "functions compiled by XLA hold the composite",
     f"{_XLA}.remove_dynamic_dimension_size": (
@@ -83,14 +90,17 @@ def exporting() -> bool:
     """
     if tf.executing_eagerly():
         return False
-    exporters = (tf.saved_model.save.__module__, *_keras_exporters())
-    frame = inspect.currentframe()
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if name in exporters or name.rpartition(".")[0] in exporters:
-            return True
-        frame = frame.f_back
-    return False
+    return _supposed.get() or frames.any_of((tf.saved_model.save.__module__, *_keras_exporters()))
+
+
+@contextlib.contextmanager
+def supposed_export():
+    """Graphs that are traced meanwhile are for an export."""
+    token = _supposed.set(True)
+    try:
+        yield
+    finally:
+        _supposed.reset(token)
 
 
 def traces_a_graph(frame) -> bool:
@@ -126,6 +136,18 @@ def eager_executor():
     if execute is None or context is None:
         return None
     return lambda operator, *arguments: execute(context(), operator, None, *arguments)
+
+
+def is_watched(tensor) -> bool:
+    """Whether a tape that is open now may be asked for the gradient of ``tensor``; True where that cannot be told."""
+    watched = _get(_WATCHED)
+    return watched is None or bool(watched([tensor]))
+
+
+def in_gradients_without_tape() -> bool:
+    """Whether a gradient function is called for those that are found from a graph: of functions, loops and branches, and
+    by `tf.gradients`."""
+    return frames.any_of((_GRADIENTS,))
 
 
 def unwatched_inputs(op) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ def __getattr__(name: str):
     try:
         value = getattr(importlib.import_module(f"{__name__}.{_ATTRIBUTES[name]}"), name)
     except ModuleNotFoundError as error:
-        reason = requirements.missing(f"{__name__}.{name}", error.name or "")
+        reason = requirements.reason(f"{__name__}.{name}", error)
         if reason is None:
             raise
         raise ImportError(reason) from error

@@ -101,7 +101,7 @@ def forward_mode_on_jax():
 
 def ragged():
     # [ragged]
-    attn_ops.layers.HierarchicalAttention(16)(tf.ragged.constant([[[[1.0]]], [[[1.0], [2.0]], [[3.0]]]], ragged_rank=2))
+    attn_ops.layers.RotaryEmbedding()(tf.ragged.constant([[[1.0, 2.0]], [[1.0, 2.0], [3.0, 4.0]]], ragged_rank=1))
     # [/ragged]
 
 

@@ -114,6 +114,46 @@ def test_info_without_tensorflow():
     assert "pip install" in json.loads(result.stdout)["tensorflow op"]
 
 
+WITH_JAX_ALONE = WITHOUT_TENSORFLOW.replace('("tensorflow", "keras")', '("tensorflow",)') + """
+import os
+os.environ.pop("KERAS_BACKEND", None)
+try:
+    attn_ops.layers
+except ImportError as error:
+    assert "needs TensorFlow" in str(error) and "or set KERAS_BACKEND=jax for Keras on JAX" in str(error), error
+else:
+    raise AssertionError("the backend of Keras is not TensorFlow")
+for name in [name for name in sys.modules if name.partition(".")[0] == "keras"]:
+    del sys.modules[name]
+from attn_ops.cli.app import main
+assert main(["explain", "1,5,4,64", "--is-causal", "--json"]) == 0
+assert main(["explain", "1,?,4,64"]) == 1
+assert main(["explain", sys.argv[1], "--convert"]) == 0
+assert main(["selftest"]) == 0
+import keras, numpy
+assert keras.backend.backend() == "jax"
+x = numpy.ones((1, 4, 2, 8), "float32")
+assert attn_ops.explain(x, x, x).form == "xla"
+for name, remedy in (("can_use_fused", "keras"), ("varlen_attention", "on JAX it is attn_ops.jax.varlen_attention")):
+    try:
+        getattr(attn_ops, name)
+    except ImportError as error:
+        assert "pip install tensorflow" in str(error) and str(error).endswith(remedy), error
+    else:
+        raise AssertionError(name)
+"""
+
+
+def test_commands_on_jax_alone(tmp_path):
+    x = keras.Input((5, 8))
+    keras.Model(x, keras.layers.MultiHeadAttention(2, 4, name="heads")(x, x)).save(tmp_path / "model.keras")
+    result = run(WITH_JAX_ALONE, str(tmp_path / "model.keras"), without=())
+    assert result.returncode == 0, result.stderr
+    assert '"form": "xla"' in result.stdout and "JAX has no unknown dimensions: query has one" in result.stderr
+    assert re.search(r"^heads +MultiHeadAttention +2( +fused){4} +composite$", result.stdout, re.MULTILINE)
+    assert re.search(r"^JAX .* ok$", result.stdout, re.MULTILINE) and "all right" in result.stdout
+
+
 # ------------------------------------------------------------------------------------------------------------ explain
 
 
@@ -165,7 +205,7 @@ def test_explain_a_model(capsys, tmp_path):
     assert "remedy: attn_ops.convert(model)" in capsys.readouterr().out
     assert main(["explain", str(tmp_path / "model.keras"), "--convert", "--json"]) == 0
     [layer] = json.loads(capsys.readouterr().out)["layers"]
-    assert (layer["layer"], layer["eager"], layer["xla"]) == ("heads", "fused", "fused")
+    assert (layer["layer"], layer["eager"], layer["xla"], layer["export"]) == ("heads", "fused", "fused", "composite")
     assert main(["explain", str(tmp_path / "none.keras")]) == 1
     assert "cannot load" in capsys.readouterr().err
 

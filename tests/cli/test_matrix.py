@@ -40,7 +40,7 @@ def test_the_file_is_current(capsys):
     assert app.main(["matrix"]) == 0
     now, written = cells(capsys.readouterr().out), cells(WRITTEN.read_text())
     missing = {column for _, column in written} - {column for _, column in now}
-    assert missing <= {"GPU", "JAX"}
+    assert missing <= {"GPU"}
     assert now == {place: cell for place, cell in written.items() if place[1] not in missing}, (
         "python -m attn_ops matrix > FEATURES.md"
     )

@@ -119,9 +119,9 @@ def test_errors_print_shapes_not_arrays(name):
 
 
 def test_ragged_inputs_say_what_to_do():
-    ragged, name = tf.RaggedTensor.from_row_lengths(tf.ones((5, 8)), [2, 3]), "AttentionLayerWithWeights"
+    ragged, name = tf.RaggedTensor.from_row_lengths(tf.ones((5, 8)), [2, 3]), "RotaryEmbedding"
     with pytest.raises(TypeError, match=rf"{name}: \w+ is a RaggedTensor.*\.to_tensor\(\).*row_lengths"):
-        make(name)([ragged] * 3)
+        make(name)(ragged)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -264,3 +264,82 @@ def test_rematerialisation(name):
     for run in (gradients, tf.function(gradients)):
         for found, wanted in zip(run(layer), run(plain), strict=True):
             np.testing.assert_allclose(tf.convert_to_tensor(found), tf.convert_to_tensor(wanted), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["plain", "causal"])
+def test_weights_of_ragged_sequences(is_causal, flash):
+    """Each sequence by itself: contexts, weights and gradients; functional models, and files of them, too."""
+    layer = ours("AttentionLayerWithWeights")(scale=0.5, flash_attention=flash, dtype="float64")
+    x, y = ragged(LENGTHS), ragged(OTHERS, 1)
+
+    def results(attend):
+        with tf.GradientTape() as tape:
+            tape.watch([x.values, y.values])
+            pairs = attend(x.with_values(tf.identity(x.values)), y.with_values(tf.identity(y.values)))
+            total = tf.add_n([tf.reduce_sum(tf.sin(out)) + tf.reduce_sum(weights**2) for out, weights in pairs])
+        return pairs, [tf.convert_to_tensor(d) for d in tape.gradient(total, [x.values, y.values])]
+
+    def whole(x, y):
+        out, weights = layer([x, y, y], use_causal_mask=is_causal)
+        assert out.row_lengths().numpy().tolist() == weights.row_lengths().numpy().tolist() == LENGTHS
+        return [(out[i], weights[i].to_tensor()) for i, n in enumerate(LENGTHS) if n]
+
+    def one_by_one(x, y):
+        pairs = [(x[i][None], y[i][None]) for i, n in enumerate(LENGTHS) if n]
+        return [tuple(a[0] for a in layer([q, k, k], use_causal_mask=is_causal)) for q, k in pairs]
+
+    for a, b in zip(tf.nest.flatten(results(whole)), tf.nest.flatten(results(one_by_one)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
+
+
+def test_weights_in_a_functional_model(tmp_path):
+    ids = tf.ragged.constant([[1, 2, 0], [], [3, 0, 0, 4], [5]], dtype="int32")
+    inputs = keras.Input((None,), ragged=True, dtype="int32")
+    x = keras.layers.Embedding(6, 8, mask_zero=True)(inputs)
+    out, weights = ours("AttentionLayerWithWeights")(dropout=0.1, seed=1)([x, x, x])
+    assert (out.ragged, weights.ragged, weights.shape) == (True, True, (None, None, None))
+    model = keras.Model(inputs, [out, weights])
+    model.save(tmp_path / "model.keras")
+    found = model.predict(ids, verbose=0)
+    for a, b in zip(found, keras.models.load_model(tmp_path / "model.keras")(ids)):
+        np.testing.assert_allclose(a.flat_values, b.flat_values, atol=1e-6)
+    shown = (ids != 0).to_list()
+    for rows, seen in zip(found[1].to_list(), shown):
+        for row in rows:
+            assert [w > 0 for w in row] == seen
+    with pytest.raises(ValueError, match="an input and its mask must have rows of the same lengths"):
+        model.layers[-1]([found[0]] * 3, mask=[ids[:, :1] != 0] * 3)
+
+
+DOCUMENTS = [[[1, 2], [3]], [], [[4, 5, 6]], [[7], [], [0, 1]]]
+
+
+@pytest.mark.parametrize("encoder", [False, True], ids=["plain", "encoder"])
+def test_ragged_documents(encoder, tmp_path):
+    """Of sentences of words, each document by itself; ids of 0 are hidden."""
+    ids = tf.ragged.constant(DOCUMENTS, ragged_rank=2, dtype="int32")
+    inputs = keras.Input((None, None), ragged=True, dtype="int32")
+    embedding = keras.layers.Embedding(9, 6, mask_zero=True)
+    between = keras.layers.LSTM(4, return_sequences=True) if encoder else None
+    layer = ours("HierarchicalAttention")(units=5, sentence_encoder=between)
+    found = layer(embedding(inputs), return_attention_scores=True)
+    assert [x.ragged for x in found] == [False, True, True] and found[1].shape == (None, None, None)
+    model = keras.Model(inputs, found)
+    out, of_words, of_sentences = model.predict(ids, verbose=0)
+    assert of_words.row_lengths().numpy().tolist() == [2, 0, 1, 3] and of_sentences.ragged_rank == 1
+    for n, document in enumerate(DOCUMENTS):
+        if not document:
+            np.testing.assert_array_equal(out[n], 0 * out[n])
+            continue
+        width = max(map(len, document))
+        dense = np.array([[sentence + [0] * (width - len(sentence)) for sentence in document]])
+        expected, words, sentences = layer(embedding(dense), return_attention_scores=True)
+        np.testing.assert_allclose(out[n], expected[0], atol=1e-6)
+        np.testing.assert_allclose(of_sentences[n], sentences[0], atol=1e-6)
+        for sentence, a, b in zip(document, of_words[n], words[0]):
+            np.testing.assert_allclose(a, b[: len(sentence)], atol=1e-6)
+    alone = keras.Model(inputs, layer(embedding(inputs)))
+    alone.compile("sgd", "mse")
+    alone.fit(ids, np.ones_like(out), verbose=0)
+    alone.save(tmp_path / "model.keras")
+    np.testing.assert_allclose(keras.models.load_model(tmp_path / "model.keras")(ids), alone(ids), atol=1e-6)

@@ -178,3 +178,24 @@ def test_left_padding_of_decoders_that_share_a_mask_is_not_lost(keras_hub):
     np.testing.assert_allclose(decoder(x, decoder_attention_mask=mask), expected, atol=1e-5)
     free = decoder(x, use_causal_mask=False)
     np.testing.assert_allclose(free, attn_ops.revert(decoder)(x, use_causal_mask=False), atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_biases_of_falcon_are_slopes_where_no_key_is_padding(keras_hub, padded, monkeypatch):
+    """Its biases count real keys: where padding has holes, slopes would not."""
+    from keras_hub.src.models.falcon.falcon_transformer_decoder import FalconTransformerDecoder
+
+    from attn_ops.models.adapters import by_distance
+
+    given = []
+    attention = by_distance.heads.attention
+    monkeypatch.setattr(by_distance.heads, "attention", lambda *x, **more: given.append(more) or attention(*x, **more))
+    layer = FalconTransformerDecoder(4, 32)
+    x = np.random.default_rng(0).standard_normal((2, 9, 16)).astype("float32")
+    real = np.array([[1, 0, 1, 1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 1, 1, 1]]) if padded else None
+    expected = keras.ops.convert_to_numpy(layer(x, real))
+    out = attn_ops.convert(layer)(x, real)
+    [options] = given
+    assert ("bias" in options, "alibi_slopes" in options) == (padded, not padded)
+    shown = np.ones((2, 9), bool) if real is None else real.astype(bool)
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(out)[shown], expected[shown], rtol=1e-5, atol=1e-5)

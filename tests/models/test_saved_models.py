@@ -99,6 +99,33 @@ def test_a_fused_model_is_differentiable_after_loading(tmp_path):
     np.testing.assert_allclose(gradients[1], gradients[0], atol=1e-4)
 
 
+def test_explain_tells_of_exports():
+    """What `test_export_holds_what_was_asked_for` and `test_a_forced_choice_is_kept` find in files."""
+    layers = [attn_ops.layers.MultiHeadAttention(1, 4, flash_attention=asked) for asked in (None, True, False)]
+    told = [attn_ops.explain(layer).layers[0] for layer in layers]
+    assert [x.export for x in told] == ["composite", "fused", "composite"]
+    assert [x.fused for x in told] == [True, True, False] and told[0].reason is None
+
+
+def test_an_export_of_keras_on_jax_holds_the_composite(tmp_path):
+    """`jax2tf` takes no custom call of ours."""
+    x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype("float32")
+    np.save(tmp_path / "x.npy", x)
+    code = """
+import sys
+import attn_ops, keras, numpy as np
+inputs = keras.Input((5, 8))
+model = keras.Model(inputs, attn_ops.layers.MultiHeadAttention(2, 4)(inputs, inputs, use_causal_mask=True))
+x = np.load(sys.argv[1] + "/x.npy")
+np.save(sys.argv[1] + "/out.npy", model.predict(x, verbose=0))
+model.export(sys.argv[1] + "/exported", verbose=False)
+"""
+    process = run(code, str(tmp_path), without=("matplotlib",), KERAS_BACKEND="jax")
+    assert process.returncode == 0, process.stderr[-3000:]
+    loaded = tf.saved_model.load(tmp_path / "exported")  # has the variables
+    np.testing.assert_allclose(loaded.serve(x), np.load(tmp_path / "out.npy"), rtol=1e-5, atol=1e-6)
+
+
 def test_a_forced_choice_is_kept(tmp_path):
     model = of_our_layers(flash_attention=True)
     with pytest.raises(ValueError, match=r'traced for an export.*attn_ops\.export\(model, path, ops="fused"\) keeps'):

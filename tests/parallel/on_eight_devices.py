@@ -249,6 +249,7 @@ def ring_of(count):
 
 
 ROWS = {"bias": 2, "mask": 2, "segment_ids": 1}  # where those have the rows
+BLOCK_Q, BLOCK_K = 4, 3  # of blocks in the order in which rows are dealt: some of rows that are no neighbours, some cut
 
 
 def divided_attention(count, method, order, names=(), **options):
@@ -257,11 +258,14 @@ def divided_attention(count, method, order, names=(), **options):
 
     def local(query, key, value, *others):
         given = dict(zip(names, others))
+        if "blocks" in given:
+            given["mask"] = masks.block_sparse(given.pop("blocks"), BLOCK_Q, BLOCK_K)
         return parallel.context_parallel(
             query, key, value, axis="s", method=method, order=order, return_lse=True, **given, **options
         )
 
-    specs = [P(*[None] * ROWS[name], "s") if name in ROWS else P() for name in names]
+    rows = {**ROWS, "blocks": 2}
+    specs = [P(*[None] * rows[name], "s") if name in rows else P() for name in names]
     function = jax.shard_map(
         local, mesh=ring_of(count), in_specs=(sequence,) * 3 + tuple(specs), out_specs=(sequence, P(None, None, "s"))
     )
@@ -277,6 +281,9 @@ def divided_attention(count, method, order, names=(), **options):
         given = dict(zip(names, others))
         if "segment_ids" in given:
             given["mask"] = [masks.segments(given.pop("segment_ids")), *([given["mask"]] if "mask" in given else [])]
+        if "blocks" in given:
+            blocks = np.repeat(given.pop("blocks"), min(BLOCK_Q, T // count), 2)
+            given["mask"] = back(np.repeat(blocks, BLOCK_K, 3)[..., :T], count, 2)
         return attend(query, key, value, return_lse=True, **given, **options)
 
     return whole, plain
@@ -290,7 +297,13 @@ PARTS = {
     "query_seq_lengths": np.array([11, T], "int32"),
     "segment_ids": np.sort(RNG.integers(0, 3, (2, T)), 1).astype("int32"),
 }
-POSITIONS = {"alibi_slopes": random(H), "relative_bias": random(7, H)}
+POSITIONS = {"alibi_slopes": random(H), "relative_bias": random(7, H), "sinks": random(H)}
+OFFSETS = {**POSITIONS, "query_offset": np.array([9, 1], "int32")}
+FUNCTIONS = [
+    lambda b, h, q, k: (q >= k) & (q // 5 == k // 5),  # intervals
+    lambda b, h, q, k: q % 3 == k % 3,  # segments
+    lambda b, h, q, k: (q - k) % 3 != 1,  # bits
+]
 SEQUENCES = [
     (method, order, arrays, options)
     for method, order in (
@@ -306,8 +319,14 @@ SEQUENCES = [
         ({}, {"is_causal": True, "dropout_rate": 0.3, "dropout_seed": (5, 2**33)}),
         ({}, {"query_offset": 3, "window": (6, 2), "logits_soft_cap": 2.0}),
         ({}, {"is_causal": True, "causal_alignment": "bottom_right"}),
-        ({}, {"mask": masks.prefix([3, 6]), "layout": "BSHD"}),
-        *([(POSITIONS, {"window": (9, 3)})] if method != "ring" else []),
+        ({}, {"mask": masks.prefix([3, 6])}),
+        (POSITIONS, {"window": (9, 3)}),
+        (POSITIONS, {"logits_soft_cap": 2.0}),
+        (OFFSETS, {"window": (20, 1)}),
+        ({**PARTS, **POSITIONS}, {"is_causal": True}),
+        ({"segment_ids": RNG.integers(0, 3, (2, T)).astype("int32")}, {}),  # ids that go back
+        ("blocks", {"is_causal": True}),
+        *(({}, {"mask": masks.from_function(function)}) for function in FUNCTIONS),
     )
 ]
 
@@ -318,6 +337,9 @@ SEQUENCES = [
 def test_sequence(case, count):
     """Results and gradients of a sequence that is divided are those of one device, with the same bits of dropout."""
     method, order, arrays, options = SEQUENCES[case]
+    if arrays == "blocks":
+        shape = 1, H, count * -(-T // count // BLOCK_Q), -(-T // BLOCK_K)
+        arrays = {"blocks": np.random.default_rng(count).random(shape) > 0.5, "sinks": PARTS["sinks"]}
     if order == "zigzag" and T % (2 * count):
         pytest.skip("no equal chunks")
     query, key, value = inputs(batch=2)
@@ -410,6 +432,28 @@ class TestRarer:
         assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(one)]
         assert all(a <= 2 * b + 1e-6 for a, b in zip(error(found), error(one)))
 
+    @pytest.mark.parametrize("method", parallel_costs.METHODS)
+    def test_outside_of_jit(self, method):
+        """`jax.shard_map` alone, and what has no derivative says which method has it."""
+        arguments = inputs(batch=1)
+        whole, plain = divided_attention(2, method, "contiguous", is_causal=True)
+
+        def first(function):
+            return jax.grad(lambda query: jnp.sum(jnp.sin(function(query, *arguments[1:])[0])))
+
+        def second(function):
+            return jax.grad(lambda query: jnp.sum(first(function)(query) ** 2))
+
+        assert_same(whole(*arguments), plain(*arguments))
+        assert_same(first(whole)(arguments[0]), first(plain)(arguments[0]))
+        with pytest.raises(TypeError, match="no forward mode .*implementation=.composite. has it"):
+            jax.jvp(whole, arguments, arguments)
+        if method != "ring":
+            assert_same(second(whole)(arguments[0]), second(plain)(arguments[0]), 1e-4)
+            return
+        with pytest.raises(NotImplementedError, match="first derivatives.*'all_gather_kv' has those of second order"):
+            second(whole)(arguments[0])
+
     def test_ring_keeps_nan(self):
         """A key with NaN makes NaN of the rows that see it, and of no other."""
         query, key, value = inputs(batch=1)
@@ -428,7 +472,7 @@ class TestRarer:
 
         assert chosen(4) == {"all-to-all"}
         assert chosen(3) == {"collective-permute"}
-        assert chosen(3, alibi_slopes=random(3)) == {"all-gather"}
+        assert chosen(3, alibi_slopes=random(3)) == {"collective-permute"}
 
     def test_heads_are_those_of_one_device(self):
         """Bit for bit."""
@@ -441,7 +485,6 @@ class TestRarer:
 @pytest.mark.parametrize(
     "method, options, rule",
     [
-        ("ring", {"alibi_slopes": random(H)}, "does not have alibi_slopes .*method='head_parallel' has it"),
         ("head_parallel", {"order": "zigzag"}, "needs order='contiguous'"),
         ("wrong", {}, "method must be one of"),
         ("ring", {"causal_alignment": "bottom_right", "key_value_seq_lengths": np.array([1, 2])}, "pass query_offset"),

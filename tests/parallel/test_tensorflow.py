@@ -27,7 +27,13 @@ def _parameter_server():
     assert _said("parameter_server.py") == ["trained"]
 
 
-def _two_workers():
+@pytest.mark.wide(2)
+@pytest.mark.parametrize("check", [_replicas, _parameter_server])
+def test_tensorflow(check):
+    check()
+
+
+def test_two_workers():
     """`MultiWorkerMirroredStrategy`, with a loop of one's own."""
 
     def described(n, ports):
@@ -36,9 +42,3 @@ def _two_workers():
 
     outputs = processes.run_two(HERE / "two_processes_tensorflow.py", described)
     assert ["worker 0 of 2" in outputs[0], "worker 1 of 2" in outputs[1]] == [True, True]
-
-
-@pytest.mark.wide(2)
-@pytest.mark.parametrize("check", [_two_workers, _replicas, _parameter_server])
-def test_tensorflow(check):
-    check()

@@ -3,12 +3,15 @@ sequence."""
 
 import json
 import os
+import sys
 
-import keras
-import numpy as np
-import tensorflow as tf
+sys.modules |= dict.fromkeys(("jax", "matplotlib", "scipy"))  # what Keras imports and does without
 
-import attn_ops
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+import attn_ops  # noqa: E402
 
 strategy = tf.distribute.MultiWorkerMirroredStrategy()
 RNG = np.random.default_rng(0)

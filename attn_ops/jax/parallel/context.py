@@ -20,7 +20,8 @@ def context_parallel(query, key, value, **given):
     Each device gives its rows, and the keys and values that it has, and gets the output of its rows: that of the whole
     sequence, to any of whose keys they may attend. What is said of positions, lengths and distances is said of the
     whole: is_causal, window, query_offset, alibi_slopes, relative_bias and both lengths. Masks and biases are of the
-    device's rows and all keys; sinks, slopes and tables are of all heads, and the same on each device.
+    device's rows and all keys, but functions of indices (`masks.from_function`) are those of the whole; sinks, slopes
+    and tables are of all heads, and the same on each device.
 
     Args:
         query: [batch, seqlen_q / devices, num_heads, head_dim].
@@ -29,8 +30,8 @@ def context_parallel(query, key, value, **given):
         {options}
         method: "head_parallel" exchanges a part of the sequence of all heads for all of it of some heads, and back, and
             needs heads that the devices divide. "ring" sends keys and values from device to device, and holds two
-            shares at a time. "all_gather_kv" gathers all keys and values on each device, and has all options. "auto"
-            takes the first of them that has the call.
+            shares at a time. "all_gather_kv" gathers all keys and values on each device. "auto" takes the first of them
+            that has the call.
         axis: the name of the mesh axis.
         order: "contiguous": device n has the n-th share. "zigzag": it has two of 2 devices chunks, the n-th and the
             n-th from the end, as `zigzag` deals them out, so that under a causal mask all cost the same; not for
@@ -40,8 +41,8 @@ def context_parallel(query, key, value, **given):
         implementation: see `scaled_dot_product_attention`.
 
     Returns:
-        The output of the device's rows, or (output, lse). Differentiable once; gradients of what all devices hold alike
-        are those of the whole.
+        The output of the device's rows, or (output, lse). Differentiable in reverse mode, the ring once, the others to
+        any order; gradients of what all devices hold alike are those of the whole.
 
     Raises:
         NotImplementedError: what a method does not have, naming one that has it.

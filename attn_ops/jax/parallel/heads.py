@@ -6,8 +6,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from attn_ops import namespaces
 from attn_ops.call.attention_call import canonical
 from attn_ops.jax import run
+from attn_ops.jax.parallel.shares import finer
+from attn_ops.masks import structure
 
 
 def refusal(share) -> str | None:
@@ -50,13 +53,13 @@ def attend(share, chosen, forced):
             return x if x is None else sliced(x, 1)
         return gathered(x, 2) if x.shape[1] == 1 != num_heads else exchanged(x, 1, 2)
 
-    blocks = call.blocks
-    if blocks is not None:
-        if share.rows % call.block_q:
-            raise NotImplementedError(
-                f"{share.name}: {call.block_q} rows of a block do not divide a device's {share.rows}: method='all_gather_kv'"
-            )
-        blocks = scores(blocks, share.rows // call.block_q)
+    if call.blocks is not None:
+        blocks, size = finer(call.blocks, 2, call.block_q, share.rows)
+        count = share.rows // size
+        call = call._replace(blocks=scores(blocks[:, :, :count], count), block_q=size)
+    intervals = call.intervals and tuple(gathered(x, 1) for x in call.intervals)
+    if intervals and call.segments:  # those of ids go from an id's first key to its last, and back for each device
+        intervals = structure.hull(namespaces.of(intervals), *intervals)
     offset = None
     if call.query_offset is not None and not (isinstance(share.offset, int) and share.offset == 0):
         offset = jnp.broadcast_to(jnp.asarray(share.offset, "int32"), call.query_offset.shape)
@@ -66,11 +69,10 @@ def attend(share, chosen, forced):
         value=of_heads(share.value),
         bias=scores(call.bias, share.rows),
         masks=tuple(scores(x, share.rows) for x in call.masks),
-        intervals=call.intervals and tuple(gathered(x, 1) for x in call.intervals),
+        intervals=intervals,
         segments=call.segments and (gathered(call.segments[0], 1), call.segments[1]),
         query_lengths=share.query_lengths,
         query_offset=offset,
-        blocks=blocks,
         alibi_slopes=None if call.alibi_slopes is None else sliced(call.alibi_slopes, 1),
         relative_bias=None if call.relative_bias is None else sliced(call.relative_bias, 0),
         sinks=None if call.sinks is None else sliced(call.sinks, 0),

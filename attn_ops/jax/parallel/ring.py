@@ -8,6 +8,9 @@ again there, and differentiated with the cotangents that merging gives it: for t
     d_out_share = w d_out        d_lse_share = w (d_out · (out_share - out) + d_lse).
 
 Shares of 16 bits are computed in float32: rounded ones would leave of delta, in which they must cancel, their rounding.
+
+To kernels no row stands before the first key. Rows that do, of the keys of a share that lies ahead, are moved ``ahead``
+to where they may stand, the tables of distances with them, and what slopes give is as much less in all scores of a row.
 """
 
 from __future__ import annotations
@@ -19,14 +22,15 @@ import jax
 import jax.numpy as jnp
 
 from attn_ops.jax import call as calls
-from attn_ops.jax import composite, derivatives, place
+from attn_ops.jax import composite, derivatives, place, run
 from attn_ops.jax.call import Arrays, Options, accumulator
-from attn_ops.jax.parallel import order
+from attn_ops.jax.parallel import order, shares
 
 
 class _Setting(typing.NamedTuple):
     """What is known when the function is traced."""
 
+    name: str
     axis: str
     count: int
     order: str
@@ -53,10 +57,8 @@ class _State(typing.NamedTuple):
     total: jax.Array
 
 
-def refusal(share) -> str | None:
-    """Why a ring cannot run this call; None when it can, as far as that is known before the mask is looked at."""
-    lacking = [name for name in ("alibi_slopes", "relative_bias") if share.given.get(name) is not None]
-    return f"it does not have {', '.join(lacking)}" if lacking else None
+def refusal(share) -> None:
+    """Why a ring cannot run this call: it can run all."""
 
 
 def attend(share, chosen, forced):
@@ -64,10 +66,9 @@ def attend(share, chosen, forced):
     pieces = share.own_rows()
     called = [share.call(rows) for rows in pieces]
     call = called[0]
-    if call.blocks is not None:
-        raise NotImplementedError(f"{share.name}: method='ring' has no masks.block_sparse: 'all_gather_kv' has it")
     dtype = accumulator(call.query.dtype)
     setting = _Setting(
+        share.name,
         share.axis,
         share.count,
         share.order,
@@ -86,11 +87,13 @@ def attend(share, chosen, forced):
     for piece, own in zip(pieces, called):
         queries.append(inside(own.query).astype(dtype))
         biases.append(None if own.bias is None else own.bias.astype(dtype))
-        rest = calls.split(own)[1]._replace(query=None, bias=None, sinks=None, query_offset=None)
+        rest = calls.split(own)[1]._replace(query=None, bias=None, relative_bias=None, sinks=None, query_offset=None)
         rows.append(_Rows(rest, jnp.asarray(piece.first), own.query_offset))
     key, value = (inside(x).astype(call.query.dtype) for x in (share.key, share.value))
-    arguments = place.varying_alike((tuple(rows), tuple(queries), key, value, tuple(biases), call.sinks))
-    results = _ring(setting, *arguments)
+    arguments = (tuple(rows), tuple(queries), key, value, tuple(biases), call.relative_bias, call.sinks)
+    others = "method='all_gather_kv' with implementation='composite' has it"
+    with run.without_forward_mode(f"{share.name}: method='ring' has no {{}}: {others}"):
+        results = _compiled(setting, *place.varying_alike(arguments))
     return share.joined(
         [(inside(out.astype(call.query.dtype)), lse if call.return_lse else None) for out, lse in results]
     )
@@ -113,31 +116,39 @@ def _steps(share, call):
     return tuple(sorted({*range(back + 1), *(share.count - n for n in range(1, ahead + 1))}))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled(setting, *arguments):
+    """`_ring`, whose derivatives JAX does not find inside `jax.shard_map` outside of `jax.jit`."""
+    return _ring(setting, *arguments)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(setting, rows, queries, key, value, biases, sinks):
+def _ring(setting, rows, queries, key, value, biases, table, sinks):
     """(out [batch, rows, num_heads, value_dim], lse) of each of the ``rows``."""
-    return [(out, lse) for out, lse, _ in _forward(setting, rows, queries, key, value, biases, sinks)]
+    return [(out, lse) for out, lse, _ in _forward(setting, rows, queries, key, value, biases, table, sinks)]
 
 
-def _ring_forward(setting, rows, queries, key, value, biases, sinks):
-    found = _forward(setting, rows, queries, key, value, biases, sinks)
-    return [(out, lse) for out, lse, _ in found], (rows, queries, key, value, biases, sinks, found)
+def _ring_forward(setting, rows, queries, key, value, biases, table, sinks):
+    found = _forward(setting, rows, queries, key, value, biases, table, sinks)
+    return [(out, lse) for out, lse, _ in found], (rows, queries, key, value, biases, table, sinks, found)
 
 
 def _ring_backward(setting, residuals, cotangents):
-    rows, queries, key, value, biases, sinks, found = residuals
+    residuals, cotangents = _first_order(setting.name, (residuals, cotangents))
+    rows, queries, key, value, biases, table, sinks, found = residuals
     # [batch, num_heads, rows]: what the cotangents of all scores of a row have in common.
     common = [d_lse - _products(d_out, out) for (out, _, _), (d_out, d_lse) in zip(found, cotangents)]
 
     def gradients_of(n, held, keys, start):
-        """Those of query, key, value and bias by one piece of keys."""
+        """Those of query, key, value, bias and table by one piece of keys."""
         d_out = cotangents[n][0]
 
-        def attention(query, key, value, bias):
-            out, lse, statistics = _of_keys(setting, rows[n], query, key, value, bias, keys, start)
+        def attention(query, key, value, bias, table):
+            out, lse, statistics = _of_keys(setting, rows[n], query, key, value, bias, table, keys, start)
             return (out, lse), statistics
 
-        (out, _), pull, statistics = jax.vjp(attention, queries[n], *widened(held), biases[n], has_aux=True)
+        arguments = queries[n], *widened(held), biases[n], table
+        (out, _), pull, statistics = jax.vjp(attention, *arguments, has_aux=True)
         weight = _weight(statistics[..., 0], statistics[..., 1], found[n][2])
         return pull((_along_rows(weight) * d_out, weight * (_products(d_out, out) + common[n])))
 
@@ -145,42 +156,56 @@ def _ring_backward(setting, residuals, cotangents):
         return tuple(x.astype(accumulator(x.dtype)) for x in held)
 
     def step(back, held, sums):
-        d_queries, d_key, d_value, d_biases = sums
+        d_queries, d_key, d_value, d_biases, d_table = sums
         d_queries, d_biases = list(d_queries), list(d_biases)
         for n, keys, start in _pairs(setting, len(rows), key.shape[1], back):
-            d_query, d_k, d_v, d_bias = _if_seen(
+            d_query, d_k, d_v, d_bias, d_t = _if_seen(
                 _seen(setting, rows[n], queries[n].shape[1], keys, start),
                 functools.partial(gradients_of, n, held, keys, start),
-                lambda n=n: _zeros((queries[n], *widened(held), biases[n]), queries),
+                lambda n=n: _zeros((queries[n], *widened(held), biases[n], table), queries),
             )
             d_queries[n] += d_query
             d_key, d_value = d_key + d_k, d_value + d_v
             d_biases[n] = None if d_bias is None else d_biases[n] + d_bias
-        return tuple(d_queries), d_key, d_value, tuple(d_biases)
+            d_table = None if d_t is None else d_table + d_t
+        return tuple(d_queries), d_key, d_value, tuple(d_biases), d_table
 
     def moved(sums, by):
-        d_queries, d_key, d_value, d_biases = sums
-        return d_queries, _shifted(setting, d_key, by), _shifted(setting, d_value, by), d_biases
+        d_queries, d_key, d_value, d_biases, d_table = sums
+        return d_queries, _shifted(setting, d_key, by), _shifted(setting, d_value, by), d_biases, d_table
 
-    sums = _zeros((queries, *widened((key, value)), biases), queries)
-    d_queries, d_key, d_value, d_biases = _round(setting, (key, value), sums, step, moved)
+    sums = _zeros((queries, *widened((key, value)), biases, table), queries)
+    d_queries, d_key, d_value, d_biases, d_table = _round(setting, (key, value), sums, step, moved)
     if setting.steps[-1]:
         d_key, d_value = (_shifted(setting, x, setting.count - setting.steps[-1]) for x in (d_key, d_value))
     d_sinks = None
     if sinks is not None:
         weights = (jnp.exp(sinks[:, None] - state.maximum) / _nonzero(state.total) for _, _, state in found)
         d_sinks = sum((weight * c).sum((0, 2)) for weight, c in zip(weights, common))
-    return None, d_queries, d_key.astype(key.dtype), d_value.astype(value.dtype), d_biases, d_sinks
+    return None, d_queries, d_key.astype(key.dtype), d_value.astype(value.dtype), d_biases, d_table, d_sinks
 
 
 _ring.defvjp(_ring_forward, _ring_backward)
 
 
-def _forward(setting, rows, queries, key, value, biases, sinks):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _first_order(name, tree):
+    """``tree``, with no derivative: the statistics of shares have none."""
+    return tree
+
+
+@_first_order.defjvp
+def _no_second_order(name, primals, tangents):
+    raise NotImplementedError(
+        f"{name}: method='ring' has first derivatives, in reverse mode: method='all_gather_kv' has those of second order"
+    )
+
+
+def _forward(setting, rows, queries, key, value, biases, table, sinks):
     """(out, lse, `_State` without out) of each of the ``rows``."""
 
     def more(n, held, state, keys, start):
-        out, _, statistics = _of_keys(setting, rows[n], queries[n], *held, biases[n], keys, start)
+        out, _, statistics = _of_keys(setting, rows[n], queries[n], *held, biases[n], table, keys, start)
         return _merged(state, _State(out, statistics[..., 0], statistics[..., 1]))
 
     def step(back, held, states):
@@ -218,10 +243,10 @@ def _round(setting, held, states, step, moved=lambda states, by: states):
         return (following, moved(step(back, held, states), by)), None
 
     while len(steps) > 1:
-        by, run = steps[1] - steps[0], []
+        by, alike = steps[1] - steps[0], []
         while len(steps) > 1 and steps[1] - steps[0] == by:  # those of one length are one loop
-            run.append(steps.pop(0))
-        (held, states), _ = jax.lax.scan(functools.partial(one, by), (held, states), jnp.array(run, "int32"))
+            alike.append(steps.pop(0))
+        (held, states), _ = jax.lax.scan(functools.partial(one, by), (held, states), jnp.array(alike, "int32"))
     return step(steps[0], held, states)
 
 
@@ -257,11 +282,21 @@ def _key_lengths(rows, count, start):
     return None if lengths is None else jnp.clip(lengths - start, 0, count).astype("int32")
 
 
+def _blocks(setting, rows, count, start):
+    """(blocks, keys of each) of ``count`` keys from ``start`` on, which is a multiple of it."""
+    if rows.arrays.blocks is None:
+        return None, 0
+    blocks, size = shares.finer(rows.arrays.blocks, 3, setting.options.block_k, count)
+    return jax.lax.dynamic_slice_in_dim(blocks, start // size, count // size, 3), size
+
+
 def _seen(setting, rows, num_rows, keys, start):
     """Whether some row may see some of the keys; None where that goes without saying."""
     ends, lengths = _ends(setting, rows, num_rows, keys[1], start), _key_lengths(rows, keys[1], start)
+    blocks, _ = _blocks(setting, rows, keys[1], start)
     some = [] if ends is None else [jnp.any(ends[0] < ends[1])]
     some += [] if lengths is None else [jnp.any(lengths > 0)]
+    some += [] if blocks is None else [jnp.any(blocks)]
     return functools.reduce(jnp.logical_and, some) if some else None
 
 
@@ -269,7 +304,7 @@ def _if_seen(seen, work, nothing):
     return work() if seen is None else jax.lax.cond(seen, work, nothing)
 
 
-def _of_keys(setting, rows, query, key, value, bias, keys, start):
+def _of_keys(setting, rows, query, key, value, bias, table, keys, start):
     """(out, lse, statistics) of the rows that see these keys alone: ``keys`` of those held, from ``start`` of the whole
     on."""
     at, count = keys
@@ -283,6 +318,16 @@ def _of_keys(setting, rows, query, key, value, bias, keys, start):
     origin = None
     if setting.options.dropout_rate:
         origin = jnp.stack([jnp.asarray(n, "uint32") for n in (0, query.shape[2], rows.first, start)])
+    blocks, block_k = _blocks(setting, rows, count, start)
+    options = setting.options._replace(block_k=block_k)
+    offset = ahead = None
+    if own.alibi_slopes is not None or table is not None:
+        offset = rows.position - start
+        ahead = jnp.maximum(-offset.min(), 0)
+        offset += ahead
+    if table is not None:
+        # How far rows and keys may lie apart where rows were moved: one of the batch then stands at the first key.
+        table = _moved_table(table, ahead, max(query.shape[1], count) if offset.shape[0] == 1 else whole)
     arrays = own._replace(
         query=query,
         key=key,
@@ -292,12 +337,29 @@ def _of_keys(setting, rows, query, key, value, bias, keys, start):
         key_lengths=_key_lengths(rows, count, start),
         intervals=_ends(setting, rows, query.shape[1], count, start),
         segments=own.segments and (own.segments[0], columns(own.segments[1], 1)),
+        blocks=blocks,
+        query_offset=offset,
+        relative_bias=table,
         origin=origin,
     )
     arrays = place.varying_alike(arrays)
     if setting.chosen == "composite":
-        return composite.with_statistics(setting.options, arrays)
-    return derivatives.attention(setting.forced, setting.options, arrays)
+        out, lse, statistics = composite.with_statistics(options, arrays)
+    else:
+        out, lse, statistics = derivatives.attention(setting.forced, options, arrays)
+    if own.alibi_slopes is not None:
+        less = (own.alibi_slopes * ahead.astype(own.alibi_slopes.dtype))[:, :, None]
+        lse += less
+        statistics = statistics.at[..., 0].add(jnp.where(statistics[..., 1] == 0, 0.0, less))
+    return out, lse, statistics
+
+
+def _moved_table(table, ahead, extent):
+    """A table [num_heads, 2 R + 1] of distances that are ``ahead`` less than those of the ``table``."""
+    reach = table.shape[1] // 2
+    wide = reach + extent
+    distances = jnp.arange(-wide, wide + 1) + ahead
+    return jnp.take(table, jnp.clip(distances, -reach, reach) + reach, axis=1, mode="clip")
 
 
 def _merged(a, b):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 
 import jax
@@ -91,6 +92,39 @@ class Share:
             call = call._replace(query_offset=None)
         return _rows_of(call._replace(key=None, value=None), rows, self.rows, self.heads_axis)
 
+    def without_functions(self) -> Share:
+        """The same with what functions of indices in the mask say of these rows: they are functions of those of the
+        whole."""
+        masks = self.given["mask"] or []
+        structure = [x for x in masks if isinstance(x, Mask)]
+        functions = tuple(part for mask in structure for part in mask.structured if part.is_function)
+        if not functions:
+            return self
+        [structure] = structure
+        others = tuple(part for part in structure.structured if not part.is_function)
+        offset = None if isinstance(self.offset, int) and self.offset == 0 else self.offset
+        extents = self.rows * self.count, self.keys * self.count
+        try:
+            found = Mask(structured=functions).parts(*extents, offset)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        structure = dataclasses.replace(structure, structured=others)
+        if found.intervals is not None:
+            structure &= constructors.intervals(*(self.own(x, 1) for x in found.intervals))
+        if found.segments is not None:
+            structure &= constructors.segments(self.own(found.segments[0], 1), found.segments[1])
+        if found.blocks is not None:
+            blocks, size = finer(found.blocks, 2, found.block_q, self.own_rows()[0].count)
+            structure &= constructors.block_sparse(self.own(blocks, 2, size), size, found.block_k)
+        own = [self.own(x, 2) if x.shape[2] > 1 else x for x in found.dense]
+        dense = [x for x in masks if not isinstance(x, Mask)]
+        return dataclasses.replace(self, given={**self.given, "mask": [structure, *dense, *own]})
+
+    def own(self, x, axis, size=1):
+        """The device's rows of an array of the rows of the whole, or of blocks of ``size`` of them."""
+        starts = [(rows.first // size, rows.count // size) for rows in self.own_rows()]
+        return jnp.concatenate([jax.lax.dynamic_slice_in_dim(x, *start, axis) for start in starts], axis)
+
     def in_order(self, x):
         """What was gathered along the sequence of all devices, in the order of the whole."""
         return unzigzag(x, self.count, self.sequence_axis) if self.order == "zigzag" else x
@@ -162,7 +196,14 @@ def described(name, axis, order, query, key, value, given) -> Share:
         offset = offset[0] if offset.shape == (1,) else offset
     masks = [x for x in (structure, *dense) if x is not None]
     given["mask"] = masks or None
-    return Share(name, axis, order, query, key, value, layout, count, index, rows, keys, offset, query_lengths, given)
+    share = Share(name, axis, order, query, key, value, layout, count, index, rows, keys, offset, query_lengths, given)
+    return share.without_functions()
+
+
+def finer(blocks, axis, size, extent):
+    """(blocks, size): those of a mask of blocks of ``size`` along ``axis``, cut so that they divide ``extent``."""
+    parts = size // math.gcd(size, extent)
+    return jnp.repeat(blocks, parts, axis) if parts > 1 else blocks, size // parts
 
 
 def counts_positions(call) -> bool:
@@ -200,12 +241,8 @@ def _rows_of(call, rows, extent, heads_axis):
 
     lengths = call.query_lengths
     if call.blocks is not None:
-        if rows.start % call.block_q:
-            raise NotImplementedError(
-                f"masks.block_sparse: {call.block_q} rows of a block do not divide {rows.start} rows"
-            )
-        first, last = rows.start // call.block_q, -(-end // call.block_q)
-        call = call._replace(blocks=call.blocks[:, :, first:last])
+        blocks, size = finer(call.blocks, 2, call.block_q, rows.count)
+        call = call._replace(blocks=blocks[:, :, rows.start // size : end // size], block_q=size)
     return call._replace(
         query=cut(call.query, 3 - heads_axis),
         bias=cut(call.bias, 2),

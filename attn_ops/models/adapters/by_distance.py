@@ -6,6 +6,7 @@ from __future__ import annotations
 import typing
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from attn_ops.call.position_bias import T5RelativeBias, alibi_slopes
@@ -29,16 +30,32 @@ def bloom(layer, stock, hidden_states, attention_mask=None, cache=None, cache_up
 
 def falcon(layer, stock, inputs, alibi, attention_mask=None, cache=None, cache_update_index=None):
     """`FalconAttention.call`: scores scale (q k^T + alibi), with `[batch, num_heads, 1, seqlen_k]` biases that count the
-    real keys: only where padding has no holes they are those of slopes."""
+    real keys: those of slopes where all are real, and else, since padding may have holes, biases."""
     options = structure.options(attention_mask)
     if not options or (cache is None and cache_update_index is not None):
         return stock(inputs, alibi, attention_mask, cache, cache_update_index)
     rows = [dense(inputs) for dense in (layer.query_dense, layer.key_dense, layer.value_dense)]
-    scaled = ops.cast(alibi, rows[0].dtype) * ops.cast(layer.inv_norm_factor, rows[0].dtype)
-    options["bias"] = ops.stop_gradient(scaled)
+    if _counts_all_keys(alibi, attention_mask, cache):
+        options["alibi_slopes"] = structure.of(alibi) * layer.inv_norm_factor
+    else:
+        scaled = ops.cast(alibi, rows[0].dtype) * ops.cast(layer.inv_norm_factor, rows[0].dtype)
+        options["bias"] = ops.stop_gradient(scaled)
     out, cache = _attended(layer, *rows, cache, cache_update_index, layer.attention_dropout, options)
     out = layer.output_dense(out)
     return out if cache is None else (out, cache)
+
+
+def falcon_alibi(layer, stock, num_heads, mask):
+    """`FalconTransformerDecoder._build_alibi_tensor`, which keeps the slopes that its biases are made of."""
+    return structure.keep(stock(num_heads, mask), np.asarray(layer._get_slopes(num_heads), np.float32))
+
+
+def _counts_all_keys(alibi, attention_mask, cache):
+    """Whether Falcon's biases are slopes times the keys: none is padding, and of a cache there are biases for all."""
+    known = structure.of(attention_mask)
+    if structure.of(alibi) is None or known is None or known.padding is not None:
+        return False
+    return cache is None or alibi.shape[-1] == cache.shape[2] is not None
 
 
 def _attended(layer, query, key, value, cache, index, dropout, options):

@@ -25,6 +25,7 @@ KNOWN_CODE = {
     "EsmSelfAttention.call": ("e2541cfcb510",),
     "FalconAttention.call": ("19384ed577fc",),
     "FalconCausalLM.generate_step": ("42590af820cb",),
+    "FalconTransformerDecoder._build_alibi_tensor": ("2ad5d45344a1",),
     "FalconTransformerDecoder._compute_attention_mask": ("8a2156cebd88",),
     "FluxRoPEAttention.call": ("515ae36b4e14+76f065b279bd",),
     "GPT2CausalLM.generate_step": ("8cd25a8170d6",),

@@ -271,6 +271,16 @@ _CALLS = (
     hub_seam("models.bloom.bloom_attention", "BloomAttention", "call", f"hidden_states {_CALL}".split(), by_distance.bloom),
     hub_seam("models.falcon.falcon_attention", "FalconAttention", "call", f"inputs alibi {_CALL}".split(), by_distance.falcon),
     hub_seam(
+        "models.falcon.falcon_transformer_decoder",
+        "FalconTransformerDecoder",
+        "_build_alibi_tensor",
+        ("num_heads", "mask"),
+        by_distance.falcon_alibi,
+        ("_get_slopes",),
+        attends=False,
+        needed=False,
+    ),
+    hub_seam(
         "models.t5.t5_multi_head_attention",
         "T5MultiHeadAttention",
         "call",

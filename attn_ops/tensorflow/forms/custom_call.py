@@ -55,9 +55,10 @@ def forward(call: AttentionCall, **more):
 
 
 def backward(call: AttentionCall, out, statistics, d_out, d_lse):
-    """The gradients of the differentiable inputs of ``call``; ``d_lse`` may be None."""
+    """The gradients of those inputs of ``call`` that are `asked` for; ``d_lse`` may be None."""
     operands = [call.query, call.key, call.value, out, statistics, d_out, *([] if d_lse is None else [d_lse])]
-    wanted = call.differentiable()
+    inputs = call.differentiable()
+    wanted = [inputs[at] for at in call.asked()]
     optional = [x for given in given_inputs(call).values() for x in given]
     places = [0, 1, 2]
     for x in wanted[3:]:
@@ -66,7 +67,7 @@ def backward(call: AttentionCall, out, statistics, d_out, d_lse):
         "attn_ops.backward",
         operands,
         call,
-        {"num_d_lse": int(d_lse is not None), "d_bias": call.bias is not None},
+        {"num_d_lse": int(d_lse is not None), "d_bias": call.bias is not None and not call.constant_bias},
         results=[[(operand, axis) for axis in range(x.shape.rank)] for operand, x in zip(places, wanted)],
         dtypes=[x.dtype for x in wanted],
         shapes=[x.shape for x in wanted],

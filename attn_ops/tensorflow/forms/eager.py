@@ -36,7 +36,7 @@ def forward(call: AttentionCall, **more):
 
 
 def backward(call: AttentionCall, out, statistics, d_out, d_lse):
-    """The gradients of the differentiable inputs of ``call``; ``d_lse`` may be None."""
+    """The gradients of those inputs of ``call`` that are `asked` for; ``d_lse`` may be None."""
     d_query, d_key, d_value, *others = kernels.library().attn_ops_backward(
         call.query,
         call.key,
@@ -46,12 +46,14 @@ def backward(call: AttentionCall, out, statistics, d_out, d_lse):
         d_out,
         () if d_lse is None else (d_lse,),
         *optional_inputs(call).values(),
+        d_bias=call.bias is not None and not call.constant_bias,
         **attributes(call),
     )
-    others = [gradient for gradients in others for gradient in gradients]
-    for gradient, x in zip(others, call.differentiable()[3:]):  # whether they are wanted the op's shape function cannot tell
-        gradient.set_shape(x.shape)
-    return [d_query, d_key, d_value, *others]
+    inputs = call.differentiable()
+    gradients = [d_query, d_key, d_value, *(gradient for gradients in others for gradient in gradients)]
+    for at in call.asked()[3:]:  # whether they are wanted the op's shape function cannot tell
+        gradients[at].set_shape(inputs[at].shape)
+    return [gradients[at] for at in call.asked()]
 
 
 # Registers the ops, so that a saved model which holds them can be loaded from here on.

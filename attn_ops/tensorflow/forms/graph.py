@@ -29,7 +29,7 @@ def forward(call: AttentionCall):
 
 
 def backward(call: AttentionCall, out, statistics, d_out, d_lse):
-    """The gradients of the differentiable inputs of ``call``; ``d_lse`` may be None."""
+    """The gradients of those inputs of ``call`` that are `asked` for; ``d_lse`` may be None."""
     return _either("backward", call, out, statistics, d_out, *([] if d_lse is None else [d_lse]))
 
 
@@ -152,7 +152,7 @@ def _composite_forward(call):
 def _composite_backward(call, out, statistics, d_out, d_lse):
     del out, statistics  # computed anew
     cotangents = [d_out, *([] if d_lse is None else [d_lse])]
-    return composite.gradients(composite.separate(call), cotangents, in_xla=True)
+    return composite.gradients(composite.separate(call), cotangents, call.asked(), in_xla=True)
 
 
 _RUN = {

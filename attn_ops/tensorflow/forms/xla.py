@@ -26,10 +26,11 @@ def forward(call: AttentionCall):
 
 
 def backward(call: AttentionCall, out, statistics, d_out, d_lse):
-    """The gradients of the differentiable inputs of ``call``; ``d_lse`` may be None."""
+    """The gradients of those inputs of ``call`` that are `asked` for; ``d_lse`` may be None."""
     if not dynamic_sizes.any_unknown(call):
         return custom_call.backward(call, out, statistics, d_out, d_lse)
     room = dynamic_sizes.Room(call)
     d_lse = None if d_lse is None else room.like_lse(d_lse)
     gradients = custom_call.backward(room.call, room.like_out(out), room.like_lse(statistics), room.like_out(d_out), d_lse)
-    return [dynamic_sizes.cut_like(d, x) for d, x in zip(gradients, call.differentiable())]
+    inputs = call.differentiable()
+    return [dynamic_sizes.cut_like(d, inputs[at]) for d, at in zip(gradients, call.asked())]

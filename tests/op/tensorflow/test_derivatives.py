@@ -162,6 +162,45 @@ def test_only_the_watched_bias_gets_a_gradient(chosen):
         assert gradient[watched is bias].shape == watched.shape
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_the_gradient_of_a_constant_bias_is_not_computed(jit_compile):
+    """In graphs that a tape looks into. Without a tape there, as where a function is differentiated as a whole, all that
+    might be asked for is there."""
+    query, key, value = tensors("float32")
+    given = tf.random.normal([1, 2, 3, 4])
+
+    def attend(query, bias):
+        return tf.reduce_sum(tf.sin(scaled_dot_product_attention(query, key, value, bias=bias)))
+
+    def gradients(query, bias, watched):
+        with tf.GradientTape() as tape:
+            tape.watch(watched(query, bias))
+            loss = attend(query, 2 * bias)
+        return tape.gradient(loss, watched(query, bias))
+
+    def computed(watched):
+        """Whether a backward gives it; and the gradients."""
+        function = tf.function(lambda *x: gradients(*x, watched), jit_compile=jit_compile, autograph=False)
+        graph = function.get_concrete_function(query, given).graph.as_graph_def()
+        nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
+        found = [n.attr["d_bias"].b for n in nodes if n.op == "AttnOps>Backward"]
+        found += [b"d_bias = true" in n.attr["module"].s for n in nodes if b"attn_ops.backward" in n.attr["module"].s]
+        assert found and len(set(found)) == 1
+        return found[0], function(query, given)
+
+    alone, both = computed(lambda query, bias: [query]), computed(lambda query, bias: [query, bias])
+    assert (alone[0], both[0]) == (False, True)
+    expected = gradients(query, given, lambda *x: list(x))
+    for found, right in zip([*alone[1], *both[1]], [expected[0], *expected]):
+        np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-6)
+    whole = tf.function(lambda query, bias: attend(query, 2 * bias), jit_compile=jit_compile, autograph=False)
+    with tf.GradientTape() as tape:
+        tape.watch([query, given])
+        loss = whole(query, given)
+    for found, right in zip(tape.gradient(loss, [query, given]), expected):
+        np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-6)
+
+
 @both
 def test_recompute_grad_drops_the_same(chosen):
     inputs = tensors("float32", seqlen_q=20, seqlen_k=20)

@@ -1,0 +1,9 @@
+# Written by tests/package/stub.py, which tests compare it with.
+
+from typing import Any
+
+__all__ = ['from_tensorflow_addons', 'from_tf_keras', 'register']
+
+def from_tensorflow_addons(layer: Any) -> Any: ...
+def from_tf_keras(layer: Any) -> Any: ...
+def register(cls: Any, adapter: Any, method: Any = 'call') -> Any: ...
