@@ -1,6 +1,7 @@
 """The CUDA kernels behind the call that every implementation of the tests has, and where they run.
 
-Under plain `pytest` they run on the CPU, on the stand-in driver of tests/cuda_host; with `pytest -m gpu` on the device.
+Under plain `pytest` they run on the CPU, on the stand-in driver of tests/cuda_host: by the layer there, or, with
+ATTN_OPS_STANDIN_PTX=1 in the environment, as nvcc's PTX (tests/cuda_host/ptx). With `pytest -m gpu`, on the device.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ def start(device: bool) -> None:
     driver()
     reason = cuda.unavailable_reason()
     assert reason is None, reason
+    if not device and os.environ.get("ATTN_OPS_STANDIN_PTX") == "1":
+        from cuda_host.ptx.device import Interpreter
+
+        Interpreter(driver()).__enter__()
 
 
 def run(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.ndarray | None]:
