@@ -32,7 +32,7 @@ class Banks:
     def begin(self, machine):
         self.kernel = machine.program.name
 
-    def read(self, step, lanes, addresses, size):
+    def read(self, step, lanes, addresses, size, values=None):
         together = min(32, 128 // size)
         groups = lanes // together
         words = addresses[:, None] // 4 + np.arange(-(-size // 4))

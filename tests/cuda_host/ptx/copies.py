@@ -36,6 +36,10 @@ class Copies:
         self.group = np.zeros(lanes, np.int64)  # that the next copies of a lane are of
         self.pending: list[_Copy] = []
 
+    def clear(self):
+        self.group.fill(0)
+        self.pending = []
+
     def issue(self, step, lanes, target, source, size, exists):
         self.shared.store(target, size, _poison(len(lanes), size), lanes)
         self.observe("copy_begins", step, lanes, target, size)

@@ -23,8 +23,8 @@ _BRANCH, _RETURN, _BARRIER, _TOGETHER = range(4)
 class Machine:
     """For `blocks` blocks at a time, as often as wanted.
 
-    Observers may have the methods read, write, copy_begins, copy_ends (step, lanes, addresses, size), warp_barrier (step, lanes) and
-    barrier (step, blocks), and begin (machine).
+    Observers may have the methods read, copy_begins, copy_ends (step, lanes, addresses, size), write (the same and the bytes, before they
+    are written), of shared memory; global_read, global_write; fence, atom, warp_barrier, barrier (step, lanes); begin (machine).
     """
 
     def __init__(self, program: Program, blocks: int, shared_bytes: int, model=MODELS["exact"], observers=()):
@@ -33,9 +33,9 @@ class Machine:
         count = blocks * self.threads
         self.all_lanes = np.arange(count)
         self.registers = Registers(program, count, self.threads)
-        self.memory = GlobalMemory([])
+        self.memory = GlobalMemory()
         self.shared = SharedMemory(shared_bytes, blocks, self.threads)
-        self.parameters = Parameters(bytes(program.parameter_bytes), PARAMETERS)
+        self.parameters = Parameters(program.parameter_bytes, PARAMETERS)
         self.copies = Copies(count, self.memory, self.shared, self.observe)
         self.instructions = [self._bound(i) for i in program.instructions]
 
@@ -80,10 +80,11 @@ class Machine:
         Raises:
             PtxError: a kernel did what it must not do; with its name, the block, the thread and the instruction.
         """
-        self.memory.__init__(allocations)
-        self.parameters.__init__(parameters, PARAMETERS)
+        self.memory.allow(allocations)
+        self.parameters.set(parameters)
         self.shared.clear()
-        self.copies.__init__(len(self.all_lanes), self.memory, self.shared, self.observe)
+        self.copies.clear()
+        self.first_block = first_block
         self.registers.block[:] = first_block + self.all_lanes // self.threads
         for observer in self.observers:
             getattr(observer, "begin", _ignore)(self)

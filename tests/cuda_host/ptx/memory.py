@@ -19,6 +19,12 @@ def _everything(dtype, columns=None):
     return np.frombuffer(raw, dtype).reshape((_HIGHEST - _LOWEST) // size, *([columns] if columns else []))
 
 
+def _views(words):
+    """The same memory by the sizes of accesses."""
+    flat = words.reshape(-1)
+    return {1: flat.view(np.uint8), 2: flat.view(np.uint16), **{n: flat.reshape(-1, n // 4) for n in (4, 8, 16)}}
+
+
 class _Space:
     """Bytes as arrays of 1, 2, 4, 8 and 16 bytes, of which `_place` says where an address is."""
 
@@ -48,7 +54,7 @@ class _Space:
 
 
 class GlobalMemory(_Space):
-    """`allocations`: begin and bytes of each."""
+    """What `allow` was told of: begin and bytes of each allocation."""
 
     name = "global"
     views = {
@@ -56,7 +62,7 @@ class GlobalMemory(_Space):
         **{size: _everything(np.uint32, size // 4) for size in (4, 8, 16)},
     }
 
-    def __init__(self, allocations):
+    def allow(self, allocations):
         ordered = sorted(allocations)
         self.begins = np.array([begin for begin, _ in ordered], np.int64)
         self.ends = np.array([begin + size for begin, size in ordered], np.int64)
@@ -89,8 +95,7 @@ class SharedMemory(_Space):
         self.size = size
         self.pitch = -(-size // 128) * 128
         words = np.full((blocks * self.pitch // 16 or 1, 4), 0xFFFFFFFF, np.uint32)
-        self.views = {n: words.reshape(-1, n // 4) for n in (4, 8, 16)}
-        self.views |= {2: words.reshape(-1).view(np.uint16), 1: words.reshape(-1).view(np.uint8)}
+        self.views = _views(words)
         self.base = np.repeat(np.arange(blocks, dtype=np.int64) * self.pitch, threads)
 
     def _place(self, addresses, size, lanes):
@@ -108,12 +113,13 @@ class Parameters(_Space):
 
     name = "parameter"
 
-    def __init__(self, content: bytes, begin: int):
-        words = np.zeros((-(-len(content) // 16) + 1, 4), np.uint32)
-        words.reshape(-1).view(np.uint8)[: len(content)] = np.frombuffer(content, np.uint8)
-        self.views = {n: words.reshape(-1, n // 4) for n in (4, 8, 16)}
-        self.views |= {2: words.reshape(-1).view(np.uint16), 1: words.reshape(-1).view(np.uint8)}
-        self.begin, self.size = begin, len(content)
+    def __init__(self, size: int, begin: int):
+        words = np.zeros((-(-size // 16), 4), np.uint32)
+        self.views = _views(words)
+        self.begin, self.size = begin, size
+
+    def set(self, content: bytes):
+        self.views[1][: self.size] = np.frombuffer(content, np.uint8)
 
     def _place(self, addresses, size, lanes):
         places = addresses - self.begin

@@ -2,7 +2,7 @@
 
 Of two accesses the earlier comes before the later if the block has met at a barrier in between, or, within a warp, the warp (bar.warp). A
 copy (`cp.async`) writes when it is issued, and again when its thread has waited for it; in between nobody may read. So this
-finds what a lucky order of warps hides: the machine's order is only one of them.
+finds what a lucky order of warps hides: the machine's order is only one of them. Writes of the same value are no race: so flags are set.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Races:
         self.writer = np.full(size, _NOBODY, np.int32)
         self.written, self.warp_written, self.write_step = (np.zeros(size, np.int32) for _ in range(3))
         self.copier = np.full(size, _NOBODY, np.int32)
+        self.scratch = np.zeros(size, np.uint8)
         # Of each warp of the block by itself, its last reader: a lane, or more than one.
         self.reader = np.full((self.warps, size), _NOBODY, np.int32)
         self.was_read, self.warp_read, self.read_step = (np.zeros((self.warps, size), np.int32) for _ in range(3))
@@ -57,10 +58,10 @@ class Races:
         self.was_read[warp, places], self.warp_read[warp, places] = self.met[lanes], self.warp_met[lanes]
         self.read_step[warp, places] = step.number
 
-    def write(self, step, lanes, addresses, size):
+    def write(self, step, lanes, addresses, size, values):
         lanes, places = self._bytes(lanes, addresses, size)
         self._check_copies(step, lanes, places)
-        self._write(step, lanes, places)
+        self._write(step, lanes, places, values.reshape(-1))
 
     def copy_begins(self, step, lanes, addresses, size):
         lanes, places = self._bytes(lanes, addresses, size)
@@ -79,11 +80,16 @@ class Races:
         places = (addresses + self.machine.shared.base[lanes])[:, None] + np.arange(size)
         return np.repeat(lanes, size), places.reshape(-1)
 
-    def _write(self, step, lanes, places):
-        self._check_writer(step, lanes, places)
+    def _write(self, step, lanes, places, values=None):
+        other = True if values is None else self.machine.shared.views[1][places] != values
+        self._check_writer(step, lanes, places, other)
         self._check_readers(step, lanes, places)
         self.writer[places] = lanes
-        self._refuse(step, lanes, places, self.writer[places] != lanes, self.writer, None)  # two in one instruction
+        twice = self.writer[places] != lanes  # in one instruction
+        if values is not None and np.count_nonzero(twice):
+            self.scratch[places] = values
+            twice &= self.scratch[places] != values
+        self._refuse(step, lanes, places, twice, self.writer, None)
         self.written[places], self.warp_written[places] = self.met[lanes], self.warp_met[lanes]
         self.write_step[places] = step.number
 
@@ -94,11 +100,11 @@ class Races:
             where = self._describe(step, lanes[first], places[first])
             raise PtxError(f"race: {where}, whose copy has not been waited for")
 
-    def _check_writer(self, step, lanes, places):
+    def _check_writer(self, step, lanes, places, other=True):
         writer = self.writer[places]
         same_warp = writer // 32 == lanes // 32
         ordered = (self.written[places] < self.met[lanes]) | same_warp & (self.warp_written[places] < self.warp_met[lanes])
-        self._refuse(step, lanes, places, (writer >= 0) & (writer != lanes) & ~ordered, self.writer, self.write_step)
+        self._refuse(step, lanes, places, (writer >= 0) & (writer != lanes) & ~ordered & other, self.writer, self.write_step)
 
     def _check_readers(self, step, lanes, places):
         own = lanes // 32 % self.warps

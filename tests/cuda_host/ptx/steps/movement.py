@@ -24,13 +24,14 @@ def ld(i, machine):
     address = registers.address(i.operands[1])
     element = np.dtype(TYPES[i.type]).itemsize
     size = element * len(names)
+    event = {machine.shared: "read", machine.memory: "global_read"}.get(memory)
 
     def step(mask):
         lanes = machine.lanes(mask)
         addresses = _addresses(address, lanes)
         values = memory.load(addresses, size, lanes)
-        if memory is machine.shared:
-            machine.observe("read", i, lanes, addresses, size)
+        if event is not None:
+            machine.observe(event, i, lanes, addresses, size)
         values = values.reshape(len(lanes), -1).view(f"u{element}")
         for target, column in zip(targets, values.T, strict=True):
             target[lanes] = extended(np.ascontiguousarray(column), i.type, target.dtype.itemsize)
@@ -52,11 +53,11 @@ def st(i, machine):
         for column, source in enumerate(sources):
             values[:, column] = source[lanes] if np.ndim(source) else source
         addresses = _addresses(address, lanes)
-        if size >= 4:
-            values = values.view(np.uint32)
-        memory.store(addresses, size, values if size >= 4 else values[:, 0], lanes)
         if memory is machine.shared:
-            machine.observe("write", i, lanes, addresses, size)
+            machine.observe("write", i, lanes, addresses, size, values.view(np.uint8))
+        else:
+            machine.observe("global_write", i, lanes, addresses, size)
+        memory.store(addresses, size, values.view(np.uint32) if size >= 4 else values[:, 0], lanes)
 
     return step
 
@@ -94,6 +95,7 @@ def atom(i, machine):
     expected, desired = registers.sources(i.operands[2:], "b64")
 
     def step(mask):
+        machine.observe("atom", i, machine.lanes(mask))
         for lane in machine.lanes(mask):
             lanes = np.array([lane])
             where = _addresses(address, lanes)
@@ -108,5 +110,5 @@ def atom(i, machine):
 
 @instruction("fence", "membar")
 def fence(i, machine):
-    """Memory is in order here."""
-    return lambda mask: None
+    """Memory is in order here: of interest to observers."""
+    return lambda mask: machine.observe("fence", i, machine.lanes(mask))
