@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -15,6 +16,12 @@ from .tensor_core import MODELS
 _Callback = ctypes.CFUNCTYPE(
     ctypes.c_int, *(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p, ctypes.c_size_t)
 )
+
+
+@lru_cache(maxsize=12)
+def _machine(program: Program, blocks: int, shared_bytes: int) -> Machine:
+    """Kept: to bind instructions takes longer than to execute them once."""
+    return Machine(program, blocks, shared_bytes)
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,6 @@ class Interpreter:
     def __init__(self, driver, program=compiled.program, model: str = "exact", observers=()):
         self.driver, self.program, self.model, self.observers = driver, program, MODELS[model], tuple(observers)
         self.launches: list[Launch] = []
-        self._machines: dict[tuple, Machine] = {}
         self._callback = _Callback(self._launch)
 
     def __enter__(self):
@@ -58,14 +64,11 @@ class Interpreter:
 
     def _run(self, program: Program, args, blocks, shared_bytes):
         side_by_side = blocks_of(program, blocks)
-        key = program.name, side_by_side, shared_bytes
-        if key not in self._machines:
-            self._machines[key] = Machine(program, side_by_side, shared_bytes, self.model, self.observers)
-        machine = self._machines[key]
+        machine = _machine(program, side_by_side, shared_bytes)
         parameters = ctypes.string_at(args, program.parameter_bytes)
         executed, allocations = 0, self._allocations()
         for first in range(0, blocks, side_by_side):
-            machine.run(first, min(side_by_side, blocks - first), parameters, allocations)
+            machine.run(first, min(side_by_side, blocks - first), parameters, allocations, self.model, self.observers)
             executed += machine.executed
         self.launches.append(Launch(program.name, blocks, shared_bytes, executed))
 

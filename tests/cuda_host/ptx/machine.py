@@ -21,14 +21,14 @@ _BRANCH, _RETURN, _BARRIER, _TOGETHER = range(4)
 
 
 class Machine:
-    """For `blocks` blocks at a time, as often as wanted.
+    """Of one kernel, for `blocks` blocks at a time, as often as wanted.
 
     Observers may have the methods read, copy_begins, copy_ends (step, lanes, addresses, size), write (the same and the bytes, before they
     are written), of shared memory; global_read, global_write; fence, atom, warp_barrier, barrier (step, lanes); begin (machine).
     """
 
-    def __init__(self, program: Program, blocks: int, shared_bytes: int, model=MODELS["exact"], observers=()):
-        self.program, self.blocks, self.model, self.observers = program, blocks, model, observers
+    def __init__(self, program: Program, blocks: int, shared_bytes: int):
+        self.program, self.blocks = program, blocks
         self.threads = program.threads
         count = blocks * self.threads
         self.all_lanes = np.arange(count)
@@ -37,7 +37,7 @@ class Machine:
         self.shared = SharedMemory(shared_bytes, blocks, self.threads)
         self.parameters = Parameters(program.parameter_bytes, PARAMETERS)
         self.copies = Copies(count, self.memory, self.shared, self.observe)
-        self.instructions = [self._bound(i) for i in program.instructions]
+        self.instructions = [None] * len(program.instructions)  # bound when they are first executed
 
     def lanes(self, mask):
         return self.all_lanes if mask is True else np.flatnonzero(mask)
@@ -47,6 +47,10 @@ class Machine:
             getattr(observer, event, _ignore)(step, lanes, *more)
 
     # --- What each instruction is: (kind or None, step, more) ------------------------------------------------------
+
+    def _bind(self, number):
+        bound = self.instructions[number] = self._bound(self.program.instructions[number])
+        return bound
 
     def _bound(self, i):
         if i.name == "bra":
@@ -74,8 +78,8 @@ class Machine:
 
     # --- Running ---------------------------------------------------------------------------------------------------
 
-    def run(self, first_block, count, parameters: bytes, allocations):
-        """Blocks `first_block` up to `count` more, at most as many as the machine has.
+    def run(self, first_block, count, parameters: bytes, allocations, model=MODELS["exact"], observers=()):
+        """Blocks `first_block` up to `count` more, at most as many as the machine has. `model` is what `mma` computes.
 
         Raises:
             PtxError: a kernel did what it must not do; with its name, the block, the thread and the instruction.
@@ -84,7 +88,7 @@ class Machine:
         self.parameters.set(parameters)
         self.shared.clear()
         self.copies.clear()
-        self.first_block = first_block
+        self.first_block, self.model, self.observers = first_block, model, observers
         self.registers.block[:] = first_block + self.all_lanes // self.threads
         for observer in self.observers:
             getattr(observer, "begin", _ignore)(self)
@@ -117,7 +121,7 @@ class Machine:
         while number < limit:
             self.number = number
             self.executed += 1
-            kind, step, more = instructions[number]
+            kind, step, more = instructions[number] or self._bind(number)
             if kind is None:
                 step(mask)
                 number += 1
@@ -181,16 +185,16 @@ class Machine:
         """Lets blocks go on of which all threads wait at a barrier."""
         for block in np.unique(np.flatnonzero(arrived) // self.threads):
             lanes = self.all_lanes[block * self.threads : (block + 1) * self.threads]
-            numbers = np.unique(self.at[lanes])
-            kinds = {self.instructions[n][2] for n in numbers if self.instructions[n][0] == _BARRIER}
             if not self.waits[lanes].all() or self.left[lanes].any():
                 continue
-            if any(self.instructions[n][0] != _BARRIER for n in numbers):
+            numbers = np.unique(self.at[lanes])
+            bound = [self.instructions[n] for n in numbers]
+            if any(one is None or one[0] != _BARRIER for one in bound):
                 continue
-            if len(kinds) > 1:
+            _, step, kind = bound[0]
+            if len(bound) > 1 and {kind for _, _, kind in bound} != {"sync"}:
                 raise PtxError(f"threads of block {block} meet at barriers of two kinds")
-            for n in numbers:
-                self.instructions[n][1](lanes)
+            step(lanes)
             self.at[lanes] += 1
             self.waits[lanes] = False
             self.observe("barrier", self.program.instructions[numbers[0]], lanes)

@@ -35,7 +35,7 @@ class Instruction:
         return self.opcode[-1]
 
 
-@dataclass
+@dataclass(eq=False)
 class Program:
     """One kernel."""
 
@@ -101,8 +101,10 @@ class _Reader:
 
     def add(self, text: str):
         guard, negated, opcode, rest = re.match(r"(?:@(!?)(%?\w+)\s+)?([\w.:]+)\s*(.*)$", text, re.DOTALL).group(2, 1, 3, 4)
-        operands = tuple(self.own_name(operand) for operand in split_operands(rest))
-        guard = guard and self.own_name(guard)
+        operands = tuple(split_operands(rest))
+        if self.scopes:
+            operands = tuple(map(self.own_name, operands))
+            guard = guard and self.own_name(guard)
         number = len(self.program.instructions)
         self.program.instructions.append(
             Instruction(number, text, guard, bool(negated), tuple(opcode.split(".")), operands)

@@ -41,10 +41,10 @@ HEAD = """
 def run(body, out=64, threads=64, blocks=1, shared_bytes=1024, observers=()):
     """What the threads leave in %r9, by a kernel in which %r1 is the thread, %r3 the number of it in the grid, %r4 four times %r1."""
     program = parse(HEAD.format(threads=threads, body=body), "test")
-    machine = Machine(program, blocks, shared_bytes, observers=observers)
+    machine = Machine(program, blocks, shared_bytes)
     values = np.zeros(out, np.int32)
     address = values.ctypes.data
-    machine.run(0, blocks, address.to_bytes(8, "little"), [(address, values.nbytes)])
+    machine.run(0, blocks, address.to_bytes(8, "little"), [(address, values.nbytes)], observers=observers)
     return values
 
 

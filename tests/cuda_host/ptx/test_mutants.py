@@ -1,9 +1,11 @@
 """The tests of PTX can fail: mistakes in it are found, as a wrong result, an error or a race."""
 
+from functools import cache
+
 import pytest
 from attn_ops.kernels.cuda import CudaError
-from cases import check
-from implementations import Cuda
+from cases import TOLERANCES, assert_close, make_inputs
+from implementations import Cuda, specification
 
 from cuda_host.ptx import compiled, launching, mutants
 from cuda_host.ptx.mutants import Mutant
@@ -29,6 +31,16 @@ SINGLE += [(DKDV, "WEAKER_WAIT", 0), (DECODE, "WEAK_WAIT", 1)]
 SINGLE += [(FORWARD, "NO_COMMIT", 0), (DQ, "NO_COMMIT", 1), (DECODE, "NO_COMMIT", 2)]
 
 
+@cache
+def problems(kernel):
+    """Inputs, options and right results for a kernel."""
+    dtype = "float32" if kernel == FLOAT32 else "bfloat16"
+    problems = [(launching.nonfinite_inputs(dtype, 40 if kernel == DECODE else 132), {"is_causal": True})]
+    if kernel == DECODE:  # parts of the keys, which several threads add; one step of a warp, whose table lies where its values were
+        problems.insert(0, (make_inputs(dtype, 1, 2, 300, 1, 1, 64), {}))
+    return [(inputs, options, specification(*inputs, **options)) for inputs, options in problems], dtype
+
+
 @pytest.fixture
 def attend(on_device):
     launching.start(on_device)
@@ -39,14 +51,11 @@ def attend(on_device):
         def program(name):
             return mutant.program() if mutant is not None and name == kernel else compiled.program(name)
 
-        dtype = "float32" if kernel == FLOAT32 else "bfloat16"
+        cases, dtype = problems(kernel)
         with launching.interpreter(program=program, observers=[Races(), Publication()]) as interpreter:
-            if kernel == DECODE:
-                # Parts of the keys, which several threads add; one step of a warp, whose table lies where its values were.
-                check(Cuda(False), dtype, batch=1, seqlen_q=2, seqlen_k=300, num_heads=1, num_kv_heads=1, head_dim=64)
-                check(Cuda(False), dtype, inputs=launching.nonfinite_inputs(dtype, 40), is_causal=True)
-            else:
-                check(Cuda(False, False), dtype, inputs=launching.nonfinite_inputs(dtype, 132), is_causal=True)
+            for inputs, options, expected in cases:
+                found = Cuda(False, kernel == DECODE)(*inputs, **options)
+                assert_close(found, expected, TOLERANCES[dtype], kernel)
         return interpreter
 
     return attend
@@ -57,7 +66,7 @@ def test_kernels_without_mistakes_pass(attend, kernel):
     assert kernel in {launch.kernel for launch in attend(kernel, None).launches}
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(5)
 @pytest.mark.parametrize("kernel, name, nth", WHOLE + SINGLE, ids=lambda x: str(x).removeprefix("attn_ops_"))
 def test_mistakes_are_found(attend, kernel, name, nth):
     mutant = Mutant(kernel, *getattr(mutants, name), nth)
