@@ -58,6 +58,7 @@ int main() {
             threads = forward_tile(math, dim, plain).threads(), bytes = forward_shared_bytes(math, dim, plain);
           if (role == Role::kDecode) threads = 32 * kDecodeWarps, bytes = decode_shared_bytes(math, dim);
           if (role == Role::kDelta) threads = 32 * kDeltaWarps, bytes = 0;
+          if (role == Role::kTableSum) threads = kTableThreads, bytes = 0;
           if (role == Role::kSinkGradient) threads = kSinkThreads, bytes = kSinkSharedBytes;
           std::printf("%s %d %d\n", KernelText({role, math, dim, plain != 0}).data, threads, bytes);
         }
@@ -77,7 +78,9 @@ def shapes() -> dict[str, tuple[int, int]]:
 
 
 def blocks(architecture: str, threads: int, shared_bytes: int, registers: int) -> int:
-    """How many of a kernel a multiprocessor has room for: registers go by 256 to a warp, and a KB of shared memory is the system's."""
+    """How many of a kernel a multiprocessor has room for: registers go by 256 to a warp, and a KB of shared memory is
+    the system's.
+    """
     of_warp = -(-registers * 32 // 256) * 256
     by_registers = 65536 // of_warp // (threads // 32)
     by_memory = ARCHITECTURES[architecture] * 1024 // (shared_bytes + 1024)
@@ -137,7 +140,8 @@ def around_the_loop(code: list[tuple[str | None, Block]]) -> dict[str, int]:
     """Counts on the way once around the main loop (see above); of no loop with products, zeros."""
     number = {label: i for i, (label, _) in enumerate(code) if label}
     following = [
-        [number[label] for label in block.targets if label in number] + [i + 1] * (block.falls_through and i + 1 < len(code))
+        [number[label] for label in block.targets if label in number]
+        + [i + 1] * (block.falls_through and i + 1 < len(code))
         for i, (_, block) in enumerate(code)
     ]
     order = _order(following)
@@ -184,7 +188,9 @@ def _rank(counts):
 
 
 def measure(log: str, image: Path, architecture: str) -> list[dict]:
-    """The rows of the kernels of a cubin and of what ptxas said of them. Without a disassembler they lack what is in the code."""
+    """The rows of the kernels of a cubin and of what ptxas said of them. Without a disassembler they lack what is in
+    the code.
+    """
     disassembler = find_disassembler()
     code = {}
     if disassembler:
@@ -244,7 +250,10 @@ def main() -> int:
         if chosen.ptx is None:
             compiler.run_nvcc(compiler.find_nvcc(), HERE / "kernels.cu", "compute_80", ptx)
         rows = [row for architecture in ARCHITECTURES for row in count(ptx, architecture)]
-    rows = sorted((row for row in rows if re.search(chosen.kernels, row["kernel"])), key=lambda row: (row["kernel"], row["architecture"]))
+    rows = sorted(
+        (row for row in rows if re.search(chosen.kernels, row["kernel"])),
+        key=lambda row: (row["kernel"], row["architecture"]),
+    )
     with open(os.devnull if chosen.no_table else TABLE, "w", newline="") as file:
         file.write(f"# nvcc {nvcc_release()}\n")
         for out in (file, sys.stdout) if chosen.no_table else (file,):

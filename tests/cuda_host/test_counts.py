@@ -23,7 +23,9 @@ def test_the_table_has_every_kernel():
     _, rows = count.read_table()
     names = {name for name in count.shapes() if "tf32" not in name or "decode" not in name}
     assert {kernel for kernel, _ in rows} <= names
-    assert {(kernel, architecture) for kernel in {k for k, _ in rows} for architecture in count.ARCHITECTURES} == set(rows)
+    assert {(kernel, architecture) for kernel in {k for k, _ in rows} for architecture in count.ARCHITECTURES} == set(
+        rows
+    )
     assert all(f"attn_ops_{kernel}" in {k for k, _ in rows} for kernel in KERNELS)
     assert not any(row["spilled"] for row in rows.values())
 

@@ -1,4 +1,6 @@
-"""The two ways by which CUDA kernels run on a CPU, the layer and nvcc's PTX: their instructions against NumPy, the errors they find."""
+"""The two ways by which CUDA kernels run on a CPU, the layer and nvcc's PTX: their instructions against NumPy, the
+errors they find.
+"""
 
 import ctypes
 import shutil

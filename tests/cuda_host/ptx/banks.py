@@ -1,7 +1,7 @@
 """How many passes (wavefronts) the accesses to shared memory take, counted from their addresses.
 
-Shared memory has 32 banks of 4 bytes. Lanes of a warp go together: all 32 with 4 bytes or less, 16 with 8, 8 with 16 (so `ldmatrix`: a
-matrix at a time). One pass serves one word of each bank, to any number of lanes.
+Shared memory has 32 banks of 4 bytes. Lanes of a warp go together: all 32 with 4 bytes or less, 16 with 8, 8 with 16
+(so `ldmatrix`: a matrix at a time). One pass serves one word of each bank, to any number of lanes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Banks:
         together = min(32, 128 // size)
         groups = lanes // together
         words = addresses[:, None] // 4 + np.arange(-(-size // 4))
-        touched = np.unique(np.stack([np.broadcast_to(groups[:, None], words.shape), words], axis=-1).reshape(-1, 2), axis=0)
+        touched = np.unique(
+            np.stack([np.broadcast_to(groups[:, None], words.shape), words], axis=-1).reshape(-1, 2), axis=0
+        )
         _, group = np.unique(touched[:, 0], return_inverse=True)
         by_bank = np.bincount(group * _BANKS + touched[:, 1] % _BANKS, minlength=(group.max() + 1) * _BANKS)
         count = self.counts.setdefault((self.kernel, step.number), Count(step.text))

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[3]
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda_host" / "ptx"
 LAYER = ROOT / "tests" / "cuda_host" / "layer_kernels.cu"
-SOURCES = [*ROOT.glob("csrc/*.h"), *CUDA.glob("*.h"), *CUDA.glob("*.cuh"), CUDA / "kernels.cu", CUDA / "compile.py", LAYER]
+HEADERS = [*ROOT.glob("csrc/*.h"), *CUDA.glob("*.h"), *CUDA.glob("*.cuh")]
+SOURCES = [*HEADERS, CUDA / "kernels.cu", CUDA / "compile.py", LAYER]
 
 
 @cache
@@ -26,7 +27,9 @@ def missing_reason() -> str | None:
 
 @cache
 def _nvcc() -> str:
-    found = subprocess.run([sys.executable, str(CUDA / "compile.py"), "--find"], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, str(CUDA / "compile.py"), "--find"], capture_output=True, text=True, check=True
+    )
     return found.stdout
 
 
@@ -43,7 +46,7 @@ def _sources() -> str:
 
 def instance(kernel: str) -> str:
     """The macro of kernels.cu that makes it: attn_ops_dq_bf16_64_plain is DQ_PLAIN(bf16, BF16, 64)."""
-    if single := re.fullmatch(r"attn_ops_(delta|dsinks)_f32", kernel):
+    if single := re.fullmatch(r"attn_ops_(delta|dsinks|dtable_sum)_f32", kernel):
         return single[1].upper()
     role, math, dim, plain = re.fullmatch(r"attn_ops_(\w+?)_([a-z]+\d+)_(\d+)(_plain)?", kernel).groups()
     return f"{role.upper()}{(plain or '').upper()}({math}, {math.upper()}, {dim})"

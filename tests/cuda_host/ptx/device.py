@@ -35,7 +35,8 @@ class Launch:
 class Interpreter:
     """Runs what is launched while it is entered: `with Interpreter(driver) as interpreter: ...`.
 
-    `program` gives the kernels by name, `model` is one of tensor_core.MODELS, `observers` watch shared memory (machine.py).
+    `program` gives the kernels by name, `model` is one of tensor_core.MODELS, `observers` watch shared memory
+    (machine.py).
     """
 
     def __init__(self, driver, program=compiled.program, model: str = "exact", observers=()):

@@ -24,7 +24,9 @@ def interpreter(**options) -> Interpreter:
 
 
 def nonfinite_inputs(dtype, seqlen, head_dim=64):
-    """For a causal mask: the last key, which no row sees, and the first query, which sees only the first key, are NaN."""
+    """For a causal mask: the last key, which no row sees, and the first query, which sees only the first key, are
+    NaN.
+    """
     query, key, value, d_out, d_lse = make_inputs(dtype, 1, seqlen - 1, seqlen, 1, 1, head_dim)
     key[:, -1], value[:, -1], query[:, 0], d_out[:, 0] = (float("nan"),) * 4
     return query, key, value, d_out, d_lse

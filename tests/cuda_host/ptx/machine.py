@@ -1,7 +1,8 @@
 """Runs blocks of a kernel side by side.
 
-Every lane has a program counter. Of the lanes that can go on, those go that have the lowest, all together, to where the next
-ones wait or where their ways part. Instructions of a warp wait until all its lanes have come; barriers, until all the block's have.
+Every lane has a program counter. Of the lanes that can go on, those go that have the lowest, all together, to where
+the next ones wait or where their ways part. Instructions of a warp wait until all its lanes have come; barriers, until
+all the block's have.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ _BRANCH, _RETURN, _BARRIER, _TOGETHER = range(4)
 class Machine:
     """Of one kernel, for `blocks` blocks at a time, as often as wanted.
 
-    Observers may have the methods read, copy_begins, copy_ends (step, lanes, addresses, size), write (the same and the bytes, before they
-    are written), of shared memory; global_read, global_write; fence, atom, warp_barrier, barrier (step, lanes); begin (machine).
+    Observers may have the methods read, copy_begins, copy_ends (step, lanes, addresses, size), write (the same and the
+    bytes, before they are written), of shared memory; global_read, global_write; fence, atom, warp_barrier, barrier
+    (step, lanes); begin (machine).
     """
 
     def __init__(self, program: Program, blocks: int, shared_bytes: int):

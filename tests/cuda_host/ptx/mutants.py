@@ -10,7 +10,6 @@ from . import compiled
 from .program import parse
 
 
-
 @dataclass(frozen=True)
 class Mutant:
     """Instructions that match `pattern`, all of them or the `nth` alone (counted from 0), become `replacement`."""

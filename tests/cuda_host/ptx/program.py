@@ -100,7 +100,9 @@ class _Reader:
             self.program.registers[re.sub(r"<\d+>$", "", name)] = kind
 
     def add(self, text: str):
-        guard, negated, opcode, rest = re.match(r"(?:@(!?)(%?\w+)\s+)?([\w.:]+)\s*(.*)$", text, re.DOTALL).group(2, 1, 3, 4)
+        guard, negated, opcode, rest = re.match(r"(?:@(!?)(%?\w+)\s+)?([\w.:]+)\s*(.*)$", text, re.DOTALL).group(
+            2, 1, 3, 4
+        )
         operands = tuple(split_operands(rest))
         if self.scopes:
             operands = tuple(map(self.own_name, operands))

@@ -1,8 +1,8 @@
 """What one block writes and another reads: global memory between blocks of one launch, which only a ticket orders.
 
-In PTX's memory model a block tells another of what its threads have written so: they meet at a barrier, then one thread fences, then it
-writes (`atom`). The other block reads that by an `atom`, the thread fences, the block meets, and then its threads may load. Shared memory is
-the business of races.py; between launches everything is ordered.
+In PTX's memory model a block tells another of what its threads have written so: they meet at a barrier, then one
+thread fences, then it writes (`atom`). The other block reads that by an `atom`, the thread fences, the block meets,
+and then its threads may load. Shared memory is the business of races.py; between launches everything is ordered.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ class Publication:
     """An observer (machine.py).
 
     Raises:
-        PtxError: at an `atom` that does not order what the block has written before, or a load of another block's that no `atom` orders.
+        PtxError: at an `atom` that does not order what the block has written before, or a load of another block's that
+        no `atom` orders.
     """
 
     def begin(self, machine):
@@ -55,7 +56,9 @@ class Publication:
             late[lane - block[0]] = self.unfenced[lane]
             if late[self.stored[block] != _NEVER].any():
                 thread = int(np.argmax(late & (self.stored[block] != _NEVER)))
-                raise PtxError(f"race: `{step.text}` does not order what thread {thread} of its block has stored before")
+                raise PtxError(
+                    f"race: `{step.text}` does not order what thread {thread} of its block has stored before"
+                )
         self.took[lanes] = True
 
     def global_read(self, step, lanes, addresses, size):
@@ -67,7 +70,8 @@ class Publication:
                 known = (self.acquired[block] != _NEVER) & (self.acquired[block] < self.met[lane])
                 if not known.any() and self.acquired[lane] == _NEVER:
                     thread = lane % self.machine.threads
-                    raise PtxError(f"race: `{step.text}` of thread {thread} loads what another block has stored, which nothing orders")
+                    what = "loads what another block has stored, which nothing orders"
+                    raise PtxError(f"race: `{step.text}` of thread {thread} {what}")
 
     def _block(self, lanes):
         return self.machine.first_block + lanes // self.machine.threads

@@ -1,8 +1,9 @@
 """Accesses of two threads to the same byte of shared memory, one of them a write, that no barrier orders.
 
-Of two accesses the earlier comes before the later if the block has met at a barrier in between, or, within a warp, the warp (bar.warp). A
-copy (`cp.async`) writes when it is issued, and again when its thread has waited for it; in between nobody may read. So this
-finds what a lucky order of warps hides: the machine's order is only one of them. Writes of the same value are no race: so flags are set.
+Of two accesses the earlier comes before the later if the block has met at a barrier in between, or, within a warp, the
+warp (bar.warp). A copy (`cp.async`) writes when it is issued, and again when its thread has waited for it; in between
+nobody may read. So this finds what a lucky order of warps hides: the machine's order is only one of them. Writes of
+the same value are no race: so flags are set.
 """
 
 from __future__ import annotations
@@ -103,8 +104,12 @@ class Races:
     def _check_writer(self, step, lanes, places, other=True):
         writer = self.writer[places]
         same_warp = writer // 32 == lanes // 32
-        ordered = (self.written[places] < self.met[lanes]) | same_warp & (self.warp_written[places] < self.warp_met[lanes])
-        self._refuse(step, lanes, places, (writer >= 0) & (writer != lanes) & ~ordered & other, self.writer, self.write_step)
+        ordered = (self.written[places] < self.met[lanes]) | same_warp & (
+            self.warp_written[places] < self.warp_met[lanes]
+        )
+        self._refuse(
+            step, lanes, places, (writer >= 0) & (writer != lanes) & ~ordered & other, self.writer, self.write_step
+        )
 
     def _check_readers(self, step, lanes, places):
         own = lanes // 32 % self.warps
@@ -123,7 +128,10 @@ class Races:
         other = int(others[place])
         thread = "more than one thread" if other == _MANY else f"thread {other % self.machine.threads}"
         before = step if steps is None else self.machine.program.instructions[int(steps[place])]
-        raise PtxError(f"race: {self._describe(step, lane, place)}, and `{before.text}` of {thread} before it, are in no order")
+        raise PtxError(
+            f"race: {self._describe(step, lane, place)}, and `{before.text}` of {thread} before it, are in no order"
+        )
 
     def _describe(self, step, lane, place):
-        return f"`{step.text}` of thread {lane % self.machine.threads} at byte {place % self.machine.shared.pitch} of shared memory"
+        thread, byte = lane % self.machine.threads, place % self.machine.shared.pitch
+        return f"`{step.text}` of thread {thread} at byte {byte} of shared memory"

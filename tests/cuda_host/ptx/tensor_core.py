@@ -1,10 +1,11 @@
 """What `mma.sync` computes: d = c + a b of one warp's fragments, exactly or with the rounding of cards.
 
-Fragments are as in PTX ISA, "Matrix Fragments for mma.m16n8k16" (and k8 with .tf32), written here without a look at ptx.cuh.
+Fragments are as in PTX ISA, "Matrix Fragments for mma.m16n8k16" (and k8 with .tf32), written here without a look at
+ptx.cuh.
 
-Cards align the products of a block to the largest exponent among them and the sum, cut off what is more than a few bits below float32's
-24, and add the blocks one after the other, cutting off again (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021; Khattak and
-Mikaitis, 2025). `Truncated` is that, simplified.
+Cards align the products of a block to the largest exponent among them and the sum, cut off what is more than a few
+bits below float32's 24, and add the blocks one after the other, cutting off again (Fasi et al., "Numerical behavior of
+NVIDIA tensor cores", 2021; Khattak and Mikaitis, 2025). `Truncated` is that, simplified.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class Truncated:
         unit = np.ldexp(1.0, np.maximum(exponent, -200) - 24 - self.guard)
         total = (np.trunc(terms / unit) * unit).sum(-2)
         near = total.astype(np.float32)
-        towards_zero = np.where(np.abs(near.astype(np.float64)) > np.abs(total), np.nextafter(near, np.float32(0)), near)
+        towards_zero = np.where(
+            np.abs(near.astype(np.float64)) > np.abs(total), np.nextafter(near, np.float32(0)), near
+        )
         return np.where(finite.all(-2), towards_zero, terms.sum(-2)).astype(np.float32)
 
 

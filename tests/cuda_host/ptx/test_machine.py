@@ -39,7 +39,9 @@ HEAD = """
 
 
 def run(body, out=64, threads=64, blocks=1, shared_bytes=1024, observers=()):
-    """What the threads leave in %r9, by a kernel in which %r1 is the thread, %r3 the number of it in the grid, %r4 four times %r1."""
+    """What the threads leave in %r9, by a kernel in which %r1 is the thread, %r3 the number of it in the grid, %r4
+    four times %r1.
+    """
     program = parse(HEAD.format(threads=threads, body=body), "test")
     machine = Machine(program, blocks, shared_bytes)
     values = np.zeros(out, np.int32)
@@ -120,9 +122,13 @@ $L_loop:
 
 
 ERRORS = {
-    "left": ("setp.eq.s32 %p1, %r1, 40; @%p1 bra $L; bra.uni $M; $L: ret; $M: bar.sync 0;", "thread 40 has left the kernel"),
+    "left": (
+        "setp.eq.s32 %p1, %r1, 40; @%p1 bra $L; bra.uni $M; $L: ret; $M: bar.sync 0;",
+        "thread 40 has left the kernel",
+    ),
     "divergent shuffle": (
-        "setp.eq.s32 %p1, %r1, 40; @%p1 bra $L; shfl.sync.bfly.b32 %r9|%p2, %r1, 1, 31, -1; bra.uni $M; $L: bar.warp.sync -1; $M:",
+        "setp.eq.s32 %p1, %r1, 40; @%p1 bra $L; shfl.sync.bfly.b32 %r9|%p2, %r1, 1, 31, -1; bra.uni $M;"
+        "$L: bar.warp.sync -1; $M:",
         "is at `bar.warp.sync|is at `shfl",
     ),
     "two kinds of barrier": (
@@ -134,8 +140,14 @@ ERRORS = {
     "odd": ("ld.global.u32 %r9, [%rd3+2];", "that is not aligned"),
     "odd vector": ("ld.global.v2.u32 {%r8, %r9}, [%rd3];", "that is not aligned"),
     "outside shared": ("ld.shared.u32 %r9, [%r4+800];", "outside the block's 1024"),
-    "copy": ("cp.async.cg.shared.global [%r4], [%rd3], 16, 16;", "16 bytes of shared memory at an address that is not aligned"),
-    "copy from": ("shl.b32 %r5, %r1, 4; cp.async.cg.shared.global [%r5], [%rd1+248], 16, 16;", "not aligned|outside all"),
+    "copy": (
+        "cp.async.cg.shared.global [%r4], [%rd3], 16, 16;",
+        "16 bytes of shared memory at an address that is not aligned",
+    ),
+    "copy from": (
+        "shl.b32 %r5, %r1, 4; cp.async.cg.shared.global [%r5], [%rd1+248], 16, 16;",
+        "not aligned|outside all",
+    ),
     "parameter": ("ld.param.u32 %r9, [test_param_0+8];", "outside the 8 bytes"),
     "unknown": ("sin.approx.f32 %f1, %f2;", "the interpreter has no sin"),
     "unknown form": ("shfl.sync.up.b32 %r9|%p2, %r1, 1, 31, -1;", "does not know this form"),
@@ -190,7 +202,10 @@ RACES = {
         f"{COPY} cp.async.wait_group 0; xor.b32 %r5, %r5, 64; ld.shared.u32 %r9, [%r5];",
         "race: `ld.shared.u32.*cp.async.wait_group",
     ),
-    "copies not waited for": (f"{COPY} cp.async.wait_group 1; bar.sync 0; ld.shared.u32 %r9, [%r5+256];", "not been waited for"),
+    "copies not waited for": (
+        f"{COPY} cp.async.wait_group 1; bar.sync 0; ld.shared.u32 %r9, [%r5+256];",
+        "not been waited for",
+    ),
     "copies over what is read": (f"ld.shared.u32 %r9, [%r4+128]; {COPY}", "race: `cp.async.ca"),
 }
 

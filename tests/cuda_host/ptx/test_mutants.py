@@ -15,11 +15,13 @@ from cuda_host.ptx.races import Races
 FORWARD, DQ, DKDV = (f"attn_ops_{role}_bf16_64_plain" for role in ("forward", "dq", "dkdv"))
 DECODE, FLOAT32 = "attn_ops_decode_bf16_64", "attn_ops_forward_f32_64"
 
-OPERANDS = ("SWAPPED_A", "SWAPPED_B", "SWAPPED_SUMS", "SWAPPED_PAIR", "NO_TRANSPOSE", "TRANSPOSED", "EVERYTHING_COPIED", "WRONG_SHUFFLE")
+OPERANDS = ("SWAPPED_A", "SWAPPED_B", "SWAPPED_SUMS", "SWAPPED_PAIR")
+OPERANDS += ("NO_TRANSPOSE", "TRANSPOSED", "EVERYTHING_COPIED", "WRONG_SHUFFLE")
 WHOLE = [(kernel, name, None) for kernel in (FORWARD, DQ, DKDV, DECODE, FLOAT32) for name in OPERANDS]
 for missing in ((DKDV, "WRONG_SHUFFLE"), (FLOAT32, "SWAPPED_PAIR"), (FLOAT32, "NO_TRANSPOSE")):
     WHOLE.remove((*missing, None))
-# Which of the instructions are needed. Of those that are left out no test can tell: another barrier stands between, or nothing is under way.
+# Which of the instructions are needed. Of those that are left out no test can tell: another barrier stands between, or
+# nothing is under way.
 SINGLE = [(FORWARD, "NO_BARRIER", n) for n in range(5)]
 SINGLE += [(DQ, "NO_BARRIER", n) for n in range(7)]
 SINGLE += [(DKDV, "NO_BARRIER", n) for n in range(8)]
@@ -36,7 +38,8 @@ def problems(kernel):
     """Inputs, options and right results for a kernel."""
     dtype = "float32" if kernel == FLOAT32 else "bfloat16"
     problems = [(launching.nonfinite_inputs(dtype, 40 if kernel == DECODE else 132), {"is_causal": True})]
-    if kernel == DECODE:  # parts of the keys, which several threads add; one step of a warp, whose table lies where its values were
+    if kernel == DECODE:
+        # Parts of the keys, which several threads add; one step of a warp, whose table lies where its values were.
         problems.insert(0, (make_inputs(dtype, 1, 2, 300, 1, 1, 64), {}))
     return [(inputs, options, specification(*inputs, **options)) for inputs, options in problems], dtype
 

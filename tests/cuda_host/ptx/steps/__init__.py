@@ -1,6 +1,7 @@
 """What each instruction does, by the first part of its name.
 
-A binder gets an instruction and the machine, and returns a step: a function of the mask of lanes that take part (True: all).
+A binder gets an instruction and the machine, and returns a step: a function of the mask of lanes that take part (True:
+all).
 """
 
 from ..program import PtxError

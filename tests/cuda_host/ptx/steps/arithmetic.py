@@ -9,7 +9,14 @@ from . import instruction
 _PLAIN = {"add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum, "neg": np.negative, "abs": np.abs}
 _LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}
 _FLOAT = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
-_COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+_COMPARE = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 
 
 def _to(target, function, *sources):
@@ -90,7 +97,9 @@ def mad(i, machine):
 
 
 def _fused(x, y, z, out, where):
-    """In double precision: of a sum that lies half way between two float32 but for what double cuts off, the other one."""
+    """In double precision: of a sum that lies half way between two float32 but for what double cuts off, the other
+    one.
+    """
     total = np.multiply(x, y, dtype=np.float64)
     np.copyto(out, np.add(total, z), where=where, casting="same_kind")
 

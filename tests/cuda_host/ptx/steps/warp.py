@@ -22,7 +22,11 @@ def shfl(i, machine):
         lanes = machine.lanes(mask)
         if not (_by_warp(members, lanes) == 0xFFFFFFFF).all():
             raise PtxError("a shuffle of some lanes")
-        lane, b, c = np.arange(32), _by_warp(which, lanes).astype(np.int64) & 31, _by_warp(clamp, lanes).astype(np.int64)
+        lane, b, c = (
+            np.arange(32),
+            _by_warp(which, lanes).astype(np.int64) & 31,
+            _by_warp(clamp, lanes).astype(np.int64),
+        )
         segment = c >> 8 & 31
         last, first = lane & segment | c & 31 & ~segment, lane & segment
         source = lane ^ b if mode == "bfly" else first | b & ~segment & 31
