@@ -106,7 +106,10 @@ ATTN_DEVICE float before_bias(float (&x)[kCount], const Head& h, int head, int p
   if (p.relative_bias != nullptr) {
     const TableRow table(h, head, position, key(0));
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = score(x[i], scale, table[key(i) - key(0)]);
+    for (int i = 0; i < kCount; ++i) {
+      const float term = table[key(i) - key(0)];
+      x[i] = is_minus_infinity(term) ? term : score(x[i], scale, term);
+    }
     scale = 1.0f;
   }
   return scale;
@@ -131,8 +134,9 @@ ATTN_DEVICE void finish_scores(float (&x)[kCount], const Head& h, int head, int 
       bias = is_float ? static_cast<const float*>(p.bias.data)[place]
                       : M::to_float(static_cast<const Element*>(p.bias.data)[place]);
     }
-    // -inf hides, even a score of +inf or NaN.
-    x[i] = is_minus_infinity(bias) ? bias : score(x[i], scale, bias);
+    // -inf hides, even a score of +inf or NaN; and so has that of a table, even from a bias.
+    const bool hidden = is_minus_infinity(bias) || (p.relative_bias != nullptr && is_minus_infinity(x[i]));
+    x[i] = hidden ? minus_infinity() : score(x[i], scale, bias);
   }
   const auto hide_unless = [&](auto may_be_seen) {
 #pragma unroll
@@ -140,10 +144,6 @@ ATTN_DEVICE void finish_scores(float (&x)[kCount], const Head& h, int head, int 
       if (is_seen(i) && !may_be_seen(key(i))) x[i] = minus_infinity();
     }
   };
-  if (p.relative_bias != nullptr) {  // of which -inf hides too, whatever bias has: looked at again, to keep nothing
-    const TableRow table(h, recomputed(head), position, key(0));
-    hide_unless([=](int j) { return !is_minus_infinity(table[j - key(0)]); });
-  }
 #pragma unroll
   for (int m = 0; m < kMaxMasks; ++m) {
     if (m >= p.num_masks) break;
