@@ -89,7 +89,6 @@ def beyond_cuda(options, arrays) -> str | None:
 
 
 _NOT_ON_CUDA = {
-    "relative_bias": "relative_bias",
     "block_table": "keys in pages",
 }
 

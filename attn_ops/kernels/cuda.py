@@ -142,6 +142,7 @@ class Forward(_Launch):
         soft_cap: float | None = None,
         slopes=None,
         bias=None,
+        relative_bias=None,
         sinks=None,
         query_lengths=None,
         key_lengths=None,
@@ -173,6 +174,8 @@ class Forward(_Launch):
             slopes: contiguous float32 `[batch, num_heads]` or `[1, num_heads]`, float64 for float64, of absolute value up
                 to 2^64; times the distance from a row's own place to a key they are added to the scores.
             bias: added to the scores, of the dtype of q or float32, broadcast likewise.
+            relative_bias: contiguous float32 `[num_heads, 2 R + 1]`, float64 for float64: column R + clip(j - own, -R, R) is added to
+                the score of key j, for a row that stands at `own` among the keys.
             sinks: contiguous `[num_heads]` of the dtype of statistics: logits that join the sums of a head's rows, and no value.
             query_lengths, key_lengths: contiguous int32 `[batch]`.
             dropout_rate, dropout_words: probability of dropping a weight; contiguous uint64 `[2]`: seed and offset.
@@ -254,6 +257,12 @@ class Forward(_Launch):
             p.blocks = self._broadcast("blocks", blocks, (p.batch, p.num_heads, *counts), "bool")
         if bias is not None:
             p.bias = self._score_shaped("bias", bias, dtype, _accumulator_of(dtype))
+        if relative_bias is not None:
+            columns = describe("relative_bias", relative_bias).shape[-1]
+            if columns % 2 == 0:
+                raise ValueError(f"relative_bias must have an odd number of distances, not {columns}")
+            p.relative_bias = _dense("relative_bias", relative_bias, exact, (p.num_heads, columns))
+            p.relative_reach = columns // 2
         if sinks is not None:
             p.sinks = _dense("sinks", sinks, exact, (p.num_heads,))
         if query_lengths is not None:
@@ -310,6 +319,7 @@ class Backward(_Launch):
         *,
         d_lse=None,
         d_bias=None,
+        d_relative_bias=None,
         d_sinks=None,
         layout="BSHD",
         **options,
@@ -322,7 +332,7 @@ class Backward(_Launch):
             dq, dk, dv: written; of the shapes of q, k and v.
             d_lse: the gradient of `lse`, like it; None for zero.
             d_bias: written; contiguous, of the shape and dtype of the bias. None where it is not wanted.
-            d_sinks: the same of the sinks.
+            d_relative_bias, d_sinks: the same of the table by distance and of the sinks.
         """
         forward = Forward(q, k, v, out, statistics, layout=layout, **options)
         b = self._params = BackwardParams(forward=forward._forward)
@@ -346,6 +356,11 @@ class Backward(_Launch):
             shape = describe("bias", options["bias"]).shape
             b.d_bias = _dense("d_bias", d_bias, DTYPES[p.bias.dtype], shape)
             b.d_bias_shape[:] = (1,) * (4 - len(shape)) + shape
+        if d_relative_bias is not None:
+            if options.get("relative_bias") is None:
+                raise ValueError("d_relative_bias without relative_bias")
+            shape = describe("relative_bias", options["relative_bias"]).shape
+            b.d_relative_bias = _dense("d_relative_bias", d_relative_bias, _accumulator_of(dtype), shape)
         if d_sinks is not None:
             if options.get("sinks") is None:
                 raise ValueError("d_sinks without sinks")

@@ -61,6 +61,8 @@ struct BackwardArgs {
   Rows rows;
   Aligned aligned;
   float* delta = nullptr;  // [batch, num_heads, seqlen_q]: rowsum(p * dp) - d_lse
+  int32_t parts = 1;  // that the rows of a head are cut into for the gradient of relative_bias
+  float* partial_tables = nullptr;  // [parts, num_heads, 2 relative_reach + 1], of more than one part
 };
 
 }  // namespace attn_ops::cuda

@@ -3,7 +3,7 @@
 // was broadcast to, in order, so that the sum is the same every time.
 #pragma once
 
-#include "query_gradient.cuh"
+#include "score_gradient.cuh"
 
 namespace attn_ops::cuda {
 
@@ -24,11 +24,9 @@ struct OwnedAxis {
 template <class M, int kDim>
 ATTN_DEVICE void bias_gradient(const BackwardArgs& args) {
   using Element = typename M::Element;
-  using Shape = BackwardShape<M, kDim, false>;
-  constexpr int kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN, kThreads = Shape::kThreads;
-  constexpr int kMmaM = Shape::kMmaM, kMmaN = Shape::kMmaN;
-  const BackwardTiles<M, kDim, false> tiles;
-  const auto q = tiles.stationary(0), d_out = tiles.stationary(1), k = tiles.streamed(0, 0), v = tiles.streamed(1, 0);
+  using Ds = ScoreGradientTile<M, kDim>;
+  constexpr int kBlockM = Ds::kBlockM, kBlockN = Ds::kBlockN, kThreads = Ds::kThreads;
+  constexpr int kMmaM = Ds::kMmaM, kMmaN = Ds::kMmaN;
 
   const BackwardParams& b = args.b;
   const AttentionParams& p = b.forward;
@@ -38,48 +36,27 @@ ATTN_DEVICE void bias_gradient(const BackwardArgs& args) {
   const OwnedAxis row_tiles(&index, (p.seqlen_q + kBlockM - 1) / kBlockM, shape[2] == 1);
   const OwnedAxis heads(&index, p.num_heads, shape[1] == 1);
   const OwnedAxis batches(&index, p.batch, shape[0] == 1);
-  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
-  const int warp_row = warp_index() * 16 * kMmaM;
-
-  // The rows of one query head are its positions.
-  Rows rows;
-  rows.count = static_cast<int>(p.seqlen_q);
+  const Rows rows = Ds::rows_of_head(p);
 
   Acc<kMmaM, kMmaN> sum;
   clear<kMmaM, kMmaN>(sum);
   const auto add = [&](const Head& head, int row, int key) {
     const RowBlock block(head, row, kBlockM);
     if (block.sees_none(head, key, kBlockN)) return;
-    const int limit = head.rows_in_length();
-    load_tile<M, kDim, kBlockM, kThreads>(q, QueryRows<const Element>(p.q, head, row, limit, args.aligned.q), head_dim);
-    load_tile<M, kDim, kBlockM, kThreads>(
-        d_out, QueryRows<const Element>(b.d_out, head, row, limit, args.aligned.d_out), value_dim);
-    load_tile<M, kDim, kBlockN, kThreads>(k, KeyRows<const Element>(p.k, head, key, head.length_k, args.aligned.k),
-                                          head_dim);
-    load_tile<M, kDim, kBlockN, kThreads>(v, KeyRows<const Element>(p.v, head, key, head.length_k, args.aligned.v),
-                                          value_dim);
-    copy_async_commit();
-    copy_async_wait<0>();
-    sync_block();
-    Acc<kMmaM, kMmaN> s, dp;
-    gemm_nt<M, kDim, kMmaM, kMmaN>(s, q, warp_row, k);
-    gemm_nt<M, kDim, kMmaM, kMmaN>(dp, d_out, warp_row, v);
-    const RowGradients<kMmaM> gradients(args, head, row + warp_row, true);
-    score_gradients<M, false, false, kMmaM, kMmaN>(s, dp, gradients, head, row + warp_row, key, false);
+    Acc<kMmaM, kMmaN> s;
+    Ds::make(s, args, head, row, key);
 #pragma unroll
     for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
       for (int n = 0; n < kMmaN; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum[m][n][i] += s[m][n][i];
-    sync_block();
   };
 #pragma unroll 1
   for (int batch = batches.begin; batch < batches.end; ++batch)
 #pragma unroll 1
     for (int query_head = heads.begin; query_head < heads.end; ++query_head) {
-      const int kv_head = query_head / (static_cast<int>(p.num_heads) / static_cast<int>(p.num_kv_heads));
-      const Head head(p, args.factors, rows, batch, kv_head, query_head);
+      const Head head(p, args.factors, rows, batch, Ds::kv_head_of(p, query_head), query_head);
 #pragma unroll 1
       for (int row_tile = row_tiles.begin; row_tile < row_tiles.end; ++row_tile)
 #pragma unroll 1
@@ -88,18 +65,9 @@ ATTN_DEVICE void bias_gradient(const BackwardArgs& args) {
         }
     }
 
-  // The tile as plain float32, from which each element of the bias gathers what is its own.
-  float* table = reinterpret_cast<float*>(shared_memory());
-  const int g = lane_index() >> 2, t = lane_index() & 3;
-#pragma unroll
-  for (int m = 0; m < kMmaM; ++m)
-#pragma unroll
-    for (int n = 0; n < kMmaN; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        table[(warp_row + 16 * m + 8 * (i >> 1) + g) * kBlockN + 8 * n + 2 * t + (i & 1)] = sum[m][n][i];
-      }
-  sync_block();
+  // From the table each element of the bias gathers what is its own.
+  Ds::write_table(sum);
+  const float* table = Ds::table();
   const bool sums_rows = shape[2] == 1, sums_keys = shape[3] == 1;
   const int row_count = sums_rows ? 1 : kBlockM, key_count = sums_keys ? 1 : kBlockN;
 #pragma unroll 1
@@ -109,7 +77,7 @@ ATTN_DEVICE void bias_gradient(const BackwardArgs& args) {
 #pragma unroll 1
     for (int r = row; r < (sums_rows ? kBlockM : row + 1); ++r)
 #pragma unroll 1
-      for (int j = key; j < (sums_keys ? kBlockN : key + 1); ++j) total += table[r * kBlockN + j];
+      for (int j = key; j < (sums_keys ? kBlockN : key + 1); ++j) total += table[r * Ds::kPitch + j];
     const int64_t position = sums_rows ? 0 : row_tiles.begin * kBlockM + row;
     const int64_t key_index = sums_keys ? 0 : key_tiles.begin * kBlockN + key;
     if (position >= shape[2] || key_index >= shape[3]) continue;

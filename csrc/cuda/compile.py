@@ -140,7 +140,7 @@ def native() -> list[str]:
 
 
 def run_nvcc(nvcc: Path, source: Path, architecture: str, target: Path) -> str:
-    kind = ["-ptx"] if target.suffix == ".ptx" else ["-fatbin", "--compress-mode=size"]
+    kind = {".ptx": ["-ptx"], ".cubin": ["-cubin"]}.get(target.suffix, ["-fatbin", "--compress-mode=size"])
     command = [
         *[str(nvcc), *OPTIONS, "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v"],
         *["-gencode", f"arch={ptx_of(architecture, source)},code={architecture}", *kind, str(source), "-o", str(target)],

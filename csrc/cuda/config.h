@@ -101,4 +101,10 @@ constexpr int kDeltaWarps = 8;
 constexpr int kSinkThreads = 512;
 constexpr int kSinkSharedBytes = kSinkThreads / 32 * 4;
 
+// Of the gradient of relative_bias: how many blocks the 2 reach + 1 distances of a head are, and the most parts that a
+// head's rows are cut into; the threads of a block of the kernel that adds the parts up.
+constexpr int64_t distance_tiles(int64_t reach, int threads) { return (2 * reach + threads) / threads; }
+constexpr int kMostTableParts = 16;
+constexpr int kTableThreads = 256;
+
 }  // namespace attn_ops::cuda

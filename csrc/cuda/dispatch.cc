@@ -32,13 +32,12 @@ std::string unsupported_reason(const AttentionParams& p) {
   if (p.bias.data != nullptr && p.bias.dtype != p.dtype && p.bias.dtype != DType::kFloat32) {
     return "the CUDA kernels take a bias of float32 or of the dtype of the inputs";
   }
-  const struct {
-    bool given;
-    const char* what;
-  } not_yet[] = {{p.relative_bias != nullptr, "relative_bias"},
-                 {p.k.data != nullptr && p.k.dtype != p.dtype, "keys of another dtype than the queries"}};
-  for (const auto& option : not_yet) {
-    if (option.given) return std::string("the CUDA kernels do not take ") + option.what;
+  if (p.k.data != nullptr && p.k.dtype != p.dtype) {
+    return "the CUDA kernels do not take keys of another dtype than the queries";
+  }
+  if (p.relative_bias != nullptr && p.relative_reach > kMostReach) {
+    return "the CUDA kernels take a relative_bias of up to " + number(kMostReach) + " distances each way (" +
+           number(p.relative_reach) + ")";
   }
   constexpr int64_t kMost = INT32_MAX - 4096;
   if (num_rows(p) > kMost || p.seqlen_k > kMost) {
@@ -132,9 +131,35 @@ size_t delta_bytes(const AttentionParams& p) {
   return static_cast<size_t>(p.batch) * p.num_heads * p.seqlen_q * sizeof(float);
 }
 
+Tile score_gradient_tile(const AttentionParams& p) {
+  return backward_tile(math_of(p, is_decode(p)), dim_of(p), false);
+}
+
+// Of delta, and behind it parts of the gradient of relative_bias.
+size_t backward_workspace_bytes(const BackwardParams& b) {
+  const size_t delta = delta_bytes(b.forward);
+  if (b.d_relative_bias == nullptr || dim_of(b.forward) == 0) return delta;
+  return delta + TablePlan(b.forward, score_gradient_tile(b.forward)).workspace_bytes();
+}
+
+int launch_table_gradient(BackwardArgs args, const Device& device, void* stream) {
+  const AttentionParams& p = args.b.forward;
+  const Math math = math_of(p, is_decode(p));
+  const int dim = dim_of(p);
+  const Tile tile = score_gradient_tile(p);
+  const TablePlan plan(p, tile);
+  args.parts = plan.parts;
+  args.partial_tables = args.delta + delta_bytes(p) / sizeof(float);
+  const int code = launch(device, {Role::kDistanceGradient, math, dim, false}, plan.blocks, tile.threads(),
+                          backward_shared_bytes(math, dim, false), stream, &args);
+  if (code != 0 || plan.parts == 1) return code;
+  return launch(device, {Role::kTableSum, Math::kFloat32, 0}, ceil_div(plan.numbers, kTableThreads), kTableThreads, 0,
+                stream, &args);
+}
+
 int launch_backward(const BackwardParams& b, const Device& device, void* stream, Workspace workspace) {
   const AttentionParams& p = b.forward;
-  if (const int code = check(workspace, delta_bytes(p))) return code;
+  if (const int code = check(workspace, backward_workspace_bytes(b))) return code;
   if (hopper::takes(b, device)) return hopper::launch_backward(b, device, stream, static_cast<float*>(workspace.data));
   const int dim = dim_of(p);
   const Math math = math_of(p, is_decode(p));
@@ -167,9 +192,10 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
     code = launch(device, {Role::kSinkGradient, Math::kFloat32, 0}, p.num_heads, kSinkThreads, kSinkSharedBytes, stream,
                   &args);
   }
+  if (code == 0 && b.d_relative_bias != nullptr) code = launch_table_gradient(args, device, stream);
   if (code != 0 || b.d_bias == nullptr) return code;
 
-  const Tile bias_tile = backward_tile(math, dim, false);
+  const Tile bias_tile = score_gradient_tile(p);
   const int64_t* shape = b.d_bias_shape;
   const int64_t owners = shape[0] * shape[1] * (shape[2] == 1 ? 1 : ceil_div(shape[2], bias_tile.block_m)) *
                          (shape[3] == 1 ? 1 : ceil_div(shape[3], bias_tile.block_n));
@@ -206,7 +232,7 @@ ATTN_OPS_EXPORT size_t attn_ops_cuda_forward_workspace_bytes(const AttentionPara
 }
 
 ATTN_OPS_EXPORT size_t attn_ops_cuda_backward_workspace_bytes(const BackwardParams* b) {
-  return cuda::delta_bytes(b->forward);
+  return cuda::backward_workspace_bytes(*b);
 }
 
 ATTN_OPS_EXPORT int attn_ops_cuda_forward(const AttentionParams* p, void* stream, Workspace workspace) {

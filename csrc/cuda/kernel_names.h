@@ -7,14 +7,28 @@
 
 namespace attn_ops::cuda {
 
-enum class Role : int32_t { kForward, kDecode, kDelta, kQueryGradient, kKeyGradients, kBiasGradient, kSinkGradient };
-constexpr int kNumRoles = 7;
-constexpr const char* kRoleNames[kNumRoles] = {"forward", "decode", "delta", "dq", "dkdv", "dbias", "dsinks"};
+enum class Role : int32_t {
+  kForward,
+  kDecode,
+  kDelta,
+  kQueryGradient,
+  kKeyGradients,
+  kBiasGradient,
+  kSinkGradient,
+  kDistanceGradient,
+  kTableSum
+};
+constexpr int kNumRoles = 9;
+constexpr const char* kRoleNames[kNumRoles] = {"forward", "decode", "delta",  "dq",       "dkdv",
+                                               "dbias",   "dsinks", "dtable", "dtable_sum"};
+constexpr bool is_without_products(Role r) {
+  return r == Role::kDelta || r == Role::kSinkGradient || r == Role::kTableSum;
+}
 
 struct KernelName {
   Role role;
   Math math;
-  int dim;             // one of kDims, of no meaning to kDelta and kSinkGradient
+  int dim;             // one of kDims, of no meaning to those without products
   bool plain = false;  // for calls that are: is_plain() of plan.h
   bool hopper = false;  // hopper/kernels.cu
 
@@ -32,7 +46,7 @@ struct KernelText {
 
   explicit KernelText(const KernelName& k) {
     const char *role = kRoleNames[static_cast<int>(k.role)], *math = kMathNames[static_cast<int>(k.math)];
-    if (k.role == Role::kDelta || k.role == Role::kSinkGradient)
+    if (is_without_products(k.role))
       snprintf(data, sizeof data, "attn_ops_%s_%s", role, math);
     else if (k.hopper) snprintf(data, sizeof data, "attn_ops_hopper_%s_%s_%d", role, math, k.dim);
     else snprintf(data, sizeof data, "attn_ops_%s_%s_%d%s", role, math, k.dim, k.plain ? "_plain" : "");

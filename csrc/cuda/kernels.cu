@@ -3,6 +3,7 @@
 #include "bias_gradient.cuh"
 #include "decode.cuh"
 #include "delta.cuh"
+#include "distance_gradient.cuh"
 #include "forward.cuh"
 #include "key_gradients.cuh"
 #include "query_gradient.cuh"
@@ -33,23 +34,38 @@ namespace attn_ops::cuda {
 #define DKDV(math, M, dim) BACKWARD(attn_ops_dkdv_##math##_##dim, key_gradients, math, M, dim, false)
 #define DKDV_PLAIN(math, M, dim) BACKWARD(attn_ops_dkdv_##math##_##dim##_plain, key_gradients, math, M, dim, true)
 
-FOR_ALL(FORWARD)
-FOR_16_BITS(FORWARD_PLAIN)
-FOR_ALL(DQ)
-FOR_16_BITS(DQ_PLAIN)
-FOR_ALL(DKDV)
-FOR_16_BITS(DKDV_PLAIN)
-
 #define DECODE(math, M, dim) \
   ATTN_KERNEL(attn_ops_decode_##math##_##dim, 32 * kDecodeWarps, DecodeArgs) { decode<M, dim>(args); }
 #define DBIAS(math, M, dim)                                                                                 \
   ATTN_KERNEL(attn_ops_dbias_##math##_##dim, backward_tile(M::kMath, dim, false).threads(), BackwardArgs) { \
     bias_gradient<M, dim>(args);                                                                            \
   }
+#define DTABLE(math, M, dim)                                                                                 \
+  ATTN_KERNEL(attn_ops_dtable_##math##_##dim, backward_tile(M::kMath, dim, false).threads(), BackwardArgs) { \
+    distance_gradient<M, dim>(args);                                                                         \
+  }
+#define DELTA \
+  ATTN_KERNEL(attn_ops_delta_f32, 32 * kDeltaWarps, BackwardArgs) { row_delta(args); }
+#define DSINKS \
+  ATTN_KERNEL(attn_ops_dsinks_f32, kSinkThreads, BackwardArgs) { sink_gradient(args); }
+#define DTABLE_SUM \
+  ATTN_KERNEL(attn_ops_dtable_sum_f32, kTableThreads, BackwardArgs) { sum_tables(args); }
+
+#ifdef ATTN_OPS_KERNELS  // those that a test runs (tests/cuda_host/ptx): all of them take a minute and a half
+ATTN_OPS_KERNELS
+#else
+FOR_ALL(FORWARD)
+FOR_16_BITS(FORWARD_PLAIN)
+FOR_ALL(DQ)
+FOR_16_BITS(DQ_PLAIN)
+FOR_ALL(DKDV)
+FOR_16_BITS(DKDV_PLAIN)
 FOR_EXACT(DECODE)
 FOR_ALL(DBIAS)
-
-ATTN_KERNEL(attn_ops_delta_f32, 32 * kDeltaWarps, BackwardArgs) { row_delta(args); }
-ATTN_KERNEL(attn_ops_dsinks_f32, kSinkThreads, BackwardArgs) { sink_gradient(args); }
+FOR_ALL(DTABLE)
+DELTA
+DSINKS
+DTABLE_SUM
+#endif
 
 }  // namespace attn_ops::cuda

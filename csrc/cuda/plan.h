@@ -47,8 +47,8 @@ inline Math math_of(const AttentionParams& p, bool decodes) {
 inline bool is_plain(const AttentionParams& p) {
   const double largest_scale = p.dtype == DType::kFloat16 ? 1e20 : 1.0;
   return size_of(p.dtype) == 2 && p.bias.data == nullptr && p.num_masks == 0 && p.query_ids.data == nullptr &&
-         p.blocks.data == nullptr && p.dropout_rate == 0 && p.soft_cap == 0 && p.slopes == nullptr && p.scale > 0 &&
-         p.scale <= largest_scale;
+         p.blocks.data == nullptr && p.dropout_rate == 0 && p.soft_cap == 0 && p.slopes == nullptr && p.relative_bias == nullptr &&
+         p.scale > 0 && p.scale <= largest_scale;
 }
 
 inline Factors factors_of(const AttentionParams& p) {
@@ -109,6 +109,26 @@ inline Aligned aligned_of(const BackwardParams& b) {
   a.dv = alignment_of(p, b.dv, p.seqlen_k, p.num_kv_heads, p.value_dim);
   return a;
 }
+
+constexpr int64_t kMostReach = int64_t{1} << 29;  // of relative_bias: what is counted of it fits 32 bits
+
+// The gradient of relative_bias: a block for each head, each part of its distances, and each part of its rows. By shapes
+// alone, as the sums are.
+struct TablePlan {
+  int64_t blocks = 0, numbers = 0;  // numbers: of the table
+  int parts = 1;
+
+  TablePlan(const AttentionParams& p, const Tile& tile) {
+    const int64_t owners = p.num_heads * distance_tiles(p.relative_reach, tile.threads());
+    const int64_t row_tiles = p.batch * ceil_div(p.seqlen_q, tile.block_m);
+    constexpr int64_t kEnoughBlocks = 512;
+    const int64_t wanted = owners > 0 ? ceil_div(kEnoughBlocks, owners) : 1;
+    parts = static_cast<int>(std::max<int64_t>(1, std::min({wanted, row_tiles, int64_t{kMostTableParts}})));
+    blocks = owners * parts;
+    numbers = p.num_heads * (2 * p.relative_reach + 1);
+  }
+  size_t workspace_bytes() const { return parts == 1 ? 0 : static_cast<size_t>(parts * numbers) * sizeof(float); }
+};
 
 // How a call with few query rows is cut: into tiles of rows, and each into `splits` parts of its keys.
 struct DecodePlan {

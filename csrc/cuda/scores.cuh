@@ -66,9 +66,27 @@ ATTN_DEVICE int64_t line(const StridedView& view, int batch, int head, int posit
   return batch * view.stride[0] + head * view.stride[1] + position * view.stride[2];
 }
 
-// What happens to the products of a row before any bias. Returns what they are still to be multiplied with.
+// relative_bias of one query row, by the distance of a key from where the row stands.
+struct TableRow {
+  const float* middle;  // of distance 0
+  int reach, first;  // first: the distance of the key that others are counted from
+
+  ATTN_DEVICE TableRow(const Head& h, int head, int position, int first_key) {
+    const AttentionParams& p = h.p;
+    reach = static_cast<int>(p.relative_reach);
+    middle = static_cast<const float*>(p.relative_bias) + head * (2 * p.relative_reach + 1) + reach;
+    // In 32 bits, once it is cut off so far beyond the ends that all keys of a tile are beyond them too.
+    constexpr int kMostKeys = 4096;
+    const int64_t distance = first_key - h.own_at(position), most = int64_t{reach} + kMostKeys;
+    first = static_cast<int>(distance < -most ? -most : distance > most ? most : distance);
+  }
+  // Of the key `further` keys after that.
+  ATTN_DEVICE float operator[](int further) const { return middle[clamp(first + further, -reach, reach)]; }
+};
+
+// What happens to the products of a row before `bias`. Returns what they are still to be multiplied with.
 template <int kCount, class Key>
-ATTN_DEVICE float cap_and_slope(float (&x)[kCount], const Head& h, int head, int position, Key key) {
+ATTN_DEVICE float before_bias(float (&x)[kCount], const Head& h, int head, int position, Key key) {
   const AttentionParams& p = h.p;
   float scale = h.factors.scale;
   if (h.factors.cap != 0.0f) {
@@ -85,10 +103,19 @@ ATTN_DEVICE float cap_and_slope(float (&x)[kCount], const Head& h, int head, int
     }
     scale = 1.0f;
   }
+  if (p.relative_bias != nullptr) {
+    const TableRow table(h, head, position, key(0));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float term = table[key(i) - key(0)];
+      x[i] = is_minus_infinity(term) ? term : score(x[i], scale, term);
+    }
+    scale = 1.0f;
+  }
   return scale;
 }
 
-//   x[i] = scale x[i]    x[i] = cap tanh(x[i] / cap)    x[i] += slope (key(i) - own) + bias
+//   x[i] = scale x[i]    x[i] = cap tanh(x[i] / cap)    x[i] += slope (key(i) - own) + table(key(i) - own) + bias
 //
 // or -inf where key(i) is not seen, for `count` keys of one query row. Nothing outside the row's interval is read.
 template <class M, int kCount, class Key>
@@ -97,7 +124,7 @@ ATTN_DEVICE void finish_scores(float (&x)[kCount], const Head& h, int head, int 
   const AttentionParams& p = h.p;
   const auto is_seen = [=](int i) { return key(i) >= seen.begin && key(i) < seen.end; };
   const int64_t bias_line = line(p.bias, h.batch, head, position);
-  const float scale = cap_and_slope(x, h, head, position, key);
+  const float scale = before_bias(x, h, head, position, key);
   const bool has_bias = p.bias.data != nullptr, is_float = sizeof(Element) == 4 || p.bias.dtype == DType::kFloat32;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -107,8 +134,9 @@ ATTN_DEVICE void finish_scores(float (&x)[kCount], const Head& h, int head, int 
       bias = is_float ? static_cast<const float*>(p.bias.data)[place]
                       : M::to_float(static_cast<const Element*>(p.bias.data)[place]);
     }
-    // -inf hides, even a score of +inf or NaN.
-    x[i] = is_minus_infinity(bias) ? bias : score(x[i], scale, bias);
+    // -inf hides, even a score of +inf or NaN; and so has that of a table, even from a bias.
+    const bool hidden = is_minus_infinity(bias) || (p.relative_bias != nullptr && is_minus_infinity(x[i]));
+    x[i] = hidden ? minus_infinity() : score(x[i], scale, bias);
   }
   const auto hide_unless = [&](auto may_be_seen) {
 #pragma unroll

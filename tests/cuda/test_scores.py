@@ -5,7 +5,7 @@ On the stand-in driver, or with `pytest -m gpu` on a device. Over several tiles 
 
 import numpy as np
 import pytest
-from attn_ops import masks
+from attn_ops import T5RelativeBias, masks
 
 from cases import TOLERANCES, check, make_inputs
 from implementations import Cuda
@@ -16,6 +16,7 @@ EXTENTS = {"seqlen_q": LENGTH, "seqlen_k": LENGTH, "head_dim": 16}
 RNG = np.random.default_rng(5)
 BIAS = RNG.standard_normal((1, 4, LENGTH, LENGTH)).astype(np.float32)
 SINKS = np.array([0.5, -np.inf, 3.0, -1.0], np.float32)
+TABLE = RNG.standard_normal((141, 4)).astype(np.float32)  # of distances up to 70: two blocks' for each head
 SLOPES = RNG.uniform(-0.3, 0.5, (2, 4)).astype(np.float32)
 
 
@@ -47,8 +48,18 @@ SCORES = {
         "query_seq_lengths": np.array([150, 40]),
         "key_value_seq_lengths": np.array([99, 0]),
     },
+    "table": {"relative_bias": TABLE},
+    "table of one number": {"relative_bias": TABLE[:1]},
+    "table, causal, offset": {"relative_bias": TABLE[:41], "query_offset": np.array([20, 3]), "is_causal": True},
+    "table of T5, lengths": {
+        "relative_bias": T5RelativeBias(TABLE[:32], max_distance=64),
+        "scale": 1.0,
+        "query_seq_lengths": np.array([150, 40]),
+        "key_value_seq_lengths": np.array([99, 150]),
+    },
     "everything": {
         "sinks": SINKS,
+        "relative_bias": TABLE,
         "alibi_slopes": SLOPES,
         "logits_soft_cap": 2.0,
         "bias": BIAS,

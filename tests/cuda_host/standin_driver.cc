@@ -113,6 +113,10 @@ struct Library {
   std::vector<std::unique_ptr<LoadedKernel>> kernels;
 };
 
+// Runs launches in the place of the fibres (ptx/device.py): 0, or else with a text of what a kernel did wrong.
+using Interpreter = int (*)(const char* kernel, const void* args, unsigned blocks, unsigned shared_bytes, char* error,
+                            size_t error_bytes);
+
 struct Event {
   std::chrono::steady_clock::time_point time;
 };
@@ -133,6 +137,7 @@ struct State {
   std::map<std::string, int> calls;
   std::string error, log;
   std::string described;  // what cuGetErrorString has returned
+  Interpreter interpreter = nullptr;
 };
 State& state() {
   static State s;
@@ -314,6 +319,24 @@ DRIVER void standin_reset() {
   s.launches.clear();
   s.tensor_maps.clear();
   s.error.clear();
+}
+
+// From now on launches go there; null: to the fibres.
+DRIVER void standin_interpret(Interpreter interpreter) {
+  const std::lock_guard<std::mutex> lock(state().mutex);
+  state().interpreter = interpreter;
+}
+
+// Where the allocations begin and how many bytes they have, of the first `capacity` ones; how many there are.
+DRIVER size_t standin_allocations(uint64_t* begins, uint64_t* bytes, size_t capacity) {
+  State& s = state();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  size_t n = 0;
+  for (const auto& [begin, allocation] : s.memory) {
+    if (n < capacity) begins[n] = begin, bytes[n] = allocation.bytes;
+    ++n;
+  }
+  return n;
 }
 
 // --- Errors ---------------------------------------------------------------------------------------------------------
@@ -722,7 +745,13 @@ DRIVER int cuLaunchKernel(LoadedKernel* function, unsigned grid_x, unsigned grid
   if (!runs) return kSuccess;
   std::vector<std::max_align_t> args((kernel.args_bytes + sizeof(std::max_align_t) - 1) / sizeof(std::max_align_t));
   memcpy(args.data(), parameters[0], kernel.args_bytes);
-  std::string error = host_layer::run_grid(kernel, args.data(), grid_x, shared_bytes);
+  std::string error;
+  if (const Interpreter interpreter = state().interpreter) {
+    std::vector<char> text(2000);
+    if (interpreter(kernel.name, args.data(), grid_x, shared_bytes, text.data(), text.size())) error = text.data();
+  } else {
+    error = host_layer::run_grid(kernel, args.data(), grid_x, shared_bytes);
+  }
   if (error.empty()) {
     const std::lock_guard<std::mutex> lock(state().mutex);
     error = damaged_memory();

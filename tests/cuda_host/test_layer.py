@@ -1,4 +1,6 @@
-"""The layer by which CUDA kernels run on a CPU (cuda_host/): its instructions against NumPy, the errors it finds."""
+"""The two ways by which CUDA kernels run on a CPU, the layer and nvcc's PTX: their instructions against NumPy, the
+errors they find.
+"""
 
 import ctypes
 import shutil
@@ -10,6 +12,8 @@ import pytest
 
 from cuda_host import build
 from cuda_host.driver import Driver, DriverError
+from cuda_host.ptx import compiled
+from cuda_host.ptx.device import Interpreter
 
 pytestmark = pytest.mark.skipif(not shutil.which(build.CXX), reason=f"no {build.CXX}")
 
@@ -33,9 +37,22 @@ def loaded():
 
 
 @pytest.fixture
-def driver(loaded):
+def layer(loaded):
+    """The driver with the kernels of the layer."""
     loaded.reset()
     return loaded
+
+
+@pytest.fixture(params=["layer", "ptx"])
+def driver(layer, request):
+    """The same, and with the PTX of these kernels."""
+    if request.param == "layer":
+        yield layer
+    elif compiled.missing_reason():
+        pytest.skip(compiled.missing_reason())
+    else:
+        with Interpreter(layer):
+            yield layer
 
 
 def run(driver, kernel, out, a=None, b=None, n=0, mode=0, blocks=1, threads=32, shared_bytes=0):
@@ -137,13 +154,13 @@ def test_what_does_not_exist_is_not_read(driver, rng):
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2], ids=["right", "no barrier after", "no barrier before"])
-def test_copies_of_other_lanes_need_a_barrier(driver, monkeypatch, rng, mode):
+def test_copies_of_other_lanes_need_a_barrier(layer, monkeypatch, rng, mode):
     rows = rng.integers(0, 2**16, (32, 8)).astype(np.uint16)
     matrices = np.roll(rows, -1, axis=0).reshape(4, 8, 4, 2).transpose(1, 2, 0, 3)
     expected = np.ascontiguousarray(matrices).view(np.uint32).reshape(32, 4)
     for seed in SEEDS:
         monkeypatch.setenv("ATTN_OPS_HOST_LAYER_SEED", str(seed))
-        out = run(driver, "layer_copy_and_load", np.zeros((32, 4), np.uint32), rows, mode=mode, shared_bytes=512)
+        out = run(layer, "layer_copy_and_load", np.zeros((32, 4), np.uint32), rows, mode=mode, shared_bytes=512)
         assert (out == expected).all() == (mode == 0)
 
 
@@ -165,10 +182,10 @@ def test_barriers(driver, monkeypatch):
         np.testing.assert_array_equal(out, np.tile(sums_of_neighbours(6), (5, 1)))
 
 
-def test_a_missing_barrier_shows(driver, monkeypatch):
+def test_a_missing_barrier_shows(layer, monkeypatch):
     for seed in SEEDS:
         monkeypatch.setenv("ATTN_OPS_HOST_LAYER_SEED", str(seed))
-        out = run(driver, "layer_barriers", np.zeros(128, np.float32), n=6, mode=1, threads=128, shared_bytes=512)
+        out = run(layer, "layer_barriers", np.zeros(128, np.float32), n=6, mode=1, threads=128, shared_bytes=512)
         assert (out != sums_of_neighbours(6)).any()
 
 
@@ -189,9 +206,9 @@ def test_host_threads_run_blocks_of_their_own(driver):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_compare_and_swap_across_blocks(driver, monkeypatch, seed):
+def test_compare_and_swap_across_blocks(layer, monkeypatch, seed):
     monkeypatch.setenv("ATTN_OPS_HOST_LAYER_SEED", str(seed))
-    out = run(driver, "layer_tickets", np.zeros(101, np.uint64), blocks=100)
+    out = run(layer, "layer_tickets", np.zeros(101, np.uint64), blocks=100)
     assert out[0] == 100
     np.testing.assert_array_equal(np.sort(out[1:]), np.arange(100))
     assert (out[1:] == np.arange(100)).all() == (seed == 0)  # blocks come in an order of the seed
@@ -288,16 +305,16 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("mode, text", ERRORS.items(), ids=map(str, ERRORS))
-def test_errors_are_found(driver, monkeypatch, mode, text):
+def test_errors_are_found(layer, monkeypatch, mode, text):
     out = np.zeros(1000, np.uint8)
     for seed in SEEDS:
         monkeypatch.setenv("ATTN_OPS_HOST_LAYER_SEED", str(seed))
         with pytest.raises(DriverError, match=f"cuLaunchKernel: 719 .*kernel layer_errors.*{text}"):
-            run(driver, "layer_errors", out, n=1000, mode=mode, blocks=3, threads=64, shared_bytes=1000)
-        assert "layer_errors" in driver.log()["error"]
+            run(layer, "layer_errors", out, n=1000, mode=mode, blocks=3, threads=64, shared_bytes=1000)
+        assert "layer_errors" in layer.log()["error"]
         # And the next launch is as good as ever.
-        assert run(driver, "layer_errors", out, mode=99, threads=64, shared_bytes=1000)[0] == 1
-        driver.reset()
+        assert run(layer, "layer_errors", out, mode=99, threads=64, shared_bytes=1000)[0] == 1
+        layer.reset()
 
 
 # --- The driver -----------------------------------------------------------------------------------
@@ -309,23 +326,23 @@ def code_of(call, *arguments):
     return error.value.code
 
 
-def test_launches_that_the_driver_refuses(driver):
-    kernel, out = driver.kernel(b"image", "layer_repeat"), driver.empty(128)
+def test_launches_that_the_driver_refuses(layer):
+    kernel, out = layer.kernel(b"image", "layer_repeat"), layer.empty(128)
     args = LayerArgs(None, None, out.pointer, 1, 0)
-    assert code_of(driver.launch, kernel, args, 1, 64) == 1  # not the kernel's number of threads
-    assert code_of(driver.launch, kernel, args, 0, 32) == 1
-    assert code_of(driver.launch, kernel, args, 1, 32, 50000) == 1  # shared memory not allowed before
-    assert code_of(driver.cuKernelSetAttribute, 8, 200000, kernel, 0) == 1  # more than there is
-    driver.cuKernelSetAttribute(8, 50000, kernel, 0)
-    driver.launch(kernel, args, 1, 32, 50000)
-    assert code_of(driver.kernel, b"image", "no_such_kernel") == 500
+    assert code_of(layer.launch, kernel, args, 1, 64) == 1  # not the kernel's number of threads
+    assert code_of(layer.launch, kernel, args, 0, 32) == 1
+    assert code_of(layer.launch, kernel, args, 1, 32, 50000) == 1  # shared memory not allowed before
+    assert code_of(layer.cuKernelSetAttribute, 8, 200000, kernel, 0) == 1  # more than there is
+    layer.cuKernelSetAttribute(8, 50000, kernel, 0)
+    layer.launch(kernel, args, 1, 32, 50000)
+    assert code_of(layer.kernel, b"image", "no_such_kernel") == 500
 
 
-def test_the_environment_says_what_device_it_is(driver, monkeypatch):
+def test_the_environment_says_what_device_it_is(layer, monkeypatch):
     value = ctypes.c_int()
 
     def attribute(number, device=0):
-        driver.cuDeviceGetAttribute(ctypes.byref(value), number, device)
+        layer.cuDeviceGetAttribute(ctypes.byref(value), number, device)
         return value.value
 
     assert (attribute(75), attribute(76), attribute(16), attribute(97)) == (8, 0, 16, 163 * 1024)
@@ -335,24 +352,24 @@ def test_the_environment_says_what_device_it_is(driver, monkeypatch):
     monkeypatch.setenv("ATTN_OPS_STANDIN_DEVICES", "2")
     assert attribute(16, 1) == 16
     monkeypatch.setenv("ATTN_OPS_STANDIN_DRIVER_VERSION", "11080")
-    driver.cuDriverGetVersion(ctypes.byref(value))
+    layer.cuDriverGetVersion(ctypes.byref(value))
     assert value.value == 11080
 
 
-def test_calls_fail_when_told(driver, monkeypatch):
+def test_calls_fail_when_told(layer, monkeypatch):
     monkeypatch.setenv("ATTN_OPS_STANDIN_FAIL", "cuLaunchKernel:2:701,cuMemAlloc_v2:4:2")
     out = np.zeros(32, np.float32)
-    run(driver, "layer_repeat", out)
-    assert code_of(run, driver, "layer_repeat", out) == 701
-    run(driver, "layer_repeat", out)
-    assert code_of(driver.empty, 10) == 2
-    driver.reset()
-    run(driver, "layer_repeat", out)
+    run(layer, "layer_repeat", out)
+    assert code_of(run, layer, "layer_repeat", out) == 701
+    run(layer, "layer_repeat", out)
+    assert code_of(layer.empty, 10) == 2
+    layer.reset()
+    run(layer, "layer_repeat", out)
 
 
-def test_the_log(driver):
-    run(driver, "layer_repeat", np.zeros(32, np.float32), blocks=3, shared_bytes=512)
-    log = driver.log()
+def test_the_log(layer):
+    run(layer, "layer_repeat", np.zeros(32, np.float32), blocks=3, shared_bytes=512)
+    log = layer.log()
     assert log["calls"]["cuLaunchKernel"] == 1 and log["calls"]["cuLibraryLoadData"] == 1
     assert log["error"] == ""
     (launch,) = log["launches"]
@@ -362,8 +379,8 @@ def test_the_log(driver):
     assert log["images"][image] == dict(bytes=5, head=b"image".hex())
 
 
-def test_copies_outside_allocations_are_refused(driver):
-    array, host = driver.empty(100), (ctypes.c_char * 200)()
-    assert code_of(driver.cuMemcpyDtoH_v2, host, array.pointer, ctypes.c_size_t(101)) == 1
-    assert code_of(driver.cuMemcpyHtoD_v2, ctypes.c_void_p(array.pointer.value + 90), host, ctypes.c_size_t(20)) == 1
+def test_copies_outside_allocations_are_refused(layer):
+    array, host = layer.empty(100), (ctypes.c_char * 200)()
+    assert code_of(layer.cuMemcpyDtoH_v2, host, array.pointer, ctypes.c_size_t(101)) == 1
+    assert code_of(layer.cuMemcpyHtoD_v2, ctypes.c_void_p(array.pointer.value + 90), host, ctypes.c_size_t(20)) == 1
     assert (array.numpy() == GARBAGE).all()

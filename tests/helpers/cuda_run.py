@@ -1,6 +1,7 @@
 """The CUDA kernels behind the call that every implementation of the tests has, and where they run.
 
-Under plain `pytest` they run on the CPU, on the stand-in driver of tests/cuda_host; with `pytest -m gpu` on the device.
+Under plain `pytest` they run on the CPU, on the stand-in driver of tests/cuda_host: by the layer there, or, with
+ATTN_OPS_STANDIN_PTX=1 in the environment, as nvcc's PTX (tests/cuda_host/ptx). With `pytest -m gpu`, on the device.
 """
 
 from __future__ import annotations
@@ -54,10 +55,14 @@ def start(device: bool) -> None:
     driver()
     reason = cuda.unavailable_reason()
     assert reason is None, reason
+    if not device and os.environ.get("ATTN_OPS_STANDIN_PTX") == "1":
+        from cuda_host.ptx.device import Interpreter
+
+        Interpreter(driver()).__enter__()
 
 
 def run(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.ndarray | None]:
-    """Forward and backward: out, lse, dq, dk, dv, d_bias, d_sinks by name. `more` are options of the launches alone."""
+    """Forward and backward: out, lse, dq, dk, dv, d_bias, d_relative_bias, d_sinks by name. `more` are options of the launches alone."""
     results = run_all(query, key, value, d_out, d_lse, options, **more)
     del results["statistics"]
     return results
@@ -79,6 +84,7 @@ def run_all(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.nd
     bias = arrays["bias"].numpy() if "bias" in arrays else None
     d_bias = None if bias is None else Array.unwritten(bias.shape, bias.dtype)
     d_sinks = Array.unwritten((num_heads,), "float32") if "sinks" in arrays else None
+    d_table = Array.unwritten(arrays["relative_bias"].numpy().shape, "float32") if "relative_bias" in arrays else None
     d_out = Array(d_out)
     d_lse = None if d_lse is None else Array(d_lse.astype("float32"))
     backward = launch(
@@ -88,6 +94,7 @@ def run_all(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.nd
             *(x.view for x in gradients.values()),
             d_lse=d_lse and d_lse.view,
             d_bias=d_bias and d_bias.view,
+            d_relative_bias=d_table and d_table.view,
             d_sinks=d_sinks and d_sinks.view,
             **options,
         )
@@ -95,7 +102,8 @@ def run_all(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.nd
     for array in (*inputs.values(), *arrays.values(), d_out, forward, backward):
         if array is not None:
             array.numpy()  # nothing was written beside it
-    results = {"out": out, "lse": lse, "statistics": statistics, **gradients, "d_bias": d_bias, "d_sinks": d_sinks}
+    results = {"out": out, "lse": lse, "statistics": statistics, **gradients, "d_bias": d_bias}
+    results |= {"d_relative_bias": d_table, "d_sinks": d_sinks}
     return {name: array and array.numpy() for name, array in results.items()}
 
 
@@ -126,8 +134,9 @@ def launch_options(query, key, options):
             arrays[name] = Array(np.asarray(getattr(structure, name), np.int32))
             named[name] = arrays[name].view
     named["soft_cap"] = options.pop("logits_soft_cap", None)
-    slopes, sinks = (options.pop(name, None) for name in ("alibi_slopes", "sinks"))
-    for name, x in (("slopes", slopes if slopes is None else np.atleast_2d(slopes)), ("sinks", sinks)):
+    slopes, table, sinks = (options.pop(name, None) for name in ("alibi_slopes", "relative_bias", "sinks"))
+    slopes = slopes if slopes is None else np.atleast_2d(slopes)
+    for name, x in (("slopes", slopes), ("relative_bias", table), ("sinks", sinks)):
         if x is not None:
             arrays[name] = Array(np.asarray(x, np.float32))
             named[name] = arrays[name].view

@@ -291,7 +291,13 @@ class Cuda(Implementation):
             pytest.skip("the CUDA kernels leave float64 and head dimensions above 256 to the composite")
         cuda_run.start(self.on_device)
         cuda.set_most_decode_rows(self.most_decode_rows)
-        return Result(**cuda_run.run(query, key, value, d_out, d_lse, options))
+        table = options.get("relative_bias")
+        if table is not None:
+            options = {**options, "relative_bias": np.ascontiguousarray(expanded_table(table).T)}
+        result = Result(**cuda_run.run(query, key, value, d_out, d_lse, options))
+        if table is not None:
+            result.d_relative_bias = table_gradient(table, result.d_relative_bias)
+        return result
 
 
 def all_implementations(on_device=False):

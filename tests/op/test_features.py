@@ -206,8 +206,6 @@ def test_dropout_of_an_integer_seed(implementation, dtype):
 
 def test_what_one_bias_hides_the_other_cannot_show(implementation):
     """A table and a bias, -inf in one where NaN or infinity is in the other."""
-    if isinstance(implementation, Cuda):
-        pytest.skip("the CUDA kernels leave tables to the composite")
     if implementation.is_slow and not implementation.name.startswith("jax"):
         pytest.skip("the operations in graphs are those of eager calls")
     rng = np.random.default_rng(4)

@@ -1,0 +1,1 @@
+"""The PTX that nvcc makes of the kernels, run on a CPU: see README.md."""

@@ -1,0 +1,32 @@
+"""Calls of the shipped library whose kernels are interpreted."""
+
+from __future__ import annotations
+
+import cuda_run
+import pytest
+from cases import make_inputs
+from cuda_arrays import driver
+
+from . import compiled
+from .device import Interpreter
+
+
+def start(on_device):
+    """Skips where there is nothing to interpret; else the stand-in is the driver of this process."""
+    reason = "for the CPU alone" if on_device else compiled.missing_reason() or cuda_run.skip_reason(False)
+    if reason:
+        pytest.skip(reason)
+    cuda_run.start(False)
+
+
+def interpreter(**options) -> Interpreter:
+    return Interpreter(driver(), **options)
+
+
+def nonfinite_inputs(dtype, seqlen, head_dim=64):
+    """For a causal mask: the last key, which no row sees, and the first query, which sees only the first key, are
+    NaN.
+    """
+    query, key, value, d_out, d_lse = make_inputs(dtype, 1, seqlen - 1, seqlen, 1, 1, head_dim)
+    key[:, -1], value[:, -1], query[:, 0], d_out[:, 0] = (float("nan"),) * 4
+    return query, key, value, d_out, d_lse
