@@ -34,6 +34,10 @@ class Ids(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64)]
 
 
+class DropoutOrigin(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint32) for name in ("first_head", "heads_of_entry", "first_row", "first_key")]
+
+
 class AttentionParams(ctypes.Structure):
     _fields_ = [
         ("dtype", ctypes.c_int32),
@@ -77,6 +81,7 @@ class AttentionParams(ctypes.Structure):
         ("dropout_rate", ctypes.c_double),
         ("dropout_seed", ctypes.c_uint64),
         ("dropout_offset", ctypes.c_uint64),
+        ("dropout_origin", DropoutOrigin),
         ("dropout_words", ctypes.c_void_p),
         ("allow_tf32", ctypes.c_bool),
     ]
