@@ -115,8 +115,9 @@ class AttentionCall(typing.NamedTuple):
     block_table[b, n] (pages.py). Keys and values of a cache may have another dtype than the query, which is not float64
     then: float16, bfloat16 or float32, or int8 with ``key_scales`` and ``value_scales``, float32 like key and value without
     their last axis, by which they are multiplied.
-    ``constant_bias`` tells a backward that nobody asks for the gradient of the bias. ``squeeze`` tells how many axes the caller's tensors lacked: 1 for rank 3, 2 for rank 2. A named tuple because it is
-    made at every eager call, and a frozen dataclass costs several times as much.
+    ``constant_bias`` tells a backward that nobody asks for the gradient of the bias. ``squeeze`` tells how many axes the
+    caller's tensors lacked: 1 for rank 3, 2 for rank 2. A named tuple because it is made at every eager call, and a frozen
+    dataclass costs several times as much.
     """
 
     query: typing.Any

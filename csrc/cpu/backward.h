@@ -102,12 +102,10 @@ __attribute__((noinline)) void add_query_gradient(const BackwardTile<E>& tile, K
     T* const at = dq + d * (NV * S::width) + v * S::width;
     S::store(at, S::load(at) + x);
   };
-  const int64_t depth = elements<E>(end - begin);
+  const int64_t n = end - begin;
   if (masked && !keys.finite())
-    gemm_hiding<E, NV, Major::kDepth, ZeroHides::kB>(head_dim, keys.at(begin), keys.ld(), ds, ld, depth, add);
-  else if (steps.whole(NV, end - begin))
-    gemm<E, NV, Major::kDepth>(head_dim, keys.at(begin), keys.ld(), ds, ld, depth, add);
-  else gemm_in_steps<E, NV>(head_dim, keys.at(begin), keys.ld(), ds, ld, steps, add);
+    gemm_hiding<E, NV, Major::kDepth, ZeroHides::kB>(head_dim, keys.at(begin), keys.ld(), ds, ld, elements<E>(n), add);
+  else gemm_over_keys<E, NV>(head_dim, keys.at(begin), keys.ld(), ds, ld, n, steps, add);
 }
 
 // meet(j, keys, from, to) for neighbouring keys k0 + j .. k0 + j + keys of the n and the lanes, of first_lane .. end_lane of the

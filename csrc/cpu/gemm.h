@@ -19,7 +19,7 @@ constexpr int kMaxVectors = 3;
 
 // Accumulators R * NV, plus NV vectors of b and one broadcast, must fit in the registers; fewer than 8 accumulators
 // could not hide the latency of FMA (4 cycles, 2 per cycle).
-constexpr int tile_rows(int nv) { return kVectorRegisters == 32 ? (nv == 3 ? 8 : nv == 2 ? 8 : 16)
+constexpr int tile_rows(int nv) { return kVectorRegisters == 32 ? (nv > 1 ? 8 : 16)
                                                                 : (nv == 3 ? 4 : nv == 2 ? 6 : 8); }
 
 template <int N>

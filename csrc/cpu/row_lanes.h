@@ -139,9 +139,7 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<E>& 
   if (masked && !values.finite())
     gemm_hiding<E, NV, Major::kDepth, ZeroHides::kB>(p.value_dim, values.at(k0), values.ld(), weights, lanes,
                                                      elements<E>(n), accumulate);
-  else if (steps.whole(NV, n))
-    gemm<E, NV, Major::kDepth>(p.value_dim, values.at(k0), values.ld(), weights, lanes, elements<E>(n), accumulate);
-  else gemm_in_steps<E, NV>(p.value_dim, values.at(k0), values.ld(), weights, lanes, steps, accumulate);
+  else gemm_over_keys<E, NV>(p.value_dim, values.at(k0), values.ld(), weights, lanes, n, steps, accumulate);
 }
 
 // finish_row() for all rows of a tile.

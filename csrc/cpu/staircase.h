@@ -100,7 +100,7 @@ ATTN_INLINE void gemm_of_steps(const E* a, int64_t lda, const E* b, int64_t ldb,
     });
 }
 
-// gemm of sums over keys, a(r, k) = a[r + k * lda], where b is 0 beside the steps.
+// gemm of sums over keys, a(r, k) = a[r + k * lda], in steps.
 template <class E, int NV, class T, class Epilogue>
 __attribute__((noinline)) void gemm_in_steps(int64_t rows, const E* a, int64_t lda, const E* b, int64_t ldb,
                                              const Staircase<T>& steps, const Epilogue& epilogue) {
@@ -122,6 +122,14 @@ __attribute__((noinline)) void gemm_in_steps(int64_t rows, const E* a, int64_t l
   const int64_t begin = steps.begin()->begin / Product<E>::numbers, end = elements<E>((steps.end() - 1)->end);
   gemm<E, NV, Major::kDepth>(rows - r, a + r + begin * lda, lda, b + begin * ldb, ldb, end - begin,
                              [&](int64_t i, int v, Vec<T> x) { epilogue(r + i, v, x); });
+}
+
+// gemm of sums over the n keys, a(r, k) = a[r + k * lda], where b is 0 beside the steps.
+template <class E, int NV, class T, class Epilogue>
+ATTN_INLINE void gemm_over_keys(int64_t rows, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t n,
+                                const Staircase<T>& steps, const Epilogue& epilogue) {
+  if (steps.whole(NV, n)) gemm<E, NV, Major::kDepth>(rows, a, lda, b, ldb, elements<E>(n), epilogue);
+  else gemm_in_steps<E, NV>(rows, a, lda, b, ldb, steps, epilogue);
 }
 
 }  // namespace
