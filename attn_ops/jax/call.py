@@ -30,7 +30,7 @@ class Arrays(typing.NamedTuple):
     block_table: jax.Array | None = None
     key_scales: jax.Array | None = None
     value_scales: jax.Array | None = None
-    origin: jax.Array | None = None  # of dropout, where the call is a part of a larger one: see `philox.keep`
+    origin: jax.Array | None = None  # of dropout, where the call is a part of a larger one: see `philox.origin`
 
     def differentiable(self) -> tuple[str, ...]:
         """The names of those that have a gradient, in the order of the kernels."""

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from attn_ops.call.attention_call import canonical
-from attn_ops.jax import composite, forms, place
+from attn_ops.jax import composite, forms, philox, place
 from attn_ops.jax.call import Arrays, Options
 
 
@@ -143,7 +143,7 @@ def _with_origin(arrays, options, axes, num_heads):
     batch, heads = canonical(arrays.query.shape, options.layout)[:2]
     entry, head = (jax.lax.axis_index(axes[letter]) if axes[letter] else 0 for letter in "bh")
     first = entry * batch * num_heads + head * heads
-    return arrays._replace(origin=jnp.stack([jnp.asarray(n, "uint32") for n in (first, num_heads, 0, 0)]))
+    return arrays._replace(origin=philox.origin(first, num_heads))
 
 
 def _present(role, shape, extents):

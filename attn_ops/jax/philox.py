@@ -8,6 +8,12 @@ import jax.numpy as jnp
 from attn_ops.call import philox
 
 
+def origin(first_head, heads_of_entry, first_row=0, first_key=0):
+    """Where a call stands in a larger one, uint32 array `[4]` in the order of the kernels: what number its first head of its
+    first batch entry has there, how many heads an entry has there, and where its rows and keys begin."""
+    return jnp.stack([jnp.asarray(n, "uint32") for n in (first_head, heads_of_entry, first_row, first_key)])
+
+
 def keep(seed, batch, num_heads, rows, seqlen_k, rate, origin=None):
     """Which attention weights dropout keeps, in JAX; the bits of `call.philox.keep`.
 
@@ -16,8 +22,7 @@ def keep(seed, batch, num_heads, rows, seqlen_k, rate, origin=None):
       batch, num_heads, seqlen_k: extents.
       rows: integer array `[n]`, the query rows wanted.
       rate: Python float, probability of dropping a weight, in [0, 1).
-      origin: None, or uint32 array `[4]` for a call that is a part of a larger one: what number its first head of its first
-        batch entry has there, how many heads an entry has, and where its rows and keys begin.
+      origin: None, or that of a call that is a part of a larger one.
     Returns:
       bool array `[batch, num_heads, n, seqlen_k]`, true where the weight is kept.
     """

@@ -78,11 +78,10 @@ def _attend(name, method, query, key, value, given):
         raise ValueError(f"{name}: order must be one of {ORDERS}, got {order!r}")
     share = shares.described(name, axis, order, query, key, value, given)
     chosen = choice.choose(name, implementation)
-    refused = {way: None if way == "all_gather_kv" else _WAYS[way].refusal(share) for way in _WAYS}
+    refused = heads.refusal(share)
     if method == "auto":
-        method = next(way for way, reason in refused.items() if reason is None)
-    elif refused[method]:
-        others = [way for way, reason in refused.items() if reason is None]
-        raise NotImplementedError(f"{name}: {refused[method]} for method={method!r}; method={others[0]!r} has it")
+        method = "ring" if refused else "head_parallel"
+    elif method == "head_parallel" and refused:
+        raise NotImplementedError(f"{name}: {refused} for method={method!r}; method='ring' has it")
     out, lse = _WAYS[method].attend(share, chosen, implementation is not None)
     return out if lse is None else (out, lse)

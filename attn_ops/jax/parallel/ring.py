@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from attn_ops.jax import call as calls
-from attn_ops.jax import composite, derivatives, place, run
+from attn_ops.jax import composite, derivatives, philox, place, run
 from attn_ops.jax.call import Arrays, Options, accumulator
 from attn_ops.jax.parallel import order, shares
 
@@ -55,10 +55,6 @@ class _State(typing.NamedTuple):
     out: jax.Array  # [batch, rows, num_heads, value_dim]
     maximum: jax.Array  # [batch, num_heads, rows]
     total: jax.Array
-
-
-def refusal(share) -> None:
-    """Why a ring cannot run this call: it can run all."""
 
 
 def attend(share, chosen, forced):
@@ -317,7 +313,7 @@ def _of_keys(setting, rows, query, key, value, bias, table, keys, start):
     own = rows.arrays
     origin = None
     if setting.options.dropout_rate:
-        origin = jnp.stack([jnp.asarray(n, "uint32") for n in (0, query.shape[2], rows.first, start)])
+        origin = philox.origin(0, query.shape[2], rows.first, start)
     blocks, block_k = _blocks(setting, rows, count, start)
     options = setting.options._replace(block_k=block_k)
     offset = ahead = None

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from attn_ops.call import arrays, options
 from attn_ops.call.attention_call import AttentionCall, canonical
 from attn_ops.call.normalize import normalize, split_masks
-from attn_ops.jax import place, xp
+from attn_ops.jax import philox, place, xp
 from attn_ops.jax.parallel.order import pieces, unzigzag
 from attn_ops.masks import constructors
 from attn_ops.masks.mask import Mask
@@ -129,10 +129,10 @@ class Share:
         """What was gathered along the sequence of all devices, in the order of the whole."""
         return unzigzag(x, self.count, self.sequence_axis) if self.order == "zigzag" else x
 
-    def origin(self, first_row, first_key=0, first_head=0):
-        """Where in the whole the rows, keys and heads of a call begin, as dropout counts them."""
+    def origin(self, first_row, first_head=0):
+        """Where in the whole the rows and heads of a call with all keys begin, as dropout counts them."""
         num_heads = canonical(self.query.shape, self.layout)[1]
-        return jnp.stack([jnp.asarray(n, "uint32") for n in (first_head, num_heads, first_row, first_key)])
+        return philox.origin(first_head, num_heads, first_row)
 
     def joined(self, results):
         """(out, lse) of the device's rows from those of its pieces."""
