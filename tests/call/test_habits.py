@@ -196,10 +196,10 @@ def test_ragged_and_sparse_tensors(kind):
         masks.key_padding(x)
 
 
-def test_attention_on_ragged_tensors():
+def test_layers_that_do_not_take_ragged_tensors():
     x = tf.ragged.constant([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0]]], ragged_rank=1)
     with pytest.raises(TypeError, match="is a RaggedTensor.*to_tensor.*mask"):
-        attn_ops.layers.AttentionLayerWithWeights()([x, x, x])
+        attn_ops.layers.RotaryEmbedding()(x)
 
 
 def test_a_mask_of_two_axes_is_never_of_the_keys_even_where_the_batch_is_as_large_as_seqlen_q():

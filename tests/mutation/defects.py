@@ -4,7 +4,7 @@ its name says for as long as the code is that."""
 CPU, PACKAGE = "csrc/cpu/", "attn_ops/"
 
 KERNELS = [
-    ("rows begin among the last keys", CPU + "row_lanes.h", "tile.lo[next * W] < tile.end ? cut", "cut < tile.end / 4 * 4 ? cut"),
+    ("steps begin late", CPU + "staircase.h", "begin / kStepKeys * kStepKeys", "(begin + kStepKeys - 1) / kStepKeys * kStepKeys"),
     ("no rescale of the output", CPU + "row_lanes.h", "S::store(at, S::fma(S::load(at), correction[v], x));", "S::store(at, S::load(at) + x);"),
     ("no rescale of the sum", CPU + "row_lanes.h", "S::fma(S::load(tile.l + v * W), correction[v], sum[v])", "S::load(tile.l + v * W) + sum[v]"),
     ("splits are merged without weights", CPU + "row_lanes.h", "l += weight * part[1];", "l += part[1];"),
@@ -17,8 +17,8 @@ KERNELS = [
     ("intervals of the first sequence", "csrc/mask.h", "const int64_t at = batch * m.interval_stride + i;", "const int64_t at = i;"),
     ("the wrong kv head", "csrc/attention.h", "return p.num_kv_heads ? p.num_heads / p.num_kv_heads : 1;", "return 1;"),
     ("nine rounds of Philox", CPU + "philox.h", "kRounds = 10", "kRounds = 9"),
-    ("dropout of the first sequence", CPU + "philox.h", "first_head(static_cast<uint32_t>(batch * p.num_heads))", "first_head(0)"),
-    ("a stale counter of dropout", CPU + "philox.h", "static_cast<uint32_t>((k0 + j) >> 2)", "static_cast<uint32_t>(j >> 2)"),
+    ("dropout of the first sequence", CPU + "philox.h", "static_cast<uint32_t>(batch) * p.dropout_origin.heads_of_entry", "0"),
+    ("a stale counter of dropout", CPU + "philox.h", "d.first_key + static_cast<uint32_t>(k0)", "d.first_key"),
     ("dropout without rescale", CPU + "philox.h", "keep_scale(1.0 / (1.0 - p.dropout_rate))", "keep_scale(1.0)"),
     ("the offset of dropout's seed", CPU + "philox.h", "Words{} + d.offset}", "Words{}}"),
     ("a row of nothing is NaN", CPU + "scores.h", "return Simd<T>::select(m == Simd<T>::set1(-kInfinity<T>), Simd<T>::zero(), m);", "return m;"),

@@ -7,6 +7,7 @@ import pytest
 
 import attn_ops.jax
 from attn_ops import T5RelativeBias, kernels, masks, reference
+from attn_ops.call import attention_call
 from attn_ops.call.explanation import Explanation
 from attn_ops.call.normalize import normalize
 from attn_ops.jax import call, forms, scaled_dot_product_attention, xp
@@ -228,13 +229,13 @@ def test_gradients_that_nobody_wants():
         assert f"('d_bias', {d_bias})" in text
 
 
-FEATURES = [("relative_bias", {"relative_bias": TABLE})]
 ON_CUDA = [
     {"mask": masks.prefix(2)},
     {"mask": masks.segments([[1, 0, 1, 0, 1]], [[0, 1, 0, 1, 0, 1]])},
     {"mask": masks.block_sparse(np.eye(3) > 0, 2, 2)},
     {"query_offset": 1, "is_causal": True},
     {"logits_soft_cap": 3.0, "alibi_slopes": np.float32([0.5, 0.1]), "sinks": np.zeros(2)},
+    {"relative_bias": TABLE},
 ]
 
 
@@ -242,17 +243,21 @@ def test_cuda_leaves_these_to_the_composite(monkeypatch):
     monkeypatch.setattr(forms, "_cuda_device_reason", lambda: None)
     monkeypatch.setattr(kernels, "cuda_unsupported_reason", lambda *given: None)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setitem(attention_call._NOT_ON_CUDA, "relative_bias", "relative_bias")  # as once it was
     arrays = inputs()
     assert attn_ops.jax.explain(*arrays).implementation == "fused"
-    for what, given in FEATURES:
-        parts = call.split(normalize(xp, "test", *arrays, **given))
+    given = {"relative_bias": TABLE}
+    whole = normalize(xp, "test", *arrays, **given)
+    pages = whole._replace(relative_bias=None, block_table=np.zeros((2, 1), "int32"))
+    for what, lacking in (("relative_bias", whole), ("keys in pages", pages)):
+        parts = call.split(lacking)
         assert forms.platforms(*parts) == ("cpu",), what
         reason = forms.cuda_reason(*parts)
         assert reason.startswith("its kernels do not have ") and what in reason
-        whole = f"the default device is of the platform gpu, and {reason}"
-        assert attn_ops.jax.explain(*arrays, **given) == Explanation("composite", (whole,))
-        with pytest.raises(ValueError, match=f"explain: implementation 'fused' cannot run: .* {what}"):
-            attn_ops.jax.explain(*arrays, **given, implementation="fused")
+    reason = f"the default device is of the platform gpu, and {forms.cuda_reason(*call.split(whole))}"
+    assert attn_ops.jax.explain(*arrays, **given) == Explanation("composite", (reason,))
+    with pytest.raises(ValueError, match="explain: implementation 'fused' cannot run: .* relative_bias"):
+        attn_ops.jax.explain(*arrays, **given, implementation="fused")
 
 
 @pytest.mark.parametrize("given", ON_CUDA, ids=str)
