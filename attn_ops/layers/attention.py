@@ -7,7 +7,7 @@ import math
 import keras
 from keras import ops
 
-from attn_ops.call.arrays import compatible
+from attn_ops.call.shapes import compatible
 from attn_ops.layers.axes import AttentionAxes, dims
 from attn_ops.layers.backend import backend
 from attn_ops.layers.base import DropIn, overridden, refuse_if_forced

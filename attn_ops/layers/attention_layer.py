@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 
-from attn_ops.call.arrays import compatible
+from attn_ops.call.shapes import compatible
 from attn_ops.layers.backend import backend
 from attn_ops.layers.base import FlashAttention, checked_dropout, checked_number
 from attn_ops.layers.common import attend_one_head, combine, dropout_seed, hide_rows, ragged_like
