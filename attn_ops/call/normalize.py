@@ -339,6 +339,12 @@ def split_masks(name, mask):
     return structure, tuple(arrays)
 
 
+def mask_notes(mask) -> tuple[str, ...]:
+    """What the masks with structure are in the option ``mask`` of a call that has been normalised."""
+    masks = mask if isinstance(mask, (list, tuple)) else (mask,)
+    return tuple(f"mask: {m.described()}" for m in masks if isinstance(m, Mask) and m.structured)
+
+
 def both(name, mask, other):
     """``mask & other``, with ``name`` in what that raises."""
     try:

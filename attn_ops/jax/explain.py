@@ -8,7 +8,7 @@ import jax
 
 from attn_ops.call import explanation, public
 from attn_ops.call.explanation import Explanation
-from attn_ops.call.normalize import normalize
+from attn_ops.call.normalize import mask_notes, normalize
 from attn_ops.jax import call as calls
 from attn_ops.jax import choice, forms, xp
 
@@ -46,7 +46,7 @@ def explain(query, key=None, value=None, **given) -> Explanation:
     explanation.check_name(name, implementation, choice.IMPLEMENTATIONS)
     if implementation == "fused":
         explanation.check_can_run(name, implementation, reasons)
-    notes = explanation.mask_notes(given.get("mask"))
+    notes = mask_notes(given.get("mask"))
     chosen = implementation or ("composite" if reasons else "fused")
     if chosen != "fused":
         return Explanation(chosen, tuple(reasons), notes=notes)

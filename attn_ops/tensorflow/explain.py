@@ -9,8 +9,8 @@ import sys
 import tensorflow as tf
 
 from attn_ops.call import public
-from attn_ops.call.explanation import Explanation, Support, asks_of_model, mask_notes
-from attn_ops.call.normalize import normalize
+from attn_ops.call.explanation import Explanation, Support, asks_of_model
+from attn_ops.call.normalize import mask_notes, normalize
 from attn_ops.tensorflow import choice, gpu, place, xp
 from attn_ops.tensorflow.as_written import as_written
 
