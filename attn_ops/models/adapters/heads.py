@@ -5,8 +5,8 @@ from __future__ import annotations
 import keras
 from keras import ops
 
+from attn_ops.layers.attend import attend, dropout_seed
 from attn_ops.layers.axes import dims
-from attn_ops.layers.common import attend, dropout_seed
 from attn_ops.layers.empty_rows import empty_rows, with_means
 from attn_ops.masks import constructors
 
@@ -49,7 +49,7 @@ def attention(query, key, value, *, scale, dropout=None, training=None, scores=N
     """Attention of `[batch, seqlen, heads, dim]` tensors, and the weights or None.
 
     Args:
-        query, key, value, scale, more: as for :func:`attn_ops.layers.common.attend`.
+        query, key, value, scale, more: as for :func:`attn_ops.layers.attend.attend`.
         dropout: None or the layer of dropout on the weights.
         scores: None, "undropped" or "dropped", for the weights.
         means: whether rows to which the mask leaves no key get the mean of the values, as a softmax of equal scores
