@@ -8,7 +8,7 @@ from keras import ops
 from attn_ops.layers.attend import attend, dropout_seed
 from attn_ops.layers.axes import dims
 from attn_ops.layers.empty_rows import empty_rows, with_means
-from attn_ops.masks import constructors
+from attn_ops.masks.mask import boolean
 
 
 def split(x, num_heads):
@@ -42,7 +42,7 @@ def visible(mask, axis=0):
     mask = ops.convert_to_tensor(mask)
     if keras.backend.standardize_dtype(mask.dtype) != "bool":
         mask = ops.greater(mask, ops.cast(0.5, mask.dtype))
-    return constructors.boolean(rank_4(mask, axis))
+    return boolean(rank_4(mask, axis))
 
 
 def attention(query, key, value, *, scale, dropout=None, training=None, scores=None, means=False, **more):
@@ -81,7 +81,7 @@ def as_keras_op(query, key, value, *, mask=None, bias=None, scale=None):
         key,
         value,
         scale=scale,
-        mask=None if mask is None else constructors.boolean(rank_4(ops.cast(mask, "bool"))),
+        mask=None if mask is None else boolean(rank_4(ops.cast(mask, "bool"))),
         bias=None if bias is None else rank_4(bias),
         means=True,
     )[0]
