@@ -252,3 +252,6 @@ class GroupedQueryAttention(ScoreOptions, _Stock):
         if query_mask is not None and not self.as_in_keras:
             set_keras_mask(spec[0] if return_attention_scores else spec, query_mask)
         return spec
+
+
+GroupQueryAttention = GroupedQueryAttention  # its name in Keras's public namespace

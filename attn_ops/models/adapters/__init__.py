@@ -1,1 +1,9 @@
-"""What stands in for attention in the classes of Keras and KerasHub: an adapter per kind, and the table of them all."""
+"""What stands in for the attention of other people's classes. The table of all, and with it all adapters, is made when it is
+first asked for."""
+
+from __future__ import annotations
+
+from attn_ops import lazy
+
+__all__ = ["BY_CLASS", "SEAMS"]
+__getattr__, __dir__ = lazy.attach(__name__, dict.fromkeys(__all__, ".table"))

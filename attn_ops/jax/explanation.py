@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import jax
 
 from attn_ops.call import explanation, public
@@ -25,7 +23,9 @@ def explain(query, key=None, value=None, **given) -> Explanation:
     `attn_ops.explain` does.
     """
     if explanation.asks_of_model(query, key, value, given):
-        return importlib.import_module("attn_ops.models.explanation").of_model(query, places)  # which imports Keras
+        from attn_ops.models.explanation import of_model  # which imports Keras
+
+        return of_model(query, places)
     name, implementation = "explain", given.pop("implementation", None)
     arguments = {"query": query, "key": key, "value": value, **given}
     specifications = {k: x for k, x in arguments.items() if _is_specification(x)}
