@@ -5,5 +5,10 @@ from __future__ import annotations
 
 from attn_ops import lazy
 
-__all__ = ["BY_CLASS", "SEAMS"]
-__getattr__, __dir__ = lazy.attach(__name__, dict.fromkeys(__all__, ".table"))
+_HOMES = {
+    "BY_CLASS": ".table",
+    "SEAMS": ".table",
+}
+
+__all__ = [*_HOMES]
+__getattr__, __dir__ = lazy.attach(__name__, _HOMES)
