@@ -17,7 +17,7 @@ from attn_ops.call.attention_call import canonical
 from attn_ops.jax import place
 from attn_ops.jax.call import Arrays, Options, accumulator
 
-PLATFORMS_OF_SHARES = ("cpu",)  # with dropout: the kernels for CUDA know of no larger call
+_PLATFORMS_OF_SHARES = ("cpu",)  # with dropout: the kernels for CUDA know of no larger call
 _PLATFORMS = {"Host": "cpu", "CUDA": "CUDA"}  # of XLA, and what JAX calls them where it takes custom calls
 
 
@@ -35,7 +35,7 @@ def unavailable_reason() -> str | None:
 
 def platforms(options: Options, arrays: Arrays) -> tuple[str, ...]:
     """Where the kernels take this call, by the names of `jax.lax.platform_dependent`."""
-    return PLATFORMS_OF_SHARES if arrays.origin is not None or cuda_reason(options, arrays) else ("cpu", "cuda")
+    return _PLATFORMS_OF_SHARES if arrays.origin is not None or cuda_reason(options, arrays) else ("cpu", "cuda")
 
 
 def cuda_reason(options: Options, arrays: Arrays) -> str | None:

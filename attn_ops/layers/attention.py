@@ -7,13 +7,14 @@ import math
 import keras
 from keras import ops
 
-from attn_ops.call.arrays import compatible
+from attn_ops.call.shapes import compatible
+from attn_ops.layers.attend import attend_one_head, dropout_seed, hide_rows, ragged_like
 from attn_ops.layers.axes import AttentionAxes, dims
 from attn_ops.layers.backend import backend
 from attn_ops.layers.base import DropIn, overridden, refuse_if_forced
-from attn_ops.layers.common import attend_one_head, combine, dropout_seed, hide_rows, ragged_like
 from attn_ops.layers.empty_rows import empty_rows
 from attn_ops.layers.inputs import are_ragged, boolean, padding
+from attn_ops.layers.keras_mask import combine
 from attn_ops.masks import constructors
 
 _Stock = keras.layers.Attention

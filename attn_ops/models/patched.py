@@ -18,7 +18,7 @@ from attn_ops.layers.backend import backend
 from attn_ops.layers.empty_rows import empty_rows, with_means
 from attn_ops.masks.mask import combined
 from attn_ops.models import found, seams
-from attn_ops.models.adapters import table
+from attn_ops.models.adapters import SEAMS
 
 _HOOK = f"keras.src.backend.{keras.config.backend()}.nn"
 _NAME = "dot_product_attention"
@@ -59,7 +59,7 @@ def patch():
         if not _is_patched():
             module = _hook()
             setattr(module, _NAME, _replacement(getattr(module, _NAME)))
-            for seam in table.SEAMS:
+            for seam in SEAMS:
                 if seam.cls() is not None and not seam.reason_against(seam.cls()):
                     seams.install_in_class(seam)
             for seam in (seam for of_class in seams.registered.values() for seam in of_class):
