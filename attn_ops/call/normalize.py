@@ -13,6 +13,7 @@ from attn_ops.call import arrays, checked_before, options, pages, precision, sha
 from attn_ops.call.attention_call import MAX_MASKS, AttentionCall, canonical
 from attn_ops.call.listeners import listeners
 from attn_ops.call.options import Options
+from attn_ops.masks import checks
 from attn_ops.masks.mask import Mask, Parts
 
 
@@ -331,10 +332,10 @@ def _shapes(q, k, v):
 def split_masks(name, mask):
     """The structured part of ``mask`` (a Mask or None) and the tuple of boolean arrays beside it."""
     structure, arrays = None, []
-    for item in mask if isinstance(mask, (list, tuple)) else (mask,):
+    for item in checks.listed(name, mask):
         if isinstance(item, Mask):
             structure = item if structure is None else both(name, structure, item)
-        elif item is not None:
+        else:
             arrays.append(item)
     return structure, tuple(arrays)
 

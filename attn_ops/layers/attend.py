@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 from keras import ops
 
-from attn_ops.layers.axes import AttentionAxes, dims
+from attn_ops.layers.axes import AttentionAxes, broadcasts, dims
 from attn_ops.layers.backend import backend
 
 _ONE_AXIS = AttentionAxes((1,), 2)
@@ -14,13 +14,19 @@ _ONE_AXIS = AttentionAxes((1,), 2)
 def dropout_seed(owner, rate, training):
     """The next seed of `owner.seed_generator` where dropout is to run, else None. Only a run with dropout advances the
     generator, as in Keras, and a recomputation of it does not: it gets the same seed."""
-    if not training or not rate:
+    if not rate or not training:  # without dropout `training` may be a tensor of a graph
         return None
     return backend.draw_seed(owner.seed_generator)
 
 
 def hide_rows(out, query_mask):
-    """`out` `[*batch, seqlen, features]` with zeros where `query_mask` `[*batch, seqlen]` is False."""
+    """`out` `[*batch, seqlen, features]` with zeros where `query_mask` `[*batch, seqlen]`, which broadcasts, is False."""
+    pairs = zip(reversed(tuple(query_mask.shape)), reversed(tuple(out.shape[:-1])))
+    if len(query_mask.shape) >= len(out.shape) or not all(broadcasts(*pair) for pair in pairs):
+        raise ValueError(
+            f"attn_ops.layers: a query mask of shape {tuple(query_mask.shape)} does not broadcast to the axes before the "
+            f"features of the output, of shape {tuple(out.shape)}"
+        )
     return ops.where(ops.expand_dims(query_mask, -1), out, ops.zeros((), out.dtype))
 
 

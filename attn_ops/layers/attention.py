@@ -90,6 +90,9 @@ class Attention(DropIn, _Stock):
 
         if self.as_in_keras and value_mask is not None:
             # Keras takes 1e9 from every score of such a row, and what is left of them decides: only its code has that.
+            if not backend.can_branch(query, value):
+                refuse_if_forced(self, "as_in_keras=True beside a value mask, where XLA has to compile unknown sizes")
+                return in_keras()
             any_empty = ops.any(empty_rows(visible, dims(query)[-2], dims(key)[-2]))
             return ops.cond(any_empty, in_keras, here)
         return here()
@@ -147,6 +150,10 @@ class Attention(DropIn, _Stock):
         """Why this call has to run Keras's own code, or None."""
         if self.score_mode != "dot":
             return f"score_mode is {self.score_mode!r}, only 'dot' is a dot product"
+        if self.scale is not None:  # without it integers are refused there too
+            for x in (query, value, key):
+                if "int" in keras.backend.standardize_dtype(x.dtype):
+                    return f"the inputs are {x.dtype}"
         step = overridden(self, _Stock, "_calculate_scores", "_apply_scores", "_calculate_score_mask")
         if step:
             return f"{type(self).__name__} overrides {step}()"

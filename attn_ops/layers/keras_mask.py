@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import operator
 
+from keras import ops
+
+from attn_ops.layers.axes import dims
 from attn_ops.layers.inputs import boolean
 from attn_ops.masks import constructors
 from attn_ops.masks.mask import Mask
@@ -65,5 +68,9 @@ def keras_mask(
         parts.append(attention_mask)
     elif attention_mask is not None:
         attention_mask = boolean(attention_mask, "attention_mask")
+        missing = 2 - len(attention_mask.shape)
+        if missing > 0 and len(axes.attended) == 1 and any(part is not None for part in parts):
+            # Alone it is refused; beside others Keras's conjunction broadcasts it.
+            attention_mask = ops.reshape(attention_mask, [1] * missing + dims(attention_mask))
         parts.append(constructors.boolean(axes.flatten_mask(attention_mask, query, key)))
     return combine([*parts, mask])
