@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import keras
 import numpy as np
 from keras import ops
@@ -106,7 +108,7 @@ def _wanted(layers, known, paths):
     """The names that were asked for, or None for all; those that are no layer at all are refused before anything runs."""
     if layers is None:
         return None
-    names = [layers] if isinstance(layers, str) else list(layers)
+    names = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, Iterable) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{_NAME}: layers must be None or names of layers, got {layers!r}")
     paths = [*paths, *known]

@@ -394,6 +394,9 @@ def test_refusals():
         visualize.attention(model, IDS, tokens={"third": list("abcdefgh")})
     with pytest.raises(TypeError, match="sequence of labels, got str"):
         visualize.attention(model, IDS, tokens="abcdefgh")
+    for wrong in ([], 3, [3]):
+        with pytest.raises(ValueError, match="layers must be None or names of layers"):
+            visualize.attention(model, IDS, layers=wrong)
     for wrong in ({"longest": -1}, {"top_keys": 0}, {"max_bytes": 1.5}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a positive integer"):
             visualize.attention(model, IDS, **wrong)
