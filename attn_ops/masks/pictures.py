@@ -67,7 +67,7 @@ def plot(mask, seqlen_q, seqlen_k=None, *, entry=0, head=0, query_offset=None, b
     kind = np.where(seen, 2, np.where(skipped, 0, 1))
     if ax is None:
         width, height = panel_inches(max(seen.shape[0], 1), max(seen.shape[1], 1), alone=True)
-        _, ax = pyplot.subplots(figsize=(width + 1.4, height + 0.8), layout="constrained")
+        _, ax = pyplot.subplots(figsize=(width + 1.4, height + 0.8), layout="compressed")
     ax.imshow(kind, cmap=colors.ListedColormap(_COLOURS), vmin=0, vmax=2, interpolation="nearest", aspect="equal")
     if max(seen.shape) <= _GRID:  # cells that can be told apart
         ax.set_xticks(np.arange(seen.shape[1] + 1) - 0.5, minor=True)

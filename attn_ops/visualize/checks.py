@@ -84,6 +84,7 @@ def tokens(name: str, layers, given) -> list:
     found = {}
     for pattern, own in given.items():
         matching = matches(pattern, names)
+        matching = [path for path in names if path in matching or path.partition("#")[0] in matching]
         if not matching:
             raise ValueError(f"{name}: tokens for {pattern!r}, which is no layer here; known: {', '.join(names)}")
         for path in matching:

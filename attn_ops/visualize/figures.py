@@ -10,6 +10,8 @@ import numpy as np
 from attn_ops import requirements
 
 LABELS_PER_INCH = 7  # more cannot be read
+_LONGEST_LABEL = 24  # characters; of longer ones the first
+_CHARACTER = 0.067  # inches that one takes at 8 points
 HATCH = {"facecolor": "0.94", "edgecolor": "0.72", "hatch": "////", "linewidth": 0.0}  # of what is hidden
 
 
@@ -88,6 +90,16 @@ def ink(colour) -> str:
     return "black" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "white"
 
 
+def short(label: str) -> str:
+    """What is written of a label."""
+    return label if len(label) <= _LONGEST_LABEL else f"{label[: _LONGEST_LABEL - 1]}…"
+
+
+def label_inches(labels) -> float:
+    """How far the longest label reaches from its axis, beyond the five characters that all figures have room for."""
+    return _CHARACTER * max(0, max(len(short(label)) for label in labels) - 5)
+
+
 def label_axis(axis, labels, inches: float) -> None:
     """Every n-th label, n = 1, 2, 5, 10, 20, ..., so that they can be read."""
     most = max(1, int(inches * LABELS_PER_INCH))
@@ -95,4 +107,4 @@ def label_axis(axis, labels, inches: float) -> None:
         factor * 10**power for power in range(18) for factor in (1, 2, 5) if factor * 10**power * most >= len(labels)
     )
     positions = range(0, len(labels), step)
-    axis.set_ticks(positions, [labels[position] for position in positions])
+    axis.set_ticks(positions, [short(labels[position]) for position in positions])

@@ -65,8 +65,8 @@ def viewer(attention, path=None, *, example=0, image=None, grid=None, title=None
         A :class:`Viewer`, which notebooks show: as a widget where the package anywidget is installed.
 
     Raises:
-        ValueError: Weights that are no probabilities, an example that does not exist, an image or a grid that does not
-            fit, or more layers than ``max_bytes`` allows.
+        ValueError: Weights that are no probabilities or NaN, an example that does not exist, an image or a grid that does
+            not fit, or more layers than ``max_bytes`` allows.
     """
     if isinstance(attention, LayerAttention):
         attention = ModelAttention(attention.name, [attention])

@@ -25,6 +25,12 @@ def payload(name, attention, example, image, grid, title, max_bytes):
         raise ValueError(f"{name}: there are no layers to show")
     if not all(-batch <= example < batch for batch in batches):
         raise ValueError(f"{name}: example {example} is not in a batch of {min(batches)}")
+    broken = [layer.name for layer in attention if np.isnan(_values(layer)[example]).any()]
+    if broken:
+        raise ValueError(
+            f"{name}: weights of {', '.join(broken)} are NaN for example {example}: queries or keys there are no finite numbers. "
+            "plot_attention_weights draws such weights, hatched; attention(layers=) leaves layers out"
+        )
     parts, tokens, sizes = _Parts(), _Tokens(), [_bytes(layer) for layer in attention]
     layers = []
     for layer, size in zip(attention, sizes):
@@ -40,6 +46,11 @@ def payload(name, attention, example, image, grid, title, max_bytes):
     header = {"title": title or attention.model, "layers": layers, "tokens": tokens.lists}
     header["image"], header["grid"] = _picture(name, attention, image, grid)
     return json.dumps(header, ensure_ascii=False, allow_nan=False), data
+
+
+def _values(layer):
+    """What its cells show, `[batch, heads, rows, keys]` or blocks of those."""
+    return layer.blocks.means if layer.weights is None else layer.weights
 
 
 def _bytes(layer):
@@ -64,7 +75,7 @@ def _coarser(layer, room):
 def _layer(parts, tokens, layer, example):
     _, heads, rows, keys = layer.shape
     whole = layer.weights is not None
-    values = layer.weights[example] if whole else layer.blocks.means[example]
+    values = _values(layer)[example]
     scale, codes = _coded(values)
     received_scale, received = _coded(layer.received[example])
     ranges = [_real(real[example]) for real in (layer.real_rows, layer.real_keys)]

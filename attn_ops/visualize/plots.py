@@ -91,7 +91,8 @@ def plot_attention_weights(
     if ax is None:
         rows = math.ceil(len(panels) / _MAX_COLUMNS)
         columns = math.ceil(len(panels) / rows)  # as even as can be: 6 is 2 x 3
-        figure = figures.new_figure(_NAME, columns * width + 1.4, rows * height + 1.0, figure)
+        left, below = figures.label_inches(query_labels), figures.label_inches(key_labels)
+        figure = figures.new_figure(_NAME, columns * width + left + 1.4, rows * height + below + 1.0, figure)
         axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     else:
         figure, columns, axes = ax.figure, 1, np.array([[ax]], object)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import keras
 import numpy as np
 from keras import ops
@@ -34,10 +36,10 @@ def attention(model, inputs, layers=None, *, tokens=None, longest=LONGEST, top_k
 
     Args:
         model: A built Keras model or layer.
-        inputs: What `model` is called with, with an axis for the batch: an array, or a list or dict of them. For a
-            layer that is no `keras.Model`, a tuple holds its arguments by position.
+        inputs: What `model` is called with, with an axis for the batch: an array, or a list or dict of them; nested lists
+            of numbers or texts are arrays. For a layer that is no `keras.Model`, a tuple holds its arguments by position.
         layers: None for all; or names of attention layers, or one of them: paths as `attn_ops.explain(model)` prints
-            them, their last parts, or patterns such as `"decoder/*"`.
+            them, their last parts, or patterns such as `"decoder/*"`. Of a shared layer all calls, or `"name#2"`.
         tokens: None, or what stands at the positions, padding too: a sequence of labels; a tuple of two for models of two
             sequences, which are told apart by their lengths; or a dict of those by names as for ``layers``, where a
             tuple is (query tokens, key tokens). Instead of a sequence of labels there may be one for each entry of the
@@ -106,7 +108,7 @@ def _wanted(layers, known, paths):
     """The names that were asked for, or None for all; those that are no layer at all are refused before anything runs."""
     if layers is None:
         return None
-    names = [layers] if isinstance(layers, str) else list(layers)
+    names = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, Iterable) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{_NAME}: layers must be None or names of layers, got {layers!r}")
     paths = [*paths, *known]
@@ -121,19 +123,27 @@ def _unknown(missing, known):
 
 
 def _is_wanted(name, wanted):
-    return wanted is None or any(checks.matches(pattern, [name]) for pattern in wanted)
+    shared = name.partition("#")[0]  # the name of a layer stands for all calls of it
+    return wanted is None or any(checks.matches(pattern, [x]) for pattern in wanted for x in (name, shared))
 
 
 def _run(model, inputs):
     if isinstance(inputs, tuple) and not isinstance(model, keras.Model):
         model(*inputs, training=False)
         return
-    if isinstance(inputs, (list, tuple)) and not any(
-        hasattr(x, "shape") or isinstance(x, (list, tuple)) for x in inputs
-    ):
-        inputs = np.asarray(inputs)
+    several = len(getattr(model, "inputs", None) or ()) > 1
+    if isinstance(inputs, dict):
+        inputs = {name: _array(x) for name, x in inputs.items()}
+    else:
+        inputs = [_array(x) for x in inputs] if several and isinstance(inputs, (list, tuple)) else _array(inputs)
     inputs = keras.tree.map_structure(lambda x: ops.convert_to_tensor(x) if isinstance(x, np.ndarray) else x, inputs)
     model(inputs, training=False)
+
+
+def _array(x):
+    """A list of numbers or texts, nested or not, as an array; anything else as it is."""
+    nested = isinstance(x, (list, tuple)) and not any(hasattr(leaf, "shape") for leaf in keras.tree.flatten(x))
+    return np.asarray(x) if nested else x
 
 
 class _Stopped(BaseException):  # no Exception, to which Keras adds what it knows of the call

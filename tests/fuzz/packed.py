@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from attn_ops import kernels
 
-from fuzz import truth, ways
+from fuzz import frameworks, truth, ways
 from implementations import differentiable
 
 # What `varlen_attention` takes.
@@ -14,10 +14,14 @@ OPTIONS += ("query_offset", "bias", "mask")
 
 
 class Varlen(ways.Way):
-    """`varlen_attention` on packed tokens, or `ragged_attention` on tensors with these row splits."""
+    """`varlen_attention` on packed tokens; in TensorFlow also `ragged_attention` on tensors with these row splits, and in
+    JAX in `jax.jit`."""
 
-    name = "varlen"
     share = 0.1
+
+    def __init__(self, framework):
+        self.framework = framework
+        self.name = f"{framework.prefix}varlen"
 
     def precision(self, case):
         return ways.kernel_precision(case, kernels.core().default_isa())
@@ -58,7 +62,10 @@ class Varlen(ways.Way):
                 given = [_of_scores(x, case.scores_shape, by_rows, by_keys, outside) for x in given]
                 options[name] = given if name == "mask" else given[0]
         rng = np.random.default_rng([case.seed, case.number, 50])
-        results = _run(rng.random() < 0.3, packed, by_rows.packed(d_lse.swapaxes(1, 2)).T, by_rows.ends, by_keys.ends, options)
+        run = _RUNS[self.framework.name]
+        with self.framework.of(case):
+            given = packed, by_rows.packed(d_lse.swapaxes(1, 2)).T, by_rows.ends, by_keys.ends, options
+            results = [np.asarray(x) for x in run(rng.random() < 0.3, *given)]
         out, lse, dq, dk, dv, *learned = results
         found = {"out": by_rows.padded(out), "dq": by_rows.padded(dq), "dk": by_keys.padded(dk), "dv": by_keys.padded(dv)}
         if layout == "BHSD":
@@ -104,7 +111,7 @@ def _of_scores(x, scores_shape, by_rows, by_keys, outside):
     return whole
 
 
-def _run(ragged, arrays, d_lse, rows, keys, options):
+def _run_tensorflow(ragged, arrays, d_lse, rows, keys, options):
     """out, lse, dq, dk, dv, and the gradients of the options that have one."""
     import attn_ops
     import tensorflow as tf
@@ -131,7 +138,29 @@ def _run(ragged, arrays, d_lse, rows, keys, options):
         else:
             out, lse = attn_ops.varlen_attention(q, k, v, rows, keys, return_lse=True, **given, **options)
     gradients = tape.gradient([out, lse], inputs, output_gradients=[d_out, tf.constant(d_lse)])
-    return [x.numpy() for x in (out, lse, *gradients)]
+    return [out, lse, *gradients]
 
 
-WAYS = {Varlen.name: Varlen()}
+def _run_jax(compiles, arrays, d_lse, rows, keys, options):
+    """The same."""
+    import attn_ops.jax
+    import jax
+
+    options = dict(options)
+    if options.get("mask") is not None:
+        options["mask"] = [mask != 0 for mask in options["mask"]]
+    learned = {name: options.pop(name) for name in differentiable(options)}
+    *inputs, d_out = map(jax.numpy.asarray, arrays)
+
+    def attend(inputs, learned):
+        return attn_ops.jax.varlen_attention(*inputs, rows, keys, return_lse=True, **learned, **options)
+
+    attend = jax.jit(attend) if compiles else attend
+    (out, lse), pull = jax.vjp(attend, inputs, jax.tree.map(jax.numpy.asarray, learned))
+    gradients, of_learned = pull((d_out, jax.numpy.asarray(d_lse, lse.dtype)))
+    tables = (getattr(of_learned[name], "table", of_learned[name]) for name in learned)
+    return [out, lse, *gradients, *tables]
+
+
+_RUNS = {"tensorflow": _run_tensorflow, "jax": _run_jax}
+WAYS = {way.name: way for way in map(Varlen, frameworks.ALL)}

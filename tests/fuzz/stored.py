@@ -4,13 +4,14 @@ What such a memory cannot hold is rounded in the case before, so that the truth 
 """
 
 import dataclasses
+import functools
 
 import ml_dtypes
 import numpy as np
 from attn_ops import kernels
 
 import int8_rows
-from fuzz import reductions, ways
+from fuzz import frameworks, reductions, ways
 
 PAGE_SIZES = (16, 32, 48, 64, 256)
 # What calls with a cache take.
@@ -168,7 +169,7 @@ class CoreStored(ways.Core):
         return [np.ascontiguousarray(x if by_rows else x.swapaxes(1, 2)) for x in arrays], table
 
 
-# TensorFlow's functions
+# Functions of frameworks
 
 
 class Decoded(ways.Way):
@@ -177,6 +178,14 @@ class Decoded(ways.Way):
     share = 0.1
     differentiates = False
     kinds = KINDS
+
+    def __init__(self, framework):
+        self.framework = framework
+        self.name = framework.prefix + self.base_name
+
+    def __call__(self, case):
+        with self.framework.of(case):
+            return {name: np.asarray(x) for name, x in self._computed(case, drawn(case, 49).random() < 0.3).items()}
 
     def precision(self, case):
         return ways.kernel_precision(case, kernels.core().default_isa())
@@ -215,16 +224,13 @@ class Decoded(ways.Way):
         own = [np.take_along_axis(x, at[..., None, None], 1) for x in (key, value)]
         return query, (key, value), own, counts, offset, options
 
+    def _laid(self, x, layout):
+        """As an array of the framework in this layout."""
+        return self.framework.array(x if layout == "BSHD" else np.ascontiguousarray(x.swapaxes(1, 2)))
+
     def _memory_dtype(self, case):
         kind = self.kind(case)
         return "int8" if kind == "int8" else _dtype_of_16_bits(case).name if kind == "16 bits" else case.dtype
-
-
-def _laid(x, layout):
-    """As a tensor in this layout."""
-    import tensorflow as tf
-
-    return tf.constant(x if layout == "BSHD" else np.ascontiguousarray(x.swapaxes(1, 2)))
 
 
 def _along_keys(options, room):
@@ -241,37 +247,38 @@ def _of_rows(x, first, last):
 class Cached(Decoded):
     """`KVCache` and `decode_attention`: what was before is appended, then the rows in some parts."""
 
-    name = "cache"
+    base_name = "cache"
     least_length = 1
 
-    def __call__(self, case):
-        import attn_ops
-
+    def _computed(self, case, compiles):
+        functions = self.framework.functions
         query, before, own, counts, offset, options = self._parts(case)
         layout, is_causal = options.pop("layout"), options["is_causal"]
         options.pop("key_value_seq_lengths")
         rng = drawn(case, 46)
         _, keys, kv_heads, dim = before[0].shape
-        cache = attn_ops.KVCache.create(
+        cache = functions.KVCache.create(
             len(query), max(keys + int(rng.integers(0, 4)), self.least_length), kv_heads, dim, self._memory_dtype(case), layout=layout,
-            value_dim=before[1].shape[-1], window=self.window(case), framework="tensorflow",
+            value_dim=before[1].shape[-1], window=self.window(case), framework=self.framework.name,
         )  # fmt: skip
         if cache.window is not None:
             options.pop("window")  # the cache's own
         masks, bias = _along_keys(options, cache.rows)
         for first in range(0, int(offset.max()), self.most_rows(case)):
-            rows = [_laid(x[:, first : first + self.most_rows(case)], layout) for x in before]
+            rows = [self._laid(x[:, first : first + self.most_rows(case)], layout) for x in before]
             there = rows[0].shape[1 if layout == "BSHD" else 2]
             cache = cache.update(*rows, lengths=np.clip(offset - first, 0, there).astype(np.int32))
         outs, lses = [], []
         for first, last in self._cuts(case, rng, query.shape[1], is_causal):
-            q, k, v = (_laid(x[:, first:last], layout) for x in (query, *own))
+            q, k, v = (self._laid(x[:, first:last], layout) for x in (query, *own))
             given = dict(options, mask=[_of_rows(mask, first, last) for mask in masks] or None)
             given["bias"] = None if bias is None else _of_rows(bias, first, last)
             there = np.clip(counts - first, 0, last - first).astype(np.int32)
-            out, lse, cache = attn_ops.decode_attention(q, cache, k, v, query_seq_lengths=there, return_lse=True, **given)
-            outs.append(out.numpy())
-            lses.append(lse.numpy())
+            call = functools.partial(functions.decode_attention, return_lse=True, **given)
+            step = self.framework.form(lambda q, cache, k, v, n, call=call: call(q, cache, k, v, query_seq_lengths=n), compiles)
+            out, lse, cache = step(q, cache, k, v, there)
+            outs.append(out)
+            lses.append(lse)
         return {"out": np.concatenate(outs, 1 if layout == "BSHD" else 2), "lse": np.concatenate(lses, 2)}
 
     def _cuts(self, case, rng, rows, is_causal):
@@ -293,7 +300,7 @@ class Cached(Decoded):
 class Rolling(Cached):
     """A cache with a window, whose older keys make way for new ones."""
 
-    name = "rolling"
+    base_name = "rolling"
     share = 0.05
     least_length = 10**6
 
@@ -318,12 +325,9 @@ class Rolling(Cached):
 class Paged(Decoded):
     """`paged_attention`, to pages that have the last rows already, or get them by the call."""
 
-    name = "pages"
+    base_name = "pages"
 
-    def __call__(self, case):
-        import attn_ops
-        import tensorflow as tf
-
+    def _computed(self, case, compiles):
         query, (key, value), own, counts, offset, options = self._parts(case)
         layout, lengths = options.pop("layout"), options.pop("key_value_seq_lengths")
         rng, kind = drawn(case, 48), self.kind(case)
@@ -339,15 +343,15 @@ class Paged(Decoded):
             with np.errstate(over="ignore"):
                 memory = [x.astype(_dtype_of_16_bits(case)) for x in memory]
         memory, table = in_pages(rng, memory, size)
-        memory = [_laid(x, layout) for x in memory]
+        memory = [self._laid(x, layout) for x in memory]
         pages = [(memory[0], memory[2]), (memory[1], memory[3])] if kind == "int8" else memory
         masks, bias = _along_keys(options, table.shape[1] * size)
-        new = [_laid(x, layout) for x in own] if appends else [None, None]
-        out, lse, *_ = attn_ops.paged_attention(
-            _laid(query, layout), *pages, tf.constant(table), lengths, *new, query_seq_lengths=counts, layout=layout,
-            mask=masks or None, bias=bias, return_lse=True, **options,
-        )  # fmt: skip
-        return {"out": out.numpy(), "lse": lse.numpy()}
+        new = [self._laid(x, layout) for x in own] if appends else [None, None]
+        options |= {"layout": layout, "mask": masks or None, "bias": bias, "return_lse": True}
+        call = functools.partial(self.framework.functions.paged_attention, **options)
+        given = [self._laid(query, layout), *pages, self.framework.array(table), lengths, *new, counts]
+        out, lse, *_ = self.framework.form(lambda *x: call(*x[:-1], query_seq_lengths=x[-1]), compiles)(*given)
+        return {"out": out, "lse": lse}
 
     @staticmethod
     def _without_last(x, offset):
@@ -356,4 +360,4 @@ class Paged(Decoded):
         return np.where(there[..., None, None], x, np.array(np.nan, x.dtype))
 
 
-WAYS = {way.name: way for way in (Cached(), Rolling(), Paged())}
+WAYS = {way.name: way for framework in frameworks.ALL for way in (kind(framework) for kind in (Cached, Rolling, Paged))}

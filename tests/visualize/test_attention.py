@@ -123,6 +123,9 @@ def test_subclassed_and_nested_models_and_layers_that_run_twice():
     np.testing.assert_allclose(found["again/grouped"].weights, reference.attention_weights(q, k), atol=1e-5)
     assert [layer.name for layer in visualize.attention(model, x, layers="*#2")] == [f"{path}/again/grouped#2"]
     assert len(visualize.attention(model, x, layers=["self"])) == 1
+    both = visualize.attention(model, x, layers="grouped", tokens={"grouped": list("abcde")})
+    assert both.names == [f"{path}/again/grouped", f"{path}/again/grouped#2"]
+    assert both[0].key_tokens == both[1].key_tokens == [list("abcde")] * 2
 
 
 def test_the_layer_alone_and_cross_attention():
@@ -394,9 +397,15 @@ def test_refusals():
         visualize.attention(model, IDS, tokens={"third": list("abcdefgh")})
     with pytest.raises(TypeError, match="sequence of labels, got str"):
         visualize.attention(model, IDS, tokens="abcdefgh")
+    for wrong in ([], 3, [3]):
+        with pytest.raises(ValueError, match="layers must be None or names of layers"):
+            visualize.attention(model, IDS, layers=wrong)
     for wrong in ({"longest": -1}, {"top_keys": 0}, {"max_bytes": 1.5}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a positive integer"):
             visualize.attention(model, IDS, **wrong)
+    np.testing.assert_array_equal(  # as `predict` takes them
+        visualize.attention(model, IDS.tolist())[0].weights, visualize.attention(model, IDS)[0].weights
+    )
     with pytest.raises(KeyError, match="'third': there is none; known: first, second"):
         visualize.attention(model, IDS)["third"]
 

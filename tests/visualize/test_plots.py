@@ -284,6 +284,28 @@ def test_flat_and_large_matrices_can_be_read(shape):
         assert not any(a.overlaps(b) for a, b in zip(boxes, boxes[1:]))
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: plot_mask(masks.causal() & masks.window(5, 0), 40).figure,
+        lambda: plot_attention_weights(softmax_weights(3, 60), long_labels(3), long_labels(60), title="a title"),
+        lambda: plot_attention_weights(softmax_weights(1, 6, 4, 4), long_labels(4)),
+    ],
+)
+def test_all_of_a_figure_is_inside_of_it(draw):
+    """Titles and labels, the longest tokens too, are in the file that `savefig` writes."""
+    figure = draw()
+    figure.canvas.draw()
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(box.x0, box.y0, width - box.x1, height - box.y1) > 0
+    sides = [ax.get_window_extent().size / figure.dpi for ax in axes_of(figure)]
+    assert min(map(min, sides)) > 0.6  # and the matrices still have room
+
+
+def long_labels(count):
+    return [f"{'antidisestablishmentarianism' * (n % 2)}{n}" for n in range(count)]
+
+
 def test_notebooks_show_a_figure_once(monkeypatch):
     """The inline backend shows open figures at the end of a cell, and closes them; what a line gives is displayed too."""
     import sys

@@ -12,6 +12,7 @@ import browser
 import numpy as np
 import pytest
 
+import attn_ops
 from attn_ops import reference, visualize
 from attn_ops.visualize import payload
 
@@ -384,6 +385,14 @@ def test_refusals(attention):
         visualize.viewer(attention, example=1)
     with pytest.raises(ValueError, match="no layers"):
         visualize.viewer(visualize.ModelAttention("empty", []))
+    x = np.zeros((2, 3, 4), "float32")
+    x[1, 2] = np.nan
+    layer = attn_ops.layers.MultiHeadAttention(1, 2, name="broken")
+    layer(x, x)
+    found = visualize.attention(layer, (x, x))
+    visualize.viewer(found)  # the first example has no NaN
+    with pytest.raises(ValueError, match="weights of broken are NaN for example 1"):
+        visualize.viewer(found, example=1)
     p = visualize.ModelAttention.from_weights(np.eye(25))
     for image in (np.zeros((2, 2, 2)), "a.png", np.zeros(3), [["a"]]):
         with pytest.raises(ValueError, match="image must be an array"):
