@@ -53,15 +53,14 @@ std::string unsupported_reason(const AttentionParams& p) {
   return "";
 }
 
-// The current device, for calls that the kernels take.
-int prepare(const AttentionParams& p, const Device** device) {
+// Whether the kernels take this call, where it is to run.
+int check(const AttentionParams& p, const StreamScope& scope) {
   const std::string reason = unsupported_reason(p);
   if (!reason.empty()) return fail(kUnsupported, "%s", reason.c_str());
   if (p.dropout_rate > 0 && p.dropout_words == nullptr) {
     return fail(kUnsupported, "the CUDA kernels read the seed of dropout from device memory: dropout_words is null");
   }
-  *device = find_device(-1);
-  return *device == nullptr ? kNoDevice : 0;
+  return scope.device() == nullptr ? kNoDevice : 0;
 }
 
 int check(const Workspace& workspace, size_t needed) {
@@ -89,7 +88,7 @@ bool is_decode(const AttentionParams& p) {
 }
 
 int launch_decode(const AttentionParams& p, const Device& device, void* stream, Workspace workspace) {
-  const DecodePlan plan(p, device);
+  const DecodePlan plan(p);
   if (const int code = check(workspace, plan.workspace_bytes())) return code;
   const Math math = math_of(p, true);
   const int dim = dim_of(p);
@@ -99,15 +98,15 @@ int launch_decode(const AttentionParams& p, const Device& device, void* stream, 
   args.rows = rows_of(p, plan.tiles_per_head);
   args.aligned = aligned_of(p);
   args.plain = is_plain(p) && p.scale <= 1;
-  args.splits = plan.splits;
-  if (plan.splits > 1) {
+  args.splits = plan.choose_splits(p, device);
+  if (args.splits > 1) {
     char* memory = static_cast<char*>(workspace.data);
     args.partial_out = reinterpret_cast<float*>(memory);
     args.partial_stats = reinterpret_cast<float*>(memory + plan.partial_out_bytes);
     args.tickets = reinterpret_cast<uint64_t*>(memory + plan.partial_out_bytes + plan.partial_stats_bytes);
     args.launch = next_launch();
   }
-  return launch(device, {Role::kDecode, math, dim, false}, plan.tiles * plan.splits, 32 * kDecodeWarps,
+  return launch(device, {Role::kDecode, math, dim, false}, plan.tiles * args.splits, 32 * kDecodeWarps,
                 decode_shared_bytes(math, dim), stream, &args);
 }
 
@@ -227,8 +226,7 @@ ATTN_OPS_EXPORT const char* attn_ops_cuda_unsupported_reason(const AttentionPara
 
 ATTN_OPS_EXPORT size_t attn_ops_cuda_forward_workspace_bytes(const AttentionParams* p) {
   if (cuda::is_empty(*p) || !cuda::unsupported_reason(*p).empty() || !cuda::is_decode(*p)) return 0;
-  const cuda::Device* device = cuda::find_device(-1);
-  return device == nullptr ? 0 : cuda::DecodePlan(*p, *device).workspace_bytes();
+  return cuda::DecodePlan(*p).workspace_bytes();
 }
 
 ATTN_OPS_EXPORT size_t attn_ops_cuda_backward_workspace_bytes(const BackwardParams* b) {
@@ -237,17 +235,17 @@ ATTN_OPS_EXPORT size_t attn_ops_cuda_backward_workspace_bytes(const BackwardPara
 
 ATTN_OPS_EXPORT int attn_ops_cuda_forward(const AttentionParams* p, void* stream, Workspace workspace) {
   if (cuda::is_empty(*p) || p->seqlen_q == 0) return 0;
-  const cuda::Device* device = nullptr;
-  if (const int code = cuda::prepare(*p, &device)) return code;
-  return cuda::is_decode(*p) ? cuda::launch_decode(*p, *device, stream, workspace)
-                             : cuda::launch_forward(*p, *device, stream);
+  const cuda::StreamScope scope(stream);
+  if (const int code = cuda::check(*p, scope)) return code;
+  return cuda::is_decode(*p) ? cuda::launch_decode(*p, *scope.device(), stream, workspace)
+                             : cuda::launch_forward(*p, *scope.device(), stream);
 }
 
 // Even of nothing at all, a bias may have a gradient: zeros.
 ATTN_OPS_EXPORT int attn_ops_cuda_backward(const BackwardParams* b, void* stream, Workspace workspace) {
-  const cuda::Device* device = nullptr;
-  if (const int code = cuda::prepare(b->forward, &device)) return code;
-  return cuda::launch_backward(*b, *device, stream, workspace);
+  const cuda::StreamScope scope(stream);
+  if (const int code = cuda::check(b->forward, scope)) return code;
+  return cuda::launch_backward(*b, *scope.device(), stream, workspace);
 }
 
 ATTN_OPS_EXPORT const char* attn_ops_cuda_error_text() { return cuda::error_text(); }

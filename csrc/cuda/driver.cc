@@ -32,7 +32,7 @@ thread_local Text last_error;
 using Library = struct CUlib_st*;
 using Kernel = struct CUkern_st*;
 
-constexpr int kInvalidContext = 201;
+constexpr int kInvalidContext = 201, kNotSupported = 801;
 
 enum DeviceAttribute {
   kMultiprocessors = 16,
@@ -49,6 +49,10 @@ struct Driver {
   int (*version)(int* version);
   int (*error_string)(int code, const char** text);
   int (*current_device)(int* device);
+  int (*current_context)(void** context);
+  int (*push_context)(void* context);
+  int (*pop_context)(void** context);
+  int (*stream_context)(void* stream, void** context);
   int (*device)(int* device, int ordinal);
   int (*attribute)(int* value, int attribute, int device);
   int (*load)(Library*, const void* image, void* jit_options, void* jit_values, unsigned num_jit_options, void* options,
@@ -79,6 +83,10 @@ struct Driver {
     find(&version, "cuDriverGetVersion");
     find(&error_string, "cuGetErrorString");
     find(&current_device, "cuCtxGetDevice");
+    find(&current_context, "cuCtxGetCurrent");
+    find(&push_context, "cuCtxPushCurrent_v2");
+    find(&pop_context, "cuCtxPopCurrent_v2");
+    find(&stream_context, "cuStreamGetCtx");
     find(&device, "cuDeviceGet");
     find(&attribute, "cuDeviceGetAttribute");
     find(&load, "cuLibraryLoadData");
@@ -227,6 +235,31 @@ const Device* find_device(int ordinal) {
        found.major < 8 ? "the kernels need compute capability 8.0 or newer (Ampere)"
                        : "this library was built without kernels for it");
   return nullptr;
+}
+
+StreamScope::StreamScope(void* stream) {
+  const Driver& cuda = driver();
+  constexpr uintptr_t kLastDefaultStream = 2;
+  if (cuda.usable() && reinterpret_cast<uintptr_t>(stream) > kLastDefaultStream) {
+    void *own = nullptr, *current = nullptr;
+    int code = cuda.stream_context(stream, &own);
+    if (code == 0) code = cuda.current_context(&current);
+    if (code == 0 && own != current) {
+      code = cuda.push_context(own);
+      pushed_ = code == 0;
+    }
+    // Streams of a part of a device (green contexts) are said to have none: they are the current context's.
+    if (code != 0 && code != kNotSupported) {
+      fail(code, "asking for the context of the stream %p: %s (CUresult %d)", stream, cuda.explain(code), code);
+      return;
+    }
+  }
+  device_ = find_device(-1);
+}
+
+StreamScope::~StreamScope() {
+  void* popped = nullptr;
+  if (pushed_) driver().pop_context(&popped);
 }
 
 int load_kernels(const Device& device) {

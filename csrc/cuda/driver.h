@@ -23,6 +23,23 @@ enum Error : int { kNoDevice = -1, kUnsupported = -2, kWorkspace = -3 };
 // our kernels: the reason is then in error_text().
 const Device* find_device(int ordinal);
 
+// While it lives, the context that a stream belongs to is the thread's current one: launches go where the stream is,
+// whatever the caller has current. The default streams (null, legacy, per thread) are those of the current context.
+class StreamScope {
+ public:
+  explicit StreamScope(void* stream);
+  ~StreamScope();
+  StreamScope(const StreamScope&) = delete;
+  StreamScope& operator=(const StreamScope&) = delete;
+
+  // As find_device() has it.
+  const Device* device() const { return device_; }
+
+ private:
+  const Device* device_ = nullptr;
+  bool pushed_ = false;
+};
+
 // Loads the kernels for this device, which only the driver knows whether it can. 0 or an error code.
 int load_kernels(const Device&);
 

@@ -130,55 +130,59 @@ struct TablePlan {
   size_t workspace_bytes() const { return parts == 1 ? 0 : static_cast<size_t>(parts * numbers) * sizeof(float); }
 };
 
-// How a call with few query rows is cut: into tiles of rows, and each into `splits` parts of its keys.
+// How a call with few query rows is cut: into tiles of rows, and each into parts of its keys, as many as the device can
+// use. The workspace has room for as many as any device would be given, so that it follows from shapes alone: whoever
+// lends it need not know where the call will run.
 struct DecodePlan {
   int64_t tiles = 0;  // of all heads
-  int tiles_per_head = 0, splits = 1;
+  int tiles_per_head = 0, most_splits = 1;
   size_t partial_out_bytes = 0, partial_stats_bytes = 0, ticket_bytes = 0;
 
   size_t workspace_bytes() const { return partial_out_bytes + partial_stats_bytes + ticket_bytes; }
 
-  DecodePlan(const AttentionParams& p, const Device& device) {
-    const Math math = math_of(p, true);
+  explicit DecodePlan(const AttentionParams& p) {
     tiles_per_head = static_cast<int>(ceil_div(num_rows(p), kDecodeRows));
     tiles = p.batch * p.num_kv_heads * tiles_per_head;
-    splits = choose_splits(p, device, math);
-    if (splits == 1) return;
-    const size_t lines = static_cast<size_t>(tiles) * splits * kDecodeRows;
-    partial_out_bytes = lines * decode_quads(p.value_dim) * 4 * sizeof(float);
-    partial_stats_bytes = lines * 2 * sizeof(float);
-    ticket_bytes = static_cast<size_t>(tiles) * sizeof(uint64_t);
-  }
-
- private:
-  int choose_splits(const AttentionParams& p, const Device& device, Math math) const {
     int64_t keys = p.seqlen_k;
     const int64_t left = p.mask.window_left, right = p.mask.window_right;
     if (left >= 0 && right >= 0 && left < keys && right < keys) {
       keys = std::min(keys, left + right + p.seqlen_q);
     }
-    const int64_t steps = ceil_div(keys, kDecodeWarps * decode_keys(math));
-    const int per_multiprocessor =
-        std::max(1, device.shared_bytes / (decode_shared_bytes(math, dim_of(p)) + 1024));  // 1 KiB is the system's
+    steps_ = ceil_div(keys, kDecodeWarps * decode_keys(math_of(p, true)));
+    constexpr int64_t kMostBlocks = 2048;  // four times what the largest cards run at a time
+    const int64_t of_tile = kMostBlocks / std::max<int64_t>(tiles, 1);
+    most_splits = static_cast<int>(std::min({steps_ / 2, int64_t{kMostSplits}, of_tile}));
+    if (most_splits <= 1) return;
+    const size_t lines = static_cast<size_t>(tiles) * most_splits * kDecodeRows;
+    partial_out_bytes = lines * decode_quads(p.value_dim) * 4 * sizeof(float);
+    partial_stats_bytes = lines * 2 * sizeof(float);
+    ticket_bytes = static_cast<size_t>(tiles) * sizeof(uint64_t);
+  }
+
+  int choose_splits(const AttentionParams& p, const Device& device) const {
+    if (most_splits <= 1) return 1;
+    const int per_multiprocessor =  // 1 KiB is the system's
+        std::max(1, device.shared_bytes / (decode_shared_bytes(math_of(p, true), dim_of(p)) + 1024));
     const int64_t wave = std::max<int64_t>(1, int64_t{device.multiprocessors} * per_multiprocessor);
-    constexpr int64_t kOwnSteps = 4, kEnoughTiles = 1 << 20;
-    if (tiles > kEnoughTiles) return 1;
+    constexpr int64_t kOwnSteps = 4;
     // A block takes its steps, and a few more for its beginning and its end; blocks run in waves. Putting the parts
     // together is left out: 4 rows of 32 parts are 64 KiB of cache, where a step is 32 KiB of memory (head dim 128, 16
     // bits). In 32 bits, as so many divisions take long for a decode step.
     const auto cost = [t = static_cast<uint32_t>(tiles), w = static_cast<uint32_t>(wave),
-                       s = static_cast<uint32_t>(steps)](uint32_t splits) {
+                       s = static_cast<uint32_t>(steps_)](uint32_t splits) {
       return uint64_t{(t * splits + w - 1) / w} * ((s + splits - 1) / splits + kOwnSteps);
     };
-    const uint32_t most = static_cast<uint32_t>(std::min<int64_t>(steps / 2, kMostSplits));
     uint32_t best = 1;
     uint64_t lowest = cost(1);
-    for (uint32_t splits = 2; splits <= most; ++splits) {
+    for (uint32_t splits = 2; splits <= static_cast<uint32_t>(most_splits); ++splits) {
       const uint64_t own = cost(splits);
       if (own < lowest) lowest = own, best = splits;
     }
     return static_cast<int>(best);
   }
+
+ private:
+  int64_t steps_ = 0;  // of a block's warps, over all keys that a row may see
 };
 
 }  // namespace attn_ops::cuda

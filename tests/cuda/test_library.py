@@ -249,6 +249,50 @@ def test_launches_of_the_fast_kernels():
     ]
 
 
+# What is launched on a stream of device 1 while device 0 is current, then on the default stream; the current context after.
+TWO_DEVICES = """
+import ctypes, json, sys
+import numpy as np
+sys.path[:0] = ["tests", "tests/helpers"]
+import cuda_run
+from cuda_arrays import driver
+keys = json.loads(sys.argv[1])
+contexts, stream, current = [ctypes.c_void_p(), ctypes.c_void_p()], ctypes.c_void_p(), ctypes.c_void_p()
+for device, context in enumerate(contexts):
+    driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+driver().cuCtxSetCurrent(contexts[1])
+driver().cuStreamCreate(ctypes.byref(stream), 0)
+driver().cuCtxSetCurrent(contexts[0])
+rng = np.random.default_rng(0)
+rows = 1 if keys > 1000 else 80
+q, k, v, d = [rng.normal(size=(1, n, 1, 64)).astype("float32") for n in (rows, keys, keys, rows)]
+launch = cuda_run.launch
+for chosen in stream.value, 0:
+    cuda_run.launch = lambda call: launch(call, chosen)
+    assert np.isfinite(cuda_run.run(q, k, v, d, None, {"layout": "BSHD"})["dk"]).all()
+driver().cuCtxGetCurrent(ctypes.byref(current))
+print(json.dumps({**driver().log(), "current": [context.value for context in contexts].index(current.value)}))
+"""
+
+
+@needs_images
+@pytest.mark.parametrize("keys", [90, 2000])
+def test_launches_go_to_the_device_of_their_stream(keys):
+    """Of another generation than the current one, which has other images; decode among them, whose parts are as many as
+    the card can use, and whose workspace is the same for both."""
+    devices = {"ATTN_OPS_STANDIN_DEVICES": "2", "ATTN_OPS_STANDIN_CAPABILITY": "8.0,9.0"}
+    library = cuda_run.library_without_kernels()
+    printed = in_a_process(TWO_DEVICES, json.dumps(keys), library=library, **devices)
+    result = json.loads(printed.splitlines()[-1])
+    heads = [bytes.fromhex(image["head"]).decode() for image in result["images"]]
+    places = [(x["device"], heads[x["image"]].split(":")[0].removeprefix("// ")) for x in result["launches"]]
+    half = len(places) // 2
+    assert {device for device, _ in places[:half]} == {1} and {device for device, _ in places[half:]} == {0}
+    assert {image for _, image in places[half:]} == {"sm_80"}
+    assert {image for _, image in places[:half]} == {"sm_90a"}
+    assert result["current"] == 0 and not result["error"]
+
+
 @needs_library
 @pytest.mark.parametrize(
     "options, dtype, kernel",

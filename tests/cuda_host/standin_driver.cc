@@ -2,7 +2,7 @@
 // and fibres instead of a device. Everything is done when a call returns.
 //
 // Set by the environment, read at every call:
-//   ATTN_OPS_STANDIN_CAPABILITY      9.0 (default 8.0)
+//   ATTN_OPS_STANDIN_CAPABILITY      9.0 (default 8.0), or of each device: 8.0,9.0
 //   ATTN_OPS_STANDIN_DEVICES         how many (default 1)
 //   ATTN_OPS_STANDIN_DRIVER_VERSION  12080 (default)
 //   ATTN_OPS_STANDIN_FAIL            cuLaunchKernel:2:701,cuInit:1:100 - the second launch returns 701, and so on;
@@ -124,13 +124,14 @@ struct Event {
 // A context and a device are the same thing here: its address is the context.
 char contexts[kMostDevices];
 thread_local int current_device = -1;  // none
+thread_local std::vector<int> pushed;  // what was current before
 
 struct State {
   std::mutex mutex;
   bool initialized = false;
   std::map<uintptr_t, Allocation> memory;
   std::set<Library*> libraries;
-  std::set<void*> streams;
+  std::map<void*, int> streams;  // the device of each
   std::vector<Image> images;
   std::vector<Launch> launches;
   std::vector<TensorMap> tensor_maps;
@@ -150,15 +151,16 @@ int number(const char* variable, int otherwise) {
 }
 int device_count() { return std::min(number("ATTN_OPS_STANDIN_DEVICES", 1), kMostDevices); }
 
-void capability(int* major, int* minor) {
+void capability(int device, int* major, int* minor) {
   const char* text = getenv("ATTN_OPS_STANDIN_CAPABILITY");
+  for (; text && device > 0 && strchr(text, ','); --device) text = strchr(text, ',') + 1;
   if (!text || sscanf(text, "%d.%d", major, minor) != 2) *major = 8, *minor = 0;
 }
 
 // As the real ones have.
-int most_shared_bytes() {
+int most_shared_bytes(int device) {
   int major, minor;
-  capability(&major, &minor);
+  capability(device, &major, &minor);
   switch (10 * major + minor) {
     case 70: return 96 * 1024;
     case 75: return 64 * 1024;
@@ -401,7 +403,7 @@ DRIVER int cuDeviceGetAttribute(int* value, int attribute, int device) {
   CALLED();
   if (device < 0 || device >= device_count()) return kInvalidDevice;
   int major, minor;
-  capability(&major, &minor);
+  capability(device, &major, &minor);
   switch (attribute) {
     case 1: *value = host_layer::kMostThreads; break;  // MAX_THREADS_PER_BLOCK
     case 2: *value = host_layer::kMostThreads; break;  // MAX_BLOCK_DIM_X
@@ -419,9 +421,9 @@ DRIVER int cuDeviceGetAttribute(int* value, int attribute, int device) {
     case 39: *value = 1536; break;  // MAX_THREADS_PER_MULTIPROCESSOR
     case 75: *value = major; break;  // COMPUTE_CAPABILITY_MAJOR
     case 76: *value = minor; break;  // COMPUTE_CAPABILITY_MINOR
-    case 81: *value = most_shared_bytes() + 1024; break;  // MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
+    case 81: *value = most_shared_bytes(device) + 1024; break;  // MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
     case 82: *value = 65536; break;  // MAX_REGISTERS_PER_MULTIPROCESSOR
-    case 97: *value = most_shared_bytes(); break;  // MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    case 97: *value = most_shared_bytes(device); break;  // MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     case 106: *value = 16; break;  // MAX_BLOCKS_PER_MULTIPROCESSOR
     case 111: *value = 1024; break;  // RESERVED_SHARED_MEMORY_PER_BLOCK
     default: return kInvalidValue;
@@ -454,6 +456,24 @@ DRIVER int cuCtxSetCurrent(void* context) {
 DRIVER int cuCtxGetCurrent(void** context) {
   CALLED();
   *context = current_device < 0 ? nullptr : &contexts[current_device];
+  return kSuccess;
+}
+
+DRIVER int cuCtxPushCurrent_v2(void* context) {
+  CALLED();
+  char* c = static_cast<char*>(context);
+  if (!c || c < contexts || c >= contexts + kMostDevices) return kInvalidContext;
+  pushed.push_back(current_device);
+  current_device = static_cast<int>(c - contexts);
+  return kSuccess;
+}
+
+DRIVER int cuCtxPopCurrent_v2(void** context) {
+  CALLED();
+  if (pushed.empty()) return kInvalidContext;
+  *context = &contexts[current_device];
+  current_device = pushed.back();
+  pushed.pop_back();
   return kSuccess;
 }
 
@@ -534,7 +554,7 @@ DRIVER int cuStreamCreate(void** stream, unsigned) {
   *stream = new char;
   State& s = state();
   const std::lock_guard<std::mutex> lock(s.mutex);
-  s.streams.insert(*stream);
+  s.streams[*stream] = current_device;
   return kSuccess;
 }
 
@@ -543,6 +563,23 @@ static bool is_stream(void* stream) {
   State& s = state();
   const std::lock_guard<std::mutex> lock(s.mutex);
   return reinterpret_cast<uintptr_t>(stream) <= 2 || s.streams.count(stream);
+}
+
+// Where what a stream is given runs; -1: nowhere.
+static int device_of(void* stream) {
+  State& s = state();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  const auto found = s.streams.find(stream);
+  return found == s.streams.end() ? current_device : found->second;
+}
+
+DRIVER int cuStreamGetCtx(void* stream, void** context) {
+  CALLED();
+  if (!is_stream(stream)) return kInvalidHandle;
+  const int device = device_of(stream);
+  if (device < 0) return kInvalidContext;
+  *context = &contexts[device];
+  return kSuccess;
 }
 
 DRIVER int cuStreamSynchronize(void* stream) {
@@ -669,7 +706,7 @@ DRIVER int cuKernelGetFunction(LoadedKernel** function, LoadedKernel* kernel) {
 static int set_attribute(LoadedKernel* kernel, int attribute, int value, int device) {
   if (device < 0 || device >= device_count()) return kInvalidDevice;
   if (attribute == 9) return kSuccess;  // PREFERRED_SHARED_MEMORY_CARVEOUT
-  if (attribute != 8 || value < 0 || value > most_shared_bytes()) return kInvalidValue;
+  if (attribute != 8 || value < 0 || value > most_shared_bytes(device)) return kInvalidValue;
   kernel->shared_bytes[device] = value;
   return kSuccess;
 }
@@ -688,7 +725,7 @@ DRIVER int cuKernelGetAttribute(int* value, int attribute, const LoadedKernel* k
   CALLED();
   if (device < 0 || device >= device_count()) return kInvalidDevice;
   int major, minor;
-  capability(&major, &minor);
+  capability(device, &major, &minor);
   switch (attribute) {
     case 0: *value = kernel->kernel->threads; break;  // MAX_THREADS_PER_BLOCK
     case 1:
@@ -706,8 +743,9 @@ DRIVER int cuKernelGetAttribute(int* value, int attribute, const LoadedKernel* k
 DRIVER int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const LoadedKernel* function, int threads,
                                                        size_t shared_bytes) {
   CALLED();
+  if (current_device < 0) return kInvalidContext;
   if (threads < 1) return kInvalidValue;
-  const size_t by_memory = (most_shared_bytes() + 1024) / (shared_bytes + 1024);
+  const size_t by_memory = (most_shared_bytes(current_device) + 1024) / (shared_bytes + 1024);
   *blocks = threads > function->kernel->threads ? 0 : std::min<int>(by_memory, std::min(16, 1536 / threads));
   return kSuccess;
 }
@@ -718,6 +756,7 @@ DRIVER int cuLaunchKernel(LoadedKernel* function, unsigned grid_x, unsigned grid
   CALLED();
   if (current_device < 0) return kInvalidContext;
   if (!is_stream(stream)) return launch_error(kInvalidHandle, "no such stream");
+  if (device_of(stream) != current_device) return launch_error(kInvalidHandle, "a stream of another context");
   const host_layer::Kernel& kernel = *function->kernel;
   const auto refuse = [&kernel](const std::string& text) {
     return launch_error(kInvalidValue, "kernel " + std::string(kernel.name) + ": " + text);
