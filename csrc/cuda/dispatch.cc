@@ -87,11 +87,15 @@ bool is_decode(const AttentionParams& p) {
   return p.block_table != nullptr || num_rows(p) <= most_decode_rows.load(std::memory_order_relaxed);
 }
 
+// Of kernels.cu.
+int launch(const Device& device, const KernelName& name, int64_t blocks, void* stream, void* args) {
+  const BlockShape shape = block_shape(name);
+  return launch(device, name, blocks, shape.threads, shape.shared_bytes, stream, args);
+}
+
 int launch_decode(const AttentionParams& p, const Device& device, void* stream, Workspace workspace) {
   const DecodePlan plan(p);
   if (const int code = check(workspace, plan.workspace_bytes())) return code;
-  const Math math = math_of(p, true);
-  const int dim = dim_of(p);
   DecodeArgs args;
   args.p = p;
   args.factors = factors_of(p);
@@ -106,8 +110,7 @@ int launch_decode(const AttentionParams& p, const Device& device, void* stream, 
     args.tickets = reinterpret_cast<uint64_t*>(memory + plan.partial_out_bytes + plan.partial_stats_bytes);
     args.launch = next_launch();
   }
-  return launch(device, {Role::kDecode, math, dim, false}, plan.tiles * args.splits, 32 * kDecodeWarps,
-                decode_shared_bytes(math, dim), stream, &args);
+  return launch(device, {Role::kDecode, math_of(p, true), dim_of(p)}, plan.tiles * args.splits, stream, &args);
 }
 
 int launch_forward(const AttentionParams& p, const Device& device, void* stream) {
@@ -122,8 +125,7 @@ int launch_forward(const AttentionParams& p, const Device& device, void* stream)
   args.factors = factors_of(p);
   args.rows = rows_of(p, tiles);
   args.aligned = aligned_of(p);
-  return launch(device, {Role::kForward, math, dim, plain}, p.batch * p.num_kv_heads * tiles, tile.threads(),
-                forward_shared_bytes(math, dim, plain), stream, &args);
+  return launch(device, {Role::kForward, math, dim, plain}, p.batch * p.num_kv_heads * tiles, stream, &args);
 }
 
 size_t delta_bytes(const AttentionParams& p) {
@@ -144,16 +146,12 @@ size_t backward_workspace_bytes(const BackwardParams& b) {
 int launch_table_gradient(BackwardArgs args, const Device& device, void* stream) {
   const AttentionParams& p = args.b.forward;
   const Math math = math_of(p, is_decode(p));
-  const int dim = dim_of(p);
-  const Tile tile = score_gradient_tile(p);
-  const TablePlan plan(p, tile);
+  const TablePlan plan(p, score_gradient_tile(p));
   args.parts = plan.parts;
   args.partial_tables = args.delta + delta_bytes(p) / sizeof(float);
-  const int code = launch(device, {Role::kDistanceGradient, math, dim, false}, plan.blocks, tile.threads(),
-                          backward_shared_bytes(math, dim, false), stream, &args);
+  const int code = launch(device, {Role::kDistanceGradient, math, dim_of(p)}, plan.blocks, stream, &args);
   if (code != 0 || plan.parts == 1) return code;
-  return launch(device, {Role::kTableSum, Math::kFloat32, 0}, ceil_div(plan.numbers, kTableThreads), kTableThreads, 0,
-                stream, &args);
+  return launch(device, {Role::kTableSum, Math::kFloat32, 0}, ceil_div(plan.numbers, kTableThreads), stream, &args);
 }
 
 int launch_backward(const BackwardParams& b, const Device& device, void* stream, Workspace workspace) {
@@ -173,23 +171,20 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
   int code = 0;
   if (!sums_delta(math)) {
     code = launch(device, {Role::kDelta, math, dim, false}, ceil_div(p.batch * p.num_heads * p.seqlen_q, kDeltaWarps),
-                  32 * kDeltaWarps, 0, stream, &args);
+                  stream, &args);
     if (code != 0) return code;
   }
 
   const Tile tile = backward_tile(math, dim, plain);
-  const int shared = backward_shared_bytes(math, dim, plain);
   const int64_t row_tiles = ceil_div(num_rows(p), tile.block_m), key_tiles = ceil_div(p.seqlen_k, tile.block_m);
   args.rows = rows_of(p, row_tiles);
-  code = launch(device, {Role::kQueryGradient, math, dim, plain}, heads * row_tiles, tile.threads(), shared, stream,
-                &args);
+  code = launch(device, {Role::kQueryGradient, math, dim, plain}, heads * row_tiles, stream, &args);
   if (code != 0) return code;
   args.rows = rows_of(p, key_tiles);
   code = launch(device, {Role::kKeyGradients, math, dim, plain}, heads * key_tiles * (splits_dk_dv(math, dim) ? 2 : 1),
-                tile.threads(), shared, stream, &args);
+                stream, &args);
   if (code == 0 && b.d_sinks != nullptr) {
-    code = launch(device, {Role::kSinkGradient, Math::kFloat32, 0}, p.num_heads, kSinkThreads, kSinkSharedBytes, stream,
-                  &args);
+    code = launch(device, {Role::kSinkGradient, Math::kFloat32, 0}, p.num_heads, stream, &args);
   }
   if (code == 0 && b.d_relative_bias != nullptr) code = launch_table_gradient(args, device, stream);
   if (code != 0 || b.d_bias == nullptr) return code;
@@ -198,8 +193,7 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
   const int64_t* shape = b.d_bias_shape;
   const int64_t owners = shape[0] * shape[1] * (shape[2] == 1 ? 1 : ceil_div(shape[2], bias_tile.block_m)) *
                          (shape[3] == 1 ? 1 : ceil_div(shape[3], bias_tile.block_n));
-  return launch(device, {Role::kBiasGradient, math, dim, false}, owners, bias_tile.threads(),
-                backward_shared_bytes(math, dim, false), stream, &args);
+  return launch(device, {Role::kBiasGradient, math, dim, false}, owners, stream, &args);
 }
 
 bool is_empty(const AttentionParams& p) { return p.batch == 0 || p.num_heads == 0; }

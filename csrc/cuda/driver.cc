@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <mutex>
 
+#include "hopper/config.h"
 #include "images.h"
 
 namespace attn_ops::cuda {
@@ -39,6 +40,7 @@ enum DeviceAttribute {
   kCapabilityMajor = 75,
   kCapabilityMinor = 76,
   kSharedBytesPerMultiprocessor = 81,
+  kSharedBytesPerBlock = 97,  // with asking: MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 };
 constexpr int kMaxDynamicSharedBytes = 8;  // an attribute of kernels
 constexpr int kSharedBytesWithoutAsking = 48 * 1024;
@@ -187,9 +189,12 @@ int ask(int ordinal, Device* device) {
   if (code == 0) code = attribute(kCapabilityMinor, &device->minor);
   if (code == 0) code = attribute(kMultiprocessors, &device->multiprocessors);
   if (code == 0) code = attribute(kSharedBytesPerMultiprocessor, &device->shared_bytes);
+  if (code == 0) code = attribute(kSharedBytesPerBlock, &device->block_shared_bytes);
   const int capability = 10 * device->major + device->minor;
   device->image = image_for(capability);
-  device->hopper_image = driver().encode == nullptr ? -1 : hopper_image_for(capability);
+  if (driver().encode != nullptr && device->block_shared_bytes >= hopper::kMostSharedBytes) {
+    device->hopper_image = hopper_image_for(capability);
+  }
   return code;
 }
 
@@ -230,7 +235,12 @@ const Device* find_device(int ordinal) {
     entry.known.store(true, std::memory_order_release);
   }
   const Device& found = entry.device;
-  if (found.image >= 0) return &found;
+  if (found.image >= 0) {
+    if (found.block_shared_bytes >= most_shared_bytes()) return &found;
+    fail(kNoDevice, "CUDA device %d lends a block %d bytes of shared memory: the kernels need up to %d", device,
+         found.block_shared_bytes, most_shared_bytes());
+    return nullptr;
+  }
   fail(kNoDevice, "CUDA device %d has compute capability %d.%d: %s", device, found.major, found.minor,
        found.major < 8 ? "the kernels need compute capability 8.0 or newer (Ampere)"
                        : "this library was built without kernels for it");

@@ -11,9 +11,10 @@ namespace attn_ops::cuda {
 
 struct Device {
   int ordinal = 0, major = 0, minor = 0;
-  int multiprocessors = 0, shared_bytes = 0;  // shared_bytes: of one multiprocessor
+  int multiprocessors = 0;
+  int shared_bytes = 0, block_shared_bytes = 0;  // of a multiprocessor; that one block may ask for
   int image = -1;  // images.h
-  int hopper_image = -1;  // where the driver can tell the copy engine of arrays
+  int hopper_image = -1;  // where there is memory for it, and the driver can tell the copy engine of arrays
 };
 
 // Codes of our own, beside the driver's CUresult (which are positive).

@@ -41,6 +41,36 @@ struct KernelName {
 };
 constexpr int kNumKernelNames = kNumRoles * kNumMaths * kNumDims * 4;
 
+// Of a block of a kernel of kernels.cu.
+struct BlockShape {
+  int threads, shared_bytes;
+};
+constexpr BlockShape block_shape(const KernelName& k) {
+  switch (k.role) {
+    case Role::kForward:
+      return {forward_tile(k.math, k.dim, k.plain).threads(), forward_shared_bytes(k.math, k.dim, k.plain)};
+    case Role::kDecode: return {32 * kDecodeWarps, decode_shared_bytes(k.math, k.dim)};
+    case Role::kDelta: return {32 * kDeltaWarps, 0};
+    case Role::kSinkGradient: return {kSinkThreads, kSinkSharedBytes};
+    case Role::kTableSum: return {kTableThreads, 0};
+    default: return {backward_tile(k.math, k.dim, k.plain).threads(), backward_shared_bytes(k.math, k.dim, k.plain)};
+  }
+}
+
+// The most shared memory that one of them asks for.
+constexpr int most_shared_bytes() {
+  int most = 0;
+  for (int role = 0; role < kNumRoles; ++role)
+    for (int math = 0; math < kNumMaths; ++math)
+      for (int dim : kDims)
+        for (int plain = 0; plain < 2; ++plain) {
+          const int own = block_shape({static_cast<Role>(role), static_cast<Math>(math), dim, plain != 0}).shared_bytes;
+          most = own > most ? own : most;
+        }
+  return most;
+}
+static_assert(most_shared_bytes() <= kLargestSharedBytes, "a kernel that some cards have no shared memory for");
+
 struct KernelText {
   char data[64];
 

@@ -293,6 +293,53 @@ def test_launches_go_to_the_device_of_their_stream(keys):
     assert result["current"] == 0 and not result["error"]
 
 
+# Calls of every dtype and head dimension, for the kernels that plain calls have, for those of calls with everything, and for
+# decoding; their launches.
+EVERY_KERNEL = """
+import json, sys
+import ml_dtypes  # NumPy's bfloat16
+import numpy as np
+sys.path[:0] = ["tests", "tests/helpers"]
+import cuda_run
+from cuda_arrays import driver
+everything = {"bias": np.zeros((1, 2, 70, 70)), "relative_bias": np.zeros((2, 5)), "sinks": [0.0, 0.0]}
+for dtype, allow_tf32 in ("float16", 0), ("bfloat16", 0), ("float32", 0), ("float32", 1):
+    for dim in 64, 96, 128, 192, 256:
+        for rows, options in (70, {}), (70, everything), (1, {}):
+            q, k, v, d = [np.zeros((1, n, 2, dim), dtype) for n in (rows, 70, 70, rows)]
+            cuda_run.run(q, k, v, d, None, {"layout": "BSHD", **options}, allow_tf32=bool(allow_tf32))
+print(json.dumps(driver().log()["launches"]))
+"""
+
+
+@needs_images
+@pytest.mark.parametrize("capability, kilobytes", [("8.6", 99), ("12.0", 99), ("8.0", 163), ("9.0", 227)])
+def test_every_kernel_fits_the_memory_of_the_card(capability, kilobytes):
+    """The driver refuses what asks for more than it has; nothing is computed."""
+    card = {"ATTN_OPS_STANDIN_CAPABILITY": capability, "ATTN_OPS_STANDIN_RUN": "0"}
+    library = cuda_run.library_without_kernels()
+    launches = json.loads(in_a_process(EVERY_KERNEL, library=library, **card).splitlines()[-1])
+    assert max(x["shared_bytes"] for x in launches) <= kilobytes * 1024
+    names = {x["kernel"] for x in launches}
+    if capability == "9.0":
+        assert {name.split("_")[3] for name in names if "hopper" in name} == {"forward", "dq", "dkdv"}
+    else:  # all that there are
+        table = (ROOT / "csrc/cuda/counts.csv").read_text().splitlines()
+        assert names == {row.split(",")[0] for row in table if ",sm_80," in row}
+
+
+@needs_images
+def test_less_shared_memory_than_the_kernels_need_is_a_reason():
+    library = cuda_run.library_without_kernels()
+    few = {"ATTN_OPS_STANDIN_SHARED_BYTES": str(64 * 1024)}
+    reason = in_a_process(REASON, library=library, **few)
+    assert "lends a block 65536 bytes of shared memory: the kernels need up to" in reason
+    # Of Hopper's own kernels, the others of this directory need less.
+    card = {"ATTN_OPS_STANDIN_CAPABILITY": "9.0", "ATTN_OPS_STANDIN_SHARED_BYTES": str(163 * 1024)}
+    launched = [x["kernel"] for x in call(library=library, **card)["launches"]]
+    assert launched == [f"attn_ops_{name}_f16_64_plain" for name in ("forward", "dq", "dkdv")]
+
+
 @needs_library
 @pytest.mark.parametrize(
     "options, dtype, kernel",

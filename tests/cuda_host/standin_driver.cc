@@ -3,6 +3,8 @@
 //
 // Set by the environment, read at every call:
 //   ATTN_OPS_STANDIN_CAPABILITY      9.0 (default 8.0), or of each device: 8.0,9.0
+//   ATTN_OPS_STANDIN_SHARED_BYTES    that one block may ask for (default: what such a card has)
+//   ATTN_OPS_STANDIN_RUN             0: launches are checked and written down, and nothing is computed
 //   ATTN_OPS_STANDIN_DEVICES         how many (default 1)
 //   ATTN_OPS_STANDIN_DRIVER_VERSION  12080 (default)
 //   ATTN_OPS_STANDIN_FAIL            cuLaunchKernel:2:701,cuInit:1:100 - the second launch returns 701, and so on;
@@ -159,6 +161,7 @@ void capability(int device, int* major, int* minor) {
 
 // As the real ones have.
 int most_shared_bytes(int device) {
+  if (const int told = number("ATTN_OPS_STANDIN_SHARED_BYTES", 0)) return told;
   int major, minor;
   capability(device, &major, &minor);
   switch (10 * major + minor) {
@@ -781,7 +784,7 @@ DRIVER int cuLaunchKernel(LoadedKernel* function, unsigned grid_x, unsigned grid
                           shared_bytes,
                           reinterpret_cast<uintptr_t>(stream)});
   }
-  if (!runs) return kSuccess;
+  if (!runs || !number("ATTN_OPS_STANDIN_RUN", 1)) return kSuccess;
   std::vector<std::max_align_t> args((kernel.args_bytes + sizeof(std::max_align_t) - 1) / sizeof(std::max_align_t));
   memcpy(args.data(), parameters[0], kernel.args_bytes);
   std::string error;
