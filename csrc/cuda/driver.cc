@@ -33,7 +33,9 @@ thread_local Text last_error;
 using Library = struct CUlib_st*;
 using Kernel = struct CUkern_st*;
 
-constexpr int kInvalidContext = 201, kNotSupported = 801;
+constexpr int kInvalidContext = 201, kNotFound = 500, kNotSupported = 801;
+constexpr int kRelaxedCapture = 2;             // a CUstreamCaptureMode
+constexpr int kLoadsKernelsInCapture = 12030;  // drivers of this version and later
 
 enum DeviceAttribute {
   kMultiprocessors = 16,
@@ -60,6 +62,8 @@ struct Driver {
   int (*load)(Library*, const void* image, void* jit_options, void* jit_values, unsigned num_jit_options, void* options,
               void* values, unsigned num_options);
   int (*kernel)(Kernel*, Library, const char* name);
+  int (*function)(void** function, Kernel);
+  int (*exchange_capture_mode)(int* mode);
   int (*set_attribute)(int attribute, int value, Kernel, int device);
   int (*launch)(Kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
                 unsigned block_z, unsigned shared_bytes, void* stream, void** parameters, void** extra);
@@ -93,6 +97,8 @@ struct Driver {
     find(&attribute, "cuDeviceGetAttribute");
     find(&load, "cuLibraryLoadData");
     find(&kernel, "cuLibraryGetKernel");
+    find(&function, "cuKernelGetFunction");
+    find(&exchange_capture_mode, "cuThreadExchangeStreamCaptureMode");
     find(&set_attribute, "cuKernelSetAttribute");
     find(&launch, "cuLaunchKernel");
     encode = reinterpret_cast<decltype(encode)>(dlsym(library, "cuTensorMapEncodeTiled"));  // of Hopper alone
@@ -137,6 +143,19 @@ std::atomic<bool> allowed[kMostDevices][kNumKernelNames];
 
 std::mutex mutex;  // held while one of them is made
 
+// While it lives, this thread may load what a stream needs that is being captured into a graph. Nothing of it becomes
+// part of the graph: it is not in order with the stream.
+class AllowedInCapture {
+ public:
+  AllowedInCapture() { driver().exchange_capture_mode(&mode_); }
+  ~AllowedInCapture() { driver().exchange_capture_mode(&mode_); }
+  AllowedInCapture(const AllowedInCapture&) = delete;
+  AllowedInCapture& operator=(const AllowedInCapture&) = delete;
+
+ private:
+  int mode_ = kRelaxedCapture;
+};
+
 int load(int number, Library* library) {
   std::atomic<Library>& known = loaded[number].library;
   *library = known.load(std::memory_order_acquire);
@@ -145,6 +164,7 @@ int load(int number, Library* library) {
   *library = known.load(std::memory_order_relaxed);
   if (*library != nullptr) return 0;
   const Image& image = cuda::image(number);
+  const AllowedInCapture allowed;
   if (const int code = driver().load(library, image.data, nullptr, nullptr, 0, nullptr, nullptr, 0)) {
     int version = 0;
     driver().version(&version);
@@ -155,14 +175,17 @@ int load(int number, Library* library) {
   return 0;
 }
 
+int image_of(const Device& device, const KernelName& name) { return name.hopper ? device.hopper_image : device.image; }
+
 int find_kernel(const Device& device, const KernelName& name, Kernel* kernel) {
-  const int image = name.hopper ? device.hopper_image : device.image;
+  const int image = image_of(device, name);
   std::atomic<Kernel>& known = loaded[image].kernels[name.index()];
   *kernel = known.load(std::memory_order_acquire);
   if (*kernel != nullptr) return 0;
   Library library;
   if (const int code = load(image, &library)) return code;
   const KernelText text(name);
+  const AllowedInCapture allowed;
   if (const int code = driver().kernel(kernel, library, text.data)) {
     return fail(code, "looking for the kernel %s: %s (CUresult %d)", text.data, driver().explain(code), code);
   }
@@ -173,6 +196,7 @@ int find_kernel(const Device& device, const KernelName& name, Kernel* kernel) {
 int allow_shared_memory(const Device& device, const KernelName& name, Kernel kernel, int bytes) {
   std::atomic<bool>& is_allowed = allowed[device.ordinal][name.index()];
   if (bytes <= kSharedBytesWithoutAsking || is_allowed.load(std::memory_order_relaxed)) return 0;
+  const AllowedInCapture while_set;
   if (const int code = driver().set_attribute(kMaxDynamicSharedBytes, bytes, kernel, device.ordinal)) {
     return fail(code, "giving shared memory to %s (%d bytes): %s (CUresult %d)", KernelText(name).data, bytes,
                 driver().explain(code), code);
@@ -274,7 +298,29 @@ StreamScope::~StreamScope() {
 
 int load_kernels(const Device& device) {
   Library library;
-  return load(device.image, &library);
+  if (const int code = load(device.image, &library)) return code;
+  if (device.hopper_image >= 0) {
+    if (const int code = load(device.hopper_image, &library)) return code;
+  }
+  // Code comes to the device when a kernel is first launched, which older drivers do not allow in a capture.
+  int version = 0, current = -1;
+  driver().version(&version);
+  if (version >= kLoadsKernelsInCapture) return 0;
+  if (driver().current_device(&current) != 0 || current != device.ordinal) return 0;
+  for (int i = 0; i < kNumKernelNames; ++i) {
+    const KernelName name = kernel_name(i);
+    if (image_of(device, name) < 0) continue;
+    Kernel kernel;
+    void* function;
+    int code = find_kernel(device, name, &kernel);
+    if (code == kNotFound) continue;  // not every combination of a name is a kernel
+    if (code != 0) return code;
+    const AllowedInCapture allowed;
+    code = driver().function(&function, kernel);
+    if (code == 0) continue;
+    return fail(code, "loading %s: %s (CUresult %d)", KernelText(name).data, driver().explain(code), code);
+  }
+  return 0;
 }
 
 int encode_tensor_map(void* map, void* data, const uint64_t (&extent)[4], const uint64_t (&stride)[3],

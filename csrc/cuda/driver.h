@@ -41,7 +41,8 @@ class StreamScope {
   bool pushed_ = false;
 };
 
-// Loads the kernels for this device, which only the driver knows whether it can. 0 or an error code.
+// Loads the kernels for this device, which only the driver knows whether it can. All of them, where the driver could not
+// later, in a capture, and the device's context is current. 0 or an error code.
 int load_kernels(const Device&);
 
 // Launches `blocks` of `threads` of the kernel; `args` is its one parameter. 0 or an error code.

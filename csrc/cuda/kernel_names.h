@@ -40,6 +40,11 @@ struct KernelName {
   }
 };
 constexpr int kNumKernelNames = kNumRoles * kNumMaths * kNumDims * 4;
+constexpr KernelName kernel_name(int index) {
+  return {static_cast<Role>(index / (4 * kNumDims * kNumMaths)), static_cast<Math>(index / (4 * kNumDims) % kNumMaths),
+          kDims[index / 4 % kNumDims], index / 2 % 2 != 0, index % 2 != 0};
+}
+static_assert(kernel_name(kNumKernelNames - 1).index() == kNumKernelNames - 1 && kernel_name(37).index() == 37, "");
 
 // Of a block of a kernel of kernels.cu.
 struct BlockShape {

@@ -3,7 +3,9 @@
 //
 // Arrays are in the memory of the stream's device, lengths and dropout words as well: the one of the context that the
 // stream belongs to, or of the thread's current context where it is a default stream. Calls only launch: they never
-// wait, copy or allocate, and may be captured into a CUDA graph.
+// wait, copy or allocate, and may be captured into a CUDA graph, to be replayed with the arrays and the workspace that
+// they were captured with. What first launches have to load is loaded in a capture as well; drivers before CUDA 12.3
+// cannot, and attn_ops_cuda_unavailable_reason(-1) must have been asked before, on each device.
 #pragma once
 
 #include "../attention.h"

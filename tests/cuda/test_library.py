@@ -340,6 +340,69 @@ def test_less_shared_memory_than_the_kernels_need_is_a_reason():
     assert launched == [f"attn_ops_{name}_f16_64_plain" for name in ("forward", "dq", "dkdv")]
 
 
+# The first launches of a process, decoding in parts and a backward, inside a capture; the graph is launched twice. Prints
+# what went wrong.
+CAPTURED = """
+import ctypes, json, sys
+import numpy as np
+sys.path[:0] = ["tests", "tests/helpers"]
+from attn_ops import reference
+from cuda_arrays import Array, driver
+from cuda_host.driver import DriverError
+rng = np.random.default_rng(0)
+arrays = [rng.normal(size=(1, n, 1, 64)).astype("float32") for n in (1, 2000, 2000, 1)]
+q, k, v, d_out = map(Array, arrays)
+out, dq = (Array.unwritten((1, 1, 1, 64), "float32") for _ in range(2))
+dk, dv = (Array.unwritten((1, 2000, 1, 64), "float32") for _ in range(2))
+statistics = Array.unwritten((1, 1, 1, 2), "float32")
+given = [x.view for x in (q, k, v, out, statistics)]
+calls = cuda.Forward(*given), cuda.Backward(*given, *(x.view for x in (d_out, dq, dk, dv)))
+spaces = [Array.unwritten((call.workspace_bytes(),), np.uint8) for call in calls]
+stream, graph = ctypes.c_void_p(), ctypes.c_void_p()
+driver().cuStreamCreate(ctypes.byref(stream), 0)
+if "ask" in sys.argv:
+    assert cuda.unavailable_reason() is None
+driver().cuStreamBeginCapture_v2(stream, 0)
+try:
+    for call, space in zip(calls, spaces):
+        call(space.view, stream.value)
+    try:
+        driver().cuMemAlloc_v2(ctypes.byref(ctypes.c_uint64()), ctypes.c_size_t(16))
+        print("memory was allocated in a capture")
+    except DriverError as error:
+        assert error.code == 900
+    driver().cuStreamEndCapture(stream, ctypes.byref(graph))
+    driver().cuGraphInstantiateWithFlags(ctypes.byref(graph), graph, ctypes.c_uint64(0))
+    found = []
+    for _ in range(2):
+        driver().cuGraphLaunch(graph, stream)
+        found.append([x.numpy() for x in (out, dq, dk, dv)])
+    wide = [x.astype("float64") for x in arrays]
+    wanted = reference.attention(*wide[:3])[0], *reference.attention_gradients(*wide[:3], d_out=wide[3])[:3]
+    for first, second, right in zip(*found, wanted):
+        np.testing.assert_array_equal(first, second)
+        np.testing.assert_allclose(first, right, atol=1e-5)
+    assert driver().log()["launches"][0]["grid"][0] > 4
+except cuda.CudaError as error:
+    print(error)
+"""
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "version, asked, wrong",
+    [
+        ("12080", False, ""),
+        ("12020", True, ""),
+        ("12020", False, "launching attn_ops_decode_f32_64"),  # such drivers load no kernel in a capture
+    ],
+)
+def test_first_launches_may_be_captured(version, asked, wrong):
+    """Nothing is called that a capture forbids: the stand-in fails what would wait, allocate or load."""
+    printed = in_a_process(CAPTURED, *["ask"] * asked, ATTN_OPS_STANDIN_DRIVER_VERSION=version)
+    assert wrong in printed and bool(printed) == bool(wrong)
+
+
 @needs_library
 @pytest.mark.parametrize(
     "options, dtype, kernel",

@@ -19,6 +19,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -46,6 +47,7 @@ enum Result {
   kInvalidContext = 201,
   kInvalidHandle = 400,
   kNotFound = 500,
+  kCaptureUnsupported = 900,
   kLaunchFailed = 719,
 };
 
@@ -72,6 +74,7 @@ constexpr Error kErrors[] = {
     {700, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
     {701, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "too many resources requested for launch"},
     {719, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
+    {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
     {999, "CUDA_ERROR_UNKNOWN", "unknown error"},
 };
 
@@ -95,6 +98,12 @@ struct LoadedKernel {
   const host_layer::Kernel* kernel;
   int image;
   int shared_bytes[kMostDevices];  // allowed
+  bool is_loaded[kMostDevices];    // to the device, which the first launch does
+};
+
+// What was launched on a stream while it was captured.
+struct Graph {
+  std::vector<std::function<int()>> launches;
 };
 
 struct Launch {
@@ -128,12 +137,18 @@ char contexts[kMostDevices];
 thread_local int current_device = -1;  // none
 thread_local std::vector<int> pushed;  // what was current before
 
+// Of a thread: 0 (global), what may break a capture is refused while there is any; 2 (relaxed), it is not. 1 (of this
+// thread's captures alone) is as 0 here.
+thread_local int capture_mode = 0;
+constexpr int kRelaxed = 2;
+
 struct State {
   std::mutex mutex;
   bool initialized = false;
   std::map<uintptr_t, Allocation> memory;
   std::set<Library*> libraries;
   std::map<void*, int> streams;  // the device of each
+  std::map<void*, Graph*> captures;  // by stream
   std::vector<Image> images;
   std::vector<Launch> launches;
   std::vector<TensorMap> tensor_maps;
@@ -151,6 +166,7 @@ int number(const char* variable, int otherwise) {
   const char* text = getenv(variable);
   return text ? atoi(text) : otherwise;
 }
+int version() { return number("ATTN_OPS_STANDIN_DRIVER_VERSION", 12080); }
 int device_count() { return std::min(number("ATTN_OPS_STANDIN_DEVICES", 1), kMostDevices); }
 
 void capability(int device, int* major, int* minor) {
@@ -192,6 +208,19 @@ int called(const char* function, bool before_init = false) {
 
 #define CALLED() \
   if (const int code = called(__func__)) return code
+
+// The error of a call that waits, or is not in order with a stream, where a stream is being captured.
+int refused_in_capture(const char* function) {
+  State& s = state();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  if (s.captures.empty() || capture_mode == kRelaxed) return kSuccess;
+  s.error = std::string(function) + " while a stream is being captured";
+  return kCaptureUnsupported;
+}
+
+#define CALLED_OUTSIDE_CAPTURES() \
+  CALLED();                       \
+  if (const int code = refused_in_capture(__func__)) return code
 
 bool is_allocated(uintptr_t address, size_t bytes) {
   State& s = state();
@@ -378,7 +407,7 @@ DRIVER int cuInit(unsigned flags) {
 
 DRIVER int cuDriverGetVersion(int* version) {
   if (const int code = called(__func__, true)) return code;
-  *version = number("ATTN_OPS_STANDIN_DRIVER_VERSION", 12080);
+  *version = ::version();
   return kSuccess;
 }
 
@@ -488,7 +517,7 @@ DRIVER int cuCtxGetDevice(int* device) {
 }
 
 DRIVER int cuCtxSynchronize() {
-  CALLED();
+  CALLED_OUTSIDE_CAPTURES();
   return current_device < 0 ? kInvalidContext : kSuccess;
 }
 
@@ -496,7 +525,7 @@ DRIVER int cuCtxSynchronize() {
 
 // Between two pages that trap, at the end, and filled with NaN.
 DRIVER int cuMemAlloc_v2(uintptr_t* address, size_t bytes) {
-  CALLED();
+  CALLED_OUTSIDE_CAPTURES();
   if (current_device < 0) return kInvalidContext;
   if (!bytes) return kInvalidValue;
   const size_t usable = (bytes + kPage - 1) / kPage * kPage;
@@ -518,7 +547,7 @@ DRIVER int cuMemAlloc_v2(uintptr_t* address, size_t bytes) {
 }
 
 DRIVER int cuMemFree_v2(uintptr_t address) {
-  CALLED();
+  CALLED_OUTSIDE_CAPTURES();
   State& s = state();
   const std::lock_guard<std::mutex> lock(s.mutex);
   const auto found = s.memory.find(address);
@@ -529,21 +558,21 @@ DRIVER int cuMemFree_v2(uintptr_t address) {
 }
 
 DRIVER int cuMemcpyHtoD_v2(uintptr_t to, const void* from, size_t bytes) {
-  CALLED();
+  CALLED_OUTSIDE_CAPTURES();
   if (!is_allocated(to, bytes)) return kInvalidValue;
   memcpy(reinterpret_cast<void*>(to), from, bytes);
   return kSuccess;
 }
 
 DRIVER int cuMemcpyDtoH_v2(void* to, uintptr_t from, size_t bytes) {
-  CALLED();
+  CALLED_OUTSIDE_CAPTURES();
   if (!is_allocated(from, bytes)) return kInvalidValue;
   memcpy(to, reinterpret_cast<const void*>(from), bytes);
   return kSuccess;
 }
 
 DRIVER int cuMemsetD8_v2(uintptr_t to, unsigned char value, size_t bytes) {
-  CALLED();
+  CALLED_OUTSIDE_CAPTURES();
   if (!is_allocated(to, bytes)) return kInvalidValue;
   memset(reinterpret_cast<void*>(to), value, bytes);
   return kSuccess;
@@ -552,7 +581,7 @@ DRIVER int cuMemsetD8_v2(uintptr_t to, unsigned char value, size_t bytes) {
 // --- Streams and events: in order, and never late --------------------------------------------------------------------
 
 DRIVER int cuStreamCreate(void** stream, unsigned) {
-  CALLED();
+  CALLED_OUTSIDE_CAPTURES();
   if (current_device < 0) return kInvalidContext;
   *stream = new char;
   State& s = state();
@@ -586,7 +615,7 @@ DRIVER int cuStreamGetCtx(void* stream, void** context) {
 }
 
 DRIVER int cuStreamSynchronize(void* stream) {
-  CALLED();
+  CALLED_OUTSIDE_CAPTURES();
   return is_stream(stream) ? kSuccess : kInvalidHandle;
 }
 
@@ -596,6 +625,47 @@ DRIVER int cuStreamDestroy_v2(void* stream) {
   const std::lock_guard<std::mutex> lock(s.mutex);
   if (!s.streams.erase(stream)) return kInvalidHandle;
   delete static_cast<char*>(stream);
+  return kSuccess;
+}
+
+DRIVER int cuThreadExchangeStreamCaptureMode(int* mode) {
+  CALLED();
+  std::swap(capture_mode, *mode);
+  return kSuccess;
+}
+
+DRIVER int cuStreamBeginCapture_v2(void* stream, int mode) {
+  CALLED();
+  State& s = state();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  if (!s.streams.count(stream) || s.captures.count(stream) || mode != 0) return kInvalidValue;
+  s.captures[stream] = new Graph;
+  return kSuccess;
+}
+
+DRIVER int cuStreamEndCapture(void* stream, Graph** graph) {
+  CALLED();
+  State& s = state();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  const auto found = s.captures.find(stream);
+  if (found == s.captures.end()) return kInvalidValue;
+  *graph = found->second;
+  s.captures.erase(found);
+  return kSuccess;
+}
+
+// A graph and its executable are the same thing.
+DRIVER int cuGraphInstantiateWithFlags(Graph** executable, Graph* graph, unsigned long long) {
+  CALLED_OUTSIDE_CAPTURES();
+  *executable = graph;
+  return kSuccess;
+}
+
+DRIVER int cuGraphLaunch(const Graph* graph, void*) {
+  CALLED();
+  for (const auto& launch : graph->launches) {
+    if (const int code = launch()) return code;
+  }
   return kSuccess;
 }
 
@@ -613,7 +683,7 @@ DRIVER int cuEventRecord(Event* event, void* stream) {
 }
 
 DRIVER int cuEventSynchronize(Event*) {
-  CALLED();
+  CALLED_OUTSIDE_CAPTURES();
   return kSuccess;
 }
 
@@ -634,7 +704,7 @@ ALSO_WITHOUT_V2(cuEventDestroy, Event*);
 // --- Kernels --------------------------------------------------------------------------------------------------------
 
 DRIVER int cuLibraryLoadData(Library** library, const void* code, void*, void**, unsigned, void*, void**, unsigned) {
-  CALLED();
+  CALLED_OUTSIDE_CAPTURES();
   if (!code) return kInvalidValue;
   State& s = state();
   const std::lock_guard<std::mutex> lock(s.mutex);
@@ -645,7 +715,7 @@ DRIVER int cuLibraryLoadData(Library** library, const void* code, void*, void**,
 }
 
 DRIVER int cuLibraryUnload(Library* library) {
-  CALLED();
+  CALLED_OUTSIDE_CAPTURES();
   State& s = state();
   const std::lock_guard<std::mutex> lock(s.mutex);
   if (!s.libraries.erase(library)) return kInvalidHandle;
@@ -695,13 +765,15 @@ DRIVER int cuLibraryGetKernel(LoadedKernel** kernel, Library* library, const cha
   library->kernels.push_back(std::make_unique<LoadedKernel>(LoadedKernel{found, library->image, {}}));
   *kernel = library->kernels.back().get();
   std::fill_n((*kernel)->shared_bytes, kMostDevices, kSharedWithoutAsking);
+  std::fill_n((*kernel)->is_loaded, kMostDevices, false);
   return kSuccess;
 }
 
 // A function of the current context and its kernel are the same thing.
 DRIVER int cuKernelGetFunction(LoadedKernel** function, LoadedKernel* kernel) {
-  CALLED();
+  CALLED_OUTSIDE_CAPTURES();
   if (current_device < 0) return kInvalidContext;
+  kernel->is_loaded[current_device] = true;
   *function = kernel;
   return kSuccess;
 }
@@ -753,6 +825,22 @@ DRIVER int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const Loaded
   return kSuccess;
 }
 
+static int run(const host_layer::Kernel& kernel, const void* args, unsigned grid_x, unsigned shared_bytes) {
+  std::string error;
+  if (const Interpreter interpreter = state().interpreter) {
+    std::vector<char> text(2000);
+    if (interpreter(kernel.name, args, grid_x, shared_bytes, text.data(), text.size())) error = text.data();
+  } else {
+    error = host_layer::run_grid(kernel, args, grid_x, shared_bytes);
+  }
+  if (error.empty()) {
+    const std::lock_guard<std::mutex> lock(state().mutex);
+    error = damaged_memory();
+    if (!error.empty()) error = "kernel " + std::string(kernel.name) + ": " + error;
+  }
+  return error.empty() ? kSuccess : launch_error(kLaunchFailed, error);
+}
+
 DRIVER int cuLaunchKernel(LoadedKernel* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                           unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream, void** parameters,
                           void** extra) {
@@ -784,20 +872,20 @@ DRIVER int cuLaunchKernel(LoadedKernel* function, unsigned grid_x, unsigned grid
                           shared_bytes,
                           reinterpret_cast<uintptr_t>(stream)});
   }
+  bool& is_loaded = function->is_loaded[current_device];
+  if (!is_loaded && version() < 12030) {
+    if (const int code = refused_in_capture("loading a kernel")) return code;
+  }
+  is_loaded = true;
   if (!runs || !number("ATTN_OPS_STANDIN_RUN", 1)) return kSuccess;
   std::vector<std::max_align_t> args((kernel.args_bytes + sizeof(std::max_align_t) - 1) / sizeof(std::max_align_t));
   memcpy(args.data(), parameters[0], kernel.args_bytes);
-  std::string error;
-  if (const Interpreter interpreter = state().interpreter) {
-    std::vector<char> text(2000);
-    if (interpreter(kernel.name, args.data(), grid_x, shared_bytes, text.data(), text.size())) error = text.data();
-  } else {
-    error = host_layer::run_grid(kernel, args.data(), grid_x, shared_bytes);
+  const auto launch = [=, &kernel] { return run(kernel, args.data(), grid_x, shared_bytes); };
+  {
+    State& s = state();
+    const std::lock_guard<std::mutex> lock(s.mutex);
+    const auto capture = s.captures.find(stream);
+    if (capture != s.captures.end()) return capture->second->launches.push_back(launch), kSuccess;
   }
-  if (error.empty()) {
-    const std::lock_guard<std::mutex> lock(state().mutex);
-    error = damaged_memory();
-    if (!error.empty()) error = "kernel " + std::string(kernel.name) + ": " + error;
-  }
-  return error.empty() ? kSuccess : launch_error(kLaunchFailed, error);
+  return launch();
 }

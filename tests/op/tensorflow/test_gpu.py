@@ -61,6 +61,7 @@ def pretended(monkeypatch):
         return "float64 is not for it" if dtype == "float64" else "it is too wide" if head_dim > 256 else None
 
     monkeypatch.setattr(kernels, "cuda_unsupported_reason", unsupported)
+    monkeypatch.setattr(kernels, "cuda_workspace_bytes", lambda backward, *given, **more: 1000 + backward)
     return state
 
 
@@ -202,9 +203,8 @@ print(library.attn_ops_forward(q, q, q, *[[]] * 12)[0].shape)  # the CPU has its
 def test_xla_has_custom_calls_for_both_platforms():
     assert kernels.xla_unavailable_reason() is None  # all of them were taken
     handlers = kernels.core().xla_handlers()
-    assert {platform: set(names) for platform, names in handlers.items()} == dict.fromkeys(
-        ("Host", "CUDA"), {"attn_ops.forward", "attn_ops.backward"}
-    )
+    names = {f"attn_ops.{name}{lent}" for name in ("forward", "backward") for lent in ("", ".lent")}
+    assert {platform: set(found) for platform, found in handlers.items()} == dict.fromkeys(("Host", "CUDA"), names)
     assert "CUDA" in custom_call._PLATFORMS
 
 
@@ -219,6 +219,22 @@ def tf32(request):
 def all_nodes(function, *arguments):
     graph = function.get_concrete_function(*arguments).graph.as_graph_def()
     return [node for nodes in (graph.node, *(f.node_def for f in graph.library.function)) for node in nodes]
+
+
+def test_where_a_gpu_is_used_the_workspace_is_a_result(pretended):
+    """Of both directions, so that XLA may put the kernels into a CUDA graph; on a CPU nobody uses it. Unknown extents
+    leave it to XLA's allocator."""
+    compiled = tf.function(step, jit_compile=True)
+    nodes = all_nodes(compiled, *tensors())
+    modules = [n.attr["module"].s.decode() for n in nodes if n.op == "XlaCallModule"]
+    assert [("forward.lent" in m, "backward.lent" in m) for m in modules] in ([(1, 0), (0, 1)], [(0, 1), (1, 0)])
+    assert all("-> (tensor<?x?x?x?xf32>" in m and "tensor<?xui8>" in m for m in modules)
+    with tf.device("CPU"):
+        for found, wanted in zip(compiled(*tensors()), step(*tensors()), strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    nodes = all_nodes(tf.function(step, jit_compile=True), *[tf.TensorSpec([None, 5, 2, 8])] * 3)
+    modules = [n.attr["module"].s.decode() for n in nodes if n.op == "XlaCallModule"]
+    assert len(modules) == 2 and not any(".lent" in m for m in modules)
 
 
 def step(*inputs):
