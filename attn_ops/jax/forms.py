@@ -42,7 +42,7 @@ def cuda_reason(options: Options, arrays: Arrays) -> str | None:
     """Why the kernels do not run this call on the CUDA devices here; None when they do."""
     reason = _cuda_device_reason()
     if reason is None:
-        reason = attention_call.beyond_cuda(options, arrays)
+        reason = attention_call.beyond_cuda(arrays)
     if reason is not None:
         return reason
     known = (n if isinstance(n, int) else 1 for n in _sizes(options, arrays))  # jax.export may leave extents open
@@ -77,7 +77,7 @@ def forward(options: Options, arrays: Arrays):
         place.result((*rows, 2), accumulator(query.dtype), query),
         *([place.result(rows, accumulator(query.dtype), query)] if options.return_lse else []),
     )
-    optional, attributes = _optional(options, arrays)
+    optional, attributes = _optional(options, _with_table(options, arrays))
     attributes["num_lse"] = np.int64(options.return_lse)
     operands = query, key, value, *optional
     out, statistics, *lse = _call("attn_ops.forward", results, operands, attributes, _workspace(options, arrays))
@@ -112,6 +112,16 @@ def _call(target, results, operands, attributes, workspace: int | None):
     if workspace is None:
         return asking(*operands)
     return jax.lax.platform_dependent(*operands, default=asking, cuda=lent)
+
+
+def _with_table(options: Options, arrays: Arrays) -> Arrays:
+    """On CUDA, where no entry of a table of pages can be looked at, those that are none name another one, as for the
+    composite."""
+    if arrays.block_table is None or "cuda" not in platforms(options, arrays):
+        return arrays
+    last = arrays.key.shape[0] - 1
+    table = jax.lax.platform_dependent(arrays.block_table, default=lambda x: x, cuda=lambda x: jnp.clip(x, 0, last))
+    return arrays._replace(block_table=table)
 
 
 def _workspace(options: Options, arrays: Arrays, backward: bool = False) -> int | None:

@@ -61,13 +61,21 @@ def _ordinals() -> tuple[int, ...]:
 
 def call_reason(call: AttentionCall, forced: bool) -> str | None:
     """Why the CUDA kernels, where they are available, do not take ``call``; None when they do."""
-    lacking = beyond_cuda(call, call)
+    lacking = beyond_cuda(call)
     if lacking is not None:
         return lacking
     sizes = _sizes(call)
     if None in sizes[-2:] and not forced:
         return "head_dim and value_dim are not known, of which its kernels take some"
     return kernels.cuda_unsupported_reason(call.query.dtype.name, *(1 if n is None else n for n in sizes))
+
+
+def with_table(call: AttentionCall) -> AttentionCall:
+    """``call`` as a GPU takes it, where no entry of a table of pages can be looked at: those that are none name another
+    one, as for the composite."""
+    if call.block_table is None or not in_use(call):
+        return call
+    return call._replace(block_table=tf.clip_by_value(call.block_table, 0, tf.shape(call.key)[0] - 1))
 
 
 def workspace_bytes(call: AttentionCall, backward: bool) -> int | None:

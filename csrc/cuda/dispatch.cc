@@ -32,8 +32,9 @@ std::string unsupported_reason(const AttentionParams& p) {
   if (p.bias.data != nullptr && p.bias.dtype != p.dtype && p.bias.dtype != DType::kFloat32) {
     return "the CUDA kernels take a bias of float32 or of the dtype of the inputs";
   }
-  if (p.k.data != nullptr && p.k.dtype != p.dtype) {
-    return "the CUDA kernels do not take keys of another dtype than the queries";
+  const bool of_16_bits = p.k.dtype == DType::kFloat16 || p.k.dtype == DType::kBFloat16;
+  if (has_narrow_keys(p) && !(p.dtype == DType::kFloat32 && of_16_bits)) {
+    return "the CUDA kernels take keys of the dtype of the queries, or of 16 bits beside queries of float32";
   }
   if (p.relative_bias != nullptr && p.relative_reach > kMostReach) {
     return "the CUDA kernels take a relative_bias of up to " + number(kMostReach) + " distances each way (" +
@@ -82,9 +83,10 @@ uint64_t next_launch() {
 
 std::atomic<int64_t> most_decode_rows{kMostDecodeRows};
 
-// Pages are read by this kernel alone.
+// Pages and keys of another dtype are read by this kernel alone.
 bool is_decode(const AttentionParams& p) {
-  return p.block_table != nullptr || num_rows(p) <= most_decode_rows.load(std::memory_order_relaxed);
+  return p.block_table != nullptr || has_narrow_keys(p) ||
+         num_rows(p) <= most_decode_rows.load(std::memory_order_relaxed);
 }
 
 // Of kernels.cu.
@@ -110,7 +112,7 @@ int launch_decode(const AttentionParams& p, const Device& device, void* stream, 
     args.tickets = reinterpret_cast<uint64_t*>(memory + plan.partial_out_bytes + plan.partial_stats_bytes);
     args.launch = next_launch();
   }
-  return launch(device, {Role::kDecode, math_of(p, true), dim_of(p)}, plan.tiles * args.splits, stream, &args);
+  return launch(device, decode_kernel(p), plan.tiles * args.splits, stream, &args);
 }
 
 int launch_forward(const AttentionParams& p, const Device& device, void* stream) {

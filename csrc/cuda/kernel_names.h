@@ -16,11 +16,13 @@ enum class Role : int32_t {
   kBiasGradient,
   kSinkGradient,
   kDistanceGradient,
-  kTableSum
+  kTableSum,
+  kDecodeF16Keys,  // of float32 queries
+  kDecodeBF16Keys
 };
-constexpr int kNumRoles = 9;
-constexpr const char* kRoleNames[kNumRoles] = {"forward", "decode", "delta",  "dq",       "dkdv",
-                                               "dbias",   "dsinks", "dtable", "dtable_sum"};
+constexpr int kNumRoles = 11;
+constexpr const char* kRoleNames[kNumRoles] = {"forward", "decode", "delta",  "dq",         "dkdv",          "dbias",
+                                               "dsinks",  "dtable", "dtable_sum", "decode_of_f16", "decode_of_bf16"};
 constexpr bool is_without_products(Role r) {
   return r == Role::kDelta || r == Role::kSinkGradient || r == Role::kTableSum;
 }
@@ -54,7 +56,9 @@ constexpr BlockShape block_shape(const KernelName& k) {
   switch (k.role) {
     case Role::kForward:
       return {forward_tile(k.math, k.dim, k.plain).threads(), forward_shared_bytes(k.math, k.dim, k.plain)};
-    case Role::kDecode: return {32 * kDecodeWarps, decode_shared_bytes(k.math, k.dim)};
+    case Role::kDecode: return {32 * kDecodeWarps, decode_shared_bytes(k.math, k.dim, false)};
+    case Role::kDecodeF16Keys:
+    case Role::kDecodeBF16Keys: return {32 * kDecodeWarps, decode_shared_bytes(Math::kFloat32, k.dim, true)};
     case Role::kDelta: return {32 * kDeltaWarps, 0};
     case Role::kSinkGradient: return {kSinkThreads, kSinkSharedBytes};
     case Role::kTableSum: return {kTableThreads, 0};

@@ -51,8 +51,19 @@ inline bool is_plain(const AttentionParams& p) {
          p.scale > 0 && p.scale <= largest_scale;
 }
 
+// Whether `count` neighbours of a line of a score-shaped array can be read at a time, from any multiple of it.
+inline bool reads_neighbours(const AttentionParams& p, const StridedView& view, int64_t count) {
+  int64_t ends = p.seqlen_k;
+  for (int axis = 0; axis < 3; ++axis) ends |= view.stride[axis];
+  const auto address = reinterpret_cast<uintptr_t>(view.data);
+  const bool aligned = ends % count == 0 && address % (count * size_of(view.dtype)) == 0;
+  return view.data != nullptr && view.stride[3] == 1 && aligned;
+}
+
 inline Factors factors_of(const AttentionParams& p) {
   Factors f;
+  for (int m = 0; m < p.num_masks; ++m) f.whole_masks[m] = reads_neighbours(p, p.masks[m], 16);
+  f.bias_pairs = reads_neighbours(p, p.bias, 2);
   if (p.blocks.data != nullptr) {
     const auto divisor = [](int64_t x) { return make_divisor(static_cast<uint32_t>(std::min<int64_t>(x, INT32_MAX))); };
     f.block_q = divisor(p.block_q), f.block_k = divisor(p.block_k);
@@ -66,6 +77,15 @@ inline Factors factors_of(const AttentionParams& p) {
   f.keep = static_cast<float>(1.0 / (1.0 - p.dropout_rate));
   f.drop_below = static_cast<uint32_t>(p.dropout_rate * 4294967296.0);
   return f;
+}
+
+// Keys and values of another dtype than the queries: of 16 bits beside float32.
+inline bool has_narrow_keys(const AttentionParams& p) { return p.k.data != nullptr && p.k.dtype != p.dtype; }
+
+// Decode's kernel for the keys of a call.
+inline KernelName decode_kernel(const AttentionParams& p) {
+  const Role narrow = p.k.dtype == DType::kFloat16 ? Role::kDecodeF16Keys : Role::kDecodeBF16Keys;
+  return {has_narrow_keys(p) ? narrow : Role::kDecode, math_of(p, true), dim_of(p)};
 }
 
 inline int64_t num_rows(const AttentionParams& p) { return p.seqlen_q * group_size(p); }
@@ -83,7 +103,7 @@ inline Rows rows_of(const AttentionParams& p, int64_t tiles) {
 inline uint8_t alignment_of(const AttentionParams& p, const StridedView& view, int64_t seqlen, int64_t heads,
                             int64_t dim) {
   const bool in_pages = p.block_table != nullptr && (view.data == p.k.data || view.data == p.v.data);
-  const int64_t bytes = size_of(p.dtype), extent[] = {in_pages ? int64_t{2} : p.batch, seqlen, heads};
+  const int64_t bytes = size_of(view.dtype), extent[] = {in_pages ? int64_t{2} : p.batch, seqlen, heads};
   if (dim == 0 || (dim > 1 && view.stride[3] != 1)) return 0;
   uint64_t ends = reinterpret_cast<uintptr_t>(view.data) | static_cast<uint64_t>(dim * bytes);
   for (int axis = 0; axis < 3; ++axis)
@@ -162,7 +182,7 @@ struct DecodePlan {
   int choose_splits(const AttentionParams& p, const Device& device) const {
     if (most_splits <= 1) return 1;
     const int per_multiprocessor =  // 1 KiB is the system's
-        std::max(1, device.shared_bytes / (decode_shared_bytes(math_of(p, true), dim_of(p)) + 1024));
+        std::max(1, device.shared_bytes / (block_shape(decode_kernel(p)).shared_bytes + 1024));
     const int64_t wave = std::max<int64_t>(1, int64_t{device.multiprocessors} * per_multiprocessor);
     constexpr int64_t kOwnSteps = 4;
     // A block takes its steps, and a few more for its beginning and its end; blocks run in waves. Putting the parts

@@ -762,7 +762,7 @@ DRIVER int cuLibraryGetKernel(LoadedKernel** kernel, Library* library, const cha
   for (const auto& k : library->kernels) {
     if (k->kernel == found) return *kernel = k.get(), kSuccess;
   }
-  library->kernels.push_back(std::make_unique<LoadedKernel>(LoadedKernel{found, library->image, {}}));
+  library->kernels.push_back(std::make_unique<LoadedKernel>(LoadedKernel{found, library->image, {}, {}}));
   *kernel = library->kernels.back().get();
   std::fill_n((*kernel)->shared_bytes, kMostDevices, kSharedWithoutAsking);
   std::fill_n((*kernel)->is_loaded, kMostDevices, false);

@@ -36,6 +36,7 @@ def unavailable_reason() -> str | None:
 def forward(call: AttentionCall, **more):
     """(out, lse, statistics), without a gradient of their own; lse is None unless ``call.return_lse``. ``more`` are
     attributes."""
+    call = gpu.with_table(call)
     query, key, value = range(3)
     _, heads, rows, _ = canonical(range(4), call.layout)
     out_shape, lse_shape = call.result_shapes()
