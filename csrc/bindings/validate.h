@@ -316,7 +316,7 @@ inline std::string keys_dtype_reason(const Call& c) {
   const bool int8 = c.k.dtype == DType::kInt8;
   if (c.k.dtype != c.q.dtype) {
     const bool as_float32 = c.k.dtype != DType::kBool && accumulator_of(c.k.dtype) == accumulator_of(c.q.dtype);
-    if (!as_float32 || (int8 && c.q.dtype == DType::kFloat64) || c.backward || c.place == Place::kGpu) {
+    if (!as_float32 || (int8 && c.q.dtype == DType::kFloat64) || c.backward) {
       return dtype_reason(c.k, c.q.dtype, "the dtype of q");
     }
   }
