@@ -11,7 +11,7 @@ from attn_ops.call.normalize import normalize
 from attn_ops.generation import decode
 from attn_ops.tensorflow import append, attention, choice, place, runtime_checks, xp
 from attn_ops.tensorflow.as_written import as_written
-from attn_ops.tensorflow.forms import custom_call, eager, graph
+from attn_ops.tensorflow.forms import custom_call, eager, graph, xla
 
 rewound = functools.partial(decode.rewound, xp)
 update = as_written(functools.partial(decode.update, xp, append.append))
@@ -123,7 +123,7 @@ def attend_stacked(q, cache, k_new, v_new, positions, *, implementation=None, **
     if chosen != "fused" or tf.executing_eagerly() or append.only_scatters() and not place.in_xla():
         return by_slices()
     unknown = None in cache.shape.as_list() + q.shape.as_list() or custom_call.unavailable_reason()
-    in_xla = by_slices if unknown else by_halves(custom_call.forward)
+    in_xla = by_slices if unknown else by_halves(xla.forward)
     if place.in_xla():
         return in_xla()
     native = by_halves(eager.forward)

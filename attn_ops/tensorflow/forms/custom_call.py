@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from attn_ops import kernels
 from attn_ops.call.attention_call import AttentionCall, attributes, canonical, given_inputs
-from attn_ops.tensorflow import gpu, place
+from attn_ops.tensorflow import place
 
 _TYPES = {
     tf.float32: "f32",
@@ -33,10 +33,9 @@ def unavailable_reason() -> str | None:
     return kernels.xla_unavailable_reason() or place.xla_call_missing_reason()
 
 
-def forward(call: AttentionCall, **more):
+def forward(call: AttentionCall, workspace: int | None, **more):
     """(out, lse, statistics), without a gradient of their own; lse is None unless ``call.return_lse``. ``more`` are
-    attributes."""
-    call = gpu.with_table(call)
+    attributes, for ``workspace`` see `_custom_call`."""
     query, key, value = range(3)
     _, heads, rows, _ = canonical(range(4), call.layout)
     out_shape, lse_shape = call.result_shapes()
@@ -52,12 +51,12 @@ def forward(call: AttentionCall, **more):
         call,
         {"num_lse": int(call.return_lse), **more},
         *map(list, zip(*results)),
-        workspace=gpu.workspace_bytes(call, backward=False),
+        workspace=workspace,
     )
     return out, lse[0] if lse else None, statistics
 
 
-def backward(call: AttentionCall, out, statistics, d_out, d_lse):
+def backward(call: AttentionCall, out, statistics, d_out, d_lse, workspace: int | None):
     """The gradients of those inputs of ``call`` that are `asked` for; ``d_lse`` may be None."""
     operands = [call.query, call.key, call.value, out, statistics, d_out, *([] if d_lse is None else [d_lse])]
     inputs = call.differentiable()
@@ -74,7 +73,7 @@ def backward(call: AttentionCall, out, statistics, d_out, d_lse):
         results=[[(operand, axis) for axis in range(x.shape.rank)] for operand, x in zip(places, wanted)],
         dtypes=[x.dtype for x in wanted],
         shapes=[x.shape for x in wanted],
-        workspace=gpu.workspace_bytes(call, backward=True),
+        workspace=workspace,
     )
 
 
