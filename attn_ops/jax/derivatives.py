@@ -40,13 +40,11 @@ def _attention_forward(forced, options, primals):
     arrays = jax.custom_derivatives.custom_vjp_primal_tree_values(primals)
     # Itself, not `_forward`, here and below: for higher orders the rules are differentiated in turn.
     out, lse, statistics = attention(forced, options, arrays)
-    # What is constant costs the backward pass nothing. Told by structure, since text is no residual.
-    wanted = {name: None for name in arrays.differentiable() if getattr(primals, name).perturbed}
-    return (out, lse, statistics), (arrays, *map(jax.lax.stop_gradient, (out, statistics)), wanted)
+    return (out, lse, statistics), (arrays, *map(jax.lax.stop_gradient, (out, statistics)), _told(primals, arrays))
 
 
 def _attention_backward(forced, options, residuals, cotangents):
-    arrays, out, statistics, wanted = residuals
+    arrays, out, statistics, told = residuals
     if reads_cache(arrays):
         raise NotImplementedError(NO_GRADIENT)
     d_out, d_lse, _ = cotangents
@@ -54,8 +52,19 @@ def _attention_backward(forced, options, residuals, cotangents):
         d_out = jnp.zeros_like(out)
     if isinstance(d_lse, jax.custom_derivatives.SymbolicZero):
         d_lse = jnp.zeros_like(statistics[..., 0])
-    names = tuple(name for name in arrays.differentiable() if name in wanted)
+    names = tuple(name for at, name in enumerate(arrays.differentiable()) if told.shape[0] >> at & 1)
     return (_cotangents(arrays, names, gradients(forced, options, names, arrays, out, statistics, d_out, d_lse)),)
+
+
+def _told(primals, arrays):
+    """Which of ``arrays.differentiable()`` somebody differentiates by, so that what is constant costs the backward nothing.
+
+    As the extent of an array without elements, one bit for each. It has to be part of the values: JAX keeps one structure of
+    the residuals for all traces of a call that are alike but for this, that of the last one, also for the backward of those
+    before, and text is no residual.
+    """
+    bits = (getattr(primals, name).perturbed << at for at, name in enumerate(arrays.differentiable()))
+    return jnp.zeros((sum(bits), 0), bool)
 
 
 _attention.defvjp(_attention_forward, _attention_backward, symbolic_zeros=True)

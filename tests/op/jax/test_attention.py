@@ -454,3 +454,31 @@ def test_without_jax():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode and 'attn_ops.jax needs JAX 0.5 or newer' in run.stderr
     assert "jax is not installed: pip install jax" in run.stderr
+
+
+def test_calls_alike_but_for_what_is_differentiated():
+    """Calls of the same shapes of which some have constants for keys, values or bias, as decoders that attend to an encoder
+    that is not trained: JAX keeps one backward for them. Keys and values of the others had no gradient."""
+    q, k, v, constant = inputs(1, 3, 2, 4, number=4)
+    bias = inputs(1, 2, 3, 3, number=1)[0]
+
+    def attention(q, k, v, bias):
+        return scaled_dot_product_attention(q, k, v, bias=bias, implementation="fused")
+
+    def by_formula(q, k, v, bias):
+        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / 2 + bias)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+    def gradients(of, q, k, v, bias):
+        held = jax.vjp(of, q, k, v, bias)[1]
+        alone = jax.grad(lambda q: of(q, k, v, bias).sum())(q)
+
+        def loss(q, k, v, bias):
+            between = of(of(q, k, v, bias), constant, constant, jnp.ones_like(bias))
+            return (of(of(between, k, constant, bias), constant, v, bias) * q).sum()
+
+        return held(q), alone, jax.grad(loss, (0, 1, 2, 3))(q, k, v, bias)
+
+    expected = gradients(by_formula, q, k, v, bias)
+    assert_same(gradients(attention, q, k, v, bias), expected)
+    assert_same(jax.jit(functools.partial(gradients, attention))(q, k, v, bias), expected)
