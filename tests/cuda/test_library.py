@@ -301,13 +301,19 @@ import ml_dtypes  # NumPy's bfloat16
 import numpy as np
 sys.path[:0] = ["tests", "tests/helpers"]
 import cuda_run
-from cuda_arrays import driver
+from cuda_arrays import Array, driver
 everything = {"bias": np.zeros((1, 2, 70, 70)), "relative_bias": np.zeros((2, 5)), "sinks": [0.0, 0.0]}
 for dtype, allow_tf32 in ("float16", 0), ("bfloat16", 0), ("float32", 0), ("float32", 1):
     for dim in 64, 96, 128, 192, 256:
         for rows, options in (70, {}), (70, everything), (1, {}):
             q, k, v, d = [np.zeros((1, n, 2, dim), dtype) for n in (rows, 70, 70, rows)]
             cuda_run.run(q, k, v, d, None, {"layout": "BSHD", **options}, allow_tf32=bool(allow_tf32))
+        if dtype == "float32":
+            for kept in "float16", "bfloat16":
+                narrow, statistics = Array(k.astype(kept)), Array(np.zeros((1, 2, 1, 2), "float32"))
+                q_and_out = Array(q)
+                arrays = q_and_out, narrow, narrow, q_and_out, statistics
+                cuda_run.launch(cuda.Forward(*(x.view for x in arrays)))
 print(json.dumps(driver().log()["launches"]))
 """
 

@@ -258,3 +258,14 @@ def test_the_gradient_of_a_bias_has_its_dtype(attend, dtype, shape):
         found = attend(*inputs, bias=bias.astype(of)).d_bias
         assert found.dtype == of and found.shape == shape
         assert relative(found, expected.d_bias) < (1e-4 if of == np.float32 else TOLERANCES[dtype] / 4)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("seqlen_q", [3, 70])
+def test_a_score_computed_again_is_the_same(attend, dtype, seqlen_q):
+    """Of one key, whose weight is 1 whatever the score: where scores are 10^20, off by its rounding it would be 0."""
+    query, key, value, d_out, _ = make_inputs(dtype, 1, seqlen_q, 1, 2, 2, 40)
+    large = 1e10 if dtype == "float32" else 100
+    result = attend(query * DTYPES[dtype].type(large), key * DTYPES[dtype].type(large), value, d_out, None, scale=1.0)
+    wanted = d_out.astype(np.float64).sum(1, keepdims=True)
+    np.testing.assert_allclose(result.dv.astype(np.float64), wanted, atol=TOLERANCES[dtype] * seqlen_q)
