@@ -28,8 +28,8 @@ _ATTRIBUTES = {
     "paged_attention": "tensorflow.paged",
     "alibi_slopes": "call.position_bias",
     "T5RelativeBias": "call.position_bias",
-    "explain": "tensorflow.explain",
-    "can_use_fused": "tensorflow.explain",
+    "explain": "tensorflow.explanation",
+    "can_use_fused": "tensorflow.explanation",
     "Explanation": "call.explanation",
     "Support": "call.explanation",
     "allow_tf32": "call.precision",
@@ -65,8 +65,8 @@ def _load(module: str, wanted: str):
         from attn_ops import requirements
 
         package = error.name or ""
-        if (wanted, module, package) == ("explain", "tensorflow.explain", "tensorflow") and requirements.installed("jax"):
-            return _load("jax.explain", wanted)  # of calls on JAX, and of models of a Keras on JAX
+        if (wanted, module, package) == ("explain", "tensorflow.explanation", "tensorflow") and requirements.installed("jax"):
+            return _load("jax.explanation", wanted)  # of calls on JAX, and of models of a Keras on JAX
         reason = requirements.reason(f"attn_ops.{wanted}", error)
         if reason is None:
             raise

@@ -80,17 +80,13 @@ def given_inputs(arrays) -> dict:
     return {count: x for at, (count, x) in enumerate(lists.items()) if x or at < _FIRST_INPUTS}
 
 
-def beyond_cuda(options, arrays) -> str | None:
+def beyond_cuda(arrays) -> str | None:
     """What of a call the CUDA kernels do not have, as the reason why they cannot run it; None when they have all."""
-    lacking = [word for name, word in _NOT_ON_CUDA.items() if getattr(arrays, name) is not None]
-    if arrays.key.dtype != arrays.query.dtype:
-        lacking.append(f"keys of {arrays.key.dtype.name} beside queries of {arrays.query.dtype.name}")
-    return f"its kernels do not have {', '.join(lacking)}" if lacking else None
+    kept, dtype = arrays.key.dtype.name, arrays.query.dtype.name
+    if kept != dtype and not (dtype == "float32" and kept in ("float16", "bfloat16")):
+        return f"its kernels do not have keys of {kept} beside queries of {dtype}"
+    return None
 
-
-_NOT_ON_CUDA = {
-    "block_table": "keys in pages",
-}
 
 NO_GRADIENT = (
     "attn_ops: attention to a cache is for generation, and has no gradient: train with scaled_dot_product_attention, or with "

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from attn_ops.masks.mask import Mask
-
 
 @dataclasses.dataclass(frozen=True)
 class Support:
@@ -51,12 +49,6 @@ def asks_of_model(query, key, value, given) -> bool:
     if key is None or value is None:
         raise TypeError("explain: takes query, key and value, or a Keras layer or model alone")
     return False
-
-
-def mask_notes(mask) -> tuple[str, ...]:
-    """What the masks with structure are in the option ``mask`` of a call that has been normalised."""
-    masks = mask if isinstance(mask, (list, tuple)) else (mask,)
-    return tuple(f"mask: {m.described()}" for m in masks if isinstance(m, Mask) and m.structured)
 
 
 _DEVICE = "; the device is that of the tensors, or of tf.device or jax.default_device around the call"

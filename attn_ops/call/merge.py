@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 
-from attn_ops.call import arrays
+from attn_ops.call import shapes
 
 
 def merge(xp, name, outs, lses, layout):
@@ -32,7 +32,7 @@ def merge(xp, name, outs, lses, layout):
 
 def checked(xp, name, outs, lses, layout):
     """Both as lists of tensors that fit each other."""
-    arrays.check_layout(name, layout)
+    shapes.check_layout(name, layout)
     outs, lses = (
         [xp.as_tensor(name, f"{what}[{n}]", x) for n, x in enumerate(xs)]
         for what, xs in (("outs", outs), ("lses", lses))
@@ -50,11 +50,11 @@ def checked(xp, name, outs, lses, layout):
         if of_out is None or of_lse is None:
             continue
         rows = [of_out[i] for i in ((0, 2, 1) if layout == "BSHD" else (0, 1, 2))] if len(of_out) == 4 else of_out[:-1]
-        if len(of_out) not in (2, 3, 4) or not arrays.compatible(of_lse, rows) or not arrays.compatible(of_out, first):
+        if len(of_out) not in (2, 3, 4) or not shapes.compatible(of_lse, rows) or not shapes.compatible(of_out, first):
             raise ValueError(
                 f"{name}: outs must be of one shape, what the attention returned in layout {layout}, and lses what it returned "
-                f"beside them, got {arrays.shape_text(of_out)} and {arrays.shape_text(of_lse)} at {n}, and first "
-                f"{arrays.shape_text(first)}"
+                f"beside them, got {shapes.shape_text(of_out)} and {shapes.shape_text(of_lse)} at {n}, and first "
+                f"{shapes.shape_text(first)}"
             )
     return outs, lses
 

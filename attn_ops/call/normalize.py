@@ -9,10 +9,11 @@ tensorflow/xp.py or jax/xp.py.
 
 from __future__ import annotations
 
-from attn_ops.call import arrays, checked_before, options, pages, precision
+from attn_ops.call import arrays, checked_before, options, pages, precision, shapes
 from attn_ops.call.attention_call import MAX_MASKS, AttentionCall, canonical
 from attn_ops.call.listeners import listeners
 from attn_ops.call.options import Options
+from attn_ops.masks import checks
 from attn_ops.masks.mask import Mask, Parts
 
 
@@ -56,7 +57,7 @@ def _checked(xp, name, query, key, value, *, block_table=None, scales=(), of_cac
         relative_bias,
         sinks,
     ) = Options(**given)
-    arrays.check_layout(name, layout)
+    shapes.check_layout(name, layout)
     query, key, value, squeeze, original, *extents = _inputs(
         xp, name, query, key, value, 2 if layout == "BSHD" else 1, of_cache
     )
@@ -204,7 +205,7 @@ def checked_lse(xp, name, call, lse):
     for axis in call.added_axes(1) if call.squeeze else ():
         lse = xp.expand_dims(lse, axis)
     expected = call.result_shapes()[1]
-    if not arrays.compatible(xp.extents(lse), expected):
+    if not shapes.compatible(xp.extents(lse), expected):
         raise ValueError(f"{name}: lse must be what the attention returned, of shape {expected}, got {lse.shape}")
     return lse
 
@@ -273,7 +274,7 @@ def _score_dims(name, layout, q, k, v, given):
                 "[seqlen, num_heads, head_dim], as jax.nn takes it, needs an axis for the batch, x[None]"
             )
         other = "BHSD" if layout == "BSHD" else "BSHD"
-        hint = f'; they fit as layout="{other}": {arrays.LAYOUTS}' if _fit(other, q, k, v) else ""
+        hint = f'; they fit as layout="{other}": {shapes.LAYOUTS}' if _fit(other, q, k, v) else ""
         return f"({_shapes(q, k, v)}, layout {layout}){hint}"
 
     def agree(rule, *extents):
@@ -325,18 +326,24 @@ def _fit(layout, q, k, v):
 
 
 def _shapes(q, k, v):
-    return f"query {arrays.shape_text(q)}, key {arrays.shape_text(k)}, value {arrays.shape_text(v)}"
+    return f"query {shapes.shape_text(q)}, key {shapes.shape_text(k)}, value {shapes.shape_text(v)}"
 
 
 def split_masks(name, mask):
     """The structured part of ``mask`` (a Mask or None) and the tuple of boolean arrays beside it."""
     structure, arrays = None, []
-    for item in mask if isinstance(mask, (list, tuple)) else (mask,):
+    for item in checks.listed(name, mask):
         if isinstance(item, Mask):
             structure = item if structure is None else both(name, structure, item)
-        elif item is not None:
+        else:
             arrays.append(item)
     return structure, tuple(arrays)
+
+
+def mask_notes(mask) -> tuple[str, ...]:
+    """What the masks with structure are in the option ``mask`` of a call that has been normalised."""
+    masks = mask if isinstance(mask, (list, tuple)) else (mask,)
+    return tuple(f"mask: {m.described()}" for m in masks if isinstance(m, Mask) and m.structured)
 
 
 def both(name, mask, other):

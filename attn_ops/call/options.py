@@ -31,10 +31,10 @@ class Options(typing.NamedTuple):
             num_heads) or 2 (no batch either). -inf hides a key like a mask. It keeps float32 beside inputs of 16 bits,
             and is cast to their dtype otherwise.
         mask: True where a query may see a key: a boolean tensor of the shapes that bias may have, an
-            `attn_ops.masks.Mask`, or a list of these, all of which must allow. Float masks are refused: additive
-            values go to ``bias``. Masks stay apart and broadcast, so [batch, 1, 1, seqlen_k] costs only itself. Rank 2
-            is [seqlen_q, seqlen_k] even where the batch is as large as seqlen_q: a mask [batch, seqlen_k] of the keys
-            goes through `attn_ops.masks.key_padding`.
+            `attn_ops.masks.Mask`, or a list of these, all of which must allow (nested lists of Python's True and False
+            are one array). Float masks are refused: additive values go to ``bias``. Masks stay apart and broadcast, so
+            [batch, 1, 1, seqlen_k] costs only itself. Rank 2 is [seqlen_q, seqlen_k] even where the batch is as large as
+            seqlen_q: a mask [batch, seqlen_k] of the keys goes through `attn_ops.masks.key_padding`.
         scale: of the scores; None means 1/sqrt(head_dim). A Python number keeps double precision. A scalar tensor
             is multiplied into the query.
         is_causal: row i sees no key after its own position.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from attn_ops.call import arrays
+from attn_ops.call import shapes
 from attn_ops.call.attention_call import PAGE_ROWS, canonical
 
 
@@ -21,19 +21,19 @@ def checked(xp, name, table, query, key, value, layout):
     batch, extents = xp.extents(query)[0], xp.extents(table)
     if extents is None:
         table = xp.ensure_rank(table, 2, f"{name}_block_table_needs_rank_2")
-    elif not arrays.compatible(extents, [batch, None]):
-        raise ValueError(f"{name}: block_table must have shape [batch={batch}, pages], got {arrays.shape_text(extents)}")
+    elif not shapes.compatible(extents, [batch, None]):
+        raise ValueError(f"{name}: block_table must have shape [batch={batch}, pages], got {shapes.shape_text(extents)}")
     k, v = xp.extents(key), xp.extents(value)
-    if not arrays.compatible(k[:3], v[:3]):
+    if not shapes.compatible(k[:3], v[:3]):
         raise ValueError(
             f"{name}: the pages of keys and of values must have one shape but for the last axis, got "
-            f"{arrays.shape_text(k)} and {arrays.shape_text(v)}"
+            f"{shapes.shape_text(k)} and {shapes.shape_text(v)}"
         )
     size = canonical(k, layout)[2]
     if isinstance(size, int) and (size < 1 or size % PAGE_ROWS):
         raise ValueError(
             f"{name}: the size of a page must be a multiple of {PAGE_ROWS}, got {size} in pages of shape "
-            f"{arrays.shape_text(k)} (layout {layout})"
+            f"{shapes.shape_text(k)} (layout {layout})"
         )
     return xp.as_int32(table)
 

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from attn_ops.call import arrays, options
+from attn_ops.call import options, shapes
 
 _ON_HOST = 2**20  # angles that are computed in NumPy, and are constants of what is traced
 _FACTOR = "factor"
@@ -164,7 +164,7 @@ def rotate(xp, name, x, rotary, seq_axis, start=None, positions=None):
 
 def checked_input(xp, name, x, layout):
     """``x`` as a floating tensor, and the axis of its sequence."""
-    arrays.check_layout(name, layout)
+    shapes.check_layout(name, layout)
     x = xp.as_tensor(name, "x", x)
     if not xp.is_floating(x.dtype):
         raise TypeError(f"{name}: x must be floating, got {x.dtype.name}")
@@ -172,7 +172,7 @@ def checked_input(xp, name, x, layout):
     if extents is None or len(extents) not in (2, 3, 4):
         raise ValueError(
             f"{name}: x must be [batch, seqlen, num_heads, head_dim] (or in layout 'BHSD'), [batch, seqlen, features] or "
-            f"[seqlen, features], got shape {'unknown' if extents is None else arrays.shape_text(extents)}"
+            f"[seqlen, features], got shape {'unknown' if extents is None else shapes.shape_text(extents)}"
         )
     rank = len(extents)
     return x, rank - 2 if rank < 4 or layout == "BHSD" else 1
@@ -193,8 +193,8 @@ def _positions(xp, name, positions, start, x, extents, seq_axis):
         known = isinstance(seqlen, int) and (options.is_integer(start) or isinstance(start, (np.ndarray, np.generic)))
         return start + (np.arange(seqlen) if known else xp.arange_like(xp.extent(x, seq_axis), start))
     positions = _integers(xp, name, "positions", positions)
-    shapes = [[seqlen], [batch, seqlen], [1, seqlen]] if seq_axis else [[seqlen]]
-    _check(name, "positions", positions, xp, shapes, f"[seqlen={seqlen}] or [batch={batch}, seqlen]")
+    allowed = [[seqlen], [batch, seqlen], [1, seqlen]] if seq_axis else [[seqlen]]
+    _check(name, "positions", positions, xp, allowed, f"[seqlen={seqlen}] or [batch={batch}, seqlen]")
     known = xp.static_value(positions)
     return positions if known is None else known
 
@@ -206,10 +206,10 @@ def _integers(xp, name, what, x):
     return x
 
 
-def _check(name, what, x, xp, shapes, rule):
+def _check(name, what, x, xp, allowed, rule):
     extents = xp.extents(x)
-    if extents is None or not any(arrays.compatible(extents, shape) for shape in shapes):
-        got = "unknown rank" if extents is None else arrays.shape_text(extents)
+    if extents is None or not any(shapes.compatible(extents, shape) for shape in allowed):
+        got = "unknown rank" if extents is None else shapes.shape_text(extents)
         raise ValueError(f"{name}: {what} must be {rule}, got {got}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from attn_ops import namespaces
-from attn_ops.call import arrays, options
+from attn_ops.call import arrays, options, shapes
 from attn_ops.call.normalize import both, split_masks
 from attn_ops.masks import checks
 from attn_ops.masks.mask import Mask
@@ -81,7 +81,7 @@ def arguments(xp, name, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_s
         extents = xp.extents(x)
         if extents is not None and len(extents) != 3:
             raise ValueError(
-                f"{name}: {what} must be packed tokens [total, num_heads, head_dim], got shape {arrays.shape_text(extents)}"
+                f"{name}: {what} must be packed tokens [total, num_heads, head_dim], got shape {shapes.shape_text(extents)}"
             )
         totals[what] = None if extents is None else extents[0]
     of_keys = totals["k"] if totals["v"] is None else totals["v"]
@@ -145,10 +145,10 @@ def _check_mask(name, mask, sequences):
                 f"tokens, attn_ops.masks.boolean(mask.materialize(total_q, total_k)), got {mask!r}"
             )
         length = list(getattr(part.length, "shape", ())) if isinstance(part, Prefix) else []
-        if length not in ([], [1]) and not arrays.compatible(length, [sequences]):
+        if length not in ([], [1]) and not shapes.compatible(length, [sequences]):
             raise ValueError(
                 f"{name}: length of the prefix mask must be an integer or have shape [sequences={sequences}], got "
-                f"{arrays.shape_text(length)}"
+                f"{shapes.shape_text(length)}"
             )
 
 
@@ -158,13 +158,13 @@ def _of_scores(xp, name, what, x, dims):
     if extents is None:
         return xp.expand_dims(xp.ensure_rank(x, 3, f"{name}_{what}_needs_rank_3"), 0)
     wanted = list(dims.values())[-len(extents) :]
-    fits = len(extents) in (2, 3) and all(n == 1 or arrays.compatible([n], [m]) for n, m in zip(extents, wanted))
+    fits = len(extents) in (2, 3) and all(n == 1 or shapes.compatible([n], [m]) for n, m in zip(extents, wanted))
     if not fits:
         axes = ", ".join(f"{axis}={'?' if n is None else n}" for axis, n in dims.items())
         hint = f"; for the same keys in every row, {what}[None]" if extents == [dims["total_k"]] else ""
         raise ValueError(
             f"{name}: {what} must broadcast to the scores of packed tokens, [{axes}], with rank 2 ([total_q, total_k]) or 3: "
-            f"there is no axis of batch, and each extent may be 1; got shape {arrays.shape_text(extents)}{hint}"
+            f"there is no axis of batch, and each extent may be 1; got shape {shapes.shape_text(extents)}{hint}"
         )
     for _ in range(4 - len(extents)):
         x = xp.expand_dims(x, 0)

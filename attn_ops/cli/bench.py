@@ -12,7 +12,7 @@ import click
 import numpy as np
 
 from attn_ops import __version__, kernels
-from attn_ops.cli import frameworks, info, interleave
+from attn_ops.cli import checkout, frameworks, info, interleave
 from attn_ops.cli.table import table
 
 _FAILED = 1
@@ -64,6 +64,26 @@ class _Effort:
 
 _FULL = _Effort(rounds=15, seconds=4.0, turn=interleave.TURN)
 _QUICK = _Effort(rounds=3, seconds=0.1, turn=0.002)
+
+
+class _Bench(click.Command):
+    """With --report or --device all that follows is for the report in a checkout, which has options of its own."""
+
+    def parse_args(self, ctx, args):
+        if checkout.asked_for(args):
+            ctx.params = {"report": tuple(args), "threads": None, "quick": False}
+            return []
+        return super().parse_args(ctx, args)
+
+
+@click.command("bench", cls=_Bench, epilog=checkout.EPILOG)
+@click.option("--threads", type=click.IntRange(min=1), help="Of every implementation (default: all processors).")
+@click.option("--quick", is_flag=True, help="Short shapes and few rounds, to see that it runs.")
+def command(threads, quick, report=()):
+    """Measure five shapes here, against Keras (a minute)."""
+    if report:
+        return checkout.report(report)
+    return run(threads, quick)
 
 
 def run(threads: int | None, quick: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 
 import click
 
@@ -11,6 +12,56 @@ from attn_ops.cli import frameworks
 from attn_ops.cli.table import table
 
 _BAD = 1
+
+
+class _Shape(click.ParamType):
+    """'1,?,8,64' as (1, None, 8, 64)."""
+
+    name = "shape"
+
+    def convert(self, value, param, ctx):
+        try:
+            return tuple(None if part.strip() in ("?", "None") else int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no shape such as 1,2048,12,64 (? for unknown)", param, ctx)
+
+
+class _ShapeOrModel(_Shape):
+    """A shape, or the path of a Keras model."""
+
+    name = "shape or model"
+
+    def convert(self, value, param, ctx):
+        path = pathlib.Path(value)
+        return path if path.suffix in (".keras", ".h5") else super().convert(value, param, ctx)
+
+    def shell_complete(self, ctx, param, incomplete):
+        return click.Path().shell_complete(ctx, param, incomplete)
+
+
+@click.command("explain")
+@click.argument("query", type=_ShapeOrModel())
+@click.argument("key", type=_Shape(), required=False)
+@click.argument("value", type=_Shape(), required=False)
+@click.option("--dtype", default="float32", show_default=True, help="Of query, key, value and bias.")
+@click.option("--bias", type=_Shape(), help="Of this shape.")
+@click.option("--mask", type=_Shape(), help="A boolean one, of this shape.")
+@click.option("--is-causal", is_flag=True)
+@click.option("--window", type=int, nargs=2, metavar="LEFT RIGHT")
+@click.option("--layout", type=click.Choice(["BSHD", "BHSD"]), default="BSHD", show_default=True)
+@click.option("--implementation", type=click.Choice(["fused", "composite", "reference"]), help="Ask for this one.")
+@click.option("--convert", is_flag=True, help="Of a model: after attn_ops.convert.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def command(query, as_json, convert, **options):
+    """What a call, or a model, would run, and why.
+
+    QUERY, KEY and VALUE are shapes, such as 1,2048,12,64 (? for an unknown dimension; KEY is QUERY's and VALUE is KEY's
+    when left out). It tells what runs in eager calls, in graphs (tf.function), in functions that XLA compiles, and in
+    exports. Or QUERY is the file of a Keras model, and it tells what each attention layer in it runs.
+    """
+    if isinstance(query, pathlib.Path):
+        return of_model(query, convert, as_json)
+    return of_call(query, as_json=as_json, **options)
 
 
 def of_call(query, key, value, bias, mask, dtype, as_json=False, **options) -> int:

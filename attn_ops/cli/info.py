@@ -22,6 +22,13 @@ ENVIRONMENT = {
 }
 
 
+@click.command("info")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def command(as_json):
+    """Versions, kernels, and what is missing and why."""
+    return show(as_json)
+
+
 def info() -> dict:
     """Versions, what is loaded, and why not when something is missing."""
     from attn_ops import __version__, kernels

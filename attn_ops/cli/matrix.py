@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 
+import click
 import ml_dtypes
 import numpy as np
 
@@ -81,6 +82,13 @@ FEATURES = {
     "dropout": {"dropout_rate": 0.3, "dropout_seed": 7},
     "return_lse": {"return_lse": True},
 }
+
+
+@click.command("matrix")
+def command():
+    """Which implementation takes which feature."""
+    click.echo(render(), nl=False)
+    return 0
 
 
 def arguments(feature) -> dict:

@@ -11,25 +11,23 @@ def implementations(calls: dict) -> dict:
     """By method, and in it by feature: the implementation that runs the arguments ``calls[feature]``, or "no"."""
     import jax
 
-    from attn_ops.jax.parallel import context
+    from attn_ops.jax import parallel
 
     mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:1]), ("sequence",))
 
-    def of(method):
-        return {feature: _ran(mesh, method, **given) for feature, given in calls.items()}
+    def of(attention):
+        return {feature: _ran(mesh, attention, **given) for feature, given in calls.items()}
 
     with frameworks.jax_on_cpu_in_float64():
-        return {method: of(method) for method in context.METHODS if method != "auto"}
+        return {f.__name__: of(f) for f in (parallel.head_parallel, parallel.ring, parallel.all_gather_kv)}
 
 
-def _ran(mesh, method, query, key, value, **given):
+def _ran(mesh, attention, query, key, value, **given):
     import jax
     from jax.sharding import PartitionSpec
 
-    from attn_ops.jax import parallel
-
     def attend(*inputs):
-        return parallel.context_parallel(*inputs, axis="sequence", method=method, **given)
+        return attention(*inputs, axis="sequence", **given)
 
     whole = PartitionSpec()
     try:

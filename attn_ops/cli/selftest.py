@@ -23,6 +23,12 @@ _CASES = {
 }
 
 
+@click.command("selftest")
+def command():
+    """Compare all implementations with the reference."""
+    return run()
+
+
 def _cases():
     """(dtype, name) to (query, key, value, the gradient of the output) and options."""
     shapes = [(2, 31, 4, 24), (2, 50, 2, 24), (2, 50, 2, 17), (2, 31, 4, 17)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typing
 
-from attn_ops.call import arrays, options
+from attn_ops.call import arrays, options, shapes
 from attn_ops.call import rotary as rotations
 from attn_ops.call.attention_call import canonical
 from attn_ops.call.normalize import normalize
@@ -57,11 +57,11 @@ def prepared(xp, name, q, cache, k_new, v_new, rotary=None, is_causal=True, **gi
         raise TypeError(f"{name}: q must be floating, got {q.dtype.name}; cast it: {xp.cast_text('q')}")
     extents = xp.extents(q)
     rank_4 = extents is not None and len(extents) == 4
-    if not rank_4 or not arrays.compatible(canonical(extents, cache.layout), [batch, None, None, dim]):
+    if not rank_4 or not shapes.compatible(canonical(extents, cache.layout), [batch, None, None, dim]):
         wanted = canonical((batch, "num_heads", "rows", dim), cache.layout)
         raise ValueError(
             f"{name}: q must have shape ({', '.join(map(str, wanted))}) for this cache (layout {cache.layout}), got "
-            f"{arrays.shape_text(extents)}"
+            f"{shapes.shape_text(extents)}"
         )
     axis = 1 if cache.layout == "BSHD" else 2
     rows = extents[axis]
@@ -84,7 +84,7 @@ def prepared(xp, name, q, cache, k_new, v_new, rotary=None, is_causal=True, **gi
     else:
         k_new, v_new = growth.checked_rows(xp, name, cache, k_new, v_new)
         k_rows = xp.extents(k_new)[axis]
-        if not arrays.compatible([k_rows], [rows]):
+        if not shapes.compatible([k_rows], [rows]):
             raise ValueError(f"{name}: there must be as many new keys as rows of q, got {k_rows} and {rows}")
         k_new = xp.agreeing(k_new, q, axis, f"{name}: there must be as many new keys as rows of q")
         plan = growth.planned(xp, name, cache, k_new, counts)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typing
 
-from attn_ops.call import arrays
+from attn_ops.call import arrays, shapes
 from attn_ops.call.attention_call import canonical
 from attn_ops.generation.cache import KVCache, step
 
@@ -38,14 +38,14 @@ def checked(xp, name, cache):
     for what, x in (("cache.key", key), ("cache.value", value)):
         extents = xp.extents(x)
         if extents is None or len(extents) != 4:
-            raise ValueError(f"{name}: {what} must have rank 4, got shape {arrays.shape_text(extents)}")
+            raise ValueError(f"{name}: {what} must have rank 4, got shape {shapes.shape_text(extents)}")
         if x.dtype not in xp.FLOATS and not (x.dtype == xp.int8 and len(cache.memory) == 4):
             raise TypeError(
                 f"{name}: {what} must be float16, bfloat16, float32 or float64, or int8 of KVCache.create(…, 'int8'), got "
                 f"{x.dtype.name}"
             )
     k, v = (canonical(xp.extents(x), cache.layout) for x in (key, value))
-    if key.dtype != value.dtype or not arrays.compatible(k[:3], v[:3]):
+    if key.dtype != value.dtype or not shapes.compatible(k[:3], v[:3]):
         raise ValueError(
             f"{name}: keys and values of the cache must have one dtype and, but for the last axis, one shape, got "
             f"{key.dtype.name} {key.shape} and {value.dtype.name} {value.shape}"
@@ -63,10 +63,10 @@ def _checked_scales(xp, name, cache, key):
     for what, x in zip(("cache.key_scale", "cache.value_scale"), cache.memory[2:]):
         x = xp.as_tensor(name, what, x)
         extents = xp.extents(x)
-        if extents is None or len(extents) != 3 or not arrays.compatible(extents, xp.extents(key)[:3]):
+        if extents is None or len(extents) != 3 or not shapes.compatible(extents, xp.extents(key)[:3]):
             raise ValueError(
-                f"{name}: {what} must have the shape of the keys without their last axis, {arrays.shape_text(xp.extents(key))}, "
-                f"got {arrays.shape_text(extents)}"
+                f"{name}: {what} must have the shape of the keys without their last axis, {shapes.shape_text(xp.extents(key))}, "
+                f"got {shapes.shape_text(extents)}"
             )
         if x.dtype != xp.float32 or key.dtype != xp.int8:
             raise TypeError(
@@ -86,7 +86,7 @@ def checked_rows(xp, name, cache, k_new, v_new):
     ]
     axis = _positions_axis(cache)
     k_rows, v_rows = (xp.extents(x)[axis] for x in found)
-    if not arrays.compatible([k_rows], [v_rows]):
+    if not shapes.compatible([k_rows], [v_rows]):
         raise ValueError(f"{name}: k_new and v_new must have the same number of rows, got {k_rows} and {v_rows}")
     return found
 
@@ -106,11 +106,11 @@ def new_rows(xp, name, what, x, of, layout, batch, rows, where=""):
     _, heads, _, dim = canonical(xp.extents(of), layout)
     extents = xp.extents(x)
     rank_4 = extents is not None and len(extents) == 4
-    if not rank_4 or not arrays.compatible(canonical(extents, layout), [batch, heads, rows, dim]):
+    if not rank_4 or not shapes.compatible(canonical(extents, layout), [batch, heads, rows, dim]):
         wanted = canonical((batch, heads, "any number" if rows is None else rows, dim), layout)
         raise ValueError(
             f"{name}: {what} must have shape ({', '.join(map(str, wanted))}) {where}(layout {layout}), got "
-            f"{arrays.shape_text(extents)}"
+            f"{shapes.shape_text(extents)}"
         )
     return x
 

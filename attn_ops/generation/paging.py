@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typing
 
-from attn_ops.call import arrays, options, pages
+from attn_ops.call import arrays, options, pages, shapes
 from attn_ops.call import rotary as rotations
 from attn_ops.call.attention_call import canonical
 from attn_ops.generation import decode, growth
@@ -123,10 +123,10 @@ def _checked_memory(xp, name, memory, layout):
             f"{keys.dtype.name}"
         )
     for what, x, of in zip(names[2:], scales, memory):
-        if x.dtype != xp.float32 or not arrays.compatible(xp.extents(x), xp.extents(of)[:3]):
+        if x.dtype != xp.float32 or not shapes.compatible(xp.extents(x), xp.extents(of)[:3]):
             raise ValueError(
-                f"{name}: {what} must be float32 of shape {arrays.shape_text(xp.extents(of)[:3])}, got {x.dtype.name} "
-                f"{arrays.shape_text(xp.extents(x))}"
+                f"{name}: {what} must be float32 of shape {shapes.shape_text(xp.extents(of)[:3])}, got {x.dtype.name} "
+                f"{shapes.shape_text(xp.extents(x))}"
             )
     return memory
 
@@ -137,7 +137,7 @@ def _check_rank_4(xp, name, what, x, layout):
         first, length = ("batch", "rows") if what == "q" else ("pages in all", "page_size")
         axes = canonical((first, "heads", length, "dim"), "BHSD" if layout == "BHSD" else "BSHD")
         raise ValueError(
-            f"{name}: {what} must have shape [{', '.join(axes)}] (layout {layout}), got {arrays.shape_text(extents)}"
+            f"{name}: {what} must have shape [{', '.join(axes)}] (layout {layout}), got {shapes.shape_text(extents)}"
         )
 
 

@@ -7,27 +7,24 @@ Works under `jax.jit`, `jax.grad` (to any order), `jax.vmap`, `jax.lax.scan` and
 are sharded. TensorFlow is not needed.
 """
 
-from attn_ops.generation.cache import KVCache
-from attn_ops.generation.page_pool import PagedKVCache
-from attn_ops.jax import parallel
-from attn_ops.jax.attention import attention_weights, scaled_dot_product_attention
-from attn_ops.jax.decode import decode_attention
-from attn_ops.jax.explain import explain
-from attn_ops.jax.merge import merge_attention
-from attn_ops.jax.paged import paged_attention
-from attn_ops.jax.rotary import rotary_embedding
-from attn_ops.jax.varlen import varlen_attention
+from __future__ import annotations
 
-__all__ = [
-    "KVCache",
-    "PagedKVCache",
-    "attention_weights",
-    "decode_attention",
-    "explain",
-    "merge_attention",
-    "paged_attention",
-    "parallel",
-    "rotary_embedding",
-    "scaled_dot_product_attention",
-    "varlen_attention",
-]
+from attn_ops import lazy
+from attn_ops.jax import xp as _xp  # noqa: F401  needs JAX, as all that is here, and tells it what a T5RelativeBias holds
+
+_HOMES = {
+    "KVCache": "..generation.cache",
+    "PagedKVCache": "..generation.page_pool",
+    "attention_weights": ".attention",
+    "decode_attention": ".decode",
+    "explain": ".explanation",
+    "merge_attention": ".merge",
+    "paged_attention": ".paged",
+    "parallel": ".parallel",
+    "rotary_embedding": ".rotary",
+    "scaled_dot_product_attention": ".attention",
+    "varlen_attention": ".varlen",
+}
+
+__all__ = [*_HOMES]
+__getattr__, __dir__ = lazy.attach(__name__, _HOMES)

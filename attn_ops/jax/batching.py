@@ -12,25 +12,24 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from attn_ops.jax import partition
 from attn_ops.jax.call import Arrays, Options
 
 _OF_NO_BATCH = ("relative_bias", "sinks")  # and in pages also the keys
 
 
-def forward(options: Options, arrays: Arrays):
-    """`partition.forward` with a rule for `jax.vmap`."""
-    return _forward(options)(arrays)
+def forward(kernels, options: Options, arrays: Arrays):
+    """``kernels(options, arrays)``, which are `forms.forward`, with a rule for `jax.vmap`."""
+    return _forward(kernels, options)(arrays)
 
 
-def backward(options: Options, arrays: Arrays, out, statistics, d_out, d_lse, wanted: tuple[str, ...]):
-    """`partition.backward` with a rule for `jax.vmap`."""
-    return _backward(options, wanted)(arrays, out, statistics, d_out, d_lse)
+def backward(kernels, options: Options, arrays: Arrays, out, statistics, d_out, d_lse, wanted: tuple[str, ...]):
+    """``kernels(options, *arguments, wanted)``, which are `forms.backward`, with a rule for `jax.vmap`."""
+    return _backward(kernels, options, wanted)(arrays, out, statistics, d_out, d_lse)
 
 
 @functools.cache
-def _forward(options):
-    function = jax.custom_batching.custom_vmap(functools.partial(partition.forward, options))
+def _forward(kernels, options):
+    function = jax.custom_batching.custom_vmap(functools.partial(kernels, options))
 
     @function.def_vmap
     def rule(count, batched, arrays):
@@ -44,8 +43,8 @@ def _forward(options):
 
 
 @functools.cache
-def _backward(options, wanted):
-    function = jax.custom_batching.custom_vmap(lambda *x: partition.backward(options, *x, wanted))
+def _backward(kernels, options, wanted):
+    function = jax.custom_batching.custom_vmap(lambda *x: kernels(options, *x, wanted))
 
     @function.def_vmap
     def rule(count, batched, arrays, *others):

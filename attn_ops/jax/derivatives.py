@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from attn_ops.call.attention_call import NO_GRADIENT, reads_cache
-from attn_ops.jax import batching, composite, forms
+from attn_ops.jax import batching, composite, forms, partition
 from attn_ops.jax.call import Arrays, Options
 
 
@@ -98,27 +98,40 @@ _gradients.defvjp(_gradients_forward, _gradients_backward)
 
 
 def _forward(forced, options, arrays):
-    kernels = functools.partial(batching.forward, options)
-    if forced:
-        return kernels(arrays)
-    others = functools.partial(composite.with_statistics, options)
-    return jax.lax.platform_dependent(
-        arrays, default=others, **dict.fromkeys(forms.platforms(options, arrays), kernels)
-    )
+    kernels = functools.partial(batching.forward, _divided_forward)
+    return kernels(options, arrays) if forced else _forward_by_platform(kernels, options, arrays)
 
 
 def _backward(forced, options, wanted, *arguments):
-    def kernels(*arguments):
-        return batching.backward(options, *arguments, wanted)
+    kernels = functools.partial(batching.backward, _divided_backward)
+    run = kernels if forced else functools.partial(_backward_by_platform, kernels)
+    return run(options, *arguments, wanted)
+
+
+def _forward_by_platform(kernels, options, arrays):
+    """The ``kernels`` on platforms that have them for this call, and the composite on others."""
+    others = functools.partial(composite.with_statistics, options)
+    run = dict.fromkeys(forms.platforms(options, arrays), functools.partial(kernels, options))
+    return jax.lax.platform_dependent(arrays, default=others, **run)
+
+
+def _backward_by_platform(kernels, options, arrays, out, statistics, d_out, d_lse, wanted):
+    """The same for their gradients."""
 
     def others(arrays, out, statistics, d_out, d_lse):
         return composite.gradients(options, wanted, arrays, d_out, d_lse)
 
-    if forced:
-        return kernels(*arguments)
-    return jax.lax.platform_dependent(
-        *arguments, default=others, **dict.fromkeys(forms.platforms(options, arguments[0]), kernels)
-    )
+    run = dict.fromkeys(forms.platforms(options, arrays), lambda *x: kernels(options, *x, wanted))
+    return jax.lax.platform_dependent(arrays, out, statistics, d_out, d_lse, default=others, **run)
+
+
+# The kernels, divided among the devices of a mesh.
+_divided_forward = functools.partial(
+    partition.forward, forms.forward, functools.partial(_forward_by_platform, forms.forward)
+)
+_divided_backward = functools.partial(
+    partition.backward, forms.backward, functools.partial(_backward_by_platform, forms.backward)
+)
 
 
 def _of(arrays, names):

@@ -17,7 +17,7 @@ from attn_ops.call.attention_call import canonical
 from attn_ops.jax import place
 from attn_ops.jax.call import Arrays, Options, accumulator
 
-PLATFORMS_OF_SHARES = ("cpu",)  # with dropout: the kernels for CUDA know of no larger call
+_PLATFORMS_OF_SHARES = ("cpu",)  # with dropout: the kernels for CUDA know of no larger call
 _PLATFORMS = {"Host": "cpu", "CUDA": "CUDA"}  # of XLA, and what JAX calls them where it takes custom calls
 
 
@@ -35,21 +35,27 @@ def unavailable_reason() -> str | None:
 
 def platforms(options: Options, arrays: Arrays) -> tuple[str, ...]:
     """Where the kernels take this call, by the names of `jax.lax.platform_dependent`."""
-    return PLATFORMS_OF_SHARES if arrays.origin is not None or cuda_reason(options, arrays) else ("cpu", "cuda")
+    return _PLATFORMS_OF_SHARES if arrays.origin is not None or cuda_reason(options, arrays) else ("cpu", "cuda")
 
 
 def cuda_reason(options: Options, arrays: Arrays) -> str | None:
     """Why the kernels do not run this call on the CUDA devices here; None when they do."""
     reason = _cuda_device_reason()
     if reason is None:
-        reason = attention_call.beyond_cuda(options, arrays)
+        reason = attention_call.beyond_cuda(arrays)
     if reason is not None:
         return reason
+    known = (n if isinstance(n, int) else 1 for n in _sizes(options, arrays))  # jax.export may leave extents open
+    return kernels.cuda_unsupported_reason(arrays.query.dtype.name, *known)
+
+
+def _sizes(options: Options, arrays: Arrays):
+    """Those that `kernels` asks the library about."""
     batch, num_heads, seqlen_q, head_dim = canonical(arrays.query.shape, options.layout)
     _, num_kv_heads, seqlen_k, value_dim = canonical(arrays.value.shape, options.layout)
-    sizes = (batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, value_dim)
-    known = (n if isinstance(n, int) else 1 for n in sizes)  # jax.export may leave extents open
-    return kernels.cuda_unsupported_reason(arrays.query.dtype.name, *known)
+    if arrays.block_table is not None:
+        seqlen_k *= arrays.block_table.shape[1]
+    return batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, value_dim
 
 
 @functools.cache
@@ -71,10 +77,10 @@ def forward(options: Options, arrays: Arrays):
         place.result((*rows, 2), accumulator(query.dtype), query),
         *([place.result(rows, accumulator(query.dtype), query)] if options.return_lse else []),
     )
-    optional, attributes = _optional(options, arrays)
-    out, statistics, *lse = _kernel("attn_ops.forward", results)(
-        query, key, value, *optional, **attributes, num_lse=np.int64(options.return_lse)
-    )
+    optional, attributes = _optional(options, _with_table(options, arrays))
+    attributes["num_lse"] = np.int64(options.return_lse)
+    operands = query, key, value, *optional
+    out, statistics, *lse = _call("attn_ops.forward", results, operands, attributes, _workspace(options, arrays))
     return out, lse[0] if lse else None, statistics
 
 
@@ -82,24 +88,55 @@ def backward(options: Options, arrays: Arrays, out, statistics, d_out, d_lse, wa
     """The gradients of the ``wanted`` of ``arrays.differentiable()``, in that order."""
     d_bias = "bias" in wanted  # the others that the call has are computed in any case
     computed = [name for name in arrays.differentiable() if name != "bias" or d_bias]
-    results = (getattr(arrays, name) for name in computed)
+    results = tuple(place.result(x.shape, x.dtype, x) for x in (getattr(arrays, name) for name in computed))
     optional, attributes = _optional(options, arrays)
-    gradients = _kernel("attn_ops.backward", tuple(place.result(x.shape, x.dtype, x) for x in results))(
-        *arrays[:3],
-        out,
-        statistics,
-        d_out,
-        *(() if d_lse is None else (d_lse,)),
-        *optional,
-        **attributes,
-        num_d_lse=np.int64(d_lse is not None),
-        d_bias=d_bias,
-    )
+    attributes |= {"num_d_lse": np.int64(d_lse is not None), "d_bias": d_bias}
+    operands = (*arrays[:3], out, statistics, d_out, *(() if d_lse is None else (d_lse,)), *optional)
+    workspace = _workspace(options, arrays, backward=True)
+    gradients = _call("attn_ops.backward", results, operands, attributes, workspace)
     return tuple(d for name, d in zip(computed, gradients) if name in wanted)
 
 
-def _kernel(target, results):
-    return jax.ffi.ffi_call(target, results, vmap_method="sequential")
+def _call(target, results, operands, attributes, workspace: int | None):
+    """The results of the custom call. On CUDA with one more, ``workspace`` bytes for the kernels: what asks XLA for memory
+    while it runs cannot be put into a CUDA graph."""
+
+    def asking(*operands):
+        return jax.ffi.ffi_call(target, results, vmap_method="sequential")(*operands, **attributes)
+
+    def lent(*operands):
+        scratch = place.result((workspace,), jnp.uint8, operands[0])
+        call = jax.ffi.ffi_call(f"{target}.lent", (*results, scratch), vmap_method="sequential")
+        return call(*operands, **attributes)[:-1]
+
+    if workspace is None:
+        return asking(*operands)
+    return jax.lax.platform_dependent(*operands, default=asking, cuda=lent)
+
+
+def _with_table(options: Options, arrays: Arrays) -> Arrays:
+    """On CUDA, where no entry of a table of pages can be looked at, those that are none name another one, as for the
+    composite."""
+    if arrays.block_table is None or "cuda" not in platforms(options, arrays):
+        return arrays
+    last = arrays.key.shape[0] - 1
+    table = jax.lax.platform_dependent(arrays.block_table, default=lambda x: x, cuda=lambda x: jnp.clip(x, 0, last))
+    return arrays._replace(block_table=table)
+
+
+def _workspace(options: Options, arrays: Arrays, backward: bool = False) -> int | None:
+    """How many bytes the kernels need on CUDA; None where they do not run there, or that is not known before they do."""
+    sizes = _sizes(options, arrays)
+    if "cuda" not in platforms(options, arrays) or not all(isinstance(n, int) for n in sizes):
+        return None
+    table = arrays.relative_bias
+    return kernels.cuda_workspace_bytes(
+        backward,
+        arrays.query.dtype.name,
+        *sizes,
+        pages=arrays.block_table is not None,
+        reach=-1 if table is None else table.shape[1] // 2,
+    )
 
 
 def _optional(options, arrays):

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from attn_ops.call.attention_call import canonical
-from attn_ops.jax import composite, forms, philox, place
+from attn_ops.jax import philox, place
 from attn_ops.jax.call import Arrays, Options
 
 
-def forward(options: Options, arrays: Arrays):
-    """`forms.forward`, divided."""
+def forward(kernels, of_shares, options: Options, arrays: Arrays):
+    """``kernels(options, arrays)``, which are `forms.forward`, divided. ``of_shares`` computes the same of a share of a call
+    with dropout, whose ``arrays.origin`` tells where it stands in the whole."""
     query, lse = _of_query(options), ("b", "h", None)
     results = [query, *([lse] if options.return_lse else []), (*lse, None)]
 
@@ -32,26 +33,27 @@ def forward(options: Options, arrays: Arrays):
         out, lse, statistics = function(options, arrays)
         return out, *([lse] if options.return_lse else []), statistics
 
-    kernels, others = (functools.partial(by, module) for module in (forms.forward, composite.with_statistics))
-    out, *lse, statistics = _divided(kernels, others, options, (arrays,), _of_arrays(options, arrays), results)
+    kernels, of_shares = (functools.partial(by, function) for function in (kernels, of_shares))
+    out, *lse, statistics = _divided(kernels, of_shares, options, (arrays,), _of_arrays(options, arrays), results)
     return out, lse[0] if lse else None, statistics
 
 
-def backward(options: Options, arrays: Arrays, out, statistics, d_out, d_lse, wanted: tuple[str, ...]):
-    """`forms.backward`, divided. Gradients of what devices share are added up."""
+def backward(
+    kernels, of_shares, options: Options, arrays: Arrays, out, statistics, d_out, d_lse, wanted: tuple[str, ...]
+):
+    """``kernels(options, *arguments, wanted)``, which are `forms.backward`, divided, as in `forward`. Gradients of what
+    devices share are added up."""
     query, lse = _of_query(options), ("b", "h", None)
     rest = [query, (*lse, None), query, *([] if d_lse is None else [lse])]
     roles = dict(zip(Arrays._fields, _by_field(options, arrays)))
 
-    def kernels(*arguments):
-        return forms.backward(options, *arguments, wanted)
+    def by(function, *arguments):
+        return function(options, *arguments, wanted)
 
-    def others(arrays, out, statistics, d_out, d_lse):
-        return composite.gradients(options, wanted, arrays, d_out, d_lse)
-
+    kernels, of_shares = (functools.partial(by, function) for function in (kernels, of_shares))
     arguments = arrays, out, statistics, d_out, d_lse
     results = [roles[name][0] for name in wanted]
-    return _divided(kernels, others, options, arguments, [*_of_arrays(options, arrays), *rest], results, sums=True)
+    return _divided(kernels, of_shares, options, arguments, [*_of_arrays(options, arrays), *rest], results, sums=True)
 
 
 def _of_query(options):
@@ -97,12 +99,11 @@ def _of_arrays(options, arrays):
     return [role for roles in _by_field(options, arrays) for role in roles]
 
 
-def _divided(kernels, others, options, arguments, roles, result_roles, sums=False):
+def _divided(kernels, of_shares, options, arguments, roles, result_roles, sums=False):
     """``kernels(*arguments)``, a tuple of arrays, with a rule for the axes of these roles. With ``sums`` results that
     several devices have a share of are added up; without, they are the same on each.
 
-    With dropout a share is told where it stands in the whole, and computed by ``others``, the composite, on platforms
-    whose kernels know nothing of that.
+    With dropout a share is told where it stands in the whole, and computed by ``of_shares``.
     """
     arrays = arguments[0]
     batch, num_heads = canonical(arrays.query.shape, options.layout)[:2]
@@ -117,8 +118,7 @@ def _divided(kernels, others, options, arguments, roles, result_roles, sums=Fals
         if not (options.dropout_rate and axes and any(axes.values())):
             return tuple(kernels(*arguments))
         arguments = _with_origin(arguments[0], options, axes, num_heads), *arguments[1:]
-        run = dict.fromkeys(forms.PLATFORMS_OF_SHARES, lambda *x: tuple(kernels(*x)))
-        return jax.lax.platform_dependent(*arguments, default=lambda *x: tuple(others(*x)), **run)
+        return tuple(of_shares(*arguments))
 
     whole = functools.partial(flat, None)
     roles = [_present(role, x.shape, extents) for role, x in zip(roles, leaves, strict=True)]

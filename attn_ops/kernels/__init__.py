@@ -69,6 +69,12 @@ def cuda_unsupported_reason(dtype: str, *sizes: int) -> str | None:
     return core().cuda_unsupported_reason(dtype, *sizes) or None
 
 
+def cuda_workspace_bytes(backward: bool, dtype: str, *sizes: int, pages: bool = False, reach: int = -1) -> int:
+    """The most bytes of workspace that the CUDA kernels need for such calls, of these ``sizes`` (see `cuda_unsupported_reason`),
+    with keys in ``pages`` or not; a ``reach`` of 0 or more is that of a relative_bias which has a gradient."""
+    return core().cuda_workspace_bytes(backward, dtype, *sizes, pages, reach)
+
+
 def disabled_reason() -> str | None:
     """That the user switched the kernels off, or None."""
     if os.environ.get("ATTN_OPS_DISABLE", "0") not in ("", "0"):

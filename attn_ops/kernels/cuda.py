@@ -154,7 +154,8 @@ class Forward(_Launch):
         """Describes the call.
 
         Args:
-            q, k, v, out: `[batch, seqlen, heads, dim]`, or as `layout` says, of any strides. `out` is written.
+            q, k, v, out: `[batch, seqlen, heads, dim]`, or as `layout` says, of any strides. `out` is written. Beside float32
+                queries k and v may be of 16 bits, as caches keep them; there is no backward then.
             statistics: contiguous float32 `[batch, num_heads, seqlen_q, 2]`; float64 for float64. Written: for each row
                 the maximum of its scores and the sum of e^(score - maximum), both 0 where it sees no key.
             lse: like statistics but for the 2; written: maximum + log(sum). None where it is not wanted.
@@ -203,8 +204,9 @@ class Forward(_Launch):
             raise TypeError(f"q must be float32, float64, float16 or bfloat16, not {dtype}")
         if p.num_kv_heads == 0 or p.num_heads % p.num_kv_heads:
             raise ValueError(f"num_heads ({p.num_heads}) must be a multiple of num_kv_heads ({p.num_kv_heads})")
-        _require(arrays["k"], "k", dtype, (*key_shape, p.num_kv_heads, p.head_dim))
-        _require(arrays["v"], "v", dtype, (*key_shape, p.num_kv_heads, p.value_dim))
+        kept = arrays["k"].dtype if dtype == "float32" and arrays["k"].dtype in ("float16", "bfloat16") else dtype
+        _require(arrays["k"], "k", kept, (*key_shape, p.num_kv_heads, p.head_dim))
+        _require(arrays["v"], "v", kept, (*key_shape, p.num_kv_heads, p.value_dim))
         _require(arrays["out"], "out", dtype, (p.batch, p.seqlen_q, p.num_heads, p.value_dim))
         p.dtype = DTYPES.index(dtype)
         for name, array in arrays.items():

@@ -8,29 +8,26 @@
 ``RotaryEmbedding`` turns queries and keys by their positions, with the arguments of KerasHub's layer.
 """
 
-from attn_ops import requirements
+from __future__ import annotations
+
+from attn_ops import lazy, requirements
 
 requirements.check_keras("attn_ops.layers")
 
-# The rest uses what older versions of Keras do not have.
-from attn_ops.layers.attention import Attention  # noqa: E402
-from attn_ops.layers.attention_layer import AttentionLayer, AttentionLayerWithWeights  # noqa: E402
-from attn_ops.layers.grouped_query_attention import GroupedQueryAttention  # noqa: E402
-from attn_ops.layers.hierarchical_attention import HierarchicalAttention  # noqa: E402
-from attn_ops.layers.multi_head_attention import MultiHeadAttention  # noqa: E402
-from attn_ops.layers.rotary_embedding import RotaryEmbedding  # noqa: E402
-from attn_ops.layers.self_attention import SelfAttention  # noqa: E402
+# What follows uses what older versions of Keras do not have.
+from attn_ops.layers import backend as _backend  # noqa: E402, F401  refuses other backends now, not with the first layer
 
-GroupQueryAttention = GroupedQueryAttention
+_HOMES = {
+    "Attention": ".attention",
+    "AttentionLayer": ".attention_layer",
+    "AttentionLayerWithWeights": ".attention_layer",
+    "GroupQueryAttention": ".grouped_query_attention",
+    "GroupedQueryAttention": ".grouped_query_attention",
+    "HierarchicalAttention": ".hierarchical_attention",
+    "MultiHeadAttention": ".multi_head_attention",
+    "RotaryEmbedding": ".rotary_embedding",
+    "SelfAttention": ".self_attention",
+}
 
-__all__ = [
-    "Attention",
-    "AttentionLayer",
-    "AttentionLayerWithWeights",
-    "GroupQueryAttention",
-    "GroupedQueryAttention",
-    "HierarchicalAttention",
-    "MultiHeadAttention",
-    "RotaryEmbedding",
-    "SelfAttention",
-]
+__all__ = [*_HOMES]
+__getattr__, __dir__ = lazy.attach(__name__, _HOMES)

@@ -7,13 +7,14 @@ import math
 import keras
 from keras import ops
 
-from attn_ops.call.arrays import compatible
+from attn_ops.call.shapes import compatible
+from attn_ops.layers.attend import attend_one_head, dropout_seed, hide_rows, ragged_like
 from attn_ops.layers.axes import AttentionAxes, dims
 from attn_ops.layers.backend import backend
 from attn_ops.layers.base import DropIn, overridden, refuse_if_forced
-from attn_ops.layers.common import attend_one_head, combine, dropout_seed, hide_rows, ragged_like
 from attn_ops.layers.empty_rows import empty_rows
 from attn_ops.layers.inputs import are_ragged, boolean, padding
+from attn_ops.layers.keras_mask import combine
 from attn_ops.masks import constructors
 
 _Stock = keras.layers.Attention
@@ -89,6 +90,9 @@ class Attention(DropIn, _Stock):
 
         if self.as_in_keras and value_mask is not None:
             # Keras takes 1e9 from every score of such a row, and what is left of them decides: only its code has that.
+            if not backend.can_branch(query, value):
+                refuse_if_forced(self, "as_in_keras=True beside a value mask, where XLA has to compile unknown sizes")
+                return in_keras()
             any_empty = ops.any(empty_rows(visible, dims(query)[-2], dims(key)[-2]))
             return ops.cond(any_empty, in_keras, here)
         return here()
@@ -146,6 +150,10 @@ class Attention(DropIn, _Stock):
         """Why this call has to run Keras's own code, or None."""
         if self.score_mode != "dot":
             return f"score_mode is {self.score_mode!r}, only 'dot' is a dot product"
+        if self.scale is not None:  # without it integers are refused there too
+            for x in (query, value, key):
+                if "int" in keras.backend.standardize_dtype(x.dtype):
+                    return f"the inputs are {x.dtype}"
         step = overridden(self, _Stock, "_calculate_scores", "_apply_scores", "_calculate_score_mask")
         if step:
             return f"{type(self).__name__} overrides {step}()"

@@ -72,8 +72,11 @@ class AttentionAxes:
     def flatten_padding(self, mask, like):
         """A mask of the first axes of `like` (Keras's `[batch, seqlen]`, or more axes) to `[prod(free), prod(attended)]`.
 
+        Beside one attended axis a mask of two axes is `[batch, seqlen]` of that one, as in Keras, wherever it stands, unless
+        its length shows that it is not.
+
         Raises:
-            ValueError: `mask` has more axes than there are before the features.
+            ValueError: `mask` has more axes than there are before the features, or others.
         """
         if self.is_flat and len(mask.shape) == 2:
             return mask
@@ -83,10 +86,17 @@ class AttentionAxes:
                 f"attn_ops.layers: a padding mask of shape {tuple(mask.shape)} has more axes than the {self.num_axes} "
                 "before the features of its input"
             )
-        mask = ops.reshape(mask, [*dims(mask), *[1] * missing])
-        mask = ops.transpose(mask, self._order)
+        extents = dims(mask)
+        if len(extents) == 2 and len(self.attended) == 1 and broadcasts(mask.shape[1], like.shape[self.attended[0]]):
+            ones = [1] * missing
+            before = self.attended[0] - 1
+            extents = [extents[0], *ones[:before], extents[1], *ones[before:]]
+        else:
+            extents += [1] * missing
+        padded = ops.transpose(ops.reshape(mask, extents), self._order)
         extents = dims(like)
-        return _merge(mask, [[extents[axis] for axis in self.free], [extents[axis] for axis in self.attended]])
+        groups = [[extents[axis] for axis in self.free], [extents[axis] for axis in self.attended]]
+        return _merge(padded, groups, f"a padding mask of shape {tuple(mask.shape)}", like)
 
     def flatten_mask(self, mask, query, key, what="attention_mask"):
         """A mask (or bias) that Keras would broadcast to the scores to rank 4, broadcastable to
@@ -97,7 +107,7 @@ class AttentionAxes:
         element, not per head.
 
         Raises:
-            ValueError: `mask` has too few axes to cover query and key, or more than the scores have.
+            ValueError: `mask` has too few axes to cover query and key, more than the scores have, or others.
         """
         num_free, num_attended = len(self.free), len(self.attended)
         leading = len(mask.shape) - 2 * num_attended
@@ -109,25 +119,31 @@ class AttentionAxes:
             )
         extents = dims(mask)
         missing = [1] * (num_free + 1 - leading)
-        mask = ops.reshape(mask, [*extents[:leading], *missing, *extents[leading:]])
+        dense = ops.reshape(mask, [*extents[:leading], *missing, *extents[leading:]])
         if self.is_flat:
-            return mask
+            return dense
         extents_q, extents_k = dims(query), dims(key)
-        return _merge(
-            mask,
-            [
-                [extents_q[axis] for axis in self.free],
-                [mask.shape[num_free]],
-                [extents_q[axis] for axis in self.attended],
-                [extents_k[axis] for axis in self.attended],
-            ],
-        )
+        groups = [
+            [extents_q[axis] for axis in self.free],
+            [dense.shape[num_free]],
+            [extents_q[axis] for axis in self.attended],
+            [extents_k[axis] for axis in self.attended],
+        ]
+        return _merge(dense, groups, f"an {what} of shape {tuple(mask.shape)}", query, key)
 
 
-def _merge(mask, groups):
+def _merge(mask, groups, what, *like):
     """Merges each group of consecutive axes of `mask` into one. `groups` are the extents that the axes broadcast to: a
-    group in which every axis is 1 stays 1, one in which only some are is broadcast, since merged axes cannot be."""
+    group in which every axis is 1 stays 1, one in which only some are is broadcast, since merged axes cannot be.
+
+    Raises:
+        ValueError: Extents do not broadcast, as far as they are known; it names the mask by ``what`` and those ``like`` which
+            it should be.
+    """
     extents = dims(mask)
+    if not all(broadcasts(mine, other) for mine, other in zip(mask.shape, sum(groups, []))):
+        shapes = " and ".join(str(tuple(x.shape)) for x in like)
+        raise ValueError(f"attn_ops.layers: {what} does not broadcast along the axes of inputs of shape {shapes}")
     broadcast, merged = [], []
     for group in groups:
         mine = extents[len(broadcast) : len(broadcast) + len(group)]
@@ -142,3 +158,8 @@ def _merge(mask, groups):
 
 def _is_one(extent):
     return isinstance(extent, int) and extent == 1
+
+
+def broadcasts(extent, other):
+    """Whether an ``extent`` is 1 or the ``other`` one, or may be: those that are no ints only the running graph knows."""
+    return not isinstance(extent, int) or extent == 1 or not isinstance(other, int) or extent == other

@@ -25,7 +25,7 @@ def empty_rows(mask, seqlen_q, seqlen_k):
     by_row, by_key, by_both = [], [], []
     for part in mask.tensors():
         extents = part.shape
-        (by_row if extents[3] == 1 and seqlen_k != 1 else by_key if extents[2] == 1 else by_both).append(part)
+        (by_row if extents[3] == 1 else by_key if extents[2] == 1 else by_both).append(part)
     left, right = (min(end, _FAR) for end in (mask.window_left, mask.window_right))
     if by_both:
         visible = _all(by_both + by_key)

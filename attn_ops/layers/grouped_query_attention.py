@@ -6,12 +6,13 @@ import keras
 from keras import ops
 
 from attn_ops.layers import cached
+from attn_ops.layers.attend import attend, dropout_seed, ragged_like
 from attn_ops.layers.axes import AttentionAxes, dims
 from attn_ops.layers.backend import set_keras_mask
 from attn_ops.layers.base import dense_reason, refuse_if_forced
-from attn_ops.layers.common import attend, combine, dropout_seed, keras_mask, ragged_like
 from attn_ops.layers.empty_rows import empty_rows, with_means
 from attn_ops.layers.inputs import boolean, without_keras_mask
+from attn_ops.layers.keras_mask import combine, keras_mask
 from attn_ops.layers.score_options import ScoreOptions, present
 from attn_ops.masks import constructors
 from attn_ops.masks.mask import Mask
@@ -251,3 +252,6 @@ class GroupedQueryAttention(ScoreOptions, _Stock):
         if query_mask is not None and not self.as_in_keras:
             set_keras_mask(spec[0] if return_attention_scores else spec, query_mask)
         return spec
+
+
+GroupQueryAttention = GroupedQueryAttention  # its name in Keras's public namespace

@@ -5,9 +5,9 @@ from __future__ import annotations
 import keras
 from keras import ops
 
+from attn_ops.layers.attend import attend_one_head, dropout_seed, ragged_like
 from attn_ops.layers.backend import backend, set_keras_mask
 from attn_ops.layers.base import FlashAttention, checked_dropout, checked_units
-from attn_ops.layers.common import attend_one_head, dropout_seed, ragged_like
 from attn_ops.layers.inputs import are_ragged, boolean
 from attn_ops.masks import constructors
 

@@ -8,12 +8,13 @@ import keras
 from keras import ops
 
 from attn_ops.layers import cached
+from attn_ops.layers.attend import attend, dropout_seed, ragged_like
 from attn_ops.layers.axes import AttentionAxes, dims
 from attn_ops.layers.backend import set_keras_mask
 from attn_ops.layers.base import dense_reason, refuse_if_forced
-from attn_ops.layers.common import attend, combine, dropout_seed, keras_mask, ragged_like
 from attn_ops.layers.empty_rows import empty_rows, with_means
 from attn_ops.layers.inputs import boolean, without_keras_mask
+from attn_ops.layers.keras_mask import combine, keras_mask
 from attn_ops.layers.score_options import ScoreOptions, present
 from attn_ops.masks.mask import Mask
 

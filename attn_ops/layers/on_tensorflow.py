@@ -7,7 +7,8 @@ import importlib
 import tensorflow as tf
 
 import attn_ops
-from attn_ops.tensorflow import choice, constants, philox, rematerialization, rotary, xp  # noqa: F401  some for others
+from attn_ops.tensorflow import choice, philox, rotary, xp  # noqa: F401  for others
+from attn_ops.tensorflow import constants, place, rematerialization
 
 attention = attn_ops  # the module with scaled_dot_product_attention and attention_weights
 
@@ -84,6 +85,12 @@ def kept(seed, shape, rate):
 def known_values(x):
     """The values of `x` as a NumPy array, None where only the running graph knows them."""
     return constants.known_value(x)
+
+
+def can_branch(*tensors):
+    """Whether the data may choose between two computations with these: XLA compiles no gradient of a branch whose sizes are
+    unknown."""
+    return not (place.in_xla() and any(None in x.shape.as_list() for x in tensors))
 
 
 def asserted(x, condition, message):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import keras
 
+from attn_ops.layers.attend import attend_one_head, dropout_seed, ragged_like
 from attn_ops.layers.backend import backend
 from attn_ops.layers.base import FlashAttention, checked_dropout, checked_number, checked_units
-from attn_ops.layers.common import attend_one_head, combine, dropout_seed, ragged_like
 from attn_ops.layers.inputs import are_ragged, padding
+from attn_ops.layers.keras_mask import combine
 from attn_ops.masks import constructors
 
 

@@ -81,6 +81,15 @@ def checked(name, array, ranks, kind):
     return array
 
 
+def listed(name, mask):
+    """The masks of an argument that is None, a mask, or a list of these: nested lists of Python's values make one array."""
+    if not isinstance(mask, (list, tuple)):
+        return () if mask is None else (mask,)
+    if mask and all(isinstance(item, (list, tuple, bool, int, float, np.generic)) for item in mask):
+        return (_array(f"{name}: mask", mask),)
+    return tuple(_array(f"{name}: mask", item) if isinstance(item, (list, tuple)) else item for item in mask if item is not None)
+
+
 def _array(name, sequence):
     try:
         return np.asarray(sequence)

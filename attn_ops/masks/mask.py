@@ -305,10 +305,11 @@ def combined(
 ):
     """One `Mask` from the arguments of an attention call.
 
-    `mask` is None, a `Mask`, a boolean array (see `boolean`), or a list or tuple of those; all are ANDed.
+    `mask` is None, a `Mask`, a boolean array (see `boolean`), or a list or tuple of those; all are ANDed. Nested lists of
+    Python's True and False are one array.
     """
     result = Mask(is_causal, causal_alignment, window, query_lengths, key_lengths)
-    for part in mask if isinstance(mask, (list, tuple)) else () if mask is None else (mask,):
+    for part in checks.listed("combined", mask):
         result = result & (part if isinstance(part, Mask) else boolean(part))
     return result
 

@@ -7,14 +7,13 @@
 
 from __future__ import annotations
 
-import importlib
+from attn_ops import lazy
 
-from attn_ops.models.seams import register
+_HOMES = {
+    "from_tensorflow_addons": ".legacy",
+    "from_tf_keras": ".legacy",
+    "register": ".seams",
+}
 
-__all__ = ["from_tensorflow_addons", "from_tf_keras", "register"]
-
-
-def __getattr__(name):
-    if name in ("from_tensorflow_addons", "from_tf_keras"):  # which import Keras
-        return getattr(importlib.import_module("attn_ops.models.legacy"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = [*_HOMES]
+__getattr__, __dir__ = lazy.attach(__name__, _HOMES)

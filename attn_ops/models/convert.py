@@ -6,10 +6,8 @@ from __future__ import annotations
 import contextlib
 import logging
 
-from attn_ops.layers.attention import Attention
+from attn_ops.layers import Attention, GroupedQueryAttention, MultiHeadAttention
 from attn_ops.layers.base import DropIn
-from attn_ops.layers.grouped_query_attention import GroupedQueryAttention
-from attn_ops.layers.multi_head_attention import MultiHeadAttention
 from attn_ops.models import found, seams
 
 _PAIRS = dict(zip(found.STOCK, (MultiHeadAttention, GroupedQueryAttention, Attention)))

@@ -8,7 +8,7 @@ import keras
 
 from attn_ops.layers.base import FlashAttention
 from attn_ops.models import seams
-from attn_ops.models.adapters import table
+from attn_ops.models.adapters import BY_CLASS
 
 # Keras's, and KerasHub's for text generation.
 _TRACED = ("train_function", "test_function", "predict_function", "generate_function")
@@ -91,7 +91,7 @@ def seams_of(kind) -> tuple:
     """The seams of a class of layers and of those it is derived from, for each method the nearest one."""
     by_method = {}
     for cls in kind.__mro__:
-        known = table.BY_CLASS.get((cls.__module__, cls.__qualname__), ())
+        known = BY_CLASS.get((cls.__module__, cls.__qualname__), ())
         for seam in (*seams.registered.get(cls, ()), *known):
             by_method.setdefault(seam.method, seam)
     return tuple(by_method.values())

@@ -8,7 +8,7 @@ import importlib
 import keras
 
 from attn_ops.call import explanation, options, public
-from attn_ops.call.arrays import compatible
+from attn_ops.call.shapes import compatible
 from attn_ops.call.normalize import normalize, split_masks
 from attn_ops.call.position_bias import T5RelativeBias
 from attn_ops.masks.mask import Mask

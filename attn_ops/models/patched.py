@@ -18,7 +18,7 @@ from attn_ops.layers.backend import backend
 from attn_ops.layers.empty_rows import empty_rows, with_means
 from attn_ops.masks.mask import combined
 from attn_ops.models import found, seams
-from attn_ops.models.adapters import table
+from attn_ops.models.adapters import SEAMS
 
 _HOOK = f"keras.src.backend.{keras.config.backend()}.nn"
 _NAME = "dot_product_attention"
@@ -59,7 +59,7 @@ def patch():
         if not _is_patched():
             module = _hook()
             setattr(module, _NAME, _replacement(getattr(module, _NAME)))
-            for seam in table.SEAMS:
+            for seam in SEAMS:
                 if seam.cls() is not None and not seam.reason_against(seam.cls()):
                     seams.install_in_class(seam)
             for seam in (seam for of_class in seams.registered.values() for seam in of_class):
@@ -151,6 +151,7 @@ def _replacement(original):
         attn_logits_soft_cap=None,
     ):
         query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
+        bias, mask = (x if x is None or hasattr(x, "dtype") else ops.convert_to_tensor(x) for x in (bias, mask))
         soft_cap = attn_logits_soft_cap
         if flash_attention is False or not _is_taken(query, key, value, bias, mask):
             own = {} if soft_cap is None else {"attn_logits_soft_cap": soft_cap}
@@ -181,6 +182,8 @@ def _replacement(original):
         def in_keras():
             return original(query, key, value, bias, mask, scale, is_causal, flash_attention)
 
+        if not backend.can_branch(query, key, bias):
+            return in_keras()
         return ops.cond(ops.min(ops.cast(bias, "float32")) < _BELOW_MASKED, in_keras, here)
 
     dot_product_attention.original = original
@@ -192,9 +195,9 @@ def _is_taken(query, key, value, bias, mask):
     xp = backend.xp
     if any(len(xp.extents(x) or ()) != 4 or not xp.is_floating(x.dtype) for x in (query, key, value)):
         return False
-    if mask is not None and (keras.backend.standardize_dtype(mask.dtype) != "bool" or not 1 < len(mask.shape) <= 4):
+    if mask is not None and (keras.backend.standardize_dtype(mask.dtype) != "bool" or len(mask.shape) > 4):
         return False
-    return bias is None or 1 < len(bias.shape) <= 4
+    return bias is None or len(bias.shape) <= 4
 
 
 def _rank_4(x):

@@ -61,12 +61,41 @@ def _ordinals() -> tuple[int, ...]:
 
 def call_reason(call: AttentionCall, forced: bool) -> str | None:
     """Why the CUDA kernels, where they are available, do not take ``call``; None when they do."""
-    lacking = beyond_cuda(call, call)
+    lacking = beyond_cuda(call)
     if lacking is not None:
         return lacking
+    sizes = _sizes(call)
+    if None in sizes[-2:] and not forced:
+        return "head_dim and value_dim are not known, of which its kernels take some"
+    return kernels.cuda_unsupported_reason(call.query.dtype.name, *(1 if n is None else n for n in sizes))
+
+
+def with_table(call: AttentionCall) -> AttentionCall:
+    """``call`` as a GPU takes it, where no entry of a table of pages can be looked at: those that are none name another
+    one, as for the composite."""
+    if call.block_table is None or not in_use(call):
+        return call
+    return call._replace(block_table=tf.clip_by_value(call.block_table, 0, tf.shape(call.key)[0] - 1))
+
+
+def workspace_bytes(call: AttentionCall, backward: bool) -> int | None:
+    """How many bytes the CUDA kernels need for ``call``; None where it does not run on a GPU, or they are not known yet."""
+    sizes = _sizes(call)
+    if not in_use(call) or None in sizes or unsupported_reasons(call, forced=False):
+        return None
+    pages, table = call.block_table is not None, call.relative_bias
+    reach = -1 if table is None else None if table.shape[1] is None else table.shape[1] // 2
+    if reach is None:
+        return None
+    size = kernels.cuda_workspace_bytes(backward, call.query.dtype.name, *sizes, pages=pages, reach=reach)
+    return size if size < 2**31 else None  # extents in XLA's programs have 32 bits
+
+
+def _sizes(call: AttentionCall):
+    """Those that `kernels` asks the library about; None where they are not known."""
     batch, num_heads, seqlen_q, head_dim = canonical(call.query.shape, call.layout)
     _, num_kv_heads, seqlen_k, value_dim = canonical(call.value.shape, call.layout)
-    if None in (head_dim, value_dim) and not forced:
-        return "head_dim and value_dim are not known, of which its kernels take some"
-    sizes = (batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, value_dim)
-    return kernels.cuda_unsupported_reason(call.query.dtype.name, *(1 if n is None else n for n in sizes))
+    if call.block_table is not None:
+        pages = call.block_table.shape[1]
+        seqlen_k = None if None in (pages, seqlen_k) else pages * seqlen_k
+    return batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, value_dim

@@ -103,15 +103,6 @@ def supposed_export():
         _supposed.reset(token)
 
 
-def traces_a_graph(frame) -> bool:
-    """Whether this frame of the stack is TensorFlow's function that traces a graph inside another; False, where it has
-    got another name, so that what that is asked for goes unnoticed."""
-    return (
-        frame.f_code.co_name == "func_graph_from_py_func"
-        and frame.f_globals.get("__name__") == "tensorflow.python.framework.func_graph"
-    )
-
-
 def _keras_exporters():
     """The package of Keras's exporters, if there is a Keras that has them."""
     archive = getattr(getattr(sys.modules.get("keras"), "export", None), "ExportArchive", None)

@@ -15,8 +15,6 @@ import types
 
 import tensorflow as tf
 
-from attn_ops.tensorflow import place
-
 _MARK = "attn_ops.rematerialization"  # an additional name among the locals of TensorFlow's frames: ours alone
 _LARGEST_HISTORY = 4096  # rematerialised regions whose gradient may still come
 
@@ -93,12 +91,21 @@ def _regions(frame):
             if code is _RECOMPUTATION:
                 return first_runs, frame
             first_runs.append(frame)
-        elif place.traces_a_graph(frame):
+        elif _traces_a_graph(frame):
             in_other_graph = True
         elif code.co_name == _SHAPES[0] and frame.f_globals.get("__name__", "").startswith(_SHAPES[1]):
             break  # Keras asks for shapes: nothing runs
         frame = frame.f_back
     return first_runs, None
+
+
+def _traces_a_graph(frame) -> bool:
+    """Whether this frame of the stack is TensorFlow's function that traces a graph inside another; False, where it has
+    got another name, so that what that is asked for goes unnoticed."""
+    return (
+        frame.f_code.co_name == "func_graph_from_py_func"
+        and frame.f_globals.get("__name__", "").startswith("tensorflow.")
+    )
 
 
 def _identity(frame):

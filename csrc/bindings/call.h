@@ -195,6 +195,7 @@ inline AttentionParams to_params(const Call& c) {
     p.block_table = integers(c.block_table);
     p.block_table_stride = c.block_table.shape[1];
     p.page_size = page_size(c);
+    if (c.k.shape[0] == 0) p.seqlen_k = 0;  // no page, no key, whatever the table says where nobody can look at it
   }
   to_visibility(c, &p);
   to_scores(c, &p);

@@ -295,6 +295,23 @@ std::string cuda_unsupported_reason(const std::string& dtype, int64_t batch, int
   return cuda_library().unsupported_reason(&p);
 }
 
+// Without arrays: whether there are pages or a gradient of relative_bias (of this reach, where that is not negative) is all
+// that counts beside the extents.
+size_t cuda_workspace_bytes(bool backward, const std::string& dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
+                            int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t value_dim, bool pages,
+                            int64_t reach) {
+  static int32_t some_page = 0;
+  BackwardParams p;
+  p.forward.dtype = dtype_named("cuda_workspace_bytes", "dtype", dtype);
+  p.forward.batch = batch, p.forward.seqlen_q = seqlen_q, p.forward.seqlen_k = seqlen_k;
+  p.forward.num_heads = num_heads, p.forward.num_kv_heads = num_kv_heads;
+  p.forward.head_dim = head_dim, p.forward.value_dim = value_dim;
+  if (pages) p.forward.block_table = &some_page;
+  if (reach >= 0) p.forward.relative_reach = reach, p.d_relative_bias = &some_page;
+  const CudaLibrary& library = cuda_library();
+  return backward ? library.backward_workspace_bytes(&p) : library.forward_workspace_bytes(&p.forward);
+}
+
 std::map<std::string, std::map<std::string, py::capsule>> xla_handlers() {
   std::map<std::string, std::map<std::string, py::capsule>> handlers;
   for (const xla::Handler& handler : xla::kHandlers) {
@@ -385,6 +402,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("cuda_unsupported_reason", cuda_unsupported_reason, py::arg("dtype"), py::arg("batch"), py::arg("seqlen_q"),
         py::arg("seqlen_k"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("value_dim"),
         "Why the CUDA kernels do not take calls of these sizes; \"\" when they do. RuntimeError without the library.");
+  m.def("cuda_workspace_bytes", cuda_workspace_bytes, py::arg("backward"), py::arg("dtype"), py::arg("batch"),
+        py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
+        py::arg("value_dim"), py::arg("pages"), py::arg("reach"),
+        "The most bytes of workspace that the CUDA kernels need for calls of these sizes. RuntimeError without the library.");
   m.def("cuda_library_exists", cuda_library_exists, "Whether libattn_ops_cuda.so is there. Loads nothing.");
   m.def("probe", probe, py::arg("what"), kProbe);
 }

@@ -110,13 +110,19 @@ void register_operator() {
 }
 
 // On a GPU nothing that runs there may be registered without the library that does it: TensorFlow would put the
-// operator there all the same. float64 stays with the CPU, and so do caches in pages or int8.
+// operator there all the same. float64 stays with the CPU, and so do caches in int8 and those wider than queries.
 template <Operator which>
 void register_kernels() {
   for (TF_DataType type : {TF_FLOAT, TF_DOUBLE, TF_HALF, TF_BFLOAT16}) {
     register_kernel<CpuDevice, which>(type);
-    if (which == Operator::kDecode || type == TF_DOUBLE || !cuda_library_exists()) continue;
-    register_kernel<GpuDevice, which>(type);
+    if (type == TF_DOUBLE || !cuda_library_exists()) continue;
+    if constexpr (which == Operator::kDecode) {
+      for (TF_DataType kept : {TF_FLOAT, TF_HALF, TF_BFLOAT16}) {
+        if (kept == type || type == TF_FLOAT) register_kernel<GpuDevice, which>(type, &kept);
+      }
+    } else {
+      register_kernel<GpuDevice, which>(type);
+    }
   }
 }
 

@@ -145,14 +145,19 @@ void destroy(void* kernel) {
   delete static_cast<Kernel<Device>*>(kernel);
 }
 
+// `kept`: of the keys of AttnOps>Decode, where the device has not all of them.
 template <class Device, Operator which>
-void register_kernel(TF_DataType type) {
+void register_kernel(TF_DataType type, const TF_DataType* kept = nullptr) {
   const char* name = operator_name(which);
   TF_KernelBuilder* kernel =
       TF_NewKernelBuilder(name, Device::kType, create<Device, which>, compute<Device, which>, destroy<Device>);
   Status status;
   TF_KernelBuilder_TypeConstraint(kernel, "T", type, status);
   status.check();
+  if (kept != nullptr) {
+    TF_KernelBuilder_TypeConstraint(kernel, "Tkv", *kept, status);
+    status.check();
+  }
   TF_RegisterKernelBuilder(name, kernel, status);
   status.check();
 }

@@ -185,12 +185,12 @@ inline std::string ends_reason(const Array& a, const Sizes& n) {
   for (int64_t b = 0; b < a.shape[0]; ++b)
     for (int64_t i = 0; i < n.seqlen_q; ++i) {
       const int64_t at = b * n.seqlen_q + i, end = ends[at];
+      const bool inside = end >= 0 && end <= n.seqlen_k, moves_back = i > 0 && end < ends[at - 1];
+      if (inside && !moves_back) continue;
       const std::string where = std::string(a.name) + "[" + text(b) + "," + text(i) + "] (" + text(end) + ")";
-      if (end < 0 || end > n.seqlen_k) return where + " must be from 0 to seqlen_k (" + text(n.seqlen_k) + ")";
-      if (i > 0 && end < ends[at - 1]) {
-        return where + " must not be less than that of the row before (" + text(int64_t{ends[at - 1]}) +
-               "): intervals never move back, nor the ids of segments with contiguous=True";
-      }
+      if (!inside) return where + " must be from 0 to seqlen_k (" + text(n.seqlen_k) + ")";
+      return where + " must not be less than that of the row before (" + text(int64_t{ends[at - 1]}) +
+             "): intervals never move back, nor the ids of segments with contiguous=True";
     }
   return "";
 }
@@ -316,7 +316,7 @@ inline std::string keys_dtype_reason(const Call& c) {
   const bool int8 = c.k.dtype == DType::kInt8;
   if (c.k.dtype != c.q.dtype) {
     const bool as_float32 = c.k.dtype != DType::kBool && accumulator_of(c.k.dtype) == accumulator_of(c.q.dtype);
-    if (!as_float32 || (int8 && c.q.dtype == DType::kFloat64) || c.backward || c.place == Place::kGpu) {
+    if (!as_float32 || (int8 && c.q.dtype == DType::kFloat64) || c.backward) {
       return dtype_reason(c.k, c.q.dtype, "the dtype of q");
     }
   }

@@ -14,8 +14,10 @@ namespace attn_ops::xla {
 namespace {
 
 // The forward call takes what AttnOps>Decode does.
-constexpr const char* target(Operator which) {
-  return which == Operator::kBackward ? "attn_ops.backward" : "attn_ops.forward";
+constexpr const char* target(Operator which, Memory memory) {
+  const bool lent = memory == Memory::kLent;
+  if (which == Operator::kBackward) return lent ? "attn_ops.backward.lent" : "attn_ops.backward";
+  return lent ? "attn_ops.forward.lent" : "attn_ops.forward";
 }
 
 // XLA asks once, without arrays, which version the handler was written for: where to answer. Null in a call.
@@ -26,17 +28,18 @@ XLA_FFI_Metadata* metadata_wanted(const XLA_FFI_CallFrame& frame) {
   return nullptr;
 }
 
-template <class Device, Operator which>
+template <class Device, Operator which, Memory memory>
 XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame) {
   if (XLA_FFI_Metadata* metadata = metadata_wanted(*frame)) {
     metadata->api_version.major_version = XLA_FFI_API_MAJOR;
     metadata->api_version.minor_version = XLA_FFI_API_MINOR;
-    // Not fit for CUDA graphs: the workspace is given back before a captured graph runs.
-    metadata->traits = 0;
+    // Fit for CUDA graphs only with memory of its own: XLA's would be given back before a captured graph runs.
+    const bool replayable = Device::kPlace == Place::kGpu && memory == Memory::kLent;
+    metadata->traits = replayable ? XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE : 0;
     return nullptr;
   }
   const auto fail = [frame](XLA_FFI_Error_Code code, const char* message) {
-    return error(frame->api, code, std::string(target(which)) + ": " + message);
+    return error(frame->api, code, std::string(target(which, memory)) + ": " + message);
   };
   try {
     const OpCall node(Attributes(frame->attrs), Device::kPlace, which);
@@ -44,8 +47,8 @@ XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame) {
     const Call call =
         node.with_arrays([&operands](const char* name, Element element) { return operands.next(name, element); });
     operands.finish();
-    Results results(frame->rets);
-    Device device(*frame);
+    Results results(frame->rets, memory);
+    Device device(*frame, results.workspace());
     run_call(call, results, device);
     return nullptr;
   } catch (const Unsupported& e) {
@@ -59,13 +62,22 @@ XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame) {
   }
 }
 
+template <class Device, Operator which, Memory memory>
+constexpr Handler handler(const char* platform) {
+  return {platform, target(which, memory), handle<Device, which, memory>};
+}
+
 }  // namespace
 
 const Handler kHandlers[kNumHandlers] = {
-    {"Host", target(Operator::kDecode), handle<HostDevice, Operator::kDecode>},
-    {"Host", target(Operator::kBackward), handle<HostDevice, Operator::kBackward>},
-    {"CUDA", target(Operator::kDecode), handle<CudaDevice, Operator::kDecode>},
-    {"CUDA", target(Operator::kBackward), handle<CudaDevice, Operator::kBackward>},
+    handler<HostDevice, Operator::kDecode, Memory::kAsked>("Host"),
+    handler<HostDevice, Operator::kBackward, Memory::kAsked>("Host"),
+    handler<HostDevice, Operator::kDecode, Memory::kLent>("Host"),
+    handler<HostDevice, Operator::kBackward, Memory::kLent>("Host"),
+    handler<CudaDevice, Operator::kDecode, Memory::kAsked>("CUDA"),
+    handler<CudaDevice, Operator::kBackward, Memory::kAsked>("CUDA"),
+    handler<CudaDevice, Operator::kDecode, Memory::kLent>("CUDA"),
+    handler<CudaDevice, Operator::kBackward, Memory::kLent>("CUDA"),
 };
 
 }  // namespace attn_ops::xla

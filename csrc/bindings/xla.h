@@ -14,7 +14,10 @@ struct Handler {
 // Operands and attributes are those of AttnOps>Decode and AttnOps>Backward in their order, except that there is no
 // gradient of the bias when d_bias is false, and that the seed may be four words of 32 bits (JAX has no others by
 // default). Arrays are contiguous.
-inline constexpr int kNumHandlers = 4;
+//
+// Those named .lent have one result more, uint8 [bytes], as the workspace of the CUDA kernels: they ask XLA for no memory,
+// so that XLA may put their launches into a CUDA graph. How many bytes: _core.cuda_workspace_bytes. On CPUs nobody writes it.
+inline constexpr int kNumHandlers = 8;
 extern const Handler kHandlers[kNumHandlers];
 
 }  // namespace attn_ops::xla

@@ -57,7 +57,7 @@ class HostDevice {
  public:
   static constexpr Place kPlace = Place::kCpu;
 
-  explicit HostDevice(const XLA_FFI_CallFrame& frame) : pool_(frame) {}
+  HostDevice(const XLA_FFI_CallFrame& frame, const std::optional<Workspace>&) : pool_(frame) {}
   CpuKernels kernels() { return CpuKernels(pool_.threads()); }
   HeapWorkspace workspace(size_t bytes) const { return HeapWorkspace(bytes); }
 
@@ -65,11 +65,17 @@ class HostDevice {
   PoolThreads pool_;
 };
 
-// Memory of XLA's, given back when the kernels are launched: whoever gets it next is behind them in the stream.
+// What was lent, or memory of XLA's, given back when the kernels are launched: whoever gets it next is behind them in the
+// stream.
 class StreamWorkspace {
  public:
-  StreamWorkspace(const XLA_FFI_CallFrame& frame, size_t bytes) : frame_(frame), bytes_(bytes) {
-    if (bytes == 0) return;
+  StreamWorkspace(const XLA_FFI_CallFrame& frame, const std::optional<Workspace>& lent, size_t bytes)
+      : frame_(frame), lent_(lent), bytes_(bytes) {
+    if (lent.has_value() && lent->bytes < bytes) {
+      throw std::invalid_argument("the result workspace has " + std::to_string(lent->bytes) + " bytes, of " +
+                                  std::to_string(bytes) + " that the kernels need");
+    }
+    if (bytes == 0 || lent.has_value()) return;
     constexpr size_t kAlignment = 16;  // XLA refuses to promise more
     XLA_FFI_DeviceMemory_Allocate_Args args{
         XLA_FFI_DeviceMemory_Allocate_Args_STRUCT_SIZE, nullptr, frame.ctx, bytes, kAlignment, nullptr};
@@ -87,10 +93,11 @@ class StreamWorkspace {
   StreamWorkspace(const StreamWorkspace&) = delete;
   StreamWorkspace& operator=(const StreamWorkspace&) = delete;
 
-  Workspace lend() const { return {data_, bytes_}; }
+  Workspace lend() const { return lent_.value_or(Workspace{data_, bytes_}); }
 
  private:
   const XLA_FFI_CallFrame& frame_;
+  const std::optional<Workspace> lent_;
   size_t bytes_;
   void* data_ = nullptr;
 };
@@ -99,7 +106,7 @@ class CudaDevice {
  public:
   static constexpr Place kPlace = Place::kGpu;
 
-  explicit CudaDevice(const XLA_FFI_CallFrame& frame) : frame_(frame) {
+  CudaDevice(const XLA_FFI_CallFrame& frame, const std::optional<Workspace>& lent) : frame_(frame), lent_(lent) {
     XLA_FFI_Stream_Get_Args args{XLA_FFI_Stream_Get_Args_STRUCT_SIZE, nullptr, frame.ctx, nullptr};
     if (XLA_FFI_Error* e = frame.api->XLA_FFI_Stream_Get(&args)) {
       destroy(frame.api, e);
@@ -108,10 +115,11 @@ class CudaDevice {
     stream_ = args.stream;
   }
   CudaKernels kernels() { return CudaKernels(stream_); }
-  StreamWorkspace workspace(size_t bytes) const { return StreamWorkspace(frame_, bytes); }
+  StreamWorkspace workspace(size_t bytes) const { return StreamWorkspace(frame_, lent_, bytes); }
 
  private:
   const XLA_FFI_CallFrame& frame_;
+  const std::optional<Workspace> lent_;
   void* stream_ = nullptr;
 };
 

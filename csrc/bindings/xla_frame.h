@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -122,13 +123,29 @@ class Operands {
   int64_t count_ = 0;
 };
 
+// Where the workspace of a call comes from: whoever wrote the custom call has it as the last result, or XLA is asked.
+enum class Memory { kAsked, kLent };
+
 // The results, whose shapes whoever wrote the custom call has stated: they must be the right ones.
 class Results {
  public:
-  explicit Results(const XLA_FFI_Rets& rets) : rets_(rets) {}
+  Results(const XLA_FFI_Rets& rets, Memory memory) : rets_(rets), size_(rets.size) {
+    if (memory == Memory::kAsked) return;
+    if (size_ == 0 || rets.types[--size_] != XLA_FFI_RetType_BUFFER) {
+      throw std::invalid_argument("the result workspace is missing");
+    }
+    const auto& buffer = *static_cast<const XLA_FFI_Buffer*>(rets.rets[size_]);
+    if (buffer.dtype != XLA_FFI_DataType_U8 || buffer.rank != 1) {
+      throw std::invalid_argument("the result workspace must be uint8 [bytes]");
+    }
+    workspace_ = Workspace{buffer.data, static_cast<size_t>(buffer.dims[0])};
+  }
+
+  // Where it is lent.
+  const std::optional<Workspace>& workspace() const { return workspace_; }
 
   void* next(const char* name, DType dtype, const int64_t* shape, int rank) {
-    if (count_ == rets_.size) throw std::invalid_argument(std::string(name) + " is missing: too few results");
+    if (count_ == size_) throw std::invalid_argument(std::string(name) + " is missing: too few results");
     const auto& buffer = *static_cast<const XLA_FFI_Buffer*>(rets_.rets[count_]);
     if (rets_.types[count_++] != XLA_FFI_RetType_BUFFER || buffer.rank != rank ||
         !std::equal(shape, shape + rank, buffer.dims)) {
@@ -145,15 +162,16 @@ class Results {
 
   // A result that is not ours would be handed on as it is: memory that nobody wrote.
   void finish() const {
-    if (count_ != rets_.size) {
-      throw std::invalid_argument("there are " + text(rets_.size) + " results, of which the attributes announce " +
+    if (count_ != size_) {
+      throw std::invalid_argument("there are " + text(size_) + " results, of which the attributes announce " +
                                   text(count_));
     }
   }
 
  private:
   const XLA_FFI_Rets& rets_;
-  int64_t count_ = 0;
+  int64_t size_, count_ = 0;
+  std::optional<Workspace> workspace_;
 };
 
 }  // namespace attn_ops::xla

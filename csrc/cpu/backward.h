@@ -61,27 +61,32 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
     nobody[v] = inverse_l[v] == S::zero();
   }
   const auto elementwise = [&](auto may_hide, auto may_drop) {
-    for (int64_t j = 0; j < n; ++j)
-      for (int v = 0; v < NV; ++v) {
-        T *const p_at = prob + j * ld + v * W, *const ds_at = ds + j * ld + v * W;
-        const Vec<T> s = S::load(s_from + j * from_ld + v * W);
-        // No score exceeds its maximum; whoever brings the statistics of other scores gets at most a wrong gradient.
-        const Vec<T> e = exp<E>(S::min(S::zero(), s - m[v])) * inverse_l[v];
-        Vec<T> dp = S::load(dp_from + j * from_ld + v * W), weight = e;
-        if (decltype(may_drop)::value) {
-          const Vec<T> f = S::load(scratch.factors + j * lanes + v * W);
-          dp *= f;
-          weight = e * f;
+    const auto met = [&](auto first, auto count, int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j)
+        for (int v = decltype(first)::value; v < decltype(first)::value + decltype(count)::value; ++v) {
+          T *const p_at = prob + j * ld + v * W, *const ds_at = ds + j * ld + v * W;
+          const Vec<T> s = S::load(s_from + j * from_ld + v * W);
+          // No score exceeds its maximum; whoever brings the statistics of other scores gets at most a wrong gradient.
+          const Vec<T> e = exp<E>(S::min(S::zero(), s - m[v])) * inverse_l[v];
+          Vec<T> dp = S::load(dp_from + j * from_ld + v * W), weight = e;
+          if (decltype(may_drop)::value) {
+            const Vec<T> f = S::load(scratch.factors + j * lanes + v * W);
+            dp *= f;
+            weight = e * f;
+          }
+          Vec<T> g = e * (dp - delta[v]);
+          if (decltype(may_hide)::value) {
+            const typename S::I hidden = (s == S::set1(-kInfinity<T>)) | nobody[v];
+            g = S::select(hidden, S::zero(), g);
+            weight = S::select(hidden, S::zero(), weight);
+          }
+          S::store(p_at, weight);
+          S::store(ds_at, g);
         }
-        Vec<T> g = e * (dp - delta[v]);
-        if (decltype(may_hide)::value) {
-          const typename S::I hidden = (s == S::set1(-kInfinity<T>)) | nobody[v];
-          g = S::select(hidden, S::zero(), g);
-          weight = S::select(hidden, S::zero(), weight);
-        }
-        S::store(p_at, weight);
-        S::store(ds_at, g);
-      }
+    };
+    by_vectors<NV>(steps, n, met, [=](int v, int64_t begin, int64_t end) {
+      no_weights<T, 1>(end - begin, prob + begin * ld + v * W, ds + begin * ld + v * W, ld);
+    });
   };
   if (masked && dropout) elementwise(std::true_type{}, std::true_type{});
   else if (masked) elementwise(std::true_type{}, std::false_type{});

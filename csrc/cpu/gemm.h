@@ -33,6 +33,13 @@ ATTN_INLINE void with_vectors(int nv, const F& f) {
   else f(Vectors<1>{});
 }
 
+// Calls f(Vectors<v>{}) for v = 0 .. nv - 1.
+template <int NV, class F>
+ATTN_INLINE void each_vector(const F& f) {
+  if constexpr (NV > 1) each_vector<NV - 1>(f);
+  f(Vectors<NV - 1>{});
+}
+
 // How `a` is stored: a(r, k) = a[r * lda + k] or a[r + k * lda].
 enum class Major { kRow, kDepth };
 

@@ -23,7 +23,8 @@ class KeyRows {
  public:
   // Scratch for `dim` columns: rows, and for kept copies of which block they are.
   static int64_t bytes(const AttentionParams& p, int64_t dim) {
-    return Arena::bytes<E>(copies(p) * block_size(dim)) + Arena::bytes<int32_t>(copies(p));
+    return Arena::bytes<E>(copies(p) * block_size(dim)) + Arena::bytes<int32_t>(copies(p)) +
+           Arena::bytes<Finite>(blocks(p));
   }
 
   // `scales` of int8 rows, else with data null. No rows that meet keys together see more than `together` of them, and none go
@@ -42,13 +43,14 @@ class KeyRows {
     copy_ = arena->take<E>(copies(r.p) * block_size(dim));
     copied_ = arena->take<int32_t>(copies(r.p));
     memset(copied_, -1, copies(r.p) * sizeof(int32_t));
+    finite_ = arena->take<Finite>(blocks(r.p));
+    memset(finite_, 0, blocks(r.p) * sizeof(Finite));
   }
 
   // Keys k0 .. k1, at most kBlockKeys. Shared blocks lie between multiples of kBlockKeys.
   void load(int64_t k0, int64_t k1) {
     begin_ = k0;
     end_ = k1;
-    finite_ = Finite::kUnknown;
     ld_ = columns_;
     if (in_place_) {
       data_ = reinterpret_cast<const E*>(rows_.key_row(view_, k0));
@@ -71,18 +73,27 @@ class KeyRows {
   const E* at(int64_t key) const { return data_ + row_of(key - begin_) * ld_; }
   int64_t ld() const { return ld_; }
 
+  // Whether what is loaded has neither Inf nor NaN. Groups of tiles that load the same block need not all look.
   bool finite() {
-    if (finite_ == Finite::kUnknown)
-      finite_ = all_finite(data_, ld_, of_rows ? elements<E>(end_ - begin_) : end_ - begin_, columns_) ? Finite::kYes
-                                                                                                       : Finite::kNo;
-    return finite_ == Finite::kYes;
+    Finite& known = finite_[begin_ / kBlockKeys];
+    const int64_t begin = begin_ % kBlockKeys, end = begin + end_ - begin_;
+    if (begin < known.begin || known.end < end) {
+      const int64_t rows = of_rows ? elements<E>(end - begin) : end - begin;
+      known = {static_cast<uint8_t>(begin), static_cast<uint8_t>(end), all_finite(data_, ld_, rows, columns_)};
+    }
+    return known.all;
   }
 
  private:
-  enum class Finite { kUnknown, kYes, kNo };
+  // What was found of the keys begin .. end of a block: a part of them may be finite where not all are.
+  struct Finite {
+    uint8_t begin, end;
+    bool all;
+  };
 
   static int64_t row_of(int64_t key) { return of_rows ? key / 2 : key; }
   static int64_t block_size(int64_t dim) { return of_rows ? kBlockKeys / 2 * dim : kBlockKeys * elements<E>(dim); }
+  static int64_t blocks(const AttentionParams& p) { return p.seqlen_k / kBlockKeys + 1; }
   // Blocks that there is room for.
   static int64_t copies(const AttentionParams& p) { return keeps_keys<E>(p) ? p.seqlen_k / kBlockKeys + 1 : 1; }
   // Whether a row in memory, if its elements are neighbours, is one of E.
@@ -135,7 +146,7 @@ class KeyRows {
   E* copy_;
   int32_t* copied_;
   const E* data_ = nullptr;
-  Finite finite_ = Finite::kUnknown;
+  Finite* finite_;  // of each block
 };
 
 // For sums over keys, not over columns.

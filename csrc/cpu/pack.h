@@ -35,28 +35,36 @@ ATTN_INLINE int64_t round_to_width(int64_t n) {
 }
 
 // put(dst + c * ld + r, vector over rows r of element c), for `lanes` rows of which those past `rows` are zero.
-// `rows[r]` points to element 0 of row r; elements are `stride` bytes apart.
+// `rows[r]` points to element 0 of row r; elements are `stride` bytes apart. All by value: what a closure refers to would be
+// read again after each store.
+template <class T, class Storage, class Put>
+ATTN_INLINE void load_transposed_as(Storage storage, const char* const* row, int rows, int lanes, int64_t stride,
+                                    int64_t columns, T* dst, int64_t ld, Put put) {
+  using S = Simd<T>;
+  constexpr int W = S::width;
+  for (int r0 = 0; r0 < lanes; r0 += W)
+    for (int64_t c0 = 0; c0 < columns; c0 += W) {
+      const int64_t n = columns - c0 < W ? columns - c0 : W;
+      if (r0 + W <= rows && n == W && stride == storage.size) {  // whole: the block never leaves the registers
+        Vec<T> block[W];
+        for (int i = 0; i < W; ++i) block[i] = storage.load(row[r0 + i] + c0 * stride);
+        S::transpose(block);
+        for (int j = 0; j < W; ++j) put(dst + (c0 + j) * ld + r0, block[j]);
+        continue;
+      }
+      Vec<T> block[W];
+      for (int i = 0; i < W; ++i)
+        block[i] = r0 + i < rows ? load_some<T>(storage, row[r0 + i] + c0 * stride, stride, n) : S::zero();
+      S::transpose(block);
+      for (int64_t j = 0; j < n; ++j) put(dst + (c0 + j) * ld + r0, block[j]);
+    }
+}
+
 template <class T, class Put>
 ATTN_INLINE void load_transposed(DType dtype, const char* const* row, int rows, int lanes, int64_t stride,
                                  int64_t columns, T* dst, int64_t ld, const Put& put) {
-  using S = Simd<T>;
-  constexpr int W = S::width;
   with_storage(T{}, dtype, [&](auto storage) {
-    for (int r0 = 0; r0 < lanes; r0 += W)
-      for (int64_t c0 = 0; c0 < columns; c0 += W) {
-        const int64_t n = columns - c0 < W ? columns - c0 : W;
-        Vec<T> block[W];
-        if (r0 + W <= rows && n == W && stride == storage.size) {  // whole: the block never leaves the registers
-          for (int i = 0; i < W; ++i) block[i] = storage.load(row[r0 + i] + c0 * stride);
-          S::transpose(block);
-          for (int j = 0; j < W; ++j) put(dst + (c0 + j) * ld + r0, block[j]);
-          continue;
-        }
-        for (int i = 0; i < W; ++i)
-          block[i] = r0 + i < rows ? load_some<T>(storage, row[r0 + i] + c0 * stride, stride, n) : S::zero();
-        S::transpose(block);
-        for (int64_t j = 0; j < n; ++j) put(dst + (c0 + j) * ld + r0, block[j]);
-      }
+    load_transposed_as<T>(storage, row, rows, lanes, stride, columns, dst, ld, put);
   });
 }
 
@@ -81,27 +89,36 @@ ATTN_INLINE void load_factors(DType dtype, const char* const* row, int rows, int
 }
 
 // row[r][c] = get(src + c * ld + r, r0) for the first `rows` lanes; get returns a vector over rows.
+template <class T, class Storage, class Get>
+ATTN_INLINE void store_transposed_as(Storage storage, char* const* row, int rows, int lanes, int64_t stride,
+                                     int64_t columns, const T* src, int64_t ld, Get get) {
+  using S = Simd<T>;
+  constexpr int W = S::width;
+  for (int r0 = 0; r0 < lanes; r0 += W)
+    for (int64_t c0 = 0; c0 < columns; c0 += W) {
+      const int64_t n = columns - c0 < W ? columns - c0 : W;
+      if (r0 + W <= rows && n == W && stride == storage.size) {
+        Vec<T> block[W];
+        for (int j = 0; j < W; ++j) block[j] = get(src + (c0 + j) * ld + r0, r0);
+        S::transpose(block);
+        char* to[W];
+        for (int i = 0; i < W; ++i) to[i] = row[r0 + i] + c0 * stride;
+        for (int i = 0; i < W; ++i) storage.store(to[i], block[i]);
+        continue;
+      }
+      Vec<T> block[W];
+      for (int64_t j = 0; j < W; ++j) block[j] = j < n ? get(src + (c0 + j) * ld + r0, r0) : S::zero();
+      S::transpose(block);
+      for (int i = 0; i < W && r0 + i < rows; ++i)
+        store_some<T>(storage, row[r0 + i] + c0 * stride, stride, n, block[i]);
+    }
+}
+
 template <class T, class Get>
 ATTN_INLINE void store_transposed(DType dtype, char* const* row, int rows, int lanes, int64_t stride, int64_t columns,
                                   const T* src, int64_t ld, const Get& get) {
-  using S = Simd<T>;
-  constexpr int W = S::width;
   with_storage(T{}, dtype, [&](auto storage) {
-    for (int r0 = 0; r0 < lanes; r0 += W)
-      for (int64_t c0 = 0; c0 < columns; c0 += W) {
-        const int64_t n = columns - c0 < W ? columns - c0 : W;
-        Vec<T> block[W];
-        if (r0 + W <= rows && n == W && stride == storage.size) {
-          for (int j = 0; j < W; ++j) block[j] = get(src + (c0 + j) * ld + r0, r0);
-          S::transpose(block);
-          for (int i = 0; i < W; ++i) storage.store(row[r0 + i] + c0 * stride, block[i]);
-          continue;
-        }
-        for (int64_t j = 0; j < W; ++j) block[j] = j < n ? get(src + (c0 + j) * ld + r0, r0) : S::zero();
-        S::transpose(block);
-        for (int i = 0; i < W && r0 + i < rows; ++i)
-          store_some<T>(storage, row[r0 + i] + c0 * stride, stride, n, block[i]);
-      }
+    store_transposed_as<T>(storage, row, rows, lanes, stride, columns, src, ld, get);
   });
 }
 

@@ -66,23 +66,30 @@ void start_tile(const HeadRows& r, ForwardTile<E>& tile) {
   }
 }
 
-// weights[j * lanes + lane] = weight(j, v) for n keys, in place of the scores that `weight` is made of; of pairs, two keys
-// an element.
+// weights[j * lanes + lane] = weight(j, v) for n keys, 0 beside the steps, in place of the scores that `weight` is made of;
+// of pairs, two keys an element.
 template <class E, int NV, class T, class Weight>
-ATTN_INLINE void put_weights(T* scores, int64_t n, const Weight& weight) {
+ATTN_INLINE void put_weights(T* scores, int64_t n, const Staircase<T>& steps, const Weight& weight) {
   using S = Simd<T>;
   constexpr int W = S::width, lanes = NV * W;
-  if constexpr (kOfPairs<E>) {
-    for (int64_t j = 0; j < n; j += 2)
-      for (int v = 0; v < NV; ++v) {
-        const Vec<T> first = weight(j, v), second = j + 1 < n ? weight(j + 1, v) : S::zero();
-        S::store(scores + j / 2 * lanes + v * W, Product<E>::pairs(first, second));
-      }
-  } else {
+  const auto met = [&](auto first_vector, auto count, int64_t begin, int64_t end) {
+    constexpr int first = decltype(first_vector)::value, last = first + decltype(count)::value;
+    if constexpr (kOfPairs<E>) {
+      for (int64_t j = begin; j < end; j += 2)
+        for (int v = first; v < last; ++v) {
+          const Vec<T> one = weight(j, v), other = j + 1 < end ? weight(j + 1, v) : S::zero();
+          S::store(scores + j / 2 * lanes + v * W, Product<E>::pairs(one, other));
+        }
+    } else {
 #pragma GCC unroll 2
-    for (int64_t j = 0; j < n; ++j)
-      for (int v = 0; v < NV; ++v) S::store(scores + j * lanes + v * W, weight(j, v));
-  }
+      for (int64_t j = begin; j < end; ++j)
+        for (int v = first; v < last; ++v) S::store(scores + j * lanes + v * W, weight(j, v));
+    }
+  };
+  by_vectors<NV>(steps, n, met, [=](int v, int64_t begin, int64_t end) {
+    for (int64_t j = elements<E>(begin); j < elements<E>(end); ++j)
+      S::store(scores + j * lanes + v * W, S::zero());
+  });
 }
 
 // One tile meets the keys k0 .. k1 of a block.
@@ -119,11 +126,11 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<E>& 
   };
   if (p.dropout_rate > 0) {  // not in the sum: dropout acts on the normalised probabilities
     dropout_factors<T>(Dropout(p, r.batch), tile.position, tile.head, lanes, k0, n, scratch.factors);
-    put_weights<E, NV>(s, n, [&](int64_t j, int v) {
+    put_weights<E, NV>(s, n, steps, [&](int64_t j, int v) {
       return probability(j, v) * S::load(scratch.factors + j * lanes + v * W);
     });
   } else {
-    put_weights<E, NV>(s, n, probability);
+    put_weights<E, NV>(s, n, steps, probability);
   }
   for (int v = 0; v < NV; ++v) {
     S::store(tile.m + v * W, m[v]);

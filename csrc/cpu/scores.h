@@ -205,25 +205,31 @@ ATTN_INLINE void add_bias(const HeadRows& r, const RowTile<T>& tile, int64_t k0,
 }
 
 // scores[j * ld + lane] = -inf where the lane does not see key j; `visible` null: all do. see(v, score) is told the
-// result.
+// result where vectors meet keys.
 template <class T, int NV, class See>
-ATTN_INLINE void hide_scores(const RowTile<T>& tile, const uint64_t* visible, int64_t keys, T* scores, int64_t ld,
-                             const See& see) {
+ATTN_INLINE void hide_scores(const RowTile<T>& tile, const uint64_t* visible, int64_t keys, const Staircase<T>& steps,
+                             T* scores, int64_t ld, const See& see) {
   using S = Simd<T>;
   constexpr int W = S::width;
-  const uint64_t used = bits_between(0, tile.rows);
-  for (int64_t j = 0; j < keys; ++j) {
-    T* const at = scores + j * ld;
-    if (!visible || (visible[j] & used) == used) {
-      for (int v = 0; v < NV; ++v) see(v, S::load(at + v * W));
-      continue;
+  const auto met = [&](auto first_vector, auto count, int64_t begin, int64_t end) {
+    constexpr int first = decltype(first_vector)::value, last = first + decltype(count)::value;
+    const uint64_t used = bits_between(first * W, last * W < tile.rows ? last * W : tile.rows);
+    for (int64_t j = begin; j < end; ++j) {
+      T* const at = scores + j * ld;
+      if (!visible || (visible[j] & used) == used) {
+        for (int v = first; v < last; ++v) see(v, S::load(at + v * W));
+        continue;
+      }
+      for (int v = first; v < last; ++v) {
+        const Vec<T> s = seen_or_hidden<T>(visible[j] >> (v * W), S::load(at + v * W));
+        S::store(at + v * W, s);
+        see(v, s);
+      }
     }
-    for (int v = 0; v < NV; ++v) {
-      const Vec<T> s = seen_or_hidden<T>(visible[j] >> (v * W), S::load(at + v * W));
-      S::store(at + v * W, s);
-      see(v, s);
-    }
-  }
+  };
+  by_vectors<NV>(steps, keys, met, [=](int v, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) S::store(scores + j * ld + v * W, S::set1(-kInfinity<T>));
+  });
 }
 
 // What score_block works with.
@@ -289,7 +295,7 @@ ATTN_INLINE Visibility score_block(const HeadRows& r, const RowTile<T>& tile, co
   if (p.slopes) add_slopes<T, NV>(r, tile, k0, n, scores, ld);
   if (p.relative_bias) add_relative_bias<T, NV>(r, tile, k0, n, scores, ld, scratch.relative);
   if (p.bias.data) add_bias<T>(r, tile, k0, n, scores, ld);
-  hide_scores<T, NV>(tile, seen == Visibility::kSome ? visible : nullptr, n, scores, ld, see);
+  hide_scores<T, NV>(tile, seen == Visibility::kSome ? visible : nullptr, n, steps, scores, ld, see);
   return added_may_hide(p) ? Visibility::kSome : seen;
 }
 

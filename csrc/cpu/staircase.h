@@ -22,21 +22,21 @@ class Staircase {
   // The keys k0 .. k0 + n, as far as the intervals of the rows say.
   Staircase(const RowTile<T>& tile, int64_t k0, int64_t n) {
     if (tile.all_see(k0, k0 + n)) {
+      for (int v = 0; v < tile.nv; ++v) from_[v] = 0, to_[v] = n;
       add({0, n, 0, tile.nv});
       return;
     }
-    int64_t from[kMaxVectors], to[kMaxVectors];
-    for (int v = 0; v < tile.nv; ++v) seen_by(tile, v, k0, n, &from[v], &to[v]);
+    for (int v = 0; v < tile.nv; ++v) seen_by(tile, v, k0, n, &from_[v], &to_[v]);
     for (int64_t at = 0, next; at < n; at = next) {
       int first = tile.nv, last = -1;
       next = n;
       for (int v = 0; v < tile.nv; ++v) {
-        if (from[v] <= at && at < to[v]) {
+        if (from_[v] <= at && at < to_[v]) {
           if (first > v) first = v;
           last = v;
         }
-        if (from[v] > at && from[v] < next) next = from[v];
-        if (to[v] > at && to[v] < next) next = to[v];
+        if (from_[v] > at && from_[v] < next) next = from_[v];
+        if (to_[v] > at && to_[v] < next) next = to_[v];
       }
       if (last < 0) continue;
       if (first > 0) last = tile.nv - 1;
@@ -48,6 +48,9 @@ class Staircase {
   const Step* end() const { return steps_ + size_; }
   // Whether all `nv` vectors meet all of the n keys.
   bool whole(int nv, int64_t n) const { return size_ == 1 && steps_[0].count == nv && steps_[0].end - steps_[0].begin == n; }
+  // The keys from .. to of the block are those that vector v meets.
+  int64_t from(int v) const { return from_[v]; }
+  int64_t to(int v) const { return to_[v]; }
 
  private:
   // Ends of steps are multiples of so many keys: less is no work worth a step.
@@ -63,6 +66,7 @@ class Staircase {
     *from = begin <= 0 ? 0 : begin / kStepKeys * kStepKeys;
     *to = end <= 0 ? 0 : end >= n ? n : (end + kStepKeys - 1) / kStepKeys * kStepKeys;
     if (*to > n) *to = n;
+    if (*from >= *to) *from = *to = 0;
   }
 
   void add(const Step& step) {
@@ -71,9 +75,23 @@ class Staircase {
     else steps_[size_++] = step;
   }
 
+  int64_t from_[kMaxVectors], to_[kMaxVectors];
   int size_ = 0;
   Step steps_[2 * kMaxVectors + 1];
 };
+
+// met(Vectors<first>{}, Vectors<count>{}, begin, end) for vectors and the keys that they meet: all in one where those are all
+// n keys, else each vector alone, with beside(v, begin, end) for the keys that it does not meet, from the first key on.
+template <int NV, class T, class Met, class Beside>
+ATTN_INLINE void by_vectors(const Staircase<T>& steps, int64_t n, const Met& met, const Beside& beside) {
+  if (steps.whole(NV, n)) return met(Vectors<0>{}, Vectors<NV>{}, int64_t{0}, n);
+  each_vector<NV>([&](auto vector) {
+    constexpr int v = decltype(vector)::value;
+    beside(v, int64_t{0}, steps.from(v));
+    met(vector, Vectors<1>{}, steps.from(v), steps.to(v));
+    beside(v, steps.to(v), n);
+  });
+}
 
 // Calls f(Vectors<first>{}, Vectors<count>{}) for the vectors of a step, of NV.
 template <int NV, class F>

@@ -15,16 +15,26 @@ namespace {
 // How much of a block some rows see.
 enum class Visibility { kNothing, kSome, kAll };
 
-// Bit j of a[i] <-> bit i of a[j]: halves of ever smaller squares change places.
+// Of the squares of 2 half x 2 half bits, those of 64 words, the upper right and the lower left quarter change places.
+template <int half>
+inline void exchange_quarters(uint64_t* a) {
+  constexpr uint64_t low = ~uint64_t{0} / ((uint64_t{1} << half) + 1);  // `half` bits set, as many clear, and so on
+  for (int base = 0; base < 64; base += 2 * half)
+    for (int i = base; i < base + half; ++i) {
+      const uint64_t t = ((a[i] >> half) ^ a[i + half]) & low;
+      a[i] ^= t << half;
+      a[i + half] ^= t;
+    }
+}
+
+// Bit j of a[i] <-> bit i of a[j]. `half` is a constant: so the compiler makes vectors of the words.
 inline void transpose_bits(uint64_t* a) {
-  uint64_t low = 0x00000000ffffffff;
-  for (int half = 32; half > 0; half /= 2, low ^= low << half)
-    for (int base = 0; base < 64; base += 2 * half)
-      for (int i = base; i < base + half; ++i) {
-        const uint64_t t = ((a[i] >> half) ^ a[i + half]) & low;
-        a[i] ^= t << half;
-        a[i + half] ^= t;
-      }
+  exchange_quarters<32>(a);
+  exchange_quarters<16>(a);
+  exchange_quarters<8>(a);
+  exchange_quarters<4>(a);
+  exchange_quarters<2>(a);
+  exchange_quarters<1>(a);
 }
 
 // Bit j of one query row: no boolean mask hides key k0 + j, for j < n <= 64. Of the masks only those that asks() names.

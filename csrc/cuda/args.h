@@ -32,6 +32,9 @@ struct Factors {
   float cap = 0.0f, into_cap = 0.0f;  // 0: none; scale / cap
   float keep = 1.0f;  // 1 / (1 - dropout_rate)
   uint32_t drop_below = 0;  // dropout_rate * 2^32; 0: no dropout
+  // Whether 16 keys of a mask can be read at a time, and two of the bias, from every multiple of as many.
+  bool whole_masks[kMaxMasks] = {};
+  bool bias_pairs = false;
 };
 
 struct ForwardArgs {

@@ -80,18 +80,23 @@ constexpr int kMostDecodeRows = 64;  // of a key/value head: more are the forwar
 constexpr int decode_keys(Math m) { return element_bytes(m) == 2 ? 16 : 8; }  // of one tile of one warp
 constexpr int decode_tile_bytes(int dim) { return 32 * dim; }
 constexpr int decode_query_bytes(Math m, int dim) { return kDecodeRows * dim * element_bytes(m); }
+// Keys and values of 16 bits beside queries of float32 pass as they are, and are made float32 in a tile of each warp's.
+constexpr int decode_kept_bytes(int dim, bool narrow) { return decode_tile_bytes(dim) / (narrow ? 2 : 1); }
+constexpr int decode_wide_bytes(int dim, bool narrow) { return narrow ? decode_tile_bytes(dim) : 0; }
 constexpr int kDecodeStatisticsBytes = 1024;  // of each row and warp, and of each row, a maximum and a sum; and flags
 constexpr int kMostSplits = 128;  // parts of a tile's keys
 // A row of output on its way from one block to another: in fours of float32, one even without values.
 constexpr int64_t decode_quads(int64_t value_dim) { return value_dim <= 4 ? 1 : (value_dim + 3) / 4; }
-constexpr int decode_ring(Math m, int dim) {
+constexpr int decode_ring(Math m, int dim, bool narrow) {
   const int room = kLargestSharedBytes - decode_query_bytes(m, dim) - kDecodeStatisticsBytes;
-  const int fit = room / (kDecodeWarps * decode_tile_bytes(dim));
+  const int fit = (room / kDecodeWarps - decode_wide_bytes(dim, narrow)) / decode_kept_bytes(dim, narrow);
   return fit < 8 ? fit : 8;
 }
-constexpr int decode_shared_bytes(Math m, int dim) {
-  return kDecodeWarps * decode_tile_bytes(dim) * decode_ring(m, dim) + decode_query_bytes(m, dim) +
-         kDecodeStatisticsBytes;
+constexpr int decode_warp_bytes(Math m, int dim, bool narrow) {
+  return decode_wide_bytes(dim, narrow) + decode_ring(m, dim, narrow) * decode_kept_bytes(dim, narrow);
+}
+constexpr int decode_shared_bytes(Math m, int dim, bool narrow) {
+  return kDecodeWarps * decode_warp_bytes(m, dim, narrow) + decode_query_bytes(m, dim) + kDecodeStatisticsBytes;
 }
 
 // Rows of the gradient of the output per block of the kernel that prepares the backward of float32.

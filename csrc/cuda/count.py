@@ -53,14 +53,9 @@ int main() {
         for (int plain = 0; plain < 2; ++plain) {
           const Role role = static_cast<Role>(r);
           const Math math = static_cast<Math>(m);
-          int threads = backward_tile(math, dim, plain).threads(), bytes = backward_shared_bytes(math, dim, plain);
-          if (role == Role::kForward)
-            threads = forward_tile(math, dim, plain).threads(), bytes = forward_shared_bytes(math, dim, plain);
-          if (role == Role::kDecode) threads = 32 * kDecodeWarps, bytes = decode_shared_bytes(math, dim);
-          if (role == Role::kDelta) threads = 32 * kDeltaWarps, bytes = 0;
-          if (role == Role::kTableSum) threads = kTableThreads, bytes = 0;
-          if (role == Role::kSinkGradient) threads = kSinkThreads, bytes = kSinkSharedBytes;
-          std::printf("%s %d %d\n", KernelText({role, math, dim, plain != 0}).data, threads, bytes);
+          const KernelName name{role, math, dim, plain != 0};
+          const BlockShape shape = block_shape(name);
+          std::printf("%s %d %d\n", KernelText(name).data, shape.threads, shape.shared_bytes);
         }
 }
 """

@@ -127,17 +127,41 @@ ATTN_DEVICE float* table_place(char* table, int row, int column) {
   return reinterpret_cast<float*>(table) + row * kDim + (column ^ (row & 3) << 3);
 }
 
-template <class M, int kDim>
+// Of kRows rows of 16 bits the same in float32, by the lanes of a warp.
+template <class M, class Kept, int kDim, int kRows>
+ATTN_DEVICE void widen(const SharedTile<M, kDim>& wide, const SharedTile<Kept, kDim>& kept) {
+  constexpr int kChunks = SharedTile<Kept, kDim>::kChunks;
+#pragma unroll
+  for (int i = lane_index(); i < kRows * kChunks; i += 32) {
+    const int r = i / kChunks, c = i % kChunks;
+    const Bytes16 bytes = *reinterpret_cast<const Bytes16*>(kept.chunk(r, c));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t first = bytes.word[2 * half], second = bytes.word[2 * half + 1];
+      *reinterpret_cast<Bytes16*>(wide.chunk(r, 2 * c + half)) = {
+          {bits_of(Kept::low(first)), bits_of(Kept::high(first)), bits_of(Kept::low(second)),
+           bits_of(Kept::high(second))}};
+    }
+  }
+}
+
+// Kept: how keys and values lie in memory.
+template <class M, int kDim, class Kept = M>
 ATTN_DEVICE void decode(const DecodeArgs& args) {
   using Element = typename M::Element;
+  using KeptElement = typename Kept::Element;
   using T = SharedTile<M, kDim>;
-  constexpr int kKeys = decode_keys(M::kMath), kMmaN = kKeys / 8, kRing = decode_ring(M::kMath, kDim);
-  constexpr int kTileBytes = decode_tile_bytes(kDim), kThreads = 32 * kDecodeWarps;
-  static_assert(kCombineBytes <= kDecodeWarps * kRing * kTileBytes, "parts are put together where the rings were");
+  using KeptTile = SharedTile<Kept, kDim>;
+  constexpr bool kNarrow = sizeof(KeptElement) < sizeof(Element);
+  constexpr int kKeys = decode_keys(M::kMath), kMmaN = kKeys / 8, kRing = decode_ring(M::kMath, kDim, kNarrow);
+  constexpr int kThreads = 32 * kDecodeWarps, kWarpBytes = decode_warp_bytes(M::kMath, kDim, kNarrow);
+  static_assert(kRing >= 2 && kDecodeRows * kDim * 4 <= kWarpBytes, "a warp's output takes the place of its ring");
+  static_assert(kCombineBytes <= kDecodeWarps * kWarpBytes, "parts are put together where the rings were");
   const T q{shared_memory()};
   char* rings = q.data + decode_query_bytes(M::kMath, kDim);
-  char* ring = rings + warp_index() * kRing * kTileBytes;
-  float* statistics = reinterpret_cast<float*>(rings + kDecodeWarps * kRing * kTileBytes);  // [row][warp][maximum, sum]
+  char* ring = rings + warp_index() * kWarpBytes;
+  const T wide{ring + kRing * decode_kept_bytes(kDim, kNarrow)};
+  float* statistics = reinterpret_cast<float*>(rings + kDecodeWarps * kWarpBytes);  // [row][warp][maximum, sum]
   float* merged = statistics + kDecodeRows * kDecodeWarps * 2;  // [row][maximum, sum]
   const Flags flags = reinterpret_cast<Flags>(merged + kDecodeRows * 2) + warp_index() * kKeys;
 
@@ -159,18 +183,28 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
   const int first_step = min(split * steps_each, steps), own_steps = min(steps_each, steps - first_step);
   const auto first_key = [&](int step) { return begin + (first_step + step) * kStepKeys + warp_index() * kKeys; };
   const auto values = [&](int step) {
-    return KeyRows<const Element>::of_tile(p.v, head, first_key(step), head.length_k, args.aligned.v);
+    return KeyRows<const KeptElement>::of_tile(p.v, head, first_key(step), head.length_k, args.aligned.v);
   };
-  const auto slot = [&](int item) { return T{ring + item % kRing * kTileBytes}; };
+  const auto slot = [&](int item) { return KeptTile{ring + item % kRing * decode_kept_bytes(kDim, kNarrow)}; };
+  // The same, when it has arrived, as products take it.
+  const auto arrived = [&](int item) {
+    if constexpr (kNarrow) {
+      widen<M, Kept, kDim, kKeys>(wide, slot(item));
+      sync_warp();
+      return wide;
+    } else {
+      return slot(item);
+    }
+  };
   // Item 2 i is the keys of step i, item 2 i + 1 its values.
   const auto fetch = [&](int item) {
     if (item < 2 * own_steps) {
       if (item & 1) {
-        load_tile<M, kDim, kKeys, 32, Warp>(slot(item), values(item >> 1), value_dim);
+        load_tile<Kept, kDim, kKeys, 32, Warp>(slot(item), values(item >> 1), value_dim);
       } else {
         const int key = first_key(item >> 1);
-        const auto keys = KeyRows<const Element>::of_tile(p.k, head, key, head.length_k, args.aligned.k);
-        load_tile<M, kDim, kKeys, 32, Warp>(slot(item), keys, head_dim);
+        const auto keys = KeyRows<const KeptElement>::of_tile(p.k, head, key, head.length_k, args.aligned.k);
+        load_tile<Kept, kDim, kKeys, 32, Warp>(slot(item), keys, head_dim);
       }
     }
     copy_async_commit();
@@ -196,7 +230,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
     sync_warp();  // the keys are here for all lanes, and all are done with the values of the step before
     fetch(2 * step + kRing - 1);
     Acc<1, kMmaN> s;
-    gemm_nt<M, kDim, 1, kMmaN>(s, q, 0, slot(2 * step), recomputed(lane_index()));
+    gemm_nt<M, kDim, 1, kMmaN>(s, q, 0, arrived(2 * step), recomputed(lane_index()));
     const bool sees_all = plain && block.sees_all(key, kKeys);
     if (sees_all) {
       softmax_of_all<1, kMmaN>(s, rows, scale, rescale);
@@ -206,10 +240,10 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
     copy_async_wait<kRing - 2>();
     sync_warp();  // the same for the values, and the keys
     fetch(2 * step + kRing);
-    const T v = slot(2 * step + 1);
+    const T v = arrived(2 * step + 1);
     const bool nonfinite = !sees_all && zero_nonfinite_rows<M, kKeys, 32, Warp>(v, flags);
     gemm_nn<M, kDim, 1, kMmaN>(o, s, v, value_dim, recomputed(lane_index()));
-    if (nonfinite) add_nonfinite_rows<M, kDim, 1, kMmaN>(o, s, flags, values(step), value_dim);
+    if (nonfinite) add_nonfinite_rows<M, kDim, 1, kMmaN, Kept>(o, s, flags, values(step), value_dim);
   }
   copy_async_wait<0>();
   rows.finish();
@@ -267,7 +301,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
     Quad sum;
 #pragma unroll
     for (int warp = 0; warp < kDecodeWarps; ++warp) {
-      char* table = rings + warp * kRing * kTileBytes;
+      char* table = rings + warp * kWarpBytes;
       sum.add(statistics[(row * kDecodeWarps + warp) * 2],
               *reinterpret_cast<const Bytes16*>(table_place<kDim>(table, row, column)));
     }

@@ -32,8 +32,9 @@ std::string unsupported_reason(const AttentionParams& p) {
   if (p.bias.data != nullptr && p.bias.dtype != p.dtype && p.bias.dtype != DType::kFloat32) {
     return "the CUDA kernels take a bias of float32 or of the dtype of the inputs";
   }
-  if (p.k.data != nullptr && p.k.dtype != p.dtype) {
-    return "the CUDA kernels do not take keys of another dtype than the queries";
+  const bool of_16_bits = p.k.dtype == DType::kFloat16 || p.k.dtype == DType::kBFloat16;
+  if (has_narrow_keys(p) && !(p.dtype == DType::kFloat32 && of_16_bits)) {
+    return "the CUDA kernels take keys of the dtype of the queries, or of 16 bits beside queries of float32";
   }
   if (p.relative_bias != nullptr && p.relative_reach > kMostReach) {
     return "the CUDA kernels take a relative_bias of up to " + number(kMostReach) + " distances each way (" +
@@ -53,15 +54,14 @@ std::string unsupported_reason(const AttentionParams& p) {
   return "";
 }
 
-// The current device, for calls that the kernels take.
-int prepare(const AttentionParams& p, const Device** device) {
+// Whether the kernels take this call, where it is to run.
+int check(const AttentionParams& p, const StreamScope& scope) {
   const std::string reason = unsupported_reason(p);
   if (!reason.empty()) return fail(kUnsupported, "%s", reason.c_str());
   if (p.dropout_rate > 0 && p.dropout_words == nullptr) {
     return fail(kUnsupported, "the CUDA kernels read the seed of dropout from device memory: dropout_words is null");
   }
-  *device = find_device(-1);
-  return *device == nullptr ? kNoDevice : 0;
+  return scope.device() == nullptr ? kNoDevice : 0;
 }
 
 int check(const Workspace& workspace, size_t needed) {
@@ -83,32 +83,36 @@ uint64_t next_launch() {
 
 std::atomic<int64_t> most_decode_rows{kMostDecodeRows};
 
-// Pages are read by this kernel alone.
+// Pages and keys of another dtype are read by this kernel alone.
 bool is_decode(const AttentionParams& p) {
-  return p.block_table != nullptr || num_rows(p) <= most_decode_rows.load(std::memory_order_relaxed);
+  return p.block_table != nullptr || has_narrow_keys(p) ||
+         num_rows(p) <= most_decode_rows.load(std::memory_order_relaxed);
+}
+
+// Of kernels.cu.
+int launch(const Device& device, const KernelName& name, int64_t blocks, void* stream, void* args) {
+  const BlockShape shape = block_shape(name);
+  return launch(device, name, blocks, shape.threads, shape.shared_bytes, stream, args);
 }
 
 int launch_decode(const AttentionParams& p, const Device& device, void* stream, Workspace workspace) {
-  const DecodePlan plan(p, device);
+  const DecodePlan plan(p);
   if (const int code = check(workspace, plan.workspace_bytes())) return code;
-  const Math math = math_of(p, true);
-  const int dim = dim_of(p);
   DecodeArgs args;
   args.p = p;
   args.factors = factors_of(p);
   args.rows = rows_of(p, plan.tiles_per_head);
   args.aligned = aligned_of(p);
   args.plain = is_plain(p) && p.scale <= 1;
-  args.splits = plan.splits;
-  if (plan.splits > 1) {
+  args.splits = plan.choose_splits(p, device);
+  if (args.splits > 1) {
     char* memory = static_cast<char*>(workspace.data);
     args.partial_out = reinterpret_cast<float*>(memory);
     args.partial_stats = reinterpret_cast<float*>(memory + plan.partial_out_bytes);
     args.tickets = reinterpret_cast<uint64_t*>(memory + plan.partial_out_bytes + plan.partial_stats_bytes);
     args.launch = next_launch();
   }
-  return launch(device, {Role::kDecode, math, dim, false}, plan.tiles * plan.splits, 32 * kDecodeWarps,
-                decode_shared_bytes(math, dim), stream, &args);
+  return launch(device, decode_kernel(p), plan.tiles * args.splits, stream, &args);
 }
 
 int launch_forward(const AttentionParams& p, const Device& device, void* stream) {
@@ -123,8 +127,7 @@ int launch_forward(const AttentionParams& p, const Device& device, void* stream)
   args.factors = factors_of(p);
   args.rows = rows_of(p, tiles);
   args.aligned = aligned_of(p);
-  return launch(device, {Role::kForward, math, dim, plain}, p.batch * p.num_kv_heads * tiles, tile.threads(),
-                forward_shared_bytes(math, dim, plain), stream, &args);
+  return launch(device, {Role::kForward, math, dim, plain}, p.batch * p.num_kv_heads * tiles, stream, &args);
 }
 
 size_t delta_bytes(const AttentionParams& p) {
@@ -145,16 +148,12 @@ size_t backward_workspace_bytes(const BackwardParams& b) {
 int launch_table_gradient(BackwardArgs args, const Device& device, void* stream) {
   const AttentionParams& p = args.b.forward;
   const Math math = math_of(p, is_decode(p));
-  const int dim = dim_of(p);
-  const Tile tile = score_gradient_tile(p);
-  const TablePlan plan(p, tile);
+  const TablePlan plan(p, score_gradient_tile(p));
   args.parts = plan.parts;
   args.partial_tables = args.delta + delta_bytes(p) / sizeof(float);
-  const int code = launch(device, {Role::kDistanceGradient, math, dim, false}, plan.blocks, tile.threads(),
-                          backward_shared_bytes(math, dim, false), stream, &args);
+  const int code = launch(device, {Role::kDistanceGradient, math, dim_of(p)}, plan.blocks, stream, &args);
   if (code != 0 || plan.parts == 1) return code;
-  return launch(device, {Role::kTableSum, Math::kFloat32, 0}, ceil_div(plan.numbers, kTableThreads), kTableThreads, 0,
-                stream, &args);
+  return launch(device, {Role::kTableSum, Math::kFloat32, 0}, ceil_div(plan.numbers, kTableThreads), stream, &args);
 }
 
 int launch_backward(const BackwardParams& b, const Device& device, void* stream, Workspace workspace) {
@@ -174,23 +173,20 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
   int code = 0;
   if (!sums_delta(math)) {
     code = launch(device, {Role::kDelta, math, dim, false}, ceil_div(p.batch * p.num_heads * p.seqlen_q, kDeltaWarps),
-                  32 * kDeltaWarps, 0, stream, &args);
+                  stream, &args);
     if (code != 0) return code;
   }
 
   const Tile tile = backward_tile(math, dim, plain);
-  const int shared = backward_shared_bytes(math, dim, plain);
   const int64_t row_tiles = ceil_div(num_rows(p), tile.block_m), key_tiles = ceil_div(p.seqlen_k, tile.block_m);
   args.rows = rows_of(p, row_tiles);
-  code = launch(device, {Role::kQueryGradient, math, dim, plain}, heads * row_tiles, tile.threads(), shared, stream,
-                &args);
+  code = launch(device, {Role::kQueryGradient, math, dim, plain}, heads * row_tiles, stream, &args);
   if (code != 0) return code;
   args.rows = rows_of(p, key_tiles);
   code = launch(device, {Role::kKeyGradients, math, dim, plain}, heads * key_tiles * (splits_dk_dv(math, dim) ? 2 : 1),
-                tile.threads(), shared, stream, &args);
+                stream, &args);
   if (code == 0 && b.d_sinks != nullptr) {
-    code = launch(device, {Role::kSinkGradient, Math::kFloat32, 0}, p.num_heads, kSinkThreads, kSinkSharedBytes, stream,
-                  &args);
+    code = launch(device, {Role::kSinkGradient, Math::kFloat32, 0}, p.num_heads, stream, &args);
   }
   if (code == 0 && b.d_relative_bias != nullptr) code = launch_table_gradient(args, device, stream);
   if (code != 0 || b.d_bias == nullptr) return code;
@@ -199,8 +195,7 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
   const int64_t* shape = b.d_bias_shape;
   const int64_t owners = shape[0] * shape[1] * (shape[2] == 1 ? 1 : ceil_div(shape[2], bias_tile.block_m)) *
                          (shape[3] == 1 ? 1 : ceil_div(shape[3], bias_tile.block_n));
-  return launch(device, {Role::kBiasGradient, math, dim, false}, owners, bias_tile.threads(),
-                backward_shared_bytes(math, dim, false), stream, &args);
+  return launch(device, {Role::kBiasGradient, math, dim, false}, owners, stream, &args);
 }
 
 bool is_empty(const AttentionParams& p) { return p.batch == 0 || p.num_heads == 0; }
@@ -227,8 +222,7 @@ ATTN_OPS_EXPORT const char* attn_ops_cuda_unsupported_reason(const AttentionPara
 
 ATTN_OPS_EXPORT size_t attn_ops_cuda_forward_workspace_bytes(const AttentionParams* p) {
   if (cuda::is_empty(*p) || !cuda::unsupported_reason(*p).empty() || !cuda::is_decode(*p)) return 0;
-  const cuda::Device* device = cuda::find_device(-1);
-  return device == nullptr ? 0 : cuda::DecodePlan(*p, *device).workspace_bytes();
+  return cuda::DecodePlan(*p).workspace_bytes();
 }
 
 ATTN_OPS_EXPORT size_t attn_ops_cuda_backward_workspace_bytes(const BackwardParams* b) {
@@ -237,17 +231,17 @@ ATTN_OPS_EXPORT size_t attn_ops_cuda_backward_workspace_bytes(const BackwardPara
 
 ATTN_OPS_EXPORT int attn_ops_cuda_forward(const AttentionParams* p, void* stream, Workspace workspace) {
   if (cuda::is_empty(*p) || p->seqlen_q == 0) return 0;
-  const cuda::Device* device = nullptr;
-  if (const int code = cuda::prepare(*p, &device)) return code;
-  return cuda::is_decode(*p) ? cuda::launch_decode(*p, *device, stream, workspace)
-                             : cuda::launch_forward(*p, *device, stream);
+  const cuda::StreamScope scope(stream);
+  if (const int code = cuda::check(*p, scope)) return code;
+  return cuda::is_decode(*p) ? cuda::launch_decode(*p, *scope.device(), stream, workspace)
+                             : cuda::launch_forward(*p, *scope.device(), stream);
 }
 
 // Even of nothing at all, a bias may have a gradient: zeros.
 ATTN_OPS_EXPORT int attn_ops_cuda_backward(const BackwardParams* b, void* stream, Workspace workspace) {
-  const cuda::Device* device = nullptr;
-  if (const int code = cuda::prepare(b->forward, &device)) return code;
-  return cuda::launch_backward(*b, *device, stream, workspace);
+  const cuda::StreamScope scope(stream);
+  if (const int code = cuda::check(b->forward, scope)) return code;
+  return cuda::launch_backward(*b, *scope.device(), stream, workspace);
 }
 
 ATTN_OPS_EXPORT const char* attn_ops_cuda_error_text() { return cuda::error_text(); }

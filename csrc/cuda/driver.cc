@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <mutex>
 
+#include "hopper/config.h"
 #include "images.h"
 
 namespace attn_ops::cuda {
@@ -32,13 +33,16 @@ thread_local Text last_error;
 using Library = struct CUlib_st*;
 using Kernel = struct CUkern_st*;
 
-constexpr int kInvalidContext = 201;
+constexpr int kInvalidContext = 201, kNotFound = 500, kNotSupported = 801;
+constexpr int kRelaxedCapture = 2;             // a CUstreamCaptureMode
+constexpr int kLoadsKernelsInCapture = 12030;  // drivers of this version and later
 
 enum DeviceAttribute {
   kMultiprocessors = 16,
   kCapabilityMajor = 75,
   kCapabilityMinor = 76,
   kSharedBytesPerMultiprocessor = 81,
+  kSharedBytesPerBlock = 97,  // with asking: MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 };
 constexpr int kMaxDynamicSharedBytes = 8;  // an attribute of kernels
 constexpr int kSharedBytesWithoutAsking = 48 * 1024;
@@ -49,11 +53,17 @@ struct Driver {
   int (*version)(int* version);
   int (*error_string)(int code, const char** text);
   int (*current_device)(int* device);
+  int (*current_context)(void** context);
+  int (*push_context)(void* context);
+  int (*pop_context)(void** context);
+  int (*stream_context)(void* stream, void** context);
   int (*device)(int* device, int ordinal);
   int (*attribute)(int* value, int attribute, int device);
   int (*load)(Library*, const void* image, void* jit_options, void* jit_values, unsigned num_jit_options, void* options,
               void* values, unsigned num_options);
   int (*kernel)(Kernel*, Library, const char* name);
+  int (*function)(void** function, Kernel);
+  int (*exchange_capture_mode)(int* mode);
   int (*set_attribute)(int attribute, int value, Kernel, int device);
   int (*launch)(Kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
                 unsigned block_z, unsigned shared_bytes, void* stream, void** parameters, void** extra);
@@ -79,10 +89,16 @@ struct Driver {
     find(&version, "cuDriverGetVersion");
     find(&error_string, "cuGetErrorString");
     find(&current_device, "cuCtxGetDevice");
+    find(&current_context, "cuCtxGetCurrent");
+    find(&push_context, "cuCtxPushCurrent_v2");
+    find(&pop_context, "cuCtxPopCurrent_v2");
+    find(&stream_context, "cuStreamGetCtx");
     find(&device, "cuDeviceGet");
     find(&attribute, "cuDeviceGetAttribute");
     find(&load, "cuLibraryLoadData");
     find(&kernel, "cuLibraryGetKernel");
+    find(&function, "cuKernelGetFunction");
+    find(&exchange_capture_mode, "cuThreadExchangeStreamCaptureMode");
     find(&set_attribute, "cuKernelSetAttribute");
     find(&launch, "cuLaunchKernel");
     encode = reinterpret_cast<decltype(encode)>(dlsym(library, "cuTensorMapEncodeTiled"));  // of Hopper alone
@@ -127,6 +143,19 @@ std::atomic<bool> allowed[kMostDevices][kNumKernelNames];
 
 std::mutex mutex;  // held while one of them is made
 
+// While it lives, this thread may load what a stream needs that is being captured into a graph. Nothing of it becomes
+// part of the graph: it is not in order with the stream.
+class AllowedInCapture {
+ public:
+  AllowedInCapture() { driver().exchange_capture_mode(&mode_); }
+  ~AllowedInCapture() { driver().exchange_capture_mode(&mode_); }
+  AllowedInCapture(const AllowedInCapture&) = delete;
+  AllowedInCapture& operator=(const AllowedInCapture&) = delete;
+
+ private:
+  int mode_ = kRelaxedCapture;
+};
+
 int load(int number, Library* library) {
   std::atomic<Library>& known = loaded[number].library;
   *library = known.load(std::memory_order_acquire);
@@ -135,6 +164,7 @@ int load(int number, Library* library) {
   *library = known.load(std::memory_order_relaxed);
   if (*library != nullptr) return 0;
   const Image& image = cuda::image(number);
+  const AllowedInCapture allowed;
   if (const int code = driver().load(library, image.data, nullptr, nullptr, 0, nullptr, nullptr, 0)) {
     int version = 0;
     driver().version(&version);
@@ -145,14 +175,17 @@ int load(int number, Library* library) {
   return 0;
 }
 
+int image_of(const Device& device, const KernelName& name) { return name.hopper ? device.hopper_image : device.image; }
+
 int find_kernel(const Device& device, const KernelName& name, Kernel* kernel) {
-  const int image = name.hopper ? device.hopper_image : device.image;
+  const int image = image_of(device, name);
   std::atomic<Kernel>& known = loaded[image].kernels[name.index()];
   *kernel = known.load(std::memory_order_acquire);
   if (*kernel != nullptr) return 0;
   Library library;
   if (const int code = load(image, &library)) return code;
   const KernelText text(name);
+  const AllowedInCapture allowed;
   if (const int code = driver().kernel(kernel, library, text.data)) {
     return fail(code, "looking for the kernel %s: %s (CUresult %d)", text.data, driver().explain(code), code);
   }
@@ -163,6 +196,7 @@ int find_kernel(const Device& device, const KernelName& name, Kernel* kernel) {
 int allow_shared_memory(const Device& device, const KernelName& name, Kernel kernel, int bytes) {
   std::atomic<bool>& is_allowed = allowed[device.ordinal][name.index()];
   if (bytes <= kSharedBytesWithoutAsking || is_allowed.load(std::memory_order_relaxed)) return 0;
+  const AllowedInCapture while_set;
   if (const int code = driver().set_attribute(kMaxDynamicSharedBytes, bytes, kernel, device.ordinal)) {
     return fail(code, "giving shared memory to %s (%d bytes): %s (CUresult %d)", KernelText(name).data, bytes,
                 driver().explain(code), code);
@@ -179,9 +213,12 @@ int ask(int ordinal, Device* device) {
   if (code == 0) code = attribute(kCapabilityMinor, &device->minor);
   if (code == 0) code = attribute(kMultiprocessors, &device->multiprocessors);
   if (code == 0) code = attribute(kSharedBytesPerMultiprocessor, &device->shared_bytes);
+  if (code == 0) code = attribute(kSharedBytesPerBlock, &device->block_shared_bytes);
   const int capability = 10 * device->major + device->minor;
   device->image = image_for(capability);
-  device->hopper_image = driver().encode == nullptr ? -1 : hopper_image_for(capability);
+  if (driver().encode != nullptr && device->block_shared_bytes >= hopper::kMostSharedBytes) {
+    device->hopper_image = hopper_image_for(capability);
+  }
   return code;
 }
 
@@ -222,16 +259,68 @@ const Device* find_device(int ordinal) {
     entry.known.store(true, std::memory_order_release);
   }
   const Device& found = entry.device;
-  if (found.image >= 0) return &found;
+  if (found.image >= 0) {
+    if (found.block_shared_bytes >= most_shared_bytes()) return &found;
+    fail(kNoDevice, "CUDA device %d lends a block %d bytes of shared memory: the kernels need up to %d", device,
+         found.block_shared_bytes, most_shared_bytes());
+    return nullptr;
+  }
   fail(kNoDevice, "CUDA device %d has compute capability %d.%d: %s", device, found.major, found.minor,
        found.major < 8 ? "the kernels need compute capability 8.0 or newer (Ampere)"
                        : "this library was built without kernels for it");
   return nullptr;
 }
 
+StreamScope::StreamScope(void* stream) {
+  const Driver& cuda = driver();
+  constexpr uintptr_t kLastDefaultStream = 2;
+  if (cuda.usable() && reinterpret_cast<uintptr_t>(stream) > kLastDefaultStream) {
+    void *own = nullptr, *current = nullptr;
+    int code = cuda.stream_context(stream, &own);
+    if (code == 0) code = cuda.current_context(&current);
+    if (code == 0 && own != current) {
+      code = cuda.push_context(own);
+      pushed_ = code == 0;
+    }
+    // Streams of a part of a device (green contexts) are said to have none: they are the current context's.
+    if (code != 0 && code != kNotSupported) {
+      fail(code, "asking for the context of the stream %p: %s (CUresult %d)", stream, cuda.explain(code), code);
+      return;
+    }
+  }
+  device_ = find_device(-1);
+}
+
+StreamScope::~StreamScope() {
+  void* popped = nullptr;
+  if (pushed_) driver().pop_context(&popped);
+}
+
 int load_kernels(const Device& device) {
   Library library;
-  return load(device.image, &library);
+  if (const int code = load(device.image, &library)) return code;
+  if (device.hopper_image >= 0) {
+    if (const int code = load(device.hopper_image, &library)) return code;
+  }
+  // Code comes to the device when a kernel is first launched, which older drivers do not allow in a capture.
+  int version = 0, current = -1;
+  driver().version(&version);
+  if (version >= kLoadsKernelsInCapture) return 0;
+  if (driver().current_device(&current) != 0 || current != device.ordinal) return 0;
+  for (int i = 0; i < kNumKernelNames; ++i) {
+    const KernelName name = kernel_name(i);
+    if (image_of(device, name) < 0) continue;
+    Kernel kernel;
+    void* function;
+    int code = find_kernel(device, name, &kernel);
+    if (code == kNotFound) continue;  // not every combination of a name is a kernel
+    if (code != 0) return code;
+    const AllowedInCapture allowed;
+    code = driver().function(&function, kernel);
+    if (code == 0) continue;
+    return fail(code, "loading %s: %s (CUresult %d)", KernelText(name).data, driver().explain(code), code);
+  }
+  return 0;
 }
 
 int encode_tensor_map(void* map, void* data, const uint64_t (&extent)[4], const uint64_t (&stride)[3],

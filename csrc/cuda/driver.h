@@ -11,9 +11,10 @@ namespace attn_ops::cuda {
 
 struct Device {
   int ordinal = 0, major = 0, minor = 0;
-  int multiprocessors = 0, shared_bytes = 0;  // shared_bytes: of one multiprocessor
+  int multiprocessors = 0;
+  int shared_bytes = 0, block_shared_bytes = 0;  // of a multiprocessor; that one block may ask for
   int image = -1;  // images.h
-  int hopper_image = -1;  // where the driver can tell the copy engine of arrays
+  int hopper_image = -1;  // where there is memory for it, and the driver can tell the copy engine of arrays
 };
 
 // Codes of our own, beside the driver's CUresult (which are positive).
@@ -23,7 +24,25 @@ enum Error : int { kNoDevice = -1, kUnsupported = -2, kWorkspace = -3 };
 // our kernels: the reason is then in error_text().
 const Device* find_device(int ordinal);
 
-// Loads the kernels for this device, which only the driver knows whether it can. 0 or an error code.
+// While it lives, the context that a stream belongs to is the thread's current one: launches go where the stream is,
+// whatever the caller has current. The default streams (null, legacy, per thread) are those of the current context.
+class StreamScope {
+ public:
+  explicit StreamScope(void* stream);
+  ~StreamScope();
+  StreamScope(const StreamScope&) = delete;
+  StreamScope& operator=(const StreamScope&) = delete;
+
+  // As find_device() has it.
+  const Device* device() const { return device_; }
+
+ private:
+  const Device* device_ = nullptr;
+  bool pushed_ = false;
+};
+
+// Loads the kernels for this device, which only the driver knows whether it can. All of them, where the driver could not
+// later, in a capture, and the device's context is current. 0 or an error code.
 int load_kernels(const Device&);
 
 // Launches `blocks` of `threads` of the kernel; `args` is its one parameter. 0 or an error code.

@@ -107,7 +107,7 @@ ATTN_DEVICE void softmax_of_some(Acc<kMmaM, kMmaN>& s, RowStatistics<kMmaM>& row
       const int row = recomputed(first_row + 16 * m + 8 * half + g);
       const Interval seen = head.seen(row);
       const int position = head.position(row), query_head = head.head(row, position);
-      const auto key = [=](int i) { return first_key + 8 * (i >> 1) + 2 * t + (i & 1); };
+      const KeysAlongRow key{first_key, t};
       float x[2 * kMmaN];
 #pragma unroll
       for (int i = 0; i < 2 * kMmaN; ++i) x[i] = s[m][i >> 1][2 * half + (i & 1)];

@@ -36,6 +36,10 @@ namespace attn_ops::cuda {
 
 #define DECODE(math, M, dim) \
   ATTN_KERNEL(attn_ops_decode_##math##_##dim, 32 * kDecodeWarps, DecodeArgs) { decode<M, dim>(args); }
+#define DECODE_OF_F16(math, M, dim) \
+  ATTN_KERNEL(attn_ops_decode_of_f16_##math##_##dim, 32 * kDecodeWarps, DecodeArgs) { decode<M, dim, F16>(args); }
+#define DECODE_OF_BF16(math, M, dim) \
+  ATTN_KERNEL(attn_ops_decode_of_bf16_##math##_##dim, 32 * kDecodeWarps, DecodeArgs) { decode<M, dim, BF16>(args); }
 #define DBIAS(math, M, dim)                                                                                 \
   ATTN_KERNEL(attn_ops_dbias_##math##_##dim, backward_tile(M::kMath, dim, false).threads(), BackwardArgs) { \
     bias_gradient<M, dim>(args);                                                                            \
@@ -61,6 +65,8 @@ FOR_16_BITS(DQ_PLAIN)
 FOR_ALL(DKDV)
 FOR_16_BITS(DKDV_PLAIN)
 FOR_EXACT(DECODE)
+FOR_EACH_DIM(DECODE_OF_F16, f32, F32)
+FOR_EACH_DIM(DECODE_OF_BF16, f32, F32)
 FOR_ALL(DBIAS)
 FOR_ALL(DTABLE)
 DELTA

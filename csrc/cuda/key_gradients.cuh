@@ -82,7 +82,7 @@ ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, con
       }
       const int index = recomputed(first_row + column);
       const int position = head.position(index), query_head = head.head(index, position);
-      const auto key = [=](int j) { return first_key + 8 * j + g; };
+      const KeysAcrossRows key{first_key + g};
       float x[2 * kMmaM];
 #pragma unroll
       for (int j = 0; j < 2 * kMmaM; ++j) x[j] = s[j >> 1][n][2 * (j & 1) + i];
@@ -173,7 +173,7 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
       [&](int row, int stage) {
         const auto q = tiles.streamed(0, stage), d_out = tiles.streamed(1, stage);
         Acc<kMmaM, kMmaN> s, dp;
-        gemm_nt<M, kDim, kMmaM, kMmaN>(s, k, warp_key, q);
+        gemm_nt<M, kDim, kMmaM, kMmaN, true>(s, k, warp_key, q);
         if (kWantsDk) gemm_nt<M, kDim, kMmaM, kMmaN>(dp, v, warp_key, d_out);
         const bool sees_all = kPlain && RowBlock(head, row, kRows).sees_all(first_key, kKeys);
         pair_gradients<M, kPlain, kWantsDk, kMmaM, kMmaN>(s, dp, streamed_rows(stage), head, row, first_key + warp_key,

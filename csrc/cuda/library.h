@@ -1,8 +1,11 @@
 // The C interface of libattn_ops_cuda.so: attention on NVIDIA GPUs, for any framework. Nothing of CUDA is needed to
 // link or load it; the driver is looked for at the first call.
 //
-// Arrays are in the memory of the device of the thread's current context, lengths and dropout words as well. Calls only
-// launch: they never wait, copy or allocate, and may be captured into a CUDA graph.
+// Arrays are in the memory of the stream's device, lengths and dropout words as well: the one of the context that the
+// stream belongs to, or of the thread's current context where it is a default stream. Calls only launch: they never
+// wait, copy or allocate, and may be captured into a CUDA graph, to be replayed with the arrays and the workspace that
+// they were captured with. What first launches have to load is loaded in a capture as well; drivers before CUDA 12.3
+// cannot, and attn_ops_cuda_unavailable_reason(-1) must have been asked before, on each device.
 #pragma once
 
 #include "../attention.h"
@@ -21,8 +24,8 @@ const char* attn_ops_cuda_unavailable_reason(int device);
 // does, then. Needs no driver.
 const char* attn_ops_cuda_unsupported_reason(const attn_ops::AttentionParams*);
 
-// Bytes of workspace the functions below must be lent (16-byte aligned, on the device, for the time of the kernels).
-// 0 where there is no usable device.
+// Bytes of workspace the functions below must be lent (16-byte aligned, on the device, for the time of the kernels). By
+// the extents and options of a call alone, whatever device it is for.
 size_t attn_ops_cuda_forward_workspace_bytes(const attn_ops::AttentionParams*);
 size_t attn_ops_cuda_backward_workspace_bytes(const attn_ops::BackwardParams*);
 

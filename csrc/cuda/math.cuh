@@ -109,18 +109,24 @@ struct F32 : Bits32 {
     split(r1, &b.big[1], &b.small[1]);
     return b;
   }
-  ATTN_DEVICE static void mma(float (&d)[4], const A& a, const B& b) {
+  ATTN_DEVICE static void mma(float (&d)[4], const A& a, const B& b) { add(d, a.small, b.big, a.big, b.small, a, b); }
+  // The same bits of the transposed product.
+  ATTN_DEVICE static void mma_transposed(float (&d)[4], const A& a, const B& b) {
+    add(d, a.big, b.small, a.small, b.big, a, b);
+  }
+
+ private:
+  ATTN_DEVICE static void add(float (&d)[4], const uint32_t (&a1)[4], const uint32_t (&b1)[2], const uint32_t (&a2)[4],
+                              const uint32_t (&b2)[2], const A& a, const B& b) {
     // The tensor cores cut off where others round, at the size of the sum so far: so it is added to here, rounded.
     // Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores", IJHPCA 2022.
     float step[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    mma_tf32(step, a.small, b.big);
-    mma_tf32(step, a.big, b.small);
+    mma_tf32(step, a1, b1);
+    mma_tf32(step, a2, b2);
     mma_tf32(step, a.big, b.big);
 #pragma unroll
     for (int i = 0; i < 4; ++i) d[i] += step[i];
   }
-
- private:
   ATTN_DEVICE static void split(uint32_t x, uint32_t* big, uint32_t* small) {
     *big = (x + kHalfOfTf32) & ~(2 * kHalfOfTf32 - 1);
     *small = bits_of(float_of(x) - float_of(*big));

@@ -51,8 +51,19 @@ inline bool is_plain(const AttentionParams& p) {
          p.scale > 0 && p.scale <= largest_scale;
 }
 
+// Whether `count` neighbours of a line of a score-shaped array can be read at a time, from any multiple of it.
+inline bool reads_neighbours(const AttentionParams& p, const StridedView& view, int64_t count) {
+  int64_t ends = p.seqlen_k;
+  for (int axis = 0; axis < 3; ++axis) ends |= view.stride[axis];
+  const auto address = reinterpret_cast<uintptr_t>(view.data);
+  const bool aligned = ends % count == 0 && address % (count * size_of(view.dtype)) == 0;
+  return view.data != nullptr && view.stride[3] == 1 && aligned;
+}
+
 inline Factors factors_of(const AttentionParams& p) {
   Factors f;
+  for (int m = 0; m < p.num_masks; ++m) f.whole_masks[m] = reads_neighbours(p, p.masks[m], 16);
+  f.bias_pairs = reads_neighbours(p, p.bias, 2);
   if (p.blocks.data != nullptr) {
     const auto divisor = [](int64_t x) { return make_divisor(static_cast<uint32_t>(std::min<int64_t>(x, INT32_MAX))); };
     f.block_q = divisor(p.block_q), f.block_k = divisor(p.block_k);
@@ -66,6 +77,15 @@ inline Factors factors_of(const AttentionParams& p) {
   f.keep = static_cast<float>(1.0 / (1.0 - p.dropout_rate));
   f.drop_below = static_cast<uint32_t>(p.dropout_rate * 4294967296.0);
   return f;
+}
+
+// Keys and values of another dtype than the queries: of 16 bits beside float32.
+inline bool has_narrow_keys(const AttentionParams& p) { return p.k.data != nullptr && p.k.dtype != p.dtype; }
+
+// Decode's kernel for the keys of a call.
+inline KernelName decode_kernel(const AttentionParams& p) {
+  const Role narrow = p.k.dtype == DType::kFloat16 ? Role::kDecodeF16Keys : Role::kDecodeBF16Keys;
+  return {has_narrow_keys(p) ? narrow : Role::kDecode, math_of(p, true), dim_of(p)};
 }
 
 inline int64_t num_rows(const AttentionParams& p) { return p.seqlen_q * group_size(p); }
@@ -83,7 +103,7 @@ inline Rows rows_of(const AttentionParams& p, int64_t tiles) {
 inline uint8_t alignment_of(const AttentionParams& p, const StridedView& view, int64_t seqlen, int64_t heads,
                             int64_t dim) {
   const bool in_pages = p.block_table != nullptr && (view.data == p.k.data || view.data == p.v.data);
-  const int64_t bytes = size_of(p.dtype), extent[] = {in_pages ? int64_t{2} : p.batch, seqlen, heads};
+  const int64_t bytes = size_of(view.dtype), extent[] = {in_pages ? int64_t{2} : p.batch, seqlen, heads};
   if (dim == 0 || (dim > 1 && view.stride[3] != 1)) return 0;
   uint64_t ends = reinterpret_cast<uintptr_t>(view.data) | static_cast<uint64_t>(dim * bytes);
   for (int axis = 0; axis < 3; ++axis)
@@ -130,55 +150,59 @@ struct TablePlan {
   size_t workspace_bytes() const { return parts == 1 ? 0 : static_cast<size_t>(parts * numbers) * sizeof(float); }
 };
 
-// How a call with few query rows is cut: into tiles of rows, and each into `splits` parts of its keys.
+// How a call with few query rows is cut: into tiles of rows, and each into parts of its keys, as many as the device can
+// use. The workspace has room for as many as any device would be given, so that it follows from shapes alone: whoever
+// lends it need not know where the call will run.
 struct DecodePlan {
   int64_t tiles = 0;  // of all heads
-  int tiles_per_head = 0, splits = 1;
+  int tiles_per_head = 0, most_splits = 1;
   size_t partial_out_bytes = 0, partial_stats_bytes = 0, ticket_bytes = 0;
 
   size_t workspace_bytes() const { return partial_out_bytes + partial_stats_bytes + ticket_bytes; }
 
-  DecodePlan(const AttentionParams& p, const Device& device) {
-    const Math math = math_of(p, true);
+  explicit DecodePlan(const AttentionParams& p) {
     tiles_per_head = static_cast<int>(ceil_div(num_rows(p), kDecodeRows));
     tiles = p.batch * p.num_kv_heads * tiles_per_head;
-    splits = choose_splits(p, device, math);
-    if (splits == 1) return;
-    const size_t lines = static_cast<size_t>(tiles) * splits * kDecodeRows;
-    partial_out_bytes = lines * decode_quads(p.value_dim) * 4 * sizeof(float);
-    partial_stats_bytes = lines * 2 * sizeof(float);
-    ticket_bytes = static_cast<size_t>(tiles) * sizeof(uint64_t);
-  }
-
- private:
-  int choose_splits(const AttentionParams& p, const Device& device, Math math) const {
     int64_t keys = p.seqlen_k;
     const int64_t left = p.mask.window_left, right = p.mask.window_right;
     if (left >= 0 && right >= 0 && left < keys && right < keys) {
       keys = std::min(keys, left + right + p.seqlen_q);
     }
-    const int64_t steps = ceil_div(keys, kDecodeWarps * decode_keys(math));
-    const int per_multiprocessor =
-        std::max(1, device.shared_bytes / (decode_shared_bytes(math, dim_of(p)) + 1024));  // 1 KiB is the system's
+    steps_ = ceil_div(keys, kDecodeWarps * decode_keys(math_of(p, true)));
+    constexpr int64_t kMostBlocks = 2048;  // four times what the largest cards run at a time
+    const int64_t of_tile = kMostBlocks / std::max<int64_t>(tiles, 1);
+    most_splits = static_cast<int>(std::min({steps_ / 2, int64_t{kMostSplits}, of_tile}));
+    if (most_splits <= 1) return;
+    const size_t lines = static_cast<size_t>(tiles) * most_splits * kDecodeRows;
+    partial_out_bytes = lines * decode_quads(p.value_dim) * 4 * sizeof(float);
+    partial_stats_bytes = lines * 2 * sizeof(float);
+    ticket_bytes = static_cast<size_t>(tiles) * sizeof(uint64_t);
+  }
+
+  int choose_splits(const AttentionParams& p, const Device& device) const {
+    if (most_splits <= 1) return 1;
+    const int per_multiprocessor =  // 1 KiB is the system's
+        std::max(1, device.shared_bytes / (block_shape(decode_kernel(p)).shared_bytes + 1024));
     const int64_t wave = std::max<int64_t>(1, int64_t{device.multiprocessors} * per_multiprocessor);
-    constexpr int64_t kOwnSteps = 4, kEnoughTiles = 1 << 20;
-    if (tiles > kEnoughTiles) return 1;
+    constexpr int64_t kOwnSteps = 4;
     // A block takes its steps, and a few more for its beginning and its end; blocks run in waves. Putting the parts
     // together is left out: 4 rows of 32 parts are 64 KiB of cache, where a step is 32 KiB of memory (head dim 128, 16
     // bits). In 32 bits, as so many divisions take long for a decode step.
     const auto cost = [t = static_cast<uint32_t>(tiles), w = static_cast<uint32_t>(wave),
-                       s = static_cast<uint32_t>(steps)](uint32_t splits) {
+                       s = static_cast<uint32_t>(steps_)](uint32_t splits) {
       return uint64_t{(t * splits + w - 1) / w} * ((s + splits - 1) / splits + kOwnSteps);
     };
-    const uint32_t most = static_cast<uint32_t>(std::min<int64_t>(steps / 2, kMostSplits));
     uint32_t best = 1;
     uint64_t lowest = cost(1);
-    for (uint32_t splits = 2; splits <= most; ++splits) {
+    for (uint32_t splits = 2; splits <= static_cast<uint32_t>(most_splits); ++splits) {
       const uint64_t own = cost(splits);
       if (own < lowest) lowest = own, best = splits;
     }
     return static_cast<int>(best);
   }
+
+ private:
+  int64_t steps_ = 0;  // of a block's warps, over all keys that a row may see
 };
 
 }  // namespace attn_ops::cuda

@@ -66,6 +66,75 @@ ATTN_DEVICE int64_t line(const StridedView& view, int batch, int head, int posit
   return batch * view.stride[0] + head * view.stride[1] + position * view.stride[2];
 }
 
+// The keys that a lane has of a row of a warp's products. Where they lie along the row, kCount of them are spread over
+// 4 kCount, and the four lanes of a quad have all.
+struct KeysAlongRow {
+  static constexpr bool kAlongRow = true;
+  int first, t;  // t: which lane of the quad it is
+  ATTN_DEVICE int operator()(int i) const { return first + 8 * (i >> 1) + 2 * t + (i & 1); }
+};
+struct KeysAcrossRows {
+  static constexpr bool kAlongRow = false;
+  int first;
+  ATTN_DEVICE int operator()(int i) const { return first + 8 * i; }
+};
+
+// Which of a lane's keys masks show.
+template <int kCount>
+struct Shown {
+  uint32_t word[(kCount + 7) / 8];
+
+  ATTN_DEVICE Shown() {
+#pragma unroll
+    for (uint32_t& w : word) w = ~0u;
+  }
+  // Eight keys to a word, two of each eight bits: as the bits of all of a row's keys, shifted, have them.
+  ATTN_DEVICE static constexpr uint32_t bit(int i) { return 1u << (8 * (i >> 1 & 3) + (i & 1)); }
+  ATTN_DEVICE bool operator()(int i) const { return (word[i >> 3] & bit(i)) != 0; }
+  ATTN_DEVICE void hide(int i) { word[i >> 3] &= ~bit(i); }
+
+  // Leaves what a mask shows too, of whose row the lanes of a quad read a quarter each: the bytes from `quarter` on, if
+  // they exist.
+  ATTN_DEVICE void leave(const uint8_t* quarter, bool exists, int t) {
+    static_assert(kCount == 4 || kCount == 8 || kCount == 16, "a load of as many bytes");
+    uint32_t own = 0;  // a bit for each byte
+    if (exists) {
+      uint32_t bytes[kCount / 4];
+      read(bytes, quarter);
+#pragma unroll
+      for (int i = 0; i < kCount / 4; ++i) own |= nonzero_bytes(bytes[i]) << 4 * i;
+    }
+    if constexpr (kCount == 16) {
+      uint32_t half = own << 16 * (t & 1);
+      half |= from_lane(half, 1);
+      const uint32_t other = from_lane(half, 2);
+      word[0] &= (t < 2 ? half : other) >> 2 * t;
+      word[1] &= (t < 2 ? other : half) >> 2 * t;
+    } else {
+      uint32_t all = own << kCount * t;
+      all |= from_lane(all, 1);
+      all |= from_lane(all, 2);
+      word[0] &= all >> 2 * t;
+    }
+  }
+
+ private:
+  ATTN_DEVICE static uint32_t from_lane(uint32_t x, int mask) { return bits_of(shuffle_xor(float_of(x), mask)); }
+  ATTN_DEVICE static void read(uint32_t (&bytes)[kCount / 4], const uint8_t* from) {
+    struct alignas(kCount) Words {
+      uint32_t word[kCount / 4];
+    };
+    const Words words = *reinterpret_cast<const Words*>(from);
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) bytes[i] = words.word[i];
+  }
+  // Four bits, of the four bytes: each product of the multiplication is a bit of its own.
+  ATTN_DEVICE static uint32_t nonzero_bytes(uint32_t x) {
+    const uint32_t highest = (((x & 0x7f7f7f7fu) + 0x7f7f7f7fu) | x) >> 7 & 0x01010101u;
+    return highest * 0x01020408u >> 24 & 15u;
+  }
+};
+
 // relative_bias of one query row, by the distance of a key from where the row stands.
 struct TableRow {
   const float* middle;  // of distance 0
@@ -115,6 +184,23 @@ ATTN_DEVICE float before_bias(float (&x)[kCount], const Head& h, int head, int p
   return scale;
 }
 
+// Two neighbours of the bias, from an even place on, if they exist.
+template <class M>
+ATTN_DEVICE void load_bias_pair(float (&pair)[2], const StridedView& view, int64_t place, bool is_float, bool exists) {
+  using Element = typename M::Element;
+  if (!exists) return;
+  if (is_float) {
+    struct alignas(8) Two {
+      float x[2];
+    };
+    const Two two = *reinterpret_cast<const Two*>(static_cast<const float*>(view.data) + place);
+    pair[0] = two.x[0], pair[1] = two.x[1];
+  } else if constexpr (sizeof(Element) == 2) {
+    const uint32_t two = *reinterpret_cast<const uint32_t*>(static_cast<const Element*>(view.data) + place);
+    pair[0] = M::low(two), pair[1] = M::high(two);
+  }
+}
+
 //   x[i] = scale x[i]    x[i] = cap tanh(x[i] / cap)    x[i] += slope (key(i) - own) + table(key(i) - own) + bias
 //
 // or -inf where key(i) is not seen, for `count` keys of one query row. Nothing outside the row's interval is read.
@@ -126,10 +212,18 @@ ATTN_DEVICE void finish_scores(float (&x)[kCount], const Head& h, int head, int 
   const int64_t bias_line = line(p.bias, h.batch, head, position);
   const float scale = before_bias(x, h, head, position, key);
   const bool has_bias = p.bias.data != nullptr, is_float = sizeof(Element) == 4 || p.bias.dtype == DType::kFloat32;
+  const bool has_pairs = Key::kAlongRow && h.factors.bias_pairs;
+  float pair[2] = {};
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     float bias = is_seen(i) ? 0.0f : minus_infinity();
-    if (has_bias && is_seen(i)) {
+    if (has_pairs) {
+      if constexpr (Key::kAlongRow) {
+        // Both of a pair exist if one does, but one may not be seen.
+        if ((i & 1) == 0) load_bias_pair<M>(pair, p.bias, bias_line + key(i), is_float, is_seen(i) || is_seen(i + 1));
+        if (is_seen(i)) bias = pair[i & 1];
+      }
+    } else if (has_bias && is_seen(i)) {
       const int64_t place = bias_line + key(i) * p.bias.stride[3];
       bias = is_float ? static_cast<const float*>(p.bias.data)[place]
                       : M::to_float(static_cast<const Element*>(p.bias.data)[place]);
@@ -144,11 +238,27 @@ ATTN_DEVICE void finish_scores(float (&x)[kCount], const Head& h, int head, int 
       if (is_seen(i) && !may_be_seen(key(i))) x[i] = minus_infinity();
     }
   };
+  if (p.num_masks > 0) {
+    Shown<kCount> shown;
+#pragma unroll 1
+    for (int m = 0; m < p.num_masks; ++m) {
+      const uint8_t* mask = static_cast<const uint8_t*>(p.masks[m].data) + line(p.masks[m], h.batch, head, position);
+      if constexpr (Key::kAlongRow && kCount >= 4) {
+        if (h.factors.whole_masks[m]) {
+          const int quarter = key.first + kCount * key.t;
+          shown.leave(mask + quarter, seen.begin < seen.end && quarter < p.seqlen_k, key.t);
+          continue;
+        }
+      }
 #pragma unroll
-  for (int m = 0; m < kMaxMasks; ++m) {
-    if (m >= p.num_masks) break;
-    const uint8_t* mask = static_cast<const uint8_t*>(p.masks[m].data) + line(p.masks[m], h.batch, head, position);
-    hide_unless([=, &p](int j) { return mask[j * p.masks[m].stride[3]] != 0; });
+      for (int i = 0; i < kCount; ++i) {
+        if (is_seen(i) && mask[key(i) * p.masks[m].stride[3]] == 0) shown.hide(i);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (!shown(i)) x[i] = minus_infinity();
+    }
   }
   if (seen.begin >= seen.end) return;  // and a row that does not exist has no id, and is in no block
   if (p.query_ids.data != nullptr) {

@@ -236,10 +236,20 @@ ATTN_DEVICE void restore_infinities(Acc<kMmaM, kMmaN>& d, const SharedTile<M, kD
 }
 
 //   d[i][j] = sum over the dimension of a[first + i] b[j]
-template <class M, int kDim, int kMmaM, int kMmaN>
+//
+// kTransposed: to the last bit what the product of b and a has at [j][i]. A score that is computed again must be the
+// same: one of 10^20, off by its rounding, has a weight of 0 or of 1.
+template <class M, int kDim, int kMmaM, int kMmaN, bool kTransposed = false>
 ATTN_DEVICE void gemm_nt(Acc<kMmaM, kMmaN>& d, const SharedTile<M, kDim>& a, int first, const SharedTile<M, kDim>& b,
                          int lane = operand_lane<M>()) {
   clear<kMmaM, kMmaN>(d);
+  const auto multiply = [](float (&d)[4], const typename M::A& left, const typename M::B& right) {
+    if constexpr (kTransposed && M::kMath == Math::kFloat32) {
+      M::mma_transposed(d, left, right);
+    } else {
+      M::mma(d, left, right);
+    }
+  };
   if constexpr (kMmaN == 1) {
 #pragma unroll 2
     for (int k = 0; k < kDim / M::kMmaK; k += 2) {
@@ -248,7 +258,7 @@ ATTN_DEVICE void gemm_nt(Acc<kMmaM, kMmaN>& d, const SharedTile<M, kDim>& a, int
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int m = 0; m < kMmaM; ++m) M::mma(d[m][0], load_a<M>(a, first + 16 * m, k + i, lane), right[i]);
+        for (int m = 0; m < kMmaM; ++m) multiply(d[m][0], load_a<M>(a, first + 16 * m, k + i, lane), right[i]);
     }
   } else {
 #pragma unroll(kGemmUnroll<M, kDim>)
@@ -262,8 +272,8 @@ ATTN_DEVICE void gemm_nt(Acc<kMmaM, kMmaN>& d, const SharedTile<M, kDim>& a, int
         load_b<M>(right, b, 8 * n, k, lane);
 #pragma unroll
         for (int m = 0; m < kMmaM; ++m) {
-          M::mma(d[m][n], left[m], right[0]);
-          M::mma(d[m][n + 1], left[m], right[1]);
+          multiply(d[m][n], left[m], right[0]);
+          multiply(d[m][n + 1], left[m], right[1]);
         }
       }
     }

@@ -12,7 +12,7 @@ import tensorflow as tf
 import attn_ops
 from attn_ops import kernels
 from attn_ops.cli import bench, checkout, frameworks, info, selftest
-from attn_ops.cli.app import cli, main
+from attn_ops.cli.app import _COMMANDS, cli, main
 from children import WITHOUT_TENSORFLOW, command, run
 
 MAIN = "from attn_ops.__main__ import main\nsys.exit(main({}))"
@@ -38,6 +38,16 @@ def test_a_bare_call_is_help(capsys):
     for name in ("bench", "completion", "explain", "info", "matrix", "selftest"):
         assert re.search(rf"^  {name} +\S.*[^.]\.$", bare, re.MULTILINE), name  # with a line that is not cut off
     assert re.findall(r"^ +(\d+)  +\S", bare, re.MULTILINE) == ["0", "1", "2", "3", "130"]
+
+
+@pytest.mark.parametrize("name", _COMMANDS)
+def test_help_has_the_first_line_of_each_command(name):
+    assert _COMMANDS[name] == importlib.import_module(f"attn_ops.cli.{name}").command.help.partition("\n")[0]
+
+
+def test_help_loads_no_command():
+    result = run("import sys\nfrom attn_ops.cli.app import main\nmain([])\nprint(*sys.modules)")
+    assert result.returncode == 0 and "numpy" not in result.stdout.split(), result.stderr
 
 
 @pytest.mark.parametrize(

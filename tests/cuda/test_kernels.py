@@ -316,12 +316,14 @@ def test_a_library_that_is_not_there(monkeypatch, tmp_path):
 
 @pytest.mark.wide(3)
 @pytest.mark.usefixtures("cuda")
-@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("dtype, kept", [*zip(KINDS, KINDS), ("float32", "float16"), ("float32", "bfloat16")])
 @pytest.mark.parametrize("size, seqlen_q, dim", [(16, 1, 64), (48, 3, 40), (128, 20, 72)])
-def test_keys_in_pages(dtype, size, seqlen_q, dim, rng):
-    """Read where the table says, and nothing that no length reaches: neither entries nor rows of pages."""
+def test_keys_in_pages(dtype, kept, size, seqlen_q, dim, rng):
+    """Read where the table says, and nothing that no length reaches: neither entries nor rows of pages. Narrow ones beside
+    float32 queries as well."""
     lengths = np.array([0, size + 5, 3 * size], np.int32)
     query, key, value, *_ = make_inputs(dtype, 3, seqlen_q, 3 * size, 4, 2, dim)
+    key, value = (x.astype(DTYPES[kept]) for x in (key, value))
     table = rng.permutation(12).astype(np.int32)[:9].reshape(3, 3)
     pages = [np.full((12, size, *x.shape[2:]), np.nan, x.dtype) for x in (key, value)]
     for to, x in zip(pages, (key, value)):
@@ -344,3 +346,57 @@ def test_keys_in_pages(dtype, size, seqlen_q, dim, rng):
     found = Result(out.numpy(), lse.numpy(), **nothing)
     assert_close(found, Result(right, right_lse, **nothing), TOLERANCES[dtype], "pages")
     del workspace
+
+
+# ------------------------------------------------------------------------------------------------------ keys of 16 bits
+
+
+@pytest.mark.wide(3)
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("kept", ["float16", "bfloat16"])
+@pytest.mark.parametrize("seqlen_q, seqlen_k, dim", [(1, 700, 64), (5, 90, 96), (90, 40, 128), (2, 50, 183), (3, 300, 256)])
+def test_narrow_keys_beside_float32(kept, seqlen_q, seqlen_k, dim):
+    """Exactly those numbers, as near as float32 is, with any number of rows; what is hidden may be NaN."""
+    query, key, value, *_ = make_inputs("float32", 2, seqlen_q, seqlen_k, 4, 2, dim)
+    key, value = (x.astype(DTYPES[kept]) for x in (key, value))
+    value[0, 7], key[1, 8] = np.nan, np.inf
+    visible = np.ones((1, 1, 1, seqlen_k), bool)
+    visible[..., 7:9] = False
+    arrays = [Array(x) for x in (query, key, value, visible)]
+    q, k, v, mask = (x.view for x in arrays)
+    out = Array.unwritten(query.shape, "float32")
+    lse, statistics = (Array.unwritten((2, 4, seqlen_q, *last), "float32") for last in ((), (2,)))
+    workspace = cuda_run.launch(cuda.Forward(q, k, v, out.view, statistics.view, lse=lse.view, masks=[mask]))
+    right, right_lse = reference.attention(query, key, value, mask=visible)
+    nothing = {name: np.zeros(0) for name in ("dq", "dk", "dv")}
+    assert_close(Result(out.numpy(), lse.numpy(), **nothing), Result(right, right_lse, **nothing), TOLERANCES["float32"], kept)
+    del workspace
+
+
+@pytest.mark.usefixtures("cuda")
+def test_which_keys_may_be_narrower():
+    def reason(dtype, kept):
+        query, key = Array(np.zeros((1, 1, 1, 64), DTYPES[dtype])), Array(np.zeros((1, 4, 1, 64), DTYPES[kept]))
+        statistics = Array.unwritten((1, 1, 1, 2), "float32")
+        return cuda.Forward(query.view, key.view, key.view, query.view, statistics.view).unsupported_reason()
+
+    assert reason("float32", "bfloat16") is None
+    with pytest.raises(TypeError, match="k must be float16, not bfloat16"):
+        reason("float16", "bfloat16")
+
+
+# ------------------------------------------------------------------------------------------------------ masks and biases
+
+
+@pytest.mark.wide(3)
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("seqlen_k", [80, 144, 82, 81, 16, 8])
+@pytest.mark.parametrize("rows", [1, 70])
+def test_masks_and_biases_by_neighbours(attend, dtype, seqlen_k, rows, rng):
+    """Of a mask sixteen bytes at a time, of a bias two numbers, where lines are aligned and whole; else one at a time. A
+    window hides ends of what is so read."""
+    mask = rng.random((1, 2 if rows > 1 else 1, rows, seqlen_k)) < 0.7
+    for bias_dtype in sorted({dtype, "float32"}):
+        bias = rng.normal(size=(1, 2, 70, seqlen_k)).astype(DTYPES[bias_dtype])
+        bias[..., ::9] = -np.inf
+        check(attend, dtype, seqlen_q=70, seqlen_k=seqlen_k, head_dim=64, mask=mask, bias=bias, window=(60, 3), **SMALL)

@@ -249,6 +249,160 @@ def test_launches_of_the_fast_kernels():
     ]
 
 
+# What is launched on a stream of device 1 while device 0 is current, then on the default stream; the current context after.
+TWO_DEVICES = """
+import ctypes, json, sys
+import numpy as np
+sys.path[:0] = ["tests", "tests/helpers"]
+import cuda_run
+from cuda_arrays import driver
+keys = json.loads(sys.argv[1])
+contexts, stream, current = [ctypes.c_void_p(), ctypes.c_void_p()], ctypes.c_void_p(), ctypes.c_void_p()
+for device, context in enumerate(contexts):
+    driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+driver().cuCtxSetCurrent(contexts[1])
+driver().cuStreamCreate(ctypes.byref(stream), 0)
+driver().cuCtxSetCurrent(contexts[0])
+rng = np.random.default_rng(0)
+rows = 1 if keys > 1000 else 80
+q, k, v, d = [rng.normal(size=(1, n, 1, 64)).astype("float32") for n in (rows, keys, keys, rows)]
+launch = cuda_run.launch
+for chosen in stream.value, 0:
+    cuda_run.launch = lambda call: launch(call, chosen)
+    assert np.isfinite(cuda_run.run(q, k, v, d, None, {"layout": "BSHD"})["dk"]).all()
+driver().cuCtxGetCurrent(ctypes.byref(current))
+print(json.dumps({**driver().log(), "current": [context.value for context in contexts].index(current.value)}))
+"""
+
+
+@needs_images
+@pytest.mark.parametrize("keys", [90, 2000])
+def test_launches_go_to_the_device_of_their_stream(keys):
+    """Of another generation than the current one, which has other images; decode among them, whose parts are as many as
+    the card can use, and whose workspace is the same for both."""
+    devices = {"ATTN_OPS_STANDIN_DEVICES": "2", "ATTN_OPS_STANDIN_CAPABILITY": "8.0,9.0"}
+    library = cuda_run.library_without_kernels()
+    printed = in_a_process(TWO_DEVICES, json.dumps(keys), library=library, **devices)
+    result = json.loads(printed.splitlines()[-1])
+    heads = [bytes.fromhex(image["head"]).decode() for image in result["images"]]
+    places = [(x["device"], heads[x["image"]].split(":")[0].removeprefix("// ")) for x in result["launches"]]
+    half = len(places) // 2
+    assert {device for device, _ in places[:half]} == {1} and {device for device, _ in places[half:]} == {0}
+    assert {image for _, image in places[half:]} == {"sm_80"}
+    assert {image for _, image in places[:half]} == {"sm_90a"}
+    assert result["current"] == 0 and not result["error"]
+
+
+# Calls of every dtype and head dimension, for the kernels that plain calls have, for those of calls with everything, and for
+# decoding; their launches.
+EVERY_KERNEL = """
+import json, sys
+import ml_dtypes  # NumPy's bfloat16
+import numpy as np
+sys.path[:0] = ["tests", "tests/helpers"]
+import cuda_run
+from cuda_arrays import driver
+everything = {"bias": np.zeros((1, 2, 70, 70)), "relative_bias": np.zeros((2, 5)), "sinks": [0.0, 0.0]}
+for dtype, allow_tf32 in ("float16", 0), ("bfloat16", 0), ("float32", 0), ("float32", 1):
+    for dim in 64, 96, 128, 192, 256:
+        for rows, options in (70, {}), (70, everything), (1, {}):
+            q, k, v, d = [np.zeros((1, n, 2, dim), dtype) for n in (rows, 70, 70, rows)]
+            cuda_run.run(q, k, v, d, None, {"layout": "BSHD", **options}, allow_tf32=bool(allow_tf32))
+print(json.dumps(driver().log()["launches"]))
+"""
+
+
+@needs_images
+@pytest.mark.parametrize("capability, kilobytes", [("8.6", 99), ("12.0", 99), ("8.0", 163), ("9.0", 227)])
+def test_every_kernel_fits_the_memory_of_the_card(capability, kilobytes):
+    """The driver refuses what asks for more than it has; nothing is computed."""
+    card = {"ATTN_OPS_STANDIN_CAPABILITY": capability, "ATTN_OPS_STANDIN_RUN": "0"}
+    library = cuda_run.library_without_kernels()
+    launches = json.loads(in_a_process(EVERY_KERNEL, library=library, **card).splitlines()[-1])
+    assert max(x["shared_bytes"] for x in launches) <= kilobytes * 1024
+    names = {x["kernel"] for x in launches}
+    if capability == "9.0":
+        assert {name.split("_")[3] for name in names if "hopper" in name} == {"forward", "dq", "dkdv"}
+    else:  # all that there are
+        table = (ROOT / "csrc/cuda/counts.csv").read_text().splitlines()
+        assert names == {row.split(",")[0] for row in table if ",sm_80," in row}
+
+
+@needs_images
+def test_less_shared_memory_than_the_kernels_need_is_a_reason():
+    library = cuda_run.library_without_kernels()
+    few = {"ATTN_OPS_STANDIN_SHARED_BYTES": str(64 * 1024)}
+    reason = in_a_process(REASON, library=library, **few)
+    assert "lends a block 65536 bytes of shared memory: the kernels need up to" in reason
+    # Of Hopper's own kernels, the others of this directory need less.
+    card = {"ATTN_OPS_STANDIN_CAPABILITY": "9.0", "ATTN_OPS_STANDIN_SHARED_BYTES": str(163 * 1024)}
+    launched = [x["kernel"] for x in call(library=library, **card)["launches"]]
+    assert launched == [f"attn_ops_{name}_f16_64_plain" for name in ("forward", "dq", "dkdv")]
+
+
+# The first launches of a process, decoding in parts and a backward, inside a capture; the graph is launched twice. Prints
+# what went wrong.
+CAPTURED = """
+import ctypes, json, sys
+import numpy as np
+sys.path[:0] = ["tests", "tests/helpers"]
+from attn_ops import reference
+from cuda_arrays import Array, driver
+from cuda_host.driver import DriverError
+rng = np.random.default_rng(0)
+arrays = [rng.normal(size=(1, n, 1, 64)).astype("float32") for n in (1, 2000, 2000, 1)]
+q, k, v, d_out = map(Array, arrays)
+out, dq = (Array.unwritten((1, 1, 1, 64), "float32") for _ in range(2))
+dk, dv = (Array.unwritten((1, 2000, 1, 64), "float32") for _ in range(2))
+statistics = Array.unwritten((1, 1, 1, 2), "float32")
+given = [x.view for x in (q, k, v, out, statistics)]
+calls = cuda.Forward(*given), cuda.Backward(*given, *(x.view for x in (d_out, dq, dk, dv)))
+spaces = [Array.unwritten((call.workspace_bytes(),), np.uint8) for call in calls]
+stream, graph = ctypes.c_void_p(), ctypes.c_void_p()
+driver().cuStreamCreate(ctypes.byref(stream), 0)
+if "ask" in sys.argv:
+    assert cuda.unavailable_reason() is None
+driver().cuStreamBeginCapture_v2(stream, 0)
+try:
+    for call, space in zip(calls, spaces):
+        call(space.view, stream.value)
+    try:
+        driver().cuMemAlloc_v2(ctypes.byref(ctypes.c_uint64()), ctypes.c_size_t(16))
+        print("memory was allocated in a capture")
+    except DriverError as error:
+        assert error.code == 900
+    driver().cuStreamEndCapture(stream, ctypes.byref(graph))
+    driver().cuGraphInstantiateWithFlags(ctypes.byref(graph), graph, ctypes.c_uint64(0))
+    found = []
+    for _ in range(2):
+        driver().cuGraphLaunch(graph, stream)
+        found.append([x.numpy() for x in (out, dq, dk, dv)])
+    wide = [x.astype("float64") for x in arrays]
+    wanted = reference.attention(*wide[:3])[0], *reference.attention_gradients(*wide[:3], d_out=wide[3])[:3]
+    for first, second, right in zip(*found, wanted):
+        np.testing.assert_array_equal(first, second)
+        np.testing.assert_allclose(first, right, atol=1e-5)
+    assert driver().log()["launches"][0]["grid"][0] > 4
+except cuda.CudaError as error:
+    print(error)
+"""
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "version, asked, wrong",
+    [
+        ("12080", False, ""),
+        ("12020", True, ""),
+        ("12020", False, "launching attn_ops_decode_f32_64"),  # such drivers load no kernel in a capture
+    ],
+)
+def test_first_launches_may_be_captured(version, asked, wrong):
+    """Nothing is called that a capture forbids: the stand-in fails what would wait, allocate or load."""
+    printed = in_a_process(CAPTURED, *["ask"] * asked, ATTN_OPS_STANDIN_DRIVER_VERSION=version)
+    assert wrong in printed and bool(printed) == bool(wrong)
+
+
 @needs_library
 @pytest.mark.parametrize(
     "options, dtype, kernel",

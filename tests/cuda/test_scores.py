@@ -153,3 +153,21 @@ def test_gradients_of_nothing_are_zero(attend):
     for sizes in ({"batch": 0}, {"seqlen_q": 0}, {"seqlen_k": 0}):
         result, _ = check(attend, **sizes, sinks=SINKS)
         assert result.d_sinks.any() == ("seqlen_k" in sizes)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("seqlen_q", [3, 70])
+def test_what_a_table_hides_no_bias_shows(attend, dtype, seqlen_q):
+    """A -inf of the table hides, whatever stands in the bias beside it: NaN, infinity, or nothing; read in pairs or not."""
+    table = TABLE[:41, :2].copy()
+    table[14::7] = -np.inf
+    own = {"relative_bias": table, "sinks": SINKS[[0, 2]]}
+    for keys in (76, 75):
+        inputs = make_inputs(dtype, 1, seqlen_q, keys, 2, 2, 16)
+        distance = np.clip(np.arange(keys) - np.arange(seqlen_q)[:, None], -20, 20) + 20
+        hidden = np.isneginf(table[distance]).transpose(2, 0, 1)[None]
+        plain = RNG.standard_normal(hidden.shape).astype(np.float32)
+        bad = np.where(hidden, np.resize(np.float32([np.nan, np.inf]), hidden.shape), plain)
+        for (name, found), (_, wanted) in zip(*(attend(*inputs, bias=x, **own).items() for x in (bad, plain))):
+            np.testing.assert_array_equal(found.astype(float), wanted.astype(float), err_msg=name)
+            assert np.isfinite(found.astype(float)).all(), name

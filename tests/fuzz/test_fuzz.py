@@ -319,6 +319,26 @@ def test_limits_at_the_ends_of_the_range():
     assert limits["out"].max() < 1e-13 and limits["lse"].max() < 1e-13 * np.finfo(np.float64).max
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_float32_bias_is_added_in_float32(dtype):
+    """A score of 3e7 is a multiple of 2: what that makes of two weights is no fault; a weight beyond 1 is."""
+    case = cases.Case(SEED, 0, dtype, (1, 1, 1, 2), "massive")
+    case.options = {"layout": "BHSD", "bias": np.full((1, 1, 1, 1), -3e7, np.float32), "scale": 1.0}
+    for name, x in (("query", [[1.0]]), ("key", [[-1.0859375], [-0.71484375]]), ("value", [[1.0], [2.0]]), ("d_out", [[1.0]])):
+        setattr(case, name, np.array([[x]]).astype(cases.DTYPES[dtype]))
+    judge = check.Judge(case)
+    lower = 1 / (1 + np.exp(2.0))
+
+    def results(first):
+        right = dict(judge.expected) | {"dv": np.array([[[[first], [1 - first]]]]), "out": np.array([[[[2 - first]]]])}
+        return {name: x for name, x in rounded(case, right).items() if name in ("out", "dv")}
+
+    for first, accepted in ((lower, True), (1.5, False)):
+        found = {**rounded(case, judge.expected), **results(first)}
+        told = [text for text in judge.findings(found, cases.DTYPES[dtype]) if text.startswith(("out", "dv"))]
+        assert (told == []) == accepted, told
+
+
 # Cases that fail
 
 

@@ -156,3 +156,37 @@ def test_config_is_that_of_keras_and_flash_attention_is_kept():
     stock, mine = STOCK["Attention"](use_scale=True, name="a"), Attention(use_scale=True, name="a")
     assert mine.get_config() == stock.get_config()
     assert Attention.from_config(Attention(flash_attention=False).get_config()).flash_attention is False
+
+
+def test_a_query_mask_that_does_not_fit_is_named():
+    q = random(2, 3, 5, 6)
+    with pytest.raises(ValueError, match=r"a query mask of shape \(2, 5\) does not broadcast .* shape \(2, 3, 5, 6\)"):
+        Attention()([q, q], mask=[np.ones((2, 5), bool), None])
+
+
+def test_integers_with_a_scale_have_keras_s_answer():
+    """Nobody casts them: Keras's scores are floats by the scale, and without one it fails."""
+    stock, mine = twins("Attention", (2, 5, 6), (2, 7, 6), use_scale=True, dtype="float32")
+    inputs = [np.random.default_rng(i).integers(-2, 3, shape) for i, shape in enumerate(((2, 5, 6), (2, 7, 6)))]
+    np.testing.assert_allclose(mine(inputs), stock(inputs), rtol=1e-5)
+    with pytest.raises(TypeError, match="query must be float"):
+        Attention()(inputs)
+
+
+def test_keras_s_answer_and_its_gradient_where_xla_knows_no_sizes():
+    """Which rows are empty only the data tell, and of a branch with such sizes XLA makes no gradient."""
+    stock, mine = STOCK["Attention"](), Attention(as_in_keras=True)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, 6]), tf.TensorSpec([None, None], tf.bool)], jit_compile=True)
+    def gradient(x, mask):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            out = mine([x, x], mask=[mask, mask])
+        return out, tape.gradient(out, x, tf.sin(out))
+
+    x, mask = random(1, 4, 6, dtype="float32"), tf.constant([[True, True, True, False]])
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        out = stock([x, x], mask=[mask, mask])
+    for actual, expected in zip(gradient(x, mask), (out, tape.gradient(out, x, tf.sin(out)))):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)

@@ -41,6 +41,7 @@ def test_one_axis_is_left_as_it_is():
 
 @pytest.mark.parametrize("shape", [(2,), (2, 3), (2, 3, 4), (1, 3, 4), (2, 1, 1)])
 def test_padding_masks_cover_the_first_axes(shape):
+    """Those of two axes, [2, 3], too: none of the attended ones below has this length but the first."""
     like = tf.zeros((2, 3, 4, 6))
     mask = np.random.default_rng(0).random(shape) > 0.5
     full = np.broadcast_to(mask.reshape(shape + (1,) * (3 - len(shape))), (2, 3, 4))
@@ -68,3 +69,23 @@ def test_masks_of_the_wrong_rank_are_refused():
         axes.flatten_mask(tf.ones((1, 1, 1, 3, 3), tf.bool), x, x)
     with pytest.raises(ValueError, match=r"padding mask of shape \(2, 3, 6\) has more axes than the 2"):
         axes.flatten_padding(tf.ones((2, 3, 6), tf.bool), x)
+
+
+def test_a_padding_mask_of_two_axes_is_of_the_attended_one():
+    """As in Keras, which reads `[batch, seqlen]` so wherever the axis stands; unless its length says otherwise."""
+    rng = np.random.default_rng(0)
+    for shape, attended, at in (((2, 4), 2, 2), ((2, 1), 2, 2), ((2, 3), 2, 1), ((1, 3), 1, 1)):
+        mask, like = rng.random(shape) > 0.4, tf.zeros((2, 3, 4, 6))
+        full = np.broadcast_to(np.expand_dims(mask, 3 - at), (2, 3, 4))
+        axes = AttentionAxes((attended,), 3)
+        expected = np.transpose(full, [*axes.free, *axes.attended]).reshape(-1, full.shape[attended])
+        flat = axes.flatten_padding(tf.constant(mask), like).numpy()
+        np.testing.assert_array_equal(np.broadcast_to(flat, expected.shape), expected)
+
+
+def test_masks_that_do_not_broadcast_are_refused():
+    axes, x = AttentionAxes((2,), 3), tf.zeros((2, 3, 4, 6))
+    with pytest.raises(ValueError, match=r"padding mask of shape \(2, 5\) does not broadcast .* shape \(2, 3, 4, 6\)"):
+        axes.flatten_padding(tf.ones((2, 5), tf.bool), x)
+    with pytest.raises(ValueError, match=r"an attention_mask of shape \(2, 4, 4, 4\) does not broadcast .* and \(2, 3, 4, 6\)"):
+        axes.flatten_mask(tf.ones((2, 4, 4, 4), tf.bool), x, x)

@@ -206,3 +206,38 @@ def test_keras_masks_of_inputs_with_more_axes(flash):
         return layer(_keras_masked(inputs[0], full), _keras_masked(inputs[0], full))
 
     assert_same(stock, mine, [x], call, [rows])
+
+
+@pytest.mark.parametrize("flash", FLASH)
+@pytest.mark.parametrize("name", LAYERS)
+def test_masks_of_fewer_axes_beside_others(name, flash):
+    """Keras's conjunction broadcasts them; alone they are refused there and here."""
+    stock, mine = twins(name, (BATCH, T, FEATURES), (BATCH, S, FEATURES), flash_attention=FLASH[flash], **LAYERS[name])
+    inputs = [random(BATCH, T, FEATURES, seed=1), random(BATCH, S, FEATURES, seed=2)]
+    some = np.arange(S) % 3 != 1
+    for mask, others in (
+        (some, dict(use_causal_mask=True)),
+        (some.astype("int32"), dict(value_mask=tf.constant(_value_mask(S)))),
+        (True, dict(value_mask=tf.constant(_value_mask(S)))),
+    ):
+        assert_same(stock, mine, inputs, lambda layer, x: layer(*x, attention_mask=tf.constant(mask), **others))
+    with pytest.raises(ValueError, match="has 1 axes, and needs 2"):
+        mine(*inputs, attention_mask=tf.constant(some))
+
+
+@pytest.mark.parametrize("flash", FLASH)
+def test_padding_of_an_attended_axis_that_is_not_the_first(flash):
+    shape = (2, 4, T, FEATURES)
+    config = dict(num_heads=2, key_dim=4, attention_axes=2)
+    stock, mine = twins("MultiHeadAttention", shape, shape, flash_attention=FLASH[flash], **config)
+    padding = tf.constant(np.arange(T) < np.array([[T], [2]]))
+    x = random(*shape, seed=3)
+    assert_same(stock, mine, [x], lambda layer, x: layer(x[0], x[0], value_mask=padding))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_training_may_be_a_tensor_without_dropout(name):
+    _, mine = twins(name, (BATCH, T, FEATURES), (BATCH, T, FEATURES), **LAYERS[name])
+    x = random(BATCH, T, FEATURES, seed=1)
+    traced = tf.function(lambda training: mine(x, x, training=training))(tf.constant(True))
+    np.testing.assert_allclose(traced, mine(x, x), rtol=1e-9)

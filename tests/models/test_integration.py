@@ -147,6 +147,36 @@ def test_stock_layers_run_through_the_patch(runs, name):
     np.testing.assert_allclose(layer(X, X).shape, expected[0].shape)
 
 
+@pytest.mark.parametrize("mask", [[True, False, True, True], [[[[True], [False], [True]]]], True])
+def test_masks_and_biases_of_few_axes_and_of_lists(runs, mask):
+    """They broadcast from the right, and Keras takes lists. Two rows of one see no key."""
+    q, k = random(2, 3, 4, 6), random(2, 4, 4, 6, seed=1)
+    bias = [0.5, -1.0, 0.0, 2.0]
+    expected = keras.ops.dot_product_attention(q, k, k, mask=np.array(mask), bias=np.array(bias))
+    with attn_ops.patched():
+        np.testing.assert_allclose(keras.ops.dot_product_attention(q, k, k, mask=mask, bias=bias), expected, atol=1e-6)
+    assert runs == [None]
+
+
+@pytest.mark.parametrize("causal, bias", [(False, False), (True, True)])
+def test_unknown_sizes_in_xla(causal, bias):
+    """A mask of one column, and a bias beside hidden keys, whose values choose between two computations."""
+    q, k = random(2, 3, 4, 6, dtype="float32"), random(2, 1, 4, 6, seed=1, dtype="float32")
+    given = dict(bias=np.array([[1.0], [-2.0], [0.5]], "f")) if bias else dict(mask=np.array([[True], [False], [True]]))
+
+    def gradients(q, k):
+        with tf.GradientTape() as tape:
+            tape.watch([q, k])
+            out = keras.ops.dot_product_attention(q, k, k, is_causal=causal, **given)
+        return out, *tape.gradient(out, [q, k], tf.sin(out))
+
+    expected = gradients(q, k)
+    with attn_ops.patched():
+        signature = [tf.TensorSpec([None, None, 4, 6])] * 2
+        for a, e in zip(tf.function(gradients, jit_compile=True, input_signature=signature)(q, k), expected):
+            np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("broken", ["missing", "arguments", "backend"])
 def test_patch_says_why_it_cannot(monkeypatch, broken):
     if broken == "missing":

@@ -102,6 +102,18 @@ def test_lists_of_masks_nest_every_kind():
     close(scaled_dot_product_attention(query, key, value, mask=mask), expected)
 
 
+def test_nested_lists_of_python_values_are_one_mask():
+    """Not a list of masks, one for each entry of the first axis."""
+    query, key, value = make_inputs("float32")[:3]
+    mask = np.random.default_rng(0).random((2, 1, 13, 17)) < 0.5
+    expected = reference.attention(query, key, value, mask=mask)[0]
+    for given in (mask.tolist(), [mask.tolist(), np.ones((1, 17), bool)]):
+        close(scaled_dot_product_attention(query, key, value, mask=given), expected)
+    np.testing.assert_array_equal(reference.attention(query, key, value, mask=mask.tolist())[0], expected)
+    with pytest.raises(TypeError, match="scaled_dot_product_attention: mask: an array is needed, or lists that make one"):
+        scaled_dot_product_attention(query, key, value, mask=[[True], [True, False]])
+
+
 def test_more_masks_than_the_kernels_take_are_combined_in_the_last():
     parts = [np.random.default_rng(i).random((2, 1, 13, 17)) < 0.95 for i in range(7)]
     call = normalize(xp, "test", *make_inputs()[:3], mask=parts)

@@ -1,5 +1,6 @@
 """What `import attn_ops` loads and shows, with and without frameworks, and what it says about what is missing."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -70,3 +71,15 @@ def test_unknown_name():
 def test_public_names_load(name):
     assert getattr(attn_ops, name) is not None
     assert name in dir(attn_ops)
+
+
+@pytest.mark.parametrize("package", ["jax", "jax.parallel", "layers", "models", "models.adapters", "visualize"])
+def test_names_that_load_on_first_use(package):
+    """No module of the package has one of its names: imported, it would take the place of what the name stands for."""
+    of = importlib.import_module(f"attn_ops.{package}")
+    modules = {path.stem for path in Path(of.__file__).parent.iterdir() if path.suffix in ("", ".py")}
+    assert dir(of) == sorted(of.__all__) == sorted(of._HOMES)
+    assert all(of._HOMES[name] == f".{name}" for name in of.__all__ if name in modules)
+    assert all(getattr(of, name) is not None for name in of.__all__)
+    with pytest.raises(AttributeError, match=rf"^module 'attn_ops\.{package}' has no attribute 'flash'$"):
+        of.flash  # noqa: B018

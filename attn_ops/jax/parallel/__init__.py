@@ -6,7 +6,18 @@
 Each device has a share of the rows and of the keys. Batch and heads need none of this: see docs/guides/distribution.md.
 """
 
-from attn_ops.jax.parallel.context import all_gather_kv, context_parallel, head_parallel, ring
-from attn_ops.jax.parallel.order import unzigzag, zigzag
+from __future__ import annotations
 
-__all__ = ["all_gather_kv", "context_parallel", "head_parallel", "ring", "unzigzag", "zigzag"]
+from attn_ops import lazy
+
+_HOMES = {
+    "all_gather_kv": ".context",
+    "context_parallel": ".context",
+    "head_parallel": ".context",
+    "ring": ".context",
+    "unzigzag": ".order",
+    "zigzag": ".order",
+}
+
+__all__ = [*_HOMES]
+__getattr__, __dir__ = lazy.attach(__name__, _HOMES)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from attn_ops.call import public
 from attn_ops.jax import choice
-from attn_ops.jax.parallel import gather, heads, shares
-from attn_ops.jax.parallel import ring as rings
+from attn_ops.jax.parallel import gather, heads, rings, shares
 from attn_ops.jax.parallel.order import ORDERS
 
 _WAYS = {"head_parallel": heads, "ring": rings, "all_gather_kv": gather}
-METHODS = ("auto", *_WAYS)
+_METHODS = ("auto", *_WAYS)
 _OWN = {"axis": None, "order": "contiguous", "segment_ids": None, "implementation": None}
 
 
@@ -72,8 +71,8 @@ def ring(query, key, value, **given):
 def _attend(name, method, query, key, value, given):
     axis, order = given.pop("axis", None), given.pop("order", "contiguous")
     implementation = given.pop("implementation", None)
-    if method not in METHODS:
-        raise ValueError(f"{name}: method must be one of {METHODS}, got {method!r}")
+    if method not in _METHODS:
+        raise ValueError(f"{name}: method must be one of {_METHODS}, got {method!r}")
     if order not in ORDERS:
         raise ValueError(f"{name}: order must be one of {ORDERS}, got {order!r}")
     share = shares.described(name, axis, order, query, key, value, given)

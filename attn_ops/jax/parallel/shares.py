@@ -9,7 +9,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from attn_ops.call import arrays, options
+from attn_ops.call import arrays, options, shapes
 from attn_ops.call.attention_call import AttentionCall, canonical
 from attn_ops.call.normalize import normalize, split_masks
 from attn_ops.jax import philox, place, xp
@@ -73,10 +73,10 @@ class Share:
         if lengths is not None:
             lengths = jnp.clip(lengths - first, 0, self.rows)
         # What is checked are extents: of the keys of the others there is nothing to be seen.
-        shapes = [list(x.shape) for x in (self.key, self.value)]
-        for shape in shapes:
-            shape[self.sequence_axis] *= self.count
-        key, value = (jnp.broadcast_to(jnp.zeros((), x.dtype), s) for x, s in zip((self.key, self.value), shapes))
+        extents = [list(x.shape) for x in (self.key, self.value)]
+        for of in extents:
+            of[self.sequence_axis] *= self.count
+        key, value = (jnp.broadcast_to(jnp.zeros((), x.dtype), s) for x, s in zip((self.key, self.value), extents))
         call = normalize(
             xp,
             self.name,
@@ -156,7 +156,7 @@ def described(name, axis, order, query, key, value, given) -> Share:
         )
     given = dict(given)
     layout = given.pop("layout", "BSHD")
-    arrays.check_layout(name, layout)
+    shapes.check_layout(name, layout)
     count, index = place.axis_size(axis), jax.lax.axis_index(axis)
     batch, _, rows, _ = canonical(query.shape, layout)
     keys = canonical(key.shape, layout)[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from keras import ops
 
 from attn_ops.layers.empty_rows import with_means
-from attn_ops.masks import constructors
+from attn_ops.masks.mask import boolean
 from attn_ops.models.adapters import heads, structure
 
 
@@ -21,7 +21,7 @@ def attention(layer, stock, query, key, value, attention_mask, training=False):
         options = known.options()
     elif attention_mask is not None:
         attention_mask = ops.cast(attention_mask[:, :, : key.shape[1]], "bool")
-        options = {"mask": constructors.boolean(attention_mask[:, None])}
+        options = {"mask": boolean(attention_mask[:, None])}
     out, _ = heads.attention(query, key, value, scale=1.0, dropout=layer.dropout, training=training, **options)
     if options and (known is None or known.padding is not None):
         empty = ops.logical_not(ops.any(ops.cast(attention_mask, "bool"), -1))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import keras
 from keras import ops
 
+from attn_ops.layers.attend import attend, dropout_seed
 from attn_ops.layers.axes import dims
-from attn_ops.layers.common import attend, dropout_seed
 from attn_ops.layers.empty_rows import empty_rows, with_means
-from attn_ops.masks import constructors
+from attn_ops.masks.mask import boolean
 
 
 def split(x, num_heads):
@@ -42,14 +42,14 @@ def visible(mask, axis=0):
     mask = ops.convert_to_tensor(mask)
     if keras.backend.standardize_dtype(mask.dtype) != "bool":
         mask = ops.greater(mask, ops.cast(0.5, mask.dtype))
-    return constructors.boolean(rank_4(mask, axis))
+    return boolean(rank_4(mask, axis))
 
 
 def attention(query, key, value, *, scale, dropout=None, training=None, scores=None, means=False, **more):
     """Attention of `[batch, seqlen, heads, dim]` tensors, and the weights or None.
 
     Args:
-        query, key, value, scale, more: as for :func:`attn_ops.layers.common.attend`.
+        query, key, value, scale, more: as for :func:`attn_ops.layers.attend.attend`.
         dropout: None or the layer of dropout on the weights.
         scores: None, "undropped" or "dropped", for the weights.
         means: whether rows to which the mask leaves no key get the mean of the values, as a softmax of equal scores
@@ -81,7 +81,7 @@ def as_keras_op(query, key, value, *, mask=None, bias=None, scale=None):
         key,
         value,
         scale=scale,
-        mask=None if mask is None else constructors.boolean(rank_4(ops.cast(mask, "bool"))),
+        mask=None if mask is None else boolean(rank_4(ops.cast(mask, "bool"))),
         bias=None if bias is None else rank_4(bias),
         means=True,
     )[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from attn_ops.models.adapters import by_distance, cache, structure
+from attn_ops.models.adapters import by_distance, cached_calls, structure
 from attn_ops.models.adapters.hub_seam import hub_seam
 from attn_ops.models.adapters.projected import Projected, gemma3_window, gemma_scale, symmetric
 
@@ -300,7 +300,7 @@ _CACHED_NAMES = {
     "CachedGemma3Attention": {**_GEMMA, "norms": ("query_norm", "key_norm"), "normed": "use_query_key_norm"},
     "CachedMistralAttention": {},
     "CachedMixtralAttention": {**_PUBLIC, "dropout": "dropout_layer"},
-    "GptOssAttention": {**_PUBLIC, "rotary": cache.partly_rotary, "dropout": "dropout_layer"},
+    "GptOssAttention": {**_PUBLIC, "rotary": cached_calls.partly_rotary, "dropout": "dropout_layer"},
     "Phi3Attention": {**_PUBLIC, "dropout": "dropout_layer"},
     "QwenAttention": {},
     "QwenMoeAttention": {name: _PUBLIC[name] for name in ("query", "key", "value")},
@@ -319,7 +319,7 @@ _CACHED = (
             "CachedMultiHeadAttention",
             "call",
             f"query value key {_CALL} return_attention_scores training".split(),
-            cache.multi_head_call,
+            cached_calls.multi_head_call,
         ),
         needed=False,
     ),
@@ -330,7 +330,7 @@ _CACHED = (
                 seam.name,
                 "call",
                 _CACHED_PARAMETERS.get(seam.name, f"hidden_states {_CALL} training").split(),
-                cache.CachedCall(seam.adapter, **_CACHED_NAMES[seam.name]),
+                cached_calls.CachedCall(seam.adapter, **_CACHED_NAMES[seam.name]),
             ),
             needed=False,
         )

@@ -10,8 +10,8 @@ from keras import ops
 
 from attn_ops.layers.axes import AttentionAxes, dims
 from attn_ops.layers.base import EMPTY_SCORES_ARE_UNIFORM
-from attn_ops.layers.common import combine, keras_mask
 from attn_ops.layers.empty_rows import empty_rows, with_means
+from attn_ops.layers.keras_mask import combine, keras_mask
 from attn_ops.models.adapters import heads, structure
 
 _AXES = AttentionAxes([1], 2)

@@ -14,8 +14,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from attn_ops.masks import constructors
-from attn_ops.masks.mask import Mask
+from attn_ops.masks.mask import Mask, boolean
 
 _NAME = "_attn_ops_structure"
 
@@ -39,12 +38,12 @@ class Structure(typing.NamedTuple):
         """The mask, beside which `query_offset` has to be given."""
         mask = Mask()
         if self.causal:
-            mask = constructors.causal() if self.size is None else constructors.window(self.size - 1, 0)
-        return mask if self.padding is None else mask & constructors.boolean(self.padding[:, None, None, :])
+            mask = Mask(is_causal=True) if self.size is None else Mask(window=(self.size - 1, 0))
+        return mask if self.padding is None else mask & boolean(self.padding[:, None, None, :])
 
     def options(self, window=None) -> dict:
         """The options `mask` and `query_offset`, with a ``window`` (keys before, keys after) that rows have besides."""
-        mask = self.mask() if window is None else self.mask() & constructors.window(*window)
+        mask = self.mask() if window is None else self.mask() & Mask(window=window)
         return {"mask": mask, **query_offset(self.offset)}
 
 
@@ -138,5 +137,5 @@ def options(mask, window=None, index=None):
         return known.options(window)
     if "float" in keras.backend.standardize_dtype(mask.dtype) or len(mask.shape) != 3:
         return None
-    parts = constructors.boolean(ops.cast(ops.expand_dims(mask, 1), "bool"))
-    return {"mask": parts} if window is None else {"mask": parts & constructors.window(*window), **query_offset(index)}
+    parts = boolean(ops.cast(ops.expand_dims(mask, 1), "bool"))
+    return {"mask": parts} if window is None else {"mask": parts & Mask(window=window), **query_offset(index)}

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from attn_ops import kernels
 from attn_ops.call.attention_call import AttentionCall, attributes, canonical, given_inputs
-from attn_ops.tensorflow import place
+from attn_ops.tensorflow import gpu, place
 
 _TYPES = {
     tf.float32: "f32",
@@ -22,6 +22,7 @@ _TYPES = {
     tf.int8: "i8",
     tf.int32: "i32",
     tf.int64: "i64",
+    tf.uint8: "ui8",
 }
 _VERSION = 9  # of XlaCallModule: TensorFlow 2.18 knows no later one
 _PLATFORMS = ("CPU", "CUDA")  # more than one: the function is not bound to the device it was traced for
@@ -35,6 +36,7 @@ def unavailable_reason() -> str | None:
 def forward(call: AttentionCall, **more):
     """(out, lse, statistics), without a gradient of their own; lse is None unless ``call.return_lse``. ``more`` are
     attributes."""
+    call = gpu.with_table(call)
     query, key, value = range(3)
     _, heads, rows, _ = canonical(range(4), call.layout)
     out_shape, lse_shape = call.result_shapes()
@@ -50,6 +52,7 @@ def forward(call: AttentionCall, **more):
         call,
         {"num_lse": int(call.return_lse), **more},
         *map(list, zip(*results)),
+        workspace=gpu.workspace_bytes(call, backward=False),
     )
     return out, lse[0] if lse else None, statistics
 
@@ -71,12 +74,18 @@ def backward(call: AttentionCall, out, statistics, d_out, d_lse):
         results=[[(operand, axis) for axis in range(x.shape.rank)] for operand, x in zip(places, wanted)],
         dtypes=[x.dtype for x in wanted],
         shapes=[x.shape for x in wanted],
+        workspace=gpu.workspace_bytes(call, backward=True),
     )
 
 
-def _custom_call(target, operands, call, own, results, dtypes, shapes):
+def _custom_call(target, operands, call, own, results, dtypes, shapes, workspace):
     """Runs the custom call ``target`` on ``operands`` and the optional inputs of ``call``, with attributes of its ``own``
-    beside those of the call; see `_program`."""
+    beside those of the call; see `_program`. With one result more where there is a ``workspace``, of that many bytes for the
+    kernels of a GPU: what asks XLA for memory while it runs cannot be put into a CUDA graph."""
+    wanted = len(results)
+    if workspace is not None:
+        target += ".lent"
+        results, dtypes, shapes = [*results, [workspace]], [*dtypes, tf.uint8], [*shapes, [workspace]]
     optional = given_inputs(call)
     counts = {name: len(given) for name, given in optional.items()}
     operands = operands + [x for given in optional.values() for x in given]
@@ -87,7 +96,7 @@ def _custom_call(target, operands, call, own, results, dtypes, shapes):
         Tout=dtypes,
         Sout=shapes,
         platforms=_PLATFORMS,
-    )
+    )[:wanted]
 
 
 def _program(target, operands, results, dtypes, config):

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from attn_ops import kernels
 from attn_ops.call.attention_call import AttentionCall, attributes, cache_inputs, optional_inputs, reads_cache
+from attn_ops.tensorflow import gpu
 
 
 def forward(call: AttentionCall, **more):
@@ -16,7 +17,7 @@ def forward(call: AttentionCall, **more):
     library, caches = kernels.library(), ()
     operator = library.attn_ops_forward
     if reads_cache(call):
-        operator, caches = library.attn_ops_decode, cache_inputs(call).values()
+        operator, caches = library.attn_ops_decode, cache_inputs(gpu.with_table(call)).values()
     out, statistics, lse = operator(
         call.query,
         call.key,

@@ -39,6 +39,9 @@ constexpr int backward_shared_bytes(int dim) {
   const int told = s.block_n * 24 + 16;  // StreamedRows (backward.cuh)
   return kAlignment + 4 * dim * (s.block_m() + s.stages * s.block_n) + 128 + 2 * s.block_n + s.stages * told;
 }
+constexpr int kMostSharedBytes = 227 * 1024;  // that a block can have there
+static_assert(forward_shared_bytes(256) <= kMostSharedBytes && backward_shared_bytes(128) <= kMostSharedBytes,
+              "more than Hopper has");
 static_assert(forward_shape(64).fits() && backward_shape(64, true).fits() && backward_shape(64, false).fits(),
               "setmaxnreg would wait for ever");
 

@@ -1,5 +1,6 @@
 """attn_ops.jax: against the specification, under JAX's transformations, and what it refuses."""
 
+import ctypes
 import functools
 import os
 import subprocess
@@ -182,8 +183,9 @@ def test_the_gradient_of_a_constant_bias_is_not_computed():
 def lowered(platform, inputs):
     """The text of the attention for a platform that need not be here, traced anew."""
     function = jax.jit(lambda q, k, v: scaled_dot_product_attention(q, k, v))
-    unchecked = jax.export.DisabledSafetyCheck.custom_call("attn_ops.forward")
-    exported = jax.export.export(function, platforms=[platform], disabled_checks=[unchecked])
+    names = "attn_ops.forward", "attn_ops.forward.lent"
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
+    exported = jax.export.export(function, platforms=[platform], disabled_checks=unchecked)
     return exported(*inputs).mlir_module()
 
 
@@ -197,6 +199,7 @@ def cuda_devices(monkeypatch):
     """CUDA devices that run the kernels, as long as nobody runs anything; a list to put reasons against them into."""
     reasons = []
     monkeypatch.setattr(forms, "cuda_reason", lambda options, arrays: reasons[0] if reasons else None)
+    monkeypatch.setattr(kernels, "cuda_workspace_bytes", lambda backward, *sizes, **more: 1000 + backward)
     jax.clear_caches()
     yield reasons
     jax.clear_caches()
@@ -212,6 +215,65 @@ def test_cuda_gets_the_kernels_where_they_take_the_call(cuda_devices, monkeypatc
     assert "attn_ops.forward" in lowered("cpu", arrays) and "attn_ops.forward" not in lowered("cuda", arrays)
     reason = "the default device is of the platform gpu, and its heads are too wide"
     assert attn_ops.jax.explain(*arrays) == Explanation("composite", (reason,))
+
+
+def test_on_cuda_the_workspace_is_a_result(cuda_devices):
+    """Asked for while a call runs, it would keep the call out of CUDA graphs."""
+    text = lowered("cuda", inputs())
+    assert '@attn_ops.forward.lent' in text and "tensor<1000xui8>" in text
+    assert ".lent" not in lowered("cpu", inputs())
+
+
+def traits(handler) -> int:
+    """What a handler says of itself when XLA asks (XLA_FFI_Metadata_Extension of xla/ffi/api/c_api.h)."""
+
+    class Version(ctypes.Structure):
+        _fields_ = [("size", ctypes.c_size_t), ("next", ctypes.c_void_p), ("major", ctypes.c_int), ("minor", ctypes.c_int)]
+
+    class Metadata(ctypes.Structure):
+        _fields_ = [("size", ctypes.c_size_t), ("version", Version), ("traits", ctypes.c_uint32)]
+
+    class Extension(ctypes.Structure):
+        _fields_ = [("size", ctypes.c_size_t), ("type", ctypes.c_int), ("next", ctypes.c_void_p), ("metadata", ctypes.c_void_p)]
+
+    metadata = Metadata(traits=99)
+    extension = Extension(type=1, metadata=ctypes.addressof(metadata))
+    frame = (ctypes.c_size_t * 64)(0, ctypes.addressof(extension))
+    ctypes.pythonapi.PyCapsule_GetPointer.restype = ctypes.c_void_p
+    address = ctypes.pythonapi.PyCapsule_GetPointer(ctypes.py_object(handler), None)
+    assert ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address)(ctypes.addressof(frame)) is None
+    return metadata.traits
+
+
+def test_calls_that_are_lent_memory_may_be_put_into_cuda_graphs():
+    found = {(place, name): traits(x) for place, all in kernels.core().xla_handlers().items() for name, x in all.items()}
+    names = "attn_ops.forward", "attn_ops.backward"
+    assert found == {
+        (place, name + lent): int(place == "CUDA" and bool(lent))
+        for place in ("Host", "CUDA")
+        for name in names
+        for lent in ("", ".lent")
+    }
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_the_workspace_is_no_result_of_the_call(size):
+    """On CPUs, which do not use it: the other results are those of the call without."""
+    assert forms.unavailable_reason() is None
+    options, arrays = call.split(normalize(xp, "test", *inputs()))
+    optional, attributes = forms._optional(options, arrays)
+    shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((2, 6, 4, 8), (2, 4, 6, 2))]
+
+    def run(name, *more):
+        function = jax.ffi.ffi_call(name, [*shapes, *more])
+        return function(*arrays[:3], *optional, **attributes, num_lse=np.int64(0))
+
+    *found, workspace = run("attn_ops.forward.lent", jax.ShapeDtypeStruct((size,), "uint8"))
+    for x, y in zip(found, run("attn_ops.forward"), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert workspace.shape == (size,)
+    with pytest.raises(Exception, match="the result workspace must be uint8"):
+        run("attn_ops.forward.lent")
 
 
 def test_reasons_against_cuda(monkeypatch):

@@ -243,13 +243,19 @@ def test_cuda_leaves_these_to_the_composite(monkeypatch):
     monkeypatch.setattr(forms, "_cuda_device_reason", lambda: None)
     monkeypatch.setattr(kernels, "cuda_unsupported_reason", lambda *given: None)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setitem(attention_call._NOT_ON_CUDA, "relative_bias", "relative_bias")  # as once it was
+    lacks = attention_call.beyond_cuda
+
+    def beyond(arrays):  # relative_bias too, as once it was
+        return "its kernels do not have relative_bias" if arrays.relative_bias is not None else lacks(arrays)
+
+    monkeypatch.setattr(attention_call, "beyond_cuda", beyond)
     arrays = inputs()
     assert attn_ops.jax.explain(*arrays).implementation == "fused"
     given = {"relative_bias": TABLE}
     whole = normalize(xp, "test", *arrays, **given)
-    pages = whole._replace(relative_bias=None, block_table=np.zeros((2, 1), "int32"))
-    for what, lacking in (("relative_bias", whole), ("keys in pages", pages)):
+    key, value = (x.astype("int8") for x in (whole.key, whole.value))
+    cache = whole._replace(relative_bias=None, key=key, value=value)
+    for what, lacking in (("relative_bias", whole), ("keys of int8", cache)):
         parts = call.split(lacking)
         assert forms.platforms(*parts) == ("cpu",), what
         reason = forms.cuda_reason(*parts)
@@ -266,6 +272,26 @@ def test_cuda_has_these(monkeypatch, given):
     monkeypatch.setattr(kernels, "cuda_unsupported_reason", lambda *given: None)
     parts = call.split(normalize(xp, "test", *inputs(), **given))
     assert forms.platforms(*parts) == ("cpu", "cuda")
+
+
+def test_cuda_reads_narrow_pages(monkeypatch):
+    """By a table in which only there, where nobody can look at it, entries that are no page name another."""
+    monkeypatch.setattr(forms, "_cuda_device_reason", lambda: None)
+    monkeypatch.setattr(kernels, "cuda_unsupported_reason", lambda *given: None)
+    monkeypatch.setattr(kernels, "cuda_workspace_bytes", lambda *given, **more: 500)
+    pages, table = np.zeros((6, 16, 2, 8), "float16"), np.int32([[5, 9], [-3, 0]])
+    function = jax.jit(lambda *x: attn_ops.jax.paged_attention(*x))
+    given = np.zeros((2, 1, 2, 8), "float32"), pages, pages, table, np.int32([17, 3])
+    names = "attn_ops.forward", "attn_ops.forward.lent"
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
+    jax.clear_caches()
+    texts = [
+        jax.export.export(function, platforms=[platform], disabled_checks=unchecked)(*given).mlir_module()
+        for platform in ("cuda", "cpu")
+    ]
+    jax.clear_caches()
+    assert ["@attn_ops.forward.lent" in text and "tensor<500xui8>" in text for text in texts] == [True, False]
+    assert ["clip" in text for text in texts] == [True, False] and "@attn_ops.forward" in texts[1]
 
 
 def test_explain_of_specifications():

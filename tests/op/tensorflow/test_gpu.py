@@ -61,6 +61,7 @@ def pretended(monkeypatch):
         return "float64 is not for it" if dtype == "float64" else "it is too wide" if head_dim > 256 else None
 
     monkeypatch.setattr(kernels, "cuda_unsupported_reason", unsupported)
+    monkeypatch.setattr(kernels, "cuda_workspace_bytes", lambda backward, *given, **more: 1000 + backward)
     return state
 
 
@@ -185,26 +186,27 @@ def test_the_operators_have_gpu_kernels_where_the_library_is(tmp_path, with_libr
 import tensorflow as tf
 from tensorflow.python.framework import kernels
 library = tf.load_op_library({str(library)!r})
-for name in ("AttnOps>Forward", "AttnOps>Backward"):
+for name in ("AttnOps>Forward", "AttnOps>Backward", "AttnOps>Decode"):
     found = kernels.get_registered_kernels_for_op(name).kernel
-    types = lambda kernel: [t for c in kernel.constraint for t in c.allowed_values.list.type]
-    on_gpu = [tf.as_dtype(t).name for k in found if k.device_type == "GPU" for t in types(k)]
-    print(name, *sorted(on_gpu))
+    types = lambda kernel: [tf.as_dtype(t).name for c in kernel.constraint for t in c.allowed_values.list.type]
+    print(name, *sorted("/".join(types(k)) for k in found if k.device_type == "GPU"))
 q = tf.random.normal([2, 5, 2, 8])
 print(library.attn_ops_forward(q, q, q, *[[]] * 12)[0].shape)  # the CPU has its own still
 """
     done = run(code)
     assert done.returncode == 0, done.stderr[-2000:]
-    types = " bfloat16 float16 float32" if with_library else ""
-    assert done.stdout.splitlines() == [f"AttnOps>Forward{types}", f"AttnOps>Backward{types}", "(2, 5, 2, 8)"]
+    types, pairs = " bfloat16 float16 float32", (
+        " bfloat16/bfloat16 float16/float16 float32/bfloat16 float32/float16 float32/float32"  # of queries and of keys
+    )
+    wanted = ("AttnOps>Forward", types), ("AttnOps>Backward", types), ("AttnOps>Decode", pairs)
+    assert done.stdout.splitlines() == [*(name + x * with_library for name, x in wanted), "(2, 5, 2, 8)"]
 
 
 def test_xla_has_custom_calls_for_both_platforms():
     assert kernels.xla_unavailable_reason() is None  # all of them were taken
     handlers = kernels.core().xla_handlers()
-    assert {platform: set(names) for platform, names in handlers.items()} == dict.fromkeys(
-        ("Host", "CUDA"), {"attn_ops.forward", "attn_ops.backward"}
-    )
+    names = {f"attn_ops.{name}{lent}" for name in ("forward", "backward") for lent in ("", ".lent")}
+    assert {platform: set(found) for platform, found in handlers.items()} == dict.fromkeys(("Host", "CUDA"), names)
     assert "CUDA" in custom_call._PLATFORMS
 
 
@@ -219,6 +221,37 @@ def tf32(request):
 def all_nodes(function, *arguments):
     graph = function.get_concrete_function(*arguments).graph.as_graph_def()
     return [node for nodes in (graph.node, *(f.node_def for f in graph.library.function)) for node in nodes]
+
+
+def test_a_table_of_pages_names_only_pages_on_a_gpu(pretended):
+    """Nobody can look at its entries there: those that are no page name the nearest."""
+    pages, query = tf.zeros([6, 16, 2, 8], "bfloat16"), tf.zeros([2, 1, 2, 8])
+    table = tf.constant([[5, 9], [-3, 0]])
+    call = attention_call.AttentionCall(query, pages, pages, block_table=table)
+    assert gpu.unsupported_reasons(call, forced=False) == [] and pretended.sizes[2] == 32
+    np.testing.assert_array_equal(gpu.with_table(call).block_table, [[5, 5], [0, 0]])
+    with tf.device("CPU"):
+        assert gpu.with_table(call) is call
+    traced = tf.function(attn_ops.paged_attention, jit_compile=True)
+    nodes = all_nodes(traced, query, pages, pages, table, tf.constant([17, 3]))
+    [module] = [n.attr["module"].s.decode() for n in nodes if n.op == "XlaCallModule"]
+    assert "attn_ops.forward.lent" in module
+
+
+def test_where_a_gpu_is_used_the_workspace_is_a_result(pretended):
+    """Of both directions, so that XLA may put the kernels into a CUDA graph; on a CPU nobody uses it. Unknown extents
+    leave it to XLA's allocator."""
+    compiled = tf.function(step, jit_compile=True)
+    nodes = all_nodes(compiled, *tensors())
+    modules = [n.attr["module"].s.decode() for n in nodes if n.op == "XlaCallModule"]
+    assert [("forward.lent" in m, "backward.lent" in m) for m in modules] in ([(1, 0), (0, 1)], [(0, 1), (1, 0)])
+    assert all("-> (tensor<?x?x?x?xf32>" in m and "tensor<?xui8>" in m for m in modules)
+    with tf.device("CPU"):
+        for found, wanted in zip(compiled(*tensors()), step(*tensors()), strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    nodes = all_nodes(tf.function(step, jit_compile=True), *[tf.TensorSpec([None, 5, 2, 8])] * 3)
+    modules = [n.attr["module"].s.decode() for n in nodes if n.op == "XlaCallModule"]
+    assert len(modules) == 2 and not any(".lent" in m for m in modules)
 
 
 def step(*inputs):

@@ -253,10 +253,13 @@ def test_layers(name):
     assert 0 < np.abs(np.concatenate(outs, 1) - right).max() < 0.03
 
 
-@pytest.mark.parametrize("kept", ["int8", "bfloat16"])
-def test_kernels_of_gpus_do_not_read_them(kept):
-    query = tf.zeros([1, 1, HEADS, DIM])
-    key = tf.zeros([1, 4, KV_HEADS, DIM], kept)
+@pytest.mark.parametrize("kept, dtype", [("int8", "float32"), ("bfloat16", "float16"), ("float32", "float16")])
+def test_kernels_of_gpus_do_not_read_them(kept, dtype):
+    query, key = tf.zeros([1, 1, HEADS, DIM], dtype), tf.zeros([1, 4, KV_HEADS, DIM], kept)
     call = attention_call.AttentionCall(query, key, key)
-    assert attention_call.beyond_cuda(call, call) == f"its kernels do not have keys of {kept} beside queries of float32"
-    assert attention_call.beyond_cuda(call, call._replace(query=tf.cast(query, kept))) is None
+    assert attention_call.beyond_cuda(call) == f"its kernels do not have keys of {kept} beside queries of {dtype}"
+
+
+def test_kernels_of_gpus_read_narrow_keys_beside_float32():
+    query, key = tf.zeros([1, 1, HEADS, DIM]), tf.zeros([1, 4, KV_HEADS, DIM], "bfloat16")
+    assert attention_call.beyond_cuda(attention_call.AttentionCall(query, key, key)) is None

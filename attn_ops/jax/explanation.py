@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-
 import jax
 
 from attn_ops.call import explanation, public
 from attn_ops.call.explanation import Explanation
-from attn_ops.call.normalize import normalize
+from attn_ops.call.normalize import mask_notes, normalize
 from attn_ops.jax import call as calls
 from attn_ops.jax import choice, forms, xp
 
@@ -25,7 +23,9 @@ def explain(query, key=None, value=None, **given) -> Explanation:
     `attn_ops.explain` does.
     """
     if explanation.asks_of_model(query, key, value, given):
-        return importlib.import_module("attn_ops.models.explanation").of_model(query, places)  # which imports Keras
+        from attn_ops.models.explanation import of_model  # which imports Keras
+
+        return of_model(query, places)
     name, implementation = "explain", given.pop("implementation", None)
     arguments = {"query": query, "key": key, "value": value, **given}
     specifications = {k: x for k, x in arguments.items() if _is_specification(x)}
@@ -46,7 +46,7 @@ def explain(query, key=None, value=None, **given) -> Explanation:
     explanation.check_name(name, implementation, choice.IMPLEMENTATIONS)
     if implementation == "fused":
         explanation.check_can_run(name, implementation, reasons)
-    notes = explanation.mask_notes(given.get("mask"))
+    notes = mask_notes(given.get("mask"))
     chosen = implementation or ("composite" if reasons else "fused")
     if chosen != "fused":
         return Explanation(chosen, tuple(reasons), notes=notes)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
 
 import tensorflow as tf
 
 from attn_ops.call import public
-from attn_ops.call.explanation import Explanation, Support, asks_of_model, mask_notes
-from attn_ops.call.normalize import normalize
+from attn_ops.call.explanation import Explanation, Support, asks_of_model
+from attn_ops.call.normalize import mask_notes, normalize
 from attn_ops.tensorflow import choice, gpu, place, xp
 from attn_ops.tensorflow.as_written import as_written
 
@@ -29,10 +28,12 @@ def explain(query, key=None, value=None, **given) -> Explanation:
     """
     if asks_of_model(query, key, value, given):
         if _backend_of_keras() == "jax":
-            return importlib.import_module("attn_ops.jax").explain(query)
-        from attn_ops.models import explanation
+            from attn_ops.jax.explanation import explain as on_jax
 
-        return explanation.of_model(query, places)
+            return on_jax(query)
+        from attn_ops.models.explanation import of_model
+
+        return of_model(query, places)
     implementation = given.pop("implementation", None)
     call = described("explain", query, key, value, given)
     chosen = choice.choose("explain", call, implementation)
