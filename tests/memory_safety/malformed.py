@@ -196,15 +196,12 @@ def recorded():
     from attn_ops import masks
     from attn_ops.jax import forms
 
-    calls, kernel = {}, forms._kernel
+    calls, kernel = {}, forms._call
 
-    def record(target, results):
-        def call(*operands, **attributes):
-            # They were traced, more than once: ones are lengths, a seed and a mask as well.
-            calls[target] = (target, results, tuple(np.ones(x.shape, x.dtype) for x in operands), attributes)
-            return kernel(target, results)(*operands, **attributes)
-
-        return call
+    def record(target, results, operands, attributes, workspace):
+        # They were traced, more than once: ones are lengths, a seed and a mask as well.
+        calls[target] = (target, results, tuple(np.ones(x.shape, x.dtype) for x in operands), attributes)
+        return kernel(target, results, operands, attributes, workspace)
 
     def attend(q, k, v, bias, slopes, table, sinks):
         more = extras()
@@ -222,10 +219,10 @@ def recorded():
 
     given = [tensors()[name] for name in ("q", "k", "v", "bias")]
     given += [extras()["slopes"], extras()["relative_bias"].T, extras()["sinks"]]
-    forms._kernel = record
+    forms._call = record
     results, pull = jax.vjp(attend, *map(jnp.asarray, given))
     pull(tuple(map(jnp.ones_like, results)))
-    forms._kernel = kernel
+    forms._call = kernel
     assert list(calls) == ["attn_ops.forward", "attn_ops.backward"]
     return list(calls.values())
 
