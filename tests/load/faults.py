@@ -2,7 +2,7 @@
 
     python faults.py memory core|op|graph|xla       no memory is left for the results, or for the workspace
     python faults.py interrupt core|op|graph|xla     Ctrl-C while a long call runs
-    python faults.py fork core|op                    a child made before the first call
+    python faults.py fork core|op FILE               a child made before the first call, which leaves its result in FILE
     python faults.py workers                         the workers of tf.data call
     python faults.py thread_counts                   other numbers of threads from call to call, from several threads
     python faults.py two_versions COPY               another copy of the package, in COPY, is loaded already

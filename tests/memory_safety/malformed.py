@@ -5,8 +5,8 @@ error. One that is believed writes where it may not, and may end the process.
     python malformed.py tensorflow   of the operators
     python malformed.py xla          of the custom calls for XLA, through jax.ffi
 
-The good calls have every kind of array there is. Kinds may be joined by commas. A number behind them makes one of so many of the calls. Each process has limits of
-time and memory.
+The good calls have every kind of array there is. Kinds may be joined by commas. A number behind them makes one of so many of the
+calls. Each process has limits of time and memory.
 """
 
 import itertools
@@ -54,17 +54,17 @@ def extras():
 
 def replaced(name, x):
     """(what was changed, the array so changed)."""
-    for dtype in ("bool", "int32", "int8", "float16", "float32", "float64", "complex64"):
+    dtypes = ["bool", "int32", "int8", "float16", "float32", "float64", "complex64"]
+    for dtype in dtypes + ["uint8", "int64"] * (x.dtype.kind == "f"):
         if dtype != x.dtype:
             yield f"as {dtype}", x.astype(dtype)
     yield "of a lower rank", x.reshape(-1) if x.ndim > 1 else x[0]
     yield "of a higher rank", x[None]
     for axis in range(x.ndim):
         shape = list(x.shape)
-        shape[axis] = x.shape[axis] * 3 + 4
-        yield f"of shape {shape}", np.zeros(shape, x.dtype)
-        shape[axis] = 0
-        yield f"of shape {shape}", np.zeros(shape, x.dtype)
+        for extent in sorted({x.shape[axis] * 3 + 4, x.shape[axis] + 1, x.shape[axis] - 1, 0} - {1}):  # 1 may broadcast
+            shape[axis] = extent
+            yield f"of shape {shape}", np.zeros(shape, x.dtype)
     if x.dtype == np.int32 and not name.endswith("ids"):  # lengths and positions
         yield "too large", np.full_like(x, 2**31 - 1)
         yield "negative", np.full_like(x, -1)
@@ -196,15 +196,12 @@ def recorded():
     from attn_ops import masks
     from attn_ops.jax import forms
 
-    calls, kernel = {}, forms._kernel
+    calls, kernel = {}, forms._call
 
-    def record(target, results):
-        def call(*operands, **attributes):
-            # They were traced, more than once: ones are lengths, a seed and a mask as well.
-            calls[target] = (target, results, tuple(np.ones(x.shape, x.dtype) for x in operands), attributes)
-            return kernel(target, results)(*operands, **attributes)
-
-        return call
+    def record(target, results, operands, attributes, workspace):
+        # They were traced, more than once: ones are lengths, a seed and a mask as well.
+        calls[target] = (target, results, tuple(np.ones(x.shape, x.dtype) for x in operands), attributes)
+        return kernel(target, results, operands, attributes, workspace)
 
     def attend(q, k, v, bias, slopes, table, sinks):
         more = extras()
@@ -222,10 +219,10 @@ def recorded():
 
     given = [tensors()[name] for name in ("q", "k", "v", "bias")]
     given += [extras()["slopes"], extras()["relative_bias"].T, extras()["sinks"]]
-    forms._kernel = record
+    forms._call = record
     results, pull = jax.vjp(attend, *map(jnp.asarray, given))
     pull(tuple(map(jnp.ones_like, results)))
-    forms._kernel = kernel
+    forms._call = kernel
     assert list(calls) == ["attn_ops.forward", "attn_ops.backward"]
     return list(calls.values())
 

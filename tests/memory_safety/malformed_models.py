@@ -1,11 +1,14 @@
 """Malformed calls of whole graphs and of what generation keeps, like those of malformed.py (test_memory_safety.py):
 
-    python malformed_models.py graph        the operators in a graph whose shapes are known only when it runs
+    python malformed_models.py op           scaled_dot_product_attention, eager and in functions
+    python malformed_models.py graph        the operators in a graph whose shapes, or ranks too, are known only when it runs
     python malformed_models.py saved        SavedModels whose graph was edited: attributes, types and inputs of the operators
     python malformed_models.py caches       decode_attention, eager and in functions, and KVCache
     python malformed_models.py pages        paged_attention and its pool
 """
 
+import functools
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -20,20 +23,78 @@ from memory_safety import malformed
 BIG = (2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1)
 
 
+def op_calls():
+    """The public function. Its rules are told of in the options' own tests too; here they are broken by generated arrays."""
+    import attn_ops
+
+    good = {**malformed.tensors(), **malformed.extras(), "seed": np.int64([3, 4])}
+    good = {name: good[name] for name in OP_ARRAYS}
+    good["relative_bias"] = good["relative_bias"].T
+
+    def attend(a, laid, layout="BSHD", **more):
+        options = {"dropout_rate": 0.2, "layout": layout, "implementation": "fused", **more}
+        return attn_ops.scaled_dot_product_attention(
+            *(laid(a[name]) for name in "qkv"), bias=a["bias"], mask=a["mask"], query_seq_lengths=a["query_lengths"],
+            key_value_seq_lengths=a["key_lengths"], dropout_seed=a["seed"], query_offset=a["query_offset"],
+            alibi_slopes=a["slopes"], relative_bias=a["relative_bias"], sinks=a["sinks"], **options,
+        )  # fmt: skip
+
+    def legal(name, x):
+        if name in malformed.INTEGERS or name == "seed":
+            shapes = [good[name].shape, *([()] if name in ("query_offset", "seed") else [])]
+            return x.shape in shapes and x.dtype in (np.int8, np.int32, np.int64)
+        if name == "v" and x.ndim == 4 and x.shape[:3] == good[name].shape[:3] and x.dtype == np.float32:
+            return True  # a value_dim of its own
+        if good[name].dtype == np.float32 and x.shape == good[name].shape and x.dtype in (np.float16, np.float64):
+            return True  # arrays are cast to a dtype for all
+        return name == "relative_bias" and malformed.longer_table(name, x.T)
+
+    for layout in ("BSHD", "BHSD"):
+        laid = _laid(layout)
+        yield from _forms(f"the op, {layout}", lambda a, n=layout, f=laid: attend(a, f, n), good, changed(good, legal))
+    options = [(f"{name}={value!r}", {name: value}) for name, values in WRONG_OPTIONS.items() for value in values]
+    yield "the op's options", lambda more: attend(good, _laid("BSHD"), **more), {}, options
+
+
+OP_ARRAYS = ("q", "k", "v", "bias", "mask", "query_lengths", "key_lengths", "query_offset", "slopes", "relative_bias", "sinks", "seed")
+WRONG_OPTIONS = {
+    "scale": ("x", [1.0], 1j, np.nan),
+    "is_causal": ("yes", 0.5),
+    "causal_alignment": ("right", None, 3, ""),
+    "window": (3, (1,), (1, 2, 3), (-2, 0), (1.5, 0), ("a", 0), "left"),
+    "dropout_rate": (-0.1, 1.0, 2, np.nan, "x", None),
+    "layout": ("SBHD", None, 0, "bshd"),
+    "logits_soft_cap": (0.0, -1.0, np.nan, np.inf, "x"),
+    "return_lse": ("yes", 0.5),
+    "implementation": ("fast", 3, ""),
+}
+
+
+def _laid(layout):
+    """Puts rank 4 in this layout, from BSHD; what is of another rank stays."""
+    import tensorflow as tf
+
+    return lambda x: x if layout == "BSHD" or x.shape.rank != 4 else tf.transpose(x, (0, 2, 1, 3))
+
+
 def graph_calls():
     """Those of tensorflow_calls that have the dtypes of the good call, through one function: only kernels can refuse them."""
     import tensorflow as tf
 
     for name, call, arguments, bad in malformed.tensorflow_calls():
         bad = list(bad)
-        specs = {key: tf.TensorSpec(None, arguments[key].dtype) for key in bad[0][1]}
-        function = tf.function(lambda a, call=call: call(a), input_signature=[specs], autograph=False)
+        names = list(bad[0][1])
+        same = [(what, a) for what, a in bad if all(x.dtype == arguments[key].dtype for key, x in a.items())]
+        ranked = [(what, a) for what, a in same if all(x.ndim == arguments[key].ndim for key, x in a.items())]
+        for form, known, wrong in (("of any rank", False, same), ("of known ranks", True, ranked)):
+            shapes = {key: [None] * arguments[key].ndim if known else None for key in names}
+            specs = {key: tf.TensorSpec(shapes[key], arguments[key].dtype) for key in names}
+            function = tf.function(lambda a, call=call: call(a), input_signature=[specs], autograph=False)
 
-        def run(a, function=function):
-            return function({key: tf.constant(a[key]) for key in specs})
+            def run(a, function=function):
+                return function({key: tf.constant(a[key]) for key in names})
 
-        same = ((what, a) for what, a in bad if all(x.dtype == arguments[key].dtype for key, x in a.items()))
-        yield f"{name} in a graph", run, arguments, same
+            yield f"{name} in a graph {form}", run, arguments, wrong
 
 
 def saved_calls():
@@ -71,10 +132,18 @@ def saved_calls():
         (folder / "saved_model.pb").write_bytes(changed.SerializeToString())
         return tf.saved_model.load(str(folder)).attend(q, k)
 
-    yield "a saved graph", call, lambda node: None, edits(nodes(saved)[0])
+    yield "a saved graph", call, lambda node: None, [*attribute_edits(nodes(saved)[0]), *INPUT_EDITS, *two_at_once(nodes(saved)[0])]
 
 
-def edits(good):
+def two_at_once(good):
+    """Every other pair of changes of two attributes."""
+    pairs = itertools.combinations(attribute_edits(good), 2)
+    pairs = [pair for pair in pairs if len({what.partition("=")[0].partition(" ")[0] for what, _ in pair}) == 2]
+    for (what, first), (more, second) in pairs[::2]:
+        yield f"{what} and {more}", lambda node, first=first, second=second: (first(node), second(node))
+
+
+def attribute_edits(good):
     """(what was changed, a function that changes a node so)."""
 
     def setting(name, kind, value):
@@ -110,21 +179,14 @@ def edits(good):
             for value in (3, 10, 14, 20, 21, 0, 77):
                 yield f"{name}=type {value}", setting(name, "type", value)
 
-    def less(node, at):
-        del node.input[at]
 
-    def more(node):
-        node.input.append(node.input[0])
-
-    def swapped(node):
-        node.input[0], node.input[1] = node.input[1], node.input[0]
-
-    for at in range(4):
-        yield f"without input {at}", lambda node, at=at: less(node, at)
-    yield "an input more", more
-    yield "q and k swapped", swapped
-    yield "another operator", lambda node: setattr(node, "op", "AttnOps>Backward")
-    yield "no operator", lambda node: setattr(node, "op", "AttnOps>Nothing")
+INPUT_EDITS = [
+    *((f"without input {at}", lambda node, at=at: node.input.pop(at)) for at in range(4)),
+    ("an input more", lambda node: node.input.append(node.input[0])),
+    ("q and k swapped", lambda node: node.input.insert(0, node.input.pop(1))),
+    ("another operator", lambda node: setattr(node, "op", "AttnOps>Backward")),
+    ("no operator", lambda node: setattr(node, "op", "AttnOps>Nothing")),
+]
 
 
 def changed(good, legal=lambda name, x: False):
@@ -137,7 +199,7 @@ def changed(good, legal=lambda name, x: False):
                 yield f"{name} {what}", {**good, name: new}
 
 
-def _forms(name, call, good, bad):
+def _forms(name, call, good, bad, traced=True):
     """Eager, and in a function that knows extents only when it runs."""
     import tensorflow as tf
 
@@ -154,20 +216,29 @@ def _forms(name, call, good, bad):
 
     bad = list(bad)
     yield f"{name}, eager", eager, good, bad
-    yield f"{name}, in a function", graph, good, bad
+    if traced:
+        yield f"{name}, in a function", graph, good, bad
 
 
 def cache_calls():
     import attn_ops
+    from attn_ops.generation import cache
 
     rng = np.random.default_rng(0)
     rows = {name: rng.standard_normal((2, 3, heads, 8)).astype("float32") for name, heads in (("q", 4), ("k", 2), ("v", 2))}
     memory = {name: np.zeros((2, 16, 2, 8), "float32") for name in ("key", "value")}
     good = {**rows, **memory, "lengths": np.int32([4, 13])}
 
-    def attend(a):
-        cache = attn_ops.KVCache(a["key"], a["value"], a["lengths"])
-        return attn_ops.decode_attention(a["q"], cache, a["k"], a["v"])[0]
+    def cache_of(a, layout):
+        laid = _laid(layout)
+        return cache.kind(layout, None, False)(laid(a["key"]), laid(a["value"]), a["lengths"])
+
+    def attend(a, layout):
+        laid = _laid(layout)
+        return attn_ops.decode_attention(laid(a["q"]), cache_of(a, layout), laid(a["k"]), laid(a["v"]))[0]
+
+    def update(a):
+        return cache_of(a, "BSHD").update(a["k"], a["v"]).key
 
     def legal(name, x):
         # Rows are cast to the cache, and queries may have a dtype of their own.
@@ -177,7 +248,11 @@ def cache_calls():
         integers = name == "lengths" and x.dtype == np.int8 and x.shape == (2,)
         return integers or (name in ("k", "v") and floats and x.shape == good[name].shape)
 
-    yield from _forms("decode_attention", attend, good, changed(good, legal))
+    for layout in ("BSHD", "BHSD"):
+        call = functools.partial(attend, layout=layout)
+        yield from _forms(f"decode_attention, {layout}", call, good, changed(good, legal), layout == "BSHD")
+    updating = {name: x for name, x in good.items() if name != "q"}
+    yield from _forms("KVCache.update", update, updating, changed(updating, legal))
 
     def create(extents):
         return attn_ops.KVCache.create(*extents[:4], extents[4], framework="tensorflow")
@@ -205,8 +280,13 @@ def page_calls():
         "lengths": np.int32([20, 32]),
     }
 
-    def attend(a):
-        return attn_ops.paged_attention(a["q"], a["k_pages"], a["v_pages"], a["block_table"], a["lengths"])
+    new = {name: rng.standard_normal((2, 1, 2, 8)).astype("float32") for name in ("k", "v")}
+
+    def attend(a, layout):
+        laid = _laid(layout)
+        own = [laid(a[name]) for name in new if name in a]
+        pages = laid(a["k_pages"]), laid(a["v_pages"])
+        return attn_ops.paged_attention(laid(a["q"]), *pages, a["block_table"], a["lengths"], *own, layout=layout)
 
     def legal(name, x):
         if name == "block_table" and x.dtype == np.int32 and x.ndim == 2 and x.shape[0] == 2 and x.shape[1] >= 2:
@@ -214,11 +294,20 @@ def page_calls():
         floats = x.dtype in (np.float16, np.float32, np.float64)
         if name in ("block_table", "lengths"):
             return x.dtype == np.int8 and x.shape == good[name].shape
+        if name in new:  # cast to the dtype of the pages
+            return floats and x.shape == new[name].shape
         if name == "v_pages":  # a value_dim of its own
             return x.dtype == np.float32 and x.ndim == 4 and x.shape[:3] == (5, 16, 2)
         return name == "q" and floats and x.ndim == 4 and x.shape[::3] == (2, 8) and x.shape[2] % 2 == 0
 
-    yield from _forms("paged_attention", attend, good, changed(good, legal))
+    def legal_beside_new(name, x):
+        return name != "v_pages" and legal(name, x)
+
+    for layout in ("BSHD", "BHSD"):
+        call = functools.partial(attend, layout=layout)
+        yield from _forms(f"paged_attention, {layout}", call, good, changed(good, legal), layout == "BSHD")
+        more = {**good, **new}
+        yield from _forms(f"paged_attention of new rows, {layout}", call, more, changed(more, legal_beside_new), layout == "BSHD")
 
     def create(extents):
         return attn_ops.PagedKVCache.create(*extents, framework="tensorflow")
@@ -226,7 +315,7 @@ def page_calls():
     yield "PagedKVCache.create", create, (4, 16, 2, 8), _wrong_extents((4, 16, 2, 8))
 
 
-KINDS = {"graph": graph_calls, "saved": saved_calls, "caches": cache_calls, "pages": page_calls}
+KINDS = {"op": op_calls, "graph": graph_calls, "saved": saved_calls, "caches": cache_calls, "pages": page_calls}
 
 if __name__ == "__main__":
     malformed.KINDS |= KINDS

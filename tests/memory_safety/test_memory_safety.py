@@ -50,7 +50,7 @@ def test_a_workspace_too_short_is_noticed(guarded_environment):
     "script, kinds, every",
     [
         ("malformed.py", "core", 1),
-        ("malformed_models.py", "tensorflow,graph,saved,caches,pages", 8),
+        ("malformed_models.py", "tensorflow,op,graph,saved,caches,pages", 40),
         ("malformed.py", "xla", 20),
     ],
     ids=("core", "tensorflow", "xla"),
