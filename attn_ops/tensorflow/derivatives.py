@@ -37,7 +37,7 @@ def differentiable(form, call: AttentionCall):
         own = call.with_differentiable(inputs)
         out, lse, statistics = form.forward(_unwatched(own))
         # What the gradient keeps becomes a result of the function around, which may be asked for its gradient too.
-        kept = _unwatched_tensors(out, statistics)
+        kept = tf.stop_gradient(out), tf.stop_gradient(statistics)
 
         def gradient(d_out, d_lse=None):
             if reads_cache(own):
@@ -87,7 +87,7 @@ def _unwatched(call):
 
 
 def _unwatched_tensors(*tensors):
-    return [x if x is None else tf.stop_gradient(x) for x in tensors]
+    return [x if x is None or not place.is_watched(x) else tf.stop_gradient(x) for x in tensors]
 
 
 def _in_this_graph(call):

@@ -55,7 +55,7 @@ def _either(direction, call, *more):
     )
     if place.can_set_attributes():
         place.set_attribute(results[0].op, "_lower_using_switch_merge")  # inlined, as `tf.switch_case` has its branches
-    return [tf.identity(x) for x in results]  # of the inlined branches; the Case cannot be fetched
+    return list(results)  # whoever hands them on makes others of them: of a Case that is inlined no result can be fetched
 
 
 @functools.lru_cache(maxsize=512)
