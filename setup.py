@@ -1,4 +1,4 @@
-"""Builds the compiled part with CMake; everything else about the package is in pyproject.toml."""
+"""Builds the compiled part with CMake, and knows the addresses of a release; everything else is in pyproject.toml."""
 
 import os
 import shlex
@@ -64,7 +64,17 @@ class CMakeBuild(build_ext):
         cmake("--install", str(build), "--prefix", str(package), "--strip")
 
 
+def addresses():
+    """Of the project, for its page on an index: those of the service that builds a release, which alone knows where it is."""
+    server, repository = map(os.environ.get, ("GITHUB_SERVER_URL", "GITHUB_REPOSITORY"))
+    if not server or not repository:
+        return {}
+    home = f"{server}/{repository}"
+    return {"Source": home, "Issues": f"{home}/issues", "Changelog": f"{home}/blob/main/CHANGELOG.md"}
+
+
 setup(
+    project_urls=addresses(),
     # Names the extension so that the wheel is known to be for one Python and one platform; CMake has the sources.
     ext_modules=[Extension("attn_ops._core", sources=[])],
     cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -44,6 +45,22 @@ def test_a_release_is_checked_before_it_is_published():
     count = len(re.search(r'^build = \[(.*)\]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1).split(","))
     assert f"check_wheel.py --count {2 * count} --cuda yes" in check
     assert "pip install dist/*.tar.gz" in text[text.index("\n  sdist:") : text.index("\n  check:")]
+
+
+@pytest.mark.parametrize("repository", ["someone/attn_ops", None])
+def test_a_release_names_the_addresses_of_where_it_is_built(repository):
+    """And no build elsewhere names any: they would be guesses."""
+    code = "import json, setuptools; setuptools.setup = lambda **given: print(json.dumps(given['project_urls']))\n"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GITHUB_")}
+    if repository:
+        environment |= {"GITHUB_SERVER_URL": "https://forge.example", "GITHUB_REPOSITORY": repository}
+    code += f"__file__ = {str(ROOT / 'setup.py')!r}\nexec(open(__file__).read())"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    home = f"https://forge.example/{repository}"
+    expected = {"Source": home, "Issues": f"{home}/issues", "Changelog": f"{home}/blob/main/CHANGELOG.md"}
+    assert json.loads(run.stdout) == (expected if repository else {})
+    passed = re.search(r"^environment-pass = (.*)$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
+    assert {"GITHUB_SERVER_URL", "GITHUB_REPOSITORY"} <= set(json.loads(passed))
 
 
 def wheel(folder, name="attn_ops-0.1.0-cp311-cp311-linux_x86_64.whl", when=(2026, 1, 1, 0, 0, 0), text="print(1)"):
