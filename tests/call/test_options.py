@@ -61,7 +61,8 @@ def test_the_documentation_tells_of_every_option(name):
     for option in options:
         [at] = [i for i, line in enumerate(lines) if line.startswith(f"    {option}: ")]
         assert at > lines.index("Args:") and at < lines.index("Returns:")
-    assert "        goes through `attn_ops.masks.key_padding`." in lines  # whole, not its first line
+    last = "        seqlen_q: a mask [batch, seqlen_k] of the keys goes through `attn_ops.masks.key_padding`."
+    assert last in lines  # whole, not its first line
     assert "{options}" not in function.__doc__
 
 
