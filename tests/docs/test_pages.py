@@ -187,4 +187,4 @@ def test_the_version_is_one():
     assert f"\nversion: {attn_ops.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"VERSION {attn_ops.__version__} " in (ROOT / "CMakeLists.txt").read_text()
     project = (ROOT / "pyproject.toml").read_text()
-    assert 'dynamic = ["version"]' in project and 'version = { attr = "attn_ops.__version__" }' in project
+    assert 'dynamic = ["version", ' in project and 'version = { attr = "attn_ops.__version__" }' in project
