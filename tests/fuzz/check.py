@@ -190,10 +190,16 @@ class Judge:
 
         Of 16 bits, also of the way in which scores are float32 from where a float32 bias is added: where the others' 16
         bits cannot hold the sum, all their scores may be the same, which may be nearer to the truth by chance.
+
+        Where something is added that is larger than the scores, those before may be off by two roundings either way: the sum
+        of one that is near a tie falls to its other side, which another way to the same product may do.
         """
         bias = self.case.options.get("bias")
         promotes = precision.itemsize == 2 and bias is not None and bias.dtype == np.float32
+        adds = any(self.case.options.get(name) is not None for name in ("bias", "relative_bias", "alibi_slopes"))
+        nudges = [sign * 2 * float(_finfo(precision).eps) for sign in (1, -1)]
         ways = [{"shuffled": False}, {"shuffled": True}, *[{"shuffled": False, "promotes": True}] * promotes]
+        ways += [{"shuffled": False, "nudge": nudge} for nudge in nudges if adds and precision.itemsize > 2]
         ratios = {}
         for results in (_plain(self.case, self.truth, precision, **way) for way in ways):
             for name, size in sizes.items():
@@ -222,7 +228,7 @@ def _largest_of_class(ratio, classes):
     return largest[classes]
 
 
-def _plain(case, truth, precision, shuffled, promotes=False):
+def _plain(case, truth, precision, shuffled, promotes=False, nudge=0.0):
     """The plain formula's results; `shuffled`: keys in another order, plain sums of dimensions and of weights, scaled
     queries."""
     q, k, v, g = (truths.heads_first(case, getattr(case, name)) for name in ("query", "key", "value", "d_out"))
@@ -259,6 +265,7 @@ def _plain(case, truth, precision, shuffled, promotes=False):
         products=serial_products if shuffled else np.matmul,
         sums=serial_sums if shuffled else pairwise_sums,
         promotes=promotes,
+        nudge=nudge,
     )
     for name in ("out", "dq", "dk", "dv"):
         results[name] = results[name].swapaxes(1, 2)

@@ -54,6 +54,7 @@ def plain_results(
     products=np.matmul,
     sums=pairwise_sums,
     promotes=False,
+    nudge=0.0,
 ):
     """`out`, `lse` and `maximum`, and with d_out also `dq`, `dk`, `dv`, `ds` and `d_sinks`, by name.
 
@@ -62,7 +63,7 @@ def plain_results(
     `products` computes those over a head's dimensions, `sums` those of a row's weights. A finite score that would be beyond the range of the dtype is its
     largest finite number. `lse`, `maximum` (`[batch, num_heads, seqlen_q]`), `ds`, the gradient of the scores, and
     `d_sinks` `[num_heads]` are of the dtype that sums have. With ``promotes`` scores stay of that dtype once something is added
-    to them, as what is added has it.
+    to them, as what is added has it. Scores are off by ``nudge`` of themselves before something is added.
     """
     dtype = np.dtype(dtype)
     wide = np.dtype(np.result_type(dtype, np.float32) if dtype.kind == "f" else np.float32)
@@ -92,7 +93,7 @@ def plain_results(
             slopes = rounded(np.multiply(*(np.asarray(x).astype(wide) for x in slopes)))
         for term in (slopes, relative, bias):
             if term is not None:
-                s = s + np.asarray(term).astype(wide)
+                s = s * wide.type(1 + nudge) + np.asarray(term).astype(wide)
                 s = np.clip(s if promotes else rounded(s), -largest, largest)
         if visible is not None:
             s = np.where(visible, s, -np.inf)
