@@ -1,6 +1,7 @@
 // Which vectors of a tile meet which keys of a block. Of 48 rows on a causal diagonal and as many keys a third of the
 // products is nobody's, of the rows of a narrow window or of two documents half: products are made step by step, each of the
-// vectors that see its keys, and all else goes on as if the block were whole.
+// vectors that see its keys, and weights and gradients vector by vector, of the keys that each meets (by_vectors). All else goes
+// on as if the block were whole.
 #pragma once
 
 #include "gemm.h"
