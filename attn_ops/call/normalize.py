@@ -342,7 +342,7 @@ def split_masks(name, mask):
 
 def mask_notes(mask) -> tuple[str, ...]:
     """What the masks with structure are in the option ``mask`` of a call that has been normalised."""
-    masks = mask if isinstance(mask, (list, tuple)) else (mask,)
+    masks = checks.listed("explain", mask)
     return tuple(f"mask: {m.described()}" for m in masks if isinstance(m, Mask) and m.structured)
 
 
