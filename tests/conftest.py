@@ -1,6 +1,7 @@
 """Fixtures of the whole suite."""
 
 import os
+import random
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -86,6 +87,12 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("whole"):
         whole = [config.rootpath / "tests" / "models"] if config.getoption("models") == "all" else []
         shares.leave_out(config, items, whole)
+
+
+@pytest.fixture(autouse=True)
+def _the_same_weights_in_each_run():
+    """Initialisers and dropout without a seed take theirs from Python's numbers (`keras.src.random.make_default_seed`)."""
+    random.seed(0)
 
 
 @pytest.fixture

@@ -30,9 +30,10 @@ import attn_ops
 
 
 def run(code, *arguments, without=_UNNEEDED, **environment):
-    """`python -c code arguments`, with more variables of the environment; it finds no packages of the names `without`."""
-    hidden = f"import sys; sys.modules |= dict.fromkeys({without!r})\n"
-    return _run("-c", hidden + code, *arguments, environment=environment)
+    """`python -c code arguments`, with more variables of the environment; it finds no packages of the names `without`, and
+    starts from the same random weights each time (see conftest.py)."""
+    before = f"import random, sys; random.seed(0); sys.modules |= dict.fromkeys({without!r})\n"
+    return _run("-c", before + code, *arguments, environment=environment)
 
 
 def pass_on_jax(*arguments, flags=""):

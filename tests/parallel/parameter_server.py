@@ -34,7 +34,7 @@ def trained(layer):
         loss = tf.reduce_sum(layer(x, x, use_causal_mask=True) ** 2)
     weights = [weight.value for weight in layer.trainable_variables]
     for weight, gradient in zip(weights, tape.gradient(loss, weights)):
-        weight.assign_sub(0.01 * gradient)
+        weight.assign_sub(0.001 * gradient)
     return loss
 
 
