@@ -17,7 +17,7 @@ from attn_ops.call.attention_call import (
     optional_inputs,
     reads_cache,
 )
-from attn_ops.tensorflow import composite, place, registration
+from attn_ops.tensorflow import composite, custom_gradient, place, registration
 
 # For the names of all attributes and of all counts of optional inputs.
 _ANY_CALL = AttentionCall(None, None, None, block_q=1, block_k=1, logits_soft_cap=1.0)
@@ -32,43 +32,33 @@ def differentiable(form, call: AttentionCall):
     # No tape that is open now will ask for it. What is differentiated without tapes, as functions are, may.
     constant_bias = call.bias is not None and not place.is_watched(call.bias)
 
-    @tf.custom_gradient
     def forward(*inputs):
-        own = call.with_differentiable(inputs)
-        out, lse, statistics = form.forward(_unwatched(own))
-        # What the gradient keeps becomes a result of the function around, which may be asked for its gradient too.
-        kept = tf.stop_gradient(out), tf.stop_gradient(statistics)
+        out, lse, statistics = form.forward(call.with_differentiable(inputs))
+        return [out, *([lse] if call.return_lse else [])], [statistics]
 
-        def gradient(d_out, d_lse=None):
-            if reads_cache(own):
-                raise NotImplementedError(NO_GRADIENT)
-            asked = own._replace(constant_bias=constant_bias and not place.in_gradients_without_tape())
-            return _at_their_places(own, asked.asked(), _gradients(form, asked, *kept, d_out, d_lse))
+    def gradient(results, kept, cotangents, by_tape):
+        if reads_cache(call):
+            raise NotImplementedError(NO_GRADIENT)
+        asked = call._replace(constant_bias=constant_bias and by_tape)
+        return _at_their_places(asked, asked.asked(), _gradients(form, asked, results[0], *kept, cotangents))
 
-        return ((out, lse) if call.return_lse else out), gradient
-
-    result = forward(*call.differentiable())
-    return result if call.return_lse else (result, None)
+    out, *lse = custom_gradient.apply(forward, gradient, call.differentiable())
+    return out, lse[0] if lse else None
 
 
-def _gradients(form, call, out, statistics, d_out, d_lse):
-    call = _in_this_graph(call)
-    cotangents = [d_out] if d_lse is None else [d_out, d_lse]
+def _gradients(form, call, out, statistics, cotangents):
+    call, out, statistics, cotangents = _in_this_graph(call), *map(_own, (out, statistics)), [*map(_own, cotangents)]
     num_inputs = len(call.differentiable())
 
-    @tf.custom_gradient
     def backward(*arguments):
-        own = call.with_differentiable(arguments[:num_inputs])
         d_out, d_lse = (*arguments[num_inputs:], None)[:2]
+        return form.backward(call.with_differentiable(arguments[:num_inputs]), out, statistics, d_out, d_lse), []
 
-        def gradient(*incoming):
-            incoming = _at_their_places(own, own.asked(), incoming)
-            d_inputs, d_cotangents = _second_order(own, arguments[num_inputs:], incoming)
-            return *d_inputs, *d_cotangents
+    def gradient(_, __, incoming, by_tape):
+        d_inputs, d_cotangents = _second_order(call, cotangents, _at_their_places(call, call.asked(), incoming))
+        return *d_inputs, *d_cotangents
 
-        return form.backward(_unwatched(own), out, statistics, *_unwatched_tensors(d_out, d_lse)), gradient
-
-    return backward(*call.differentiable(), *cotangents)
+    return custom_gradient.apply(backward, gradient, [*call.differentiable(), *cotangents])
 
 
 def _at_their_places(call, asked, gradients):
@@ -77,27 +67,13 @@ def _at_their_places(call, asked, gradients):
     return [found.get(at) for at in range(len(call.differentiable()))]
 
 
-def _unwatched(call):
-    """``call`` with inputs that no tape of this graph watches.
-
-    A tape that sees the operations of a form would ask for the gradients that they do not have: where tapes are nested
-    or persistent, `tf.switch_case` builds the gradient of its branches at once, needed or not.
-    """
-    return call.with_differentiable(_unwatched_tensors(*call.differentiable()))
-
-
-def _unwatched_tensors(*tensors):
-    return [x if x is None or not place.is_watched(x) else tf.stop_gradient(x) for x in tensors]
-
-
 def _in_this_graph(call):
     """``call`` with tensors of the graph that is being made: the gradient of a branch may refer to no others."""
-    graph = tf.compat.v1.get_default_graph()
+    return call.map_tensors(_own)
 
-    def own(x):
-        return x if getattr(x, "graph", None) is graph else tf.identity(x)
 
-    return call.map_tensors(own)
+def _own(x):
+    return x if getattr(x, "graph", None) is tf.compat.v1.get_default_graph() else tf.identity(x)
 
 
 def _second_order(call, cotangents, incoming):

@@ -20,8 +20,10 @@ from attn_ops.call import frames
 
 _supposed = contextvars.ContextVar("attn_ops.place.supposed_export", default=False)
 _TANGENTS = "tensorflow.python.eager.forwardprop_util.pack_tangents"
-_WATCHED = "tensorflow.python.pywrap_tfe.TFE_Py_TapeSetShouldRecordBackprop"
-_GRADIENTS = "tensorflow.python.ops.gradients_util"
+_TAPES = "tensorflow.python.pywrap_tfe.TFE_Py_TapeSet"
+_WATCHED = f"{_TAPES}ShouldRecordBackprop"
+_RECORD = f"{_TAPES}RecordOperation"
+_STOPPED = f"{_TAPES}IsStopped", f"{_TAPES}StopOnThread", f"{_TAPES}RestartOnThread"
 _XLA = "tensorflow.compiler.tf2xla.python.xla"
 _EXECUTE = "tensorflow.python.pywrap_tfe.TFE_Py_FastPathExecute"
 _CONTEXT = "tensorflow.python.eager.context.context"
@@ -36,6 +38,7 @@ _WITHOUT = {
     _EXECUTE: "small eager calls take longer to reach the kernels",
     _CONTEXT: "small eager calls take longer to reach the kernels",
     _WATCHED: "in graphs the gradient of a constant bias is computed, though nobody asks for it",
+    **dict.fromkeys((_RECORD, *_STOPPED), "graphs that hold the kernels take longer to trace"),
     "tf.Operation._set_attr": "in graphs the composite takes all query rows at once",
     f"{_XLA}.call_module": "functions compiled by XLA hold the composite",
     f"{_XLA}.remove_dynamic_dimension_size": (
@@ -135,10 +138,26 @@ def is_watched(tensor) -> bool:
     return watched is None or bool(watched([tensor]))
 
 
-def in_gradients_without_tape() -> bool:
-    """Whether a gradient function is called for those that are found from a graph: of functions, loops and branches, and
-    by `tf.gradients`."""
-    return frames.any_of((_GRADIENTS,))
+def recorder():
+    """The function (name, results, inputs, gradient) that tells tapes that ``results`` are made of ``inputs``; None where
+    that, or `tapes`, is missing."""
+    record, *others = map(_get, (_RECORD, *_STOPPED))
+    return None if None in (record, *others) else lambda *operation: record(*operation, None)
+
+
+@contextlib.contextmanager
+def tapes(see: bool):
+    """Whether tapes see what is made meanwhile, as far as that can be changed."""
+    is_stopped, *switches = map(_get, _STOPPED)
+    saw = None in (is_stopped, *switches) or not is_stopped()
+    changes = saw != see and None not in switches
+    try:
+        if changes:
+            switches[see]()
+        yield
+    finally:
+        if changes:
+            switches[saw]()
 
 
 def unwatched_inputs(op) -> tuple[int, ...]:

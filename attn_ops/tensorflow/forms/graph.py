@@ -152,7 +152,8 @@ def _composite_forward(call):
 def _composite_backward(call, out, statistics, d_out, d_lse):
     del out, statistics  # computed anew
     cotangents = [d_out, *([] if d_lse is None else [d_lse])]
-    return composite.gradients(composite.separate(call), cotangents, call.asked(), in_xla=True)
+    with place.tapes(see=True):  # that of the composite, though others are not to see this
+        return composite.gradients(composite.separate(call), cotangents, call.asked(), in_xla=True)
 
 
 _RUN = {

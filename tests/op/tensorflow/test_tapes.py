@@ -55,6 +55,14 @@ def persistent_penalty(attend, *x):
     return [*tape.gradient(norm, x), *tape.gradient(loss, x)]
 
 
+def gathered(attend, *x):
+    """The gradient of what is gathered comes as `tf.IndexedSlices`."""
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = tf.reduce_sum(tf.sin(tf.gather(attend(*x), [1, 0, 1])))
+    return tape.gradient(loss, x)
+
+
 def maml(attend, x, y, bias):
     with tf.GradientTape() as outer:
         outer.watch([x, bias])
@@ -89,7 +97,7 @@ def recomputed(attend, *x):
     return two_losses(tf.recompute_grad(attend), *x)
 
 
-JOBS = (two_losses, penalty, persistent_penalty, maml, penalty_in_a_loop, penalty_in_map_fn, recomputed)
+JOBS = (two_losses, penalty, persistent_penalty, gathered, maml, penalty_in_a_loop, penalty_in_map_fn, recomputed)
 
 
 def eagerly(job, attend):
@@ -135,9 +143,26 @@ def test_in_one_place(form, job):
 
 @pytest.mark.wide(4)
 @pytest.mark.parametrize("form", [around_a_function, around_a_compiled_function, compiled_around_a_graph])
-@pytest.mark.parametrize("job", [two_losses, penalty, persistent_penalty])
+@pytest.mark.parametrize("job", [two_losses, penalty, persistent_penalty, gathered])
 def test_across_functions(form, job):
     assert_right(job, form(job, fused)(*inputs()))
+
+
+def stacked(attend):
+    """Calls whose results and cotangents others use too."""
+
+    def function(x, y, bias):
+        first = attend(x, y, bias)
+        return attend(first, tf.concat([y, first], 1), tf.concat([bias, bias[..., :3]], -1)) * first
+
+    return function
+
+
+@pytest.mark.parametrize("form", [around_a_function, around_a_compiled_function, compiled_around_a_graph])
+def test_across_functions_of_several_calls(form):
+    expected = persistent_penalty(stacked(plain), *inputs())
+    for x, y in zip(form(persistent_penalty, stacked(fused))(*inputs()), expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("pfor", [False, True])
