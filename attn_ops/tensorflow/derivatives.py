@@ -89,12 +89,13 @@ def _second_order(call, cotangents, incoming):
         Two lists: for the differentiable inputs, and for the cotangents. None where nothing depends.
     """
     wanted = [i for i, g in enumerate(incoming) if g is not None]
-    call = composite.separate(call)
+    # A tape does not follow a tensor of another graph that was taken into this one before.
+    call, cotangents = composite.separate(_in_this_graph(call)), [*map(_own, cotangents)]
     inputs = call.differentiable()
     with tf.GradientTape() as tape:
-        tape.watch(inputs + list(cotangents))
+        tape.watch(inputs + cotangents)
         first = composite.gradients(call, cotangents, wanted, query_chunk=None)
-    d = tape.gradient(first, inputs + list(cotangents), output_gradients=[incoming[i] for i in wanted])
+    d = tape.gradient(first, inputs + cotangents, output_gradients=[incoming[i] for i in wanted])
     return d[: len(inputs)], d[len(inputs) :]
 
 

@@ -128,6 +128,23 @@ def compiled_around_a_graph(job, attend):
     return tf.function(lambda *x: graph(*x), autograph=False, jit_compile=True)
 
 
+def around_a_branch(job, attend):
+    def branches(*x):
+        return tf.cond(tf.reduce_sum(x[0]) < 1e9, lambda: attend(*x), lambda: attend(x[0] * 2, *x[1:]))
+
+    function = tf.function(branches, autograph=False)
+    return lambda *x: job(function, *x)
+
+
+def around_a_loop(job, attend):
+    def once(*x):
+        step = lambda i, y: (i + 1, attend(y, *x[1:]))  # noqa: E731
+        return tf.while_loop(lambda i, _: i < tf.size(x[0]) // 48, step, (0, x[0]))[1]
+
+    function = tf.function(once, autograph=False)
+    return lambda *x: job(function, *x)
+
+
 def assert_right(job, found):
     expected = job(plain, *inputs())
     for x, y in zip(tf.nest.flatten(found), tf.nest.flatten(expected), strict=True):
@@ -142,7 +159,10 @@ def test_in_one_place(form, job):
 
 
 @pytest.mark.wide(4)
-@pytest.mark.parametrize("form", [around_a_function, around_a_compiled_function, compiled_around_a_graph])
+@pytest.mark.parametrize(
+    "form",
+    [around_a_function, around_a_compiled_function, compiled_around_a_graph, around_a_branch, around_a_loop],
+)
 @pytest.mark.parametrize("job", [two_losses, penalty, persistent_penalty, gathered])
 def test_across_functions(form, job):
     assert_right(job, form(job, fused)(*inputs()))
