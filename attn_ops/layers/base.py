@@ -21,6 +21,19 @@ EMPTY_SCORES_ARE_UNIFORM = tuple(int(part) for part in keras.__version__.split("
 _DENSE_AS_IN_KERAS = "as_in_keras=True, and this Keras spreads the scores of a row without keys over all of them"
 
 
+class _OfTheClass:
+    """An attribute that instances do not have: the signature of a layer is that of its call, by which `tf.function(layer)`
+    passes arguments on."""
+
+    def __init__(self, value):
+        self._value = value
+
+    def __get__(self, instance, owner):
+        if instance is None:
+            return self._value
+        raise AttributeError(f"{owner.__name__!r} object has no such attribute")
+
+
 class FlashAttention:
     """Mixin that reads `flash_attention` before the stock constructor does, and means it.
 
@@ -41,7 +54,7 @@ class FlashAttention:
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if issubclass(cls, keras.layers.Layer):
-            cls.__signature__ = _signature(cls)
+            cls.__signature__ = _OfTheClass(_signature(cls))
 
     def __init__(self, *args, flash_attention=None, **kwargs):
         given = _given(super().__init__, args, kwargs)

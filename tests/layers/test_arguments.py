@@ -159,6 +159,16 @@ def test_signatures_of_subclasses():
     assert Own(4).key_dim == 4 and Open(4, flash_attention=False).flash_attention is False
 
 
+@pytest.mark.parametrize("name", DROP_INS)
+def test_a_layer_is_a_function_of_its_call(name):
+    layer, x = make(name), random(2, 5, 8)
+    given = [x, x] if name != "Attention" else [[x, x]]
+    assert inspect.signature(layer) == inspect.signature(keras.layers.Dense(1))
+    for jit_compile in (False, True):
+        found = tf.function(layer, jit_compile=jit_compile)(*given, use_causal_mask=True)
+        np.testing.assert_allclose(found, layer(*given, use_causal_mask=True), rtol=1e-5, atol=1e-6)
+
+
 def test_flash_attention_by_position_is_keras_s():
     """Its place among Keras's arguments means the same as the keyword."""
     for name in ("MultiHeadAttention", "GroupedQueryAttention"):
