@@ -237,17 +237,16 @@ class Keras:
 
 
 def as_written(function):
-    """``function`` as tensorflow/as_written.py keeps it, once there is a TensorFlow."""
+    """``function`` as tensorflow/as_written.py keeps it, once there is a TensorFlow. AutoGraph reads this: no import here."""
     kept = None
 
     @functools.wraps(function)
     def call(*args, **kwargs):
         nonlocal kept
-        if kept is None:
-            if getattr(sys.modules.get("tensorflow"), "autograph", None) is None:
-                return function(*args, **kwargs)
-            kept = importlib.import_module("attn_ops.tensorflow.as_written").as_written(function)
-        return kept(*args, **kwargs)
+        tf = sys.modules.get("tensorflow")
+        if kept is None and getattr(tf, "autograph", None) is not None:
+            kept = tf.autograph.experimental.do_not_convert(function)
+        return function(*args, **kwargs) if kept is None or tf.executing_eagerly() else kept(*args, **kwargs)
 
     return call
 
