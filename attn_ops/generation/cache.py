@@ -149,13 +149,15 @@ class KVCache(typing.NamedTuple):
         return decode.update("KVCache.update", self, k, v, lengths)
 
     def rewind(self, lengths):
-        """The cache without the positions at and past these ``lengths``, integers [batch] or one: what was tried and
-        not taken (speculative decoding). New rows overwrite it in loops of TensorFlow and in JAX; elsewhere the first
-        of them copies the cache, since the one before may still be wanted.
+        """The cache without the positions at and past these ``lengths``, integers [batch] or one for all: what was tried
+        and not taken (speculative decoding). New rows overwrite it in loops of TensorFlow and in JAX; elsewhere the first of
+        them copies the cache, since the one before may still be wanted.
 
         Raises:
-            ValueError: lengths that are negative or longer than those of the cache, or a cache with a window, which has
-                let go of what it would have to see again.
+            TypeError: lengths that are no integers.
+            ValueError: lengths that are negative or longer than those of the cache (where only the running op can know,
+                the nearest ones that it has are taken), or a cache with a window, which has let go of what it would have to
+                see again.
         """
         decode = importlib.import_module(f"attn_ops.{framework_of(self)}.decode")
         return decode.rewound("KVCache.rewind", self, lengths)

@@ -133,13 +133,14 @@ def rewound(xp, name, cache, lengths):
     cache = growth.checked(xp, name, cache)
     if cache.rolls:
         raise ValueError(f"{name}: a cache with a window cannot be rewound: what it would have to see again is gone")
-    if options.is_integer(lengths):
-        lengths = cache.lengths * 0 + int(lengths)
-    lengths = arrays.lengths(xp, name, "lengths", lengths, xp.extents(cache.key)[0], cache.rows)
+    batch = xp.extents(cache.key)[0]
+    lengths = xp.as_tensor(name, "lengths", lengths)
+    one = xp.extents(lengths) == []
+    lengths = arrays.lengths(xp, name, "lengths", xp.expand_dims(lengths, 0) if one else lengths, 1 if one else batch, cache.rows)
     old, new = xp.static_value(cache.lengths), xp.static_value(lengths)
     if old is not None and new is not None and (new > old).any():
         raise ValueError(f"{name}: lengths must not exceed those of the cache, {old.tolist()}, got {new.tolist()}")
-    return cache._replace(lengths=xp.minimum(lengths, cache.lengths))
+    return cache._replace(lengths=xp.maximum(xp.minimum(lengths, cache.lengths), 0))
 
 
 def _window(name, cache, window, is_causal, given):

@@ -69,8 +69,10 @@ def _checked_scales(xp, name, cache, key):
                 f"got {shapes.shape_text(extents)}"
             )
         if x.dtype != xp.float32 or key.dtype != xp.int8:
+            cast = x.dtype in xp.FLOATS and x.dtype != xp.float32
+            hint = "; a layer of Keras casts what it is given, but for one made with autocast=False" if cast else ""
             raise TypeError(
-                f"{name}: keys and values in int8 have scales in float32, got {key.dtype.name} and {what} in {x.dtype.name}"
+                f"{name}: keys and values in int8 have scales in float32, got {key.dtype.name} and {what} in {x.dtype.name}{hint}"
             )
         found.append(x)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -123,13 +124,14 @@ class PagedKVCache:
 
     def allocate(self):
         """A new sequence without positions: an integer that no other one has had."""
+        self._refuse_tracing("allocate")
         self._next += 1
         self._tables[self._next], self._lengths[self._next] = [], 0
         return self._next
 
     def fork(self, sequence):
         """A new sequence with the positions of this one, in the same pages."""
-        self._check("fork", [sequence])
+        self._check("fork", sequence)
         new = self.allocate()
         self._tables[new], self._lengths[new] = list(self._tables[sequence]), self._lengths[sequence]
         self._sharers[self._tables[new]] += 1
@@ -137,13 +139,13 @@ class PagedKVCache:
 
     def free(self, sequence):
         """Ends a sequence. Pages that it alone has are free again."""
-        self._check("free", [sequence])
+        self._check("free", sequence)
         self._release(self._tables.pop(sequence))
         del self._lengths[sequence]
 
     def truncate(self, sequence, length):
         """Takes back the positions of a sequence from ``length`` on: what was tried and not taken (speculative decoding)."""
-        self._check("truncate", [sequence])
+        self._check("truncate", sequence)
         if not options.is_integer(length) or not 0 <= length <= self._lengths[sequence]:
             raise ValueError(
                 f"{_NAME}.truncate: length must be an integer from 0 to {self._lengths[sequence]}, how many positions "
@@ -159,7 +161,7 @@ class PagedKVCache:
         """Makes room for new rows behind the positions of sequences, for `paged_attention` to write them there.
 
         Args:
-            sequences: of which each occurs once.
+            sequences: one, or several of which each occurs once.
             rows: how many new rows, an integer or one for each sequence.
 
         Returns:
@@ -169,6 +171,7 @@ class PagedKVCache:
             TypeError, ValueError: no such sequences, or another number of rows.
             PagedKVCache.OutOfPages: there are not enough free pages. Nothing has changed.
         """
+        sequences = self._known("reserve", sequences)
         self._grow("reserve", sequences, self._counts("reserve", sequences, rows))
         return self.block_table(sequences), self.lengths(sequences)
 
@@ -187,7 +190,7 @@ class PagedKVCache:
         """
         name = f"{_NAME}.append"
         one = options.is_integer(sequences)
-        sequences = [sequences] if one else list(sequences)
+        sequences = self._known("append", sequences)
         layers = [(k, v)] if len(self.pages) == 1 and not isinstance(k, (list, tuple)) else list(zip(k, v))
         if len(layers) != len(self.pages) or (isinstance(k, (list, tuple)) and len(k) != len(v)):
             raise ValueError(f"{name}: k and v must be lists with the rows of {len(self.pages)} layers, got {len(layers)}")
@@ -199,36 +202,43 @@ class PagedKVCache:
         counts = self._counts("append", sequences, most if lengths is None else lengths)
         if max(counts, default=0) > most:
             raise ValueError(f"{name}: lengths must be from 0 to {most}, the number of new rows, got {counts}")
-        before = np.array([self._length(s, "append") for s in sequences], np.int32)
+        before = np.array([self._lengths[s] for s in sequences], np.int32)
         self._grow("append", sequences, counts)
         self._write(layers, self._table(sequences), before, np.array(counts, np.int32))
 
     def block_table(self, sequences, pages=None):
-        """The table of these sequences for `paged_attention`, int32 [batch, pages], 0 where they have no page.
+        """The table of these sequences, or of one, for `paged_attention`, int32 [batch, pages], 0 where they have no page.
 
         ``pages`` is None for a power of two, so that a function is not traced anew for every page; or how many there are to
         be at least.
         """
-        self._check("block_table", sequences)
+        sequences = self._known("block_table", sequences)
         needed = max((len(self._tables[s]) for s in sequences), default=0)
         if pages is not None and (not options.is_integer(pages) or pages < needed):
             raise ValueError(f"{_NAME}.block_table: pages must be at least {needed}, which a sequence has, got {pages!r}")
         return self._xp.as_tensor(_NAME, "block_table", self._table(sequences, pages))
 
     def lengths(self, sequences):
-        """How many positions these sequences have, int32 [batch]."""
-        self._check("lengths", sequences)
+        """How many positions these sequences, or this one, have, int32 [batch]."""
+        sequences = self._known("lengths", sequences)
         lengths = np.array([self._lengths[s] for s in sequences], np.int32)
         return self._xp.as_tensor(_NAME, "lengths", lengths)
-
-    def _length(self, sequence, method):
-        self._check(method, [sequence])
-        return self._lengths[sequence]
 
     def _pages_for(self, length):
         return -(-int(length) // self.page_size)
 
-    def _check(self, method, sequences):
+    def _known(self, method, sequences):
+        """One sequence or several as a list of those that there are."""
+        if options.is_integer(sequences):
+            sequences = [sequences]
+        elif not isinstance(sequences, Iterable):
+            raise TypeError(f"{_NAME}.{method}: sequences must be one or several, got {type(sequences).__name__}")
+        sequences = list(sequences)
+        self._check(method, *sequences)
+        return sequences
+
+    def _check(self, method, *sequences):
+        self._refuse_tracing(method)
         for sequence in sequences:
             if not options.is_integer(sequence):
                 raise TypeError(
@@ -238,9 +248,16 @@ class PagedKVCache:
                 was = "was freed" if 0 < sequence <= self._next else "is unknown"
                 raise ValueError(f"{_NAME}.{method}: sequence {sequence} {was}")
 
+    def _refuse_tracing(self, method):
+        """ValueError in a function that is being compiled: this would run once, and what it tells stay what it is now."""
+        if self._xp.is_tracing():
+            raise ValueError(
+                f"{_NAME}.{method}: a cache keeps its pages in Python: call it outside of compiled functions, and give them "
+                "its pages, block_table and lengths"
+            )
+
     def _counts(self, method, sequences, rows):
-        """How many new rows each of the sequences gets; checks both."""
-        self._check(method, sequences)
+        """How many new rows each of the sequences gets, checked."""
         if len(set(sequences)) < len(sequences):
             raise ValueError(f"{_NAME}.{method}: each sequence may occur once, got {list(sequences)}")
         counts = np.asarray(rows)
@@ -255,11 +272,7 @@ class PagedKVCache:
 
     def _grow(self, method, sequences, counts):
         """Gives the sequences pages for so many more positions, and longer lengths."""
-        if self._xp.is_tracing():
-            raise ValueError(
-                f"{_NAME}.{method}: a cache keeps its pages in Python: call it outside of compiled functions, and give them "
-                "its pages, block_table and lengths"
-            )
+        self._refuse_deleted(method)
         owners, copies, fresh = {}, [], 0
         for sequence, count in zip(sequences, counts):
             length, table = self._lengths[sequence], self._tables[sequence]
@@ -287,6 +300,15 @@ class PagedKVCache:
             self._lengths[sequence] += count
             table = self._tables[sequence]
             table += [self._take() for _ in range(self._pages_for(self._lengths[sequence]) - len(table))]
+
+    def _refuse_deleted(self, method):
+        """ValueError where rows can be written nowhere, before anything has changed."""
+        gone = [layer for layer in range(len(self.pages)) if any(map(self._xp.is_deleted, self._memory(layer)))]
+        if gone:
+            raise ValueError(
+                f"{_NAME}.{method}: the pages of layer {gone[0]} were donated: put back what the function returned for them, "
+                f"cache.pages[{gone[0]}] = …"
+            )
 
     def _take(self):
         page = self._free.pop()

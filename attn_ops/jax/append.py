@@ -34,7 +34,7 @@ def append(layout, memory, new, positions, counts, dropped, written):
     arguments = memory, new, positions, counts, dropped
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments)):
         return _appended(layout, *arguments), None
-    if any(x.is_deleted() for x in memory):
+    if any(map(xp.is_deleted, memory)):
         raise ValueError(
             "KVCache: this cache was taken over by an earlier update; go on with the one that returned, or copy() it first"
         )

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from attn_ops.jax.call import Arrays, Options
 
 _OF_NO_BATCH = ("relative_bias", "sinks")  # and in pages also the keys
+# Those that the kernels want for each entry; one of the others may be for all.
+_FOR_EACH = ("query", "key", "value", "query_lengths", "key_lengths", "block_table", "key_scales", "value_scales")
 
 
 def forward(kernels, options: Options, arrays: Arrays):
@@ -83,7 +85,7 @@ def _joined_arrays(arrays, batched, count, batch):
             return x
         if isinstance(x, tuple):
             return tuple(map(functools.partial(join, name), x, is_batched))
-        if not is_batched and name not in ("query", "key", "value") and x.shape[0] == 1 != batch * count:
+        if not is_batched and name not in _FOR_EACH and x.shape[0] == 1 != batch * count:
             return x  # all entries have the same
         return _joined(x, is_batched, count, batch)
 

@@ -155,6 +155,11 @@ def is_tracing():
     return isinstance(jax.lax.add(0, 0), jax.core.Tracer)
 
 
+def is_deleted(x):
+    """Whether a function that ``x`` was donated to took its memory over."""
+    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted()
+
+
 minimum, maximum = jnp.minimum, jnp.maximum
 int8 = np.dtype("int8")
 where, zeros_like, ones_like, absolute, rounded = jnp.where, jnp.zeros_like, jnp.ones_like, jnp.abs, jnp.round

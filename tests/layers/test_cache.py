@@ -162,6 +162,32 @@ def test_functional_models_take_a_tensor():
     assert cache[:, :, :TOKENS].any() and not cache[:, :, TOKENS:].any()
 
 
+class Decoder(keras.layers.Layer):
+    """A layer of a user's, whose policy is not the cache's dtype."""
+
+    def __init__(self, **options):
+        super().__init__(dtype="mixed_bfloat16", **options)
+        self.attention = LAYERS["MultiHeadAttention"](dtype=self.dtype_policy)
+
+    def build(self, shape):
+        self.attention.build(shape, shape)
+
+    def call(self, x, cache):
+        return self.attention(x, x, cache=cache)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_layers_around_ours_leave_caches_alone_without_autocast(dtype):
+    decoder = Decoder(autocast=False)
+    cache = new_cache(decoder.attention, dtype)
+    out, grown = decoder(X, cache)
+    assert [x.dtype for x in grown] == [x.dtype for x in cache] and out.dtype == "bfloat16"
+    np.testing.assert_allclose(tf.cast(out, "float32"), tf.cast(whole(decoder.attention), "float32"), rtol=0, atol=0.1)
+    if dtype == "int8":
+        with pytest.raises(TypeError, match="key_scale in bfloat16; a layer of Keras casts what it is given, .*autocast=False"):
+            Decoder()(X, cache)
+
+
 @each_layer
 def test_what_goes_with_no_cache(name):
     layer = LAYERS[name](dropout=0.1)

@@ -207,9 +207,41 @@ def test_not_while_a_function_is_traced(framework):
     compiled = compiled.function if framework == "tensorflow" else compiled.jit
     cache = new_cache(framework)
     sequence = cache.allocate()
-    with pytest.raises(ValueError, match="outside of compiled functions"):
-        compiled(lambda: cache.reserve([sequence], 1))()
+    calls = {
+        "allocate": (), "fork": (sequence,), "free": (sequence,), "truncate": (sequence, 0), "reserve": ([sequence], 1),
+        "block_table": ([sequence],), "lengths": ([sequence],),
+    }  # fmt: skip
+    for name, given in calls.items():  # the last two would be what they were, ever after
+        with pytest.raises(ValueError, match=f"{name}: .*outside of compiled functions"):
+            compiled(lambda name=name, given=given: getattr(cache, name)(*given))()
     check(cache, {sequence: rows(np.random.default_rng(0), 0)})
+
+
+def test_one_sequence_or_several(rng):
+    cache = new_cache("tensorflow")
+    sequence, given = cache.allocate(), rows(rng, 20)
+    cache.append(sequence, *given)
+    for some in (sequence, np.int64(sequence), (x for x in [sequence])):
+        table, lengths = cache.reserve(some, 0)
+        assert table.shape == (1, 2) and lengths.numpy().tolist() == [20]
+    assert cache.block_table(sequence).shape == (1, 2) and cache.lengths(sequence).shape == (1,)
+    with pytest.raises(TypeError, match="lengths: sequences must be one or several, got float"):
+        cache.lengths(1.0)
+
+
+def test_pages_that_were_donated_and_not_put_back(rng):
+    """Nothing has changed: no positions without rows."""
+    cache = new_cache("jax", num_layers=2)
+    sequence, given = cache.allocate(), rows(rng, 20)
+    cache.append(sequence, *([x, x] for x in given))
+    pages = cache.pages[1]
+    cache.pages[1] = [x.copy() for x in pages]
+    cache.pages[1][0].delete()
+    for call in (lambda: cache.append(sequence, *([x, x] for x in given)), lambda: cache.reserve(sequence, 1)):
+        with pytest.raises(ValueError, match=r"the pages of layer 1 were donated: .*cache.pages\[1\] = "):
+            call()
+    cache.pages[1] = pages
+    check(cache, {sequence: given})
 
 
 def test_without_a_copy_in_tensorflow(rng):

@@ -160,6 +160,25 @@ def test_vmap(forced):
 
 
 @both
+def test_vmap_of_a_batch_of_1(forced):
+    """What is not mapped, but has an element for each entry of the batch, belongs to all examples."""
+    query, key, value, _ = (x[:1] for x in everything())
+    queries = jnp.stack([query, query + 1.0, -query])
+    cache = attn_ops.KVCache.create(1, 48, *key.shape[2:], "int8", value_dim=value.shape[-1], framework="jax").update(key, value)
+    pool = attn_ops.PagedKVCache.create(3, 16, *key.shape[2:], value_dim=value.shape[-1], framework="jax")
+    sequence = pool.allocate()
+    pool.append(sequence, key, value)
+    table, lengths, one = pool.block_table(sequence), pool.lengths(sequence), query.shape[1] - 1
+    attend, options = attn_ops.jax.scaled_dot_product_attention, {"implementation": forced}
+    for call in (
+        lambda q: attend(q, key, value, query_seq_lengths=[one], key_value_seq_lengths=[3], **options),
+        lambda q: attn_ops.jax.decode_attention(q[:, :2], cache, **options)[0],
+        lambda q: attn_ops.jax.paged_attention(q[:, :2], *pool.pages[0], table, lengths, **options),
+    ):
+        assert_same(jax.vmap(call)(queries), jnp.stack([call(q) for q in queries]), 1e-6)
+
+
+@both
 def test_scan_and_checkpoint(forced):
     query, key, value, _ = everything()
 

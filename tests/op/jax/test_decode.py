@@ -76,6 +76,7 @@ def test_memory_is_taken_over_and_a_copy_is_not():
     assert third.key.unsafe_buffer_pointer() == address
     close(third.key[:, :3], KEY[:, :3])
     assert not copy.key.any()
+    assert jax.jit(lambda cache, n: cache.rewind(n))(third, 2).lengths.tolist() == [2] * len(KEY)
     rewound = third.rewind(1).update(array(KEY[:, 5:6]), array(VALUE[:, 5:6]))
     close(rewound.key[:, :2], KEY[:, [0, 5]])
 

@@ -189,6 +189,18 @@ def test_speculation():
         close(out, whole("plain")[:, 10:15])
 
 
+@pytest.mark.parametrize("form", ["eager", "graph"])
+def test_rewind_takes_one_length_for_all(form):
+    cache = new_cache().update(KEY[:, :3], VALUE[:, :3])
+    rewind = (lambda cache, n: cache.rewind(n)) if form == "eager" else tf.function(lambda cache, n: cache.rewind(n), autograph=False)
+    for n in (2, np.array(2), tf.constant(2), tf.constant([2] * BATCH)):
+        assert rewind(cache, n).lengths.numpy().tolist() == [2] * BATCH
+    if form == "graph":  # what only the running op knows stays within what there is
+        assert rewind(cache, tf.constant([-1, 9])).lengths.numpy().tolist() == [0, 3]
+    with pytest.raises(TypeError, match="rewind: lengths must be a dense tensor or an array, got NoneType"):
+        cache.rewind(None)
+
+
 def test_saved_models_take_and_give_a_cache(tmp_path):
     module = tf.Module()
     cache = new_cache()
