@@ -17,7 +17,7 @@ from attn_ops.call.attention_call import (
     optional_inputs,
     reads_cache,
 )
-from attn_ops.tensorflow import composite, place, registration
+from attn_ops.tensorflow import composite, place, registration, vectorization
 
 # For the names of all attributes and of all counts of optional inputs.
 _ANY_CALL = AttentionCall(None, None, None, block_q=1, block_k=1, logits_soft_cap=1.0)
@@ -54,6 +54,8 @@ def differentiable(form, call: AttentionCall):
 def _gradients(form, call, out, statistics, d_out, d_lse):
     call = _in_this_graph(call)
     cotangents = [d_out] if d_lse is None else [d_out, d_lse]
+    if vectorization.reason_against_kernels(call, *cotangents):
+        return composite.gradients(composite.separate(call), cotangents, call.asked())
     num_inputs = len(call.differentiable())
 
     @tf.custom_gradient
