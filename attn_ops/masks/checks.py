@@ -43,21 +43,8 @@ def tells_visible(mask, dtype):
 
 
 def normalized_window(window):
-    if window is None:
-        return None
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(
-            f"Mask: window must be a pair (left, right) of integers or None, got {window!r}{options.window_hint(window)}"
-        )
-    ends = []
-    for end in window:
-        try:
-            ends.append(-1 if end is None else operator.index(end))
-        except TypeError:
-            raise TypeError(f"Mask: window must be a pair (left, right) of integers or None, got {window!r}") from None
-    if min(ends) < -1:
-        raise ValueError(f"Mask: window ends must be at least 0, or -1 or None for unbounded, got {window!r}")
-    return None if ends == [-1, -1] else tuple(ends)
+    pair = options.window("Mask", window)
+    return None if pair == (-1, -1) else pair
 
 
 def checked(name, array, ranks, kind):

@@ -80,7 +80,9 @@ def prefix(length, alignment=options.TOP_LEFT):
     Raises:
       TypeError: not integers. ValueError: negative, where known.
     """
-    if not _is_integer(length):
+    if _is_integer(length):
+        length = min(int(length), 2**31 - 1)  # as long as sequences can be
+    else:
         length = checks.checked("prefix: length", length, (0, 1), "int")
     length = checks.required(length, lambda x: x >= 0, "prefix: length must not be negative")
     return Mask(causal_alignment=alignment, structured=(Prefix(length),))

@@ -44,6 +44,9 @@ class Parts(typing.NamedTuple):
 class Mask:
     """Who sees whom. Use the constructors of this module and `&`; the fields are what they set.
 
+    Masks without arrays and functions are equal, and have one hash, where they say the same: as static arguments of traced
+    functions they cause no other trace. Others are equal to nothing but themselves.
+
     Attributes:
       is_causal: a row sees no key after its own position: `window` with right end 0.
       causal_alignment: "top_left": row i stands at key i (Keras, PyTorch). "bottom_right": the last row stands at the
@@ -71,6 +74,24 @@ class Mask:
         object.__setattr__(self, "window", checks.normalized_window(self.window))
         for name in ("query_lengths", "key_lengths"):
             object.__setattr__(self, name, checks.normalized_lengths(name, getattr(self, name)))
+
+    def __eq__(self, other):
+        if not isinstance(other, Mask):
+            return NotImplemented
+        said = self._said()
+        return self is other or (said is not None and said == other._said())
+
+    def __hash__(self):
+        said = self._said()
+        return object.__hash__(self) if said is None else hash(said)
+
+    def _said(self):
+        """All that the mask says, hashable; None where it holds arrays or functions."""
+        if self.arrays() or any(part.is_function for part in self.structured):
+            return None
+        parts = [(type(part), *(getattr(part, field.name) for field in dataclasses.fields(part))) for part in self.structured]
+        is_said = not isinstance(self.causal_alignment, options.Unsaid)
+        return self.is_causal, self.causal_alignment, is_said, self.window, *parts
 
     def __repr__(self):
         """What the mask is made of, with the shapes of arrays: `<Mask: causal & key_padding[2, 6]>`."""

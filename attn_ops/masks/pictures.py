@@ -7,11 +7,13 @@ import textwrap
 import numpy as np
 
 from attn_ops import requirements
+from attn_ops.masks import checks
 
 BLOCK = (64, 128)  # rows and keys; of those that hold nothing visible the kernels compute nothing
 SEEN, HIDDEN, SKIPPED = "█", "·", " "
 PARTLY = "░▒▓"  # up to a third, two thirds, all but some
 _COLOURS = ("#ffffff", "#d9dde3", "#2166ac")  # skipped, hidden, seen
+_MOST_PAIRS = 2**30  # a byte each
 _GRID = 64  # rows and keys between which lines are drawn
 
 
@@ -40,9 +42,9 @@ def text(mask, seqlen_q, seqlen_k=None, *, entry=0, head=0, query_offset=None, w
     while -(-pairs.shape[1] // side) > width:
         side *= 2
     cell = (1, 1) if side == 1 else (2 * side, side)  # characters are twice as high as wide
-    count = _sums(np.ones_like(pairs, dtype=np.int64), *cell)
-    share = _sums(pairs.astype(np.int64), *cell) / np.maximum(count, 1)
-    every = _sums(skipped.astype(np.int64), *cell) == count
+    count = _sums(np.ones_like(pairs), *cell)
+    share = _sums(pairs, *cell) / np.maximum(count, 1)
+    every = _sums(skipped, *cell) == count
     shades = np.array([*PARTLY])
     cells = np.where(every, SKIPPED, HIDDEN)
     cells = np.where(share > 0, shades[np.minimum((share * 3).astype(int), 2)], cells)
@@ -96,6 +98,12 @@ def panel_inches(seqlen_q: int, seqlen_k: int, alone: bool) -> tuple[float, floa
 def seen_and_skipped(name, mask, seqlen_q, seqlen_k, entry, head, query_offset, block):
     """Two bool arrays `[seqlen_q, seqlen_k]`: the visible pairs, and those in a block without any."""
     seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
+    for what, extent in (("seqlen_q", seqlen_q), ("seqlen_k", seqlen_k)):
+        checks.size(f"{name}: {what}", extent, least=0)
+    if seqlen_q * seqlen_k > _MOST_PAIRS:
+        raise ValueError(
+            f"{name}: {seqlen_q} x {seqlen_k} pairs are too many to draw (2**30 at most); draw fewer rows, from query_offset= on"
+        )
     mask.resolved(seqlen_q, seqlen_k, query_offset)  # so that functions can tell what they are
     pairs = np.asarray(mask.materialize(seqlen_q, seqlen_k, query_offset=query_offset))
     index = []
@@ -108,12 +116,12 @@ def seen_and_skipped(name, mask, seqlen_q, seqlen_k, entry, head, query_offset, 
     if min(block) < 1:
         raise ValueError(f"{name}: block must hold two integers from 1, got {block}")
     rows, keys = np.arange(pairs.shape[0]), np.arange(pairs.shape[1])
-    empty = _sums(pairs.astype(np.int64), block_q, block_k) == 0
+    empty = _sums(pairs, block_q, block_k) == 0
     skipped = empty[rows[:, None] // block_q, keys // block_k]
     return pairs, skipped
 
 
 def _sums(x, rows, keys):
-    """Over blocks of rows and keys; the last ones may be smaller."""
+    """How many are true in blocks of rows and keys; the last ones may be smaller."""
     x = np.pad(x, [(0, -x.shape[0] % rows), (0, -x.shape[1] % keys)])
-    return x.reshape(x.shape[0] // rows, rows, x.shape[1] // keys, keys).sum((1, 3))
+    return x.reshape(x.shape[0] // rows, rows, x.shape[1] // keys, keys).sum((1, 3), dtype=np.int64)

@@ -111,7 +111,7 @@ def _fused(call):
 
 
 def _composite(call):
-    return composite.attention(call, exporting=place.exporting())
+    return composite.attention(call, exporting=place.exporting(), vectorized=place.in_vectorization())
 
 
 RUN = {"fused": _fused, "composite": _composite, "reference": reference.attention}

@@ -9,7 +9,7 @@ import tensorflow as tf
 from attn_ops import kernels
 from attn_ops.call import explanation
 from attn_ops.call.attention_call import AttentionCall
-from attn_ops.tensorflow import export, gpu, place
+from attn_ops.tensorflow import export, gpu, place, vectorization
 from attn_ops.tensorflow.forms import xla
 
 IMPLEMENTATIONS = ("fused", "composite", "reference")
@@ -61,7 +61,8 @@ def _reasons_of_graph(call, forced):
         reasons.append(f"the call is traced for XLA (jit_compile=True), and {xla.unavailable_reason(call)}")
     if place.in_forward_mode(call.differentiable()):
         reasons.append("a ForwardAccumulator watches the inputs, and in graphs only the composite has forward mode")
-    return reasons
+    rewritten = vectorization.reason_against_kernels(call)
+    return reasons if rewritten is None else [*reasons, rewritten]
 
 
 def form(call: AttentionCall) -> str:

@@ -28,7 +28,7 @@ UNCHUNKED_SCORES = 2**24
 CHUNK_SCORES = 2**22
 
 @as_written
-def attention(call, query_chunk="auto", in_xla=False, exporting=False):
+def attention(call, query_chunk="auto", in_xla=False, exporting=False, vectorized=False):
     """Scaled dot-product attention.
 
     Args:
@@ -39,6 +39,8 @@ def attention(call, query_chunk="auto", in_xla=False, exporting=False):
       in_xla: that only XLA will run what is made here, where that cannot be seen.
       exporting: that what is made here is exported, perhaps for a runtime without loops over unknown rows: "auto" then
         decides by one entry of an unknown batch.
+      vectorized: that what is made here is rewritten for all examples at once, which loses the gradients of
+        `tf.custom_gradient`: its operations are to have the right ones of themselves. Without chunks.
     Returns:
       out in the shape and dtype of query (with value_dim), and lse `[batch, num_heads, seqlen_q]` in float32, or
       float64 for float64. Both are differentiable with respect to query, key, value, bias, relative_bias and sinks. Only where
@@ -53,21 +55,22 @@ def attention(call, query_chunk="auto", in_xla=False, exporting=False):
     call = pages.gathered(xp, int8.dequantized(xp, checked_pages(call)))
     room = _room(call, in_xla)
     if room is not None:
-        out, lse = _attention(room.call, query_chunk, exporting)
+        out, lse = _attention(room.call, query_chunk, exporting, vectorized)
         return room.cut_out(out), room.cut_lse(lse)
-    return _attention(call, query_chunk, exporting)
+    return _attention(call, query_chunk, exporting, vectorized)
 
 
-def _attention(call, query_chunk, exporting):
+def _attention(call, query_chunk, exporting, vectorized):
     with tf.name_scope("scaled_dot_product_attention"):
         problem = rows.Problem(checked(call))
-        steps = _steps(problem, query_chunk, exporting)
+        # In graphs forward-mode derivatives need the way through the inside, without a loop.
+        watched = not tf.executing_eagerly() and place.in_forward_mode(call.differentiable())
+        steps = _steps(problem, None if watched or vectorized else query_chunk, exporting)
+        inputs = problem.query(), problem.key(), problem.value(), *steps.others()
 
-        @tf.custom_gradient
         def run(*inputs):
             # Tapes would record the inside: eager ones keep it, those of graphs, where they are nested or persistent,
-            # what every chunk of a loop needs. But in graphs forward-mode derivatives need the way through it.
-            watched = not tf.executing_eagerly() and place.in_forward_mode(inputs)
+            # what every chunk of a loop needs.
             out, lse = steps.forward(*(inputs if watched else map(tf.stop_gradient, inputs)))
 
             def gradient(d_out, d_lse):
@@ -76,7 +79,7 @@ def _attention(call, query_chunk, exporting):
 
             return (out, lse), gradient
 
-        out, lse = run(problem.query(), problem.key(), problem.value(), *steps.others())
+        out, lse = steps.forward(*inputs) if vectorized else tf.custom_gradient(run)(*inputs)
         return problem.to_layout(tf.cast(out, call.query.dtype)), lse
 
 
@@ -202,7 +205,7 @@ class _Chunks:
 
         def body(i, *state):
             results = step(i * self.rows, self.rows)
-            return i + 1, *(s.write(i, r) if s_0 is None else s + r for s, s_0, r in zip(state, sums, results))
+            return i + 1, *(s.write(i, r) if s_0 is None else _plus(s, r) for s, s_0, r in zip(state, sums, results))
 
         state = [tf.TensorArray(self.problem.dtype, self.count) if s is None else s for s in sums]
         _, *state = tf.while_loop(
@@ -217,7 +220,7 @@ class _Chunks:
         if isinstance(self.rest, int) and self.rest == 0:
             return state
         rest = step(self.count * self.rows, self.rest)
-        return [tf.concat([s, r], 2) if s_0 is None else s + r for s, s_0, r in zip(state, sums, rest)]
+        return [tf.concat([s, r], 2) if s_0 is None else _plus(s, r) for s, s_0, r in zip(state, sums, rest)]
 
     def _block(self, start, n, q, others):
         named = self.problem.named(others)
@@ -232,6 +235,12 @@ class _Chunks:
             return x
         batch, heads, _, seqlen_k = extents(x)
         return tf.broadcast_to(x, [batch, heads, self.problem.seqlen_q, seqlen_k])
+
+
+def _plus(total, x):
+    """The sum of two of one shape, of which a loop must keep all that is known: an extent of 1 could broadcast to another."""
+    x.set_shape(total.shape)
+    return total + x
 
 
 def _let_xla_fold_shapes(state):

@@ -17,7 +17,7 @@ from attn_ops.call.attention_call import (
     optional_inputs,
     reads_cache,
 )
-from attn_ops.tensorflow import composite, custom_gradient, place, registration
+from attn_ops.tensorflow import composite, custom_gradient, place, registration, vectorization
 
 # For the names of all attributes and of all counts of optional inputs.
 _ANY_CALL = AttentionCall(None, None, None, block_q=1, block_k=1, logits_soft_cap=1.0)
@@ -48,6 +48,8 @@ def differentiable(form, call: AttentionCall):
 
 def _gradients(form, call, out, statistics, cotangents):
     call, out, statistics, cotangents = _in_this_graph(call), *map(_own, (out, statistics)), [*map(_own, cotangents)]
+    if vectorization.reason_against_kernels(call, *cotangents):
+        return composite.gradients(composite.separate(call), cotangents, call.asked(), vectorized=True)
     num_inputs = len(call.differentiable())
 
     def backward(*arguments):

@@ -160,6 +160,12 @@ def tapes(see: bool):
             switches[saw]()
 
 
+def in_vectorization() -> bool:
+    """Whether this is traced for `tf.vectorized_map`, or for a Jacobian, which rewrite what they trace for all examples at
+    once: the gradients of `tf.custom_gradient` are lost then, and those of what is inside count."""
+    return not tf.executing_eagerly() and frames.any_of((tf.vectorized_map.__module__,), "pfor")
+
+
 def unwatched_inputs(op) -> tuple[int, ...]:
     """The inputs of ``op``, handed to a gradient function, whose gradients nobody wants, as far as tapes tell."""
     return getattr(op, "skip_input_indices", None) or ()

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+import attn_ops
 from attn_ops import masks
 
 LARGEST = 2**63 - 1
@@ -260,9 +261,10 @@ def test_extents_that_tensorflow_traces(lengths):
 
 BAD = [
     (ValueError, "causal_alignment must be one of .*'middle'", lambda: masks.causal("middle")),
-    (ValueError, r"window ends must be at least 0, .*\(-2, 3\)", lambda: masks.window(-2, 3)),
-    (TypeError, r"window must be a pair \(left, right\) .*got 3", lambda: masks.Mask(window=3)),
-    (TypeError, r"window must be a pair .*got \(1.5, None\)", lambda: masks.window(1.5)),
+    (ValueError, r"window must hold integers from 0, .*\(-2, 3\)", lambda: masks.window(-2, 3)),
+    (TypeError, r"window must be a pair \(left, right\), got 3", lambda: masks.Mask(window=3)),
+    (TypeError, r"window must hold integers or None, got \(1.5, None\)", lambda: masks.window(1.5)),
+    (ValueError, r"window must hold integers from 0, .*\(True, 1\)", lambda: masks.window(True, 1)),
     (TypeError, r"window must be a pair .*got \(1, 2, 3\)", lambda: masks.Mask(window=(1, 2, 3))),
     (TypeError, "boolean: mask must be boolean .*, got int64; cast it", lambda: masks.boolean(np.ones((2, 2), np.int64))),
     (TypeError, "boolean: mask must be boolean .*, got float32; .* bias=", lambda: masks.boolean(np.ones((2, 2), "f"))),
@@ -323,3 +325,61 @@ def test_ragged_tensors_are_refused():
 
     with pytest.raises(TypeError, match="key_padding: ragged tensors are not supported"):
         masks.key_padding(tf.ragged.constant([[True], [True, False]]))
+
+
+SAID = [
+    lambda: masks.Mask(),
+    lambda: masks.causal(),
+    lambda: masks.causal("top_left"),  # said, which slopes and tables may not contradict
+    lambda: masks.causal("bottom_right"),
+    lambda: masks.window(2, 1),
+    lambda: masks.window(2, 0),
+    lambda: masks.prefix(3),
+    lambda: masks.prefix(np.int64(2)),
+    lambda: masks.chunked(3),
+    lambda: masks.causal() & masks.chunked(3),
+]
+
+
+def test_masks_that_say_the_same_are_equal():
+    for a, made in enumerate(SAID):
+        for b, other in enumerate(SAID):
+            assert (made() == other()) == (a == b)
+        assert hash(made()) == hash(made())
+    held = masks.key_padding(np.ones((2, 3), bool))
+    assert held == held and held != masks.key_padding(np.ones((2, 3), bool)) and len({held, held}) == 1
+    assert masks.from_function(np.greater) != masks.from_function(np.greater)
+
+
+def test_equal_masks_are_one_static_argument():
+    import tensorflow as tf
+
+    traced = []
+
+    @tf.function
+    def attend(x, mask):
+        traced.append(mask)
+        return attn_ops.scaled_dot_product_attention(x, x, x, mask=mask)
+
+    x = tf.ones((1, 4, 1, 2))
+    for made in (masks.causal, masks.causal, lambda: masks.prefix(3), lambda: masks.prefix(3)):
+        attend(x, made())
+    assert len(traced) == 2
+
+
+@pytest.mark.parametrize("mask", [masks.window(2**70, 2**65), masks.prefix(2**70)])
+def test_numbers_beyond_every_sequence(mask):
+    assert mask.materialize(4, 5).all()
+    assert mask.show(4).startswith("4 x 4")
+    x = np.random.default_rng(0).standard_normal((1, 4, 1, 2))
+    find = attn_ops.scaled_dot_product_attention
+    np.testing.assert_array_equal(find(x, x, x, mask=mask), find(x, x, x))
+
+
+@pytest.mark.parametrize(
+    "extents, told",
+    [((10**5,), "100000 x 100000 pairs"), ((-1,), "seqlen_q must be"), ((4, 4.0), "seqlen_k must be")],
+)
+def test_pictures_that_cannot_be(extents, told):
+    with pytest.raises((ValueError, TypeError), match=told):
+        masks.causal().show(*extents)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attn_ops import T5RelativeBias, reference
+from attn_ops import T5RelativeBias, reference, scaled_dot_product_attention
 from attn_ops.tensorflow import composite
 from composite_calls import compiled, split
 from reference_cases import Case, differentiable, every_score
@@ -134,3 +134,22 @@ def test_gradient_of_attention_weights(case):
     slope = along(case, loss, [x.numpy() for x in inputs], tangents)[0]
     found = sum(np.sum(g * t) for g, t in zip(gradients, tangents))
     np.testing.assert_allclose(found, slope, rtol=1e-7, atol=1e-8)
+
+
+def test_one_head_of_an_unknown_number():
+    """What is summed over chunks keeps the extent 1 that only sinks and tables tell of."""
+
+    def gradients(query, sinks, table):
+        with tf.GradientTape() as tape:
+            tape.watch([query, sinks, table])
+            out = scaled_dot_product_attention(
+                query, query, query, sinks=sinks, relative_bias=table, implementation="composite"
+            )
+        return tape.gradient(out, [query, sinks, table])
+
+    rng = np.random.default_rng(0)
+    inputs = [tf.constant(rng.standard_normal(shape)) for shape in [(2, 3, 1, 4), (1,), (3, 1)]]
+    unknown = tf.TensorSpec([None] * 4, tf.float64)
+    graph = tf.function(gradients, input_signature=[unknown, *(tf.TensorSpec(x.shape, x.dtype) for x in inputs[1:])])
+    for found, wanted in zip(graph(*inputs), gradients(*inputs), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)

@@ -289,3 +289,72 @@ def test_fit_with_a_gradient_penalty(jit_compile):
     expected = weights_after_fit(keras.layers.MultiHeadAttention, False)
     for stock, ours in zip(expected, weights_after_fit(layers.MultiHeadAttention, jit_compile), strict=True):
         np.testing.assert_allclose(ours, stock, rtol=1e-3, atol=1e-4)
+
+
+def of_a_vectorized_map(attend, x, y, bias):
+    return tf.vectorized_map(lambda one: attend(*(t[None] for t in one), bias)[0], (x, y))
+
+
+def gradient_of_a_vectorized_map(attend, *x):
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = tf.reduce_sum(tf.sin(of_a_vectorized_map(attend, *x)))
+    return tape.gradient(loss, x)
+
+
+def gradient_of_a_jacobian(attend, *x):
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(x[0])
+            out = attend(*x)
+        loss = tf.reduce_sum(tf.sin(inner.batch_jacobian(out, x[0])))
+    return outer.gradient(loss, x)
+
+
+def hessian(attend, *x):
+    with tf.GradientTape() as outer:
+        outer.watch(x[0])
+        with tf.GradientTape() as inner:
+            inner.watch(x[0])
+            loss = tf.reduce_sum(tf.sin(attend(*x)))
+        gradient = inner.gradient(loss, x[0])
+    return outer.jacobian(gradient, x[0])
+
+
+def composite(x, y, bias):
+    return attn_ops.scaled_dot_product_attention(x, y, y, bias=bias, implementation="composite")
+
+
+def chosen(x, y, bias):
+    return attn_ops.scaled_dot_product_attention(x, y, y, bias=bias)
+
+
+@pytest.mark.parametrize("job", [gradient_of_a_vectorized_map, gradient_of_a_jacobian])
+@pytest.mark.parametrize("attend", [chosen, composite])
+@pytest.mark.parametrize("form", [eagerly, in_a_graph], ids=lambda form: form.__name__)
+def test_gradient_of_what_is_vectorized(form, attend, job):
+    """TensorFlow forgets the gradients of `tf.custom_gradient` there, and takes those of what is inside."""
+    assert_right(job, form(job, attend)(*inputs()))
+
+
+@pytest.mark.parametrize("job", [of_a_vectorized_map, hessian, gradient_of_a_jacobian])
+def test_what_is_vectorized_with_unknown_sizes(job):
+    unknown = [tf.TensorSpec([None] * 4, tf.float64)] * 3
+    assert_right(job, tf.function(lambda *x: job(chosen, *x), input_signature=unknown, autograph=False)(*inputs()))
+
+
+def test_forcing_the_kernels_where_their_gradient_is_lost():
+    with pytest.raises(ValueError, match="by tf.vectorized_map or for a Jacobian, which loses the gradients"):
+        tf.function(gradient_of_a_vectorized_map, autograph=False)(fused, *inputs())
+
+
+def test_forward_mode_with_unknown_sizes():
+    def derivative(attend, *x):
+        with tf.autodiff.ForwardAccumulator(x, tuple(map(tf.cos, x))) as accumulator:
+            out = attend(*x)
+        return accumulator.jvp(out)
+
+    unknown = [tf.TensorSpec([None] * 4, tf.float64)] * 3
+    function = tf.function(lambda *x: derivative(chosen, *x), input_signature=unknown, autograph=False)
+    assert_right(derivative, function(*inputs()))
