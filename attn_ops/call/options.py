@@ -98,6 +98,17 @@ def is_integer(x) -> bool:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
+def size(what, x, least=1) -> int:
+    """An extent that is known: an integer up to 2**30."""
+    try:
+        value = operator.index(x)
+    except TypeError:
+        raise TypeError(f"{what} must be a Python integer, got {type(x).__name__}") from None
+    if isinstance(x, bool) or not least <= value <= 2**30:
+        raise ValueError(f"{what} must be an integer from {least} to 2**30, got {x}")
+    return value
+
+
 def scale(name, value):
     """``value`` as a finite float, or None."""
     if value is None:

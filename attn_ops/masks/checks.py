@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 
 import numpy as np
 
@@ -152,13 +151,3 @@ def cumulative(name, given, totals=None):
         told = " and ".join(f"{count - 1} ({what})" for what, count in counts.items())
         raise ValueError(f"{name}: the numbers of sequences must be the same, got {told}")
     return result
-
-
-def size(what, x, least=1):
-    try:
-        value = operator.index(x)
-    except TypeError:
-        raise TypeError(f"{what} must be a Python integer, got {type(x).__name__}") from None
-    if isinstance(x, bool) or not least <= value <= 2**30:
-        raise ValueError(f"{what} must be an integer from {least} to 2**30, got {x}")
-    return value

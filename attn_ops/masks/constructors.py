@@ -94,7 +94,7 @@ def chunked(size, alignment=options.TOP_LEFT):
 
     `size`: a Python integer from 1. `alignment`: see `Mask.causal_alignment`.
     """
-    return Mask(causal_alignment=alignment, structured=(Chunked(checks.size("chunked: size", size)),))
+    return Mask(causal_alignment=alignment, structured=(Chunked(options.size("chunked: size", size)),))
 
 
 @namespaces.as_written
@@ -155,7 +155,7 @@ def block_sparse(blocks, block_q, block_k):
         blocks = checks.required(blocks, lambda x: x <= 1, "block_sparse: blocks must be boolean, or hold 0 and 1")
     rank = len(blocks.shape)
     blocks = blocks[None, None] if rank == 2 else blocks[:, None] if rank == 3 else blocks
-    sizes = checks.size("block_sparse: block_q", block_q), checks.size("block_sparse: block_k", block_k)
+    sizes = options.size("block_sparse: block_q", block_q), options.size("block_sparse: block_k", block_k)
     return Mask(structured=(Blocks(blocks, *sizes),))
 
 

@@ -17,7 +17,7 @@ import typing
 import numpy as np
 
 from attn_ops import namespaces
-from attn_ops.masks import checks
+from attn_ops.call import options
 from attn_ops.masks.mask import Mask
 from attn_ops.masks.structure import Blocks, Boolean, Chunked, Intervals, Part, Prefix, Segments, hull
 
@@ -109,10 +109,10 @@ def from_function(fn, seqlen_q=None, seqlen_k=None, batch=1, num_heads=1):
     if not callable(fn):
         raise TypeError(f"from_function: fn must be a function of (b, h, q, k), got {type(fn).__name__}")
     seqlen_q, seqlen_k = (
-        x if x is None else checks.size(f"from_function: {what}", x, least=0)
+        x if x is None else options.size(f"from_function: {what}", x, least=0)
         for what, x in (("seqlen_q", seqlen_q), ("seqlen_k", seqlen_k))
     )
-    batch, num_heads = checks.size("from_function: batch", batch), checks.size("from_function: num_heads", num_heads)
+    batch, num_heads = options.size("from_function: batch", batch), options.size("from_function: num_heads", num_heads)
     function = Function(fn, seqlen_q, seqlen_k, batch, num_heads)
     if seqlen_q is not None and seqlen_k is not None:
         function.found(seqlen_q, seqlen_k)
