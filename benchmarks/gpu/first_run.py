@@ -1,7 +1,8 @@
 """The first minutes on a card: is it right, how fast is it, and why?
 
-    python benchmarks/gpu/first_run.py                              # every stage, in order
-    python benchmarks/gpu/first_run.py facts kernels --out DIR      # only these
+    python benchmarks/gpu/first_run.py right                        # a call of some minutes: is it right?
+    python benchmarks/gpu/first_run.py fast                         # another: how fast, and why?
+    python benchmarks/gpu/first_run.py facts kernels --out DIR      # only these stages; without any: all, in order
     python benchmarks/gpu/first_run.py --list
 
 Each stage is a process of its own with a time limit, so that one which faults or hangs costs no other; what it prints
@@ -23,27 +24,34 @@ _ROOT = Path(__file__).resolve().parents[2]
 _PATH = [str(_ROOT), str(_ROOT / "benchmarks")]
 sys.path[:0] = _PATH
 
-# By stage: the most seconds it may take.
-STAGES = {
-    "facts": 30,  # the card, its driver, whether the library takes it
-    "kernels": 90,  # every kernel against float64
-    "numbers": 150,  # the shapes that papers show, beside cuDNN and FlashAttention
-    "tests": 150,  # pytest -m gpu
-    "soak": 60,  # the same bits from thousands of launches, streams, and replays of a CUDA graph
-    "memcheck": 90,  # compute-sanitizer
-    "racecheck": 90,
-    "profile": 90,  # what bounds forward, backward and decode: Nsight Compute
+# By stage: the most seconds it may take. A call is what a machine may be lent for at a time: at most nine minutes.
+CALLS = {
+    "right": {
+        "facts": 20,  # the card, its driver, whether the library takes it
+        "kernels": 120,  # every kernel against float64, with all that it takes
+        "fuzz": 120,  # random calls of all options
+        "tests": 150,  # pytest -m gpu
+        "soak": 60,  # the same bits from thousands of launches, streams, and replays of a CUDA graph
+    },
+    "fast": {
+        "numbers": 150,  # the shapes that papers show, beside cuDNN and FlashAttention
+        "profile": 90,  # what bounds forward, backward and decode: Nsight Compute
+        "memcheck": 150,  # compute-sanitizer
+        "racecheck": 120,
+    },
 }
+STAGES = {name: seconds for call in CALLS.values() for name, seconds in call.items()}
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)} (default: all)")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}, or {' or '.join(CALLS)} (default: all)")
     parser.add_argument("--out", type=Path, default=Path("first_run"), help="where logs go (default: %(default)s)")
     parser.add_argument("--list", action="store_true", help="print the stages and their limits, and nothing else")
     parser.add_argument("--only", default="", metavar="WORDS", help="of `numbers`, rows with one of these (d128 decode)")
     parser.add_argument("--within", action="store_true", help=argparse.SUPPRESS)  # this process is the stage
     chosen = parser.parse_args(argv)
+    chosen.stages = [name for given in chosen.stages for name in CALLS.get(given, [given])]
     unknown = [name for name in chosen.stages if name not in STAGES]
     if unknown:
         parser.error(f"no such stage: {', '.join(unknown)}; there are {', '.join(STAGES)}")

@@ -16,7 +16,9 @@ from . import measure, peers
 from .workloads import BACKWARD, decode, prefill
 
 _ROOT = Path(__file__).resolve().parents[2]
-_SANITIZED = "strides or head_dims or nan or split"  # of tests/cuda/test_kernels.py
+# Of the tests that tests/cuda_host/sanitize.py runs.
+_MEMCHECKED = "strides or head_dims or nan or split or neighbours or pages or narrow or everything or a_block"
+_RACECHECKED = "groups or split or everything or a_block"
 
 
 def facts(out: Path) -> int | None:
@@ -38,48 +40,16 @@ def facts(out: Path) -> int | None:
 
 def kernels(out: Path) -> int:
     """Every kernel of every dtype and head dimension, against the float64 reference."""
-    sys.path[:0] = [str(_ROOT / "tests"), str(_ROOT / "tests/helpers")]
-    import cuda_run
-    from cases import TOLERANCES
+    from . import checks
 
-    cuda_run.start("ATTN_OPS_CUDA_DRIVER" not in os.environ)
-    cases = [(dtype, dim, kind) for dtype in ("float32", "float16", "bfloat16") for dim in _DIMS for kind in _KINDS]
-    failed = 0
-    for dtype, dim, kind in cases:
-        errors = _errors(dtype, dim, kind)
-        wrong = not all(error <= TOLERANCES[dtype] for error in errors.values())
-        failed += wrong
-        if wrong or dim == 128:
-            told = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-            print(f"{'WRONG ' * wrong}{dtype} {dim} {kind}: {told}")
-    print(f"{failed} of {len(cases)} wrong")
-    return failed
+    return checks.kernels()
 
 
-_DIMS = (64, 80, 128, 192, 256)
-_KINDS = ("full", "causal", "masked", "scores", "few rows")
+def fuzz(out: Path) -> int:
+    """Random calls of all options."""
+    from . import checks
 
-
-def _errors(dtype: str, dim: int, kind: str) -> dict[str, float]:
-    """The largest errors of a call, as parts of the largest value (or of 1), by what is wrong."""
-    import cuda_run
-    import numpy as np
-    from cases import make_inputs
-    from implementations import specification
-
-    rows, keys, heads = 3 if kind == "few rows" else 150, 200, 2
-    inputs = make_inputs(dtype, 2, rows, keys, heads, 1, dim)
-    options = {"is_causal": True} if kind == "causal" else {}
-    if kind == "masked":
-        rng = np.random.default_rng(dim)
-        options["mask"] = rng.random((2, 1, rows, keys)) < 0.7
-        options["bias"] = rng.standard_normal((1, heads, rows, keys)).astype(inputs[0].dtype)
-    if kind == "scores":
-        options |= {"logits_soft_cap": 3.0, "alibi_slopes": np.float32([0.3, -0.1]), "sinks": np.float32([0.5, 4.0])}
-    found = cuda_run.run(*inputs, dict(options))
-    wanted = vars(specification(*inputs, **options))
-    return {name: float(np.abs(np.asarray(x, np.float64) - wanted[name]).max() / max(np.abs(wanted[name]).max(), 1))
-            for name, x in found.items() if x is not None}  # fmt: skip
+    return checks.fuzz(out)
 
 
 def tests(out: Path) -> int:
@@ -93,11 +63,11 @@ def tests(out: Path) -> int:
 
 
 def memcheck(out: Path) -> int:
-    return _sanitize("memcheck", _SANITIZED)
+    return _sanitize("memcheck", _MEMCHECKED)
 
 
 def racecheck(out: Path) -> int:
-    return _sanitize("racecheck", "groups or split")
+    return _sanitize("racecheck", _RACECHECKED)
 
 
 def _sanitize(tool: str, tests: str) -> int:
@@ -107,48 +77,10 @@ def _sanitize(tool: str, tests: str) -> int:
 
 
 def soak(out: Path) -> int:
-    """Decode's blocks meet in memory: the same bits from thousands of launches on poisoned workspace, on two streams at
-    once, and replayed from a CUDA graph."""
-    import torch
+    """The same bits from thousands of launches."""
+    from . import soak as soaking
 
-    from attn_ops.kernels import cuda
-
-    q = torch.randn(2, 1, 32, 128, device="cuda").bfloat16()
-    k, v = (torch.randn(2, 8192, 8, 128, device="cuda").bfloat16() for _ in range(2))
-
-    kept = []  # which calls know by their addresses alone
-
-    def prepare():
-        out = torch.full_like(q, torch.nan)
-        kept.append(torch.empty(2, 32, 1, 2, device="cuda"))
-        call = cuda.Forward(q, k, v, out, kept[-1])
-        space = torch.full((call.workspace_bytes(),), 0xFF, dtype=torch.uint8, device="cuda")
-        return call, out, space
-
-    call, first, space = prepare()
-    call(space, 0)
-    torch.cuda.synchronize()
-    expected, wrong = first.clone(), 0
-    streams = [(torch.cuda.Stream(), *prepare()) for _ in range(2)]
-    for turn in range(100):
-        for stream, own, result, lent in streams:
-            with torch.cuda.stream(stream):
-                lent.fill_(turn)
-                result.fill_(torch.nan)
-                for _ in range(50):
-                    own(lent, stream.cuda_stream)
-        torch.cuda.synchronize()
-        wrong += sum(not torch.equal(result, expected) for _, _, result, _ in streams)
-    print(f"10,000 launches on two streams: {wrong} times other bits")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call(space, torch.cuda.current_stream().cuda_stream)
-    for _ in range(1000):
-        graph.replay()
-    torch.cuda.synchronize()
-    same = torch.equal(first, expected)
-    print(f"1,000 replays of a graph: {'the same bits' if same else 'OTHER BITS'}")
-    return wrong + (not same)
+    return soaking.soak()
 
 
 # ------------------------------------------------------------------------------------------------ how fast, and why?

@@ -52,10 +52,32 @@ ATTN_DEVICE int first_row_where(int rows, Predicate holds) {
   return low;
 }
 
+// Which of a warp's 16 keys kMmaN times eight rows that pass see. The lanes share them: each reads of neighbours, for one
+// row, what masks, ids and blocks say.
+template <int kMmaN, int kUnroll>
+struct ShownOfKeys {
+  static constexpr int kRows = 8 * kMmaN, kKeys = kRows / 2;  // of a lane
+  static_assert(kRows == 16 || kRows == 32, "all lanes have as many");
+  uint32_t own = 0;
+
+  // first_key: the block's. (The warp's, kept for this, spilled in float32 heads of 256 on sm_90a, 13.0.)
+  ATTN_DEVICE void make(const Head& head, const StreamedRows& rows, int first_row, int first_key) {
+    const int thread = recomputed(thread_index()), lane = thread % 32, row = lane % kRows;
+    const int index = first_row + row, position = head.position(index);
+    const int own_key = first_key + thread / 32 * 16 + lane / kRows * kKeys;
+    own = shown_keys<kKeys, kUnroll>(head, head.head(index, position), position, rows.seen[row], own_key);
+  }
+  // Of a row: bits 0 and 8 are of keys g and 8 + g.
+  ATTN_DEVICE uint32_t operator()(int row, int g) const {
+    const uint32_t first = shuffle(own, row) >> g;
+    return kKeys == 16 ? first : (first & 1u) | shuffle(own, kRows + row) >> g << 8;
+  }
+};
+
 // s becomes p (what dropout leaves of it), dp becomes ds, with keys down and query rows across.
-template <class M, bool kPlain, bool kWithDp, int kMmaM, int kMmaN>
-ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const StreamedRows& rows, const Head& head,
-                                int first_row, int first_key, bool sees_all) {
+template <class M, bool kPlain, bool kWithDp, int kMmaM, int kMmaN, class Shown>
+ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const StreamedRows& rows,
+                                const Shown& shown, const Head& head, int first_row, int first_key, bool sees_all) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
   const float scale = head.factors.scale;
   static_assert(kPlain || kMmaM == 1, "KeptOfKeys knows 16 keys");
@@ -82,7 +104,7 @@ ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, con
       }
       const int index = recomputed(first_row + column);
       const int position = head.position(index), query_head = head.head(index, position);
-      const KeysAcrossRows key{first_key + g};
+      const KeysAcrossRows key{first_key + g, kPlain ? 0 : shown(column, g)};
       float x[2 * kMmaM];
 #pragma unroll
       for (int j = 0; j < 2 * kMmaM; ++j) x[j] = s[j >> 1][n][2 * (j & 1) + i];
@@ -172,12 +194,14 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
       },
       [&](int row, int stage) {
         const auto q = tiles.streamed(0, stage), d_out = tiles.streamed(1, stage);
+        ShownOfKeys<kMmaN, kShownUnroll<M, kDim>> shown;
+        if (!kPlain) shown.make(head, streamed_rows(stage), row, first_key);
         Acc<kMmaM, kMmaN> s, dp;
         gemm_nt<M, kDim, kMmaM, kMmaN, true>(s, k, warp_key, q);
         if (kWantsDk) gemm_nt<M, kDim, kMmaM, kMmaN>(dp, v, warp_key, d_out);
         const bool sees_all = kPlain && RowBlock(head, row, kRows).sees_all(first_key, kKeys);
-        pair_gradients<M, kPlain, kWantsDk, kMmaM, kMmaN>(s, dp, streamed_rows(stage), head, row, first_key + warp_key,
-                                                          sees_all);
+        pair_gradients<M, kPlain, kWantsDk, kMmaM, kMmaN>(s, dp, streamed_rows(stage), shown, head, row,
+                                                          first_key + warp_key, sees_all);
         if (kWantsDv) {
           const bool nonfinite = !sees_all && zero_nonfinite_rows<M, kRows, kThreads>(d_out, tiles.flags());
           gemm_nn<M, kDim, kMmaM, kMmaN>(dv, s, d_out, value_dim);

@@ -76,10 +76,30 @@ struct KeysAlongRow {
 struct KeysAcrossRows {
   static constexpr bool kAlongRow = false;
   int first;
+  uint32_t shown;  // bit 8 i: whether the row sees key i, where there is more than an interval to look at
   ATTN_DEVICE int operator()(int i) const { return first + 8 * i; }
 };
 
-// Which of a lane's keys masks show.
+// Four bits, of four bytes: each product of the multiplication is a bit of its own.
+ATTN_DEVICE uint32_t nonzero_bytes(uint32_t x) {
+  const uint32_t highest = (((x & 0x7f7f7f7fu) + 0x7f7f7f7fu) | x) >> 7 & 0x01010101u;
+  return highest * 0x01020408u >> 24 & 15u;
+}
+
+// A bit for each of the next kCount bytes, which are aligned to that number.
+template <int kCount>
+ATTN_DEVICE uint32_t nonzero_bytes_from(const uint8_t* from) {
+  struct alignas(kCount) Words {
+    uint32_t word[kCount / 4];
+  };
+  const Words bytes = *reinterpret_cast<const Words*>(from);
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kCount / 4; ++i) bits |= nonzero_bytes(bytes.word[i]) << 4 * i;
+  return bits;
+}
+
+// Which of a lane's keys along a row masks show.
 template <int kCount>
 struct Shown {
   uint32_t word[(kCount + 7) / 8];
@@ -97,13 +117,7 @@ struct Shown {
   // they exist.
   ATTN_DEVICE void leave(const uint8_t* quarter, bool exists, int t) {
     static_assert(kCount == 4 || kCount == 8 || kCount == 16, "a load of as many bytes");
-    uint32_t own = 0;  // a bit for each byte
-    if (exists) {
-      uint32_t bytes[kCount / 4];
-      read(bytes, quarter);
-#pragma unroll
-      for (int i = 0; i < kCount / 4; ++i) own |= nonzero_bytes(bytes[i]) << 4 * i;
-    }
+    const uint32_t own = exists ? nonzero_bytes_from<kCount>(quarter) : 0;
     if constexpr (kCount == 16) {
       uint32_t half = own << 16 * (t & 1);
       half |= from_lane(half, 1);
@@ -120,19 +134,6 @@ struct Shown {
 
  private:
   ATTN_DEVICE static uint32_t from_lane(uint32_t x, int mask) { return bits_of(shuffle_xor(float_of(x), mask)); }
-  ATTN_DEVICE static void read(uint32_t (&bytes)[kCount / 4], const uint8_t* from) {
-    struct alignas(kCount) Words {
-      uint32_t word[kCount / 4];
-    };
-    const Words words = *reinterpret_cast<const Words*>(from);
-#pragma unroll
-    for (int i = 0; i < kCount / 4; ++i) bytes[i] = words.word[i];
-  }
-  // Four bits, of the four bytes: each product of the multiplication is a bit of its own.
-  ATTN_DEVICE static uint32_t nonzero_bytes(uint32_t x) {
-    const uint32_t highest = (((x & 0x7f7f7f7fu) + 0x7f7f7f7fu) | x) >> 7 & 0x01010101u;
-    return highest * 0x01020408u >> 24 & 15u;
-  }
 };
 
 // relative_bias of one query row, by the distance of a key from where the row stands.
@@ -201,6 +202,92 @@ ATTN_DEVICE void load_bias_pair(float (&pair)[2], const StridedView& view, int64
   }
 }
 
+// Hides what masks, ids of segments and blocks do not show, of the keys along a row.
+template <int kCount>
+ATTN_DEVICE void hide_along_row(float (&x)[kCount], const Head& h, int head, int position, Interval seen,
+                                KeysAlongRow key) {
+  const AttentionParams& p = h.p;
+  const auto is_seen = [=](int i) { return key(i) >= seen.begin && key(i) < seen.end; };
+  if (p.num_masks > 0) {
+    Shown<kCount> shown;
+#pragma unroll 1
+    for (int m = 0; m < p.num_masks; ++m) {
+      const uint8_t* mask = static_cast<const uint8_t*>(p.masks[m].data) + line(p.masks[m], h.batch, head, position);
+      if constexpr (kCount >= 4) {
+        if (h.factors.whole_masks[m]) {
+          const int quarter = key.first + kCount * key.t;
+          shown.leave(mask + quarter, seen.begin < seen.end && quarter < p.seqlen_k, key.t);
+          continue;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (is_seen(i) && mask[key(i) * p.masks[m].stride[3]] == 0) shown.hide(i);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (!shown(i)) x[i] = minus_infinity();
+    }
+  }
+  const auto hide_unless = [&](auto may_be_seen) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (is_seen(i) && !may_be_seen(key(i))) x[i] = minus_infinity();
+    }
+  };
+  if (seen.begin >= seen.end) return;  // and a row that does not exist has no id, and is in no block
+  if (p.query_ids.data != nullptr) {
+    const int batch = recomputed(h.batch);
+    const int32_t id = p.query_ids.data[batch * p.query_ids.stride + position];
+    const int32_t* key_ids = p.key_ids.data + batch * p.key_ids.stride;
+    hide_unless([=](int j) { return key_ids[j] == id; });
+  }
+  if (p.blocks.data != nullptr) {
+    const uint8_t* blocks =
+        static_cast<const uint8_t*>(p.blocks.data) + line(p.blocks, h.batch, head, divide(position, h.factors.block_q));
+    hide_unless([=, &p, &h](int j) { return blocks[divide(j, h.factors.block_k) * p.blocks.stride[3]] != 0; });
+  }
+}
+
+// What a row sees of kCount keys from `first_key` on, a multiple of that, as a bit for each. kUnroll at a time, where what
+// is told of them is read one by one.
+template <int kCount, int kUnroll>
+ATTN_DEVICE uint32_t shown_keys(const Head& h, int head, int position, Interval seen, int first_key) {
+  const AttentionParams& p = h.p;
+  const auto below = [=](int j) { return (1u << clamp(j - first_key, 0, kCount)) - 1; };
+  uint32_t shown = below(seen.end) & ~below(seen.begin);
+  if (shown == 0) return 0;  // and a row that does not exist has no line, no id, and is in no block
+  const int batch = recomputed(h.batch);
+  const auto hide_unless = [&](auto may_be_seen) {
+    const uint32_t before = shown;  // so that no load waits for another
+#pragma unroll kUnroll
+    for (int i = 0; i < kCount; ++i) {
+      if ((before >> i & 1) != 0 && !may_be_seen(first_key + i)) shown &= ~(1u << i);
+    }
+  };
+#pragma unroll 1
+  for (int m = 0; m < p.num_masks; ++m) {
+    const uint8_t* mask = static_cast<const uint8_t*>(p.masks[m].data) + line(p.masks[m], batch, head, position);
+    if (h.factors.whole_masks[m]) {
+      shown &= nonzero_bytes_from<kCount>(mask + first_key);
+    } else {
+      hide_unless([=, &p](int j) { return mask[j * p.masks[m].stride[3]] != 0; });
+    }
+  }
+  if (p.query_ids.data != nullptr) {
+    const int32_t id = p.query_ids.data[batch * p.query_ids.stride + position];
+    const int32_t* key_ids = p.key_ids.data + batch * p.key_ids.stride;
+    hide_unless([=](int j) { return key_ids[j] == id; });
+  }
+  if (p.blocks.data != nullptr) {
+    const uint8_t* blocks =
+        static_cast<const uint8_t*>(p.blocks.data) + line(p.blocks, batch, head, divide(position, h.factors.block_q));
+    hide_unless([=, &p, &h](int j) { return blocks[divide(j, h.factors.block_k) * p.blocks.stride[3]] != 0; });
+  }
+  return shown;
+}
+
 //   x[i] = scale x[i]    x[i] = cap tanh(x[i] / cap)    x[i] += slope (key(i) - own) + table(key(i) - own) + bias
 //
 // or -inf where key(i) is not seen, for `count` keys of one query row. Nothing outside the row's interval is read.
@@ -208,7 +295,13 @@ template <class M, int kCount, class Key>
 ATTN_DEVICE void finish_scores(float (&x)[kCount], const Head& h, int head, int position, Interval seen, Key key) {
   using Element = typename M::Element;
   const AttentionParams& p = h.p;
-  const auto is_seen = [=](int i) { return key(i) >= seen.begin && key(i) < seen.end; };
+  const auto is_seen = [=](int i) {
+    if constexpr (Key::kAlongRow) {
+      return key(i) >= seen.begin && key(i) < seen.end;
+    } else {
+      return (key.shown >> 8 * i & 1) != 0;
+    }
+  };
   const int64_t bias_line = line(p.bias, h.batch, head, position);
   const float scale = before_bias(x, h, head, position, key);
   const bool has_bias = p.bias.data != nullptr, is_float = sizeof(Element) == 4 || p.bias.dtype == DType::kFloat32;
@@ -232,54 +325,7 @@ ATTN_DEVICE void finish_scores(float (&x)[kCount], const Head& h, int head, int 
     const bool hidden = is_minus_infinity(bias) || (p.relative_bias != nullptr && is_minus_infinity(x[i]));
     x[i] = hidden ? minus_infinity() : score(x[i], scale, bias);
   }
-  const auto hide_unless = [&](auto may_be_seen) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (is_seen(i) && !may_be_seen(key(i))) x[i] = minus_infinity();
-    }
-  };
-  if constexpr (!Key::kAlongRow) {
-    // Unrolled: as a loop, 16-bit heads of 256 spilled 56 bytes on sm_90a (13.0).
-#pragma unroll
-    for (int m = 0; m < kMaxMasks; ++m) {
-      if (m >= p.num_masks) break;
-      const uint8_t* mask = static_cast<const uint8_t*>(p.masks[m].data) + line(p.masks[m], h.batch, head, position);
-      hide_unless([=, &p](int j) { return mask[j * p.masks[m].stride[3]] != 0; });
-    }
-  } else if (p.num_masks > 0) {
-    Shown<kCount> shown;
-#pragma unroll 1
-    for (int m = 0; m < p.num_masks; ++m) {
-      const uint8_t* mask = static_cast<const uint8_t*>(p.masks[m].data) + line(p.masks[m], h.batch, head, position);
-      if constexpr (kCount >= 4) {
-        if (h.factors.whole_masks[m]) {
-          const int quarter = key.first + kCount * key.t;
-          shown.leave(mask + quarter, seen.begin < seen.end && quarter < p.seqlen_k, key.t);
-          continue;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (is_seen(i) && mask[key(i) * p.masks[m].stride[3]] == 0) shown.hide(i);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (!shown(i)) x[i] = minus_infinity();
-    }
-  }
-  if (seen.begin >= seen.end) return;  // and a row that does not exist has no id, and is in no block
-  if (p.query_ids.data != nullptr) {
-    const int batch = recomputed(h.batch);
-    const int32_t id = p.query_ids.data[batch * p.query_ids.stride + position];
-    const int32_t* key_ids = p.key_ids.data + batch * p.key_ids.stride;
-    hide_unless([=](int j) { return key_ids[j] == id; });
-  }
-  if (p.blocks.data != nullptr) {
-    const uint8_t* blocks =
-        static_cast<const uint8_t*>(p.blocks.data) + line(p.blocks, h.batch, head, divide(position, h.factors.block_q));
-    hide_unless([=, &p, &h](int j) { return blocks[divide(j, h.factors.block_k) * p.blocks.stride[3]] != 0; });
-  }
+  if constexpr (Key::kAlongRow) hide_along_row(x, h, head, position, seen, key);
 }
 
 // The same for kernels that may know of no bias and no boolean mask.

@@ -50,4 +50,9 @@ constexpr int kGemmUnroll = M::kMmaK == 16 && (kDim == 96 || kDim == 128) ? kDim
 template <class M>
 constexpr int kLoadUnroll = M::kMmaK == 16 ? 8 : 1;
 
+// How many keys' bytes of masks (or ids, blocks) a lane of the kernel of dk and dv reads at a time where it reads them one
+// by one: all of them spilled 100 bytes in float32 heads of 256 (13.0).
+template <class M, int kDim>
+constexpr int kShownUnroll = M::kMmaK == 8 && kDim == 256 ? 1 : 16;
+
 }  // namespace attn_ops::cuda

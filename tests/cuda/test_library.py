@@ -302,7 +302,7 @@ import numpy as np
 sys.path[:0] = ["tests", "tests/helpers"]
 import cuda_run
 from cuda_arrays import Array, driver
-everything = {"bias": np.zeros((1, 2, 70, 70)), "relative_bias": np.zeros((2, 5)), "sinks": [0.0, 0.0]}
+everything = {"bias": np.zeros((1, 2, 70, 70)), "relative_bias": np.zeros((5, 2)), "sinks": [0.0, 0.0]}
 for dtype, allow_tf32 in ("float16", 0), ("bfloat16", 0), ("float32", 0), ("float32", 1):
     for dim in 64, 96, 128, 192, 256:
         for rows, options in (70, {}), (70, everything), (1, {}):

@@ -16,6 +16,7 @@ import sys
 
 _TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 _TESTS = pathlib.Path(__file__).resolve().parents[1]
+_FILES = [str(_TESTS / f"cuda/test_{name}.py") for name in ("kernels", "scores", "intervals")]
 
 
 def main(arguments: list[str]) -> int:
@@ -28,7 +29,7 @@ def main(arguments: list[str]) -> int:
     status = 0
     for tool in tools:
         command = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
-        command += [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(_TESTS / "cuda/test_kernels.py"), *options]
+        command += [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *_FILES, *options]
         print(f"== {tool}", flush=True)
         status = subprocess.call(command, cwd=_TESTS.parent) or status
     return status

@@ -7,7 +7,8 @@
     python tests/fuzz/run.py --seed 0 --case 1234 --isa avx2 --implementations core --without "no bias, keys 0:3"
 
 Every case runs with the kernels of every instruction set; of the other implementations each takes its share (ways.py says what
-they are). Of each case that fails it prints the line that repeats it, and another one of the smallest case that fails in the same
+they are). Those of the CUDA kernels (cuda_ways.py) are `cuda`, `cuda-without-decode`, `cuda-stored` on the CPU, `cuda-ptx` where there
+is an nvcc, and with `card` for `cuda` on a card. Of each case that fails it prints the line that repeats it, and another one of the smallest case that fails in the same
 way (shrink.py); the exit status is 1 if any did.
 """
 
@@ -27,16 +28,16 @@ if __name__ == "__main__":
 
 from attn_ops import kernels
 
-from fuzz import cases, check, packed, reductions, second_truth, shrink, stored, ways
+from fuzz import cases, check, cuda_ways, packed, reductions, second_truth, shrink, stored, ways
 
 OF_EVERY_ISA = {"core": ways.Core, "core-stored": stored.CoreStored}
-OTHERS = {**ways.OTHERS, **stored.WAYS, **packed.WAYS, **second_truth.WAYS}
+OTHERS = {**ways.OTHERS, **stored.WAYS, **packed.WAYS, **second_truth.WAYS, **cuda_ways.WAYS}
 KNOWN = (*OF_EVERY_ISA, *OTHERS)
 
 
 def chosen_ways(implementations, isas):
     """The ways of these names, for the kernels alone one for each of the instruction sets (None: all that run here)."""
-    usable = kernels.core().isas()
+    usable = kernels.core().isas() if kernels.core() else []
     unknown = [name for name in isas or () if name not in usable]
     unknown += [name for name in implementations if name not in KNOWN]
     if unknown:
@@ -59,7 +60,7 @@ def findings(case, way, judge):
     """What is wrong with the case computed this way, as a list of texts."""
     try:
         found = judge.findings(way(case), way.precision(case), way.rounds, way.differentiates)
-        return found + _changed_bits(case, way) if isinstance(way, ways.Core) else found
+        return found + _changed_bits(case, way) if isinstance(way, ways.Kernels) else found
     except Exception:  # an error is a finding, of one case
         return [traceback.format_exc(chain=False).strip()[-2000:]]
 

@@ -112,29 +112,27 @@ def rounded(case, kind):
     return _rounded_to_16_bits(case, _dtype_of_16_bits(case)) if kind == "16 bits" else case
 
 
-class CoreStored(ways.Core):
-    """The kernels of one instruction set on keys and values as they lie in caches: of a kind, in pages or not."""
+class Stored(ways.Kernels):
+    """Kernels on keys and values as they lie in caches: of a kind, in pages or not."""
 
     differentiates = False
-    share = 0.25
-
-    def __init__(self, isa):
-        super().__init__(isa)
-        self.name = f"core-stored-{isa}"
+    kinds = KINDS
 
     def _memory(self, case):
-        kind, paged = drawn(case, 41).choice(KINDS), drawn(case, 42).random() < 0.6
+        kind, paged = drawn(case, 41).choice(self.kinds), drawn(case, 42).random() < 0.6
         return str(kind), bool(paged or kind == "float")
 
     def suited(self, case):
-        case = rounded(case, self._memory(case)[0])
+        case = super().suited(case)
+        case = case and rounded(case, self._memory(case)[0])
         if case is None or case.options.get("key_value_seq_lengths") is not None:
             return case
         batch, _, _, keys = case.scores_shape  # what a table reaches is for lengths to say
         lengths = np.full(batch, keys, np.int32)
         return dataclasses.replace(case, options={**case.options, "key_value_seq_lengths": lengths}, _seen=None)
 
-    def __call__(self, case, turn=0, threads=None):
+    def _given(self, case, turn, threads):
+        """Query, keys, values, and the keywords of `_core.forward`."""
         kind, paged = self._memory(case)
         query, key, value, _, _, options = case.arguments(turn)
         named = self.named(case, options, turn, threads)
@@ -147,9 +145,7 @@ class CoreStored(ways.Core):
             memory, table = self._paged(case, memory, named)
             named["block_table"] = table
         key, value, *scales = memory
-        named |= dict(zip(("k_scales", "v_scales"), scales))
-        out, lse, statistics = kernels.core().forward(query, key, value, **named)
-        return {"out": out, "lse": lse, "maximum": statistics[..., 0], "sum": statistics[..., 1]}
+        return query, key, value, named | dict(zip(("k_scales", "v_scales"), scales))
 
     @staticmethod
     def _paged(case, memory, named):
@@ -167,6 +163,21 @@ class CoreStored(ways.Core):
             blocks, wanted = named["blocks"], -(-room // named["block_k"])
             named["blocks"] = np.pad(blocks, ((0, 0),) * 3 + ((0, wanted - blocks.shape[3]),))
         return [np.ascontiguousarray(x if by_rows else x.swapaxes(1, 2)) for x in arrays], table
+
+
+class CoreStored(Stored, ways.Core):
+    """The kernels of one instruction set."""
+
+    share = 0.25
+
+    def __init__(self, isa):
+        super().__init__(isa)
+        self.name = f"core-stored-{isa}"
+
+    def __call__(self, case, turn=0, threads=None):
+        *inputs, named = self._given(case, turn, threads)
+        out, lse, statistics = kernels.core().forward(*inputs, **named)
+        return {"out": out, "lse": lse, "maximum": statistics[..., 0], "sum": statistics[..., 1]}
 
 
 # Functions of frameworks

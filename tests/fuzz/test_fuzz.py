@@ -8,6 +8,7 @@ import pytest
 
 from attn_ops import T5RelativeBias
 
+import cuda_run
 import int8_rows
 from fuzz import cases, check, reductions, run, shrink, stored, truth, ways
 
@@ -30,6 +31,9 @@ OTHER_WAYS = {
     "jax-pages": range(238, 240),
     "jax-varlen": range(242, 244),
     "torch": range(210, 230),
+    "cuda": range(244, 264),
+    "cuda-without-decode": range(264, 294),
+    "cuda-stored": range(294, 314),
 }
 
 
@@ -50,12 +54,16 @@ def test_kernels():
 def test_other_ways(name):
     if name == "torch":
         pytest.importorskip("torch")
+    if name.startswith("cuda") and (reason := cuda_run.skip_reason(False)):
+        pytest.skip(reason)
     assert_no_findings(OTHER_WAYS[name], run.chosen_ways([name], None))
 
 
-@pytest.mark.parametrize("name", ["core-stored", "cache", "rolling", "pages", "varlen"])  # on JAX they are the same code
+@pytest.mark.parametrize("name", ["core-stored", "cuda-stored", "cache", "rolling", "pages", "varlen"])  # on JAX they are the same code
 def test_what_is_stored_is_what_is_read(name):
     """A way that computes another case than the one that it says is found out, by a value of one key."""
+    if name.startswith("cuda") and (reason := cuda_run.skip_reason(False)):
+        pytest.skip(reason)
     way = list(run.chosen_ways([name], None).values())[0]
     for number in range(100):
         case = way.suited(cases.draw(SEED, number))

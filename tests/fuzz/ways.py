@@ -7,7 +7,7 @@ from attn_ops import kernels, masks
 
 from cases import DTYPES
 from fuzz import cases
-from implementations import expanded_table, table_gradient
+from kernel_options import expanded_table, table_gradient
 
 
 def kernel_precision(case, isa):
@@ -29,33 +29,15 @@ class Way:
         return case if case.dtype in self.dtypes and not self.lacks & set(case.options) else None
 
 
-class Core(Way):
-    """The kernels of one instruction set on NumPy arrays, which may lie in memory in any way."""
-
-    def __init__(self, isa):
-        self.name, self.isa = f"core-{isa}", isa
-
-    def precision(self, case):
-        """The dtype in which it computes."""
-        return kernel_precision(case, self.isa)
+class Kernels(Way):
+    """Kernels alone, of arrays that may lie in memory in any way. What is hidden changes no bit, nor who computes what."""
 
     def __call__(self, case, turn=0, threads=None):
         """Results by name. `turn`: which garbage of the case, and on how many threads if `threads` does not say."""
-        core = kernels.core()
-        query, key, value, d_out, d_lse, options = case.arguments(turn)
-        named = self.named(case, options, turn, threads)
-        inputs = [self._seen_as(case, name, x) for name, x in (("query", query), ("key", key), ("value", value))]
-        out, lse, statistics = core.forward(*inputs, **named)
-        out_again, d_out = self._seen_as(case, "out", out), self._seen_as(case, "d_out", d_out)
-        gradients = core.backward(*inputs, out_again, statistics, d_out, d_lse=d_lse, **named)
-        results = {"out": out, "lse": lse, "maximum": statistics[..., 0], "sum": statistics[..., 1]}
-        results |= dict(zip(("dq", "dk", "dv", "d_bias", "d_relative_bias", "d_sinks"), gradients, strict=True))
-        if results["d_relative_bias"] is not None:
-            results["d_relative_bias"] = table_gradient(options["relative_bias"], results["d_relative_bias"])
-        return {name: x for name, x in results.items() if x is not None}
+        raise NotImplementedError
 
     def named(self, case, options, turn, threads):
-        """The keywords of `_core.forward` and `_core.backward` for the options of `case.arguments`."""
+        """The keywords of `_core.forward` and `_core.backward` for the options of `case.arguments`, the kernels' own apart."""
         left, right = options.get("window") or (-1, -1)
         seed, offset = options.get("dropout_seed", (0, 0))
         return dict(
@@ -74,8 +56,6 @@ class Core(Way):
             query_offset=options.get("query_offset"),
             **self._structure(case),
             **self._scores(options),
-            isa=self.isa,
-            num_threads=threads or case.threads[turn],
         )
 
     @staticmethod
@@ -99,6 +79,39 @@ class Core(Way):
     def _seen_as(case, name, x):
         """The same array, lying in memory as the case wants it."""
         return x if x is None or name not in case.views else view(case.views[name], x)
+
+    @staticmethod
+    def _in_the_tables_form(options, results):
+        """Without what there is no gradient of; that of a table is of the table that was given."""
+        if results["d_relative_bias"] is not None:
+            results["d_relative_bias"] = table_gradient(options["relative_bias"], results["d_relative_bias"])
+        return {name: x for name, x in results.items() if x is not None}
+
+
+class Core(Kernels):
+    """The kernels of one instruction set on NumPy arrays."""
+
+    def __init__(self, isa):
+        self.name, self.isa = f"core-{isa}", isa
+
+    def precision(self, case):
+        """The dtype in which it computes."""
+        return kernel_precision(case, self.isa)
+
+    def __call__(self, case, turn=0, threads=None):
+        core = kernels.core()
+        query, key, value, d_out, d_lse, options = case.arguments(turn)
+        named = self.named(case, options, turn, threads)
+        inputs = [self._seen_as(case, name, x) for name, x in (("query", query), ("key", key), ("value", value))]
+        out, lse, statistics = core.forward(*inputs, **named)
+        out_again, d_out = self._seen_as(case, "out", out), self._seen_as(case, "d_out", d_out)
+        gradients = core.backward(*inputs, out_again, statistics, d_out, d_lse=d_lse, **named)
+        results = {"out": out, "lse": lse, "maximum": statistics[..., 0], "sum": statistics[..., 1]}
+        results |= dict(zip(("dq", "dk", "dv", "d_bias", "d_relative_bias", "d_sinks"), gradients, strict=True))
+        return self._in_the_tables_form(options, results)
+
+    def named(self, case, options, turn, threads):
+        return dict(super().named(case, options, turn, threads), isa=self.isa, num_threads=threads or case.threads[turn])
 
 
 def with_structure(case, options):
@@ -145,16 +158,6 @@ class Reference(Other):
         return dict(specification(query, key, value, d_out, d_lse, **with_structure(case, options)).items())
 
 
-class Cuda(Other):
-    """The CUDA kernels, whose matrix units want weights of 16 bits where the inputs are."""
-
-    dtypes = ("float32", "float16", "bfloat16")
-    lacks = frozenset({"relative_bias"})
-
-    def precision(self, case):
-        return case.query.dtype
-
-
 @functools.cache
 def _implementations():
     from implementations import all_implementations
@@ -163,7 +166,7 @@ def _implementations():
 
 
 # Those in which only our kernels read masks. For the operators of XLA and TensorFlow True is the byte 1.
-KERNELS_ALONE = ("fused-eager", "fused-graph", "cuda")
+KERNELS_ALONE = ("fused-eager", "fused-graph")
 
 # By the names of run.py, which has more; the share is of the cases that run when nothing is asked for.
 OTHERS = {
@@ -174,7 +177,6 @@ OTHERS = {
     "composite": Other("composite-eager", 0.05),
     "jax-fused": Other("jax-fused", 0.02),
     "jax-composite": Other("jax-composite", 0.01),
-    "cuda": Cuda("cuda", 0.03),
 }
 
 

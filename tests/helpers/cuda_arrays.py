@@ -44,6 +44,11 @@ def synchronize() -> None:
     driver().cuCtxSynchronize()
 
 
+def unwritten(x: np.ndarray) -> np.ndarray:
+    """What there is where an array like `x` still has to be written: NaN."""
+    return np.full(x.size * x.dtype.itemsize, _POISON, np.uint8).view(x.dtype).reshape(x.shape)
+
+
 class Array:
     """A contiguous array in device memory, with margins on both sides that nothing may write to.
 
@@ -68,9 +73,7 @@ class Array:
     @classmethod
     def unwritten(cls, shape, dtype, offset: int = 0) -> Array:
         """An array that still has to be written: NaN where it is not."""
-        dtype = np.dtype(dtype)
-        poison = np.full(int(np.prod(shape)) * dtype.itemsize, _POISON, np.uint8)
-        return cls(poison.view(dtype).reshape(shape), offset)
+        return cls(unwritten(np.empty(shape, dtype)), offset)
 
     def __del__(self):
         if getattr(self, "_base", None):
@@ -103,3 +106,35 @@ class Array:
         assert (content[: self._before] == _POISON).all(), f"written before an array of shape {self._values.shape}"
         assert (content[end:] == _POISON).all(), f"written past an array of shape {self._values.shape}"
         return content[self._before : end].view(self._values.dtype).reshape(self._values.shape)
+
+
+class Strided(Array):
+    """An array that lies in device memory by the strides of a NumPy array, which must be multiples of its elements.
+    Nothing may write to what is between the elements.
+    """
+
+    def __init__(self, values: np.ndarray, offset: int = 0):
+        """Copies `values` there, what is first in memory `offset` elements off the alignment of an allocation."""
+        steps = zip(values.shape, values.strides) if values.size else ()
+        reach = [(n - 1) * stride // values.itemsize for n, stride in steps]
+        self._first = -sum(x for x in reach if x < 0)
+        self._shape, self._strides = values.shape, values.strides
+        memory = unwritten(np.empty(1 + sum(map(abs, reach)), values.dtype))
+        self._window(memory)[...] = values
+        super().__init__(memory, offset)
+
+    def _window(self, memory):
+        return np.lib.stride_tricks.as_strided(memory[self._first :], self._shape, self._strides)
+
+    @property
+    def view(self) -> DeviceArray:
+        return self.part(self._window)
+
+    def numpy(self) -> np.ndarray:
+        """As of `Array`."""
+        memory = super().numpy()
+        values = self._window(memory).copy()
+        self._window(memory)[...] = self._window(unwritten(memory))
+        beside = memory.view(np.uint8)
+        assert (beside == _POISON).all(), f"written between the elements of an array of shape {self._shape}"
+        return values

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from attn_ops.kernels import cuda
-from cuda_arrays import Array, driver, missing_reason
-from reference_cases import take_mask
-
+from cuda_arrays import Array, driver, missing_reason, unwritten
+from kernel_options import core_options
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,7 +61,8 @@ def start(device: bool) -> None:
 
 
 def run(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.ndarray | None]:
-    """Forward and backward: out, lse, dq, dk, dv, d_bias, d_relative_bias, d_sinks by name. `more` are options of the launches alone."""
+    """Forward and backward: out, lse, dq, dk, dv, d_bias, d_relative_bias, d_sinks by name. `more` are options of the
+    launches alone."""
     results = run_all(query, key, value, d_out, d_lse, options, **more)
     del results["statistics"]
     return results
@@ -70,86 +70,76 @@ def run(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.ndarra
 
 def run_all(query, key, value, d_out, d_lse, options, **more) -> dict[str, np.ndarray | None]:
     """The same, with statistics."""
-    options, arrays = launch_options(query, key, dict(options))
-    options |= more
-    inputs = {name: Array(x) for name, x in zip("qkv", (query, key, value), strict=True)}
-    batch, seqlen_q, num_heads, _ = query.shape if options["layout"] == "BSHD" else query.swapaxes(1, 2).shape
-    out = Array.unwritten(d_out.shape, query.dtype)
-    lse = Array.unwritten((batch, num_heads, seqlen_q), "float32")
-    statistics = Array.unwritten((batch, num_heads, seqlen_q, 2), "float32")
-    shared = (*(x.view for x in inputs.values()), out.view, statistics.view)
-    forward = launch(cuda.Forward(*shared, lse=lse.view, **options))
+    named = {**core_options(query, key, options), **more}
+    if named.get("bias") is not None and np.asarray(named["bias"]).dtype != np.float32:
+        named["bias"] = np.asarray(named["bias"]).astype(query.dtype)
+    d_lse = None if d_lse is None else d_lse.astype(np.float32)
+    return forward_and_backward(query, key, value, d_out, d_lse, named)
 
-    gradients = {f"d{name}": Array.unwritten(x.shape, query.dtype) for name, x in zip("qkv", (query, key, value))}
-    bias = arrays["bias"].numpy() if "bias" in arrays else None
-    d_bias = None if bias is None else Array.unwritten(bias.shape, bias.dtype)
-    d_sinks = Array.unwritten((num_heads,), "float32") if "sinks" in arrays else None
-    d_table = Array.unwritten(arrays["relative_bias"].numpy().shape, "float32") if "relative_bias" in arrays else None
-    d_out = Array(d_out)
-    d_lse = None if d_lse is None else Array(d_lse.astype("float32"))
-    backward = launch(
+
+def laid_as_usual(name: str, values: np.ndarray) -> Array:
+    return Array(values)
+
+
+def forward_and_backward(query, key, value, d_out, d_lse, named, lay=laid_as_usual) -> dict[str, np.ndarray | None]:
+    """What `run_all` gives, by the keywords of `_core.forward`.
+
+    `lay` puts an array into device memory, by its name: that of an argument, or of what has the shape of one ("out").
+    """
+    options, arrays = launch_options(named, lay)
+    kept = call_forward(query, key, value, d_out.shape, options, lay)
+    shared = [kept[name].view for name in ("query", "key", "value", "out", "statistics")]
+    gradients = {name: lay(name, unwritten(x)) for name, x in (("query", query), ("key", key), ("value", value))}
+    terms = {name: named.get(name) for name in ("bias", "relative_bias", "sinks")}
+    terms = {name: None if x is None else Array(unwritten(x)) for name, x in terms.items()}
+    d_out, d_lse = lay("d_out", d_out), None if d_lse is None else Array(d_lse)
+    workspace = launch(
         cuda.Backward(
             *shared,
             d_out.view,
             *(x.view for x in gradients.values()),
             d_lse=d_lse and d_lse.view,
-            d_bias=d_bias and d_bias.view,
-            d_relative_bias=d_table and d_table.view,
-            d_sinks=d_sinks and d_sinks.view,
+            **{f"d_{name}": x and x.view for name, x in terms.items()},
             **options,
         )
     )
-    for array in (*inputs.values(), *arrays.values(), d_out, forward, backward):
+    for array in (*kept.values(), *arrays, d_out, d_lse, workspace):
         if array is not None:
             array.numpy()  # nothing was written beside it
-    results = {"out": out, "lse": lse, "statistics": statistics, **gradients, "d_bias": d_bias}
-    results |= {"d_relative_bias": d_table, "d_sinks": d_sinks}
+    results = {name: kept[name] for name in ("out", "lse", "statistics")}
+    results |= dict(zip(("dq", "dk", "dv"), gradients.values())) | {f"d_{name}": x for name, x in terms.items()}
     return {name: array and array.numpy() for name, array in results.items()}
 
 
-def launch_options(query, key, options):
-    """Public arguments of the attention as those of `cuda.Forward`, and the device arrays that they describe."""
-    structure = take_mask(options)
-    rows, offset = 1 if options.get("layout", "BSHD") == "BSHD" else 2, options.pop("query_offset", None)
-    parts = structure.parts(query.shape[rows], key.shape[rows], offset)
-    arrays = {f"mask {i}": Array(np.asarray(mask, bool)) for i, mask in enumerate(parts.dense)}
-    named = {"layout": "BSHD", "masks": [array.view for array in arrays.values()]}
-    named |= {name: getattr(structure, name) for name in ("window_left", "window_right", "bottom_right")}
-    if parts.intervals is not None:
-        ends = [Array(np.ascontiguousarray(x, np.int32)) for x in parts.intervals]
-        arrays |= dict(zip(("key_begin", "key_end"), ends))
-        named["intervals"] = [array.view for array in ends]
-    if parts.segments is not None:
-        ids = [Array(np.ascontiguousarray(x, np.int32)) for x in parts.segments]
-        arrays |= dict(zip(("query_ids", "key_ids"), ids))
-        named["segments"] = [array.view for array in ids]
-    if parts.blocks is not None:
-        arrays["blocks"] = Array(np.asarray(parts.blocks, bool))
-        named |= {"blocks": arrays["blocks"].view, "block_q": parts.block_q, "block_k": parts.block_k}
-    if offset is not None:
-        arrays["query_offset"] = Array(np.atleast_1d(np.asarray(offset, np.int32)))
-        named["query_offset"] = arrays["query_offset"].view
-    for name in ("query_lengths", "key_lengths"):
-        if getattr(structure, name) is not None:
-            arrays[name] = Array(np.asarray(getattr(structure, name), np.int32))
-            named[name] = arrays[name].view
-    named["soft_cap"] = options.pop("logits_soft_cap", None)
-    slopes, table, sinks = (options.pop(name, None) for name in ("alibi_slopes", "relative_bias", "sinks"))
-    slopes = slopes if slopes is None else np.atleast_2d(slopes)
-    for name, x in (("slopes", slopes), ("relative_bias", table), ("sinks", sinks)):
-        if x is not None:
-            arrays[name] = Array(np.asarray(x, np.float32))
-            named[name] = arrays[name].view
-    if options.get("bias") is not None:
-        bias = np.asarray(options.pop("bias"))
-        arrays["bias"] = Array(bias if bias.dtype == np.float32 else bias.astype(query.dtype))
-        named["bias"] = arrays["bias"].view
-    seed = options.pop("dropout_seed", None)
-    if seed is not None:
-        words = (seed, 0) if np.ndim(seed) == 0 else seed
-        arrays["words"] = Array(np.array([int(word) & (1 << 64) - 1 for word in words], np.uint64))
-        named["dropout_words"] = arrays["words"].view
-    return {**named, **options}, arrays
+def call_forward(query, key, value, out_shape, options, lay=laid_as_usual) -> dict[str, Array]:
+    """Launches forward with the options of `launch_options`. Returns its arrays, by name."""
+    kept = {name: lay(name, x) for name, x in (("query", query), ("key", key), ("value", value))}
+    batch, seqlen_q, num_heads, _ = query.shape if options["layout"] == "BSHD" else query.swapaxes(1, 2).shape
+    kept["out"] = lay("out", unwritten(np.empty(out_shape, query.dtype)))
+    kept["statistics"] = Array(unwritten(np.empty((batch, num_heads, seqlen_q, 2), np.float32)))
+    kept["lse"] = Array(unwritten(np.empty((batch, num_heads, seqlen_q), np.float32)))
+    shared = (kept[name].view for name in ("query", "key", "value", "out", "statistics"))
+    workspace = launch(cuda.Forward(*shared, lse=kept["lse"].view, **options))
+    return kept if workspace is None else {**kept, "workspace": workspace}
+
+
+def launch_options(named, lay=laid_as_usual) -> tuple[dict, list[Array]]:
+    """Keywords of `_core.forward` as those of `cuda.Forward`, and the device arrays that they describe."""
+    kept = []
+
+    def laid(name, x):
+        if isinstance(x, (list, tuple)):
+            return [laid(name, part) for part in x]
+        if not isinstance(x, np.ndarray):
+            return x
+        kept.append(lay(name, x.astype(np.int32) if x.dtype.kind == "i" else x))
+        return kept[-1].view
+
+    named = {"layout": "BSHD", **named}
+    words = [int(named.pop(name, 0)) & (1 << 64) - 1 for name in ("dropout_seed", "dropout_offset")]
+    if named.get("dropout_rate"):
+        named["dropout_words"] = np.array(words, np.uint64)
+    return {name: laid(name, x) for name, x in named.items()}, kept
 
 
 def launch(call, stream: int = 0) -> Array | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import cuda_run
+from bench_modules import bench_modules
 from cuda_host import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,15 +89,46 @@ def test_the_benchmark_goes_through(standin, tmp_path):
     assert "# attn_ops on a GPU: speed" in (tmp_path / "gpu_report.md").read_text()
 
 
-def test_the_first_minutes_on_a_card(standin):
-    """benchmarks/gpu/first_run.py's check of every kernel, on one head dimension; its other stages need a card."""
-    code = """
-from gpu import stages
-stages._DIMS, stages._KINDS = (64,), ("causal", "few rows")
-sys.exit(stages.kernels(None))
+def test_the_first_minutes_on_a_card(standin, tmp_path):
+    """What benchmarks/gpu/first_run.py checks without PyTorch: every kind of call in one dtype and head dimension, some
+    random calls, and few launches that must give the same bits; its other stages need a card."""
+    code = f"""
+from gpu import checks, soak
+wrong = checks.kernels((64,), ("bfloat16",)), checks.fuzz(pathlib.Path({str(tmp_path)!r}), 2, 1)
+wrong += soak.soak(512, 2, 2, 2),
+sys.exit(repr(wrong) if any(wrong) else 0)
 """
     done = on_a_bare_machine(code, ROOT / "benchmarks", **standin)
-    assert done.returncode == 0 and "0 of 6 wrong" in done.stdout, done.stdout + done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "0 of 13 wrong" in done.stdout and "; 0 failed" in done.stdout
+    assert done.stdout.count("2 replays of a graph, the same bits") == 3
+
+
+def test_what_is_wrong_is_told(standin):
+    """By the same checks, where gradients are off, and where a byte of each second result is another."""
+    code = """
+import itertools
+from gpu import checks, soak
+run, results, turn = checks.cuda_run.run, soak._Job.results, itertools.count()
+def off(*arguments, **options):
+    found = run(*arguments, **options)
+    return {**found, "dk": found["dk"] * np.float32(1.1)}
+import numpy as np
+checks.cuda_run.run = off
+soak._Job.results = lambda job: [bytes([next(turn) % 2]), *results(job)]
+checks.kernels((64,), ("float32",), ("full", "few rows"))
+print(soak.soak(512, 1, 1, 1), "times")
+"""
+    done = on_a_bare_machine(code, ROOT / "benchmarks", **standin)
+    assert "2 of 2 wrong" in done.stdout and "6 times" in done.stdout, done.stdout + done.stderr[-3000:]
+
+
+def test_a_call_of_the_first_minutes_is_short():
+    """A machine is lent for ten minutes at a time, of which it takes one to start."""
+    with bench_modules("gpu.first_run", "gpu.stages") as bench:
+        assert all(sum(call.values()) <= 540 for call in bench.first_run.CALLS.values())
+        assert all(callable(getattr(bench.stages, name)) for name in bench.first_run.STAGES)
+        assert len(bench.first_run.STAGES) == sum(map(len, bench.first_run.CALLS.values()))
 
 
 def test_a_stage_that_fails_is_counted_and_costs_no_other(tmp_path):
