@@ -170,12 +170,12 @@ def test_vmap_of_a_batch_of_1(forced):
     pool.append(sequence, key, value)
     table, lengths, one = pool.block_table(sequence), pool.lengths(sequence), query.shape[1] - 1
     attend, options = attn_ops.jax.scaled_dot_product_attention, {"implementation": forced}
-    for call in (
+    for door in (
         lambda q: attend(q, key, value, query_seq_lengths=[one], key_value_seq_lengths=[3], **options),
         lambda q: attn_ops.jax.decode_attention(q[:, :2], cache, **options)[0],
         lambda q: attn_ops.jax.paged_attention(q[:, :2], *pool.pages[0], table, lengths, **options),
     ):
-        assert_same(jax.vmap(call)(queries), jnp.stack([call(q) for q in queries]), 1e-6)
+        assert_same(jax.vmap(door)(queries), jnp.stack([door(q) for q in queries]), 1e-6)
 
 
 @both
