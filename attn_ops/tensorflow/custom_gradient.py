@@ -9,11 +9,14 @@ Here no tape sees them; what ties results to inputs is the same, and what saves 
 from __future__ import annotations
 
 import itertools
+import uuid
 
 import tensorflow as tf
 
 from attn_ops.tensorflow import place
 
+# No name of another process: a model that was saved there without its gradients is to find none here.
+_PROCESS = uuid.uuid4().hex
 _numbers = itertools.count()
 
 
@@ -31,7 +34,7 @@ def apply(run, gradient, inputs):
     record = place.recorder()
     if record is None:
         return _in_public(run, gradient, inputs)
-    name = f"AttnOpsGradient{next(_numbers)}"
+    name = f"AttnOpsGradient-{_PROCESS}-{next(_numbers)}"
     with place.tapes(see=False), tf.compat.v1.get_default_graph().gradient_override_map({"IdentityN": name}):
         made, kept = run(*inputs)
         tied = tf.identity_n([*made, *kept, *inputs])

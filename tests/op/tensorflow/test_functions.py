@@ -136,12 +136,26 @@ def test_saved_model_loads_in_another_process(tmp_path):
     model.attend = tf.function(
         lambda *x: scaled_dot_product_attention(*x, implementation="fused"), input_signature=specs()
     )
-    tf.saved_model.save(model, str(tmp_path))
-    code = (
-        "import sys, attn_ops.tensorflow.attention, tensorflow as tf\n"
-        "attend = tf.saved_model.load(sys.argv[1]).attend\n"
-        "tf.debugging.assert_near(attend(*[tf.ones([1, 2, 3, 4])] * 3), tf.ones([1, 2, 3, 4]))\n"
-    )
+    # Without its gradients, for which those that the other process has are not to be taken.
+    tf.saved_model.save(model, str(tmp_path), options=tf.saved_model.SaveOptions(experimental_custom_gradients=False))
+    code = """
+import sys, attn_ops, tensorflow as tf
+x = [tf.random.stateless_normal([1, 2, 3, 4], [i, 0]) for i in range(3)]
+def gradients(function):
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        out = function(*x)
+    return tape.gradient(out, x)
+gradients(tf.function(lambda *x: attn_ops.scaled_dot_product_attention(*x, is_causal=True)))
+attend = tf.saved_model.load(sys.argv[1]).attend
+tf.debugging.assert_near(attend(*x), attn_ops.scaled_dot_product_attention(*x))
+try:
+    gradients(attend)
+except LookupError as error:
+    assert "No gradient defined" in str(error), error
+else:
+    sys.exit("a gradient was found")
+"""
     result = run(code, str(tmp_path))
     assert result.returncode == 0, result.stderr
 
