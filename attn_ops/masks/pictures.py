@@ -7,7 +7,7 @@ import textwrap
 import numpy as np
 
 from attn_ops import requirements
-from attn_ops.masks import checks
+from attn_ops.call import options
 
 BLOCK = (64, 128)  # rows and keys; of those that hold nothing visible the kernels compute nothing
 SEEN, HIDDEN, SKIPPED = "█", "·", " "
@@ -99,7 +99,8 @@ def seen_and_skipped(name, mask, seqlen_q, seqlen_k, entry, head, query_offset, 
     """Two bool arrays `[seqlen_q, seqlen_k]`: the visible pairs, and those in a block without any."""
     seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
     for what, extent in (("seqlen_q", seqlen_q), ("seqlen_k", seqlen_k)):
-        checks.size(f"{name}: {what}", extent, least=0)
+        if not options.is_integer(extent) or extent < 0:
+            raise ValueError(f"{name}: {what} must be an integer from 0, got {extent!r}")
     if seqlen_q * seqlen_k > _MOST_PAIRS:
         raise ValueError(
             f"{name}: {seqlen_q} x {seqlen_k} pairs are too many to draw (2**30 at most); draw fewer rows, from query_offset= on"
