@@ -165,7 +165,7 @@ class _Call:
         self.scale = 1 / np.sqrt(head_dim) if given.scale is None else float(given.scale)
         self.bias = None if given.bias is None else self._float64("bias", given.bias)
         self.bias_shape = np.shape(given.bias)
-        if self.bias is not None and 2 <= self.bias.ndim <= self.rank < 4:
+        if self.bias is not None and self.bias.ndim in (2, 3):
             self.bias = self.bias[None, None] if self.bias.ndim == 2 else self.bias[:, None]
 
         weights_shape = (batch, num_heads, seqlen_q, seqlen_k)

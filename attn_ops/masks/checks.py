@@ -122,11 +122,14 @@ def never_back(rule, values):
 
 
 def cumulative(name, given, totals=None):
-    """Cumulative lengths by argument, or None, checked: integers `[n + 1]` from 0 that never go back, the same n.
+    """Cumulative lengths by argument, checked: integers `[n + 1]` from 0 that never go back, the same n; None but for the first.
 
     ``totals`` are what each must end with, by argument, None where unknown; whoever gives them has checked what is traced.
     """
     result, counts = {}, {}
+    first, lengths = next(iter(given.items()))
+    if lengths is None:
+        raise TypeError(f"{name}: {first} must hold integers, a 0 and the end of each sequence, got None")
     for what, x in given.items():
         result[what] = x = None if x is None else checked(f"{name}: {what}", x, 1, "int")
         if x is None:

@@ -14,16 +14,21 @@ def real_array(name: str, weights) -> np.ndarray:
     try:
         array = np.asarray(weights)
     except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
-        raise TypeError(_symbolic(name, weights)) from error
+        raise TypeError(_not_an_array(name, weights)) from error
     if array.dtype == object:
-        raise TypeError(_symbolic(name, weights))
+        raise TypeError(_not_an_array(name, weights))
     try:  # one dtype for float16, bfloat16, masks, ...; complex numbers and strings have no colour
         return array.astype(np.float64, casting="unsafe" if array.dtype.kind != "c" else "same_kind")
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: weights must be real numbers, got dtype {array.dtype}") from error
 
 
-def _symbolic(name, weights):
+_DENSE = {"RaggedTensor": "weights.to_tensor()", "SparseTensor": "tf.sparse.to_dense(weights)"}
+
+
+def _not_an_array(name, weights):
+    if type(weights).__name__ in _DENSE:
+        return f"{name}: weights must be dense, got {type(weights).__name__}; pass {_DENSE[type(weights).__name__]}"
     return (
         f"{name}: weights must hold values, got {type(weights).__name__}; call the model on data first (a symbolic tensor "
         "of a functional model or a tf.function has none)"

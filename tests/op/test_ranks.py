@@ -147,3 +147,16 @@ def test_other_ranks_are_refused(ranks):
     for attend in (attn_ops.scaled_dot_product_attention, by_jax, reference.attention):
         with pytest.raises(ValueError, match="rank .*4.* 3 .*2 "):
             attend(*(np.ones(shape, "float32") for shape in shapes))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (1, 4), (2, 3, 4), (1, 3, 1)])
+def test_the_reference_takes_biases_of_lower_ranks(shape):
+    rng = np.random.default_rng(0)
+    q, k, d_out = rng.standard_normal((2, 3, 2, 5)), rng.standard_normal((2, 4, 1, 5)), rng.standard_normal((2, 3, 2, 5))
+    bias = rng.standard_normal(shape)
+    full = bias[None, None] if bias.ndim == 2 else bias[:, None]
+    for function, more in ((reference.attention, ()), (reference.attention_gradients, (d_out,))):
+        found, wanted = function(q, k, k, *more, bias=bias), function(q, k, k, *more, bias=full)
+        for a, b in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(a, b.reshape(a.shape))
+    assert found[3].shape == shape

@@ -254,7 +254,7 @@ BAD = [
     (ValueError, r"must agree in batch, .*\(2, 4, 2, 4\)", {"query": np.ones((2, 4, 2, 4))}),
     (ValueError, r"must agree in batch, .*\(2, 6, 2, 3\)", {"value": np.ones((2, 6, 2, 3))}),
     (ValueError, r"bias of shape \(3, 1, 1, 5\) does not broadcast to", {"bias": np.zeros((3, 1, 1, 5))}),
-    (ValueError, r"bias of shape \(4, 5\) does not broadcast to", {"bias": np.zeros((4, 5))}),
+    (ValueError, r"bias of shape \(1, 1, 4, 6\) does not broadcast to", {"bias": np.zeros((4, 6))}),
     (ValueError, r"does not broadcast to \[batch, num_heads, 4, 5\]", {"mask": np.ones((1, 1, 4, 6), bool)}),
     (ValueError, r"mask of shape \(3, 1, 4, 5\) does not broadcast to", {"mask": np.ones((3, 1, 1, 1), bool)}),
     (TypeError, r"boolean: mask must be boolean .*, got float64; pass .* as bias=", {"mask": np.zeros((4, 5))}),

@@ -384,3 +384,14 @@ def test_all_heads():
     assert panels[0].get_xlabel() == f"{found['a'].entropy[1, 0]:.2f}"
     with pytest.raises(ValueError, match="must be probabilities"):
         visualize.plot_heads(np.ones((2, 3, 3)))
+
+
+def test_weights_that_are_not_dense():
+    import tensorflow as tf
+
+    for weights, told in (
+        (tf.RaggedTensor.from_tensor(tf.eye(3)), r"got RaggedTensor; pass weights.to_tensor\(\)"),
+        (tf.sparse.eye(3), "got SparseTensor; pass tf.sparse.to_dense"),
+    ):
+        with pytest.raises(TypeError, match=f"plot_attention_weights: weights must be dense, {told}"):
+            plot_attention_weights(weights)
