@@ -34,12 +34,13 @@ PROMPT = 10
 
 
 def generator(keras_hub, name):
-    """A model that generates, and a function that has it do so after prompts of `PROMPT` tokens, with a sampler."""
+    """A model that generates, and a function that has it do so after prompts of `PROMPT` and fewer tokens, with a
+    sampler."""
     backbone = hub.make(keras_hub, name)
     lm = getattr(keras_hub.models, {**CAUSAL, **SEQUENCE}[name])(backbone=backbone, preprocessor=None)
     values, _ = hub.inputs(backbone)
     half = "decoder_" if name in SEQUENCE else ""
-    values[half + "padding_mask"] = np.arange(hub.LENGTH)[None] < np.array([[PROMPT], [PROMPT]])
+    values[half + "padding_mask"] = np.arange(hub.LENGTH)[None] < np.array([[PROMPT], [PROMPT - 4]])
 
     def generate():
         given = {key: tf.constant(x) for key, x in values.items()}
