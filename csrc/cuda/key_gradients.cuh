@@ -84,7 +84,7 @@ ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, con
   const bool capped = !kPlain && head.factors.cap != 0.0f;
   const bool drops = !kPlain && head.factors.drop_below > 0;
   KeptOfKeys<kMmaN> kept;
-  if (drops) kept.make(head, first_row, first_key);
+  if (drops) kept.make(head, first_row, has_no_registers<M, kMmaN>() ? recomputed(first_key) : first_key);
 #pragma unroll
   for (int n = 0; n < kMmaN; ++n)
 #pragma unroll
@@ -223,8 +223,15 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
     sync_warp();
     write_acc<M, kDim, kMmaM>(tile, warp_key, gradient, factors);
     sync_warp();
-    store_rows<M, kDim>(tile, warp_key, 16 * kMmaM,
-                        KeyRows<Element>(view, head, first_key, static_cast<int>(p.seqlen_k), aligned), dim);
+    const auto store_to = [&](const Head& own) {
+      store_rows<M, kDim>(tile, warp_key, 16 * kMmaM,
+                          KeyRows<Element>(view, own, first_key, static_cast<int>(p.seqlen_k), aligned), dim);
+    };
+    if constexpr (has_no_registers<M, kMmaN>()) {
+      store_to(Head(p, args.factors, args.rows, recomputed(block) / args.rows.tiles));
+    } else {
+      store_to(head);
+    }
   };
   if (kWantsDk) store(k, dk, args.factors.scale, b.dk, args.aligned.dk, head_dim);
   if (kWantsDv) store(v, dv, args.factors.keep, b.dv, args.aligned.dv, value_dim);

@@ -43,6 +43,13 @@ ATTN_DEVICE constexpr bool asks_for_columns(int n) {
   return M::kMmaK == 8 ? n % 2 == 0 || kDim == 256 : kDim == 96 && n == 4;
 }
 
+// Where the kernel of dk and dv finds once more what it could keep through its loop, the head of its keys and what dropout
+// makes of the first: in float32 of 16 rows at a time. Heads of 256 spilled 4 bytes for each, on sm_120 and sm_90a (12.9).
+template <class M, int kMmaN>
+ATTN_DEVICE constexpr bool has_no_registers() {
+  return M::kMmaK == 8 && kMmaN == 2;
+}
+
 // How far loops are unrolled: gemm_nt's over the dimension, further than which operands are fetched so early that
 // registers run out (13.0), and load_tile's over rows.
 template <class M, int kDim>
