@@ -105,7 +105,7 @@ class Problem:
         keep = self._keep(block)
         if keep is not None:
             dropped_p, dp = self._drop(keep, p), self._drop(keep, dp)
-        weighed = tf.not_equal(p, 0.0) if masked else None
+        weighed = ~_is_zero(p) if masked else None
         delta = tf.reduce_sum(select(weighed, p * dp), -1, keepdims=True)
         minus_d_row = delta - d_lse[..., None]
         ds = select(weighed, p * (dp - minus_d_row))
@@ -124,8 +124,8 @@ class Problem:
         if block.relative_bias is not None:
             others.append(self._sums_by_distance(self._distances(block), ds, extents(block.relative_bias)[1] // 2))
         if block.sinks is not None:
-            p_sink = select(tf.not_equal(e_sink, 0.0), e_sink / total)  # -inf is nothing, also in a row of NaN
-            others.append(-tf.reduce_sum(select(tf.not_equal(p_sink, 0.0), p_sink * minus_d_row), [0, 2, 3]))
+            p_sink = select(~_is_zero(e_sink), e_sink / total)  # -inf is nothing, also in a row of NaN
+            others.append(-tf.reduce_sum(select(~_is_zero(p_sink), p_sink * minus_d_row), [0, 2, 3]))
         return dq, dk, dv, *others
 
     def scores(self, block, k):
@@ -261,8 +261,8 @@ def _lengths(lengths):
 def _biased(s, bias):
     """s + bias. A sum of finite numbers stays finite: -inf would hide a key, inf would make the row NaN."""
     total = s + bias
-    overflowed = ~tf.math.is_finite(total) & tf.math.is_finite(s) & tf.math.is_finite(bias)
-    return tf.where(overflowed, tf.sign(total) * total.dtype.max, total)
+    overflowed = ~_is_finite(total) & _is_finite(s) & _is_finite(bias)
+    return tf.where(overflowed, tf.sign(tf.stop_gradient(total)) * total.dtype.max, total)
 
 
 def _biased_unless_hidden(s, bias):
@@ -298,8 +298,19 @@ def softmax_terms(s, seen, sinks=None):
         there = above_minus_inf(sinks)
         e_sink = select(there, tf.exp(tf.where(there, sinks, m) - m))
         total += e_sink
-    empty = tf.equal(total, 0.0)
+    empty = _is_zero(total)
     return e, e_sink, tf.where(empty, tf.ones((), s.dtype), total), m, empty
+
+
+# Constants are compared: nested ForwardAccumulators fail in graphs at a comparison, or a sign, of what they watch.
+
+
+def _is_zero(x):
+    return tf.equal(tf.stop_gradient(x), 0.0)
+
+
+def _is_finite(x):
+    return tf.math.is_finite(tf.stop_gradient(x))
 
 
 def _weighted_sum(weights, values, masked, transpose_weights=False):
@@ -310,10 +321,10 @@ def _weighted_sum(weights, values, masked, transpose_weights=False):
     """
     if not masked:
         return tf.matmul(weights, values, transpose_a=transpose_weights)
-    bad = tf.logical_not(tf.math.is_finite(values))
+    bad = ~_is_finite(values)
     clean, spill = select(~bad, values), tf.reduce_sum(select(bad, values), -2, keepdims=True)
     has_bad = tf.cast(tf.reduce_any(bad, -1, keepdims=True), values.dtype)
-    meets_bad = tf.matmul(weights, has_bad, transpose_a=transpose_weights) > 0
+    meets_bad = tf.stop_gradient(tf.matmul(weights, has_bad, transpose_a=transpose_weights)) > 0
     return tf.matmul(weights, clean, transpose_a=transpose_weights) + select(meets_bad, spill)
 
 
@@ -325,11 +336,12 @@ def select(condition, x):
 def above_minus_inf(x):
     """Where `x` is not -inf, NaN included; without that constant, which `tf.debugging.enable_check_numerics` finds."""
     # Not the negation of "below": TensorFlow's optimiser turns that into "at least", and NaN with it.
+    x = tf.stop_gradient(x)
     return (x >= x.dtype.min) | tf.math.is_nan(x)
 
 
 def _finite(x):
-    return select(tf.math.is_finite(x), x)
+    return select(_is_finite(x), x)
 
 
 def _sum_to_shape_of(x, full):

@@ -121,6 +121,32 @@ def test_forward_mode(chosen, feature):
     np.testing.assert_allclose(jvp, numeric, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.wide(3)
+@pytest.mark.parametrize("feature", [*FEATURES, "bias", "sinks", "soft cap"])
+def test_nested_forward_mode_in_a_graph(feature):
+    """Along a line through inputs, and a bias or sinks, against the second difference quotient."""
+    more = {"bias": (1, 2, 3, 4), "sinks": (2,)}.get(feature, ())
+    more = {feature: tf.constant(np.random.default_rng(5).standard_normal(more))} if more else {}
+    inputs, options = [*tensors(), *more.values()], FEATURES.get(feature, {})
+    options = {"logits_soft_cap": 1.5} if feature == "soft cap" else options
+    tangents = [tf.constant(np.random.default_rng(i).standard_normal(x.shape)) for i, x in enumerate(inputs)]
+
+    def function(*x):
+        return scaled_dot_product_attention(*x[:3], **dict(zip(more, x[3:])), **options)
+
+    @tf.function(autograph=False)
+    def second(*x):
+        with tf.autodiff.ForwardAccumulator(x, tuple(tangents)) as outer:
+            with tf.autodiff.ForwardAccumulator(x, tuple(tangents)) as inner:
+                out = function(*x)
+            first = inner.jvp(out)
+        return outer.jvp(first)
+
+    ends = [function(*along(inputs, tangents, step)) for step in (1e-4, 0.0, -1e-4)]
+    quotient = (ends[0] - 2 * ends[1] + ends[2]) / 1e-8
+    np.testing.assert_allclose(second(*inputs), quotient, rtol=1e-5, atol=1e-5)
+
+
 @both
 def test_persistent_and_nested_tapes(chosen):
     query, key, value = tensors()
