@@ -88,6 +88,16 @@ def beyond_cuda(arrays) -> str | None:
     return None
 
 
+def cuda_sizes(options, arrays):
+    """The extents that the library for CUDA is asked about (`kernels.cuda_unsupported_reason`); None for what is not known."""
+    batch, num_heads, seqlen_q, head_dim = canonical(arrays.query.shape, options.layout)
+    _, num_kv_heads, seqlen_k, value_dim = canonical(arrays.value.shape, options.layout)
+    if arrays.block_table is not None:
+        pages = arrays.block_table.shape[1]
+        seqlen_k = None if pages is None or seqlen_k is None else pages * seqlen_k
+    return batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, value_dim
+
+
 NO_GRADIENT = (
     "attn_ops: attention to a cache is for generation, and has no gradient: train with scaled_dot_product_attention, or with "
     "the layers without cache="

@@ -45,17 +45,8 @@ def cuda_reason(options: Options, arrays: Arrays) -> str | None:
         reason = attention_call.beyond_cuda(arrays)
     if reason is not None:
         return reason
-    known = (n if isinstance(n, int) else 1 for n in _sizes(options, arrays))  # jax.export may leave extents open
+    known = (n if isinstance(n, int) else 1 for n in attention_call.cuda_sizes(options, arrays))  # jax.export may leave extents open
     return kernels.cuda_unsupported_reason(arrays.query.dtype.name, *known)
-
-
-def _sizes(options: Options, arrays: Arrays):
-    """Those that `kernels` asks the library about."""
-    batch, num_heads, seqlen_q, head_dim = canonical(arrays.query.shape, options.layout)
-    _, num_kv_heads, seqlen_k, value_dim = canonical(arrays.value.shape, options.layout)
-    if arrays.block_table is not None:
-        seqlen_k *= arrays.block_table.shape[1]
-    return batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, value_dim
 
 
 @functools.cache
@@ -126,7 +117,7 @@ def _with_table(options: Options, arrays: Arrays) -> Arrays:
 
 def _workspace(options: Options, arrays: Arrays, backward: bool = False) -> int | None:
     """How many bytes the kernels need on CUDA; None where they do not run there, or that is not known before they do."""
-    sizes = _sizes(options, arrays)
+    sizes = attention_call.cuda_sizes(options, arrays)
     if "cuda" not in platforms(options, arrays) or not all(isinstance(n, int) for n in sizes):
         return None
     table = arrays.relative_bias

@@ -91,8 +91,8 @@ def _second_order(call, cotangents, incoming):
         Two lists: for the differentiable inputs, and for the cotangents. None where nothing depends.
     """
     wanted = [i for i, g in enumerate(incoming) if g is not None]
-    # A tape does not follow a tensor of another graph that was taken into this one before.
-    call, cotangents = composite.separate(_in_this_graph(call)), [*map(_own, cotangents)]
+    # Copies, too, because a tape does not follow a tensor of another graph that was taken into this one before.
+    call, cotangents = composite.separate(call), [*map(tf.identity, cotangents)]
     inputs = call.differentiable()
     with tf.GradientTape() as tape:
         tape.watch(inputs + cotangents)

@@ -7,7 +7,7 @@ import functools
 import tensorflow as tf
 
 from attn_ops import kernels
-from attn_ops.call.attention_call import AttentionCall, beyond_cuda, canonical
+from attn_ops.call.attention_call import AttentionCall, beyond_cuda, cuda_sizes
 from attn_ops.tensorflow import place
 
 
@@ -64,7 +64,7 @@ def call_reason(call: AttentionCall, forced: bool) -> str | None:
     lacking = beyond_cuda(call)
     if lacking is not None:
         return lacking
-    sizes = _sizes(call)
+    sizes = cuda_sizes(call, call)
     if None in sizes[-2:] and not forced:
         return "head_dim and value_dim are not known, of which its kernels take some"
     return kernels.cuda_unsupported_reason(call.query.dtype.name, *(1 if n is None else n for n in sizes))
@@ -80,7 +80,7 @@ def with_table(call: AttentionCall) -> AttentionCall:
 
 def workspace_bytes(call: AttentionCall, backward: bool) -> int | None:
     """How many bytes the CUDA kernels need for ``call``; None where it does not run on a GPU, or they are not known yet."""
-    sizes = _sizes(call)
+    sizes = cuda_sizes(call, call)
     if not in_use(call) or None in sizes or unsupported_reasons(call, forced=False):
         return None
     pages, table = call.block_table is not None, call.relative_bias
@@ -89,13 +89,3 @@ def workspace_bytes(call: AttentionCall, backward: bool) -> int | None:
         return None
     size = kernels.cuda_workspace_bytes(backward, call.query.dtype.name, *sizes, pages=pages, reach=reach)
     return size if size < 2**31 else None  # extents in XLA's programs have 32 bits
-
-
-def _sizes(call: AttentionCall):
-    """Those that `kernels` asks the library about; None where they are not known."""
-    batch, num_heads, seqlen_q, head_dim = canonical(call.query.shape, call.layout)
-    _, num_kv_heads, seqlen_k, value_dim = canonical(call.value.shape, call.layout)
-    if call.block_table is not None:
-        pages = call.block_table.shape[1]
-        seqlen_k = None if None in (pages, seqlen_k) else pages * seqlen_k
-    return batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, value_dim
