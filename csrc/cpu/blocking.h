@@ -21,7 +21,7 @@ static constexpr int64_t kBlockKeys = 128;
 // Few rows (decode), where memory is the limit (Zen 5, 2026-11-23). Keys of a block: those of all heads, and the next
 // block, stay in L2; 16 are up to 1.3 times faster than 32 with 16 heads, and as fast with 8. In int8 32 are as many bytes.
 static constexpr int64_t head_lanes_keys(int64_t element_size) { return element_size == 1 ? 32 : 16; }
-static constexpr int64_t kHeadLanesKeys = 32;  // at most
+static constexpr int64_t kHeadLanesKeys = 64;  // at most: a word of bits
 // kv heads of a task: their rows of one key are neighbours in BSHD, and their queries and outputs stay in L2.
 static constexpr int64_t kHeadLanesHeads = 16;
 // At least this many keys in a split: the partial results of one are a few percent of the keys it reads.

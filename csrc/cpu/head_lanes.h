@@ -6,7 +6,8 @@
 //   o[i][d] = e^(m - m') o + sum_j p[i][j] v[j][d]   vectors along d
 // Memory is the limit, so a task takes a block of keys for all its heads before the next block, and asks for the next
 // block in the order it lies in memory: DRAM and TLB see one long read, whatever the layout. Half precision is widened
-// in registers, and half as many bytes are read.
+// in registers, and half as many bytes are read. Each of the three steps is done for all heads before the next one: a
+// row's way from its scores to its sums is a chain of some 400 cycles, and of one head alone nothing would run beside it.
 #pragma once
 
 #include <new>
@@ -31,7 +32,46 @@ bool few_rows(const AttentionParams& p) {
   return p.seqlen_q * group_size(p) <= 2 * kSharedRows<T> && p.k.stride[3] == 1 && p.v.stride[3] == 1;
 }
 
-// Up to kSharedRows rows of one head and their running softmax. Rows not in use have q = 0.
+// Rows that a group of so many is computed as: tiles of other heights are not compiled.
+template <class T>
+constexpr int places(int rows) {
+  return rows <= 2 ? rows : kSharedRows<T>;
+}
+
+// Vectors that are read of a row at a time, as long as there are so many. Two of bfloat16 hold the columns at even and at odd
+// places (BFloat16::load_apart), and so do the queries and the results of such a call.
+template <class Storage>
+constexpr int kVectorsAtOnce = std::is_same_v<Storage, BFloat16> ? 2 : 1;
+
+template <class T, class Storage>
+ATTN_INLINE void load_vectors(Storage storage, const char* at, Vec<T>* x) {
+  if constexpr (kVectorsAtOnce<Storage> == 2) storage.load_apart(at, x);
+  else x[0] = storage.load(at);
+}
+
+// The columns of a row in the order in which keys and values of dtype t are read, or back from there.
+template <class T>
+void order_columns(DType t, T* row, int64_t dim, bool back) {
+  constexpr int W = Simd<T>::width;
+  if (t != DType::kBFloat16) return;
+  for (; dim >= 2 * W; dim -= 2 * W, row += 2 * W) {
+    T ordered[2 * W];
+    for (int i = 0; i < 2 * W; ++i) {
+      const int apart = i % 2 * W + i / 2;
+      ordered[back ? i : apart] = row[back ? apart : i];
+    }
+    memcpy(row, ordered, sizeof ordered);
+  }
+}
+
+// Rows of the group of a list of `count` that begins at `first`.
+template <class T>
+int rows_of_group(int64_t count, int64_t first) {
+  return static_cast<int>(count - first < kSharedRows<T> ? count - first : kSharedRows<T>);
+}
+
+// Up to kSharedRows rows of one head. What is there of each of its places is its part of a HeadLanesScratch's; places
+// without a row have q = 0.
 template <class T>
 struct RowGroup {
   const HeadRows* head_rows;
@@ -40,9 +80,11 @@ struct RowGroup {
   uint32_t position[kSharedRows<T>], head[kSharedRows<T>];
   KeyRange seen[kSharedRows<T>];
   KeyRange all_see;  // keys that are seen by every row; empty where more than intervals may hide one
-  T m[Simd<T>::width], correction[Simd<T>::width];  // a vector, of which the first kSharedRows count
-  Vec<T> l[kSharedRows<T>];  // one sum per lane until the end
-  T *q, *out;  // [row][head_dim], [row][value_dim], padded to whole vectors
+  Visibility visible;  // of the block of keys that is being computed
+  T *q, *out;  // [place][head_dim], [place][value_dim], padded to whole vectors
+  T *scores;   // [place][kHeadLanesKeys], which become probabilities
+  T *m, *correction;
+  Vec<T>* l;  // one sum per lane until the end
 
   void start(const HeadRows& r, int64_t first_row) {
     using S = Simd<T>;
@@ -52,23 +94,25 @@ struct RowGroup {
     const int64_t head_size = round_to_width<T>(p.head_dim), value_size = round_to_width<T>(p.value_dim);
     head_rows = &r;
     first = first_row;
-    rows = static_cast<int>(r.count - first < kSharedRows<T> ? r.count - first : kSharedRows<T>);
-    S::store(m, S::set1(-kInfinity<T>));
-    memset(q, 0, sizeof(T) * kSharedRows<T> * head_size);
-    memset(out, 0, sizeof(T) * kSharedRows<T> * value_size);
+    rows = rows_of_group<T>(r.count, first);
+    const int all = places<T>(rows);
+    memset(q, 0, sizeof(T) * all * head_size);
+    memset(out, 0, sizeof(T) * all * value_size);
     all_see = {0, hides_by_bits(p) || added_may_hide(p) ? 0 : r.length_k};
-    for (int i = 0; i < kSharedRows<T>; ++i) {
+    for (int i = 0; i < all; ++i) {
       const int64_t row = first + (i < rows ? i : rows - 1);
       position[i] = static_cast<uint32_t>(r.position(row));
       head[i] = static_cast<uint32_t>(r.head(row));
       seen[i] = r.seen_at(position[i]);
       if (seen[i].begin > all_see.begin) all_see.begin = seen[i].begin;
       if (seen[i].end < all_see.end) all_see.end = seen[i].end;
+      m[i] = -kInfinity<T>;
       l[i] = S::zero();
       if (i >= rows) continue;
       T* const to = q + i * head_size;
       load_row<T>(p.q.dtype, r.tensor_row(p.q, position[i], head[i]), stride, p.head_dim, true, to);
       for (int64_t d = 0; d < head_size; d += S::width) S::store(to + d, S::load(to + d) * factor);
+      order_columns(p.k.dtype, to, p.head_dim, false);
     }
   }
 
@@ -79,37 +123,63 @@ struct RowGroup {
   }
 };
 
-// Row groups of a head.
-template <class T>
-int64_t row_groups(const AttentionParams& p) {
-  return (p.seqlen_q * group_size(p) + kSharedRows<T> - 1) / kSharedRows<T>;
-}
-
+// The groups of a task, and what is there of each place of all of them, one group's behind the other's.
 template <class T>
 struct HeadLanesScratch {
   HeadRows* heads;
   RowGroup<T>* groups;  // [head][group]
-  T *scores, *factors;  // [row][kHeadLanesKeys], [key][row]
+  int64_t per_head, places;
+  int64_t keys;  // of a block: more of them where there are few places
+  T *scores, *m, *correction;  // padded to whole vectors of places
+  Vec<T>* l;
+  T* factors;  // of dropout, [key][row] of a group
 
-  static int64_t bytes(const AttentionParams& p, int64_t heads) {
-    const int64_t groups = heads * row_groups<T>(p);
-    return Arena::bytes<HeadLanesScratch>(1) + Arena::bytes<HeadRows>(heads) + Arena::bytes<RowGroup<T>>(groups) +
-           groups * Arena::bytes<T>(kSharedRows<T> * round_to_width<T>(p.head_dim)) +
-           groups * Arena::bytes<T>(kSharedRows<T> * round_to_width<T>(p.value_dim)) +
-           2 * Arena::bytes<T>(kSharedRows<T> * kHeadLanesKeys);
+  static int64_t groups_of(const AttentionParams& p) {
+    return (p.seqlen_q * group_size(p) + kSharedRows<T> - 1) / kSharedRows<T>;
+  }
+  static int64_t places_of(const AttentionParams& p) {
+    const int64_t rows = p.seqlen_q * group_size(p), whole = (groups_of(p) - 1) * kSharedRows<T>;
+    return whole + cpu::places<T>(rows_of_group<T>(rows, whole));
   }
 
-  static HeadLanesScratch& in(const AttentionParams& p, int64_t heads, Arena* arena) {
+  static int64_t bytes(const AttentionParams& p, int64_t heads) {
+    const int64_t groups = heads * groups_of(p), places = heads * places_of(p), padded = round_to_width<T>(places);
+    return Arena::bytes<HeadLanesScratch>(1) + Arena::bytes<HeadRows>(heads) + Arena::bytes<RowGroup<T>>(groups) +
+           Arena::bytes<T>(places * round_to_width<T>(p.head_dim)) +
+           Arena::bytes<T>(places * round_to_width<T>(p.value_dim)) + Arena::bytes<T>(places * kHeadLanesKeys) +
+           2 * Arena::bytes<T>(padded) + Arena::bytes<Vec<T>>(places) + Arena::bytes<T>(kSharedRows<T> * kHeadLanesKeys);
+  }
+
+  static HeadLanesScratch& in(const AttentionParams& p, const HeadLanesTask& task, Arena* arena) {
     HeadLanesScratch& scratch = *arena->take<HeadLanesScratch>(1);
-    const int64_t groups = heads * row_groups<T>(p);
+    const int64_t heads = task.head_end - task.head_begin;
+    const int64_t head_size = round_to_width<T>(p.head_dim), value_size = round_to_width<T>(p.value_dim);
+    scratch.per_head = groups_of(p), scratch.places = heads * places_of(p);
+    scratch.keys = head_lanes_keys(size_of(p.k.dtype));
+    for (int64_t doubled = 2 * scratch.places; doubled <= Simd<T>::width && scratch.keys < kHeadLanesKeys; doubled *= 2)
+      scratch.keys *= 2;
     scratch.heads = arena->take<HeadRows>(heads);
-    scratch.groups = arena->take<RowGroup<T>>(groups);
-    for (int64_t g = 0; g < groups; ++g) {
-      scratch.groups[g].q = arena->take<T>(kSharedRows<T> * round_to_width<T>(p.head_dim));
-      scratch.groups[g].out = arena->take<T>(kSharedRows<T> * round_to_width<T>(p.value_dim));
-    }
-    scratch.scores = arena->take<T>(kSharedRows<T> * kHeadLanesKeys);
+    scratch.groups = arena->take<RowGroup<T>>(heads * scratch.per_head);
+    T* const q = arena->take<T>(scratch.places * head_size);
+    T* const out = arena->take<T>(scratch.places * value_size);
+    scratch.scores = arena->take<T>(scratch.places * kHeadLanesKeys);
+    scratch.m = arena->take<T>(round_to_width<T>(scratch.places));
+    scratch.correction = arena->take<T>(round_to_width<T>(scratch.places));
+    scratch.l = arena->take<Vec<T>>(scratch.places);
     scratch.factors = arena->take<T>(kSharedRows<T> * kHeadLanesKeys);
+    int64_t place = 0;
+    for (int64_t h = 0; h < heads; ++h) {
+      new (&scratch.heads[h]) HeadRows(p, task.batch, task.head_begin + h);
+      for (int64_t g = 0; g < scratch.per_head; ++g) {
+        RowGroup<T>& f = scratch.groups[h * scratch.per_head + g];
+        f.q = q + place * head_size, f.out = out + place * value_size;
+        f.scores = scratch.scores + place * kHeadLanesKeys;
+        f.m = scratch.m + place, f.correction = scratch.correction + place, f.l = scratch.l + place;
+        f.start(scratch.heads[h], g * kSharedRows<T>);
+        place += cpu::places<T>(f.rows);
+      }
+    }
+    for (; place < round_to_width<T>(scratch.places); ++place) scratch.m[place] = -kInfinity<T>;
     return scratch;
   }
 };
@@ -119,11 +189,10 @@ struct KeyBlock {
   int64_t first, n;
   const char *keys, *values, *k_scales, *v_scales;  // scales null where there are none
 
-  KeyBlock(const AttentionParams& p, int64_t batch, int64_t first_key, int64_t end)
+  KeyBlock(const AttentionParams& p, int64_t batch, int64_t first_key, int64_t end, int64_t most)
       : first(first_key), n(neighbours_end(p, first, end) - first), keys(nullptr), values(nullptr), k_scales(nullptr),
         v_scales(nullptr) {
     if (n <= 0) return;
-    const int64_t most = head_lanes_keys(size_of(p.k.dtype));
     if (n > most) n = most;
     keys = key_position(p, p.k, batch, first);
     values = key_position(p, p.v, batch, first);
@@ -133,50 +202,57 @@ struct KeyBlock {
   }
 };
 
-// scores[i][j] for R rows and a block of n keys. A tile is R rows by width / R keys: `width` sums of vectors, which
-// end in the lanes of one.
+// f.scores[i][j] for R rows and a block of n keys. A tile is R rows by width / R keys: `width` sums of vectors, which
+// end in the lanes of one. Of its keys up to four are computed at a time: the addresses of more would not stay in registers.
 template <class T, int R, class Storage>
-ATTN_INLINE void raw_scores(Storage storage, const RowGroup<T>& f, const KeyBlock& block, RowsAhead& ahead, T* scores) {
+ATTN_INLINE void raw_scores(Storage storage, const RowGroup<T>& f, const KeyBlock& block, RowsAhead& ahead) {
   using S = Simd<T>;
-  constexpr int W = S::width, K = W / R;
+  constexpr int W = S::width, K = W / R, kAtOnce = K < 4 ? K : 4, kVectors = kVectorsAtOnce<Storage>;
   static_assert(head_lanes_keys(Storage::size) % K == 0, "a tile must not write past the block");
   const AttentionParams& p = f.head_rows->p;
-  const int64_t whole = p.head_dim / W * W, q_size = round_to_width<T>(p.head_dim);
+  const int64_t q_size = round_to_width<T>(p.head_dim);
   const int64_t n = block.n, stride = p.k.stride[1] * Storage::size;
   const char* row = block.keys + f.head_rows->kv_head * p.k.stride[2] * Storage::size;
   for (int64_t j = 0; j < n; j += K, row += K * stride) {
-    const char* key[K];
-    for (int t = 0; t < K; ++t) key[t] = row + t * stride;
-    for (int t = 1; j + K > n && t < K; ++t)
-      if (j + t >= n) key[t] = key[t - 1];
     ahead.ask(K * ahead.row_bytes());
     Vec<T> acc[W];  // [row][key]
-    for (int i = 0; i < W; ++i) acc[i] = S::zero();
-    const auto add = [&](int64_t d, const auto& load) {
-      Vec<T> q[R];
 #pragma GCC unroll 4
-      for (int i = 0; i < R; ++i) q[i] = S::kept(S::load(f.q + i * q_size + d));
-#pragma GCC unroll 16
-      for (int t = 0; t < K; ++t) {
-        const Vec<T> k = load(key[t] + d * Storage::size);
-#pragma GCC unroll 4
-        for (int i = 0; i < R; ++i) acc[i * K + t] = S::fma(q[i], k, acc[i * K + t]);
-      }
-    };
-    for (int64_t d = 0; d < whole; d += W) add(d, [&](const char* at) { return storage.load(at); });
-    if (whole < p.head_dim)
-      add(whole, [&](const char* at) { return load_some<T>(storage, at, Storage::size, p.head_dim - whole); });
+    for (int t0 = 0; t0 < K; t0 += kAtOnce) {
+      const char* key[kAtOnce];
+      for (int t = 0; t < kAtOnce; ++t) key[t] = row + (t0 + t) * stride;
+      if (j + K > n)  // what is past the keys is as the last of them
+        for (int t = 0; t < kAtOnce; ++t)
+          if (j + t0 + t >= n) key[t] = row + (n - 1 - j) * stride;
+      Vec<T> sum[R][kAtOnce] = {};
+      const auto add = [&](int64_t d, auto vectors, const auto& load) {
+        constexpr int NV = decltype(vectors)::value;
+        Vec<T> k[kAtOnce][NV];
+        for (int t = 0; t < kAtOnce; ++t) load(key[t] + d * Storage::size, k[t]);
+        for (int v = 0; v < NV; ++v)
+          for (int i = 0; i < R; ++i) {
+            const Vec<T> q = S::kept(S::load(f.q + i * q_size + d + v * W));
+            for (int t = 0; t < kAtOnce; ++t) sum[i][t] = S::fma(q, k[t][v], sum[i][t]);
+          }
+      };
+      int64_t d = 0;
+      for (; d + kVectors * W <= p.head_dim; d += kVectors * W)
+        add(d, Vectors<kVectors>{}, [&](const char* at, Vec<T>* k) { load_vectors<T>(storage, at, k); });
+      for (; d < p.head_dim; d += W)
+        add(d, Vectors<1>{}, [&](const char* at, Vec<T>* k) { *k = load_some<T>(storage, at, Storage::size, p.head_dim - d); });
+      for (int i = 0; i < R; ++i)
+        for (int t = 0; t < kAtOnce; ++t) acc[i * K + t0 + t] = sum[i][t];
+    }
     T sum[W];
     S::store(sum, sums<T>(acc));
-    for (int i = 0; i < R; ++i) memcpy(scores + i * kHeadLanesKeys + j, sum + i * K, K * sizeof(T));
+    for (int i = 0; i < R; ++i) memcpy(f.scores + i * kHeadLanesKeys + j, sum + i * K, K * sizeof(T));
   }
 }
 
-// x[i][j] = times(x[i][j], scale of key or value j) for the rows of a group and a block of n int8 keys or values, of whose
+// f.scores[i][j] = times(f.scores[i][j], scale of key or value j) for the rows of a group and a block of n int8 keys or values, of whose
 // scales kv head 0 has its first one at `first`. The scores of int8 keys are made before they are multiplied, and so are the
 // sums over int8 values: a row of the cache is never there as floats.
 template <class T, class Times>
-ATTN_INLINE void scale_block(const RowGroup<T>& f, const StridedView& view, const char* first, int64_t n, T* x,
+ATTN_INLINE void scale_block(const RowGroup<T>& f, const StridedView& view, const char* first, int64_t n,
                              const Times& times) {
   using S = Simd<T>;
   const float* const of_head = reinterpret_cast<const float*>(first) + f.head_rows->kv_head * view.stride[2];
@@ -186,19 +262,21 @@ ATTN_INLINE void scale_block(const RowGroup<T>& f, const StridedView& view, cons
   for (int64_t j = n; j < round_to_width<T>(n); ++j) scales[j] = 0;
   for (int i = 0; i < f.rows; ++i)
     for (int64_t j = 0; j < n; j += S::width) {
-      T* const at = x + i * kHeadLanesKeys + j;
+      T* const at = f.scores + i * kHeadLanesKeys + j;
       S::store(at, times(S::load(at), S::load(scales + j)));
     }
 }
 
-// out[i] = correction[i] out[i] + sum_j p[i][j] v[j], a few keys at a time: rows a multiple of 4 KiB apart share
-// cache sets, and a whole block of them would not stay in L1 from one panel of d to the next. With `hides`, a zero
+// out[i] = correction[i] out[i] + sum_j p[i][j] v[j], a panel of d after the other. A few keys at a time where panels share
+// lines of the cache: rows a multiple of 4 KiB apart share its sets, and a whole block of them would not stay in L1 from one
+// panel to the next. (And for one row, so that its few sums are no chain as long as the block.) With `hides`, a zero
 // probability leaves its value out: the key may be hidden from the row, and what it holds be Inf or NaN.
 template <class T, int R, bool hides, class Storage>
-ATTN_INLINE void add_values(Storage storage, const RowGroup<T>& f, const KeyBlock& block, RowsAhead& ahead,
-                            const T* probabilities) {
+ATTN_INLINE void add_values(Storage storage, const RowGroup<T>& f, const KeyBlock& block, RowsAhead& ahead) {
   using S = Simd<T>;
-  constexpr int W = S::width, kKeys = Storage::size == 1 ? 16 : 8, kPanel = kVectorRegisters == 32 ? 4 : 2;
+  constexpr int W = S::width, kPanel = kVectorRegisters == 32 ? 4 : 2;
+  constexpr int kKeys = R > 1 && kPanel * W * Storage::size >= 64 ? kHeadLanesKeys : Storage::size == 1 ? 16 : 8;
+  constexpr int kVectors = kVectorsAtOnce<Storage>;
   const AttentionParams& p = f.head_rows->p;
   const int64_t n = block.n, stride = p.v.stride[1] * Storage::size, out_size = round_to_width<T>(p.value_dim);
   const char* const first = block.values + f.head_rows->kv_head * p.v.stride[2] * Storage::size;
@@ -217,10 +295,10 @@ ATTN_INLINE void add_values(Storage storage, const RowGroup<T>& f, const KeyBloc
       const char* at = values + d * Storage::size;
       for (int64_t j = 0; j < keys; ++j, at += stride) {
         Vec<T> x[NV];
-        for (int v = 0; v < NV; ++v) x[v] = load(at + v * W * Storage::size);
+        load(at, x);
 #pragma GCC unroll 4
         for (int i = 0; i < R; ++i) {
-          const T weight = probabilities[i * kHeadLanesKeys + j0 + j];
+          const T weight = f.scores[i * kHeadLanesKeys + j0 + j];
           if (hides && weight == 0) continue;
           for (int v = 0; v < NV; ++v) acc[i][v] = S::fma(S::set1(weight), x[v], acc[i][v]);
         }
@@ -228,12 +306,15 @@ ATTN_INLINE void add_values(Storage storage, const RowGroup<T>& f, const KeyBloc
       for (int i = 0; i < R; ++i)
         for (int v = 0; v < NV; ++v) S::store(f.out + i * out_size + d + v * W, acc[i][v]);
     };
-    const auto whole = [&](const char* at) { return storage.load(at); };
+    const auto whole = [&](const char* at, auto& x) {
+      constexpr int NV = sizeof x / sizeof x[0];
+      for (int v = 0; v < NV; v += kVectors) load_vectors<T>(storage, at + v * W * Storage::size, x + v);
+    };
     int64_t d = 0;
     for (; d + kPanel * W <= p.value_dim; d += kPanel * W) panel(d, Vectors<kPanel>{}, whole);
-    for (; d + W <= p.value_dim; d += W) panel(d, Vectors<1>{}, whole);
-    if (d < p.value_dim)
-      panel(d, Vectors<1>{}, [&](const char* at) { return load_some<T>(storage, at, Storage::size, p.value_dim - d); });
+    for (; d + kVectors * W <= p.value_dim; d += kVectors * W) panel(d, Vectors<kVectors>{}, whole);
+    for (; d < p.value_dim; d += W)
+      panel(d, Vectors<1>{}, [&](const char* at, auto& x) { x[0] = load_some<T>(storage, at, Storage::size, p.value_dim - d); });
   }
 }
 
@@ -255,72 +336,94 @@ __attribute__((noinline)) Visibility visible_keys(const RowGroup<T>& f, int64_t 
   return every == bits_between(0, n) && !added_may_hide(r.p) ? Visibility::kAll : Visibility::kSome;
 }
 
-// scores -> probabilities relative to the new maximum, before dropout; updates m, l, correction. All rows and keys that
-// there is room for, so that nothing waits: scores of rows not in use are 0, and those past the keys -inf.
-template <class T, int R, int64_t kKeys>
-ATTN_INLINE void row_softmax(RowGroup<T>& f, int64_t k0, int64_t n, Visibility seen, const uint64_t* bits, T* scores) {
-  using S = Simd<T>;
-  constexpr int W = S::width;
-  if (seen == Visibility::kSome || n % W != 0 || !plain_scores(f.head_rows->p)) {
-    for (int i = 0; i < f.rows; ++i)
-      finish_row_scores<T>(*f.head_rows, f.position[i], f.head[i], k0, n, bits[i], scores + i * kHeadLanesKeys);
-  }
-  for (int64_t j = round_to_width<T>(n); j < kKeys; j += W)
-    for (int i = 0; i < R; ++i) S::store(scores + i * kHeadLanesKeys + j, S::set1(-kInfinity<T>));
-
-  Vec<T> highest[W];
-  for (int i = 0; i < W; ++i) {
-    const T* const s = scores + (i < R ? i : R - 1) * kHeadLanesKeys;
-    highest[i] = S::load(s);
-    for (int64_t j = W; j < kKeys; j += W) highest[i] = S::max(highest[i], S::load(s + j));
-  }
-  const Vec<T> m_old = S::load(f.m), m = S::max(m_old, maxima<T>(highest)), base = softmax_base<T>(m);
-  S::store(f.m, m);
-  S::store(f.correction, exp<T>(m_old - base));
-  T bases[W];
-  S::store(bases, base);
-  for (int i = 0; i < R; ++i) {
-    T* const s = scores + i * kHeadLanesKeys;
-    Vec<T> sum = S::zero();
-    for (int64_t j = 0; j < kKeys; j += W) {
-      const Vec<T> e = exp<T>(S::load(s + j) - S::set1(bases[i]));
-      sum += e;
-      S::store(s + j, e);
-    }
-    f.l[i] = S::fma(f.l[i], S::set1(f.correction[i]), sum);
-  }
-}
-
+// The scores of a group, with all that is added to them and without the keys that its rows do not see: those are -inf, and
+// so is what lies behind the keys.
 template <class T, int R, class Storage>
-__attribute__((noinline)) void row_group_block(Storage storage, RowGroup<T>& f, const KeyBlock& block,
-                                               RowsAhead& keys_ahead, RowsAhead& values_ahead,
-                                               const HeadLanesScratch<T>& scratch) {
+__attribute__((noinline)) void score_group(Storage storage, RowGroup<T>& f, const KeyBlock& block, int64_t keys,
+                                           RowsAhead& ahead) {
+  using S = Simd<T>;
   const AttentionParams& p = f.head_rows->p;
   const int64_t k0 = block.first, n = block.n;
   uint64_t bits[kSharedRows<T>];
   const bool whole = f.all_see.begin <= k0 && k0 + n <= f.all_see.end;
-  const Visibility seen = whole ? Visibility::kAll : visible_keys<T>(f, k0, n, bits);
-  for (int i = 0; whole && i < R; ++i) bits[i] = bits_between(0, n);
-  if (seen == Visibility::kNothing) return;
-  T* const s = scratch.scores;
-  constexpr bool scaled = std::is_same_v<Storage, Int8>;
-  raw_scores<T, R>(storage, f, block, keys_ahead, s);
-  if constexpr (scaled)
-    scale_block<T>(f, p.k_scales, block.k_scales, n, s, [](Vec<T> score, Vec<T> scale) { return score * scale; });
-  row_softmax<T, R, head_lanes_keys(Storage::size)>(f, k0, n, seen, bits, s);
-  if (p.dropout_rate > 0) {  // after the sum: dropout acts on the normalised probabilities
-    dropout_factors<T>(Dropout(p, f.head_rows->batch), f.position, f.head, f.rows, k0, n, scratch.factors);
-    for (int i = 0; i < f.rows; ++i)
-      for (int64_t j = 0; j < n; ++j) s[i * kHeadLanesKeys + j] *= scratch.factors[j * f.rows + i];
+  f.visible = whole ? Visibility::kAll : visible_keys<T>(f, k0, n, bits);
+  int64_t known = 0;
+  if (f.visible != Visibility::kNothing) {
+    raw_scores<T, R>(storage, f, block, ahead);
+    if constexpr (std::is_same_v<Storage, Int8>)
+      scale_block<T>(f, p.k_scales, block.k_scales, n, [](Vec<T> score, Vec<T> scale) { return score * scale; });
+    if (f.visible == Visibility::kSome || n % S::width != 0 || !plain_scores(p)) {
+      for (int i = 0; i < f.rows; ++i)
+        finish_row_scores<T>(*f.head_rows, f.position[i], f.head[i], k0, n, whole ? bits_between(0, n) : bits[i],
+                             f.scores + i * kHeadLanesKeys);
+    }
+    known = round_to_width<T>(n);
   }
-  if constexpr (scaled) {  // a probability of 0 stays so, whatever the scale is: that of a hidden value may be NaN
+  for (int64_t j = known; j < keys; j += S::width)
+    for (int i = 0; i < R; ++i) S::store(f.scores + i * kHeadLanesKeys + j, S::set1(-kInfinity<T>));
+}
+
+// scores -> probabilities relative to the new maximum, before dropout, of `count` places from `first` on, up to a vector of
+// them; updates m, l, correction.
+template <class T>
+ATTN_INLINE void softmax_places(const HeadLanesScratch<T>& scratch, int64_t first, int64_t count) {
+  using S = Simd<T>;
+  constexpr int W = S::width;
+  const int64_t keys = scratch.keys;
+  T* const scores = scratch.scores + first * kHeadLanesKeys;
+  Vec<T> highest[W];
+  for (int i = 0; i < W; ++i) {
+    const T* const s = scores + (i < count ? i : count - 1) * kHeadLanesKeys;
+    highest[i] = S::load(s);
+    for (int64_t j = W; j < keys; j += W) highest[i] = S::max(highest[i], S::load(s + j));
+  }
+  const Vec<T> m_old = S::load(scratch.m + first), m = S::max(m_old, maxima<T>(highest)), base = softmax_base<T>(m);
+  S::store(scratch.m + first, m);
+  T bases[W], corrections[W];
+  S::store(bases, base);
+  S::store(corrections, exp<T>(m_old - base));
+  memcpy(scratch.correction + first, corrections, sizeof corrections);
+  for (int64_t i = 0; i < count; ++i) {
+    T* const s = scores + i * kHeadLanesKeys;
+    Vec<T> sum = S::zero();
+    for (int64_t j = 0; j < keys; j += W) {
+      const Vec<T> e = exp<T>(S::load(s + j) - S::set1(bases[i]));
+      sum += e;
+      S::store(s + j, e);
+    }
+    scratch.l[first + i] = S::fma(scratch.l[first + i], S::set1(corrections[i]), sum);
+  }
+}
+
+// out of a group, from its probabilities.
+template <class T, int R, class Storage>
+__attribute__((noinline)) void value_group(Storage storage, RowGroup<T>& f, const KeyBlock& block, RowsAhead& ahead,
+                                           T* factors) {
+  const AttentionParams& p = f.head_rows->p;
+  const int64_t n = block.n;
+  if (f.visible == Visibility::kNothing) return;  // and out stays as it was: corrections are 1, or out is 0
+  if (p.dropout_rate > 0) {  // after the sum: dropout acts on the normalised probabilities
+    dropout_factors<T>(Dropout(p, f.head_rows->batch), f.position, f.head, f.rows, block.first, n, factors);
+    for (int i = 0; i < f.rows; ++i)
+      for (int64_t j = 0; j < n; ++j) f.scores[i * kHeadLanesKeys + j] *= factors[j * f.rows + i];
+  }
+  if constexpr (std::is_same_v<Storage, Int8>) {
+    // A probability of 0 stays so, whatever the scale is: that of a hidden value may be NaN.
     using S = Simd<T>;
-    scale_block<T>(f, p.v_scales, block.v_scales, n, s, [](Vec<T> probability, Vec<T> scale) {
+    scale_block<T>(f, p.v_scales, block.v_scales, n, [](Vec<T> probability, Vec<T> scale) {
       return S::select(probability == S::zero(), S::zero(), probability * scale);
     });
   }
-  if (seen == Visibility::kSome) add_values<T, R, true>(storage, f, block, values_ahead, s);
-  else add_values<T, R, false>(storage, f, block, values_ahead, s);
+  if (f.visible == Visibility::kSome) add_values<T, R, true>(storage, f, block, ahead);
+  else add_values<T, R, false>(storage, f, block, ahead);
+}
+
+// Calls f with as many places as a group of so many rows has.
+template <class T, class F>
+ATTN_INLINE void with_places(int rows, const F& f) {
+  if (rows == 1) f(std::integral_constant<int, 1>{});
+  else if (rows == 2) f(std::integral_constant<int, 2>{});
+  else f(std::integral_constant<int, kSharedRows<T>>{});
 }
 
 // Writes out and the statistics, or m, l and the unnormalised o of a key split.
@@ -329,7 +432,8 @@ void finish_row_group(const RowGroup<T>& f, T* partial) {
   const AttentionParams& p = f.head_rows->p;
   for (int i = 0; i < f.rows; ++i) {
     const T l = f.total(i);
-    const T* const out = f.out + i * round_to_width<T>(p.value_dim);
+    T* const out = f.out + i * round_to_width<T>(p.value_dim);
+    order_columns(p.v.dtype, out, p.value_dim, true);
     if (partial) {
       T* const at = partial + (f.first + i) * (p.value_dim + 2);
       at[0] = f.m[i];
@@ -344,42 +448,45 @@ void finish_row_group(const RowGroup<T>& f, T* partial) {
 template <class T>
 void forward_head_lanes(const AttentionParams& p, const HeadLanesTask& task, void* memory) {
   Arena arena(memory);
-  const int64_t heads = task.head_end - task.head_begin, per_head = row_groups<T>(p);
-  HeadLanesScratch<T>& scratch = HeadLanesScratch<T>::in(p, heads, &arena);
-  for (int64_t h = 0; h < heads; ++h) {
-    new (&scratch.heads[h]) HeadRows(p, task.batch, task.head_begin + h);
-    for (int64_t g = 0; g < per_head; ++g) scratch.groups[h * per_head + g].start(scratch.heads[h], g * kSharedRows<T>);
-  }
+  const int64_t heads = task.head_end - task.head_begin;
+  HeadLanesScratch<T>& scratch = HeadLanesScratch<T>::in(p, task, &arena);
+  const int64_t groups = heads * scratch.per_head;
   const HeadRows& first = scratch.heads[0];
   KeyRange seen = first.keys_seen(0, first.count);
   if (seen.begin < task.key_begin) seen.begin = task.key_begin;
   if (seen.end > task.key_end) seen.end = task.key_end;
 
   const int64_t key_bytes = (p.head_dim + p.value_dim) * size_of(p.k.dtype);
-  const int64_t block_bytes = head_lanes_keys(size_of(p.k.dtype)) * heads * key_bytes;
+  const int64_t block_bytes = scratch.keys * heads * key_bytes;
   const bool fits_l1 = block_bytes <= kL1Bytes / 2;
   with_read_storage(T{}, p.k.dtype, [&](auto storage) {
     // From a multiple of 4 on: key 4 n starts a group of random numbers.
-    KeyBlock block(p, task.batch, seen.begin / 4 * 4, seen.end);
+    KeyBlock block(p, task.batch, seen.begin / 4 * 4, seen.end, scratch.keys);
     while (block.n > 0) {
-      const KeyBlock next(p, task.batch, block.first + block.n, seen.end);
+      const KeyBlock next(p, task.batch, block.first + block.n, seen.end, scratch.keys);
       const auto ahead = [&](const StridedView& v, const char* at, int64_t dim) {
         return RowsAhead(v, at + task.head_begin * v.stride[2] * size_of(v.dtype), next.n, heads, dim, fits_l1);
       };
       RowsAhead keys_ahead = ahead(p.k, next.keys, p.head_dim), values_ahead = ahead(p.v, next.values, p.value_dim);
-      for (int64_t g = 0; g < heads * per_head; ++g) {
-        RowGroup<T>& f = scratch.groups[g];
-        if (f.rows == 1) row_group_block<T, 1>(storage, f, block, keys_ahead, values_ahead, scratch);
-        else if (f.rows == 2) row_group_block<T, 2>(storage, f, block, keys_ahead, values_ahead, scratch);
-        else row_group_block<T, kSharedRows<T>>(storage, f, block, keys_ahead, values_ahead, scratch);
-      }
+      for (int64_t g = 0; g < groups; ++g)
+        with_places<T>(scratch.groups[g].rows, [&](auto places) {
+          score_group<T, places.value>(storage, scratch.groups[g], block, scratch.keys, keys_ahead);
+        });
+      constexpr int W = Simd<T>::width;
+      int64_t place = 0;
+      for (; place + W <= scratch.places; place += W) softmax_places<T>(scratch, place, W);
+      if (place < scratch.places) softmax_places<T>(scratch, place, scratch.places - place);
+      for (int64_t g = 0; g < groups; ++g)
+        with_places<T>(scratch.groups[g].rows, [&](auto places) {
+          value_group<T, places.value>(storage, scratch.groups[g], block, values_ahead, scratch.factors);
+        });
       block = next;
     }
   });
-  for (int64_t g = 0; g < heads * per_head; ++g) {
+  for (int64_t g = 0; g < groups; ++g) {
     char* const partial = static_cast<char*>(task.partials);
     finish_row_group<T>(scratch.groups[g],
-                        reinterpret_cast<T*>(partial ? partial + g / per_head * task.head_bytes : nullptr));
+                        reinterpret_cast<T*>(partial ? partial + g / scratch.per_head * task.head_bytes : nullptr));
   }
 }
 

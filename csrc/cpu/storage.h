@@ -47,6 +47,13 @@ struct BFloat16 {
     Simd<float>::load_halves(reinterpret_cast<const uint16_t*>(p), n, first);
     return load(reinterpret_cast<const char*>(first));
   }
+  // Twice as many numbers, those at even and those at odd places: two operations, where two loads take four.
+  static ATTN_INLINE void load_apart(const char* p, Vec<float>* x) {
+    Words both;
+    memcpy(&both, p, sizeof both);
+    x[0] = (Vec<float>)(both << 16);
+    x[1] = (Vec<float>)(both & 0xffff0000u);
+  }
   // To nearest even; NaN stays NaN (rounding could carry its mantissa away).
   static ATTN_INLINE void store(char* p, Vec<float> x) {
     const Words bits = (Words)x;
