@@ -223,6 +223,7 @@ ATTN_INLINE void raw_scores(Storage storage, const RowGroup<T>& f, const KeyBloc
       if (j + K > n)  // what is past the keys is as the last of them
         for (int t = 0; t < kAtOnce; ++t)
           if (j + t0 + t >= n) key[t] = row + (n - 1 - j) * stride;
+      for (int t = 0; t < kAtOnce; ++t) ahead.ask_next_head(key[t], ahead.row_bytes());
       Vec<T> sum[R][kAtOnce] = {};
       const auto add = [&](int64_t d, auto vectors, const auto& load) {
         constexpr int NV = decltype(vectors)::value;
@@ -294,6 +295,7 @@ ATTN_INLINE void add_values(Storage storage, const RowGroup<T>& f, const KeyBloc
         }
       const char* at = values + d * Storage::size;
       for (int64_t j = 0; j < keys; ++j, at += stride) {
+        ahead.ask_next_head(at, NV * W * Storage::size);
         Vec<T> x[NV];
         load(at, x);
 #pragma GCC unroll 4

@@ -17,6 +17,7 @@ class RowsAhead {
   RowsAhead(const StridedView& v, const char* first, int64_t count, int64_t heads, int64_t dim, bool fits_l1)
       : row_bytes_(dim * v.step()), run_(first), fits_l1_(fits_l1) {
     const int64_t size = size_of(v.dtype);
+    if (!fits_l1 && heads > 1) head_step_ = v.stride[2] * size;
     int64_t inner = heads, outer = count, step = v.stride[2] * size, outer_step = v.stride[1] * size;
     if (v.stride[2] >= v.stride[1]) {
       inner = count, outer = heads;
@@ -41,6 +42,12 @@ class RowsAhead {
     wanted_ += bytes;
     prefetch_to(wanted_ < end_ ? wanted_ : end_);
     while (wanted_ >= end_ && next_run()) prefetch_to(wanted_ < end_ ? wanted_ : end_);
+  }
+
+  // What lies where `at` lies in the next head, which has been asked for long ago, nearer.
+  ATTN_INLINE void ask_next_head(const char* at, int64_t bytes) const {
+    if (head_step_ == 0) return;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + head_step_ + i);
   }
 
   int64_t bytes() const { return rows_ * row_bytes_; }
@@ -79,6 +86,7 @@ class RowsAhead {
   }
 
   int64_t row_bytes_ = 0, rows_ = 0;
+  int64_t head_step_ = 0;  // 0: there is no other head, or it is near
   const char* run_ = nullptr;
   int64_t run_bytes_ = 0, at_ = 0, end_ = 0, wanted_ = 0;  // bytes of a run; from its start on: done, in all, asked for
   int64_t left_ = 0, inner_ = 0, inner_left_ = 0, step_ = 0, carry_ = 0;
