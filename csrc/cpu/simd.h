@@ -52,6 +52,23 @@ struct SimdBase {
     memcpy(&bytes, p, sizeof bytes);
     return __builtin_convertvector(__builtin_convertvector(bytes, I), V);
   }
+  // The first n, 0 <= n < width, and zeros. In registers: what the stack got in pieces cannot be forwarded to a load of the
+  // whole.
+  static ATTN_INLINE V load_int8(const int8_t* p, int64_t n) {
+    static_assert(width <= 8, "as many as a word holds");
+    uint64_t bytes = 0;
+    if (n >= 4) {
+      uint32_t first, last;
+      memcpy(&first, p, 4);
+      memcpy(&last, p + n - 4, 4);
+      bytes = first | static_cast<uint64_t>(last) << 8 * (n - 4);
+    } else {
+      for (int64_t i = 0; i < n; ++i) bytes |= static_cast<uint64_t>(static_cast<uint8_t>(p[i])) << 8 * i;
+    }
+    int8_t all[8];
+    memcpy(all, &bytes, sizeof all);
+    return Simd<T>::load_int8(all);
+  }
   // x, in a register from here on: without this the compiler would load it again for each of its uses.
   static ATTN_INLINE V kept(V x) {
 #if defined(__aarch64__)

@@ -13,6 +13,7 @@ constexpr int kVectorRegisters = 16;
 template <>
 struct Simd<float> : SimdBase<float, int32_t, 32> {
   using SimdBase::load;
+  using SimdBase::load_int8;
   static ATTN_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }
   static ATTN_INLINE V min(V a, V b) { return _mm256_min_ps(a, b); }
   static ATTN_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }

@@ -47,6 +47,9 @@ struct Simd<float> : SimdBase<float, int32_t, 64> {
   static ATTN_INLINE V load_int8(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
+  static ATTN_INLINE V load_int8(const int8_t* p, int64_t n) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p)));
+  }
 
   // 4x4 blocks inside each 128-bit lane, then the lanes themselves as a 4x4 matrix.
   static ATTN_INLINE void transpose(V* r) {

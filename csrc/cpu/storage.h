@@ -71,9 +71,7 @@ struct Int8 {
     return Simd<float>::load_int8(reinterpret_cast<const int8_t*>(p));
   }
   static ATTN_INLINE Vec<float> load(const char* p, int64_t n) {
-    int8_t first[Simd<float>::width] = {};
-    memcpy(first, p, n);
-    return Simd<float>::load_int8(first);
+    return Simd<float>::load_int8(reinterpret_cast<const int8_t*>(p), n);
   }
 };
 

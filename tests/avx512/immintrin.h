@@ -176,6 +176,7 @@ EMULATED __m256i extract_half(__m512i x, int half) { return Integers{x}.half[hal
 #undef _mm512_shuffle_f32x4
 #undef _mm512_shuffle_f64x2
 #undef _mm512_shuffle_ps
+#define _mm_maskz_loadu_epi8(mask, p) attn_ops_emulated::masked_load<__m128i, char>(mask, p)
 #define _mm256_maskz_loadu_epi16(mask, p) attn_ops_emulated::masked_load<__m256i, short>(mask, p)
 #define _mm512_castsi512_si256(x) attn_ops_emulated::extract_half(x, 0)
 #define _mm512_cvtepi32_ps attn_ops_emulated::cvtepi32_ps
