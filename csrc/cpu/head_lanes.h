@@ -8,6 +8,7 @@
 // block in the order it lies in memory: DRAM and TLB see one long read, whatever the layout. Half precision is widened
 // in registers, and half as many bytes are read. Each of the three steps is done for all heads before the next one: a
 // row's way from its scores to its sums is a chain of some 400 cycles, and of one head alone nothing would run beside it.
+// Of pairs (simd.h) scores and, where all rows see a block, values are sums of products of pairs, with weights in bfloat16.
 #pragma once
 
 #include <new>
@@ -64,6 +65,14 @@ void order_columns(DType t, T* row, int64_t dim, bool back) {
   }
 }
 
+// A row of `size` numbers, which are bfloat16, as pairs of neighbours, and zeros behind them.
+inline void pair_columns(float* row, int64_t size) {
+  char* const pairs = reinterpret_cast<char*>(row);
+  for (int64_t d = 0; d < size; d += Simd<float>::width)
+    BFloat16::store(pairs + d * BFloat16::size, Simd<float>::load(row + d));
+  memset(pairs + size * BFloat16::size, 0, size * BFloat16::size);
+}
+
 // Rows of the group of a list of `count` that begins at `first`.
 template <class T>
 int rows_of_group(int64_t count, int64_t first) {
@@ -72,7 +81,7 @@ int rows_of_group(int64_t count, int64_t first) {
 
 // Up to kSharedRows rows of one head. What is there of each of its places is its part of a HeadLanesScratch's; places
 // without a row have q = 0.
-template <class T>
+template <class E, class T = Accumulator<E>>
 struct RowGroup {
   const HeadRows* head_rows;
   int64_t first;  // row of the head
@@ -81,22 +90,23 @@ struct RowGroup {
   KeyRange seen[kSharedRows<T>];
   KeyRange all_see;  // keys that are seen by every row; empty where more than intervals may hide one
   Visibility visible;  // of the block of keys that is being computed
-  T *q, *out;  // [place][head_dim], [place][value_dim], padded to whole vectors
-  T *scores;   // [place][kHeadLanesKeys], which become probabilities
+  E* q;       // [place][head_dim], rows as far apart as those of numbers
+  T* out;     // [place][value_dim], padded to whole vectors
+  T* scores;  // [place][kHeadLanesKeys], which become probabilities
   T *m, *correction;
   Vec<T>* l;  // one sum per lane until the end
 
   void start(const HeadRows& r, int64_t first_row) {
     using S = Simd<T>;
     const AttentionParams& p = r.p;
-    const Vec<T> factor = S::set1(static_cast<T>(p.scale));
+    const Vec<T> factor = S::set1(Scale<E>(p.scale).of_q);
     const int64_t stride = p.q.step();
     const int64_t head_size = round_to_width<T>(p.head_dim), value_size = round_to_width<T>(p.value_dim);
     head_rows = &r;
     first = first_row;
     rows = rows_of_group<T>(r.count, first);
     const int all = places<T>(rows);
-    memset(q, 0, sizeof(T) * all * head_size);
+    memset(q, 0, sizeof(E) * all * head_size);
     memset(out, 0, sizeof(T) * all * value_size);
     all_see = {0, hides_by_bits(p) || added_may_hide(p) ? 0 : r.length_k};
     for (int i = 0; i < all; ++i) {
@@ -109,10 +119,11 @@ struct RowGroup {
       m[i] = -kInfinity<T>;
       l[i] = S::zero();
       if (i >= rows) continue;
-      T* const to = q + i * head_size;
+      T* const to = reinterpret_cast<T*>(q + i * head_size);
       load_row<T>(p.q.dtype, r.tensor_row(p.q, position[i], head[i]), stride, p.head_dim, true, to);
       for (int64_t d = 0; d < head_size; d += S::width) S::store(to + d, S::load(to + d) * factor);
-      order_columns(p.k.dtype, to, p.head_dim, false);
+      if constexpr (kOfPairs<E>) pair_columns(to, head_size);
+      else order_columns(p.k.dtype, to, p.head_dim, false);
     }
   }
 
@@ -124,10 +135,10 @@ struct RowGroup {
 };
 
 // The groups of a task, and what is there of each place of all of them, one group's behind the other's.
-template <class T>
+template <class E, class T = Accumulator<E>>
 struct HeadLanesScratch {
   HeadRows* heads;
-  RowGroup<T>* groups;  // [head][group]
+  RowGroup<E>* groups;  // [head][group]
   int64_t per_head, places;
   int64_t keys;  // of a block: more of them where there are few places
   T *scores, *m, *correction;  // padded to whole vectors of places
@@ -144,8 +155,8 @@ struct HeadLanesScratch {
 
   static int64_t bytes(const AttentionParams& p, int64_t heads) {
     const int64_t groups = heads * groups_of(p), places = heads * places_of(p), padded = round_to_width<T>(places);
-    return Arena::bytes<HeadLanesScratch>(1) + Arena::bytes<HeadRows>(heads) + Arena::bytes<RowGroup<T>>(groups) +
-           Arena::bytes<T>(places * round_to_width<T>(p.head_dim)) +
+    return Arena::bytes<HeadLanesScratch>(1) + Arena::bytes<HeadRows>(heads) + Arena::bytes<RowGroup<E>>(groups) +
+           Arena::bytes<E>(places * round_to_width<T>(p.head_dim)) +
            Arena::bytes<T>(places * round_to_width<T>(p.value_dim)) + Arena::bytes<T>(places * kHeadLanesKeys) +
            2 * Arena::bytes<T>(padded) + Arena::bytes<Vec<T>>(places) + Arena::bytes<T>(kSharedRows<T> * kHeadLanesKeys);
   }
@@ -159,8 +170,8 @@ struct HeadLanesScratch {
     for (int64_t doubled = 2 * scratch.places; doubled <= Simd<T>::width && scratch.keys < kHeadLanesKeys; doubled *= 2)
       scratch.keys *= 2;
     scratch.heads = arena->take<HeadRows>(heads);
-    scratch.groups = arena->take<RowGroup<T>>(heads * scratch.per_head);
-    T* const q = arena->take<T>(scratch.places * head_size);
+    scratch.groups = arena->take<RowGroup<E>>(heads * scratch.per_head);
+    E* const q = arena->take<E>(scratch.places * head_size);
     T* const out = arena->take<T>(scratch.places * value_size);
     scratch.scores = arena->take<T>(scratch.places * kHeadLanesKeys);
     scratch.m = arena->take<T>(round_to_width<T>(scratch.places));
@@ -171,7 +182,7 @@ struct HeadLanesScratch {
     for (int64_t h = 0; h < heads; ++h) {
       new (&scratch.heads[h]) HeadRows(p, task.batch, task.head_begin + h);
       for (int64_t g = 0; g < scratch.per_head; ++g) {
-        RowGroup<T>& f = scratch.groups[h * scratch.per_head + g];
+        RowGroup<E>& f = scratch.groups[h * scratch.per_head + g];
         f.q = q + place * head_size, f.out = out + place * value_size;
         f.scores = scratch.scores + place * kHeadLanesKeys;
         f.m = scratch.m + place, f.correction = scratch.correction + place, f.l = scratch.l + place;
@@ -204,15 +215,18 @@ struct KeyBlock {
 
 // f.scores[i][j] for R rows and a block of n keys. A tile is R rows by width / R keys: `width` sums of vectors, which
 // end in the lanes of one. Of its keys up to four are computed at a time: the addresses of more would not stay in registers.
-template <class T, int R, class Storage>
-ATTN_INLINE void raw_scores(Storage storage, const RowGroup<T>& f, const KeyBlock& block, RowsAhead& ahead) {
+template <class E, int R, class Storage>
+ATTN_INLINE void raw_scores(Storage storage, const RowGroup<E>& f, const KeyBlock& block, RowsAhead& ahead) {
+  using T = Accumulator<E>;
   using S = Simd<T>;
+  using P = Product<E>;
   constexpr int W = S::width, K = W / R, kAtOnce = K < 4 ? K : 4, kVectors = kVectorsAtOnce<Storage>;
-  static_assert(head_lanes_keys(Storage::size) % K == 0, "a tile must not write past the block");
+  static_assert(head_lanes_keys(Storage::size / P::numbers) % K == 0, "a tile must not write past the block");
   const AttentionParams& p = f.head_rows->p;
-  const int64_t q_size = round_to_width<T>(p.head_dim);
-  const int64_t n = block.n, stride = p.k.stride[1] * Storage::size;
-  const char* row = block.keys + f.head_rows->kv_head * p.k.stride[2] * Storage::size;
+  const int64_t q_size = round_to_width<T>(p.head_dim), columns = elements<E>(p.head_dim);
+  const int64_t n = block.n, stride = p.k.stride[1] * size_of(p.k.dtype);
+  const char* row = block.keys + f.head_rows->kv_head * p.k.stride[2] * size_of(p.k.dtype);
+  const Vec<T> factor = S::set1(Scale<E>(p.scale).of_scores);
   for (int64_t j = 0; j < n; j += K, row += K * stride) {
     ahead.ask(K * ahead.row_bytes());
     Vec<T> acc[W];  // [row][key]
@@ -231,20 +245,22 @@ ATTN_INLINE void raw_scores(Storage storage, const RowGroup<T>& f, const KeyBloc
         for (int t = 0; t < kAtOnce; ++t) load(key[t] + d * Storage::size, k[t]);
         for (int v = 0; v < NV; ++v)
           for (int i = 0; i < R; ++i) {
-            const Vec<T> q = S::kept(S::load(f.q + i * q_size + d + v * W));
-            for (int t = 0; t < kAtOnce; ++t) sum[i][t] = S::fma(q, k[t][v], sum[i][t]);
+            const typename P::V q = S::kept(P::load(f.q + i * q_size + d + v * W));
+            for (int t = 0; t < kAtOnce; ++t) sum[i][t] = P::add(q, k[t][v], sum[i][t]);
           }
       };
       int64_t d = 0;
-      for (; d + kVectors * W <= p.head_dim; d += kVectors * W)
+      for (; d + kVectors * W <= columns; d += kVectors * W)
         add(d, Vectors<kVectors>{}, [&](const char* at, Vec<T>* k) { load_vectors<T>(storage, at, k); });
-      for (; d < p.head_dim; d += W)
-        add(d, Vectors<1>{}, [&](const char* at, Vec<T>* k) { *k = load_some<T>(storage, at, Storage::size, p.head_dim - d); });
+      for (; d < columns; d += W)
+        add(d, Vectors<1>{},
+            [&](const char* at, Vec<T>* k) { *k = load_some<T>(storage, at, Storage::size, columns - d); });
       for (int i = 0; i < R; ++i)
         for (int t = 0; t < kAtOnce; ++t) acc[i * K + t0 + t] = sum[i][t];
     }
+    const Vec<T> summed = sums<T>(acc);
     T sum[W];
-    S::store(sum, sums<T>(acc));
+    S::store(sum, kOfPairs<E> ? summed * factor : summed);
     for (int i = 0; i < R; ++i) memcpy(f.scores + i * kHeadLanesKeys + j, sum + i * K, K * sizeof(T));
   }
 }
@@ -271,13 +287,16 @@ ATTN_INLINE void scale_block(const RowGroup<T>& f, const StridedView& view, cons
 // out[i] = correction[i] out[i] + sum_j p[i][j] v[j], a panel of d after the other. A few keys at a time where panels share
 // lines of the cache: rows a multiple of 4 KiB apart share its sets, and a whole block of them would not stay in L1 from one
 // panel to the next. (And for one row, so that its few sums are no chain as long as the block.) With `hides`, a zero
-// probability leaves its value out: the key may be hidden from the row, and what it holds be Inf or NaN.
-template <class T, int R, bool hides, class Storage>
-ATTN_INLINE void add_values(Storage storage, const RowGroup<T>& f, const KeyBlock& block, RowsAhead& ahead) {
+// probability leaves its value out: the key may be hidden from the row, and what it holds be Inf or NaN. Columns before
+// `first_column` are left as they are.
+template <class E, int R, bool hides, class Storage>
+ATTN_INLINE void add_values(Storage storage, const RowGroup<E>& f, const KeyBlock& block, int64_t first_column,
+                            RowsAhead& ahead) {
+  using T = Accumulator<E>;
   using S = Simd<T>;
   constexpr int W = S::width, kPanel = kVectorRegisters == 32 ? 4 : 2;
   constexpr int kKeys = R > 1 && kPanel * W * Storage::size >= 64 ? kHeadLanesKeys : Storage::size == 1 ? 16 : 8;
-  constexpr int kVectors = kVectorsAtOnce<Storage>;
+  constexpr int kVectors = kVectorsAtOnce<Storage>, kAsked = R > 1 ? 4 : kKeys;
   const AttentionParams& p = f.head_rows->p;
   const int64_t n = block.n, stride = p.v.stride[1] * Storage::size, out_size = round_to_width<T>(p.value_dim);
   const char* const first = block.values + f.head_rows->kv_head * p.v.stride[2] * Storage::size;
@@ -286,7 +305,6 @@ ATTN_INLINE void add_values(Storage storage, const RowGroup<T>& f, const KeyBloc
     const char* const values = first + j0 * stride;
     const auto panel = [&](int64_t d, auto vectors, const auto& load) {
       constexpr int NV = decltype(vectors)::value;
-      ahead.ask(keys * NV * W * Storage::size);
       Vec<T> acc[R][NV];
       for (int i = 0; i < R; ++i)
         for (int v = 0; v < NV; ++v) {
@@ -295,6 +313,7 @@ ATTN_INLINE void add_values(Storage storage, const RowGroup<T>& f, const KeyBloc
         }
       const char* at = values + d * Storage::size;
       for (int64_t j = 0; j < keys; ++j, at += stride) {
+        if (j % kAsked == 0) ahead.ask((keys - j < kAsked ? keys - j : kAsked) * NV * W * Storage::size);
         ahead.ask_next_head(at, NV * W * Storage::size);
         Vec<T> x[NV];
         load(at, x);
@@ -312,20 +331,73 @@ ATTN_INLINE void add_values(Storage storage, const RowGroup<T>& f, const KeyBloc
       constexpr int NV = sizeof x / sizeof x[0];
       for (int v = 0; v < NV; v += kVectors) load_vectors<T>(storage, at + v * W * Storage::size, x + v);
     };
-    int64_t d = 0;
+    int64_t d = first_column;
     for (; d + kPanel * W <= p.value_dim; d += kPanel * W) panel(d, Vectors<kPanel>{}, whole);
     for (; d + kVectors * W <= p.value_dim; d += kVectors * W) panel(d, Vectors<kVectors>{}, whole);
     for (; d < p.value_dim; d += W)
-      panel(d, Vectors<1>{}, [&](const char* at, auto& x) { x[0] = load_some<T>(storage, at, Storage::size, p.value_dim - d); });
+      panel(d, Vectors<1>{},
+            [&](const char* at, auto& x) { x[0] = load_some<T>(storage, at, Storage::size, p.value_dim - d); });
   }
+}
+
+// The same for the columns that bfloat16 is read apart in, by products of pairs of two keys; returns how many those are.
+template <class E, int R>
+ATTN_INLINE int64_t add_value_pairs(const RowGroup<E>& f, const KeyBlock& block, RowsAhead& ahead) {
+  using T = Accumulator<E>;
+  using S = Simd<T>;
+  using P = Product<E>;
+  using Words = BFloat16::Words;
+  constexpr int W = S::width;
+  const AttentionParams& p = f.head_rows->p;
+  const int64_t n = block.n, stride = p.v.stride[1] * BFloat16::size, out_size = round_to_width<T>(p.value_dim);
+  const char* const first = block.values + f.head_rows->kv_head * p.v.stride[2] * BFloat16::size;
+  E weights[R][kHeadLanesKeys / 2 + W];  // of two keys; of more than there are: 0
+  for (int i = 0; i < R; ++i)
+    for (int64_t j = 0; j < n; j += 2 * W) {
+      const T* const at = f.scores + i * kHeadLanesKeys + j;
+      P::store_neighbours(weights[i] + j / 2, weights[i] + j / 2 + W / 2, S::load(at),
+                          j + W < n ? S::load(at + W) : S::zero());
+    }
+  const auto panel = [&](int64_t d, auto pairs) {
+    constexpr int NP = decltype(pairs)::value;  // of vectors
+    Vec<T> acc[R][2 * NP];
+    for (int i = 0; i < R; ++i)
+      for (int v = 0; v < 2 * NP; ++v)
+        acc[i][v] = S::load(f.out + i * out_size + d + v * W) * S::set1(f.correction[i]);
+    const char* at = first + d * BFloat16::size;
+    for (int64_t j = 0; j < n; j += 2, at += 2 * stride) {
+      const bool both = j + 1 < n;
+      ahead.ask((both ? 2 : 1) * 2 * NP * W * BFloat16::size);
+      ahead.ask_next_head(at, 2 * NP * W * BFloat16::size);
+      if (both) ahead.ask_next_head(at + stride, 2 * NP * W * BFloat16::size);
+      typename P::V x[2 * NP];
+      for (int v = 0; v < NP; ++v) {
+        Words one, other{};
+        memcpy(&one, at + v * sizeof one, sizeof one);
+        if (both) memcpy(&other, at + stride + v * sizeof other, sizeof other);
+        x[2 * v] = (typename P::V)((one & 0xffffu) | other << 16);
+        x[2 * v + 1] = (typename P::V)(one >> 16 | (other & 0xffff0000u));
+      }
+      for (int i = 0; i < R; ++i) {
+        const typename P::V weight = P::set1(weights[i] + j / 2);
+        for (int v = 0; v < 2 * NP; ++v) acc[i][v] = P::add(weight, x[v], acc[i][v]);
+      }
+    }
+    for (int i = 0; i < R; ++i)
+      for (int v = 0; v < 2 * NP; ++v) S::store(f.out + i * out_size + d + v * W, acc[i][v]);
+  };
+  int64_t d = 0;
+  for (; d + 4 * W <= p.value_dim; d += 4 * W) panel(d, Vectors<2>{});
+  for (; d + 2 * W <= p.value_dim; d += 2 * W) panel(d, Vectors<1>{});
+  return d;
 }
 
 // bits[i]: which of the keys k0 .. k0 + n row i sees, by intervals, ids, blocks and boolean masks; kNothing also where a
 // bias of -inf hides all, kSome wherever there is one.
-template <class T>
-__attribute__((noinline)) Visibility visible_keys(const RowGroup<T>& f, int64_t k0, int64_t n, uint64_t* bits) {
+template <class E>
+__attribute__((noinline)) Visibility visible_keys(const RowGroup<E>& f, int64_t k0, int64_t n, uint64_t* bits) {
   const HeadRows& r = *f.head_rows;
-  if (r.p.bias.data && bias_hides_all<T>(r, f, k0, n)) return Visibility::kNothing;
+  if (r.p.bias.data && bias_hides_all<Accumulator<E>>(r, f, k0, n)) return Visibility::kNothing;
   uint64_t any = 0, every = bits_between(0, n);
   for (int i = 0; i < f.rows; ++i) {
     bits[i] = bits_between(f.seen[i].begin - k0, f.seen[i].end - k0) &
@@ -340,18 +412,20 @@ __attribute__((noinline)) Visibility visible_keys(const RowGroup<T>& f, int64_t 
 
 // The scores of a group, with all that is added to them and without the keys that its rows do not see: those are -inf, and
 // so is what lies behind the keys.
-template <class T, int R, class Storage>
-__attribute__((noinline)) void score_group(Storage storage, RowGroup<T>& f, const KeyBlock& block, int64_t keys,
+template <class E, int R, class Storage>
+__attribute__((noinline)) void score_group(Storage storage, RowGroup<E>& f, const KeyBlock& block, int64_t keys,
                                            RowsAhead& ahead) {
+  using T = Accumulator<E>;
   using S = Simd<T>;
   const AttentionParams& p = f.head_rows->p;
   const int64_t k0 = block.first, n = block.n;
   uint64_t bits[kSharedRows<T>];
   const bool whole = f.all_see.begin <= k0 && k0 + n <= f.all_see.end;
-  f.visible = whole ? Visibility::kAll : visible_keys<T>(f, k0, n, bits);
+  f.visible = whole ? Visibility::kAll : visible_keys<E>(f, k0, n, bits);
   int64_t known = 0;
   if (f.visible != Visibility::kNothing) {
-    raw_scores<T, R>(storage, f, block, ahead);
+    if constexpr (kOfPairs<E>) raw_scores<E, R>(Same<T>{}, f, block, ahead);
+    else raw_scores<E, R>(storage, f, block, ahead);
     if constexpr (std::is_same_v<Storage, Int8>)
       scale_block<T>(f, p.k_scales, block.k_scales, n, [](Vec<T> score, Vec<T> scale) { return score * scale; });
     if (f.visible == Visibility::kSome || n % S::width != 0 || !plain_scores(p)) {
@@ -367,8 +441,9 @@ __attribute__((noinline)) void score_group(Storage storage, RowGroup<T>& f, cons
 
 // scores -> probabilities relative to the new maximum, before dropout, of `count` places from `first` on, up to a vector of
 // them; updates m, l, correction.
-template <class T>
-ATTN_INLINE void softmax_places(const HeadLanesScratch<T>& scratch, int64_t first, int64_t count) {
+template <class E>
+ATTN_INLINE void softmax_places(const HeadLanesScratch<E>& scratch, int64_t first, int64_t count) {
+  using T = Accumulator<E>;
   using S = Simd<T>;
   constexpr int W = S::width;
   const int64_t keys = scratch.keys;
@@ -398,9 +473,10 @@ ATTN_INLINE void softmax_places(const HeadLanesScratch<T>& scratch, int64_t firs
 }
 
 // out of a group, from its probabilities.
-template <class T, int R, class Storage>
-__attribute__((noinline)) void value_group(Storage storage, RowGroup<T>& f, const KeyBlock& block, RowsAhead& ahead,
-                                           T* factors) {
+template <class E, int R, class Storage>
+__attribute__((noinline)) void value_group(Storage storage, RowGroup<E>& f, const KeyBlock& block, RowsAhead& ahead,
+                                           Accumulator<E>* factors) {
+  using T = Accumulator<E>;
   const AttentionParams& p = f.head_rows->p;
   const int64_t n = block.n;
   if (f.visible == Visibility::kNothing) return;  // and out stays as it was: corrections are 1, or out is 0
@@ -416,8 +492,10 @@ __attribute__((noinline)) void value_group(Storage storage, RowGroup<T>& f, cons
       return S::select(probability == S::zero(), S::zero(), probability * scale);
     });
   }
-  if (f.visible == Visibility::kSome) add_values<T, R, true>(storage, f, block, ahead);
-  else add_values<T, R, false>(storage, f, block, ahead);
+  if (f.visible == Visibility::kSome) return add_values<E, R, true>(storage, f, block, 0, ahead);
+  int64_t done = 0;
+  if constexpr (kOfPairs<E>) done = add_value_pairs<E, R>(f, block, ahead);
+  add_values<E, R, false>(storage, f, block, done, ahead);
 }
 
 // Calls f with as many places as a group of so many rows has.
@@ -429,8 +507,8 @@ ATTN_INLINE void with_places(int rows, const F& f) {
 }
 
 // Writes out and the statistics, or m, l and the unnormalised o of a key split.
-template <class T>
-void finish_row_group(const RowGroup<T>& f, T* partial) {
+template <class E, class T = Accumulator<E>>
+void finish_row_group(const RowGroup<E>& f, T* partial) {
   const AttentionParams& p = f.head_rows->p;
   for (int i = 0; i < f.rows; ++i) {
     const T l = f.total(i);
@@ -447,47 +525,60 @@ void finish_row_group(const RowGroup<T>& f, T* partial) {
   }
 }
 
-template <class T>
+// The keys of a part of the work that its rows see, from a multiple of 4 on: key 4 n starts a group of random numbers.
+inline KeyRange keys_of(const AttentionParams& p, const HeadLanesPart& part) {
+  if (part.head_begin == part.head_end) return {0, 0};
+  const HeadRows first(p, part.batch, part.head_begin);
+  KeyRange seen = first.keys_seen(0, first.count);
+  if (seen.begin < part.key_begin) seen.begin = part.key_begin;
+  if (seen.end > part.key_end) seen.end = part.key_end;
+  return {seen.begin / 4 * 4, seen.end};
+}
+
+template <class E>
 void forward_head_lanes(const AttentionParams& p, const HeadLanesTask& task, void* memory) {
+  using T = Accumulator<E>;
   Arena arena(memory);
   const int64_t heads = task.head_end - task.head_begin;
-  HeadLanesScratch<T>& scratch = HeadLanesScratch<T>::in(p, task, &arena);
+  HeadLanesScratch<E>& scratch = HeadLanesScratch<E>::in(p, task, &arena);
   const int64_t groups = heads * scratch.per_head;
-  const HeadRows& first = scratch.heads[0];
-  KeyRange seen = first.keys_seen(0, first.count);
-  if (seen.begin < task.key_begin) seen.begin = task.key_begin;
-  if (seen.end > task.key_end) seen.end = task.key_end;
+  const KeyRange seen = keys_of(p, task), seen_next = keys_of(p, task.next);
 
   const int64_t key_bytes = (p.head_dim + p.value_dim) * size_of(p.k.dtype);
   const int64_t block_bytes = scratch.keys * heads * key_bytes;
   const bool fits_l1 = block_bytes <= kL1Bytes / 2;
-  with_read_storage(T{}, p.k.dtype, [&](auto storage) {
-    // From a multiple of 4 on: key 4 n starts a group of random numbers.
-    KeyBlock block(p, task.batch, seen.begin / 4 * 4, seen.end, scratch.keys);
+  const auto run = [&](auto storage) {
+    const KeyBlock next_first(p, task.next.batch, seen_next.begin, seen_next.end, scratch.keys);
+    KeyBlock block(p, task.batch, seen.begin, seen.end, scratch.keys);
     while (block.n > 0) {
       const KeyBlock next(p, task.batch, block.first + block.n, seen.end, scratch.keys);
+      const HeadLanesPart& of = next.n > 0 ? task : task.next;
+      const KeyBlock& wanted = next.n > 0 ? next : next_first;
       const auto ahead = [&](const StridedView& v, const char* at, int64_t dim) {
-        return RowsAhead(v, at + task.head_begin * v.stride[2] * size_of(v.dtype), next.n, heads, dim, fits_l1);
+        const char* const first = at + of.head_begin * v.stride[2] * size_of(v.dtype);
+        return RowsAhead(v, first, wanted.n, of.head_end - of.head_begin, dim, fits_l1);
       };
-      RowsAhead keys_ahead = ahead(p.k, next.keys, p.head_dim), values_ahead = ahead(p.v, next.values, p.value_dim);
+      RowsAhead keys_ahead = ahead(p.k, wanted.keys, p.head_dim), values_ahead = ahead(p.v, wanted.values, p.value_dim);
       for (int64_t g = 0; g < groups; ++g)
         with_places<T>(scratch.groups[g].rows, [&](auto places) {
-          score_group<T, places.value>(storage, scratch.groups[g], block, scratch.keys, keys_ahead);
+          score_group<E, places.value>(storage, scratch.groups[g], block, scratch.keys, keys_ahead);
         });
       constexpr int W = Simd<T>::width;
       int64_t place = 0;
-      for (; place + W <= scratch.places; place += W) softmax_places<T>(scratch, place, W);
-      if (place < scratch.places) softmax_places<T>(scratch, place, scratch.places - place);
+      for (; place + W <= scratch.places; place += W) softmax_places<E>(scratch, place, W);
+      if (place < scratch.places) softmax_places<E>(scratch, place, scratch.places - place);
       for (int64_t g = 0; g < groups; ++g)
         with_places<T>(scratch.groups[g].rows, [&](auto places) {
-          value_group<T, places.value>(storage, scratch.groups[g], block, values_ahead, scratch.factors);
+          value_group<E, places.value>(storage, scratch.groups[g], block, values_ahead, scratch.factors);
         });
       block = next;
     }
-  });
+  };
+  if constexpr (kOfPairs<E>) run(BFloat16{});
+  else with_read_storage(T{}, p.k.dtype, run);
   for (int64_t g = 0; g < groups; ++g) {
     char* const partial = static_cast<char*>(task.partials);
-    finish_row_group<T>(scratch.groups[g],
+    finish_row_group<E>(scratch.groups[g],
                         reinterpret_cast<T*>(partial ? partial + g / scratch.per_head * task.head_bytes : nullptr));
   }
 }

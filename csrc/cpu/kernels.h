@@ -14,8 +14,11 @@ struct RowLanesTask {
 };
 
 // The few rows of the kv heads [head_begin, head_end) of one batch against keys [key_begin, key_end).
-struct HeadLanesTask {
+struct HeadLanesPart {
   int64_t batch, head_begin, head_end, key_begin, key_end;
+};
+struct HeadLanesTask : HeadLanesPart {
+  HeadLanesPart next;  // what the thread will probably do next; without heads if that is nothing
   void* partials;  // as RowLanesTask::partial, for head_begin; those of the next head follow after head_bytes
   int64_t head_bytes;
 };

@@ -90,15 +90,11 @@ struct ForwardPlan {
 
   // Task i of tasks(). `partials`: [head][split], where there are splits.
   HeadLanesTask head_lanes_task(int64_t i, char* partials) const {
-    const int64_t split = i % splits, group = i / splits % head_groups;
     HeadLanesTask task{};
-    task.batch = i / splits / head_groups;
-    task.head_begin = group * kv_heads / head_groups;
-    task.head_end = (group + 1) * kv_heads / head_groups;
-    task.key_begin = split * split_keys;
-    task.key_end = std::min(task.key_begin + split_keys, seqlen_k);
+    static_cast<HeadLanesPart&>(task) = head_lanes_part(i);
+    if (i + threads < tasks()) task.next = head_lanes_part(i + threads);
     task.head_bytes = splits * partial_bytes;
-    if (splits > 1) task.partials = partial(partials, task.batch * kv_heads + task.head_begin, split);
+    if (splits > 1) task.partials = partial(partials, task.batch * kv_heads + task.head_begin, i % splits);
     return task;
   }
 
@@ -124,6 +120,11 @@ struct ForwardPlan {
   }
 
  private:
+  HeadLanesPart head_lanes_part(int64_t i) const {
+    const int64_t group = i / splits % head_groups, key_begin = i % splits * split_keys;
+    return {i / splits / head_groups, group * kv_heads / head_groups, (group + 1) * kv_heads / head_groups, key_begin,
+            std::min(key_begin + split_keys, seqlen_k)};
+  }
   char* partial(char* partials, int64_t head, int64_t split) const {
     return partials + (head * splits + split) * partial_bytes;
   }
