@@ -33,6 +33,13 @@ ATTN_DEVICE bool chunk_is_finite(const Bytes16& chunk) {
   return finite;
 }
 
+// Whether a product with rows that are not finite would be wrong: where some are hidden, and of float32 everywhere, as its
+// parts in TF32 do not keep an infinity.
+template <class M>
+ATTN_DEVICE bool loses_nonfinite(bool sees_all) {
+  return sizeof(typename M::Element) == 4 || !sees_all;
+}
+
 // Whether the tile has rows with numbers that are not finite; then flags them and makes them zero. All of `Group`
 // must call it, when the tile has arrived; it is ready for use afterwards.
 template <class M, int kRows, int kThreads, class Group = ThreadBlock, class T>

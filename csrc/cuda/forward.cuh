@@ -187,15 +187,12 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
       load_tile<M, kDim, kBlockN, kThreads>(k, keys(following), head_dim);
       copy_async_commit();
     }
-    if (kPlain && block.sees_all(key, kBlockN)) {
-      softmax_of_all<kMmaM, kMmaN>(s, rows, args.factors.scale, rescale);
-      gemm_nn<M, kDim, kMmaM, kMmaN>(o, s, v, value_dim);
-    } else {
-      softmax_of_some<M, kPlain, kMmaM, kMmaN>(s, rows, head, first_row, key, rescale);
-      const bool nonfinite = zero_nonfinite_rows<M, kBlockN, kThreads>(v, flags);
-      gemm_nn<M, kDim, kMmaM, kMmaN>(o, s, v, value_dim);
-      if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(o, s, flags, values(key), value_dim);
-    }
+    const bool sees_all = kPlain && block.sees_all(key, kBlockN);
+    if (sees_all) softmax_of_all<kMmaM, kMmaN>(s, rows, args.factors.scale, rescale);
+    else softmax_of_some<M, kPlain, kMmaM, kMmaN>(s, rows, head, first_row, key, rescale);
+    const bool nonfinite = loses_nonfinite<M>(sees_all) && zero_nonfinite_rows<M, kBlockN, kThreads>(v, flags);
+    gemm_nn<M, kDim, kMmaM, kMmaN>(o, s, v, value_dim);
+    if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(o, s, flags, values(key), value_dim);
   }
 
   rows.finish();

@@ -202,13 +202,14 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
         const bool sees_all = kPlain && RowBlock(head, row, kRows).sees_all(first_key, kKeys);
         pair_gradients<M, kPlain, kWantsDk, kMmaM, kMmaN>(s, dp, streamed_rows(stage), shown, head, row,
                                                           first_key + warp_key, sees_all);
+        const bool loses = loses_nonfinite<M>(sees_all);
         if (kWantsDv) {
-          const bool nonfinite = !sees_all && zero_nonfinite_rows<M, kRows, kThreads>(d_out, tiles.flags());
+          const bool nonfinite = loses && zero_nonfinite_rows<M, kRows, kThreads>(d_out, tiles.flags());
           gemm_nn<M, kDim, kMmaM, kMmaN>(dv, s, d_out, value_dim);
           if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(dv, s, tiles.flags(), d_outs(row), value_dim);
         }
         if (kWantsDk) {
-          const bool nonfinite = !sees_all && zero_nonfinite_rows<M, kRows, kThreads>(q, tiles.flags());
+          const bool nonfinite = loses && zero_nonfinite_rows<M, kRows, kThreads>(q, tiles.flags());
           gemm_nn<M, kDim, kMmaM, kMmaN>(dk, dp, q, head_dim);
           if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(dk, dp, tiles.flags(), queries(row), head_dim);
         }

@@ -46,7 +46,7 @@ inline Math math_of(const AttentionParams& p, bool decodes) {
 // scale makes an infinity of a finite product (which of two float16 is below 2^40).
 inline bool is_plain(const AttentionParams& p) {
   const double largest_scale = p.dtype == DType::kFloat16 ? 1e20 : 1.0;
-  return size_of(p.dtype) == 2 && p.bias.data == nullptr && p.num_masks == 0 && p.query_ids.data == nullptr &&
+  return p.bias.data == nullptr && p.num_masks == 0 && p.query_ids.data == nullptr &&
          p.blocks.data == nullptr && p.dropout_rate == 0 && p.soft_cap == 0 && p.slopes == nullptr && p.relative_bias == nullptr &&
          p.scale > 0 && p.scale <= largest_scale;
 }

@@ -210,7 +210,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   clear<kMmaM, kDim / 8>(dq);
   pass([&](auto& s, const auto& dp, int key, bool sees_all, const auto& k) {
     score_gradients<M, kPlain, true, kMmaM, kMmaN>(s, dp, rows, head, first_row, key, sees_all);
-    const bool nonfinite = !sees_all && zero_nonfinite_rows<M, kBlockN, kThreads>(k, tiles.flags());
+    const bool nonfinite = loses_nonfinite<M>(sees_all) && zero_nonfinite_rows<M, kBlockN, kThreads>(k, tiles.flags());
     // All of ds: what keys have in common cancels, however large it is.
     gemm_nn<M, kDim, kMmaM, kMmaN, M::kPartsOfFloat>(dq, s, k, head_dim);
     if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(dq, s, tiles.flags(), keys(key), head_dim);
