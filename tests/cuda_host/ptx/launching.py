@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
 import cuda_run
 import pytest
+from attn_ops.kernels import cuda
 from cases import make_inputs
 from cuda_arrays import driver
 
@@ -17,6 +22,22 @@ def start(on_device):
     if reason:
         pytest.skip(reason)
     cuda_run.start(False)
+
+
+@contextmanager
+def as_hopper(folder):
+    """Calls go to a library that finds a card of compute capability 9.0: one of its own, as what is known of a card is
+    kept. Skips where none was built with Hopper's kernels.
+    """
+    library = cuda_run.library_without_kernels() or cuda_run.library()
+    if b"sm_90a_hopper" not in library.read_bytes():
+        pytest.skip(f"{library.name} is built for other cards, and none beside it without kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATTN_OPS_STANDIN_CAPABILITY", "9.0")
+        patch.setattr(cuda, "LIBRARY", Path(shutil.copy(library, folder / library.name)))
+        cuda._library.cache_clear()
+        yield
+    cuda._library.cache_clear()
 
 
 def interpreter(**options) -> Interpreter:
