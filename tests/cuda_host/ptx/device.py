@@ -37,12 +37,14 @@ class Interpreter:
     """Runs what is launched while it is entered: `with Interpreter(driver) as interpreter: ...`.
 
     `program` gives the kernels by name, `model` is one of tensor_core.MODELS, `observers` watch shared memory and `ranks`
-    are of the warps (machine.py).
+    are of the warps (machine.py). Where `observed` names a kernel, no other is watched.
     """
 
-    def __init__(self, driver, program=compiled.program, model: str = "exact", observers=(), ranks=None):
+    def __init__(
+        self, driver, program=compiled.program, model: str = "exact", observers=(), ranks=None, observed: str | None = None
+    ):
         self.driver, self.program, self.model, self.observers = driver, program, MODELS[model], tuple(observers)
-        self.ranks = ranks
+        self.ranks, self.observed = ranks, observed
         self.launches: list[Launch] = []
         self._callback = _Callback(self._launch)
 
@@ -70,9 +72,10 @@ class Interpreter:
         machine = _machine(program, side_by_side, shared_bytes)
         parameters = ctypes.string_at(args, program.parameter_bytes)
         executed, allocations = 0, self._allocations()
+        observers = self.observers if self.observed in (None, program.name) else ()
         for first in range(0, blocks, side_by_side):
             count = min(side_by_side, blocks - first)
-            machine.run(first, count, parameters, allocations, self.model, self.observers, self.ranks)
+            machine.run(first, count, parameters, allocations, self.model, observers, self.ranks)
             executed += machine.executed
         self.launches.append(Launch(program.name, blocks, shared_bytes, executed))
 

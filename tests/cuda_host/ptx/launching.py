@@ -9,8 +9,9 @@ from pathlib import Path
 import cuda_run
 import pytest
 from attn_ops.kernels import cuda
-from cases import make_inputs
+from cases import assert_close, make_inputs
 from cuda_arrays import driver
+from implementations import Cuda
 
 from . import compiled
 from .device import Interpreter
@@ -42,6 +43,22 @@ def as_hopper(folder):
 
 def interpreter(**options) -> Interpreter:
     return Interpreter(driver(), **options)
+
+
+def attend(kernel, mutant, cases, tolerance, observers, decodes=False) -> Interpreter:
+    """Runs all `cases` (inputs, options, right results) with a mutant in the place of a kernel, or without one (None).
+
+    Raises:
+        AssertionError, CudaError: the kernel is not right.
+    """
+
+    def program(name):
+        return mutant.program() if mutant is not None and name == kernel else compiled.program(name)
+
+    with interpreter(program=program, observers=observers, observed=kernel) as entered:
+        for inputs, options, expected in cases:
+            assert_close(Cuda(False, decodes)(*inputs, **options), expected, tolerance, kernel)
+    return entered
 
 
 def nonfinite_inputs(dtype, seqlen, head_dim=64):

@@ -22,6 +22,10 @@ class Mutant:
     def program(self):
         return _mutated(self)
 
+    def count(self) -> int:
+        """How many there are."""
+        return len(re.findall(self.pattern, compiled.text(self.kernel)))
+
 
 @cache
 def _mutated(mutant: Mutant):

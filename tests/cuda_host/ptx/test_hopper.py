@@ -126,7 +126,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("order", ORDERS)
 def test_orders_of_warps(interpreter, order):
     """The results are the same to the last bit. Rings go round more than once."""
