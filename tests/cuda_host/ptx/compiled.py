@@ -56,8 +56,8 @@ def instance(kernel: str) -> str:
 
 
 def compiled(kernels: tuple[str, ...], architecture: str | None = None) -> Path:
-    """These kernels alone as one file: PTX (compute_*) or code (sm_*); without an architecture, the PTX that their images
-    are made from."""
+    """These kernels alone as one file: PTX (compute_*) or code (sm_*); without an architecture, the PTX that their
+    images are made from."""
     folder, default = ("hopper", "compute_90a") if kernels[0].startswith(HOPPER) else ("", "compute_80")
     architecture = architecture or default
     if kernels[0].startswith("layer_"):

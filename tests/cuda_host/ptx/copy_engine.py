@@ -25,7 +25,7 @@ def swizzled(addresses):
 
 @dataclass(frozen=True)
 class TensorMap:
-    """An array of 4 dimensions of 16-bit elements, the first one dense; `stride` is that of the others, in bytes."""
+    """An array of 4 dimensions of 16-bit elements, the first one dense; `stride`: of the others, in bytes."""
 
     address: int
     extent: tuple[int, ...]
@@ -46,7 +46,7 @@ class TensorMap:
 
 @dataclass(frozen=True)
 class Box:
-    """One copy under way: of the box whose first element is `at`, by `lane`, to `target` in its block's shared memory."""
+    """One copy under way, by `lane`: of the box that begins `at` an element, to `target` in shared memory."""
 
     instruction: object
     map: TensorMap

@@ -36,12 +36,18 @@ class Launch:
 class Interpreter:
     """Runs what is launched while it is entered: `with Interpreter(driver) as interpreter: ...`.
 
-    `program` gives the kernels by name, `model` is one of tensor_core.MODELS, `observers` watch shared memory and `ranks`
-    are of the warps (machine.py). Where `observed` names a kernel, no other is watched.
+    `program` gives the kernels by name, `model` is one of tensor_core.MODELS, `observers` watch shared memory and
+    `ranks` are of the warps (machine.py). Where `observed` names a kernel, no other is watched.
     """
 
     def __init__(
-        self, driver, program=compiled.program, model: str = "exact", observers=(), ranks=None, observed: str | None = None
+        self,
+        driver,
+        program=compiled.program,
+        model: str = "exact",
+        observers=(),
+        ranks=None,
+        observed: str | None = None,
     ):
         self.driver, self.program, self.model, self.observers = driver, program, MODELS[model], tuple(observers)
         self.ranks, self.observed = ranks, observed

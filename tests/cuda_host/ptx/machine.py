@@ -29,9 +29,9 @@ class Machine:
 
     Observers may have the methods read, copy_begins, copy_ends (step, lanes, addresses, size), write (the same and the
     bytes, before they are written), of shared memory; global_read, global_write; fence, atom, warp_barrier, barrier
-    (step, lanes); begin (machine). Of warpgroups: box_begins, box_ends (box, barrier), product_begins, product_ends
-    (product), proxy_fence (step, lanes), arrives, leaves (step, lanes, barrier), phase_ends (barrier), barrier_used (as read:
-    an mbarrier).
+    (step, lanes); begin (machine). For warpgroups: box_begins, box_ends (box, barrier), product_begins, product_ends
+    (product), proxy_fence (step, lanes), arrives, leaves (step, lanes, barrier), phase_ends (barrier); barrier_used, as
+    read, of an mbarrier.
     """
 
     def __init__(self, program: Program, blocks: int, shared_bytes: int, shared_begin: int = 0):

@@ -1,4 +1,4 @@
-"""`bar`: the barriers of a block, by number. Threads wait there for each other, or say that they have come and go on."""
+"""`bar`: the barriers of a block, by number. Threads wait there for each other, or say that they came and go on."""
 
 from __future__ import annotations
 

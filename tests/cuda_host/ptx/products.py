@@ -2,8 +2,8 @@
 
 Until then their accumulators hold NaN, and operands have not been looked at: shared memory and the registers of a left
 operand are read when the product is waited for, which is as late as hardware may. Operands in shared memory are as in
-PTX ISA, "Strides" and "Matrix Descriptor Format" of wgmma, written here without a look at hopper/tiles.cuh; fragments are
-those of mma.m16n8k16, for each warp of a warpgroup 16 of 64 rows.
+PTX ISA, "Strides" and "Matrix Descriptor Format" of wgmma, written here without a look at hopper/tiles.cuh; fragments
+are those of mma.m16n8k16, for each warp of a warpgroup 16 of 64 rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _POISON = np.uint32(0xFFFFFFFF)
 
 @dataclass(frozen=True, eq=False)
 class SharedOperand:
-    """`rows` of 16 summed indices, which lie along 128 bytes or, transposed, across them. One descriptor of each warp."""
+    """`rows` of 16 summed indices, which lie along 128 bytes or, transposed, across them. A descriptor for each warp."""
 
     rows: int
     transposed: bool
@@ -72,7 +72,9 @@ class Product:
 
     def reads(self):
         """(lanes, addresses) of what it reads of shared memory, 16 bytes each."""
-        chunks = [x.chunks().reshape(len(self.lanes), -1) for x in (self.left, self.right) if isinstance(x, SharedOperand)]
+        chunks = [
+            x.chunks().reshape(len(self.lanes), -1) for x in (self.left, self.right) if isinstance(x, SharedOperand)
+        ]
         lanes = [np.broadcast_to(self.lanes[:, :1], x.shape).reshape(-1) for x in chunks]
         return np.concatenate(lanes), np.concatenate([x.reshape(-1) for x in chunks])
 

@@ -2,8 +2,8 @@
 
 Of two accesses the earlier comes before the later if the later's thread knows of it (clocks.py). A copy (`cp.async`)
 writes when it is issued, and again when its thread has waited for it; in between nobody may read. A box of the copy
-engine writes from its beginning on until the barrier's phase ends that it is told to. A product of a warpgroup reads from
-its beginning until it has been waited for. So this finds what a lucky order of warps hides: the machine's order is only
+engine writes from its beginning on until the barrier's phase ends that it is told to. A product of a warpgroup reads
+from its beginning until it has been waited for. So this finds what a lucky order of warps hides: the machine's order is only
 one of them. Writes of the same value are no race: so flags are set.
 """
 
@@ -136,7 +136,9 @@ class Races(OrderObserver):
         for warp in range(self.warps):
             reader, known = self.reader[warp, places], self.clocks.known[lanes, warp]
             bad = (reader != _NOBODY) & (reader != lanes) & (self.was_read[warp, places] >= known)
-            self._refuse(step, lanes, places, bad, lambda place: (self.read_step[warp, place], self.reader[warp, place]))
+            self._refuse(
+                step, lanes, places, bad, lambda place: (self.read_step[warp, place], self.reader[warp, place])
+            )
             bad = (own != warp) & (self.was_multiplied[warp, chunks] >= known) | (self.under_way[warp, chunks] > 0)
             self._refuse(step, lanes, places, bad, lambda place: (self.product_step[warp, place // _CHUNK], _MANY))
 

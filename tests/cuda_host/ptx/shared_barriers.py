@@ -46,14 +46,21 @@ class SharedBarriers:
     def arrive(self, step, lanes, addresses, expected):
         """`expected`: bytes that each lane announces."""
         self.observe("barrier_used", step, lanes, addresses, 8)
-        for lane, address, bytes_ in zip(lanes, addresses, expected):
-            key = self._key(lane, address)
-            barrier = self._of(key)
+        for address in np.unique(addresses):
+            for block in np.unique(lanes // self.threads):
+                mine = (addresses == address) & (lanes // self.threads == block)
+                if mine.any():
+                    self._arrive(step, lanes[mine], (int(block), int(address)), expected[mine])
+
+    def _arrive(self, step, lanes, key, expected):
+        barrier = self._of(key)
+        self.observe("arrives", step, lanes, key)
+        for lane, announced in zip(lanes, expected):
             if barrier.missing == 0:
-                raise PtxError(f"thread {lane % self.threads} comes to a barrier (byte {address}) that all have come to")
-            self.observe("arrives", step, np.array([lane]), key)
+                thread = lane % self.threads
+                raise PtxError(f"thread {thread} comes to a barrier (byte {key[1]}) that all have come to")
             barrier.missing -= 1
-            barrier.expected += int(bytes_)
+            barrier.expected += int(announced)
             self._end_phase(key, barrier)
 
     def bring(self, box: Box, address: int):

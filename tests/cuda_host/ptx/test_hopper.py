@@ -1,4 +1,4 @@
-"""Hopper's kernels (csrc/cuda/hopper) as nvcc compiles them, against float64: shapes, orders of warps, races, accuracy."""
+"""Hopper's kernels (csrc/cuda/hopper) as nvcc compiles them, against float64: shapes, orders, races, accuracy."""
 
 import cuda_run
 import numpy as np
