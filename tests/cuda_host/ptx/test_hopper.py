@@ -9,7 +9,7 @@ from implementations import Cuda, specification
 from kernel_options import core_options
 
 from cuda_host.ptx import launching
-from cuda_host.ptx.accuracy import assert_as_accurate_as_plain
+from cuda_host.ptx.accuracy import assert_as_accurate_as_plain, errors
 from cuda_host.ptx.proxies import Proxies
 from cuda_host.ptx.races import Races
 
@@ -108,6 +108,41 @@ def test_large_scores(interpreter):
     query[:, 100:] *= 400
     found, expected = check(Cuda(False, False), "bfloat16", inputs=(query, key, value, d_out, d_lse))
     assert np.abs(expected.lse).max() > 1024
+
+
+@pytest.mark.parametrize("head_dim, value_dim", [(64, 64), (40, 24), (128, 128)])
+def test_delta_of_large_outputs(interpreter, head_dim, value_dim):
+    """dq forgives a wrong rowsum(d_out * out), up to the rounding of what that makes of ds: 0.1 of dq, where all values
+    are far from zero. Right, it is a fiftieth of that.
+    """
+    interpreter()
+    inputs = make_inputs("bfloat16", 1, 70, 150, 2, 1, head_dim, value_dim)[:4]
+    inputs = (*inputs[:2], (inputs[2] + 100).astype(inputs[2].dtype), inputs[3])
+    found, expected = Cuda(False, False)(*inputs), specification(*inputs)
+    assert errors(found.dq, expected.dq)[0] < 0.02
+
+
+class Stores:
+    """An observer (machine.py): how many bytes a lane stores at a time, by kernel."""
+
+    def __init__(self):
+        self.sizes = {}
+
+    def begin(self, machine):
+        self.kernel = self.sizes.setdefault(machine.program.name, set())
+
+    def global_write(self, step, lanes, addresses, size):
+        self.kernel.add(size)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_results_are_stored_by_rows(interpreter, dim):
+    """And not one element of 16 bits after the other, which is as right, and slow."""
+    stores = Stores()
+    interpreter(observers=[stores])
+    Cuda(False, False)(*make_inputs("bfloat16", 1, 70, 70, 2, 1, dim))
+    assert len(stores.sizes) == 3
+    assert all(16 in sizes and 2 not in sizes for sizes in stores.sizes.values()), stores.sizes
 
 
 def of_warpgroups(*ranks):
