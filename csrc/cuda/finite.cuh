@@ -69,8 +69,8 @@ ATTN_DEVICE bool zero_nonfinite_rows(const T& tile, Flags flags) {
 
 //   d[i][c] += p[i][j] row_j[c]     for the flagged j of `count`, where p[i][j] is not hidden
 //
-// own(weight, j): p of row j, in the lane of each quad that has it.
-template <class M, int kDim, int kMmaM, class Kept, class Rows, class Own>
+// own(weight, j): p of row j, in the lane of each quad that has it. The rows are numbers of `Kept`.
+template <class Kept, int kDim, int kMmaM, class Rows, class Own>
 ATTN_DEVICE void add_flagged_rows(Acc<kMmaM, kDim / 8>& d, int count, Flags flags, const Rows& rows, int dim, Own own) {
   const int t = lane_index() & 3;
 #pragma unroll 1
@@ -105,7 +105,7 @@ ATTN_DEVICE void add_flagged_rows(Acc<kMmaM, kDim / 8>& d, int count, Flags flag
 template <class M, int kDim, int kMmaM, int kMmaN, class Kept = M, class Rows>
 ATTN_DEVICE void add_nonfinite_rows(Acc<kMmaM, kDim / 8>& d, const Acc<kMmaM, kMmaN>& p, Flags flags, const Rows& rows,
                                     int dim) {
-  add_flagged_rows<M, kDim, kMmaM, Kept>(d, 8 * kMmaN, flags, rows, dim, [&p](float (&weight)[kMmaM][2], int j) {
+  add_flagged_rows<Kept, kDim, kMmaM>(d, 8 * kMmaN, flags, rows, dim, [&p](float (&weight)[kMmaM][2], int j) {
 #pragma unroll
     for (int m = 0; m < kMmaM; ++m)
 #pragma unroll

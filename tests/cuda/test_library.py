@@ -175,8 +175,8 @@ def test_each_card_gets_its_kernels(capability, image):
 
 
 def call_on_hopper(seqlen_q=300, seqlen_k=200, heads=4, kv_heads=2, dim=64, dtype="float16", options=None):
-    """What is launched, and what the copy engine is told; no processor can run these kernels (see test_kernels.py with
-    `-m gpu` for what they compute)."""
+    """What is launched, and what the copy engine is told. What these kernels compute: ../cuda_host/ptx/test_hopper.py, and
+    test_kernels.py with `-m gpu`."""
     query, key = (2, seqlen_q, heads, dim), (2, seqlen_k, kv_heads, dim)
     shapes = query, key, key, query
     return call(shapes, dtype, options, library=cuda_run.library_without_kernels(), ATTN_OPS_STANDIN_CAPABILITY="9.0")

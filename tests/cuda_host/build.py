@@ -19,7 +19,8 @@ BUILD = ROOT / "build" / "cuda_host"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-g1"]
 HEADERS = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.cuh"), *HERE.glob("*.h")]
-HEADERS += [ROOT / "csrc/cuda" / name for name in ("args.h", "config.h")]  # of those beside, what kernels include
+# Of those beside, what kernels and the driver include.
+HEADERS += [ROOT / "csrc/cuda" / name for name in ("args.h", "config.h", "hopper/args.h")]
 KERNEL_FLAGS = [
     "-O2",
     "-ffp-contract=off",  # product() of host_layer.h must stay one

@@ -27,6 +27,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/cuda/hopper/args.h"
 #include "fibres.h"
 
 #define DRIVER extern "C" __attribute__((visibility("default")))
@@ -113,11 +114,13 @@ struct Launch {
   uintptr_t stream;
 };
 
-// What the copy engine was told of an array.
+// What the copy engine was told of an array: what a tensor map has in it here (ptx/copy_engine.py reads it).
 struct TensorMap {
-  uint64_t extent[4], stride[3];
+  char magic[8] = {'s', 't', 'a', 'n', 'd', 'i', 'n', '4'};
+  uint64_t address, extent[4], stride[3];
   uint32_t box[4];
 };
+static_assert(sizeof(TensorMap) <= 128, "a CUtensorMap");
 
 struct Library {
   int image;
@@ -723,22 +726,27 @@ DRIVER int cuLibraryUnload(Library* library) {
   return kSuccess;
 }
 
-// Kernels that no processor can run, of Hopper's own instructions: their launches are written down, and that is all.
+// Kernels that no processor can run, of Hopper's own instructions: unless an interpreter does, their launches are written
+// down, and that is all.
 bool is_of_hopper(const char* name) { return !strncmp(name, "attn_ops_hopper_", 16); }
 const host_layer::Kernel* not_run(const char* name) {
   static std::map<std::string, host_layer::Kernel> known;  // under the mutex of the state
   const auto entry = known.try_emplace(name, host_layer::Kernel{}).first;
   entry->second.name = entry->first.c_str();
+  entry->second.args_bytes = strstr(name, "_forward_") ? sizeof(hopper::ForwardArgs) : sizeof(hopper::BackwardArgs);
   return &entry->second;
 }
 
 // As the driver's own checks are: CUDA driver API, "Tensor Map Object Management".
 DRIVER int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* data, const uint64_t* extent,
-                                  const uint64_t* stride, const uint32_t* box, const uint32_t* step, int, int, int, int) {
+                                  const uint64_t* stride, const uint32_t* box, const uint32_t* step, int interleave,
+                                  int swizzle, int, int outside) {
   CALLED();
   if (!map || reinterpret_cast<uintptr_t>(map) % 64 || type != 1 || rank != 4) return kInvalidValue;
   if (reinterpret_cast<uintptr_t>(data) % 16 || box[0] * 2 != 128) return kInvalidValue;
+  if (interleave != 0 || swizzle != 3 || outside != 0) return kInvalidValue;  // what there is here: 128 bytes, zeros
   TensorMap told{};
+  told.address = reinterpret_cast<uintptr_t>(data);
   for (int i = 0; i < 4; ++i) {
     told.extent[i] = extent[i], told.box[i] = box[i];
     if (!extent[i] || extent[i] > uint64_t{1} << 32 || !box[i] || box[i] > 256 || step[i] != 1) return kInvalidValue;
@@ -746,6 +754,7 @@ DRIVER int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* data
     told.stride[i] = stride[i];
     if (!stride[i] || stride[i] % 16 || stride[i] >= uint64_t{1} << 40) return kInvalidValue;
   }
+  memcpy(map, &told, sizeof told);
   const std::lock_guard<std::mutex> lock(state().mutex);
   state().tensor_maps.push_back(told);
   return kSuccess;
@@ -830,7 +839,7 @@ static int run(const host_layer::Kernel& kernel, const void* args, unsigned grid
   if (const Interpreter interpreter = state().interpreter) {
     std::vector<char> text(2000);
     if (interpreter(kernel.name, args, grid_x, shared_bytes, text.data(), text.size())) error = text.data();
-  } else {
+  } else if (kernel.run) {
     error = host_layer::run_grid(kernel, args, grid_x, shared_bytes);
   }
   if (error.empty()) {
@@ -877,7 +886,7 @@ DRIVER int cuLaunchKernel(LoadedKernel* function, unsigned grid_x, unsigned grid
     if (const int code = refused_in_capture("loading a kernel")) return code;
   }
   is_loaded = true;
-  if (!runs || !number("ATTN_OPS_STANDIN_RUN", 1)) return kSuccess;
+  if (!number("ATTN_OPS_STANDIN_RUN", 1) || (!runs && !state().interpreter)) return kSuccess;
   std::vector<std::max_align_t> args((kernel.args_bytes + sizeof(std::max_align_t) - 1) / sizeof(std::max_align_t));
   memcpy(args.data(), parameters[0], kernel.args_bytes);
   const auto launch = [=, &kernel] { return run(kernel, args.data(), grid_x, shared_bytes); };

@@ -21,6 +21,10 @@ namespace attn_ops::cuda::hopper {
 
 #define FOR_ALL(KERNEL) KERNEL(f16, F16, 64) KERNEL(f16, F16, 128) KERNEL(bf16, BF16, 64) KERNEL(bf16, BF16, 128)
 
+#ifdef ATTN_OPS_KERNELS  // those that a test runs (tests/cuda_host/ptx)
+ATTN_OPS_KERNELS
+#else
 FOR_ALL(FORWARD) FORWARD(f16, F16, 256) FORWARD(bf16, BF16, 256) FOR_ALL(DQ) FOR_ALL(DKDV)
+#endif
 
 }  // namespace attn_ops::cuda::hopper

@@ -15,8 +15,10 @@ ROOT = Path(__file__).resolve().parents[3]
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda_host" / "ptx"
 LAYER = ROOT / "tests" / "cuda_host" / "layer_kernels.cu"
-HEADERS = [*ROOT.glob("csrc/*.h"), *CUDA.glob("*.h"), *CUDA.glob("*.cuh")]
-SOURCES = [*HEADERS, CUDA / "kernels.cu", CUDA / "compile.py", LAYER]
+HOPPER = "attn_ops_hopper_"  # kernels of csrc/cuda/hopper
+FOLDERS = [ROOT / "csrc", CUDA, CUDA / "hopper"]
+SOURCES = [path for suffix in ("h", "cuh", "cu") for folder in FOLDERS for path in folder.glob(f"*.{suffix}")]
+SOURCES += [CUDA / "compile.py", LAYER]
 
 
 @cache
@@ -45,27 +47,31 @@ def _sources() -> str:
 
 
 def instance(kernel: str) -> str:
-    """The macro of kernels.cu that makes it: attn_ops_dq_bf16_64_plain is DQ_PLAIN(bf16, BF16, 64)."""
+    """The macro of kernels.cu that makes it: attn_ops_dq_bf16_64_plain is DQ_PLAIN(bf16, BF16, 64), and
+    attn_ops_hopper_dq_bf16_64 DQ(bf16, BF16, 64) of hopper/."""
     if single := re.fullmatch(r"attn_ops_(delta|dsinks|dtable_sum)_f32", kernel):
         return single[1].upper()
-    role, math, dim, plain = re.fullmatch(r"attn_ops_(\w+?)_([a-z]+\d+)_(\d+)(_plain)?", kernel).groups()
+    role, math, dim, plain = re.fullmatch(r"attn_ops_(?:hopper_)?(\w+?)_([a-z]+\d+)_(\d+)(_plain)?", kernel).groups()
     return f"{role.upper()}{(plain or '').upper()}({math}, {math.upper()}, {dim})"
 
 
-def compiled(kernels: tuple[str, ...], architecture: str = "compute_80") -> Path:
-    """These kernels alone as one file: PTX (compute_*) or code (sm_*)."""
+def compiled(kernels: tuple[str, ...], architecture: str | None = None) -> Path:
+    """These kernels alone as one file: PTX (compute_*) or code (sm_*); without an architecture, the PTX that their
+    images are made from."""
+    folder, default = ("hopper", "compute_90a") if kernels[0].startswith(HOPPER) else ("", "compute_80")
+    architecture = architecture or default
     if kernels[0].startswith("layer_"):
         source = f'#include "{LAYER}"\n'
     else:
         wanted = " ".join(map(instance, kernels))
-        source = f'#define ATTN_OPS_KERNELS {wanted}\n#include "{CUDA / "kernels.cu"}"\n'
+        source = f'#define ATTN_OPS_KERNELS {wanted}\n#include "{CUDA / folder / "kernels.cu"}"\n'
     key = hashlib.sha256((_sources() + source).encode()).hexdigest()[:16]
     suffix = "ptx" if architecture.startswith("compute") else "cubin"
     name = kernels[0] if len(kernels) == 1 else f"{len(kernels)}_kernels"
-    target = BUILD / f"{name}-{architecture}-{key}.{suffix}"
+    target = BUILD / folder / f"{name}-{architecture}-{key}.{suffix}"  # compile.py looks at the folder
     if not target.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        for old in BUILD.glob(f"{name}-{architecture}-*"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for old in target.parent.glob(f"{name}-{architecture}-*"):
             old.unlink()
         listing = target.with_suffix(".cu")
         listing.write_text(source)

@@ -11,6 +11,7 @@ import numpy as np
 from . import compiled
 from .machine import Machine, blocks_of
 from .program import Program, PtxError
+from .registers import SHARED
 from .tensor_core import MODELS
 
 _Callback = ctypes.CFUNCTYPE(
@@ -21,7 +22,7 @@ _Callback = ctypes.CFUNCTYPE(
 @lru_cache(maxsize=12)
 def _machine(program: Program, blocks: int, shared_bytes: int) -> Machine:
     """Kept: to bind instructions takes longer than to execute them once."""
-    return Machine(program, blocks, shared_bytes)
+    return Machine(program, blocks, shared_bytes, SHARED)
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,21 @@ class Launch:
 class Interpreter:
     """Runs what is launched while it is entered: `with Interpreter(driver) as interpreter: ...`.
 
-    `program` gives the kernels by name, `model` is one of tensor_core.MODELS, `observers` watch shared memory
-    (machine.py).
+    `program` gives the kernels by name, `model` is one of tensor_core.MODELS, `observers` watch shared memory and
+    `ranks` are of the warps (machine.py). Where `observed` names a kernel, no other is watched.
     """
 
-    def __init__(self, driver, program=compiled.program, model: str = "exact", observers=()):
+    def __init__(
+        self,
+        driver,
+        program=compiled.program,
+        model: str = "exact",
+        observers=(),
+        ranks=None,
+        observed: str | None = None,
+    ):
         self.driver, self.program, self.model, self.observers = driver, program, MODELS[model], tuple(observers)
+        self.ranks, self.observed = ranks, observed
         self.launches: list[Launch] = []
         self._callback = _Callback(self._launch)
 
@@ -68,8 +78,10 @@ class Interpreter:
         machine = _machine(program, side_by_side, shared_bytes)
         parameters = ctypes.string_at(args, program.parameter_bytes)
         executed, allocations = 0, self._allocations()
+        observers = self.observers if self.observed in (None, program.name) else ()
         for first in range(0, blocks, side_by_side):
-            machine.run(first, min(side_by_side, blocks - first), parameters, allocations, self.model, self.observers)
+            count = min(side_by_side, blocks - first)
+            machine.run(first, count, parameters, allocations, self.model, observers, self.ranks)
             executed += machine.executed
         self.launches.append(Launch(program.name, blocks, shared_bytes, executed))
 

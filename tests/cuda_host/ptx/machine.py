@@ -2,7 +2,7 @@
 
 Every lane has a program counter. Of the lanes that can go on, those go that have the lowest, all together, to where
 the next ones wait or where their ways part. Instructions of a warp wait until all its lanes have come; barriers, until
-all the block's have.
+all the block's have. Warps may be ranked: then those of a lower rank go on as long as they can, before any other.
 """
 
 from __future__ import annotations
@@ -11,42 +11,50 @@ import numpy as np
 
 from . import steps
 from .copies import Copies
+from .meetings import Meeting, Meetings
 from .memory import GlobalMemory, Parameters, SharedMemory
+from .products import Products
 from .program import Program, PtxError
 from .registers import PARAMETERS, Registers
+from .shared_barriers import SharedBarriers
 from .tensor_core import MODELS
 
 _LANES = 1024  # that run side by side: as many as stay in the caches
 _NOWHERE = np.iinfo(np.int64).max
-_BRANCH, _RETURN, _BARRIER, _TOGETHER = range(4)
+_BRANCH, _RETURN, _BARRIER, _TOGETHER, _SIGNAL, _WAIT = range(6)
 
 
 class Machine:
-    """Of one kernel, for `blocks` blocks at a time, as often as wanted.
+    """Of one kernel, for `blocks` blocks at a time, as often as wanted. Shared memory begins at `shared_begin`.
 
     Observers may have the methods read, copy_begins, copy_ends (step, lanes, addresses, size), write (the same and the
     bytes, before they are written), of shared memory; global_read, global_write; fence, atom, warp_barrier, barrier
-    (step, lanes); begin (machine).
+    (step, lanes); begin (machine). For warpgroups: box_begins, box_ends (box, barrier), product_begins, product_ends
+    (product), proxy_fence (step, lanes), arrives, leaves (step, lanes, barrier), phase_ends (barrier); barrier_used, as
+    read, of an mbarrier.
     """
 
-    def __init__(self, program: Program, blocks: int, shared_bytes: int):
+    def __init__(self, program: Program, blocks: int, shared_bytes: int, shared_begin: int = 0):
         self.program, self.blocks = program, blocks
         self.threads = program.threads
         count = blocks * self.threads
         self.all_lanes = np.arange(count)
         self.registers = Registers(program, count, self.threads)
         self.memory = GlobalMemory()
-        self.shared = SharedMemory(shared_bytes, blocks, self.threads)
+        self.shared = SharedMemory(shared_bytes, blocks, self.threads, shared_begin)
         self.parameters = Parameters(program.parameter_bytes, PARAMETERS)
         self.copies = Copies(count, self.memory, self.shared, self.observe)
+        self.meetings = Meetings(self.threads, self.observe)
+        self.shared_barriers = SharedBarriers(self.threads, self.memory, self.shared, self.observe, self._wake)
+        self.products = Products(self.registers, self.shared, self.observe)
         self.instructions = [None] * len(program.instructions)  # bound when they are first executed
 
     def lanes(self, mask):
         return self.all_lanes if mask is True else np.flatnonzero(mask)
 
-    def observe(self, event, step, lanes, *more):
+    def observe(self, event, *what):
         for observer in self.observers:
-            getattr(observer, event, _ignore)(step, lanes, *more)
+            getattr(observer, event, _ignore)(*what)
 
     # --- What each instruction is: (kind or None, step, more) ------------------------------------------------------
 
@@ -61,27 +69,30 @@ class Machine:
         if i.name == "ret" and i.guard is None:
             return _RETURN, None, None
         if i.name == "bar" and not steps.is_of_warps(i):
-            return _BARRIER, self._barrier(i), "or" if "red" in i.opcode else "sync"
+            return _BARRIER, self._meeting(i), None
+        if i.name == "mbarrier" and i.opcode[1] in ("arrive", "try_wait"):
+            return _SIGNAL if i.opcode[1] == "arrive" else _WAIT, steps.bind(i, self), None
         return _TOGETHER if steps.is_of_warps(i) else None, steps.bind(i, self), None
 
-    def _barrier(self, i):
-        """What is done with the lanes of the blocks that have met."""
-        if i.opcode == ("bar", "sync") and i.operands == ("0",):
-            return lambda lanes: None
-        if i.opcode != ("bar", "red", "or", "pred") or i.operands[1] != "0":
+    def _meeting(self, i):
+        registers, operands = self.registers, list(i.operands)
+        if i.opcode not in (("bar", "sync"), ("bar", "arrive"), ("bar", "red", "or", "pred")):
             raise PtxError(f"the interpreter has no {i.text}")
-        target, value = self.registers.bits(i.operands[0]), self.registers.source(i.operands[2], "pred")
+        finish = _ignore
+        if "red" in i.opcode:
+            target, value = registers.bits(operands.pop(0)), registers.source(operands.pop(), "pred")
 
-        def any_in_block(lanes):
-            found = value[lanes].reshape(-1, self.threads).any(axis=1)
-            target[lanes] = np.repeat(found, self.threads)
+            def finish(lanes, count):
+                target[lanes] = np.repeat(value[lanes].reshape(-1, count).any(axis=1), count)
 
-        return any_in_block
+        number, count = (*registers.sources(operands, "u32"), None)[:2]
+        return Meeting(i, number, count, "arrive" not in i.opcode, finish)
 
     # --- Running ---------------------------------------------------------------------------------------------------
 
-    def run(self, first_block, count, parameters: bytes, allocations, model=MODELS["exact"], observers=()):
-        """Blocks `first_block` up to `count` more, at most as many as the machine has. `model` is what `mma` computes.
+    def run(self, first_block, count, parameters: bytes, allocations, model=MODELS["exact"], observers=(), ranks=None):
+        """Blocks `first_block` up to `count` more, at most as many as the machine has. `model` is what `mma` computes,
+        `ranks` are of the warps of a block: all the same if there are none.
 
         Raises:
             PtxError: a kernel did what it must not do; with its name, the block, the thread and the instruction.
@@ -90,6 +101,10 @@ class Machine:
         self.parameters.set(parameters)
         self.shared.clear()
         self.copies.clear()
+        self.meetings.clear()
+        self.shared_barriers.clear()
+        self.products.clear(model)
+        self.ranks = None if ranks is None else np.tile(np.repeat(ranks, 32), self.blocks)
         self.first_block, self.model, self.observers = first_block, model, observers
         self.registers.block[:] = first_block + self.all_lanes // self.threads
         for observer in self.observers:
@@ -97,6 +112,7 @@ class Machine:
         self.at = np.zeros(len(self.all_lanes), np.int64)
         self.left = self.all_lanes >= count * self.threads  # have returned, or are of no block
         self.waits = self.left.copy()  # at a barrier, for the rest of a warp, or have left
+        self.sleeps = np.zeros_like(self.left)  # of those: until a phase ends (shared_barriers.py)
         self.executed = 0
         try:
             with np.errstate(all="ignore"):
@@ -112,7 +128,11 @@ class Machine:
         if not ready.any():
             if self.left.all():
                 return False
+            if self.shared_barriers.deliver():
+                return True
             raise PtxError(self._why_nothing_goes_on())
+        if self.ranks is not None:
+            ready &= self.ranks == self.ranks[ready].min()
         counters = np.where(ready, self.at, _NOWHERE)
         number = self.number = int(counters.min())
         active = counters == number
@@ -142,14 +162,22 @@ class Machine:
                 self._together(number, active, step)
                 return True
             elif kind == _BARRIER:
-                if mask is True:
-                    step(self.all_lanes)
-                    self.observe("barrier", self.program.instructions[number], self.all_lanes)
+                if mask is True and step.is_of_block:
+                    step.finish(self.all_lanes, self.threads)
+                    self.observe("barrier", step.instruction, self.all_lanes)
                     number += 1
                     continue
-                self.at[active] = number
-                self.waits |= active
-                self._release(active)
+                self._meet(number, active, step)
+                return True
+            elif kind == _SIGNAL:
+                step(mask)
+                self.at[active] = number + 1
+                return True
+            elif kind == _WAIT:
+                lanes = self.lanes(active)
+                over = step(lanes)
+                self.at[lanes] = number + over
+                self.waits[lanes] = self.sleeps[lanes] = ~over
                 return True
             else:
                 self.left |= active
@@ -183,23 +211,16 @@ class Machine:
             self.at[whole] = number + 1
             self.waits &= ~whole
 
-    def _release(self, arrived):
-        """Lets blocks go on of which all threads wait at a barrier."""
-        for block in np.unique(np.flatnonzero(arrived) // self.threads):
-            lanes = self.all_lanes[block * self.threads : (block + 1) * self.threads]
-            if not self.waits[lanes].all() or self.left[lanes].any():
-                continue
-            numbers = np.unique(self.at[lanes])
-            bound = [self.instructions[n] for n in numbers]
-            if any(one is None or one[0] != _BARRIER for one in bound):
-                continue
-            _, step, kind = bound[0]
-            if len(bound) > 1 and {kind for _, _, kind in bound} != {"sync"}:
-                raise PtxError(f"threads of block {block} meet at barriers of two kinds")
-            step(lanes)
+    def _meet(self, number, active, meeting):
+        self.at[active] = number
+        self.waits |= active
+        for lanes in self.meetings.come(meeting, np.flatnonzero(active)):
             self.at[lanes] += 1
             self.waits[lanes] = False
-            self.observe("barrier", self.program.instructions[numbers[0]], lanes)
+
+    def _wake(self):
+        self.waits &= ~self.sleeps
+        self.sleeps.fill(False)
 
     def _why_nothing_goes_on(self):
         """A thread that waits, and one of its block that does not come."""

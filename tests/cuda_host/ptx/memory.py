@@ -87,19 +87,19 @@ class GlobalMemory(_Space):
 
 
 class SharedMemory(_Space):
-    """Of each block `size` bytes, one block behind the other."""
+    """Of each block `size` bytes, one block behind the other; the first of each has the address `begin`."""
 
     name = "shared"
 
-    def __init__(self, size, blocks, threads):
-        self.size = size
+    def __init__(self, size, blocks, threads, begin=0):
+        self.size, self.begin = size, begin
         self.pitch = -(-size // 128) * 128
         words = np.full((blocks * self.pitch // 16 or 1, 4), 0xFFFFFFFF, np.uint32)
         self.views = _views(words)
-        self.base = np.repeat(np.arange(blocks, dtype=np.int64) * self.pitch, threads)
+        self.base = np.repeat(np.arange(blocks, dtype=np.int64) * self.pitch - begin, threads)
 
     def _place(self, addresses, size, lanes):
-        bad = (addresses < 0) | (addresses + size > self.size)
+        bad = (addresses < self.begin) | (addresses + size > self.begin + self.size)
         if np.count_nonzero(bad):
             self.fail(addresses, size, lanes, bad, f"outside the block's {self.size}")
         return addresses + self.base[lanes]

@@ -22,6 +22,10 @@ class Mutant:
     def program(self):
         return _mutated(self)
 
+    def count(self) -> int:
+        """How many there are."""
+        return len(re.findall(self.pattern, compiled.text(self.kernel)))
+
 
 @cache
 def _mutated(mutant: Mutant):
@@ -51,3 +55,23 @@ WEAKER_WAIT = (r"cp\.async\.wait_group 1", "cp.async.wait_group 2")
 NO_COMMIT = (r"cp\.async\.commit_group;", "")
 EVERYTHING_COPIED = (r"(cp\.async\.cg\.shared\.global \[[^\]]*\], \[[^\]]*\], 16), %r\d+", r"\1, 16")
 WRONG_SHUFFLE = (r"shfl\.sync\.bfly", "shfl.sync.idx")
+
+# Of Hopper's kernels.
+_PRODUCT = r"(wgmma\.mma_async[^{]*\{[^}]*\}, )"
+SWAPPED_DESCRIPTORS = (_PRODUCT + r"(%rd\d+), (%rd\d+)", r"\1\3, \2")
+SWAPPED_LEFT = (_PRODUCT + r"\{([^,]+), ([^,]+), ([^,]+), ([^}]+)\}", r"\1{\2, \4, \3, \5}")
+ALONG_FOR_ACROSS = (_PRODUCT + r"(\{[^}]*\}, %rd\d+), 1, 1, 1, 1;", r"\1\2, 1, 1, 1, 0;")
+ACROSS_FOR_ALONG = (_PRODUCT + r"(%rd\d+, %rd\d+, adds), 1, 1, 0, 0;", r"\1\2, 1, 1, 0, 1;")
+NOTHING_ADDED = (_PRODUCT + r"(\{[^}]*\}, %rd\d+), 1, 1, 1, 1;", r"\1\2, 0, 1, 1, 1;")
+WRONG_STRIDE = (r"(or\.b64\s+%rd\d+, %rd\d+), 4611686293305294848;", r"\1, 4611686155866341376;")
+NO_PRODUCT_FENCE = (r"wgmma\.fence\.sync\.aligned;", "")
+NO_PRODUCT_COMMIT = (r"wgmma\.commit_group\.sync\.aligned;", "")
+WEAK_PRODUCT_WAIT = (r"wgmma\.wait_group\.sync\.aligned 0", "wgmma.wait_group.sync.aligned 1")
+WEAKER_PRODUCT_WAIT = (r"wgmma\.wait_group\.sync\.aligned 1", "wgmma.wait_group.sync.aligned 2")
+NO_ARRIVAL = (r"mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];", "")
+NOTHING_EXPECTED = (r"mbarrier\.arrive\.expect_tx(\.shared::cta\.b64 _, \[%r\d+\]), %r\d+;", r"mbarrier.arrive\1;")
+NO_PHASE_WAIT = (r"mbarrier\.try_wait[^;]*;", "mov.pred done, -1;")
+WRONG_PHASE = (r"(mbarrier\.try_wait[^;]*), (%r\d+);", r".reg .b32 other;\nxor.b32 other, \2, 1;\n\1, other;")
+NO_PROXY_FENCE = (r"fence\.proxy\.async\.shared::cta;", "")
+NO_NAMED_BARRIER = (r"bar\.sync %r\d+, %r\d+;", "")
+NO_TURN = (r"bar\.arrive %r\d+, %r\d+;", "")

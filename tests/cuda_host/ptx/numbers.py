@@ -43,6 +43,11 @@ def exp2(x):
     return flush(np.exp2(flush(x).astype(np.float64)).astype(np.float32))
 
 
+def log2(x):
+    """lg2.approx.ftz, without its error."""
+    return np.log2(flush(x).astype(np.float64)).astype(np.float32)
+
+
 def larger(x, y):
     """max: the number beside a NaN, and +0 beside -0."""
     z = np.fmax(x, y)

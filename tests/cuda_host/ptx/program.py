@@ -108,8 +108,9 @@ class _Reader:
             operands = tuple(map(self.own_name, operands))
             guard = guard and self.own_name(guard)
         number = len(self.program.instructions)
+        short = re.sub(r"\{([^,{}]+,)(?:[^,{}]+,){7,}([^,{}]+)\}", r"{\1 ..\2}", text)  # for people
         self.program.instructions.append(
-            Instruction(number, text, guard, bool(negated), tuple(opcode.split(".")), operands)
+            Instruction(number, short, guard, bool(negated), tuple(opcode.split(".")), operands)
         )
 
     def own_name(self, operand: str) -> str:
@@ -120,4 +121,11 @@ class _Reader:
 
 def split_operands(text: str) -> list[str]:
     """By the commas outside braces and brackets."""
-    return [part.strip() for part in re.split(r",(?![^{\[]*[}\]])", text) if part.strip()]
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "{[") - (letter in "}]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]

@@ -17,7 +17,9 @@ TYPES = {
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 PARAMETERS = 0x10000  # the address of the parameters, in a space of their own
-SHARED = 0  # of dynamic shared memory, in a space of its own
+# Of dynamic shared memory, in a space of its own: cards keep the first 1024 bytes from 9.0 on, and kernels count on no
+# more than the 128 that they ask to be aligned to.
+SHARED = 1024 + 128
 _POISON = 0xDEADBEEFDEADBEEF  # what registers hold that nothing was written to
 
 

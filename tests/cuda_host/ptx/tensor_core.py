@@ -60,21 +60,30 @@ MODELS = {"exact": Exact(), "sm_80": Truncated(block=8, guard=1), "sm_90": Trunc
 
 def mma(model, kind: str, a, b, c):
     """Registers d[4] of a[4], b[2] (bits) and c[4] (float32), each [warps, 32]. `kind`: f16, bf16 or tf32."""
-    a, b = ([_quads(word) for word in words] for words in (a, b))
-    if kind == "tf32":
-        a, b = ([(word & _TF32_BITS).view(np.float32) for word in words] for words in (a, b))
-    else:
-        widen = _halves if kind == "f16" else _bfloats
-        a, b = ([widen(word) for word in words] for words in (a, b))
-    # a[0], a[1]: rows g and g + 8 of the left half of columns; a[2], a[3]: of the right one. b: of column g, and down.
-    left = np.concatenate([np.concatenate(a[0::2], axis=2), np.concatenate(a[1::2], axis=2)], axis=1)
-    right = np.concatenate(b, axis=2).swapaxes(1, 2)
-    accumulators = np.empty((len(left), 16, 8), np.float32)
-    for i, word in enumerate(c):
-        accumulators[:, 8 * (i // 2) : 8 * (i // 2) + 8, i % 2 :: 2] = _quads(word)
-    result = model.multiply(left.astype(np.float64), right.astype(np.float64), accumulators)
+    widen = WIDEN[kind]
+    left, right = left_operand(a, widen), np.concatenate([widen(_quads(word)) for word in b], axis=2).swapaxes(1, 2)
+    sums = matrix_of_fragments(np.stack([word.reshape(-1) for word in c], axis=-1))
+    result = model.multiply(left.astype(np.float64), right.astype(np.float64), sums)
     numbers.make_nan_canonical(result.view(np.uint32), result)
-    return [result[:, 8 * (i // 2) : 8 * (i // 2) + 8, i % 2 :: 2].reshape(-1, 32) for i in range(4)]
+    return [words.reshape(-1, 32) for words in fragments_of_matrix(result).T]
+
+
+def left_operand(a, widen):
+    """[warps, 16 rows, columns] of a[4]: rows g and g + 8 of the left half of columns, then of the right one."""
+    a = [widen(_quads(word)) for word in a]
+    return np.concatenate([np.concatenate(a[0::2], axis=2), np.concatenate(a[1::2], axis=2)], axis=1)
+
+
+def matrix_of_fragments(values):
+    """[warps, 16, 8 n] of [lanes, 4 n]: of 8 columns after the other, two of row g and two of g + 8."""
+    parts = values.reshape(-1, 8, 4, values.shape[1] // 4, 2, 2)  # warp, g, lane of the quad, n, half of rows, column
+    return np.ascontiguousarray(parts.transpose(0, 4, 1, 3, 2, 5)).reshape(-1, 16, 2 * values.shape[1])
+
+
+def fragments_of_matrix(matrix):
+    """The inverse."""
+    parts = matrix.reshape(-1, 2, 8, matrix.shape[2] // 8, 4, 2).transpose(0, 2, 4, 3, 1, 5)
+    return np.ascontiguousarray(parts).reshape(-1, matrix.shape[2] // 2)
 
 
 def _quads(word):
@@ -83,11 +92,18 @@ def _quads(word):
 
 
 def _halves(word):
-    return word.view(np.float16).astype(np.float32)  # [warps, 8, 8]: two of each thread
+    return word.view(np.float16).astype(np.float32)  # two of each word
 
 
 def _bfloats(word):
     return numbers.from_bf16(word.view(np.uint16))
+
+
+def _tf32(word):
+    return (word & _TF32_BITS).view(np.float32)
+
+
+WIDEN = {"f16": _halves, "bf16": _bfloats, "tf32": _tf32}
 
 
 def transpose(matrices):

@@ -9,28 +9,13 @@ import pytest
 from attn_ops import masks
 from cases import TOLERANCES, assert_close, check, make_inputs
 from implementations import Cuda, specification
-from plain_formula import plain_attention
 from reference_cases import CASES
 
 from cuda_host.ptx import launching
+from cuda_host.ptx.accuracy import assert_as_accurate_as_plain
 from cuda_host.ptx.banks import Banks
 from cuda_host.ptx.publication import Publication
 from cuda_host.ptx.races import Races
-
-
-@pytest.fixture
-def interpreter(on_device):
-    """Interprets launches, with the given options of an Interpreter, until the test ends."""
-    launching.start(on_device)
-    entered = []
-
-    def enter(**options):
-        entered.append(launching.interpreter(**options))
-        return entered[-1].__enter__()
-
-    yield enter
-    for one in entered:
-        one.__exit__()
 
 
 @pytest.mark.wide(10)
@@ -118,31 +103,16 @@ def test_blocks_and_segments(interpreter):
 # --- Rounding -------------------------------------------------------------------------------------------------------
 
 
-def errors(found, expected):
-    """Largest and root-mean-square error."""
-    difference = np.abs(found.astype(np.float64) - expected)
-    return np.array([difference.max(), np.sqrt((difference**2).mean())]) / np.abs(expected).max()
-
-
 @pytest.mark.wide(2)
 @pytest.mark.parametrize("model", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_accuracy_with_the_rounding_of_tensor_cores(interpreter, dtype, model):
-    """The rule of ../../op/test_accuracy.py where products are cut off: twice the error of the plain formula."""
+    """Where products are cut off."""
     interpreter(model=model)
     query, key, value, d_out, _ = make_inputs(dtype, 1, 66, 160, 1, 1, 64)
     found = Cuda(False, False)(query, key, value, d_out)
     expected = specification(query, key, value, d_out)
-    plain = plain_attention(query, key, value, query.dtype, d_out)
-    ulp = {"float32": 2.0**-23, "bfloat16": 2.0**-7}[dtype]
-    for name, formula in zip(("out", "dq", "dk", "dv"), plain, strict=True):
-        wanted = getattr(expected, name)
-        limit = np.maximum(2 * errors(formula, wanted), 2 * ulp)
-        assert (errors(getattr(found, name), wanted) <= limit).all(), (
-            name,
-            errors(getattr(found, name), wanted),
-            limit,
-        )
+    assert_as_accurate_as_plain(found, expected, (query, key, value, d_out))
 
 
 def test_models_differ(interpreter):

@@ -4,10 +4,10 @@ from functools import cache
 
 import pytest
 from attn_ops.kernels.cuda import CudaError
-from cases import TOLERANCES, assert_close, make_inputs
-from implementations import Cuda, specification
+from cases import TOLERANCES, make_inputs
+from implementations import specification
 
-from cuda_host.ptx import compiled, launching, mutants
+from cuda_host.ptx import launching, mutants
 from cuda_host.ptx.mutants import Mutant
 from cuda_host.ptx.publication import Publication
 from cuda_host.ptx.races import Races
@@ -49,17 +49,9 @@ def attend(on_device):
     launching.start(on_device)
 
     def attend(kernel, mutant):
-        """Raises AssertionError or CudaError where the kernel is not right."""
-
-        def program(name):
-            return mutant.program() if mutant is not None and name == kernel else compiled.program(name)
-
         cases, dtype = problems(kernel)
-        with launching.interpreter(program=program, observers=[Races(), Publication()]) as interpreter:
-            for inputs, options, expected in cases:
-                found = Cuda(False, kernel == DECODE)(*inputs, **options)
-                assert_close(found, expected, TOLERANCES[dtype], kernel)
-        return interpreter
+        observers = [Races(), Publication()]
+        return launching.attend(kernel, mutant, cases, TOLERANCES[dtype], observers, kernel == DECODE)
 
     return attend
 

@@ -23,7 +23,7 @@ def name_of(i):
 
 def is_of_warps(i):
     """Whether whole warps execute it together."""
-    return name_of(i) in ("shfl", "vote", "ldmatrix", "mma", "bar.warp")
+    return name_of(i) in ("shfl", "vote", "ldmatrix", "mma", "bar.warp", "wgmma", "setmaxnreg")
 
 
 def bind(i, machine):
@@ -32,7 +32,7 @@ def bind(i, machine):
     Raises:
         PtxError: the interpreter does not know it.
     """
-    from . import arithmetic, conversion, movement, warp  # noqa: F401  they register
+    from . import arithmetic, conversion, movement, warp, warpgroup  # noqa: F401  they register
 
     if name_of(i) not in BINDERS:
         raise PtxError(f"the interpreter has no {i.text}")

@@ -117,9 +117,9 @@ def rcp(i, machine):
     return _float_step(i, machine, lambda x, out, where: np.divide(np.float32(1), x, out=out, where=where))
 
 
-@instruction("ex2")
-def ex2(i, machine):
-    return _float_step(i, machine, _copied(numbers.exp2))
+@instruction("ex2", "lg2")
+def exponential(i, machine):
+    return _float_step(i, machine, _copied(numbers.exp2 if i.name == "ex2" else numbers.log2))
 
 
 @instruction("copysign")

@@ -35,7 +35,7 @@ def cvt(i, machine):
 
 @instruction("cvta")
 def cvta(i, machine):
-    """Global addresses are generic ones."""
+    """Addresses of global memory and of parameters are generic ones."""
     registers = machine.registers
     target, x = registers.bits(i.operands[0]), registers.source(i.operands[1], "u64")
     return lambda mask: np.copyto(target, x, where=mask)

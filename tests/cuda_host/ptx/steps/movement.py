@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..copy_engine import MAP_BYTES, Box, TensorMap
 from ..registers import TYPES
 from . import instruction
 from .conversion import extended
@@ -12,7 +13,7 @@ def _space(i, machine):
     return {"global": machine.memory, "shared": machine.shared, "param": machine.parameters}[space]
 
 
-def _addresses(address, lanes):
+def addresses_of(address, lanes):
     return address()[lanes] if callable(address) else np.full(len(lanes), address, np.int64)
 
 
@@ -28,7 +29,7 @@ def ld(i, machine):
 
     def step(mask):
         lanes = machine.lanes(mask)
-        addresses = _addresses(address, lanes)
+        addresses = addresses_of(address, lanes)
         values = memory.load(addresses, size, lanes)
         if event is not None:
             machine.observe(event, i, lanes, addresses, size)
@@ -52,7 +53,7 @@ def st(i, machine):
         values = np.empty((len(lanes), len(sources)), f"u{element}")
         for column, source in enumerate(sources):
             values[:, column] = source[lanes] if np.ndim(source) else source
-        addresses = _addresses(address, lanes)
+        addresses = addresses_of(address, lanes)
         if memory is machine.shared:
             machine.observe("write", i, lanes, addresses, size, values.view(np.uint8))
         else:
@@ -65,6 +66,8 @@ def st(i, machine):
 @instruction("cp")
 def cp(i, machine):
     registers = machine.registers
+    if "bulk" in i.opcode:
+        return _copy_box(i, machine)
     if "commit_group" in i.opcode:
         return lambda mask: machine.copies.commit(machine.lanes(mask))
     if "wait_group" in i.opcode:
@@ -80,9 +83,37 @@ def cp(i, machine):
         count = given[lanes] if np.ndim(given) else np.full(len(lanes), given)
         if not np.isin(count, (0, size)).all():
             raise ValueError("copies of a part")
-        machine.copies.issue(i, lanes, _addresses(target, lanes), _addresses(source, lanes), size, count != 0)
+        machine.copies.issue(i, lanes, addresses_of(target, lanes), addresses_of(source, lanes), size, count != 0)
 
     return step
+
+
+def _copy_box(i, machine):
+    """One copy for each lane, of which there is rarely more than one."""
+    expected = "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+    if i.opcode != tuple(expected.split(".")):
+        raise ValueError("a copy")
+    registers, memory = machine.registers, machine.parameters
+    names = registers.vector(i.operands[1].replace("[", "{", 1).removesuffix("]") + "}")
+    described, at = registers.address(f"[{names[0]}]"), registers.sources(registers.vector(names[1]), "s32")
+    target, barrier = registers.address(i.operands[0]), registers.address(i.operands[2])
+
+    def step(mask):
+        lanes = machine.lanes(mask)
+        maps, targets, barriers = (addresses_of(address, lanes) for address in (described, target, barrier))
+        for lane, where, to, told in zip(lanes, maps, targets, barriers):
+            chunks = where + np.arange(0, MAP_BYTES, 16)
+            content = memory.load(chunks, 16, np.full(len(chunks), lane)).tobytes()
+            begin = tuple(int(x[lane]) if np.ndim(x) else int(x) for x in at)
+            box = Box(i, TensorMap.read(content), begin, int(lane), int(to))
+            machine.shared_barriers.bring(box, int(told))
+
+    return step
+
+
+@instruction("prefetch")
+def prefetch(i, machine):
+    return lambda mask: None
 
 
 @instruction("atom")
@@ -98,7 +129,7 @@ def atom(i, machine):
         machine.observe("atom", i, machine.lanes(mask))
         for lane in machine.lanes(mask):
             lanes = np.array([lane])
-            where = _addresses(address, lanes)
+            where = addresses_of(address, lanes)
             before = memory.load(where, 8, lanes).view(np.uint64)[0, 0]
             of_lane = [x[lane] if np.ndim(x) else x for x in (expected, desired)]
             if before == of_lane[0]:
@@ -111,4 +142,8 @@ def atom(i, machine):
 @instruction("fence", "membar")
 def fence(i, machine):
     """Memory is in order here: of interest to observers."""
+    if i.opcode == ("fence", "mbarrier_init", "release", "cluster"):
+        return lambda mask: None
+    if i.opcode == ("fence", "proxy", "async", "shared::cta"):
+        return lambda mask: machine.observe("proxy_fence", i, machine.lanes(mask))
     return lambda mask: machine.observe("fence", i, machine.lanes(mask))
