@@ -14,6 +14,7 @@ import uuid
 import tensorflow as tf
 
 from attn_ops.tensorflow import place
+from attn_ops.tensorflow.as_written import as_written
 
 # No name of another process: a model that was saved there without its gradients is to find none here.
 _PROCESS = uuid.uuid4().hex
@@ -44,6 +45,7 @@ def apply(run, gradient, inputs):
         return gradient(results, kept, [*map(tf.convert_to_tensor, cotangents)], by_tape)
 
     @tf.RegisterGradient(name)
+    @as_written  # who saves a model has AutoGraph trace it
     def of_graph(_, *cotangents):
         unasked = [None] * (len(results) + len(kept))
         return [*unasked, *of_inputs(cotangents[: len(results)], by_tape=False)]
