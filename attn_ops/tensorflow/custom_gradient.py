@@ -54,6 +54,11 @@ def apply(run, gradient, inputs):
     return results
 
 
+def own(x):
+    """``x`` as a tensor of the graph that is being made: the gradient of a branch may refer to no others."""
+    return x if getattr(x, "graph", None) is tf.compat.v1.get_default_graph() else tf.identity(x)
+
+
 def _in_public(run, gradient, inputs):
     """The same by names that TensorFlow does not keep to itself."""
 

@@ -144,7 +144,7 @@ def test_converters_that_trace_get_the_composite(module):
     exec("def trace(model, spec):\n    return tf.function(lambda x: model(x)).get_concrete_function(spec)", converter)
     spec = tf.TensorSpec(X.shape)
     definition = converter["trace"](of_our_layers(), spec).graph.as_graph_def()
-    assert b"AttnOps" not in definition.SerializeToString() and b"XlaCallModule" not in definition.SerializeToString()
+    assert not [op for op in (b"AttnOps>", b"XlaCallModule", b"DeviceIndex") if op in definition.SerializeToString()]
     with pytest.raises(ValueError, match="'fused' cannot run: the call is traced for a format other than TensorFlow's"):
         converter["trace"](of_our_layers(flash_attention=True), spec)
 
