@@ -77,7 +77,7 @@ def _attention(call, query_chunk, exporting, vectorized):
 
 
 def _with_gradient(steps, inputs, forward_mode):
-    """(out, lse) of ``steps`` with their backward as the gradient; in ``forward_mode`` accumulators see the inside too."""
+    """(out, lse) of ``steps``, whose backward is the gradient; in ``forward_mode`` accumulators see the inside too."""
 
     @tf.custom_gradient
     def run(*inputs):
@@ -89,8 +89,8 @@ def _with_gradient(steps, inputs, forward_mode):
 
 
 def _with_gradient_in_graphs(steps, inputs):
-    """The same in graphs. `tf.vectorized_map` of a function that was traced before rewrites its operations and forgets which
-    gradient they were given: then those of the inside count, which are right where nothing stops them."""
+    """The same in graphs. `tf.vectorized_map` of a function that was traced before rewrites its operations and forgets
+    which gradient they were given: then those of the inside count, which are right where nothing stops them."""
 
     def gradient(results, kept, cotangents, by_tape):
         return _gradients(steps, *map(custom_gradient.own, cotangents), [*map(custom_gradient.own, inputs)])

@@ -92,8 +92,8 @@ def in_forward_mode(tensors) -> bool:
 def exporting() -> bool:
     """Whether this is the trace of an export.
 
-    Neither Keras nor TensorFlow says so, nor do converters: what is looked for is a function on the stack of the modules in
-    which their public exporters live.
+    Neither Keras nor TensorFlow says so, nor do converters: what is looked for is a function on the stack of the
+    modules in which their public exporters live.
     """
     if tf.executing_eagerly():
         return False
@@ -101,7 +101,7 @@ def exporting() -> bool:
 
 
 def converting() -> bool:
-    """Whether this is the trace of an export to another format than TensorFlow's, in which the library can have no operator."""
+    """Whether this is the trace of an export to another format than TensorFlow's, which has no operators of libraries."""
     if tf.executing_eagerly():
         return False
     of_keras = [f"{package}.{name}" for package in _keras_exporters() for name in _KERAS_CONVERTERS]

@@ -80,5 +80,5 @@ def test_models_of_keras_2_are_refused_by_name():
     Model.__module__ = "tf_keras.src.engine.training"
     mine = type("Mine", (Model,), {})()
     for function in (attn_ops.convert, attn_ops.revert, attn_ops.explain):
-        with pytest.raises(TypeError, match=rf"attn_ops.{function.__name__}: .* got Mine of Keras 2, .*from_tf_keras takes"):
+        with pytest.raises(TypeError, match=rf"attn_ops.{function.__name__}: .* got Mine of Keras 2, .*from_tf_keras"):
             function(mine)

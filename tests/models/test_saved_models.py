@@ -1,7 +1,6 @@
 """Which operations an export holds, and what loading one says where the library is missing."""
 
 import logging
-from unittest import mock
 
 import attn_ops
 import keras
@@ -139,7 +138,7 @@ def test_a_forced_choice_is_kept(tmp_path):
 
 @pytest.mark.parametrize("module", ["tf2onnx.convert", "openvino.frontend.tensorflow.utils"])
 def test_converters_that_trace_get_the_composite(module):
-    """What they trace is recognised by the name of their module on the stack: here that of a function that stands in for them."""
+    """What they trace is recognised by the name of their module on the stack, here of a function in their place."""
     converter = {"__name__": module, "tf": tf}
     exec("def trace(model, spec):\n    return tf.function(lambda x: model(x)).get_concrete_function(spec)", converter)
     spec = tf.TensorSpec(X.shape)
@@ -155,9 +154,10 @@ def test_a_forced_choice_is_refused_where_the_format_has_no_place_for_it(tmp_pat
         of_our_layers(flash_attention=True).export(tmp_path / "model.tflite", format="litert", verbose=False)
 
 
-def test_saving_the_op_has_autograph_convert_nothing_of_ours(tmp_path, caplog):
+def test_saving_the_op_has_autograph_convert_nothing_of_ours(tmp_path, caplog, monkeypatch):
     """It took a second, and warned of what it cannot convert."""
-    with caplog.at_level("WARNING", logger="tensorflow"), mock.patch.dict(logging.getLogger("tensorflow").__dict__, propagate=True):
+    monkeypatch.setattr(logging.getLogger("tensorflow"), "propagate", True)
+    with caplog.at_level("WARNING", logger="tensorflow"):
         attn_ops.export(of_our_layers(), tmp_path, ops="fused", verbose=False)
     assert not [record for record in caplog.records if "AutoGraph" in record.getMessage()]
 

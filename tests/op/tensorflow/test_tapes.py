@@ -346,7 +346,7 @@ def test_what_is_vectorized_with_unknown_sizes(job):
 
 @pytest.mark.parametrize("form, known", [(eagerly, True), (in_a_graph, False)])
 def test_gradient_of_what_was_traced_before_and_is_vectorized(form, known):
-    """The gradient that it was traced with is forgotten, and that of its operations counts: nothing in them may stop it."""
+    """The gradient that it was traced with is forgotten, and that of its operations counts: nothing may stop it."""
     specs = [tf.TensorSpec([1, *x.shape[1:]] if known else [None] * 4, tf.float64) for x in inputs()]
     before = tf.function(composite, input_signature=specs, autograph=False)
     before.get_concrete_function()
