@@ -82,9 +82,10 @@ def of_model(model, places) -> ModelExplanation:
     """What the attention layers in this Keras layer or model run: ``places`` tells for a dtype and an implementation (or
     None) what `explain` of Keras's backend answers in eager calls, graphs, XLA, training and exports."""
     rows = []
+    layers = found.layers("explain", model)
     paths = found.paths(model)
     places = functools.cache(places)  # for this answer: the next one may stand elsewhere
-    for layer in found.layers("explain", model):
+    for layer in layers:
         state = found.state(layer)
         if state is not None and state.attends:
             rows.append(_row(paths.get(id(layer), layer.name), layer, state, places))

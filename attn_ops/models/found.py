@@ -32,7 +32,9 @@ class State(typing.NamedTuple):
 def layers(name, model) -> list:
     """The model and all layers in it, each once; TypeError in the name of ``attn_ops.name`` where it is none."""
     if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"attn_ops.{name}: model must be a Keras layer or model, got {type(model).__name__}")
+        of_keras_2 = any(cls.__module__.partition(".")[0] == "tf_keras" for cls in type(model).__mro__)
+        hint = " of Keras 2, of which attn_ops.models.from_tf_keras takes single layers" if of_keras_2 else ""
+        raise TypeError(f"attn_ops.{name}: model must be a Keras layer or model, got {type(model).__name__}{hint}")
     return list(model._flatten_layers())
 
 

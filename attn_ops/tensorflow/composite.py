@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from attn_ops.call import pages
 from attn_ops.generation import int8
-from attn_ops.tensorflow import dynamic_sizes, place, rows, xp
+from attn_ops.tensorflow import custom_gradient, dynamic_sizes, place, rows, xp
 from attn_ops.tensorflow.as_written import as_written
 from attn_ops.tensorflow.runtime_checks import at_least_1, checked, checked_pages, extents
 
@@ -67,20 +67,40 @@ def _attention(call, query_chunk, exporting, vectorized):
         watched = not tf.executing_eagerly() and place.in_forward_mode(call.differentiable())
         steps = _steps(problem, None if watched or vectorized else query_chunk, exporting)
         inputs = problem.query(), problem.key(), problem.value(), *steps.others()
-
-        def run(*inputs):
-            # Tapes would record the inside: eager ones keep it, those of graphs, where they are nested or persistent,
-            # what every chunk of a loop needs.
-            out, lse = steps.forward(*(inputs if watched else map(tf.stop_gradient, inputs)))
-
-            def gradient(d_out, d_lse):
-                # A function of the inputs alone, so that it can itself be differentiated.
-                return [tf.cast(d, x.dtype) for d, x in zip(steps.backward(d_out, d_lse, *inputs), inputs)]
-
-            return (out, lse), gradient
-
-        out, lse = steps.forward(*inputs) if vectorized else tf.custom_gradient(run)(*inputs)
+        if vectorized:
+            out, lse = steps.forward(*inputs)
+        elif watched or tf.executing_eagerly():
+            out, lse = _with_gradient(steps, inputs, forward_mode=watched)
+        else:
+            out, lse = _with_gradient_in_graphs(steps, [*map(custom_gradient.own, inputs)])
         return problem.to_layout(tf.cast(out, call.query.dtype)), lse
+
+
+def _with_gradient(steps, inputs, forward_mode):
+    """(out, lse) of ``steps``, whose backward is the gradient; in ``forward_mode`` accumulators see the inside too."""
+
+    @tf.custom_gradient
+    def run(*inputs):
+        # Tapes would record the inside, and eager ones keep it.
+        out, lse = steps.forward(*(inputs if forward_mode else map(tf.stop_gradient, inputs)))
+        return (out, lse), lambda d_out, d_lse: _gradients(steps, d_out, d_lse, inputs)
+
+    return run(*inputs)
+
+
+def _with_gradient_in_graphs(steps, inputs):
+    """The same in graphs. `tf.vectorized_map` of a function that was traced before rewrites its operations and forgets
+    which gradient they were given: then those of the inside count, which are right where nothing stops them."""
+
+    def gradient(results, kept, cotangents, by_tape):
+        return _gradients(steps, *map(custom_gradient.own, cotangents), [*map(custom_gradient.own, inputs)])
+
+    return custom_gradient.apply(lambda *inputs: (steps.forward(*inputs), []), gradient, inputs)
+
+
+def _gradients(steps, d_out, d_lse, inputs):
+    """A function of the inputs and the cotangents alone, so that it can itself be differentiated."""
+    return [tf.cast(d, x.dtype) for d, x in zip(steps.backward(d_out, d_lse, *inputs), inputs)]
 
 
 @as_written

@@ -14,6 +14,7 @@ import uuid
 import tensorflow as tf
 
 from attn_ops.tensorflow import place
+from attn_ops.tensorflow.as_written import as_written
 
 # No name of another process: a model that was saved there without its gradients is to find none here.
 _PROCESS = uuid.uuid4().hex
@@ -44,12 +45,18 @@ def apply(run, gradient, inputs):
         return gradient(results, kept, [*map(tf.convert_to_tensor, cotangents)], by_tape)
 
     @tf.RegisterGradient(name)
+    @as_written  # who saves a model has AutoGraph trace it
     def of_graph(_, *cotangents):
         unasked = [None] * (len(results) + len(kept))
         return [*unasked, *of_inputs(cotangents[: len(results)], by_tape=False)]
 
     record(name, results, inputs, lambda *cotangents: of_inputs(cotangents, by_tape=True))
     return results
+
+
+def own(x):
+    """``x`` as a tensor of the graph that is being made: the gradient of a branch may refer to no others."""
+    return x if getattr(x, "graph", None) is tf.compat.v1.get_default_graph() else tf.identity(x)
 
 
 def _in_public(run, gradient, inputs):

@@ -47,7 +47,8 @@ def differentiable(form, call: AttentionCall):
 
 
 def _gradients(form, call, out, statistics, cotangents):
-    call, out, statistics, cotangents = _in_this_graph(call), *map(_own, (out, statistics)), [*map(_own, cotangents)]
+    call, cotangents = _in_this_graph(call), [*map(custom_gradient.own, cotangents)]
+    out, statistics = map(custom_gradient.own, (out, statistics))
     if vectorization.reason_against_kernels(call, *cotangents):
         return composite.gradients(composite.separate(call), cotangents, call.asked(), vectorized=True)
     num_inputs = len(call.differentiable())
@@ -71,11 +72,7 @@ def _at_their_places(call, asked, gradients):
 
 def _in_this_graph(call):
     """``call`` with tensors of the graph that is being made: the gradient of a branch may refer to no others."""
-    return call.map_tensors(_own)
-
-
-def _own(x):
-    return x if getattr(x, "graph", None) is tf.compat.v1.get_default_graph() else tf.identity(x)
+    return call.map_tensors(custom_gradient.own)
 
 
 def _second_order(call, cotangents, incoming):

@@ -67,10 +67,14 @@ def export(model, path, *, ops="composite", **kwargs):
 def reasons_against_fused(forced: bool) -> list[str]:
     """Why the export that is being traced, if one is, is not to hold the fused op.
 
-    A ``forced`` choice stands, unless `export` was told otherwise.
+    A ``forced`` choice stands, unless `export` was told otherwise, or the format has no place for it.
     """
     wanted = _wanted.get()
-    if wanted == "fused" or (forced and wanted is None) or not place.exporting():
+    if wanted == "fused" or not place.exporting():
+        return []
+    if place.converting():
+        return ["the call is traced for a format other than TensorFlow's, which has no operators of this library"]
+    if forced and wanted is None:
         return []
     return [
         "the call is traced for an export, which is to load without this library: "

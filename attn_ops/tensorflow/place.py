@@ -28,6 +28,10 @@ _XLA = "tensorflow.compiler.tf2xla.python.xla"
 _EXECUTE = "tensorflow.python.pywrap_tfe.TFE_Py_FastPathExecute"
 _CONTEXT = "tensorflow.python.eager.context.context"
 
+# The packages of those who trace functions and models to convert them, and Keras's modules that call them.
+_CONVERTERS = "tf2onnx", "openvino.frontend.tensorflow"
+_KERAS_CONVERTERS = "onnx", "openvino", "litert"
+
 # What is used, by path, and what happens without it.
 _WITHOUT = {
     "tf.__internal__.get_enclosing_xla_context": (
@@ -88,12 +92,20 @@ def in_forward_mode(tensors) -> bool:
 def exporting() -> bool:
     """Whether this is the trace of an export.
 
-    Neither Keras nor TensorFlow says so: what is looked for is a function on the stack of the modules in which their
-    public exporters live.
+    Neither Keras nor TensorFlow says so, nor do converters: what is looked for is a function on the stack of the
+    modules in which their public exporters live.
     """
     if tf.executing_eagerly():
         return False
-    return _supposed.get() or frames.any_of((tf.saved_model.save.__module__, *_keras_exporters()))
+    return _supposed.get() or frames.any_of((tf.saved_model.save.__module__, *_keras_exporters(), *_CONVERTERS))
+
+
+def converting() -> bool:
+    """Whether this is the trace of an export to another format than TensorFlow's, which has no operators of libraries."""
+    if tf.executing_eagerly():
+        return False
+    of_keras = [f"{package}.{name}" for package in _keras_exporters() for name in _KERAS_CONVERTERS]
+    return frames.any_of((*_CONVERTERS, *of_keras))
 
 
 @contextlib.contextmanager

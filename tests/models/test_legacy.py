@@ -68,3 +68,17 @@ def test_other_layers_are_refused():
                 function(layer)
     with pytest.raises(ValueError, match="not built"):
         attn_ops.models.from_tf_keras(keras.layers.MultiHeadAttention(2, 8))
+
+
+def test_models_of_keras_2_are_refused_by_name():
+    """By one that looks like them: `tf_keras` is not among what tests install."""
+
+    class Model:
+        def _flatten_layers(self):
+            return iter([self])
+
+    Model.__module__ = "tf_keras.src.engine.training"
+    mine = type("Mine", (Model,), {})()
+    for function in (attn_ops.convert, attn_ops.revert, attn_ops.explain):
+        with pytest.raises(TypeError, match=rf"attn_ops.{function.__name__}: .* got Mine of Keras 2, .*from_tf_keras"):
+            function(mine)

@@ -1,5 +1,7 @@
 """Which operations an export holds, and what loading one says where the library is missing."""
 
+import logging
+
 import attn_ops
 import keras
 import numpy as np
@@ -132,6 +134,32 @@ def test_a_forced_choice_is_kept(tmp_path):
         attn_ops.export(model, tmp_path / "composite", ops="composite", verbose=False)
     model.export(tmp_path / "fused", verbose=False)
     assert holds_the_op(tmp_path / "fused")
+
+
+@pytest.mark.parametrize("module", ["tf2onnx.convert", "openvino.frontend.tensorflow.utils"])
+def test_converters_that_trace_get_the_composite(module):
+    """What they trace is recognised by the name of their module on the stack, here of a function in their place."""
+    converter = {"__name__": module, "tf": tf}
+    exec("def trace(model, spec):\n    return tf.function(lambda x: model(x)).get_concrete_function(spec)", converter)
+    spec = tf.TensorSpec(X.shape)
+    definition = converter["trace"](of_our_layers(), spec).graph.as_graph_def()
+    assert not [op for op in (b"AttnOps>", b"XlaCallModule", b"DeviceIndex") if op in definition.SerializeToString()]
+    with pytest.raises(ValueError, match="'fused' cannot run: the call is traced for a format other than TensorFlow's"):
+        converter["trace"](of_our_layers(flash_attention=True), spec)
+
+
+def test_a_forced_choice_is_refused_where_the_format_has_no_place_for_it(tmp_path):
+    """LiteRT's converter itself would say "failed to legalize operation 'vhlo.custom_call_v1'", that of ONNX less."""
+    with pytest.raises(ValueError, match="'fused' cannot run: the call is traced for a format other than TensorFlow's"):
+        of_our_layers(flash_attention=True).export(tmp_path / "model.tflite", format="litert", verbose=False)
+
+
+def test_saving_the_op_has_autograph_convert_nothing_of_ours(tmp_path, caplog, monkeypatch):
+    """It took a second, and warned of what it cannot convert."""
+    monkeypatch.setattr(logging.getLogger("tensorflow"), "propagate", True)
+    with caplog.at_level("WARNING", logger="tensorflow"):
+        attn_ops.export(of_our_layers(), tmp_path, ops="fused", verbose=False)
+    assert not [record for record in caplog.records if "AutoGraph" in record.getMessage()]
 
 
 def test_bad_arguments(tmp_path, monkeypatch):

@@ -344,6 +344,15 @@ def test_what_is_vectorized_with_unknown_sizes(job):
     assert_right(job, tf.function(lambda *x: job(chosen, *x), input_signature=unknown, autograph=False)(*inputs()))
 
 
+@pytest.mark.parametrize("form, known", [(eagerly, True), (in_a_graph, False)])
+def test_gradient_of_what_was_traced_before_and_is_vectorized(form, known):
+    """The gradient that it was traced with is forgotten, and that of its operations counts: nothing may stop it."""
+    specs = [tf.TensorSpec([1, *x.shape[1:]] if known else [None] * 4, tf.float64) for x in inputs()]
+    before = tf.function(composite, input_signature=specs, autograph=False)
+    before.get_concrete_function()
+    assert_right(gradient_of_a_vectorized_map, form(gradient_of_a_vectorized_map, before)(*inputs()))
+
+
 def test_forcing_the_kernels_where_their_gradient_is_lost():
     with pytest.raises(ValueError, match="by tf.vectorized_map or for a Jacobian, which loses the gradients"):
         tf.function(gradient_of_a_vectorized_map, autograph=False)(fused, *inputs())
