@@ -18,8 +18,9 @@ ATTN_DEVICE constexpr uint32_t infinity_bits() {
   return M::kMath == Math::kFloat16 ? 0x7c00u : M::kMath == Math::kBFloat16 ? 0x7f80u : kInfinityBits;
 }
 
+// (By value: by reference, it came in four loads for Hopper, with four times the passes over banks each.)
 template <class M>
-ATTN_DEVICE bool chunk_is_finite(const Bytes16& chunk) {
+ATTN_DEVICE bool chunk_is_finite(Bytes16 chunk) {
   constexpr uint32_t infinity = infinity_bits<M>();
   bool finite = true;
 #pragma unroll

@@ -10,6 +10,7 @@ from kernel_options import core_options
 
 from cuda_host.ptx import launching
 from cuda_host.ptx.accuracy import assert_as_accurate_as_plain, errors
+from cuda_host.ptx.banks import Banks
 from cuda_host.ptx.proxies import Proxies
 from cuda_host.ptx.races import Races
 
@@ -143,6 +144,15 @@ def test_results_are_stored_by_rows(interpreter, dim):
     Cuda(False, False)(*make_inputs("bfloat16", 1, 70, 70, 2, 1, dim))
     assert len(stores.sizes) == 3
     assert all(16 in sizes and 2 not in sizes for sizes in stores.sizes.values()), stores.sizes
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_no_bank_conflicts(interpreter, dim):
+    """Of what threads load and store themselves, where tiles are looked through too."""
+    banks = Banks()
+    interpreter(observers=[banks])
+    Cuda(False, False)(*make_inputs("bfloat16", 1, 150, 150, 1, 1, dim), is_causal=True)
+    assert banks.counts and not banks.conflicts()
 
 
 def of_warpgroups(*ranks):
