@@ -45,8 +45,7 @@ int map_of(TensorMap* map, const AttentionParams& p, const StridedView& view, in
 
 bool takes(const AttentionParams& p, const Device& device) {
   return device.hopper_image >= 0 && size_of(p.dtype) == 2 && is_plain(p) && padded_dim(p) != 0 && p.value_dim > 0 &&
-         p.mask.query_offset == nullptr && p.mask.key_begin == nullptr &&  // no card has run these kernels with them
-         p.sinks == nullptr &&                                             // which they do not have
+         p.sinks == nullptr &&  // which these kernels do not have
          alignment_of(p, p.q, p.seqlen_q, p.num_heads, p.head_dim) == kPanelAlignment &&
          can_map(p, p.k, p.seqlen_k, p.num_kv_heads, p.head_dim) &&
          can_map(p, p.v, p.seqlen_k, p.num_kv_heads, p.value_dim);

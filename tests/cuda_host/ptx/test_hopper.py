@@ -3,7 +3,7 @@
 import cuda_run
 import numpy as np
 import pytest
-from attn_ops import reference
+from attn_ops import masks, reference
 from cases import TOLERANCES, check, make_inputs
 from implementations import Cuda, specification
 from kernel_options import core_options
@@ -70,6 +70,33 @@ def test_shapes_without_races(interpreter, shape):
     kernels = interpreter(observers=[Races(), Proxies()])
     check(Cuda(False, False), dtype, **{"batch": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": dim, **options})
     assert names(kernels) == expected_names(dtype, dim)
+
+
+def intervals(batch, seed=0):
+    """Ends that never move back, anywhere; some rows see nothing."""
+    begin, end = np.sort(np.random.default_rng(seed).integers(0, 291, (2, batch, 290)).astype(np.int32))
+    return masks.intervals(begin, end)
+
+
+STRUCTURES = {
+    "intervals": {"mask": intervals(2)},
+    "intervals of all, window": {"mask": intervals(1) & masks.window(left=20, right=5)},
+    "intervals, lengths": {"mask": intervals(2) & masks.padding(np.array([120, 7]), np.array([0, 130]))},
+    "prefix": {"mask": masks.prefix(np.array([40, 0]))},
+    "chunked": {"mask": masks.chunked(130)},
+    "packed": {"mask": masks.packed([0, 3, 70, 290])},
+    "offsets": {"is_causal": True, "query_offset": np.array([7, 60]), "seqlen_k": 400},
+    "offsets beyond the keys": {"is_causal": True, "window": (30, None), "query_offset": np.array([310, 200])},
+}
+
+
+@pytest.mark.wide(4)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_what_rows_see_without_races(interpreter, structure):
+    kernels = interpreter(observers=[Races(), Proxies()])
+    options = {"batch": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 64, "seqlen_q": 290, "seqlen_k": 290}
+    check(Cuda(False, False), "bfloat16", **{**options, **STRUCTURES[structure]})
+    assert names(kernels) == expected_names("bfloat16", 64)
 
 
 @pytest.mark.wide(3)
