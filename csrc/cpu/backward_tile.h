@@ -1,7 +1,7 @@
 // A tile of query rows in backward: what is read of its rows, and the scratch that tiles share.
 #pragma once
 
-#include "head_lanes.h"
+#include "row_group.h"
 #include "key_rows.h"
 #include "pair_weights.h"
 #include "row_tile.h"

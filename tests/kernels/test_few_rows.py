@@ -43,6 +43,31 @@ def test_every_width(rng, head_dim, value_dim, isa):
     check(isa, *tensors(rng, 1, 3, 21, 2, 2, head_dim, value_dim))
 
 
+@pytest.mark.wide(2)
+@pytest.mark.parametrize("dtype", ("float32", "float16", ml_dtypes.bfloat16), ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("head_dim, value_dim", [(2, 34), (16, 6), (64, 64), (100, 72), (128, 160)])
+@pytest.mark.parametrize("num_kv_heads", (1, 3, 16))
+def test_blocks_of_keys(rng, num_kv_heads, head_dim, value_dim, dtype, isa):
+    """Of tasks with few heads and with many, which have other blocks; lengths at and beside their ends. Columns in pairs."""
+    for seqlen_k in (1, 2, 15, 17, 32, 63, 65, 127):
+        for rows in (1, 2, 3, 8):
+            check(isa, *tensors(rng, 1, 1, seqlen_k, rows * num_kv_heads, num_kv_heads, head_dim, value_dim, dtype))
+
+
+@pytest.mark.parametrize("dtype", ("float32", ml_dtypes.bfloat16), ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("rows", (1, 4))
+def test_what_is_hidden_in_a_block_may_be_anything(rng, rows, dtype, isa):
+    """Beside keys that are seen, at even places and at odd ones; and past the length."""
+    q, k, v = tensors(rng, 2, 1, 81, 2 * rows, 2, 64, 64, dtype)
+    mask = rng.random((2, 1, 1, 81)) < 0.6
+    mask[:, :, :, 77:] = False
+    options = {"masks": [mask]}
+    wanted = check(isa, q, k, v, options, mask=mask)
+    for x in (k, v):
+        x[~mask[:, 0, 0]] = np.nan
+    np.testing.assert_array_equal(core.forward(q, k, v, isa=isa, **options)[0], wanted)
+
+
 @pytest.mark.parametrize("num_kv_heads", (1, 15, 16, 17, 40))
 def test_heads_of_a_task(rng, num_kv_heads, isa):
     """Heads are taken together, 16 at most."""
