@@ -1,7 +1,7 @@
 """Intervals of keys per row, ids, and the position of the first row, on the CUDA kernels, which read both from device memory.
 
 On the stand-in driver, or with `pytest -m gpu` on a device. Over several tiles of rows and keys, forward and backward, in
-the kernels for plain calls (16 bits and nothing else that hides) and in the others.
+the kernels for plain calls (nothing else that hides) and in the others.
 """
 
 import dataclasses

@@ -413,7 +413,8 @@ def test_first_launches_may_be_captured(version, asked, wrong):
 @pytest.mark.parametrize(
     "options, dtype, kernel",
     [
-        ({}, "float32", "f32_64"),
+        ({}, "float32", "f32_64_plain"),  # which they do
+        ({"scale": 2.0}, "float32", "f32_64"),
         ({"dropout_rate": 0.5, "dropout_seed": 3}, "float16", "f16_64"),
         ({"scale": -1.0}, "float16", "f16_64"),
         ({"scale": 0.0}, "float16", "f16_64"),
@@ -449,8 +450,8 @@ def test_few_rows_are_decoded_in_parts_as_many_as_the_card_can_use():
     "function, code, text",
     [
         ("cuLibraryGetKernel", 500, "looking for the kernel attn_ops_forward_f32_64"),
-        ("cuKernelSetAttribute", 1, "giving shared memory to attn_ops_forward_f32_64 (49216 bytes)"),
-        ("cuLaunchKernel", 701, "launching attn_ops_forward_f32_64 (3 blocks of 128 threads, 49216 bytes"),
+        ("cuKernelSetAttribute", 1, "giving shared memory to attn_ops_forward_f32_64_plain (49216 bytes)"),
+        ("cuLaunchKernel", 701, "launching attn_ops_forward_f32_64_plain (3 blocks of 128 threads, 49216 bytes"),
     ],
 )
 def test_errors_of_the_driver_name_what_was_done(function, code, text):

@@ -13,7 +13,7 @@ from cuda_host.ptx.publication import Publication
 from cuda_host.ptx.races import Races
 
 FORWARD, DQ, DKDV = (f"attn_ops_{role}_bf16_64_plain" for role in ("forward", "dq", "dkdv"))
-DECODE, FLOAT32 = "attn_ops_decode_bf16_64", "attn_ops_forward_f32_64"
+DECODE, FLOAT32 = "attn_ops_decode_bf16_64", "attn_ops_forward_f32_64_plain"
 
 OPERANDS = ("SWAPPED_A", "SWAPPED_B", "SWAPPED_SUMS", "SWAPPED_PAIR")
 OPERANDS += ("NO_TRANSPOSE", "TRANSPOSED", "EVERYTHING_COPIED", "WRONG_SHUFFLE")
