@@ -76,7 +76,24 @@ ATTN_INLINE void gemm_tile(const E* a, int64_t lda, const E* b, int64_t ldb, int
     for (int v = 0; v < NV; ++v) epilogue(row + r, v, acc[r][v]);
 }
 
-// All rows: full tiles, then halves and single rows. epilogue(r, v, sum) stores vector v of row r.
+// The rows from `r` on, fewer than a full tile has: halves, and what is left in one more half with rows before it, or alone.
+// A single row has so few sums that each waits for the one before, and takes as long as three or four of a half.
+template <class E, int NV, Major M, class Epilogue>
+ATTN_INLINE void gemm_rest(int64_t rows, int64_t r, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth,
+                           const Epilogue& epilogue) {
+  constexpr int kHalf = tile_rows(NV) / 2;
+  const int64_t step = M == Major::kRow ? lda : 1, last_half = rows - kHalf;
+  for (; r <= last_half; r += kHalf) gemm_tile<E, kHalf, NV, M>(a + r * step, lda, b, ldb, depth, epilogue, r);
+  if (kHalf > 2 && last_half >= 0 && rows - r > 1) {
+    const auto of_rest = [&](int64_t row, int v, Vec<Accumulator<E>> x) {
+      if (row >= r) epilogue(row, v, x);
+    };
+    return gemm_tile<E, kHalf, NV, M>(a + last_half * step, lda, b, ldb, depth, of_rest, last_half);
+  }
+  for (; r < rows; ++r) gemm_tile<E, 1, NV, M>(a + r * step, lda, b, ldb, depth, epilogue, r);
+}
+
+// All rows. epilogue(r, v, sum) stores vector v of row r.
 template <class E, int NV, Major M, class Epilogue>
 ATTN_INLINE void gemm(int64_t rows, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth,
                       const Epilogue& epilogue) {
@@ -84,8 +101,7 @@ ATTN_INLINE void gemm(int64_t rows, const E* a, int64_t lda, const E* b, int64_t
   const int64_t step = M == Major::kRow ? lda : 1;
   int64_t r = 0;
   for (; r + R <= rows; r += R) gemm_tile<E, R, NV, M>(a + r * step, lda, b, ldb, depth, epilogue, r);
-  for (; r + R / 2 <= rows; r += R / 2) gemm_tile<E, R / 2, NV, M>(a + r * step, lda, b, ldb, depth, epilogue, r);
-  for (; r < rows; ++r) gemm_tile<E, 1, NV, M>(a + r * step, lda, b, ldb, depth, epilogue, r);
+  gemm_rest<E, NV, M>(rows, r, a, lda, b, ldb, depth, epilogue);
 }
 
 // The same product for blocks that are partly masked and whose other factor holds Inf or NaN: a masked probability

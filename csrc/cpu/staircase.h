@@ -139,8 +139,7 @@ __attribute__((noinline)) void gemm_in_steps(int64_t rows, const E* a, int64_t l
       for (int v = 0; v < NV; ++v) epilogue(r + i, v, acc[i][v]);
   }
   const int64_t begin = steps.begin()->begin / Product<E>::numbers, end = elements<E>((steps.end() - 1)->end);
-  gemm<E, NV, Major::kDepth>(rows - r, a + r + begin * lda, lda, b + begin * ldb, ldb, end - begin,
-                             [&](int64_t i, int v, Vec<T> x) { epilogue(r + i, v, x); });
+  gemm_rest<E, NV, Major::kDepth>(rows, r, a + begin * lda, lda, b + begin * ldb, ldb, end - begin, epilogue);
 }
 
 // gemm of sums over the n keys, a(r, k) = a[r + k * lda], where b is 0 beside the steps.
