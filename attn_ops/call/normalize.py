@@ -321,6 +321,7 @@ def _fit(layout, q, k, v):
         and same(seqlen_k, seqlen_v)
         and same(heads_k, heads_v)
         and same(dim, dim_k)
+        and dim != 0
         and multiple
     )
 

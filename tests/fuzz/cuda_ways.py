@@ -18,6 +18,7 @@ class Cuda(ways.Kernels):
     """
 
     dtypes = ("float32", "float16", "bfloat16")
+
     def __init__(self, name, share, on_device=False, decodes=True):
         self.name, self.share, self.on_device = name, share, on_device
         self.most_decode_rows = 64 if decodes else 0

@@ -188,6 +188,14 @@ def test_error_of_autograph_functions_keeps_its_type():
         function(normal(2, 5, 4, 8))
 
 
+def test_no_other_layout_is_proposed_that_would_not_do_either():
+    with pytest.raises(ValueError, match="head_dim must be at least 1") as error:
+        scaled_dot_product_attention(*[normal(1, 2, 2, 0)] * 3)
+    assert "they fit as" not in str(error.value)
+    with pytest.raises(ValueError, match='they fit as layout="BHSD"'):
+        scaled_dot_product_attention(normal(2, 4, 5, 8), normal(2, 4, 7, 8), normal(2, 4, 7, 8))
+
+
 @pytest.mark.parametrize("function", ["explain", "can_use_fused"])
 def test_questions_refuse_bad_input_under_their_own_name(function):
     with pytest.raises(ValueError) as error:
