@@ -22,7 +22,6 @@ ATTN_INLINE void raw_scores(Storage storage, const RowGroup<E>& f, const KeyBloc
   const char* row = block.keys + f.head_rows->kv_head * p.k.stride[2] * size_of(p.k.dtype);
   const Vec<T> factor = S::set1(Scale<E>(p.scale).of_scores);
   for (int64_t j = 0; j < n; j += K, row += K * stride) {
-    ahead.ask(K * ahead.row_bytes());
     Vec<T> acc[W];  // [row][key]
 #pragma GCC unroll 4
     for (int t0 = 0; t0 < K; t0 += kAtOnce) {
@@ -31,6 +30,7 @@ ATTN_INLINE void raw_scores(Storage storage, const RowGroup<E>& f, const KeyBloc
       if (j + K > n)  // what is past the keys is as the last of them
         for (int t = 0; t < kAtOnce; ++t)
           if (j + t0 + t >= n) key[t] = row + (n - 1 - j) * stride;
+      ahead.ask(kAtOnce * ahead.row_bytes());
       for (int t = 0; t < kAtOnce; ++t) ahead.ask_next_head(key[t], ahead.row_bytes());
       Vec<T> sum[R][kAtOnce] = {};
       const auto add = [&](int64_t d, auto vectors, const auto& load) {
