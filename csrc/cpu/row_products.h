@@ -78,6 +78,24 @@ ATTN_INLINE void scale_block(const RowGroup<T>& f, const StridedView& view, cons
     }
 }
 
+// add(acc) adds to acc[i][v], which is what out has of NV vectors from column d on, and with `corrects` times the corrections.
+template <int R, int NV, class E, class Add>
+ATTN_INLINE void with_sums(const RowGroup<E>& f, int64_t d, bool corrects, const Add& add) {
+  using T = Accumulator<E>;
+  using S = Simd<T>;
+  T* const out = f.out + d;
+  const int64_t size = round_to_width<T>(f.head_rows->p.value_dim);
+  Vec<T> acc[R][NV];
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < NV; ++v) {
+      acc[i][v] = S::load(out + i * size + v * S::width);
+      if (corrects) acc[i][v] *= S::set1(f.correction[i]);
+    }
+  add(acc);
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < NV; ++v) S::store(out + i * size + v * S::width, acc[i][v]);
+}
+
 // out[i] = correction[i] out[i] + sum_j p[i][j] v[j], a panel of d after the other. A few keys at a time where panels share
 // lines of the cache: rows a multiple of 4 KiB apart share its sets, and a whole block of them would not stay in L1 from one
 // panel to the next. (And for one row, so that its few sums are no chain as long as the block.) With `hides`, a zero
@@ -92,34 +110,28 @@ ATTN_INLINE void add_values(Storage storage, const RowGroup<E>& f, const KeyBloc
   constexpr int kKeys = R > 1 && kPanel * W * Storage::size >= 64 ? kHeadLanesKeys : Storage::size == 1 ? 16 : 8;
   constexpr int kVectors = kVectorsAtOnce<Storage>, kAsked = R > 1 ? 4 : kKeys;
   const AttentionParams& p = f.head_rows->p;
-  const int64_t n = block.n, stride = p.v.stride[1] * Storage::size, out_size = round_to_width<T>(p.value_dim);
+  const int64_t n = block.n, stride = p.v.stride[1] * Storage::size;
   const char* const first = block.values + f.head_rows->kv_head * p.v.stride[2] * Storage::size;
   for (int64_t j0 = 0; j0 < n; j0 += kKeys) {
     const int64_t keys = n - j0 < kKeys ? n - j0 : kKeys;
     const char* const values = first + j0 * stride;
     const auto panel = [&](int64_t d, auto vectors, const auto& load) {
       constexpr int NV = decltype(vectors)::value;
-      Vec<T> acc[R][NV];
-      for (int i = 0; i < R; ++i)
-        for (int v = 0; v < NV; ++v) {
-          acc[i][v] = S::load(f.out + i * out_size + d + v * W);
-          if (j0 == 0) acc[i][v] *= S::set1(f.correction[i]);
-        }
       const char* at = values + d * Storage::size;
-      for (int64_t j = 0; j < keys; ++j, at += stride) {
-        if (j % kAsked == 0) ahead.ask((keys - j < kAsked ? keys - j : kAsked) * NV * W * Storage::size);
-        ahead.ask_next_head(at, NV * W * Storage::size);
-        Vec<T> x[NV];
-        load(at, x);
+      with_sums<R, NV>(f, d, j0 == 0, [&](Vec<T>(&acc)[R][NV]) {
+        for (int64_t j = 0; j < keys; ++j, at += stride) {
+          if (j % kAsked == 0) ahead.ask((keys - j < kAsked ? keys - j : kAsked) * NV * W * Storage::size);
+          ahead.ask_next_head(at, NV * W * Storage::size);
+          Vec<T> x[NV];
+          load(at, x);
 #pragma GCC unroll 4
-        for (int i = 0; i < R; ++i) {
-          const T weight = f.scores[i * kHeadLanesKeys + j0 + j];
-          if (hides && weight == 0) continue;
-          for (int v = 0; v < NV; ++v) acc[i][v] = S::fma(S::set1(weight), x[v], acc[i][v]);
+          for (int i = 0; i < R; ++i) {
+            const T weight = f.scores[i * kHeadLanesKeys + j0 + j];
+            if (hides && weight == 0) continue;
+            for (int v = 0; v < NV; ++v) acc[i][v] = S::fma(S::set1(weight), x[v], acc[i][v]);
+          }
         }
-      }
-      for (int i = 0; i < R; ++i)
-        for (int v = 0; v < NV; ++v) S::store(f.out + i * out_size + d + v * W, acc[i][v]);
+      });
     };
     const auto whole = [&](const char* at, auto& x) {
       constexpr int NV = sizeof x / sizeof x[0];
@@ -143,7 +155,7 @@ ATTN_INLINE int64_t add_value_pairs(const RowGroup<E>& f, const KeyBlock& block,
   using Words = BFloat16::Words;
   constexpr int W = S::width;
   const AttentionParams& p = f.head_rows->p;
-  const int64_t n = block.n, stride = p.v.stride[1] * BFloat16::size, out_size = round_to_width<T>(p.value_dim);
+  const int64_t n = block.n, stride = p.v.stride[1] * BFloat16::size;
   const char* const first = block.values + f.head_rows->kv_head * p.v.stride[2] * BFloat16::size;
   E weights[R][kHeadLanesKeys / 2 + W];  // of two keys; of more than there are: 0
   for (int i = 0; i < R; ++i)
@@ -154,31 +166,27 @@ ATTN_INLINE int64_t add_value_pairs(const RowGroup<E>& f, const KeyBlock& block,
     }
   const auto panel = [&](int64_t d, auto pairs) {
     constexpr int NP = decltype(pairs)::value;  // of vectors
-    Vec<T> acc[R][2 * NP];
-    for (int i = 0; i < R; ++i)
-      for (int v = 0; v < 2 * NP; ++v)
-        acc[i][v] = S::load(f.out + i * out_size + d + v * W) * S::set1(f.correction[i]);
     const char* at = first + d * BFloat16::size;
-    for (int64_t j = 0; j < n; j += 2, at += 2 * stride) {
-      const bool both = j + 1 < n;
-      ahead.ask((both ? 2 : 1) * 2 * NP * W * BFloat16::size);
-      ahead.ask_next_head(at, 2 * NP * W * BFloat16::size);
-      if (both) ahead.ask_next_head(at + stride, 2 * NP * W * BFloat16::size);
-      typename P::V x[2 * NP];
-      for (int v = 0; v < NP; ++v) {
-        Words one, other{};
-        memcpy(&one, at + v * sizeof one, sizeof one);
-        if (both) memcpy(&other, at + stride + v * sizeof other, sizeof other);
-        x[2 * v] = (typename P::V)((one & 0xffffu) | other << 16);
-        x[2 * v + 1] = (typename P::V)(one >> 16 | (other & 0xffff0000u));
+    with_sums<R, 2 * NP>(f, d, true, [&](Vec<T>(&acc)[R][2 * NP]) {
+      for (int64_t j = 0; j < n; j += 2, at += 2 * stride) {
+        const bool both = j + 1 < n;
+        ahead.ask((both ? 2 : 1) * 2 * NP * W * BFloat16::size);
+        ahead.ask_next_head(at, 2 * NP * W * BFloat16::size);
+        if (both) ahead.ask_next_head(at + stride, 2 * NP * W * BFloat16::size);
+        typename P::V x[2 * NP];
+        for (int v = 0; v < NP; ++v) {
+          Words one, other{};
+          memcpy(&one, at + v * sizeof one, sizeof one);
+          if (both) memcpy(&other, at + stride + v * sizeof other, sizeof other);
+          x[2 * v] = (typename P::V)((one & 0xffffu) | other << 16);
+          x[2 * v + 1] = (typename P::V)(one >> 16 | (other & 0xffff0000u));
+        }
+        for (int i = 0; i < R; ++i) {
+          const typename P::V weight = P::set1(weights[i] + j / 2);
+          for (int v = 0; v < 2 * NP; ++v) acc[i][v] = P::add(weight, x[v], acc[i][v]);
+        }
       }
-      for (int i = 0; i < R; ++i) {
-        const typename P::V weight = P::set1(weights[i] + j / 2);
-        for (int v = 0; v < 2 * NP; ++v) acc[i][v] = P::add(weight, x[v], acc[i][v]);
-      }
-    }
-    for (int i = 0; i < R; ++i)
-      for (int v = 0; v < 2 * NP; ++v) S::store(f.out + i * out_size + d + v * W, acc[i][v]);
+    });
   };
   int64_t d = 0;
   for (; d + 4 * W <= p.value_dim; d += 4 * W) panel(d, Vectors<2>{});
