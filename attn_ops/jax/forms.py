@@ -45,7 +45,8 @@ def cuda_reason(options: Options, arrays: Arrays) -> str | None:
         reason = attention_call.beyond_cuda(arrays)
     if reason is not None:
         return reason
-    known = (n if isinstance(n, int) else 1 for n in attention_call.cuda_sizes(options, arrays))  # jax.export may leave extents open
+    # jax.export may leave extents open.
+    known = (n if isinstance(n, int) else 1 for n in attention_call.cuda_sizes(options, arrays))
     return kernels.cuda_unsupported_reason(arrays.query.dtype.name, *known)
 
 
