@@ -1,7 +1,7 @@
 """The dropout mask: counter-based random bits, the same in every implementation.
 
-The generator is Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011). Whether the weight of key j in row i is kept depends only on (seed, offset, batch, head, i, j):
+The generator is Philox4x32-7 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011,
+who found no statistical test that tells seven rounds from chance; FlashAttention-2 takes as many). Whether the weight of key j in row i is kept depends only on (seed, offset, batch, head, i, j):
 
     counter = (j >> 2, i, batch_index * num_heads + head, low32(offset))
     key     = (low32(seed), high32(seed) ^ high32(offset))
@@ -18,6 +18,7 @@ import numpy as np
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 LOW32 = 0xFFFFFFFF
+ROUNDS = 7
 
 
 def threshold(rate):
@@ -50,7 +51,7 @@ def keep(seed, offset, batch, num_heads, seqlen_q, seqlen_k, rate):
         **in_64_bits(lambda x: (x >> uint64(32), x & uint64(LOW32))),
         xor=np.bitwise_xor,
     )
-    # Ten rounds mix every counter into every word, so each word has the full broadcast shape.
+    # The rounds mix every counter into every word, so each word has the full broadcast shape.
     words = np.stack(words, axis=-1).reshape(batch, num_heads, seqlen_q, 4 * groups.size)
     return words[..., :seqlen_k] >= uint64(limit)
 
@@ -61,11 +62,11 @@ def in_64_bits(halves):
 
 
 def rounds(counter, key, *, constant, product, add, xor):
-    """Ten rounds over 32-bit words; shapes broadcast. `product` gives the high and the low word."""
+    """All rounds over 32-bit words; shapes broadcast. `product` gives the high and the low word."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     m0, m1, w0, w1 = (constant(x) for x in (_M0, _M1, _W0, _W1))
-    for _ in range(10):
+    for _ in range(ROUNDS):
         (high0, low0), (high1, low1) = product(c0, m0), product(c2, m1)
         c0, c1, c2, c3 = xor(xor(high1, c1), k0), low1, xor(xor(high0, c3), k1), low0
         k0, k1 = add(k0, w0), add(k1, w1)

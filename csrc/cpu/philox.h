@@ -1,5 +1,5 @@
 // Dropout: a counter-based random number per (seed, offset, batch, head, row, key), so the same bits come back in
-// backward, for any tiling, on any machine. Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as
+// backward, for any tiling, on any machine. Philox4x32-7: Salmon et al., "Parallel random numbers: as easy as
 // 1, 2, 3", SC 2011.
 //
 //   counter = (key / 4, row, batch * num_heads + head, offset)    key = (seed low, seed high ^ offset high)
@@ -17,7 +17,7 @@ namespace {
 typedef uint32_t Words __attribute__((vector_size(sizeof(Vec<float>))));
 constexpr int kWordLanes = sizeof(Words) / 4;
 
-constexpr int kRounds = 10;
+constexpr int kRounds = 7;
 
 // The keys of the rounds, each as a vector: they stay in the cache, while to make one costs as much as a product.
 typedef Simd<float>::Longs Longs;

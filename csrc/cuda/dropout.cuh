@@ -1,12 +1,12 @@
 // Which probabilities dropout keeps: a function of the seed and the place, computed anew wherever it is needed.
 //
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), with the counters of
+// Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), with the counters of
 // cpu/philox.h: the same mask for the same seed.
 //
 //   counter = (key / 4, row, batch * num_heads + head, offset)    key = (seed low, seed high ^ offset high)
 //   word (key % 4) of the result keeps the probability when it is >= rate * 2^32.
 //
-// Four keys' numbers come at once and cost some eighty instructions. Lanes that hold some of the same four make each a
+// Four keys' numbers come at once and cost some sixty instructions. Lanes that hold some of the same four make each a
 // part of what all of them need, and tell the others.
 #pragma once
 
@@ -31,7 +31,7 @@ struct Dropout {
     uint32_t c[4] = {static_cast<uint32_t>(quad), static_cast<uint32_t>(position), first_head + head, offset};
     uint32_t k0 = key0, k1 = key1;
 #pragma unroll
-    for (int round = 0; round < 10; ++round) {
+    for (int round = 0; round < 7; ++round) {
       const uint32_t high0 = multiply_high(c[0], 0xD2511F53u), low0 = c[0] * 0xD2511F53u;
       const uint32_t high1 = multiply_high(c[2], 0xCD9E8D57u), low1 = c[2] * 0xCD9E8D57u;
       c[0] = high1 ^ c[1] ^ k0;
