@@ -88,16 +88,17 @@ void run_tasks(const Threads& threads, int64_t count, const Task& task) {
 // What is found of a call before its tasks run: intervals of segments, packed masks.
 class Prepared {
  public:
-  explicit Prepared(const AttentionParams& given) : segments_(given), masks_(given) {}
+  // group: of the lists of rows that tiles are cut from (HeadRows), or 0 where there are no tiles.
+  Prepared(const AttentionParams& given, int64_t group) : segments_(given), masks_(given, group) {}
 
   int64_t bytes() const { return plus(segments_.bytes(), masks_.bytes()); }
 
   AttentionParams in(char* memory, const Threads& threads) const {
     const AttentionParams p = segments_.in(memory);
     char* const bits = memory + segments_.bytes();
-    const int64_t at_once = std::max<int64_t>(1, kMaskBytes / std::max<int64_t>(1, p.seqlen_k));
-    run_tasks(threads, ceil_div(masks_.rows(), at_once), [&](int64_t i, int) {
-      masks_.pack(i * at_once, std::min((i + 1) * at_once, masks_.rows()), bits);
+    const int64_t at_once = masks_.at_once();
+    run_tasks(threads, ceil_div(masks_.count(), at_once), [&](int64_t i, int) {
+      masks_.pack(i * at_once, std::min((i + 1) * at_once, masks_.count()), bits);
     });
     return masks_.in(p, bits);
   }
@@ -106,6 +107,13 @@ class Prepared {
   const SegmentRanges segments_;
   const PackedMasks masks_;
 };
+
+Prepared prepared_forward(const AttentionParams& p, const TypedKernels& k) {
+  return Prepared(p, k.few_rows(p) ? 0 : group_size(p));
+}
+Prepared prepared_backward(const BackwardParams& params) {
+  return Prepared(params.forward, separate_heads(bias_gradient_of(params)) ? 1 : group_size(params.forward));
+}
 
 // Zeros in a [batch, seqlen, heads, dim] array, which may be empty.
 void fill_zeros(const StridedView& view, int64_t batch, int64_t seqlen, int64_t heads, int64_t dim) {
@@ -189,7 +197,8 @@ size_t forward_workspace_bytes(const AttentionParams& p, int num_threads, const 
   const Kernels* const k = choose(isa);
   if (!k || !has_rows(p)) return 0;
   if (!within_limits(p)) return kNoMemory;
-  return plus(Prepared(p).bytes(), ForwardPlan(p, forward_kernels(*k, p), num_threads).bytes());
+  const TypedKernels& kernels = forward_kernels(*k, p);
+  return plus(prepared_forward(p, kernels).bytes(), ForwardPlan(p, kernels, num_threads).bytes());
 }
 
 bool forward(const AttentionParams& given, Threads threads, Workspace workspace, const char* isa) {
@@ -198,7 +207,7 @@ bool forward(const AttentionParams& given, Threads threads, Workspace workspace,
   if (!has_rows(given)) return true;
   if (!within_limits(given)) return false;
   const TypedKernels& k = forward_kernels(*chosen, given);
-  const Prepared prepared(given);
+  const Prepared prepared = prepared_forward(given, k);
   const ForwardPlan plan(given, k, threads.count);
   if (workspace.bytes < static_cast<size_t>(plus(prepared.bytes(), plan.bytes()))) return false;
   threads.count = plan.threads;
@@ -220,7 +229,7 @@ size_t backward_workspace_bytes(const BackwardParams& params, int num_threads, c
   const Kernels* const k = choose(isa);
   if (!k || !has_rows(params.forward)) return 0;
   if (!within_limits(params.forward)) return kNoMemory;
-  return plus(Prepared(params.forward).bytes(),
+  return plus(prepared_backward(params).bytes(),
               BackwardPlan(params, backward_kernels(*k, params), num_threads).bytes());
 }
 
@@ -233,7 +242,7 @@ bool backward(const BackwardParams& given, Threads threads, Workspace workspace,
   }
   if (!within_limits(given.forward)) return false;
   const TypedKernels& k = backward_kernels(*chosen, given);
-  const Prepared prepared(given.forward);
+  const Prepared prepared = prepared_backward(given);
   const BackwardPlan plan(given, k, threads.count);
   if (workspace.bytes < static_cast<size_t>(plus(prepared.bytes(), plan.bytes()))) return false;
   threads.count = plan.threads;

@@ -15,34 +15,12 @@ namespace {
 // How much of a block some rows see.
 enum class Visibility { kNothing, kSome, kAll };
 
-// Of the squares of 2 half x 2 half bits, those of 64 words, the upper right and the lower left quarter change places.
-template <int half>
-inline void exchange_quarters(uint64_t* a) {
-  constexpr uint64_t low = ~uint64_t{0} / ((uint64_t{1} << half) + 1);  // `half` bits set, as many clear, and so on
-  for (int base = 0; base < 64; base += 2 * half)
-    for (int i = base; i < base + half; ++i) {
-      const uint64_t t = ((a[i] >> half) ^ a[i + half]) & low;
-      a[i] ^= t << half;
-      a[i + half] ^= t;
-    }
-}
-
-// Bit j of a[i] <-> bit i of a[j]. `half` is a constant: so the compiler makes vectors of the words.
-inline void transpose_bits(uint64_t* a) {
-  exchange_quarters<32>(a);
-  exchange_quarters<16>(a);
-  exchange_quarters<8>(a);
-  exchange_quarters<4>(a);
-  exchange_quarters<2>(a);
-  exchange_quarters<1>(a);
-}
-
 // Bit j of one query row: no boolean mask hides key k0 + j, for j < n <= 64. Of the masks only those that asks() names.
 template <class Asks>
 ATTN_INLINE uint64_t row_bits(const HeadRows& r, int64_t position, int64_t head, int64_t k0, int64_t n,
                               const Asks& asks) {
   uint64_t bits = bits_between(0, n);
-  if (r.p.mask_bits.data && asks(r.p.mask_bits))
+  if (r.p.mask_bits.data && !by_key(r.p.mask_bits) && asks(r.p.mask_bits))
     bits &= packed_bits(r.score_row(r.p.mask_bits, position, head), k0);
   for (int m = 0; m < r.p.num_masks; ++m) {
     const StridedView& mask = r.p.masks[m];
@@ -111,13 +89,14 @@ bool bias_hides_all(const HeadRows& r, const Rows& rows, int64_t k0, int64_t key
   return true;
 }
 
-// Bit i of visible[j]: neither a boolean mask nor structure hides key k0 + j from lane i. What is the same for all rows
+// Bit i of visible[j]: neither a boolean mask, those packed by key apart, nor structure hides key k0 + j from lane i. What is the same for all rows
 // is read once, and structure where it changes: most of the time that is nowhere within a tile.
 template <class T>
 void lane_bits(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys, uint64_t* visible) {
   const auto shared = [&](const StridedView& mask) { return same_for_all_rows(r, tile, mask); };
   const auto own = [&](const StridedView& mask) { return !shared(mask); };
-  bool by_row = r.p.mask_bits.data && own(r.p.mask_bits);
+  const StridedView& packed = r.p.mask_bits;
+  bool by_row = packed.data && !by_key(packed) && own(packed);
   uint64_t starts = 1;  // lanes whose structure is not that of the lane before
   for (int m = 0; m < r.p.num_masks; ++m) by_row = by_row || own(r.p.masks[m]);
   for (int i = 1; i < tile.rows; ++i)
@@ -151,6 +130,8 @@ __attribute__((noinline)) Visibility visible_keys(const HeadRows& r, const RowTi
   if (!by_interval && !hides_by_bits(p)) return Visibility::kAll;
 
   lane_bits<T>(r, tile, k0, keys, visible);
+  if (p.mask_bits.data && by_key(p.mask_bits))
+    hide_by_key(p.mask_bits, r.score_row(p.mask_bits, 0, 0), tile.first, tile.rows, k0, keys, visible);
   if (by_interval) {  // the ends of the intervals never move back: the lanes that see a key are neighbours
     int begin = 0, end = 0;
     for (int64_t j = 0; j < keys; ++j) {
