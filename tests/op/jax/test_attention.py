@@ -384,6 +384,63 @@ def test_masks_of_jax_arrays():
     np.testing.assert_array_equal(dense, by_numpy.materialize(3, 4))
 
 
+class Parameter:
+    """What stands for an array, as JAX's own functions take it: those of Flax, and variables of Keras."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __jax_array__(self):
+        return self.value
+
+
+ARGUMENTS = {
+    "query": lambda x: {"query": x(inputs()[0])},
+    "bias": lambda x: {"bias": x(inputs(6, 6)[0])},
+    "scale": lambda x: {"scale": x(jnp.float32(0.3))},
+    "sinks": lambda x: {"sinks": x(jnp.ones(4))},
+    "mask": lambda x: {"mask": x(inputs(6, 6)[0] > 0)},
+    "lengths": lambda x: {"key_value_seq_lengths": x(jnp.array([3, 5]))},
+    "segments": lambda x: {"mask": masks.segments(x(jnp.array([[0, 0, 0, 1, 1, 1]])))},
+    "seed": lambda x: {"dropout_rate": 0.5, "dropout_seed": x(jnp.array([3, 4]))},
+}
+
+
+def called(arguments):
+    return scaled_dot_product_attention(**dict(zip(("query", "key", "value"), inputs())) | arguments)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_what_stands_for_an_array(name):
+    """Traced, as where a model is trained by its parameters."""
+    held = []
+    ARGUMENTS[name](lambda x: held.append(x) or x)
+    found = jax.jit(lambda x: called(ARGUMENTS[name](lambda _: Parameter(x))))(*held)
+    assert_same(found, called(ARGUMENTS[name](lambda x: x)))
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_the_other_order_of_bytes(name):
+    def foreign(x):
+        return np.asarray(x).astype(np.asarray(x).dtype.newbyteorder())
+
+    assert_same(called(ARGUMENTS[name](foreign)), called(ARGUMENTS[name](lambda x: x)))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        lambda n: {"key_value_seq_lengths": [n, 5]},
+        lambda n: {"mask": masks.padding(key_lengths=[5, n])},
+        lambda n: {"mask": [masks.causal(), [[n > 1, True, False] * 2] * 6]},
+        lambda n: {"sinks": [n + 0.5, 0.0, 0.0, 0.0]},
+        lambda n: {"dropout_rate": 0.5, "dropout_seed": [n, 4]},
+    ],
+)
+def test_lists_with_traced_numbers(arguments):
+    assert_same(jax.jit(lambda n: called(arguments(n)))(3), called(arguments(3)))
+
+
 LENGTHS = "query_seq_lengths", "key_value_seq_lengths"
 
 
@@ -405,7 +462,7 @@ LENGTHS = "query_seq_lengths", "key_value_seq_lengths"
         (ValueError, "implementation must be None or one of 'fused', 'composite', got 'reference'",
          {"implementation": "reference"}),
         (ValueError, "query and key must have the same head_dim, got 8, 7", {"key": jnp.ones((2, 6, 4, 7))}),
-        (TypeError, "key must be an array, got NoneType", {"key": None}),
+        (TypeError, "key must be an array, got NoneType: JAX has no arrays of object", {"key": None}),
         (TypeError, "key must be float16, .* or float64, got int32", {"key": jnp.ones((2, 6, 4, 8), int)}),
     ],
 )  # fmt: skip
