@@ -18,8 +18,7 @@ def scaled_dot_product_attention(query, key, value, **given):
     The function of `attn_ops.scaled_dot_product_attention` on JAX arrays: the same arguments, defaults, promotion of
     dtypes and results, also on `KerasTensor`s. Works under `jax.jit`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`.
     The gradient reaches query, key, value, bias, relative_bias, sinks and an array ``scale``, and flows through
-    ``lse``, to any order; forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) needs ``implementation="composite"``: without,
-    there is a TypeError, which inside `jax.jit` is JAX's own and speaks of a custom_vjp function.
+    ``lse``, to any order, in forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) too, whose derivative the composite computes.
 
     Args:
         query: [batch, seqlen_q, num_heads, head_dim]; float16, bfloat16, float32 or float64. Different dtypes of

@@ -38,7 +38,7 @@ def axis_size(axis):
 
 def varying(x):
     """The axes of a mesh along which devices may hold different values of ``x``, as `jax.shard_map` checks them."""
-    kind = _type(x)
+    kind = type_of(x)
     return getattr(getattr(kind, "manual_axis_type", None), "varying", getattr(kind, "vma", frozenset()))
 
 
@@ -59,7 +59,7 @@ def result(shape, dtype, like):
         return jax.ShapeDtypeStruct(shape, dtype)
     if hasattr(jax.sharding, "ManualAxisType"):
         alike = jax.sharding.ManualAxisType(varying=axes)
-        whole = NamedSharding(_type(like).sharding.mesh, PartitionSpec())
+        whole = NamedSharding(type_of(like).sharding.mesh, PartitionSpec())
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole, manual_axis_type=alike)
     return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
 
@@ -67,7 +67,7 @@ def result(shape, dtype, like):
 def spec(x):
     """The axes of an explicit mesh along which the type of ``x`` is divided, one entry per axis of ``x``; else all
     None."""
-    entries = tuple(getattr(getattr(_type(x), "sharding", None), "spec", ()))
+    entries = tuple(getattr(getattr(type_of(x), "sharding", None), "spec", ()))
     return entries + (None,) * (x.ndim - len(entries))
 
 
@@ -103,7 +103,7 @@ def _axis_types():
     return tuple(getattr(jax.sharding.get_abstract_mesh(), "axis_types", None) or ())
 
 
-def _type(x):
+def type_of(x):
     return jax.typeof(x) if hasattr(jax, "typeof") else jax.core.get_aval(x)
 
 

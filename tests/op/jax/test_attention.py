@@ -134,15 +134,49 @@ def test_third_order():
     transformed(lambda i: jax.jit(jax.grad(derivative(derivative(lambda q: loss(i, q, *rest)))))(query))
 
 
-def test_forward_mode_of_the_composite():
-    query, *rest = everything()
-    direction = jnp.cos(query)
+@both
+def test_forward_mode(forced):
+    arrays = tuple(everything())
+    directions = tuple(map(jnp.cos, arrays))
+    of_all = functools.partial(loss, forced)
+    along = jax.jit(lambda *arrays: jax.jvp(of_all, arrays, directions)[1])(*arrays)
+    gradients = jax.jit(jax.grad(of_all, argnums=(0, 1, 2, 3)))(*arrays)
+    assert_same(along, sum(map(jnp.vdot, gradients, directions)), 1e-3)
 
-    def of_query(q):
-        return loss("composite", q, *rest)
 
-    along = jax.jit(lambda q: jax.jvp(of_query, (q,), (direction,))[1])(query)
-    assert_same(along, jnp.vdot(jax.jit(jax.grad(of_query))(query), direction), 1e-4)
+@functools.cache
+def hessian_of_steps(implementation, outer, inner):
+    """Of three calls in a loop, one after the other."""
+    query, key, value = inputs(1, 3, 2, 4)
+
+    def attended(query):
+        def step(query, _):
+            return query + scaled_dot_product_attention(query, key, value, is_causal=True, implementation=implementation), None
+
+        return jnp.sin(jax.lax.scan(step, query, None, length=3)[0]).sum()
+
+    return jax.jit(outer(inner(attended)))(query)
+
+
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("inner", [jax.jacfwd, jax.jacrev])
+def test_hessian_in_a_loop(outer, inner):
+    assert_same(hessian_of_steps("fused", outer, inner), hessian_of_steps("composite", jax.jacfwd, jax.jacrev), 1e-4)
+
+
+def test_a_transpose_for_the_value_alone():
+    query, key, value = inputs()
+    mask, d_out = key[..., 0, :6] > 0, jnp.cos(value)
+
+    def attend(value):
+        return scaled_dot_product_attention(query, key, value, mask=mask)
+
+    expected = jax.vjp(attend, value)[1](d_out)
+    assert_same(jax.linear_transpose(attend, value)(d_out), expected)
+    of_batch = jax.jit(jax.vmap(jax.linear_transpose(attend, value)))(jnp.stack([d_out, 2 * d_out]))
+    assert_same(of_batch, jax.tree.map(lambda x: jnp.stack([x, 2 * x]), expected))
+    with pytest.raises(NotImplementedError, match="linear in its value alone"):
+        jax.linear_transpose(lambda x: scaled_dot_product_attention(x, key, value), query)(d_out)
 
 
 @both
