@@ -523,11 +523,17 @@ def test_explain():
 @pytest.mark.parametrize("chosen", [None, "composite"])
 def test_an_export_leaves_the_batch_and_the_lengths_open(chosen):
     batch, seqlen = jax.export.symbolic_shape("batch, seqlen")
-
-    def attend(x):
-        return scaled_dot_product_attention(x, x, x, is_causal=True, implementation=chosen)
-
     allowed = [jax.export.DisabledSafetyCheck.custom_call("attn_ops.forward")]
+
+    def attend(x, **options):
+        return scaled_dot_product_attention(x, x, x, is_causal=True, implementation=chosen, **options)
+
+    lengths = jnp.array([3, 4])
+    exported = jax.export.export(jax.jit(lambda x: attend(x, key_value_seq_lengths=lengths)), disabled_checks=allowed)(
+        jax.ShapeDtypeStruct((2, seqlen, 2, 8), "float32")
+    )
+    (x,) = inputs(2, 5, 2, 8, number=1)
+    assert_same(exported.call(x), attend(x, key_value_seq_lengths=lengths))
     exported = jax.export.export(jax.jit(attend), disabled_checks=allowed)(
         jax.ShapeDtypeStruct((batch, seqlen, 2, 8), "float32")
     )
