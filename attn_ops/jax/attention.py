@@ -7,11 +7,12 @@ import jax
 from attn_ops.call import explanation, public
 from attn_ops.call.normalize import checked_lse, normalize, normalize_weights
 from attn_ops.jax import call as calls
-from attn_ops.jax import choice, composite, run, xp
+from attn_ops.jax import choice, composite, place, run, xp
 from attn_ops.models import keras_tensors
 
 
 @public.function(implementation=None)
+@place.any_ranks
 def scaled_dot_product_attention(query, key, value, **given):
     """softmax(scale * query @ key^T + bias, masked) @ value, without ever storing the scores.
 
@@ -60,6 +61,7 @@ def scaled_dot_product_attention(query, key, value, **given):
 
 
 @public.function(without=("dropout_rate", "dropout_seed", "return_lse"), lse=None, implementation=None)
+@place.any_ranks
 def attention_weights(query, key, **given):
     """The probabilities that `scaled_dot_product_attention` weighs the values with, before dropout.
 

@@ -21,6 +21,17 @@ except ImportError:  # the rules are then those of GSPMD alone
     SdyShardingRule, ArrayMapping, CompoundFactor = None, lambda *x: x, lambda *x: x
 
 
+def any_ranks(function):
+    """``function`` where arrays of different ranks may meet, also under ``jax_numpy_rank_promotion="raise"``."""
+
+    @functools.wraps(function)
+    def run(*arguments, **given):
+        with jax.numpy_rank_promotion("allow"):
+            return function(*arguments, **given)
+
+    return run
+
+
 def in_manual_axes():
     """Whether this is traced inside `jax.shard_map`, be it of some axes of a mesh only."""
     return any(kind == jax.sharding.AxisType.Manual for kind in _axis_types())

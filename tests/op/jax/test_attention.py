@@ -418,6 +418,18 @@ def test_masks_of_jax_arrays():
     np.testing.assert_array_equal(dense, by_numpy.materialize(3, 4))
 
 
+@both
+def test_ranks_that_must_not_be_promoted(forced):
+    """Of the arrays of whoever calls; what is between them is ours."""
+    options = {"alibi_slopes": jnp.ones(4), "key_value_seq_lengths": jnp.array([3, 5]), "implementation": forced}
+
+    def attend(query):
+        return called({"query": attn_ops.jax.rotary_embedding(query), "bias": inputs(6, 6)[0]} | options).sum()
+
+    with jax.numpy_rank_promotion("raise"):
+        assert np.isfinite(jax.jit(jax.grad(attend))(inputs()[0])).all()
+
+
 class Parameter:
     """What stands for an array, as JAX's own functions take it: those of Flax, and variables of Keras."""
 
