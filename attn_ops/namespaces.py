@@ -84,6 +84,7 @@ class TensorFlow:
         self.maximum = tf.maximum
         self.equal = tf.equal
         self.where = tf.where
+        self.listed = tf.convert_to_tensor
 
     def int64(self, x):
         return self.tf.cast(x, self.tf.int64)
@@ -163,6 +164,7 @@ class Jax:
         self.maximum = jax.numpy.maximum
         self.equal = jax.numpy.equal
         self.where = jax.numpy.where
+        self.listed = jax.numpy.asarray
 
     def int64(self, x):
         """In JAX's default integers: int32, unless 64 bits are enabled. An integer stays one, since extents must."""
@@ -263,6 +265,29 @@ def of(values):
     if jax is not None and any(isinstance(value, jax.Array) for value in values):
         return Jax(jax)
     return NumPy()
+
+
+def held(x):
+    """``x``, or the array of JAX that it stands for, as JAX's functions take it: a variable of Keras, a parameter of Flax."""
+    keras, jax = (sys.modules.get(name) for name in ("keras", "jax"))
+    if jax is None or isinstance(x, (jax.Array, getattr(keras, "KerasTensor", ()))):
+        return x
+    return x.__jax_array__() if hasattr(type(x), "__jax_array__") else x
+
+
+def listed(sequence):
+    """Nested lists as an array: of NumPy, or where there are traced numbers in it, of their framework."""
+    try:
+        return np.asarray(sequence)
+    except (TypeError, NotImplementedError):  # what TensorFlow and JAX say of those
+        xp = of(_flat(sequence))
+        if not hasattr(xp, "listed"):
+            raise
+        return xp.listed(sequence)
+
+
+def _flat(sequence):
+    return [x for item in sequence for x in (_flat(item) if isinstance(item, (list, tuple)) else [item])]
 
 
 def known(x):

@@ -7,19 +7,19 @@ import jax
 from attn_ops.call import explanation, public
 from attn_ops.call.normalize import checked_lse, normalize, normalize_weights
 from attn_ops.jax import call as calls
-from attn_ops.jax import choice, composite, run, xp
+from attn_ops.jax import choice, composite, place, run, xp
 from attn_ops.models import keras_tensors
 
 
 @public.function(implementation=None)
+@place.any_ranks
 def scaled_dot_product_attention(query, key, value, **given):
     """softmax(scale * query @ key^T + bias, masked) @ value, without ever storing the scores.
 
     The function of `attn_ops.scaled_dot_product_attention` on JAX arrays: the same arguments, defaults, promotion of
     dtypes and results, also on `KerasTensor`s. Works under `jax.jit`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`.
     The gradient reaches query, key, value, bias, relative_bias, sinks and an array ``scale``, and flows through
-    ``lse``, to any order; forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) needs ``implementation="composite"``: without,
-    there is a TypeError, which inside `jax.jit` is JAX's own and speaks of a custom_vjp function.
+    ``lse``, to any order, in forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) too, whose derivative the composite computes.
 
     Args:
         query: [batch, seqlen_q, num_heads, head_dim]; float16, bfloat16, float32 or float64. Different dtypes of
@@ -61,6 +61,7 @@ def scaled_dot_product_attention(query, key, value, **given):
 
 
 @public.function(without=("dropout_rate", "dropout_seed", "return_lse"), lse=None, implementation=None)
+@place.any_ranks
 def attention_weights(query, key, **given):
     """The probabilities that `scaled_dot_product_attention` weighs the values with, before dropout.
 

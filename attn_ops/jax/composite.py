@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from attn_ops.call import pages
 from attn_ops.call.attention_call import canonical
 from attn_ops.generation import int8
-from attn_ops.jax import philox, xp
+from attn_ops.jax import philox, place, xp
 from attn_ops.jax.call import Arrays, Options, accumulator
 from attn_ops.masks import key_range
 
@@ -39,6 +39,7 @@ def attention(options: Options, arrays: Arrays, chunk_rows: int | None = None):
     return with_statistics(options, arrays, chunk_rows)[:2]
 
 
+@place.any_ranks
 def with_statistics(options: Options, arrays: Arrays, chunk_rows: int | None = None):
     """(out, lse, statistics): as `attention`, and what the kernels leave for their backward, `[batch, num_heads,
     seqlen_q, 2]`: the maximum of a row's scores and its sink, and the sum of exp(score - maximum) over them; both 0
@@ -94,6 +95,7 @@ def gradients(options: Options, wanted: tuple[str, ...], arrays: Arrays, d_out, 
     return jax.vjp(run, *(getattr(arrays, name) for name in wanted))[1]((d_out, d_lse))
 
 
+@place.any_ranks
 def attention_weights(options: Options, arrays: Arrays, lse):
     """The softmax before dropout, recomputed from ``lse``: `[batch, num_heads, seqlen_q, seqlen_k]`, query's dtype."""
     q, k, _ = _inputs(options, arrays)

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from attn_ops.call import public
 from attn_ops.call.normalize import normalize
 from attn_ops.generation import decode
-from attn_ops.jax import append, choice, run, xp
+from attn_ops.jax import append, choice, place, run, xp
 
 update = functools.partial(decode.update, xp, append.append)
 rewound = functools.partial(decode.rewound, xp)
 
 
 @public.function(without=decode.NOT_TAKEN, is_causal=True, rotary=None, implementation=None)
+@place.any_ranks
 def decode_attention(q, cache, k_new=None, v_new=None, **given):
     """Appends new keys and values to a cache, and attends to all that it has then.
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from attn_ops.call.attention_call import NO_GRADIENT, reads_cache
-from attn_ops.jax import batching, composite, forms, partition
+from attn_ops.jax import batching, composite, forms, partition, rules
 from attn_ops.jax.call import Arrays, Options
 
 
@@ -23,87 +23,103 @@ def attention(forced: bool, options: Options, arrays: Arrays):
 
     ``lse`` is None unless ``options.return_lse``; ``statistics`` are for the backward, and have no derivative.
 
-    Reverse mode, to any order: first derivatives are the kernels', higher ones go through the composite.
+    Reverse mode, to any order, and forward mode: first derivatives in reverse mode are the kernels', all others go through the
+    composite.
 
     Compiled, though it is one call: JAX takes many times as long to find that nothing is differentiated, and inside
     `jax.shard_map` outside of `jax.jit` does not find it at all.
     """
-    return _attention(forced, options, arrays)
+    leaves, tree = jax.tree.flatten(arrays)
+    results, derivative = _call(forced, options, tree)
+    out, statistics, *lse = rules.call(results, derivative, leaves, linear=(Arrays._fields.index("value"),))
+    return out, lse[0] if lse else None, statistics
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(forced, options, arrays):
-    return _forward(forced, options, arrays)
+@functools.cache
+def _call(forced, options, tree):
+    """The results for the leaves of arrays of this ``tree``, and their derivative, as `rules.call` wants both."""
+
+    def results(*leaves):
+        out, lse, statistics = _forward(forced, options, jax.tree.unflatten(tree, leaves))
+        return _found(out, statistics, lse)
+
+    def derivative(leaves, tangents):
+        arrays = jax.tree.unflatten(tree, leaves)
+        d_arrays = jax.tree.unflatten(tree, tangents)
+        names = tuple(name for name in arrays.differentiable() if getattr(d_arrays, name) is not None)
+        # Itself, not `_forward`, here and below: for higher orders the rules are differentiated in turn.
+        out, lse, statistics = attention(forced, options, arrays)
+        kept = *leaves, *map(jax.lax.stop_gradient, (out, statistics))
+        of_first_order = _of_first_order(forced, options, names, tree)
+        d_out, *d_lse = of_first_order(kept, _of(d_arrays, names), _found(out, lse))
+        return _found(out, statistics, lse), (d_out, jnp.zeros_like(statistics), *d_lse)
+
+    return results, derivative
 
 
-def _attention_forward(forced, options, primals):
-    arrays = jax.custom_derivatives.custom_vjp_primal_tree_values(primals)
-    # Itself, not `_forward`, here and below: for higher orders the rules are differentiated in turn.
-    out, lse, statistics = attention(forced, options, arrays)
-    return (out, lse, statistics), (arrays, *map(jax.lax.stop_gradient, (out, statistics)), _told(primals, arrays))
+@functools.cache
+def _of_first_order(forced, options, names, tree):
+    """The derivative by ``names`` of a call whose arrays have this ``tree``: of them, out and the statistics."""
+
+    def parts(kept):
+        *leaves, out, statistics = kept
+        return jax.tree.unflatten(tree, leaves), out, statistics
+
+    def forward(kept, along):
+        arrays, _, _ = parts(kept)
+        _check(arrays)
+
+        def run(*differentiable):
+            return _found(*composite.attention(options, _with(arrays, names, differentiable)))
+
+        return jax.jvp(run, _of(arrays, names), along)[1]
+
+    def backward(kept, cotangents):
+        arrays, out, statistics = parts(kept)
+        _check(arrays)
+        d_out, d_lse = (*cotangents, None)[:2]
+        return gradients(forced, options, names, arrays, out, statistics, d_out, d_lse)
+
+    return rules.Linear(forward, backward)
 
 
-def _attention_backward(forced, options, residuals, cotangents):
-    arrays, out, statistics, told = residuals
+def _check(arrays):
     if reads_cache(arrays):
         raise NotImplementedError(NO_GRADIENT)
-    d_out, d_lse, _ = cotangents
-    if isinstance(d_out, jax.custom_derivatives.SymbolicZero):
-        d_out = jnp.zeros_like(out)
-    if isinstance(d_lse, jax.custom_derivatives.SymbolicZero):
-        d_lse = jnp.zeros_like(statistics[..., 0])
-    names = tuple(name for at, name in enumerate(arrays.differentiable()) if told.shape[0] >> at & 1)
-    return (_cotangents(arrays, names, gradients(forced, options, names, arrays, out, statistics, d_out, d_lse)),)
-
-
-def _told(primals, arrays):
-    """Which of ``arrays.differentiable()`` somebody differentiates by, so that what is constant costs the backward nothing.
-
-    As the extent of an array without elements, one bit for each. It has to be part of the values: JAX keeps one structure of
-    the residuals for all traces of a call that are alike but for this, that of the last one, also for the backward of those
-    before, and text is no residual.
-    """
-    bits = (getattr(primals, name).perturbed << at for at, name in enumerate(arrays.differentiable()))
-    return jnp.zeros((sum(bits), 0), bool)
-
-
-_attention.defvjp(_attention_forward, _attention_backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def gradients(forced, options, wanted, arrays, out, statistics, d_out, d_lse):
     """The cotangents of the ``wanted`` of ``arrays.differentiable()``, in that order; compiled like `attention`."""
-    return _gradients(forced, options, wanted, arrays, out, statistics, d_out, d_lse)
+    leaves, tree = jax.tree.flatten((arrays, out, statistics, d_out, d_lse))
+    return rules.call(*_gradients(forced, options, wanted, tree), leaves)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _gradients(forced, options, wanted, arrays, out, statistics, d_out, d_lse):
-    return _backward(forced, options, wanted, arrays, out, statistics, d_out, d_lse)
-
-
-def _gradients_forward(forced, options, wanted, arrays, out, statistics, d_out, d_lse):
-    return gradients(forced, options, wanted, arrays, out, statistics, d_out, d_lse), (arrays, d_out, d_lse)
-
-
-def _gradients_backward(forced, options, wanted, residuals, cotangents):
-    """Second order: the derivative of the composite's gradient.
+@functools.cache
+def _gradients(forced, options, wanted, tree):
+    """The gradients for the leaves of the arguments, which have this ``tree``, and their derivative, which is of second order:
+    that of the composite's gradients.
 
     ``out`` and ``statistics`` are arguments of `gradients` but functions of the others; the composite computes them anew,
     so that the whole derivative goes to the others and these two get none. It goes to all others: what was constant
     for the first derivative need not be so for the second.
     """
-    arrays, d_out, d_lse = residuals
-    names = arrays.differentiable()
 
-    def first(differentiable, d_out, d_lse):
-        return composite.gradients(options, wanted, _with(arrays, names, differentiable), d_out, d_lse)
+    def results(*leaves):
+        return tuple(_backward(forced, options, wanted, *jax.tree.unflatten(tree, leaves)))
 
-    _, pull = jax.vjp(first, _of(arrays, names), d_out, d_lse)
-    d, d_d_out, d_d_lse = pull(cotangents)
-    return _cotangents(arrays, names, d), None, None, d_d_out, d_d_lse
+    def derivative(leaves, tangents):
+        arrays, _, _, *cotangents = arguments = jax.tree.unflatten(tree, leaves)
+        along = jax.tree.unflatten(tree, [jnp.zeros_like(x) if t is None else t for x, t in zip(leaves, tangents)])
+        names = arrays.differentiable()
 
+        def first(differentiable, d_out, d_lse):
+            return tuple(composite.gradients(options, wanted, _with(arrays, names, differentiable), d_out, d_lse))
 
-_gradients.defvjp(_gradients_forward, _gradients_backward)
+        values, along = ((_of(x, names), *cotangents) for x, _, _, *cotangents in (arguments, along))
+        return gradients(forced, options, wanted, *arguments), jax.jvp(jax.checkpoint(first), values, along)[1]
+
+    return results, derivative
 
 
 def _forward(forced, options, arrays):
@@ -152,6 +168,5 @@ def _with(arrays, names, values):
     return arrays._replace(**dict(zip(names, values)))
 
 
-def _cotangents(arrays, names, values):
-    """Those of `Arrays` where these are the ones of the names; None is zero."""
-    return _with(Arrays(*((None,) * len(x) if isinstance(x, tuple) else None for x in arrays)), names, values)
+def _found(*results):
+    return tuple(x for x in results if x is not None)

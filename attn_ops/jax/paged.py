@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from attn_ops.call import options, public
 from attn_ops.generation import paging
-from attn_ops.jax import append, choice, run, xp
+from attn_ops.jax import append, choice, place, run, xp
 
 
 @public.function(without=paging.NOT_TAKEN, is_causal=True, rotary=None, in_place=False, implementation=None)
+@place.any_ranks
 def paged_attention(q, k_pages, v_pages, block_table, lengths, k_new=None, v_new=None, **given):
     """Attention of the last rows of sequences to keys and values that lie in pages.
 

@@ -21,6 +21,17 @@ except ImportError:  # the rules are then those of GSPMD alone
     SdyShardingRule, ArrayMapping, CompoundFactor = None, lambda *x: x, lambda *x: x
 
 
+def any_ranks(function):
+    """``function`` where arrays of different ranks may meet, also under ``jax_numpy_rank_promotion="raise"``."""
+
+    @functools.wraps(function)
+    def run(*arguments, **given):
+        with jax.numpy_rank_promotion("allow"):
+            return function(*arguments, **given)
+
+    return run
+
+
 def in_manual_axes():
     """Whether this is traced inside `jax.shard_map`, be it of some axes of a mesh only."""
     return any(kind == jax.sharding.AxisType.Manual for kind in _axis_types())
@@ -38,7 +49,7 @@ def axis_size(axis):
 
 def varying(x):
     """The axes of a mesh along which devices may hold different values of ``x``, as `jax.shard_map` checks them."""
-    kind = _type(x)
+    kind = type_of(x)
     return getattr(getattr(kind, "manual_axis_type", None), "varying", getattr(kind, "vma", frozenset()))
 
 
@@ -59,7 +70,7 @@ def result(shape, dtype, like):
         return jax.ShapeDtypeStruct(shape, dtype)
     if hasattr(jax.sharding, "ManualAxisType"):
         alike = jax.sharding.ManualAxisType(varying=axes)
-        whole = NamedSharding(_type(like).sharding.mesh, PartitionSpec())
+        whole = NamedSharding(type_of(like).sharding.mesh, PartitionSpec())
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole, manual_axis_type=alike)
     return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
 
@@ -67,7 +78,7 @@ def result(shape, dtype, like):
 def spec(x):
     """The axes of an explicit mesh along which the type of ``x`` is divided, one entry per axis of ``x``; else all
     None."""
-    entries = tuple(getattr(getattr(_type(x), "sharding", None), "spec", ()))
+    entries = tuple(getattr(getattr(type_of(x), "sharding", None), "spec", ()))
     return entries + (None,) * (x.ndim - len(entries))
 
 
@@ -103,7 +114,7 @@ def _axis_types():
     return tuple(getattr(jax.sharding.get_abstract_mesh(), "axis_types", None) or ())
 
 
-def _type(x):
+def type_of(x):
     return jax.typeof(x) if hasattr(jax, "typeof") else jax.core.get_aval(x)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 
 from attn_ops.call import rotary
-from attn_ops.jax import xp
+from attn_ops.jax import place, xp
 from attn_ops.models.rotary import embedding
 
 rotate = functools.partial(rotary.rotate, xp)
 
 
+@place.any_ranks
 def rotary_embedding(
     x, positions=None, *, base=10000.0, rotary_dim=None, interleaved=False, scaling=None, layout="BSHD"
 ):

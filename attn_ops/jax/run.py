@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import jax
@@ -23,27 +22,15 @@ def attention(name, call, chosen, forced, origin=None):
     choice.calls[chosen] += 1
     options, arrays = calls.split(call)
     arrays = arrays._replace(origin=origin)
-    run = functools.partial(_run, name, chosen, forced, options)
+    run = functools.partial(_run, chosen, forced, options)
     out, *lse = place.without_explicit_axes(run, _specs(options, arrays), arrays)
     return out, lse[0] if lse else None
 
 
-def _run(name, chosen, forced, options, arrays):
+def _run(chosen, forced, options, arrays):
     if chosen == "composite":
         return _found(_composite(options, arrays))
-    with without_forward_mode(f'{name}: the kernels have no {{}}: implementation="composite" has it'):
-        return _found(derivatives.attention(forced and chosen == "fused", options, place.varying_alike(arrays))[:2])
-
-
-@contextlib.contextmanager
-def without_forward_mode(message):
-    """Gives JAX's error about functions that have reverse mode alone the ``message``, with the name of what they lack."""
-    try:
-        yield
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        raise TypeError(message.format("forward mode (jax.jvp, jax.jacfwd, jax.hessian)")) from error
+    return _found(derivatives.attention(forced and chosen == "fused", options, place.varying_alike(arrays))[:2])
 
 
 def _found(results):

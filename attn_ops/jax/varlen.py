@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import attn_ops
 from attn_ops.call import public, varlen
-from attn_ops.jax import xp
+from attn_ops.jax import place, xp
 
 
 @public.function(
     without=varlen.WITHOUT, documentation=varlen.OF_PACKED_SCORES, **varlen.OWN, **varlen.OF_FLASH_ATTENTION
 )
+@place.any_ranks
 def varlen_attention(
     q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, **given
 ):

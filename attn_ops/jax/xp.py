@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn_ops import namespaces
 from attn_ops.call.position_bias import T5RelativeBias
 
 has_random_state = False  # see `fresh_seed`
@@ -30,12 +31,17 @@ jax.tree_util.register_pytree_node(
 
 def as_tensor(name, what, x):
     """``x`` as a jax.Array; TypeError naming ``what`` when it cannot be one."""
-    if isinstance(x, jax.Array):
+    if isinstance(x := namespaces.held(x), jax.Array):
         return x
     if type(x).__name__ in ("RaggedTensor", "SparseTensor"):
         raise TypeError(f"{name}: {what} must be an array, got {type(x).__name__}; make it dense and pass the lengths")
     try:
-        array = np.asarray(x)
+        array = namespaces.listed(x)
+        if isinstance(array, jax.Array):
+            return array
+        if array.dtype.kind in "OSU":
+            raise TypeError(f"JAX has no arrays of {array.dtype}")
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)  # JAX takes the machine's order of bytes alone
         if array.dtype.kind in "iu" and array.dtype.itemsize == 8 and not jax.config.jax_enable_x64:
             # JAX would wrap values around into the valid range: clipped, they stay out of it.
             array = np.clip(array, np.iinfo(np.int32).min, np.iinfo(np.int32).max)
@@ -111,8 +117,8 @@ def seed_of_words(words):
 
 def as_seed_array(name, seed):
     """A ``dropout_seed`` that is no Python integer as something with shape and dtype; of a key the words it holds."""
-    if not isinstance(seed, jax.Array):
-        return np.asarray(seed)  # not yet JAX's, which would cut it to 32 bits
+    if not isinstance(seed := namespaces.held(seed), jax.Array):
+        return namespaces.listed(seed)  # not yet JAX's, which would cut it to 32 bits
     if not jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
         return seed
     data = jax.random.key_data(seed)

@@ -51,6 +51,7 @@ def checked(name, array, ranks, kind):
     if type(array).__name__ in ("RaggedTensor", "SparseTensor"):
         kind = type(array).__name__.removesuffix("Tensor").lower()
         raise TypeError(f"{name}: {kind} tensors are not supported; make it dense, and pass lengths")
+    array = namespaces.held(array)
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         array = _array(name, array)
     dtype = getattr(array.dtype, "name", str(array.dtype))
@@ -78,7 +79,7 @@ def listed(name, mask):
 
 def _array(name, sequence):
     try:
-        return np.asarray(sequence)
+        return namespaces.listed(sequence)
     except ValueError as error:  # lists of different lengths
         raise TypeError(f"{name}: an array is needed, or lists that make one: {error}") from None
 

@@ -91,14 +91,6 @@ def seed_on_jax():
     # [/seed_on_jax]
 
 
-def forward_mode_on_jax():
-    # [forward_mode_on_jax]
-    import jax
-
-    jax.jvp(lambda x: attn_ops.jax.scaled_dot_product_attention(x, x, x), (x,), (x,))
-    # [/forward_mode_on_jax]
-
-
 def ragged():
     # [ragged]
     attn_ops.layers.RotaryEmbedding()(tf.ragged.constant([[[1.0, 2.0]], [[1.0, 2.0], [3.0, 4.0]]], ragged_rank=1))

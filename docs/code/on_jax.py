@@ -16,11 +16,7 @@ out = attn_ops.jax.scaled_dot_product_attention(q, q, q, dropout_rate=0.1, dropo
 # [/dropout]
 
 # [forward_mode]
-def composite(q):
-    return attn_ops.jax.scaled_dot_product_attention(q, q, q, implementation="composite")
-
-
-_, tangent = jax.jvp(composite, (q,), (q,))
+_, tangent = jax.jvp(lambda q: attn_ops.jax.scaled_dot_product_attention(q, q, q), (q,), (q,))
 # [/forward_mode]
 
 # [sharded]

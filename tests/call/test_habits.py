@@ -235,22 +235,3 @@ def test_no_query_heads_give_an_empty_result():
     q, k = zeros(2, 5, 0, 8), zeros(2, 7, 2, 8)
     for attend, _ in FRAMEWORKS.values():
         assert attend(q, k, k).shape == (2, 5, 0, 8)
-
-
-@pytest.mark.parametrize("transformed", ["jvp", "jacfwd", "hessian"])
-def test_forward_mode_of_jax_names_the_composite(transformed):
-    import jax
-
-    x = jnp.ones((1, 3, 1, 4))
-
-    def attend(x, **options):
-        return attn_ops.jax.scaled_dot_product_attention(x, x, x, **options).sum()
-
-    run = {
-        "jvp": lambda f: jax.jvp(f, (x,), (x,))[1],
-        "jacfwd": lambda f: jax.jacfwd(f)(x),
-        "hessian": lambda f: jax.hessian(f)(x),
-    }[transformed]
-    with pytest.raises(TypeError, match='scaled_dot_product_attention: .*forward mode.*implementation="composite" has it'):
-        run(attend)
-    assert np.isfinite(run(lambda x: attend(x, implementation="composite"))).all()

@@ -31,6 +31,34 @@ KERNELS = [
     ("lengths are not checked", "csrc/bindings/validate.h", "if (lengths[b] < 0 || lengths[b] > limit) {", "if (lengths[b] < 0) {"),
     ("a page beyond the last", "csrc/bindings/validate.h", "row[i] < c.k.shape[0]) continue;", "row[i] <= c.k.shape[0]) continue;"),
     ("the mode of rounding is the host's", "csrc/cpu/float_mode.h", "if ((found_ & ~kFlags) != kDefault) set(kDefault);", ""),
+    # Few rows: blocks of keys, columns apart, rows of a group, int8.
+    ("blocks of keys as long as they may be", CPU + "head_lanes.h", "p, task.batch, block.first + block.n, seen.end", "p, task.batch, block.first + scratch.keys, seen.end"),
+    ("no rescale of the sum of few rows", CPU + "head_lanes.h", "S::fma(scratch.l[first + i], S::set1(corrections[i]), sum)", "scratch.l[first + i] + sum"),
+    ("what hides beside intervals is forgotten", CPU + "row_group.h", "hides_by_bits(p) || added_may_hide(p) ? 0 : r.length_k", "r.length_k"),
+    ("intervals of few rows do not end", CPU + "row_group.h", "if (seen[i].end < all_see.end) all_see.end = seen[i].end;", ""),
+    ("queries of columns apart as they lie", CPU + "row_group.h", "else order_columns(p.k.dtype, to, p.head_dim, false);", ""),
+    ("results stay apart", CPU + "head_lanes.h", "order_columns(p.v.dtype, out, p.value_dim, true);", ""),
+    ("odd columns before even ones", CPU + "row_group.h", "i % 2 * W + i / 2", "(i + 1) % 2 * W + i / 2"),
+    ("scales of int8 keys lie beside each other", CPU + "row_products.h", "of_head[j * stride]", "of_head[j]"),
+    ("scales of hidden int8 values count", CPU + "head_lanes.h", "return S::select(probability == S::zero(), S::zero(), probability * scale);", "return probability * scale;"),
+    ("no rescale of the output of few rows", CPU + "row_products.h", "if (corrects) acc[i][v] *= S::set1(f.correction[i]);", ""),
+    ("rescales with every few keys", CPU + "row_products.h", "with_sums<R, NV>(f, d, j0 == 0,", "with_sums<R, NV>(f, d, true,"),
+    ("hidden values of few rows count", CPU + "row_products.h", "if (hides && weight == 0) continue;", ""),
+    ("splits of few rows over one another", CPU + "head_lanes.h", "partial + (f.first + i) * (p.value_dim + 2)", "partial + i * (p.value_dim + 2)"),
+    ("columns that fill no vector are the first", CPU + "row_products.h", "[&](const char* at, Vec<T>* k) { *k = load_some<T>(storage, at, Storage::size, columns - d); }", "[&](const char* at, Vec<T>* k) { *k = load_some<T>(storage, at - d * Storage::size, Storage::size, columns - d); }"),
+    # The rest of a product's rows.
+    ("rows before the rest twice", CPU + "gemm.h", "if (row >= r) epilogue(row, v, x);", "epilogue(row, v, x);"),
+    ("the rest is of other rows", CPU + "gemm.h", "a + last_half * step, lda", "a + r * step, lda"),
+    ("the rest lacks a row", CPU + "gemm.h", "for (; r < rows; ++r) gemm_tile<E, 1, NV, M>", "for (; r + 1 < rows; ++r) gemm_tile<E, 1, NV, M>"),
+]  # fmt: skip
+
+# Of kernels for pairs of bfloat16 alone: noticed where the processor has their instruction set, which is built then.
+PAIRS = [
+    ("weights of pairs lack the last keys", CPU + "row_products.h", "j + W < n ? S::load(at + W) : S::zero()", "S::zero()"),
+    ("values past the last key", CPU + "row_products.h", "if (both) memcpy(&other,", "memcpy(&other,"),
+    ("even columns for odd ones", CPU + "row_products.h", "x[2 * v + 1] = (typename P::V)(one >> 16 | (other & 0xffff0000u));", "x[2 * v + 1] = x[2 * v];"),
+    ("columns that pairs have taken again", CPU + "head_lanes.h", "add_values<E, R, false>(storage, f, block, done, ahead);", "add_values<E, R, false>(storage, f, block, 0, ahead);"),
+    ("scores of pairs without their scale", CPU + "row_products.h", "kOfPairs<E> ? summed * factor : summed", "summed"),
 ]  # fmt: skip
 
 PYTHON = [

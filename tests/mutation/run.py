@@ -6,8 +6,9 @@
     python tests/mutation/run.py                                # all
     python tests/mutation/run.py --isa generic avx2             # kernels of these instruction sets
 
-Kernels are built for one instruction set unless more are named: all are compiled from the same source. The tests must pass before
-anything is planted. The exit status is 1 where a defect goes unnoticed. The copy and the build lie in build/mutation.
+Kernels are built for one instruction set unless more are named: all are compiled from the same source, but for what only
+products of pairs have (--kind pairs), which are looked at where this processor has those. The tests must pass before anything is
+planted. The exit status is 1 where a defect goes unnoticed. The copy and the build lie in build/mutation.
 """
 
 import argparse
@@ -26,11 +27,18 @@ sys.path.insert(0, str(HERE))
 
 import defects  # noqa: E402
 
-KERNEL_TESTS = [f"kernels/test_{name}.py" for name in ("core", "few_rows", "intervals", "pages", "philox")]
+KERNEL_TESTS = [f"kernels/test_{name}.py" for name in ("core", "few_rows", "int8", "intervals", "pages", "philox")]
 KERNEL_TESTS += ["fuzz/test_fuzz.py::test_kernels", "memory_safety/test_memory_safety.py::test_malformed_calls[core]"]
 KERNEL_TESTS += ["load/test_determinism.py", "op/test_bad_input.py"]
+PAIR_TESTS = ["kernels/test_bfloat16_products.py", "kernels/test_few_rows.py"]
+PAIR_ISAS = ["avx512bf16", "avx512"]  # with the one beside
 PYTHON_TESTS = ["op/test_features.py", "op/test_masks.py", "kernels/test_philox.py", "op/tensorflow/test_composite.py"]
 PYTHON_TESTS += ["op/tensorflow/test_int8_cache.py", "op/jax/test_int8_cache.py", "op/tensorflow/test_decode.py", "fuzz/test_fuzz.py"]
+KINDS = {
+    "python": (PYTHON_TESTS, defects.PYTHON, []),
+    "kernels": (KERNEL_TESTS, defects.KERNELS, []),
+    "pairs": (PAIR_TESTS, defects.PAIRS, PAIR_ISAS),
+}
 
 
 def copied(isas):
@@ -63,11 +71,20 @@ def build(tree, jobs):
     )
 
 
+def environment(tree):
+    return {**os.environ, "PYTHONPATH": str(tree), "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+
+def usable(tree):
+    """The instruction sets that were built and that this processor has."""
+    command = [sys.executable, "-c", "from attn_ops import kernels; print(*kernels.core().isas())"]
+    return subprocess.run(command, env=environment(tree), cwd=COPY, capture_output=True, text=True, check=True).stdout.split()
+
+
 def noticed(tree, tests):
     """The first test that fails, or None."""
-    environment = {**os.environ, "PYTHONPATH": str(tree), "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-x", "--no-header", *tests]
-    ended = subprocess.run(command, cwd=tree / "tests", env=environment, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=tree / "tests", env=environment(tree), capture_output=True, text=True)
     if ended.returncode == 0:
         return None
     lines = [line for line in ended.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
@@ -76,26 +93,30 @@ def noticed(tree, tests):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", nargs="+", default=["python", "kernels"], choices=["python", "kernels"])
+    parser.add_argument("--kind", nargs="+", default=[*KINDS], choices=[*KINDS])
     parser.add_argument("--only", nargs="+", default=[""], help="defects whose name has one of these texts")
     parser.add_argument("--isa", nargs="+", default=["generic"], help="instruction sets that are built (csrc/cpu/isas.inc)")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     arguments = parser.parse_args()
-    tree, unnoticed, count = copied(arguments.isa), [], 0
-    if not build(tree, arguments.jobs):
-        sys.exit("without a defect: does not compile")
+    unnoticed, count = [], 0
     for kind in arguments.kind:
-        tests = KERNEL_TESTS if kind == "kernels" else PYTHON_TESTS
+        tests, planted, isas = KINDS[kind]
+        tree = copied({*arguments.isa, *isas})
+        if not build(tree, arguments.jobs):
+            sys.exit("without a defect: does not compile")
+        if not set(isas).issubset(usable(tree)):
+            print(f"{kind}: left out, this processor lacks one of {', '.join(isas)}")
+            continue
         if told := noticed(tree, tests):
             sys.exit(f"without a defect: {told}")
-        for name, path, text, other in defects.KERNELS if kind == "kernels" else defects.PYTHON:
+        for name, path, text, other in planted:
             if not any(only in name for only in arguments.only):
                 continue
             start = time.monotonic()
             whole = (ROOT / path).read_text()
             (tree / path).write_text(whole.replace(text, other))
             try:
-                if kind == "kernels" and not build(tree, arguments.jobs):
+                if path.startswith("csrc/") and not build(tree, arguments.jobs):
                     sys.exit(f"{name}: does not compile")
                 count += 1
                 told = noticed(tree, tests)

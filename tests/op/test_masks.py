@@ -368,6 +368,16 @@ def test_equal_masks_are_one_static_argument():
     assert len(traced) == 2
 
 
+@pytest.mark.parametrize("make", [lambda n: masks.padding(key_lengths=[n]), lambda n: masks.packed([0, n, 4])])
+def test_lists_with_numbers_of_a_graph(make):
+    import tensorflow as tf
+
+    attend = tf.function(lambda n: attn_ops.scaled_dot_product_attention(x, x, x, mask=make(n)))
+    x = tf.random.stateless_normal((1, 4, 1, 2), [1, 2])
+    wanted = attn_ops.scaled_dot_product_attention(x, x, x, mask=make(3))
+    np.testing.assert_allclose(attend(tf.constant(3)), wanted, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("mask", [masks.window(2**70, 2**65), masks.prefix(2**70)])
 def test_numbers_beyond_every_sequence(mask):
     assert mask.materialize(4, 5).all()

@@ -15,6 +15,7 @@ to where they may stand, the tables of distances with them, and what slopes give
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import typing
 
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from attn_ops.jax import call as calls
-from attn_ops.jax import composite, derivatives, philox, place, run
+from attn_ops.jax import composite, derivatives, philox, place
 from attn_ops.jax.call import Arrays, Options, accumulator
 from attn_ops.jax.parallel import order, shares
 
@@ -87,12 +88,24 @@ def attend(share, chosen, forced):
         rows.append(_Rows(rest, jnp.asarray(piece.first), own.query_offset))
     key, value = (inside(x).astype(call.query.dtype) for x in (share.key, share.value))
     arguments = (tuple(rows), tuple(queries), key, value, tuple(biases), call.relative_bias, call.sinks)
-    others = "method='all_gather_kv' with implementation='composite' has it"
-    with run.without_forward_mode(f"{share.name}: method='ring' has no {{}}: {others}"):
+    with _without_forward_mode(share.name):
         results = _compiled(setting, *place.varying_alike(arguments))
     return share.joined(
         [(inside(out.astype(call.query.dtype)), lse if call.return_lse else None) for out, lse in results]
     )
+
+
+@contextlib.contextmanager
+def _without_forward_mode(name):
+    """Gives JAX's error about functions that have reverse mode alone a message that says which method has more."""
+    try:
+        yield
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            f"{name}: method='ring' has no forward mode (jax.jvp, jax.jacfwd, jax.hessian): method='all_gather_kv' has it"
+        ) from error
 
 
 def _steps(share, call):

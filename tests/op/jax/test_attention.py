@@ -134,15 +134,49 @@ def test_third_order():
     transformed(lambda i: jax.jit(jax.grad(derivative(derivative(lambda q: loss(i, q, *rest)))))(query))
 
 
-def test_forward_mode_of_the_composite():
-    query, *rest = everything()
-    direction = jnp.cos(query)
+@both
+def test_forward_mode(forced):
+    arrays = tuple(everything())
+    directions = tuple(map(jnp.cos, arrays))
+    of_all = functools.partial(loss, forced)
+    along = jax.jit(lambda *arrays: jax.jvp(of_all, arrays, directions)[1])(*arrays)
+    gradients = jax.jit(jax.grad(of_all, argnums=(0, 1, 2, 3)))(*arrays)
+    assert_same(along, sum(map(jnp.vdot, gradients, directions)), 1e-3)
 
-    def of_query(q):
-        return loss("composite", q, *rest)
 
-    along = jax.jit(lambda q: jax.jvp(of_query, (q,), (direction,))[1])(query)
-    assert_same(along, jnp.vdot(jax.jit(jax.grad(of_query))(query), direction), 1e-4)
+@functools.cache
+def hessian_of_steps(implementation, outer, inner):
+    """Of three calls in a loop, one after the other."""
+    query, key, value = inputs(1, 3, 2, 4)
+
+    def attended(query):
+        def step(query, _):
+            return query + scaled_dot_product_attention(query, key, value, is_causal=True, implementation=implementation), None
+
+        return jnp.sin(jax.lax.scan(step, query, None, length=3)[0]).sum()
+
+    return jax.jit(outer(inner(attended)))(query)
+
+
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("inner", [jax.jacfwd, jax.jacrev])
+def test_hessian_in_a_loop(outer, inner):
+    assert_same(hessian_of_steps("fused", outer, inner), hessian_of_steps("composite", jax.jacfwd, jax.jacrev), 1e-4)
+
+
+def test_a_transpose_for_the_value_alone():
+    query, key, value = inputs()
+    mask, d_out = key[..., 0, :6] > 0, jnp.cos(value)
+
+    def attend(value):
+        return scaled_dot_product_attention(query, key, value, mask=mask)
+
+    expected = jax.vjp(attend, value)[1](d_out)
+    assert_same(jax.linear_transpose(attend, value)(d_out), expected)
+    of_batch = jax.jit(jax.vmap(jax.linear_transpose(attend, value)))(jnp.stack([d_out, 2 * d_out]))
+    assert_same(of_batch, jax.tree.map(lambda x: jnp.stack([x, 2 * x]), expected))
+    with pytest.raises(NotImplementedError, match="linear in its value alone"):
+        jax.linear_transpose(lambda x: scaled_dot_product_attention(x, key, value), query)(d_out)
 
 
 @both
@@ -384,6 +418,75 @@ def test_masks_of_jax_arrays():
     np.testing.assert_array_equal(dense, by_numpy.materialize(3, 4))
 
 
+@both
+def test_ranks_that_must_not_be_promoted(forced):
+    """Of the arrays of whoever calls; what is between them is ours."""
+    options = {"alibi_slopes": jnp.ones(4), "key_value_seq_lengths": jnp.array([3, 5]), "implementation": forced}
+
+    def attend(query):
+        return called({"query": attn_ops.jax.rotary_embedding(query), "bias": inputs(6, 6)[0]} | options).sum()
+
+    with jax.numpy_rank_promotion("raise"):
+        assert np.isfinite(jax.jit(jax.grad(attend))(inputs()[0])).all()
+
+
+class Parameter:
+    """What stands for an array, as JAX's own functions take it: those of Flax, and variables of Keras."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __jax_array__(self):
+        return self.value
+
+
+ARGUMENTS = {
+    "query": lambda x: {"query": x(inputs()[0])},
+    "bias": lambda x: {"bias": x(inputs(6, 6)[0])},
+    "scale": lambda x: {"scale": x(jnp.float32(0.3))},
+    "sinks": lambda x: {"sinks": x(jnp.ones(4))},
+    "mask": lambda x: {"mask": x(inputs(6, 6)[0] > 0)},
+    "lengths": lambda x: {"key_value_seq_lengths": x(jnp.array([3, 5]))},
+    "segments": lambda x: {"mask": masks.segments(x(jnp.array([[0, 0, 0, 1, 1, 1]])))},
+    "seed": lambda x: {"dropout_rate": 0.5, "dropout_seed": x(jnp.array([3, 4]))},
+}
+
+
+def called(arguments):
+    return scaled_dot_product_attention(**dict(zip(("query", "key", "value"), inputs())) | arguments)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_what_stands_for_an_array(name):
+    """Traced, as where a model is trained by its parameters."""
+    held = []
+    ARGUMENTS[name](lambda x: held.append(x) or x)
+    found = jax.jit(lambda x: called(ARGUMENTS[name](lambda _: Parameter(x))))(*held)
+    assert_same(found, called(ARGUMENTS[name](lambda x: x)))
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_the_other_order_of_bytes(name):
+    def foreign(x):
+        return np.asarray(x).astype(np.asarray(x).dtype.newbyteorder())
+
+    assert_same(called(ARGUMENTS[name](foreign)), called(ARGUMENTS[name](lambda x: x)))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        lambda n: {"key_value_seq_lengths": [n, 5]},
+        lambda n: {"mask": masks.padding(key_lengths=[5, n])},
+        lambda n: {"mask": [masks.causal(), [[n > 1, True, False] * 2] * 6]},
+        lambda n: {"sinks": [n + 0.5, 0.0, 0.0, 0.0]},
+        lambda n: {"dropout_rate": 0.5, "dropout_seed": [n, 4]},
+    ],
+)
+def test_lists_with_traced_numbers(arguments):
+    assert_same(jax.jit(lambda n: called(arguments(n)))(3), called(arguments(3)))
+
+
 LENGTHS = "query_seq_lengths", "key_value_seq_lengths"
 
 
@@ -405,7 +508,7 @@ LENGTHS = "query_seq_lengths", "key_value_seq_lengths"
         (ValueError, "implementation must be None or one of 'fused', 'composite', got 'reference'",
          {"implementation": "reference"}),
         (ValueError, "query and key must have the same head_dim, got 8, 7", {"key": jnp.ones((2, 6, 4, 7))}),
-        (TypeError, "key must be an array, got NoneType", {"key": None}),
+        (TypeError, "key must be an array, got NoneType: JAX has no arrays of object", {"key": None}),
         (TypeError, "key must be float16, .* or float64, got int32", {"key": jnp.ones((2, 6, 4, 8), int)}),
     ],
 )  # fmt: skip
@@ -432,11 +535,17 @@ def test_explain():
 @pytest.mark.parametrize("chosen", [None, "composite"])
 def test_an_export_leaves_the_batch_and_the_lengths_open(chosen):
     batch, seqlen = jax.export.symbolic_shape("batch, seqlen")
-
-    def attend(x):
-        return scaled_dot_product_attention(x, x, x, is_causal=True, implementation=chosen)
-
     allowed = [jax.export.DisabledSafetyCheck.custom_call("attn_ops.forward")]
+
+    def attend(x, **options):
+        return scaled_dot_product_attention(x, x, x, is_causal=True, implementation=chosen, **options)
+
+    lengths = jnp.array([3, 4])
+    exported = jax.export.export(jax.jit(lambda x: attend(x, key_value_seq_lengths=lengths)), disabled_checks=allowed)(
+        jax.ShapeDtypeStruct((2, seqlen, 2, 8), "float32")
+    )
+    (x,) = inputs(2, 5, 2, 8, number=1)
+    assert_same(exported.call(x), attend(x, key_value_seq_lengths=lengths))
     exported = jax.export.export(jax.jit(attend), disabled_checks=allowed)(
         jax.ShapeDtypeStruct((batch, seqlen, 2, 8), "float32")
     )
