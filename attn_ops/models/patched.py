@@ -48,8 +48,9 @@ def patch():
     runs fused where the fused op can, otherwise in the composite; `flash_attention=True` runs fused or raises ValueError
     with the reasons. Keras's own function still serves `flash_attention=False` and everything that
     :func:`attn_ops.scaled_dot_product_attention` does not take. Queries that see no key give what Keras gives them: a stock
-    model may read them as keys later. Beside a mask, a bias with values below `-1e38` (`finfo.min`, `-inf`) is left to
-    Keras as well, when it runs: there such a key counts less than a masked one. Patching twice is patching once.
+    model may read them as keys later. Beside a mask, a bias with values below `-1e38` (`finfo.min`, `-inf`; in float16 all
+    below -65504, as which Keras adds it) is left to Keras as well, when it runs: there such a key counts less than a masked
+    one. Patching twice is patching once.
 
     Raises:
         RuntimeError: This Keras has no such function, or calls it in another way; the message says what was found.
@@ -180,11 +181,13 @@ def _replacement(original):
             return here()
 
         def in_keras():
-            return original(query, key, value, bias, mask, scale, is_causal, flash_attention)
+            per_head = (_one_per_query_head(x, query.shape[2]) for x in (key, value))
+            return original(query, *per_head, bias, mask, scale, is_causal, flash_attention)
 
         if not backend.can_branch(query, key, bias):
             return in_keras()
-        return ops.cond(ops.min(ops.cast(bias, "float32")) < _BELOW_MASKED, in_keras, here)
+        in_its_dtype = ops.cast(bias, keras.backend.result_type(query.dtype, key.dtype, value.dtype))
+        return ops.cond(ops.min(ops.cast(in_its_dtype, "float32")) < _BELOW_MASKED, in_keras, here)
 
     dot_product_attention.original = original
     return dot_product_attention
@@ -198,6 +201,15 @@ def _is_taken(query, key, value, bias, mask):
     if mask is not None and (keras.backend.standardize_dtype(mask.dtype) != "bool" or len(mask.shape) > 4):
         return False
     return bias is None or len(bias.shape) <= 4
+
+
+def _one_per_query_head(x, num_heads):
+    """Keys or values `[batch, seqlen_k, num_kv_heads, dim]` with a head for each query head, as Keras repeats them; but in
+    operations of which XLA compiles the gradient in a branch too, and where there is one head, for which Keras does not."""
+    if None in (x.shape[2], num_heads) or x.shape[2] in (0, num_heads) or num_heads % x.shape[2]:
+        return x
+    batch, seqlen, _, dim = dims(x)
+    return ops.reshape(ops.stack([x] * (num_heads // x.shape[2]), 3), (batch, seqlen, num_heads, dim))
 
 
 def _rank_4(x):
