@@ -13,7 +13,7 @@ import warnings
 import keras
 from keras import ops
 
-from attn_ops.layers.axes import dims
+from attn_ops.layers.axes import dims, one_per_query_head
 from attn_ops.layers.backend import backend
 from attn_ops.layers.empty_rows import empty_rows, with_means
 from attn_ops.masks.mask import combined
@@ -181,7 +181,7 @@ def _replacement(original):
             return here()
 
         def in_keras():
-            per_head = (_one_per_query_head(x, query.shape[2]) for x in (key, value))
+            per_head = (one_per_query_head(x, query.shape[2]) for x in (key, value))
             return original(query, *per_head, bias, mask, scale, is_causal, flash_attention)
 
         if not backend.can_branch(query, key, bias):
@@ -201,15 +201,6 @@ def _is_taken(query, key, value, bias, mask):
     if mask is not None and (keras.backend.standardize_dtype(mask.dtype) != "bool" or len(mask.shape) > 4):
         return False
     return bias is None or len(bias.shape) <= 4
-
-
-def _one_per_query_head(x, num_heads):
-    """Keys or values `[batch, seqlen_k, num_kv_heads, dim]` with a head for each query head, as Keras repeats them; but in
-    operations of which XLA compiles the gradient in a branch too, and where there is one head, for which Keras does not."""
-    if None in (x.shape[2], num_heads) or x.shape[2] in (0, num_heads) or num_heads % x.shape[2]:
-        return x
-    batch, seqlen, _, dim = dims(x)
-    return ops.reshape(ops.stack([x] * (num_heads // x.shape[2]), 3), (batch, seqlen, num_heads, dim))
 
 
 def _rank_4(x):

@@ -109,7 +109,7 @@ def test_the_op_with_few_heads_and_a_bias(lowest, heads, form):
     """Whose values choose between two computations, the one of Keras with few heads too."""
     bias = tf.constant([0.5, lowest, 0.0, 1.0, -1.0, 2.0, 0.0])
     q, k, v = (random(2, n, h, 8, seed=i, dtype="float32") for i, (n, h) in enumerate(((5, 4), (7, heads), (7, heads))))
-    options = {"is_causal": True}
+    options = {"is_causal": True, "mask": MASKS["rows"]}
     repeated = [q, *(tf.repeat(x, 4 // heads, axis=2) for x in (k, v)), bias]
     out, d_query, *others, d_bias = op_values_and_gradients("eager", repeated, options)
     expected = out, d_query, *(tf.reduce_sum(tf.reshape(d, (2, 7, heads, -1, 8)), 3) for d in others), d_bias
