@@ -8,6 +8,7 @@ import importlib
 import inspect
 import sys
 import threading
+import types
 import warnings
 
 import keras
@@ -36,7 +37,10 @@ _KNOWN = (
 )
 # Masked scores are -2.4e38 in Keras. A bias below this may leave a visible one behind them.
 _BELOW_MASKED = -1e38
-_lock = threading.Lock()
+_lock = threading.RLock()
+# The blocks of `patched` that share a patch, which the last one to end takes away (those of several threads may overlap), and
+# the layers that are traced again then.
+_blocks = types.SimpleNamespace(open=0, layers=[])
 
 
 def patch():
@@ -82,7 +86,8 @@ def unpatch():
 
 @contextlib.contextmanager
 def patched(model=None):
-    """:func:`patch` for the duration of a `with` block; leaves alone a patch that was in place before.
+    """:func:`patch` for the duration of a `with` block; leaves alone a patch that was in place before. Of blocks that overlap,
+    in several threads, the one that ends last takes it away.
 
     Warns once where the block ends without a single fused call: a function that was traced before it goes on as it was.
 
@@ -94,16 +99,23 @@ def patched(model=None):
         TypeError: `model` is not a Keras layer.
         RuntimeError: See :func:`patch`.
     """
-    layers = [] if model is None else found.layers("patched", model)
-    before, fused = _is_patched(), backend.choice.calls["fused"]
-    patch()
+    layers, fused = [] if model is None else found.layers("patched", model), backend.choice.calls["fused"]
+    with _lock:
+        shares = _blocks.open > 0 or not _is_patched()
+        patch()
+        if shares:
+            _blocks.open += 1
+            _blocks.layers += layers
     found.drop_traced_functions(layers)
     try:
         yield
     finally:
-        if not before:
-            unpatch()
-            found.drop_traced_functions(layers)
+        with _lock:
+            _blocks.open -= shares
+            if shares and not _blocks.open:
+                unpatch()
+                found.drop_traced_functions(_blocks.layers)
+                _blocks.layers.clear()
     if backend.choice.calls["fused"] == fused:
         _warn_of_no_call()
 
