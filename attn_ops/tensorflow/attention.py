@@ -111,7 +111,10 @@ def _fused(call):
 
 
 def _composite(call):
-    return composite.attention(call, exporting=place.exporting(), vectorized=place.in_vectorization())
+    out, lse = composite.attention(call, exporting=place.exporting(), vectorized=place.in_vectorization())
+    if not tf.executing_eagerly():
+        call.set_result_shapes(out, lse)  # of which its operations lose a part where an extent is unknown
+    return out, lse
 
 
 RUN = {"fused": _fused, "composite": _composite, "reference": reference.attention}
