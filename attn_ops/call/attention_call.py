@@ -198,11 +198,12 @@ class AttentionCall(typing.NamedTuple):
         """Whether a single row stands at the first key and looks no further, which callers are warned of."""
         return self.window_right == 0 and not self.bottom_right and canonical(self.query.shape, self.layout)[2] == 1
 
-    def set_result_shapes(self, out, lse, statistics):
-        """Tells tensors of a TensorFlow graph what is known of their shapes; ``lse`` may be None."""
+    def set_result_shapes(self, out, lse, statistics=None):
+        """Tells tensors of a TensorFlow graph what is known of their shapes; ``lse`` and ``statistics`` may be None."""
         out_shape, lse_shape = self.result_shapes()
         out.set_shape(out_shape)
-        statistics.set_shape([*lse_shape, 2])
+        if statistics is not None:
+            statistics.set_shape([*lse_shape, 2])
         if lse is not None:
             lse.set_shape(lse_shape)
 

@@ -46,10 +46,9 @@ def scaled_dot_product_attention(query, key, value, **given):
         jax.errors.JaxRuntimeError: traced lengths, intervals or offsets out of range, which only the running kernel can
             know. The composite does not find those.
     """
-    if keras_tensors.any_among(query, key, value, *given.values()):
-        from attn_ops.models import operation
-
-        return operation.attention(query, key, value, given)
+    operations = keras_tensors.operations(query, key, value, *given.values())
+    if operations is not None:
+        return operations.attention(query, key, value, given)
     name = "scaled_dot_product_attention"
     implementation = given.pop("implementation", None)
     call = normalize(xp, name, query, key, value, **given)
@@ -70,10 +69,9 @@ def attention_weights(query, key, **given):
     see no key are 0. Arguments and errors are those of `scaled_dot_product_attention`; ``lse`` is what that returned for
     the same arguments, and is computed when not given. Differentiable.
     """
-    if keras_tensors.any_among(query, key, *given.values()):
-        from attn_ops.models import operation
-
-        return operation.attention_weights(query, key, given)
+    operations = keras_tensors.operations(query, key, *given.values())
+    if operations is not None:
+        return operations.attention_weights(query, key, given)
     name = "attention_weights"
     implementation, lse = given.pop("implementation", None), given.pop("lse", None)
     call = normalize_weights(xp, name, query, key, **given)

@@ -19,6 +19,16 @@ def dims(x):
     return list(ops.shape(x)) if None in extents else extents
 
 
+def one_per_query_head(x, num_heads):
+    """Keys or values `[batch, seqlen_k, num_kv_heads, dim]` with a head for each of the ``num_heads`` of the query, as Keras
+    repeats them; in operations of which XLA compiles the gradient in a branch too, as it does not that of `repeat`."""
+    num_kv_heads = x.shape[2]
+    if None in (num_kv_heads, num_heads) or num_kv_heads in (0, num_heads) or num_heads % num_kv_heads:
+        return x
+    batch, seqlen, _, dim = dims(x)
+    return ops.reshape(ops.stack([x] * (num_heads // num_kv_heads), 3), (batch, seqlen, num_heads, dim))
+
+
 class AttentionAxes:
     """Splits the leading axes of `[batch, *dims, ...]` tensors into free and attended ones.
 

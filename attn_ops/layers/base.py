@@ -50,6 +50,8 @@ class FlashAttention:
     _flash_attention = None
     # The arguments of the constructor that are ours, and their defaults.
     _OWN = {"flash_attention": None}
+    # Those that must be positive integers, where the stock constructor does not look.
+    _SIZES = ()
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -63,6 +65,9 @@ class FlashAttention:
             flash_attention, args = args[place], (*args[:place], None, *args[place + 1 :])
         if "dropout" in given:
             checked_dropout(type(self).__name__, given["dropout"])
+        for what in self._SIZES:
+            if what in given:
+                checked_size(type(self).__name__, what, given[what])
         if flash_attention not in (None, True, False):
             raise ValueError(
                 f"{type(self).__name__}: flash_attention must be None, True or False, not {flash_attention!r}"
@@ -208,9 +213,14 @@ def refuse_if_forced(layer, reason):
 
 def checked_units(name, units):
     """``units`` as a positive int, or None."""
-    if units is not None and (not is_integer(units) or units <= 0):
-        raise ValueError(f"{name}: units must be None or a positive integer, got {units!r}")
-    return None if units is None else int(units)
+    return None if units is None else checked_size(name, "units", units, "None or ")
+
+
+def checked_size(name, what, size, other=""):
+    """``size`` as a positive int."""
+    if not is_integer(size) or size <= 0:
+        raise ValueError(f"{name}: {what} must be {other}a positive integer, got {size!r}")
+    return int(size)
 
 
 def checked_dropout(name, rate):

@@ -6,7 +6,7 @@ import functools
 
 from keras import ops
 
-from attn_ops.layers.axes import dims
+from attn_ops.layers.axes import dims, one_per_query_head
 
 _FAR = 2**30  # beyond every key, and positions stay within 32 bits
 
@@ -54,12 +54,10 @@ def with_means(out, value, empty):
     """`out` `[batch, seqlen_q, num_heads, value_dim]`, and in the rows where `empty` the mean over the keys of `value`
     `[batch, seqlen_k, num_kv_heads, value_dim]`, as Keras's softmax of equal scores gives it."""
     dtype = "float64" if out.dtype == "float64" else "float32"
-    seqlen_k, num_heads, num_kv_heads = dims(value)[1], out.shape[2], value.shape[2]
+    seqlen_k = dims(value)[1]
     count = ops.maximum(ops.cast(seqlen_k, dtype), 1.0)
     mean = ops.cast(ops.sum(ops.cast(value, dtype), 1, keepdims=True) / count, out.dtype)
-    if num_heads != num_kv_heads:
-        mean = ops.repeat(mean, num_heads // num_kv_heads, 2)
-    return ops.where(ops.swapaxes(empty, 1, 2), mean, out)
+    return ops.where(ops.swapaxes(empty, 1, 2), one_per_query_head(mean, out.shape[2]), out)
 
 
 def _all(parts):

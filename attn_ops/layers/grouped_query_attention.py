@@ -43,6 +43,8 @@ class GroupedQueryAttention(ScoreOptions, _Stock):
     - A subclass that overrides `_compute_attention` gets Keras's call: a dense mask, keys and values repeated.
     """
 
+    _SIZES = ("head_dim", "num_query_heads", "num_key_value_heads")
+
     def call(
         self,
         query,

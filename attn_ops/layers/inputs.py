@@ -28,6 +28,8 @@ def boolean(mask, name):
     dtype = keras.backend.standardize_dtype(mask.dtype)
     if dtype == "bool":
         return mask
+    if "int" not in dtype and "float" not in dtype:
+        raise TypeError(f"attn_ops.layers: {name} must hold booleans, or numbers that tell as much, got {dtype}")
     if "float" in dtype or not dtype.startswith("u"):
         message = checks.not_boolean("attn_ops.layers", name, dtype, numbers=True)
         values = backend.known_values(mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 from attn_ops.call.position_bias import T5RelativeBias
@@ -9,13 +10,24 @@ from attn_ops.call.position_bias import T5RelativeBias
 
 def any_among(*arguments) -> bool:
     """Whether one of the ``arguments``, or of those in a list or table among them, stands for a tensor of a Keras model."""
-    keras = sys.modules.get("keras")  # without it there can be none
-    if keras is None:
-        return False
-    kind = getattr(keras, "KerasTensor", ())
+    kind = getattr(sys.modules.get("keras"), "KerasTensor", ())  # without the package there can be none
+    return any(isinstance(x, kind) for x in _leaves(arguments))
+
+
+def operations(*arguments):
+    """The module with the attention functions on KerasTensors of the Keras, 3 or 2, that has some among the ``arguments``, or
+    None."""
+    if any_among(*arguments):
+        return importlib.import_module("attn_ops.models.operation")
+    of_keras_2 = "tf_keras" in sys.modules and any(map(_is_of_keras_2, _leaves(arguments)))
+    return importlib.import_module("attn_ops.models.keras_2") if of_keras_2 else None
+
+
+def _is_of_keras_2(x):
+    return type(x).__name__.endswith("KerasTensor") and type(x).__module__.startswith("tf_keras.")
+
+
+def _leaves(arguments):
     for x in arguments:
-        if isinstance(x, T5RelativeBias):
-            x = x.table
-        if isinstance(x, kind) or (isinstance(x, (list, tuple)) and any(isinstance(y, kind) for y in x)):
-            return True
-    return False
+        x = x.table if isinstance(x, T5RelativeBias) else x
+        yield from x if isinstance(x, (list, tuple)) else (x,)

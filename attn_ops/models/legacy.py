@@ -6,7 +6,11 @@ import numpy as np
 
 from attn_ops.layers.multi_head_attention import MultiHeadAttention
 
-_OPTIONS = ("num_heads", "key_dim", "value_dim", "dropout", "use_bias", "output_shape", "attention_axes", "name")
+_OPTIONS = ("num_heads", "key_dim", "value_dim", "use_bias", "output_shape", "attention_axes")
+# What both kinds of layers have, and ours by the same names. Initializers have done their work.
+_SHARED = ("name", "trainable", "dropout", "activity_regularizer") + tuple(
+    f"{of}_{what}" for of in ("kernel", "bias") for what in ("regularizer", "constraint")
+)
 
 
 def from_tf_keras(layer):
@@ -16,7 +20,8 @@ def from_tf_keras(layer):
         layer: The layer, built. It takes its inputs in the same order: `layer(query, value, key)`.
 
     Returns:
-        A built :class:`attn_ops.layers.MultiHeadAttention` with the same sizes, dropout, name and weights.
+        A built :class:`attn_ops.layers.MultiHeadAttention` with the same sizes, dropout, name, dtype policy,
+        regularizers, constraints and weights.
 
     Raises:
         TypeError: `layer` is no `MultiHeadAttention` of Keras 2.
@@ -25,7 +30,7 @@ def from_tf_keras(layer):
     config = _config("from_tf_keras", layer, "MultiHeadAttention", ("num_heads", "key_dim"))
     if not layer.built or config.get("query_shape") is None:
         raise ValueError("attn_ops.models.from_tf_keras: layer is not built, and has no weights yet: call it once")
-    ours = MultiHeadAttention(**{name: config[name] for name in _OPTIONS if name in config})
+    ours = MultiHeadAttention(**{name: config[name] for name in _OPTIONS if name in config}, **_shared(layer, config))
     ours.build(*(tuple(config[f"{what}_shape"]) for what in ("query", "value", "key")))
     ours.set_weights(layer.get_weights())
     return ours
@@ -41,8 +46,9 @@ def from_tensorflow_addons(layer):
         layer: The layer, built.
 
     Returns:
-        A built :class:`attn_ops.layers.MultiHeadAttention` with the same sizes, dropout, name and weights. Where the layer
-        has a bias behind its projection, ours has zeros for those that it lacks.
+        A built :class:`attn_ops.layers.MultiHeadAttention` with the same sizes, dropout, name, dtype policy,
+        regularizers, constraints and weights. Where the layer has a bias behind its projection, ours has zeros for those that
+        it lacks.
 
     Raises:
         TypeError: `layer` is no `MultiHeadAttention` of TensorFlow Addons.
@@ -61,15 +67,19 @@ def from_tensorflow_addons(layer):
         head_size,
         value_dim=value.shape[-1],
         output_shape=projection.shape[-1],
-        dropout=config.get("dropout", 0.0),
         use_bias=use_bias,
-        name=config.get("name"),
+        **_shared(layer, config),
     )
     ours.build(*((None, None, kernel.shape[1]) for kernel in (query, value, key)))
     kernels = [np.swapaxes(kernel, 0, 1) for kernel in (query, key, value)] + [projection]
     biases = [np.zeros(kernel.shape[1:], kernel.dtype) for kernel in kernels[:3]] + weights[4:]
     ours.set_weights([x for pair in zip(kernels, biases) for x in pair] if use_bias else kernels)
     return ours
+
+
+def _shared(layer, config):
+    policy = getattr(getattr(layer, "dtype_policy", None), "name", None)
+    return {"dtype": policy, **{name: config[name] for name in _SHARED if name in config}}
 
 
 def _config(function, layer, name, needed):

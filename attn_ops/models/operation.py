@@ -33,17 +33,17 @@ _TENSORS = (
 
 def attention(query, key, value, given):
     """The symbolic result of `scaled_dot_product_attention` with these options; there are KerasTensors among them all."""
-    own, tensors = _sorted(_attention.scaled_dot_product_attention, query, key, given)
+    own, tensors = options_and_tensors(_attention.scaled_dot_product_attention, query, key, given)
     return ScaledDotProductAttention(**own)(query, key, value, **tensors)
 
 
 def attention_weights(query, key, given):
     """The symbolic result of `attention_weights` with these options; there are KerasTensors among them all."""
-    own, tensors = _sorted(_attention.attention_weights, query, key, given)
+    own, tensors = options_and_tensors(_attention.attention_weights, query, key, given)
     return AttentionWeights(**own)(query, key, **tensors)
 
 
-def _sorted(function, query, key, given):
+def options_and_tensors(function, query, key, given):
     """All options of a function as those of an operation, plain values, and those of its call, tensors."""
     arguments = public.completed(function, given)
     tensors = {what: arguments.pop(what) for what in _TENSORS if what in arguments}

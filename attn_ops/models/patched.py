@@ -8,12 +8,13 @@ import importlib
 import inspect
 import sys
 import threading
+import types
 import warnings
 
 import keras
 from keras import ops
 
-from attn_ops.layers.axes import dims
+from attn_ops.layers.axes import dims, one_per_query_head
 from attn_ops.layers.backend import backend
 from attn_ops.layers.empty_rows import empty_rows, with_means
 from attn_ops.masks.mask import combined
@@ -36,7 +37,10 @@ _KNOWN = (
 )
 # Masked scores are -2.4e38 in Keras. A bias below this may leave a visible one behind them.
 _BELOW_MASKED = -1e38
-_lock = threading.Lock()
+_lock = threading.RLock()
+# The blocks of `patched` that share a patch, which the last one to end takes away (those of several threads may overlap), and
+# the layers that are traced again then.
+_blocks = types.SimpleNamespace(open=0, layers=[])
 
 
 def patch():
@@ -48,8 +52,9 @@ def patch():
     runs fused where the fused op can, otherwise in the composite; `flash_attention=True` runs fused or raises ValueError
     with the reasons. Keras's own function still serves `flash_attention=False` and everything that
     :func:`attn_ops.scaled_dot_product_attention` does not take. Queries that see no key give what Keras gives them: a stock
-    model may read them as keys later. Beside a mask, a bias with values below `-1e38` (`finfo.min`, `-inf`) is left to
-    Keras as well, when it runs: there such a key counts less than a masked one. Patching twice is patching once.
+    model may read them as keys later. Beside a mask, a bias with values below `-1e38` (`finfo.min`, `-inf`; in float16 all
+    below -65504, as which Keras adds it) is left to Keras as well, when it runs: there such a key counts less than a masked
+    one. Patching twice is patching once.
 
     Raises:
         RuntimeError: This Keras has no such function, or calls it in another way; the message says what was found.
@@ -81,7 +86,8 @@ def unpatch():
 
 @contextlib.contextmanager
 def patched(model=None):
-    """:func:`patch` for the duration of a `with` block; leaves alone a patch that was in place before.
+    """:func:`patch` for the duration of a `with` block; leaves alone a patch that was in place before. Of blocks that overlap,
+    in several threads, the one that ends last takes it away.
 
     Warns once where the block ends without a single fused call: a function that was traced before it goes on as it was.
 
@@ -93,16 +99,23 @@ def patched(model=None):
         TypeError: `model` is not a Keras layer.
         RuntimeError: See :func:`patch`.
     """
-    layers = [] if model is None else found.layers("patched", model)
-    before, fused = _is_patched(), backend.choice.calls["fused"]
-    patch()
+    layers, fused = [] if model is None else found.layers("patched", model), backend.choice.calls["fused"]
+    with _lock:
+        shares = _blocks.open > 0 or not _is_patched()
+        patch()
+        if shares:
+            _blocks.open += 1
+            _blocks.layers += layers
     found.drop_traced_functions(layers)
     try:
         yield
     finally:
-        if not before:
-            unpatch()
-            found.drop_traced_functions(layers)
+        with _lock:
+            _blocks.open -= shares
+            if shares and not _blocks.open:
+                unpatch()
+                found.drop_traced_functions(_blocks.layers)
+                _blocks.layers.clear()
     if backend.choice.calls["fused"] == fused:
         _warn_of_no_call()
 
@@ -180,11 +193,13 @@ def _replacement(original):
             return here()
 
         def in_keras():
-            return original(query, key, value, bias, mask, scale, is_causal, flash_attention)
+            per_head = (one_per_query_head(x, query.shape[2]) for x in (key, value))
+            return original(query, *per_head, bias, mask, scale, is_causal, flash_attention)
 
         if not backend.can_branch(query, key, bias):
             return in_keras()
-        return ops.cond(ops.min(ops.cast(bias, "float32")) < _BELOW_MASKED, in_keras, here)
+        in_its_dtype = ops.cast(bias, keras.backend.result_type(query.dtype, key.dtype, value.dtype))
+        return ops.cond(ops.min(ops.cast(in_its_dtype, "float32")) < _BELOW_MASKED, in_keras, here)
 
     dot_product_attention.original = original
     return dot_product_attention

@@ -7,6 +7,7 @@ imported for that: where it is not there yet, its import tells.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import types
@@ -25,25 +26,27 @@ CLASSES = {
     "ScaledDotProductAttention": ("models.operation", "Operation"),
     "SelfAttention": ("layers", "Layer"),
 }
+CLASSES_OF_KERAS_2 = {name: ("models.keras_2", "Layer") for name in ("AttentionWeights", "ScaledDotProductAttention")}
 
 
 def register() -> None:
-    """Registers the names with Keras: now if it is imported, else as soon as it is."""
-    keras = sys.modules.get("keras")
-    if keras is not None:
-        _register_with(keras)
-    else:
-        sys.meta_path.insert(0, _AfterImport("keras", _register_with))
+    """Registers the names with Keras and with Keras 2 (`tf_keras`): now if it is imported, else as soon as it is."""
+    for package, classes in (("keras", CLASSES), ("tf_keras", CLASSES_OF_KERAS_2)):
+        with_it = functools.partial(_register_with, classes=classes)
+        if package in sys.modules:
+            with_it(sys.modules[package])
+        else:
+            sys.meta_path.insert(0, _AfterImport(package, with_it))
 
 
-def _register_with(keras):
+def _register_with(keras, classes):
     try:
+        kinds = {"Layer": keras.layers.Layer, "Operation": getattr(keras, "Operation", None)}
         stand_ins = {
-            f"{_PACKAGE}>{name}": _stand_in(name, module, getattr(keras, kind))
-            for name, (module, kind) in CLASSES.items()
+            f"{_PACKAGE}>{name}": _stand_in(name, module, kinds[kind]) for name, (module, kind) in classes.items()
         }
         registered = keras.saving.get_custom_objects()
-    except Exception:  # no Keras 3, or one of another make, whose import must not fail for our sake
+    except Exception:  # one of another make, whose import must not fail for our sake
         return
     for name, stand_in in stand_ins.items():
         registered.setdefault(name, stand_in)

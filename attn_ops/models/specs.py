@@ -43,10 +43,11 @@ def of_backend(backend):
         if isinstance(x, Spec):
             return x
         if type(x).__name__ == "KerasTensor":
-            if x.sparse or getattr(x, "ragged", False):  # older Keras has no ragged ones
-                kind = "sparse" if x.sparse else "ragged"
+            sparse = getattr(x, "sparse", False)  # Keras 2 has other classes for these, older Keras 3 no ragged ones
+            if sparse or getattr(x, "ragged", False):
+                kind = "sparse" if sparse else "ragged"
                 raise TypeError(f"{name}: {what} must be a dense tensor or an array, got a {kind} KerasTensor")
-            return Spec(_dtype(x.dtype), list(x.shape))
+            return Spec(_dtype(keras.backend.standardize_dtype(x.dtype)), list(x.shape))
         x = backend.as_tensor(name, what, x)
         return Spec(_dtype(keras.backend.standardize_dtype(x.dtype)), backend.extents(x))
 

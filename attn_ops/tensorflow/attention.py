@@ -61,10 +61,9 @@ def scaled_dot_product_attention(query, key, value, **given):
     if out is not None:
         choice.calls["fused"] += 1
         return out
-    if keras_tensors.any_among(query, key, value, *given.values()):
-        from attn_ops.models import operation
-
-        return operation.attention(query, key, value, given)
+    operations = keras_tensors.operations(query, key, value, *given.values())
+    if operations is not None:
+        return operations.attention(query, key, value, given)
     name = "scaled_dot_product_attention"
     implementation = given.pop("implementation", None)
     call = normalize(xp, name, query, key, value, **given)
@@ -89,10 +88,9 @@ def attention_weights(query, key, **given):
     see no key are 0. Arguments and errors are those of `scaled_dot_product_attention`, and `KerasTensor`s are taken as
     there; ``lse`` is what that returned for the same arguments, and is not needed. Differentiable.
     """
-    if keras_tensors.any_among(query, key, *given.values()):
-        from attn_ops.models import operation
-
-        return operation.attention_weights(query, key, given)
+    operations = keras_tensors.operations(query, key, *given.values())
+    if operations is not None:
+        return operations.attention_weights(query, key, given)
     name = "attention_weights"
     implementation, lse = given.pop("implementation", None), given.pop("lse", None)
     call = normalize_weights(xp, name, query, key, **given)
@@ -111,7 +109,10 @@ def _fused(call):
 
 
 def _composite(call):
-    return composite.attention(call, exporting=place.exporting(), vectorized=place.in_vectorization())
+    out, lse = composite.attention(call, exporting=place.exporting(), vectorized=place.in_vectorization())
+    if not tf.executing_eagerly():
+        call.set_result_shapes(out, lse)  # of which its operations lose a part where an extent is unknown
+    return out, lse
 
 
 RUN = {"fused": _fused, "composite": _composite, "reference": reference.attention}

@@ -92,7 +92,8 @@ def _backend_of_keras():
 def _is_specification(x):
     """Whether ``x`` describes a dense tensor; other KerasTensors are left for `normalize` to refuse."""
     if type(x).__name__ == "KerasTensor":
-        return not (x.sparse or getattr(x, "ragged", False))  # older Keras has no ragged ones
+        # Keras 2 has neither attribute, older Keras 3 no ragged ones.
+        return not (getattr(x, "sparse", False) or getattr(x, "ragged", False))
     return isinstance(x, tf.TensorSpec)
 
 

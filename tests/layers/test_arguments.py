@@ -57,6 +57,19 @@ def test_scale(name):
         make(name, scale=float("inf"))
 
 
+@pytest.mark.parametrize("size", [0, -1, 2.5, True, "2", None])
+@pytest.mark.parametrize("what", ["head_dim", "num_query_heads", "num_key_value_heads"])
+def test_sizes_of_grouped_heads(what, size):
+    with pytest.raises(ValueError, match=f"GroupedQueryAttention: {what} must be a positive integer, got {size!r}"):
+        attn_ops.layers.GroupedQueryAttention(**{**DROP_INS["GroupedQueryAttention"], what: size})
+
+
+def test_masks_of_words():
+    x = random(2, 5, 6)
+    with pytest.raises(TypeError, match="attention_mask must hold booleans, or numbers that tell as much, got string"):
+        make("MultiHeadAttention")(x, x, attention_mask=tf.constant("causal"))
+
+
 @pytest.mark.parametrize("units", [0, -1, True, False, 2.0, "8"])
 def test_units_that_are_no_positive_integer(units):
     with pytest.raises(ValueError, match=f"units must be None or a positive integer, got {units!r}"):

@@ -59,6 +59,24 @@ def test_patched_leaves_an_earlier_patch_alone_and_survives_errors():
     assert backend_nn.dot_product_attention is not original
 
 
+def test_blocks_that_overlap_end_with_the_last(runs):
+    """Those of several threads do not end one inside the other."""
+    x = random(2, 5, 4, 8)
+    inputs = keras.Input((5, 4, 8))
+    model = keras.Model(inputs, keras.ops.dot_product_attention(inputs, inputs, inputs))
+    first, second = attn_ops.patched(model), attn_ops.patched()
+    first.__enter__()
+    second.__enter__()
+    model.predict(x, verbose=0)
+    first.__exit__(None, None, None)
+    keras.ops.dot_product_attention(x, x, x)
+    assert runs == [None] * 2
+    second.__exit__(None, None, None)
+    keras.ops.dot_product_attention(x, x, x)
+    model.predict(x, verbose=0)
+    assert runs == [None] * 2
+
+
 def test_a_replacement_by_others_stays():
     attn_ops.patch()
     ours_ = backend_nn.dot_product_attention

@@ -102,6 +102,34 @@ def test_the_op_with_few_heads_or_no_keys(seqlen_k, heads):
     assert np.isfinite(actual).all()
 
 
+@pytest.mark.parametrize("form", ["eager", "xla"])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("lowest", [-3.0, MINIMUM])
+def test_the_op_with_few_heads_and_a_bias(lowest, heads, form):
+    """Whose values choose between two computations, the one of Keras with few heads too."""
+    bias = tf.constant([0.5, lowest, 0.0, 1.0, -1.0, 2.0, 0.0])
+    q, k, v = (random(2, n, h, 8, seed=i, dtype="float32") for i, (n, h) in enumerate(((5, 4), (7, heads), (7, heads))))
+    options = {"is_causal": True, "mask": MASKS["rows"]}
+    repeated = [q, *(tf.repeat(x, 4 // heads, axis=2) for x in (k, v)), bias]
+    out, d_query, *others, d_bias = op_values_and_gradients("eager", repeated, options)
+    expected = out, d_query, *(tf.reduce_sum(tf.reshape(d, (2, 7, heads, -1, 8)), 3) for d in others), d_bias
+    with attn_ops.patched():
+        actual = op_values_and_gradients(form, [q, k, v, bias], options)
+    for a, e in zip(actual, expected):
+        np.testing.assert_allclose(a, e, atol=1e-5)
+
+
+def test_a_bias_hides_by_its_value_in_the_dtype_of_the_inputs():
+    """-1e9 is -inf in float16, as which Keras adds it: a row that sees only such keys has the mean of the hidden ones."""
+    inputs = [random(2, n, 2, 8, seed=n, dtype="float16") for n in (4, 5, 6)]
+    inputs = [inputs[0], inputs[1], inputs[2][:, :5]]
+    options = {"bias": np.array([-1e9, 0.0, 0.0, 0.0, 0.0], "f"), "is_causal": True}
+    expected = keras.ops.dot_product_attention(*inputs, **options)
+    with attn_ops.patched():
+        actual = keras.ops.dot_product_attention(*inputs, **options)
+    np.testing.assert_allclose(actual, expected, atol=4e-3)
+
+
 # Models
 
 IDS = np.array([[5, 6, 7, 0, 0], [3, 1, 2, 4, 0], [0, 0, 0, 0, 0]])

@@ -55,6 +55,21 @@ def test_known_dimensions_reach_the_result(chosen):
 
 
 @both
+@pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
+def test_what_is_known_beside_an_unknown_batch_reaches_the_results(chosen, layout):
+    shape, found = [None, 5, 2, 4] if layout == "BSHD" else [None, 2, 5, 4], []
+
+    @tf.function(input_signature=[tf.TensorSpec(shape)])
+    def function(x):
+        results = scaled_dot_product_attention(x, x, x, layout=layout, return_lse=True, implementation=chosen)
+        found.extend(x.shape.as_list() for x in results)
+        return results
+
+    function.get_concrete_function()
+    assert found == [shape, [None, 2, 5]]
+
+
+@both
 def test_unknown_rank(chosen):
     @tf.function(input_signature=[tf.TensorSpec(None, tf.float64)] * 4)
     def function(query, key, value, bias):

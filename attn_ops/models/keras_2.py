@@ -1,0 +1,58 @@
+"""The attention functions on KerasTensors of Keras 2 (`tf_keras`): layers of its functional models.
+
+TensorFlow would record the operations inside instead, one by one: the kernel's operator, which XLA does not have, and the seed
+of one dropout for all calls.
+"""
+
+from __future__ import annotations
+
+import tf_keras
+
+import attn_ops
+from attn_ops.models import operation
+
+
+def attention(query, key, value, given):
+    """The symbolic result of `scaled_dot_product_attention` with these options; there are KerasTensors among them all."""
+    own, tensors = operation.options_and_tensors(attn_ops.scaled_dot_product_attention, query, key, given)
+    return ScaledDotProductAttention(own)(query, _given(key=key, value=value, **tensors))
+
+
+def attention_weights(query, key, given):
+    """The symbolic result of `attention_weights` with these options; there are KerasTensors among them all."""
+    own, tensors = operation.options_and_tensors(attn_ops.attention_weights, query, key, given)
+    return AttentionWeights(own)(query, _given(key=key, **tensors))
+
+
+def _given(**tensors):
+    return {what: x for what, x in tensors.items() if x is not None}
+
+
+class _Calls(tf_keras.layers.Layer):
+    """A layer that calls a Keras operation of ours with the same options and tensors."""
+
+    _operation_class = None
+
+    def __init__(self, options, **kwargs):
+        super().__init__(**{"autocast": False, **kwargs})
+        self._operation = self._operation_class(**options)
+
+    def call(self, query, others):
+        return self._operation.call(query, **others)
+
+    def get_config(self):
+        return {**super().get_config(), "options": self._operation.get_config()}
+
+
+@tf_keras.utils.register_keras_serializable(package="attn_ops")
+class ScaledDotProductAttention(_Calls):
+    """`scaled_dot_product_attention` in a functional model of Keras 2; made by calling that on its KerasTensors."""
+
+    _operation_class = operation.ScaledDotProductAttention
+
+
+@tf_keras.utils.register_keras_serializable(package="attn_ops")
+class AttentionWeights(_Calls):
+    """`attention_weights` in a functional model of Keras 2; made by calling that on its KerasTensors."""
+
+    _operation_class = operation.AttentionWeights
