@@ -149,14 +149,14 @@ void finish_row_group(const RowGroup<E>& f, T* partial) {
   }
 }
 
-// The keys of a part of the work that its rows see, from a multiple of 4 on: key 4 n starts a group of random numbers.
+// The keys of a part of the work that its rows see.
 inline KeyRange keys_of(const AttentionParams& p, const HeadLanesPart& part) {
   if (part.head_begin == part.head_end) return {0, 0};
   const HeadRows first(p, part.batch, part.head_begin);
   KeyRange seen = first.keys_seen(0, first.count);
   if (seen.begin < part.key_begin) seen.begin = part.key_begin;
   if (seen.end > part.key_end) seen.end = part.key_end;
-  return {seen.begin / 4 * 4, seen.end};
+  return seen;
 }
 
 template <class E>
