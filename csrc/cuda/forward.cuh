@@ -62,8 +62,8 @@ struct RowStatistics {
     for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float x = fmaxf(largest[m][half], shuffle_xor(largest[m][half], 1));
-        x = fmaxf(x, shuffle_xor(x, 2));
+        float x = largest[m][half];
+        largest_of_quad(x);
         maximum[m][half] = fmaxf(maximum[m][half], x);
         any |= rises(m, half);
       }
@@ -96,8 +96,7 @@ struct RowStatistics {
     for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        sum[m][half] += shuffle_xor(sum[m][half], 1);
-        sum[m][half] += shuffle_xor(sum[m][half], 2);
+        sum_of_quad(sum[m][half]);
         const float from = reference[m][half], to = maximum[m][half];
         factors.of[m][half] = from == to ? 1.0f : exponential(from - to);
         sum[m][half] *= factors.of[m][half];
