@@ -5,7 +5,7 @@
 //   dq = scale ds k           dk = scale ds^T q           dv = p^T d_out           d_bias = ds
 //
 // Scores are computed anew: once by the blocks that keep query rows and make dq (query_gradient.cuh), once by those
-// that keep keys and make dk and dv (key_gradients.cuh). That is seven products where five would do, but no sum is
+// that keep keys and make dk and dv (key_gradients.cuh). That is eight products where five would do, but no sum is
 // shared between blocks: no atomics, no float32 copies of gradients, the same bits every time.
 #pragma once
 

@@ -50,9 +50,9 @@ constexpr bool has_tf32(int dim) { return dim <= 128; }
 constexpr bool sums_delta(Math m) { return m != Math::kFloat32; }
 
 // Whether keys pass once in that kernel all the same, since there are registers for a second sum (query_gradient.cuh).
-constexpr bool passes_once(Math m, int dim) { return element_bytes(m) == 2 && dim <= 128; }
+constexpr bool passes_once(Math m, int dim, bool plain) { return element_bytes(m) == 2 && dim <= (plain ? 128 : 96); }
 // And whether a warp has its queries and their gradients in registers throughout, as operands.
-constexpr bool keeps_operands(Math m, int dim) { return passes_once(m, dim) && dim <= 64; }
+constexpr bool keeps_operands(Math m, int dim, bool plain) { return passes_once(m, dim, plain) && plain && dim <= 64; }
 
 // Backward: queries and the gradient of the output stay and keys and values pass (dq), or the reverse (dk, dv).
 constexpr Tile backward_tile(Math m, int dim, bool plain, bool queries_stay) {

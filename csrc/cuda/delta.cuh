@@ -7,8 +7,8 @@
 
 namespace attn_ops::cuda {
 
-// rowsum(d_out * out) of the warp's row r, which is a quad's. All loads of rows that are aligned are under way at once: a
-// block has nothing else to do before it knows.
+// rowsum(d_out * out) of the warp's row r, which is a quad's. All loads of rows that are aligned are under way at once:
+// a block has nothing else to do before it knows.
 template <class M, int kDim>
 ATTN_DEVICE float output_product(const QueryRows<const uint16_t>& out, const QueryRows<const uint16_t>& d_out, int r,
                                  int dim) {

@@ -212,10 +212,9 @@ ATTN_DEVICE void forward(const ForwardArgs& args) {
   const RowBlock block(head, tile * kBlockM, kBlockM);
   const int warp_row = warp_index() * 16 * kMmaM, first_row = block.first + warp_row;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
-  const auto keys = [&](int first) { return KeyRows<const Element>(p.k, head, first, head.length_k, args.aligned.k); };
-  const auto values = [&](int first) {
-    return KeyRows<const Element>(p.v, head, first, head.length_k, args.aligned.v);
-  };
+  using SomeKeys = KeyRows<const Element, kPlain && M::kMmaK == 16 && kDim <= 192>;
+  const auto keys = [&](int first) { return SomeKeys(p.k, head, first, head.length_k, args.aligned.k); };
+  const auto values = [&](int first) { return SomeKeys(p.v, head, first, head.length_k, args.aligned.v); };
 
   Acc<kMmaM, kDim / 8> o;
   clear<kMmaM, kDim / 8>(o);

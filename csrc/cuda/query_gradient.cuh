@@ -2,14 +2,14 @@
 // pass.
 //
 // The sum of a row's ds is d_lse: what all keys have in common cancels in dq, however large it is, and must do so in 16
-// bits too. There are three ways. In float32 delta is known (delta.cuh). Where registers allow (passes_once), of two sums
-// the second is what the keys have in common, with which dq is corrected,
+// bits too. There are three ways. In float32 delta is known (delta.cuh). Where registers allow (passes_once), a second
+// sum is what the keys have in common, with which dq is corrected,
 //
 //   kbar = sum_j w_j k_j / sum_j w_j      dq = scale (sum_j ds_j k_j - t kbar)      w: p, times the derivative of a cap
 //
-// where t is by how much the sum of ds, as it was rounded, is off: by its rounding, and as delta = rowsum(d_out * out) has
-// that of out, by (rowsum(p * dp) - d_lse - delta) sum_j w_j. Exact for a wrong delta, and for rounding up to how keys
-// differ. Elsewhere keys pass twice, first for delta, and ds enters as several numbers, whose sum it is.
+// where t is by how much the sum of ds, as it was rounded, is off: by its rounding, and as delta = rowsum(d_out * out)
+// has that of out, by (rowsum(p * dp) - d_lse - delta) sum_j w_j. Exact for a wrong delta, and for rounding up to how
+// keys differ. Elsewhere keys pass twice, first for delta, and ds enters as several numbers, whose sum it is.
 #pragma once
 
 #include "backward.cuh"
@@ -44,8 +44,8 @@ struct RowGradients {
 };
 
 // use(m, half, s, own_dp, p, hidden, dp) for each pair of a query row and a key, with query rows down and keys across:
-// where the row is among the lane's, the product (kThroughCap: where there is a cap, its derivative instead) and dp as they
-// are kept, the probability, whether that is hidden, what dropout leaves of dp.
+// where the row is among the lane's, the product (kThroughCap: where there is a cap, its derivative instead) and dp as
+// they are kept, the probability, whether that is hidden, what dropout leaves of dp.
 template <class M, bool kPlain, bool kThroughCap, int kMmaM, int kMmaN, class Use>
 ATTN_DEVICE void for_each_pair(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const RowGradients<kMmaM>& rows,
                                const Head& head, int first_row, int first_key, bool sees_all, Use use) {
@@ -271,7 +271,9 @@ struct SinglePass {
 #pragma unroll
         for (int n = 0; n < kDim / 8; ++n)
 #pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) dq[m][n][i] = dq[m][n][i] * narrowed - share * mean_key[m][n][i];
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            dq[m][n][i] = dq[m][n][i] * narrowed - share * mean_key[m][n][i];
+          }
       }
   }
 };
@@ -327,7 +329,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
         [&](int key, int stage) {
           const auto k = tiles.streamed(0, stage), v = tiles.streamed(1, stage);
           Acc<kMmaM, kMmaN> s, dp;
-          if constexpr (keeps_operands(M::kMath, kDim)) {
+          if constexpr (keeps_operands(M::kMath, kDim, kPlain)) {
             if (key == begin) kept_q.load(q, warp_row), kept_d_out.load(d_out, warp_row);
             gemm_nt<M, kDim, kMmaM, kMmaN>(s, kept_q, k);
             gemm_nt<M, kDim, kMmaM, kMmaN>(dp, kept_d_out, v);
@@ -346,15 +348,18 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
     sync_warp();
     write_acc<M, kDim, kMmaM>(q, warp_row, dq, factor);
     sync_warp();
-    store_rows<M, kDim>(q, warp_row, 16 * kMmaM, QueryRows<Element>(b.dq, head, block.first, block.end, args.aligned.dq),
-                        head_dim);
+    const QueryRows<Element> target(b.dq, head, block.first, block.end, args.aligned.dq);
+    store_rows<M, kDim>(q, warp_row, 16 * kMmaM, target, head_dim);
   };
-  if constexpr (passes_once(M::kMath, kDim)) {
+  const auto look_through = [&](const auto& k, bool sees_all) {
+    return loses_nonfinite<M>(sees_all) && zero_nonfinite_rows<M, kBlockN, kThreads>(k, tiles.flags());
+  };
+  if constexpr (passes_once(M::kMath, kDim, kPlain)) {
     delta_of_output<M, kDim>(rows, args, head, first_row, value_dim);
     SinglePass<M, kDim, kMmaM> single;
     pass([&](auto& s, auto& dp, int key, bool sees_all, const auto& k) {
       single.template make<kPlain, kMmaN>(s, dp, rows, head, first_row, key, sees_all);
-      const bool nonfinite = loses_nonfinite<M>(sees_all) && zero_nonfinite_rows<M, kBlockN, kThreads>(k, tiles.flags());
+      const bool nonfinite = look_through(k, sees_all);
       gemm_nn_pair<M, kDim, kMmaM, kMmaN>(single.dq, single.mean_key, single.rounded, s, dp, k, head_dim);
       if (nonfinite) {
         add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(single.dq, s, tiles.flags(), keys(key), head_dim);
@@ -380,7 +385,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
     clear<kMmaM, kDim / 8>(dq);
     pass([&](auto& s, auto& dp, int key, bool sees_all, const auto& k) {
       score_gradients<M, kPlain, true, kMmaM, kMmaN>(s, dp, rows, head, first_row, key, sees_all);
-      const bool nonfinite = loses_nonfinite<M>(sees_all) && zero_nonfinite_rows<M, kBlockN, kThreads>(k, tiles.flags());
+      const bool nonfinite = look_through(k, sees_all);
       // All of ds: what keys have in common cancels, however large it is.
       gemm_nn<M, kDim, kMmaM, kMmaN, M::kPartsOfFloat>(dq, s, k, head_dim);
       if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(dq, s, tiles.flags(), keys(key), head_dim);

@@ -358,8 +358,8 @@ ATTN_DEVICE void gemm_nn(Acc<kMmaM, kDim / 8>& d, const Acc<kMmaM, kMmaN>& p, co
 //
 //   d[i][c] += sum over j of p[i][j] b[j][c]     e[i][c] += sum over j of w[i][j] b[j][c]
 //
-// sums[i] has the sums of p[i][j] and of w[i][j], as they were rounded, in its even and odd columns: they are products too,
-// with columns of ones.
+// sums[i] has the sums of p[i][j] and of w[i][j], as they were rounded, in its even and odd columns: they are products
+// too, with columns of ones.
 template <class M, int kDim, int kMmaM, int kMmaN>
 ATTN_DEVICE void gemm_nn_pair(Acc<kMmaM, kDim / 8>& d, Acc<kMmaM, kDim / 8>& e, float (&sums)[kMmaM][4],
                               const Acc<kMmaM, kMmaN>& p, const Acc<kMmaM, kMmaN>& w, const SharedTile<M, kDim>& b,

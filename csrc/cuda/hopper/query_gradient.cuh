@@ -7,8 +7,8 @@
 //
 //   kbar = sum_j p_j k_j / sum_j p_j          dq = scale (sum_j ds_j k_j - t kbar)
 //
-// an estimate that is exact for a wrong delta, and for rounding up to how keys differ. It is one product more, where the
-// other kernels (../query_gradient.cuh) have passed over the keys twice and cut ds into three parts: four instead of seven.
+// an estimate that is exact for a wrong delta, and for rounding up to how keys differ, for one product more
+// (../query_gradient.cuh has it for calls of all kinds).
 // The exact delta, which dk and dv need, is the sum of p dp over those keys.
 #pragma once
 
