@@ -354,7 +354,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   const auto look_through = [&](const auto& k, bool sees_all) {
     return loses_nonfinite<M>(sees_all) && zero_nonfinite_rows<M, kBlockN, kThreads>(k, tiles.flags());
   };
-  if constexpr (passes_once(M::kMath, kDim, kPlain)) {
+  if constexpr (passes_once(M::kMath, kDim, kPlain) && kDim <= kLargestSinglePass) {
     delta_of_output<M, kDim>(rows, args, head, first_row, value_dim);
     SinglePass<M, kDim, kMmaM> single;
     pass([&](auto& s, auto& dp, int key, bool sees_all, const auto& k) {
