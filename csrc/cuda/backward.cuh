@@ -5,7 +5,7 @@
 //   dq = scale ds k           dk = scale ds^T q           dv = p^T d_out           d_bias = ds
 //
 // Scores are computed anew: once by the blocks that keep query rows and make dq (query_gradient.cuh), once by those
-// that keep keys and make dk and dv (key_gradients.cuh). That is seven products where five would do, but no sum is
+// that keep keys and make dk and dv (key_gradients.cuh). That is eight products where five would do, but no sum is
 // shared between blocks: no atomics, no float32 copies of gradients, the same bits every time.
 #pragma once
 
@@ -14,27 +14,29 @@
 
 namespace attn_ops::cuda {
 
-template <class M, int kDim, bool kPlain>
+template <class M, int kDim, bool kPlain, bool kQueriesStay>
 struct BackwardShape {
-  static constexpr Tile kTile = backward_tile(M::kMath, kDim, kPlain);
+  static constexpr Tile kTile = backward_tile(M::kMath, kDim, kPlain, kQueriesStay);
   static constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n, kThreads = kTile.threads();
-  static constexpr int kStages = backward_stages(M::kMath, kDim, kPlain);
+  static constexpr int kStages = backward_stages(M::kMath, kDim, kTile);
   static constexpr int kMmaM = kBlockM / 16 / kTile.warps, kMmaN = kBlockN / 8;
 };
 
 // The two arrays of rows that stay, and the two of those that pass, for each stage.
-template <class M, int kDim, bool kPlain>
+template <class M, int kDim, bool kPlain, bool kQueriesStay>
 struct BackwardTiles {
-  using Shape = BackwardShape<M, kDim, kPlain>;
+  using Shape = BackwardShape<M, kDim, kPlain, kQueriesStay>;
   using T = SharedTile<M, kDim>;
 
   ATTN_DEVICE T stationary(int which) const { return {shared_memory() + which * Shape::kBlockM * T::kRowBytes}; }
   ATTN_DEVICE T streamed(int which, int stage) const {
     return {shared_memory() + (2 * Shape::kBlockM + (2 * stage + which) * Shape::kBlockN) * T::kRowBytes};
   }
-  // kStreamedRowBytes for each row that passes, of two stages, and its flag.
+  // What is known of query rows that pass, of two stages, and flags.
   ATTN_DEVICE char* rest() const { return streamed(0, Shape::kStages).data; }
-  ATTN_DEVICE Flags flags() const { return reinterpret_cast<Flags>(rest() + 2 * Shape::kBlockN * kStreamedRowBytes); }
+  ATTN_DEVICE Flags flags() const {
+    return reinterpret_cast<Flags>(rest() + streamed_rows_bytes(Shape::kTile, kQueriesStay));
+  }
 };
 
 // Runs `compute(column, stage)` for columns begin, next_from(begin + kBlockN), ... below end, each after

@@ -49,26 +49,35 @@ constexpr bool has_tf32(int dim) { return dim <= 128; }
 // (delta.cuh).
 constexpr bool sums_delta(Math m) { return m != Math::kFloat32; }
 
+// Whether keys pass once in that kernel all the same, since there are registers for a second sum (query_gradient.cuh).
+constexpr bool passes_once(Math m, int dim, bool plain) { return element_bytes(m) == 2 && dim <= (plain ? 128 : 96); }
+// And whether a warp has its queries and their gradients in registers throughout, as operands.
+constexpr bool keeps_operands(Math m, int dim, bool plain) { return passes_once(m, dim, plain) && plain && dim <= 64; }
+
 // Backward: queries and the gradient of the output stay and keys and values pass (dq), or the reverse (dk, dv).
-constexpr Tile backward_tile(Math m, int dim, bool plain) {
+constexpr Tile backward_tile(Math m, int dim, bool plain, bool queries_stay) {
   // Parts of ds: 32 columns spill on sm_120, and in plain float16 calls of 192 on sm_100.
   if (element_bytes(m) == 2 && (dim > 192 || (plain && m == Math::kFloat16 && dim == 192))) return Tile{64, 16, 4};
-  if (element_bytes(m) == 2) return plain && dim <= 64 ? Tile{128, 32, 4} : Tile{64, 32, 4};
+  if (element_bytes(m) == 2) {
+    if (plain && dim <= 64) return queries_stay ? Tile{64, 64, 4} : Tile{128, 32, 4};
+    return {64, 32, 4};
+  }
   return dim <= 128 ? Tile{64, 32, 4} : Tile{32, 16, 2};
 }
-constexpr int backward_tiles_bytes(Math m, int dim, bool plain, int stages) {
-  const Tile t = backward_tile(m, dim, plain);
+constexpr int backward_tiles_bytes(Math m, int dim, const Tile& t, int stages) {
   return 2 * (t.block_m + stages * t.block_n) * dim * element_bytes(m);
 }
 // What passes is fetched one tile ahead, unless so much memory would leave no room for a second block beside this one.
-constexpr int backward_stages(Math m, int dim, bool plain) {
-  return backward_tiles_bytes(m, dim, plain, 2) <= kLargestSharedBytes * 3 / 4 ? 2 : 1;
+constexpr int backward_stages(Math m, int dim, const Tile& t) {
+  return backward_tiles_bytes(m, dim, t, 2) <= kLargestSharedBytes * 3 / 4 ? 2 : 1;
 }
-// Beside the tiles, of each row that passes: what is known of it, for two stages, and its flag.
+// Beside the tiles, of each row that passes: its flag, and of query rows what is known of them, for two stages.
 constexpr int kStreamedRowBytes = 24;
-constexpr int backward_shared_bytes(Math m, int dim, bool plain) {
-  return backward_tiles_bytes(m, dim, plain, backward_stages(m, dim, plain)) +
-         backward_tile(m, dim, plain).block_n * (2 * kStreamedRowBytes + 1);
+constexpr int streamed_rows_bytes(const Tile& t, bool queries_stay) {
+  return queries_stay ? 0 : 2 * kStreamedRowBytes * t.block_n;
+}
+constexpr int backward_shared_bytes(Math m, int dim, const Tile& t, bool queries_stay) {
+  return backward_tiles_bytes(m, dim, t, backward_stages(m, dim, t)) + streamed_rows_bytes(t, queries_stay) + t.block_n;
 }
 // Two gradients of this many columns do not fit the registers: dk and dv are then made by blocks of their own.
 constexpr bool splits_dk_dv(Math m, int dim) { return dim > (element_bytes(m) == 2 ? 128 : 96); }

@@ -221,8 +221,8 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
 
   Acc<1, kDim / 8> o;
   clear<1, kDim / 8>(o);
-  const auto rescale = [&o](int m, int half, float factor) { scale_row<1, kDim / 8>(o, m, half, factor); };
-  RowStatistics<1> rows;
+  const auto rescale = [&o](const float (&factor)[1][2]) { scale_rows<1, kDim / 8>(o, factor); };
+  RowStatistics<M, 1> rows;
 #pragma unroll 1
   for (int step = 0; step < own_steps; ++step) {
     const int key = first_key(step);
@@ -233,7 +233,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
     gemm_nt<M, kDim, 1, kMmaN>(s, q, 0, arrived(2 * step), recomputed(lane_index()));
     const bool sees_all = plain && block.sees_all(key, kKeys);
     if (sees_all) {
-      softmax_of_all<1, kMmaN>(s, rows, scale, rescale);
+      softmax_of_all<M, 1, kMmaN>(s, rows, scale, rescale);
     } else {
       softmax_of_some<M, false, 1, kMmaN>(s, rows, head, block.first, key, rescale);
     }
@@ -246,7 +246,7 @@ ATTN_DEVICE void decode(const DecodeArgs& args) {
     if (nonfinite) add_nonfinite_rows<M, kDim, 1, kMmaN, Kept>(o, s, flags, values(step), value_dim);
   }
   copy_async_wait<0>();
-  rows.finish();
+  scale_rows<1, kDim / 8>(o, rows.finish().of);
 
   // Each warp's sums become a table of floats in its own ring.
   const int g = lane_index() >> 2, t = lane_index() & 3;

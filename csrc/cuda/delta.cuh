@@ -1,19 +1,51 @@
-// delta = rowsum(d_out * out) - d_lse, one warp for each row of each head: where `out` is exact, rowsum(p dp) - d_lse.
-//
-// Of an output with 8 or 11 bits it is not. Where keys have a large number in common, ds must cancel to the last bit of
-// p and dp, so there the kernel of dq sums these themselves (query_gradient.cuh).
+// delta = rowsum(d_out * out) - d_lse: where `out` is exact, rowsum(p dp) - d_lse. Of an output with 8 or 11 bits it is
+// not: there the kernels of dq sum p dp themselves, and at the most begin with this (query_gradient.cuh).
 #pragma once
 
-#include "args.h"
 #include "math.cuh"
+#include "rows.cuh"
 
 namespace attn_ops::cuda {
+
+// rowsum(d_out * out) of the warp's row r, which is a quad's. All loads of rows that are aligned are under way at once:
+// a block has nothing else to do before it knows.
+template <class M, int kDim>
+ATTN_DEVICE float output_product(const QueryRows<const uint16_t>& out, const QueryRows<const uint16_t>& d_out, int r,
+                                 int dim) {
+  const int t = lane_index() & 3;
+  float sum = 0.0f;
+  if (out.exists(r) && out.aligned == 16 && d_out.aligned == 16) {
+    const auto* x = reinterpret_cast<const Bytes16*>(out.row(r)) + t;
+    const auto* y = reinterpret_cast<const Bytes16*>(d_out.row(r)) + t;
+    const int chunks = dim / 8 - t;
+    Bytes16 left[kDim / 32], right[kDim / 32];
+#pragma unroll
+    for (int c = 0; c < kDim / 32; ++c) {
+      left[c] = 4 * c < chunks ? x[4 * c] : Bytes16{};
+      right[c] = 4 * c < chunks ? y[4 * c] : Bytes16{};
+    }
+#pragma unroll
+    for (int c = 0; c < kDim / 32; ++c)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sum += M::low(left[c].word[i]) * M::low(right[c].word[i]);
+        sum += M::high(left[c].word[i]) * M::high(right[c].word[i]);
+      }
+  } else if (out.exists(r)) {
+    const uint16_t *x = out.row(r), *y = d_out.row(r);
+#pragma unroll 1
+    for (int d = t; d < dim; d += 4) sum += M::to_float(x[d * out.dim_stride]) * M::to_float(y[d * d_out.dim_stride]);
+  }
+  sum_of_quad(sum);
+  return sum;
+}
 
 // Of numbers that are not negative. In 64 bits it would take longer than the row's products.
 ATTN_DEVICE int64_t quotient(int64_t x, int64_t y) {
   return (x | y) >> 32 == 0 ? static_cast<uint32_t>(x) / static_cast<uint32_t>(y) : x / y;
 }
 
+// Of float32: one warp for each row of each head.
 ATTN_DEVICE void row_delta(const BackwardArgs& args) {
   constexpr int kPerChunk = 4;
   const BackwardParams& b = args.b;

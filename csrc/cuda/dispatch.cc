@@ -135,7 +135,7 @@ size_t delta_bytes(const AttentionParams& p) {
 }
 
 Tile score_gradient_tile(const AttentionParams& p) {
-  return backward_tile(math_of(p, is_decode(p)), dim_of(p), false);
+  return backward_tile(math_of(p, is_decode(p)), dim_of(p), false, true);
 }
 
 // Of delta, and behind it parts of the gradient of relative_bias.
@@ -177,8 +177,8 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
     if (code != 0) return code;
   }
 
-  const Tile tile = backward_tile(math, dim, plain);
-  const int64_t row_tiles = ceil_div(num_rows(p), tile.block_m), key_tiles = ceil_div(p.seqlen_k, tile.block_m);
+  const int64_t row_tiles = ceil_div(num_rows(p), backward_tile(math, dim, plain, true).block_m);
+  const int64_t key_tiles = ceil_div(p.seqlen_k, backward_tile(math, dim, plain, false).block_m);
   args.rows = rows_of(p, row_tiles);
   code = launch(device, {Role::kQueryGradient, math, dim, plain}, heads * row_tiles, stream, &args);
   if (code != 0) return code;

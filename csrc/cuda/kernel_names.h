@@ -62,7 +62,11 @@ constexpr BlockShape block_shape(const KernelName& k) {
     case Role::kDelta: return {32 * kDeltaWarps, 0};
     case Role::kSinkGradient: return {kSinkThreads, kSinkSharedBytes};
     case Role::kTableSum: return {kTableThreads, 0};
-    default: return {backward_tile(k.math, k.dim, k.plain).threads(), backward_shared_bytes(k.math, k.dim, k.plain)};
+    default: {
+      const bool queries_stay = k.role != Role::kKeyGradients;
+      const Tile tile = backward_tile(k.math, k.dim, k.plain, queries_stay);
+      return {tile.threads(), backward_shared_bytes(k.math, k.dim, tile, queries_stay)};
+    }
   }
 }
 

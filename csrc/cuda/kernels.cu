@@ -27,12 +27,15 @@ namespace attn_ops::cuda {
 // has_tf32() of config.h
 #define FOR_ALL(KERNEL) FOR_EXACT(KERNEL) KERNEL(tf32, TF32, 64) KERNEL(tf32, TF32, 96) KERNEL(tf32, TF32, 128)
 
-#define BACKWARD(name, function, math, M, dim, plain) \
-  ATTN_KERNEL(name, backward_tile(M::kMath, dim, plain).threads(), BackwardArgs) { function<M, dim, plain>(args); }
-#define DQ(math, M, dim) BACKWARD(attn_ops_dq_##math##_##dim, query_gradient, math, M, dim, false)
-#define DQ_PLAIN(math, M, dim) BACKWARD(attn_ops_dq_##math##_##dim##_plain, query_gradient, math, M, dim, true)
-#define DKDV(math, M, dim) BACKWARD(attn_ops_dkdv_##math##_##dim, key_gradients, math, M, dim, false)
-#define DKDV_PLAIN(math, M, dim) BACKWARD(attn_ops_dkdv_##math##_##dim##_plain, key_gradients, math, M, dim, true)
+#define BACKWARD(name, function, math, M, dim, plain, queries_stay)                              \
+  ATTN_KERNEL(name, backward_tile(M::kMath, dim, plain, queries_stay).threads(), BackwardArgs) { \
+    function<M, dim, plain>(args);                                                               \
+  }
+#define DQ(math, M, dim) BACKWARD(attn_ops_dq_##math##_##dim, query_gradient, math, M, dim, false, true)
+#define DQ_PLAIN(math, M, dim) BACKWARD(attn_ops_dq_##math##_##dim##_plain, query_gradient, math, M, dim, true, true)
+#define DKDV(math, M, dim) BACKWARD(attn_ops_dkdv_##math##_##dim, key_gradients, math, M, dim, false, false)
+#define DKDV_PLAIN(math, M, dim) \
+  BACKWARD(attn_ops_dkdv_##math##_##dim##_plain, key_gradients, math, M, dim, true, false)
 
 #define DECODE(math, M, dim) \
   ATTN_KERNEL(attn_ops_decode_##math##_##dim, 32 * kDecodeWarps, DecodeArgs) { decode<M, dim>(args); }
@@ -40,13 +43,13 @@ namespace attn_ops::cuda {
   ATTN_KERNEL(attn_ops_decode_of_f16_##math##_##dim, 32 * kDecodeWarps, DecodeArgs) { decode<M, dim, F16>(args); }
 #define DECODE_OF_BF16(math, M, dim) \
   ATTN_KERNEL(attn_ops_decode_of_bf16_##math##_##dim, 32 * kDecodeWarps, DecodeArgs) { decode<M, dim, BF16>(args); }
-#define DBIAS(math, M, dim)                                                                                 \
-  ATTN_KERNEL(attn_ops_dbias_##math##_##dim, backward_tile(M::kMath, dim, false).threads(), BackwardArgs) { \
-    bias_gradient<M, dim>(args);                                                                            \
+#define DBIAS(math, M, dim)                                                                                       \
+  ATTN_KERNEL(attn_ops_dbias_##math##_##dim, backward_tile(M::kMath, dim, false, true).threads(), BackwardArgs) { \
+    bias_gradient<M, dim>(args);                                                                                  \
   }
-#define DTABLE(math, M, dim)                                                                                 \
-  ATTN_KERNEL(attn_ops_dtable_##math##_##dim, backward_tile(M::kMath, dim, false).threads(), BackwardArgs) { \
-    distance_gradient<M, dim>(args);                                                                         \
+#define DTABLE(math, M, dim)                                                                                       \
+  ATTN_KERNEL(attn_ops_dtable_##math##_##dim, backward_tile(M::kMath, dim, false, true).threads(), BackwardArgs) { \
+    distance_gradient<M, dim>(args);                                                                               \
   }
 #define DELTA \
   ATTN_KERNEL(attn_ops_delta_f32, 32 * kDeltaWarps, BackwardArgs) { row_delta(args); }

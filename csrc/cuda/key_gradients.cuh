@@ -134,11 +134,11 @@ ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, con
 template <class M, int kDim, bool kPlain, bool kWantsDk, bool kWantsDv>
 ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
   using Element = typename M::Element;
-  using Shape = BackwardShape<M, kDim, kPlain>;
+  using Shape = BackwardShape<M, kDim, kPlain, false>;
   constexpr int kKeys = Shape::kBlockM, kRows = Shape::kBlockN, kThreads = Shape::kThreads;
   constexpr int kMmaM = Shape::kMmaM, kMmaN = Shape::kMmaN;
   static_assert(kRows <= kThreads, "a thread knows one of the rows that pass");
-  const BackwardTiles<M, kDim, kPlain> tiles;
+  const BackwardTiles<M, kDim, kPlain, false> tiles;
   const auto k = tiles.stationary(0), v = tiles.stationary(1);
 
   const BackwardParams& b = args.b;

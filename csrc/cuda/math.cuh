@@ -15,6 +15,17 @@ constexpr float kLog2E = 1.4426950408889634f;
 ATTN_DEVICE float minus_infinity() { return float_of(0xff800000u); }
 ATTN_DEVICE bool is_minus_infinity(float x) { return bits_of(x) == 0xff800000u; }
 
+// What the four lanes of a quad, which share a row, have of a sum becomes the sum; and of a maximum.
+ATTN_DEVICE void sum_of_quad(float& x) {
+  x += shuffle_xor(x, 1);
+  x += shuffle_xor(x, 2);
+}
+
+ATTN_DEVICE void largest_of_quad(float& x) {
+  x = fmaxf(x, shuffle_xor(x, 1));
+  x = fmaxf(x, shuffle_xor(x, 2));
+}
+
 // 16-bit elements: two to a register, as they come from memory.
 //
 // kPartsOfFloat elements have a sum that is a float32, but for its last bit or two.

@@ -1,8 +1,19 @@
 // dq = scale ds k: a block keeps a tile of query rows (and their gradients of the output), all their keys and values
-// pass: twice where delta is not known, as it is needed before the first ds.
+// pass.
+//
+// The sum of a row's ds is d_lse: what all keys have in common cancels in dq, however large it is, and must do so in 16
+// bits too. There are three ways. In float32 delta is known (delta.cuh). Where registers allow (passes_once), a second
+// sum is what the keys have in common, with which dq is corrected,
+//
+//   kbar = sum_j w_j k_j / sum_j w_j      dq = scale (sum_j ds_j k_j - t kbar)      w: p, times the derivative of a cap
+//
+// where t is by how much the sum of ds, as it was rounded, is off: by its rounding, and as delta = rowsum(d_out * out)
+// has that of out, by (rowsum(p * dp) - d_lse - delta) sum_j w_j. Exact for a wrong delta, and for rounding up to how
+// keys differ. Elsewhere keys pass twice, first for delta, and ds enters as several numbers, whose sum it is.
 #pragma once
 
 #include "backward.cuh"
+#include "delta.cuh"
 
 namespace attn_ops::cuda {
 
@@ -32,11 +43,11 @@ struct RowGradients {
   }
 };
 
-// use(m, half, s, p, hidden, dp) for each pair of a query row and a key, with query rows down and keys across: where
-// the row is among the lane's, the product (kThroughCap: where there is a cap, its derivative instead), of it the
-// probability, whether that is hidden, what dropout leaves of dp.
+// use(m, half, s, own_dp, p, hidden, dp) for each pair of a query row and a key, with query rows down and keys across:
+// where the row is among the lane's, the product (kThroughCap: where there is a cap, its derivative instead) and dp as
+// they are kept, the probability, whether that is hidden, what dropout leaves of dp.
 template <class M, bool kPlain, bool kThroughCap, int kMmaM, int kMmaN, class Use>
-ATTN_DEVICE void for_each_pair(Acc<kMmaM, kMmaN>& s, const Acc<kMmaM, kMmaN>& dp, const RowGradients<kMmaM>& rows,
+ATTN_DEVICE void for_each_pair(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const RowGradients<kMmaM>& rows,
                                const Head& head, int first_row, int first_key, bool sees_all, Use use) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
   const float scale = head.factors.scale;
@@ -50,7 +61,7 @@ ATTN_DEVICE void for_each_pair(Acc<kMmaM, kMmaN>& s, const Acc<kMmaM, kMmaN>& dp
         for (int n = 0; n < kMmaN; ++n)
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            use(m, half, s[m][n][i], own.probability(product(s[m][n][i], scale)), false, dp[m][n][i]);
+            use(m, half, s[m][n][i], dp[m][n][i], own.probability(product(s[m][n][i], scale)), false, dp[m][n][i]);
           }
         continue;
       }
@@ -80,30 +91,33 @@ ATTN_DEVICE void for_each_pair(Acc<kMmaM, kMmaN>& s, const Acc<kMmaM, kMmaN>& dp
 #pragma unroll
       for (int i = 0; i < 2 * kMmaN; ++i) {
         const float p = own.probability_or_hidden(x[i]);
-        use(m, half, s[m][i >> 1][2 * half + (i & 1)], p, is_hidden(p), d[i]);
+        const int n = i >> 1, j = 2 * half + (i & 1);
+        use(m, half, s[m][n][j], dp[m][n][j], p, is_hidden(p), d[i]);
       }
     }
 }
 
 // s becomes ds; kThroughCap: the gradient of the product, before the cap.
 template <class M, bool kPlain, bool kThroughCap, int kMmaM, int kMmaN>
-ATTN_DEVICE void score_gradients(Acc<kMmaM, kMmaN>& s, const Acc<kMmaM, kMmaN>& dp, const RowGradients<kMmaM>& rows,
+ATTN_DEVICE void score_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const RowGradients<kMmaM>& rows,
                                  const Head& head, int first_row, int first_key, bool sees_all) {
   const bool capped = !kPlain && kThroughCap && head.factors.cap != 0.0f;
-  for_each_pair<M, kPlain, kThroughCap, kMmaM, kMmaN>(s, dp, rows, head, first_row, first_key, sees_all,
-                                                      [&](int m, int half, float& s, float p, bool hidden, float dp) {
-                                                        const float ds = rows.row[m][half].of_score(p, dp);
-                                                        s = hidden ? p : capped ? through_cap(ds, s) : ds;
-                                                      });
+  for_each_pair<M, kPlain, kThroughCap, kMmaM, kMmaN>(
+      s, dp, rows, head, first_row, first_key, sees_all,
+      [&](int m, int half, float& s, float&, float p, bool hidden, float dp) {
+        const float ds = rows.row[m][half].of_score(p, dp);
+        s = hidden ? p : capped ? through_cap(ds, s) : ds;
+      });
 }
 
 // The sum of p dp over the keys of a tile, as far as this lane has them, is added to delta.
 template <class M, bool kPlain, int kMmaM, int kMmaN>
-ATTN_DEVICE void add_to_delta(RowGradients<kMmaM>& rows, Acc<kMmaM, kMmaN>& s, const Acc<kMmaM, kMmaN>& dp,
+ATTN_DEVICE void add_to_delta(RowGradients<kMmaM>& rows, Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp,
                               const Head& head, int first_row, int first_key, bool sees_all) {
   float sum[kMmaM][2] = {};
   for_each_pair<M, kPlain, false, kMmaM, kMmaN>(
-      s, dp, rows, head, first_row, first_key, sees_all, [&](int m, int half, float&, float p, bool hidden, float dp) {
+      s, dp, rows, head, first_row, first_key, sees_all,
+      [&](int m, int half, float&, float&, float p, bool hidden, float dp) {
         sum[m][half] += hidden ? 0.0f : p * dp;
         if constexpr (M::kMath == Math::kFloat16) {
           rows.largest_dp[m][half] = fmaxf(rows.largest_dp[m][half], hidden ? 0.0f : fabsf(dp));
@@ -115,6 +129,25 @@ ATTN_DEVICE void add_to_delta(RowGradients<kMmaM>& rows, Acc<kMmaM, kMmaN>& s, c
     for (int half = 0; half < 2; ++half) rows.row[m][half].delta += sum[m][half];
 }
 
+// delta of a warp's rows, as `out` gives it.
+template <class M, int kDim, int kMmaM>
+ATTN_DEVICE void delta_of_output(RowGradients<kMmaM>& rows, const BackwardArgs& args, const Head& head, int first_row,
+                                 int dim) {
+  const AttentionParams& p = args.b.forward;
+  const int limit = head.rows_in_length();
+  const QueryRows<const uint16_t> out(p.out, head, first_row, limit, args.aligned.out);
+  const QueryRows<const uint16_t> d_out(args.b.d_out, head, first_row, limit, args.aligned.d_out);
+  const float* d_lse = static_cast<const float*>(args.b.d_lse);
+#pragma unroll
+  for (int m = 0; m < kMmaM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      rows.row[m][half].delta = output_product<M, kDim>(out, d_out, 16 * m + 8 * half + (lane_index() >> 2), dim);
+    }
+  if (d_lse == nullptr) return;
+  rows.for_each(head, first_row, [=](RowGradient& row, int64_t i) { row.delta -= d_lse[i]; });
+}
+
 // The lanes' parts of delta become delta, which is stored for the kernels to come.
 template <int kMmaM>
 ATTN_DEVICE void finish_delta(RowGradients<kMmaM>& rows, const BackwardArgs& args, const Head& head, int first_row) {
@@ -123,9 +156,7 @@ ATTN_DEVICE void finish_delta(RowGradients<kMmaM>& rows, const BackwardArgs& arg
   for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float& delta = rows.row[m][half].delta;
-      delta += shuffle_xor(delta, 1);
-      delta += shuffle_xor(delta, 2);
+      sum_of_quad(rows.row[m][half].delta);
     }
   rows.for_each(head, first_row, [&](RowGradient& row, int64_t i) {
     if (d_lse != nullptr) row.delta -= d_lse[i];
@@ -133,25 +164,135 @@ ATTN_DEVICE void finish_delta(RowGradients<kMmaM>& rows, const BackwardArgs& arg
   });
 }
 
-// float16 ends at 65504, and at 2^-24 below: the gradients of a row are brought near the upper end, by a power of two
-// that its weights are multiplied with, or the small parts of ds were nothing. Returns what undoes it.
+// float16 ends at 65504, and at 2^-24 below: the gradients of a row are brought near the upper end, or small ones (and
+// the second parts of others) were nothing. What brings numbers up to `largest` below 2^14: a power of two.
+ATTN_DEVICE float into_float16(float largest) {
+  return 0x1p13f / float_of(bits_of(fminf(fmaxf(largest, 0x1p-100f), 0x1p100f)) & kInfinityBits);
+}
+
+// Where keys pass once: what is summed up beside dq, and how dq is corrected with it (see above).
+template <class M, int kDim, int kMmaM>
+struct SinglePass {
+  static constexpr bool kWidens = M::kMath == Math::kFloat16;
+  Acc<kMmaM, kDim / 8> dq;        // times `widened`
+  Acc<kMmaM, kDim / 8> mean_key;  // times the sum of weights
+  float widened[kMmaM][2];  // of ds in float16: from tile to tile only less, as little as fits
+  float p_dp[kMmaM][2] = {}, ds[kMmaM][2] = {}, weight[kMmaM][2] = {};  // this lane's part of a row's
+  float rounded[kMmaM][4] = {};  // the sums of ds (widened) and of weights as they were rounded, of two rows
+
+  ATTN_DEVICE SinglePass() {
+    clear<kMmaM, kDim / 8>(dq);
+    clear<kMmaM, kDim / 8>(mean_key);
+#pragma unroll
+    for (int m = 0; m < kMmaM; ++m) widened[m][0] = widened[m][1] = kWidens ? 0x1p100f : 1.0f;
+  }
+
+  // s becomes ds, dp the weights.
+  template <bool kPlain, int kMmaN>
+  ATTN_DEVICE void make(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const RowGradients<kMmaM>& rows, const Head& head,
+                        int first_row, int first_key, bool sees_all) {
+    const bool capped = !kPlain && head.factors.cap != 0.0f;
+    float sum[kMmaM][2] = {};  // of this tile: one sum of all would lose the last bits of each
+    for_each_pair<M, kPlain, true, kMmaM, kMmaN>(
+        s, dp, rows, head, first_row, first_key, sees_all,
+        [&](int m, int half, float& s, float& own_dp, float p, bool hidden, float dp) {
+          sum[m][half] += hidden ? 0.0f : p * dp;
+          const float own_ds = rows.row[m][half].of_score(p, dp), slope = s;
+          s = hidden ? p : capped ? through_cap(own_ds, slope) : own_ds;
+          own_dp = hidden || !capped ? p : through_cap(p, slope);
+          ds[m][half] += s;
+          weight[m][half] += own_dp;
+        });
+#pragma unroll
+    for (int m = 0; m < kMmaM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) p_dp[m][half] += sum[m][half];
+    if constexpr (kWidens) widen<kMmaN>(s);
+  }
+
+  template <int kMmaN>
+  ATTN_DEVICE void widen(Acc<kMmaM, kMmaN>& ds) {
+    float largest[kMmaM][2] = {};
+    bool any = false;
+#pragma unroll
+    for (int m = 0; m < kMmaM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int n = 0; n < kMmaN; ++n)
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) largest[m][half] = fmaxf(largest[m][half], fabsf(ds[m][n][i]));
+        any |= largest[m][half] * widened[m][half] > 0x1p15f;
+      }
+    if (any_in_warp(any)) {
+#pragma unroll
+      for (int m = 0; m < kMmaM; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          largest_of_quad(largest[m][half]);
+          if (!(largest[m][half] * widened[m][half] > 0x1p15f)) continue;
+          const float before = widened[m][half];
+          widened[m][half] = into_float16(largest[m][half]);
+          const float factor = widened[m][half] / before;
+          rounded[m][2 * half] *= factor;
+#pragma unroll
+          for (int n = 0; n < kDim / 8; ++n) dq[m][n][2 * half] *= factor, dq[m][n][2 * half + 1] *= factor;
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < kMmaM; ++m)
+#pragma unroll
+      for (int n = 0; n < kMmaN; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) ds[m][n][i] *= widened[m][i >> 1];
+  }
+
+  // rows have delta as `out` gave it, and then as it is.
+  ATTN_DEVICE void correct(RowGradients<kMmaM>& rows, const BackwardArgs& args, const Head& head, int first_row) {
+    float before[kMmaM][2];
+#pragma unroll
+    for (int m = 0; m < kMmaM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        before[m][half] = rows.row[m][half].delta;
+        rows.row[m][half].delta = p_dp[m][half];
+        sum_of_quad(ds[m][half]);
+        sum_of_quad(weight[m][half]);
+      }
+    finish_delta<kMmaM>(rows, args, head, first_row);
+#pragma unroll
+    for (int m = 0; m < kMmaM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float of_delta = (rows.row[m][half].delta - before[m][half]) * weight[m][half];
+        const float narrowed = 1.0f / widened[m][half], weights = rounded[m][2 * half + 1];
+        const float excess = rounded[m][2 * half] * narrowed - ds[m][half] + of_delta;
+        const float share = weights > 0.0f ? excess / weights : 0.0f;
+#pragma unroll
+        for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            dq[m][n][i] = dq[m][n][i] * narrowed - share * mean_key[m][n][i];
+          }
+      }
+  }
+};
+
+// Where keys pass twice, by a power of two that a row's weights are multiplied with. Returns what undoes it.
 ATTN_DEVICE float widen(RowGradient& row, float largest_dp) {
-  largest_dp = fmaxf(largest_dp, shuffle_xor(largest_dp, 1));
-  largest_dp = fmaxf(largest_dp, shuffle_xor(largest_dp, 2));
-  const float largest = fmaxf(largest_dp, fabsf(row.delta));  // d_lse is in delta
-  // A power of two, and |ds| < 4 power.
-  const float power = float_of(bits_of(fminf(fmaxf(largest, 0x1p-100f), 0x1p100f)) & kInfinityBits);
-  row.inverse_sum *= 0x1p13f / power;
-  return power * 0x1p-13f;
+  largest_of_quad(largest_dp);
+  const float factor = into_float16(fmaxf(largest_dp, fabsf(row.delta)));  // d_lse is in delta; |ds| < 4 of that
+  row.inverse_sum *= factor;
+  return 1.0f / factor;
 }
 
 template <class M, int kDim, bool kPlain>
 ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   using Element = typename M::Element;
-  using Shape = BackwardShape<M, kDim, kPlain>;
+  using Shape = BackwardShape<M, kDim, kPlain, true>;
   constexpr int kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN, kThreads = Shape::kThreads;
   constexpr int kMmaM = Shape::kMmaM, kMmaN = Shape::kMmaN;
-  const BackwardTiles<M, kDim, kPlain> tiles;
+  const BackwardTiles<M, kDim, kPlain, true> tiles;
   const auto q = tiles.stationary(0), d_out = tiles.stationary(1);
 
   const BackwardParams& b = args.b;
@@ -174,6 +315,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
     load_tile<M, kDim, kBlockM, kThreads>(
         d_out, QueryRows<const Element>(b.d_out, head, block.first, limit, args.aligned.d_out), value_dim);
   }
+  LeftOperands<M, kDim, kMmaM> kept_q, kept_d_out;
   // use(s, dp, key, sees_all, the tile of keys) for each tile of keys.
   const auto pass = [&](auto use) {
     stream<Shape::kStages, kBlockN>(
@@ -187,41 +329,69 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
         [&](int key, int stage) {
           const auto k = tiles.streamed(0, stage), v = tiles.streamed(1, stage);
           Acc<kMmaM, kMmaN> s, dp;
-          gemm_nt<M, kDim, kMmaM, kMmaN>(s, q, warp_row, k);
-          gemm_nt<M, kDim, kMmaM, kMmaN>(dp, d_out, warp_row, v);
+          if constexpr (keeps_operands(M::kMath, kDim, kPlain)) {
+            if (key == begin) kept_q.load(q, warp_row), kept_d_out.load(d_out, warp_row);
+            gemm_nt<M, kDim, kMmaM, kMmaN>(s, kept_q, k);
+            gemm_nt<M, kDim, kMmaM, kMmaN>(dp, kept_d_out, v);
+          } else {
+            gemm_nt<M, kDim, kMmaM, kMmaN>(s, q, warp_row, k);
+            gemm_nt<M, kDim, kMmaM, kMmaN>(dp, d_out, warp_row, v);
+          }
           use(s, dp, key, kPlain && block.sees_all(key, kBlockN), k);
         });
   };
-  if constexpr (sums_delta(M::kMath)) {
-    pass([&](auto& s, const auto& dp, int key, bool sees_all, const auto&) {
-      add_to_delta<M, kPlain, kMmaM, kMmaN>(rows, s, dp, head, first_row, key, sees_all);
-    });
-    finish_delta<kMmaM>(rows, args, head, first_row);
-  }
   float factor[kMmaM][2];
 #pragma unroll
-  for (int m = 0; m < kMmaM; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      factor[m][half] = args.factors.scale;
-      if constexpr (M::kMath == Math::kFloat16) factor[m][half] *= widen(rows.row[m][half], rows.largest_dp[m][half]);
+  for (int m = 0; m < kMmaM; ++m) factor[m][0] = factor[m][1] = args.factors.scale;
+  const auto store = [&](const Acc<kMmaM, kDim / 8>& dq) {
+    // Only this warp reads these rows of the query tile, and it has done so.
+    sync_warp();
+    write_acc<M, kDim, kMmaM>(q, warp_row, dq, factor);
+    sync_warp();
+    const QueryRows<Element> target(b.dq, head, block.first, block.end, args.aligned.dq);
+    store_rows<M, kDim>(q, warp_row, 16 * kMmaM, target, head_dim);
+  };
+  const auto look_through = [&](const auto& k, bool sees_all) {
+    return loses_nonfinite<M>(sees_all) && zero_nonfinite_rows<M, kBlockN, kThreads>(k, tiles.flags());
+  };
+  if constexpr (passes_once(M::kMath, kDim, kPlain) && kDim <= kLargestSinglePass) {
+    delta_of_output<M, kDim>(rows, args, head, first_row, value_dim);
+    SinglePass<M, kDim, kMmaM> single;
+    pass([&](auto& s, auto& dp, int key, bool sees_all, const auto& k) {
+      single.template make<kPlain, kMmaN>(s, dp, rows, head, first_row, key, sees_all);
+      const bool nonfinite = look_through(k, sees_all);
+      gemm_nn_pair<M, kDim, kMmaM, kMmaN>(single.dq, single.mean_key, single.rounded, s, dp, k, head_dim);
+      if (nonfinite) {
+        add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(single.dq, s, tiles.flags(), keys(key), head_dim);
+        add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(single.mean_key, dp, tiles.flags(), keys(key), head_dim);
+      }
+    });
+    single.correct(rows, args, head, first_row);
+    store(single.dq);
+  } else {
+    if constexpr (sums_delta(M::kMath)) {
+      pass([&](auto& s, auto& dp, int key, bool sees_all, const auto&) {
+        add_to_delta<M, kPlain, kMmaM, kMmaN>(rows, s, dp, head, first_row, key, sees_all);
+      });
+      finish_delta<kMmaM>(rows, args, head, first_row);
     }
-  Acc<kMmaM, kDim / 8> dq;
-  clear<kMmaM, kDim / 8>(dq);
-  pass([&](auto& s, const auto& dp, int key, bool sees_all, const auto& k) {
-    score_gradients<M, kPlain, true, kMmaM, kMmaN>(s, dp, rows, head, first_row, key, sees_all);
-    const bool nonfinite = loses_nonfinite<M>(sees_all) && zero_nonfinite_rows<M, kBlockN, kThreads>(k, tiles.flags());
-    // All of ds: what keys have in common cancels, however large it is.
-    gemm_nn<M, kDim, kMmaM, kMmaN, M::kPartsOfFloat>(dq, s, k, head_dim);
-    if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(dq, s, tiles.flags(), keys(key), head_dim);
-  });
-
-  // Only this warp reads these rows of the query tile, and it has done so.
-  sync_warp();
-  write_acc<M, kDim, kMmaM>(q, warp_row, dq, factor);
-  sync_warp();
-  store_rows<M, kDim>(q, warp_row, 16 * kMmaM, QueryRows<Element>(b.dq, head, block.first, block.end, args.aligned.dq),
-                      head_dim);
+    if constexpr (M::kMath == Math::kFloat16) {
+#pragma unroll
+      for (int m = 0; m < kMmaM; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) factor[m][half] *= widen(rows.row[m][half], rows.largest_dp[m][half]);
+    }
+    Acc<kMmaM, kDim / 8> dq;
+    clear<kMmaM, kDim / 8>(dq);
+    pass([&](auto& s, auto& dp, int key, bool sees_all, const auto& k) {
+      score_gradients<M, kPlain, true, kMmaM, kMmaN>(s, dp, rows, head, first_row, key, sees_all);
+      const bool nonfinite = look_through(k, sees_all);
+      // All of ds: what keys have in common cancels, however large it is.
+      gemm_nn<M, kDim, kMmaM, kMmaN, M::kPartsOfFloat>(dq, s, k, head_dim);
+      if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(dq, s, tiles.flags(), keys(key), head_dim);
+    });
+    store(dq);
+  }
 }
 
 }  // namespace attn_ops::cuda

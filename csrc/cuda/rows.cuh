@@ -125,7 +125,9 @@ struct RowBlock {
 
 // Keys or values of a head, from `first`; those at and past `limit` are never read. Where they lie in pages, they are
 // those of one: decode's tiles, which begin at a multiple of their 16 keys or fewer, do not cross the end of any.
-template <class Element>
+//
+// kKept: where batch entry and head begin is kept, not found anew for each tile, where there are registers for it.
+template <class Element, bool kKept = false>
 struct KeyRows {
   Element* base;
   int64_t stride, dim_stride;
@@ -133,8 +135,8 @@ struct KeyRows {
   int aligned;  // see Aligned
 
   ATTN_DEVICE KeyRows(const StridedView& view, const Head& h, int first, int limit, int aligned)
-      : base(static_cast<Element*>(view.data) + recomputed(h.batch) * view.stride[0] +
-             recomputed(h.kv_head) * view.stride[2]),
+      : base(static_cast<Element*>(view.data) + (kKept ? h.batch : recomputed(h.batch)) * view.stride[0] +
+             (kKept ? h.kv_head : recomputed(h.kv_head)) * view.stride[2]),
         stride(view.stride[1]),
         dim_stride(view.stride[3]),
         first(first),

@@ -8,7 +8,7 @@ namespace attn_ops::cuda {
 template <class M, int kDim>
 struct ScoreGradientTile {
   using Element = typename M::Element;
-  using Shape = BackwardShape<M, kDim, false>;
+  using Shape = BackwardShape<M, kDim, false, true>;
   static constexpr int kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN, kThreads = Shape::kThreads;
   static constexpr int kMmaM = Shape::kMmaM, kMmaN = Shape::kMmaN;
 
@@ -25,7 +25,7 @@ struct ScoreGradientTile {
   // s becomes ds of kBlockM rows from `row` on and kBlockN keys from `key` on; what is hidden is -0. All threads call it;
   // shared memory is free afterwards.
   ATTN_DEVICE static void make(Acc<kMmaM, kMmaN>& s, const BackwardArgs& args, const Head& head, int row, int key) {
-    const BackwardTiles<M, kDim, false> tiles;
+    const BackwardTiles<M, kDim, false, true> tiles;
     const auto q = tiles.stationary(0), d_out = tiles.stationary(1), k = tiles.streamed(0, 0), v = tiles.streamed(1, 0);
     const BackwardParams& b = args.b;
     const AttentionParams& p = b.forward;

@@ -281,6 +281,46 @@ ATTN_DEVICE void gemm_nt(Acc<kMmaM, kMmaN>& d, const SharedTile<M, kDim>& a, int
   if constexpr (M::kMath == Math::kFloat32) restore_infinities<M, kDim, kMmaM, kMmaN>(d, a, first, b);
 }
 
+// Left operands of a product over the dimension, kept in registers: kMmaM times 16 rows of a tile, from `first` on.
+template <class M, int kDim, int kMmaM>
+struct LeftOperands {
+  typename M::A a[kMmaM][kDim / M::kMmaK];
+
+  ATTN_DEVICE void load(const SharedTile<M, kDim>& tile, int first) {
+#pragma unroll
+    for (int m = 0; m < kMmaM; ++m)
+#pragma unroll
+      for (int k = 0; k < kDim / M::kMmaK; ++k) a[m][k] = load_a<M>(tile, first + 16 * m, k, lane_index());
+  }
+};
+
+// The same of such operands.
+template <class M, int kDim, int kMmaM, int kMmaN>
+ATTN_DEVICE void gemm_nt(Acc<kMmaM, kMmaN>& d, const LeftOperands<M, kDim, kMmaM>& a, const SharedTile<M, kDim>& b) {
+  clear<kMmaM, kMmaN>(d);
+#pragma unroll
+  for (int k = 0; k < kDim / M::kMmaK; ++k)
+#pragma unroll
+    for (int n = 0; n < kMmaN; n += 2) {
+      typename M::B right[2];
+      load_b<M>(right, b, 8 * n, k, lane_index());
+#pragma unroll
+      for (int m = 0; m < kMmaM; ++m) {
+        M::mma(d[m][n], a.a[m][k], right[0]);
+        M::mma(d[m][n + 1], a.a[m][k], right[1]);
+      }
+    }
+}
+
+// Columns 16 k to 16 k + 16 of a row of accumulators as an operand of 16 bits.
+template <class M, int kMmaN>
+ATTN_DEVICE typename M::A rounded_a(const float (&p)[kMmaN][4], int k) {
+  float both[2][4];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) both[i >> 2][i & 3] = p[2 * k + (i >> 2)][i & 3];
+  return a_from_acc<M, false>(both);
+}
+
 //   d[i][c] += sum over j of p[i][j] b[j][c]     for c < columns, and for some of the zeros beyond
 //
 // p is rounded to an element, or is the sum of kParts of them.
@@ -309,6 +349,44 @@ ATTN_DEVICE void gemm_nn(Acc<kMmaM, kDim / 8>& d, const Acc<kMmaM, kMmaN>& p, co
         for (int part = 0; part < kParts; ++part) {
           M::mma(d[m][2 * n], left[m][part], right[0]);
           M::mma(d[m][2 * n + 1], left[m][part], right[1]);
+        }
+    }
+  }
+}
+
+// Two such products with the same right operand, which is read once:
+//
+//   d[i][c] += sum over j of p[i][j] b[j][c]     e[i][c] += sum over j of w[i][j] b[j][c]
+//
+// sums[i] has the sums of p[i][j] and of w[i][j], as they were rounded, in its even and odd columns: they are products
+// too, with columns of ones.
+template <class M, int kDim, int kMmaM, int kMmaN>
+ATTN_DEVICE void gemm_nn_pair(Acc<kMmaM, kDim / 8>& d, Acc<kMmaM, kDim / 8>& e, float (&sums)[kMmaM][4],
+                              const Acc<kMmaM, kMmaN>& p, const Acc<kMmaM, kMmaN>& w, const SharedTile<M, kDim>& b,
+                              int columns) {
+  static_assert(M::kMmaK == 16, "of 16 bits");
+  const uint32_t ones = M::pack(1.0f, 1.0f), even = (lane_index() >> 2 & 1) == 0 ? ones : 0, odd = ones - even;
+#pragma unroll
+  for (int k = 0; k < kMmaN / 2; ++k) {
+    typename M::A of_p[kMmaM], of_w[kMmaM];
+#pragma unroll
+    for (int m = 0; m < kMmaM; ++m) {
+      of_p[m] = rounded_a<M, kMmaN>(p[m], k);
+      of_w[m] = rounded_a<M, kMmaN>(w[m], k);
+      M::mma(sums[m], of_p[m], M::b(even, even));
+      M::mma(sums[m], of_w[m], M::b(odd, odd));
+    }
+#pragma unroll
+    for (int n = 0; n < kDim / 16; ++n) {
+      if (asks_for_columns<M, kDim>(n) && 16 * n >= columns) break;
+      typename M::B right[2];
+      load_b_transposed<M>(right, b, k * M::kMmaK, n, lane_index());
+#pragma unroll
+      for (int m = 0; m < kMmaM; ++m)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          M::mma(d[m][2 * n + i], of_p[m], right[i]);
+          M::mma(e[m][2 * n + i], of_w[m], right[i]);
         }
     }
   }

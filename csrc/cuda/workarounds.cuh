@@ -50,6 +50,14 @@ ATTN_DEVICE constexpr bool has_no_registers() {
   return M::kMmaK == 8 && kMmaN == 2;
 }
 
+// Up to which head dim keys pass once in the kernel of dq, where config.h has them do so: by compute_100's front end, 128
+// spilled 156 bytes on sm_100 (13.0).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kLargestSinglePass = 96;
+#else
+constexpr int kLargestSinglePass = 128;
+#endif
+
 // How far loops are unrolled: gemm_nt's over the dimension, further than which operands are fetched so early that
 // registers run out (13.0), and load_tile's over rows.
 template <class M, int kDim>

@@ -34,25 +34,27 @@ struct ForwardMemory {
   ATTN_DEVICE Flags flags() const { return reinterpret_cast<Flags>(rest() + 256); }
 };
 
-// Scores in, probabilities out, where every row sees every key. `factor`: what is to become of all before.
-template <int kN>
-ATTN_DEVICE void softmax_of_all(Acc<1, kN / 8>& s, RowStatistics<1>& rows, float (&factor)[2], float scale) {
+// Scores in, weights out, where every row sees every key.
+template <class M, int kN, class Rescale>
+ATTN_DEVICE void softmax_of_all(Acc<1, kN / 8>& s, RowStatistics<M, 1>& rows, float scale, Rescale rescale) {
+  float largest[1][2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float largest[2] = {s[0][0][2 * half], s[0][0][2 * half + 1]};
+    float own[2] = {s[0][0][2 * half], s[0][0][2 * half + 1]};
 #pragma unroll
     for (int n = 1; n < kN / 8; ++n)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) largest[i] = fmaxf(largest[i], s[0][n][2 * half + i]);
-    factor[half] = rows.raise(0, half, product(fmaxf(largest[0], largest[1]), scale));
+      for (int i = 0; i < 2; ++i) own[i] = fmaxf(own[i], s[0][n][2 * half + i]);
+    largest[0][half] = product(fmaxf(own[0], own[1]), scale);
   }
-  const float maximum[2] = {rows.subtrahend(0, 0), rows.subtrahend(0, 1)};
-  const bool fits = fabsf(maximum[0]) <= kFusedLimit && fabsf(maximum[1]) <= kFusedLimit;
+  rows.raise(largest, rescale);
+  const float reference[2] = {rows.subtrahend(0, 0), rows.subtrahend(0, 1)};
+  const bool fits = fabsf(reference[0]) <= kFusedLimit && fabsf(reference[1]) <= kFusedLimit;
   const bool fused = !any_in_warp(!fits);
   const float scale_2 = scale * kLog2E;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float maximum_2 = maximum[half] * kLog2E;
+    const float reference_2 = reference[half] * kLog2E;
     float sum[2] = {0.0f, 0.0f};
     if (fused) {
 #pragma unroll
@@ -60,7 +62,7 @@ ATTN_DEVICE void softmax_of_all(Acc<1, kN / 8>& s, RowStatistics<1>& rows, float
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& x = s[0][n][2 * half + i];
-          x = exp2_fast(fmaf(x, scale_2, -maximum_2));
+          x = exp2_fast(fmaf(x, scale_2, -reference_2));
           sum[i] += x;
         }
     } else {
@@ -69,7 +71,7 @@ ATTN_DEVICE void softmax_of_all(Acc<1, kN / 8>& s, RowStatistics<1>& rows, float
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& x = s[0][n][2 * half + i];
-          x = exponential(product(x, scale) - maximum[half]);
+          x = exponential(product(x, scale) - reference[half]);
           sum[i] += x;
         }
     }
@@ -124,11 +126,11 @@ ATTN_DEVICE void consume(const ForwardArgs& args, const ForwardMemory<kDim>& mem
 
   Acc<1, kDim / 8> o;
   clear<1, kDim / 8>(o);
-  RowStatistics<1> rows;
+  RowStatistics<M, 1> rows;
   Acc<1, kN / 8> s;
   Rounded<kN> weights;
-  float factor[2] = {1.0f, 1.0f};
-  bool nonfinite = false;
+  float factor[1][2];  // what the results before a tile are multiplied with, if they are
+  bool rescales = false, nonfinite = false;
 
   const auto start_scores = [&](int i) {
     const Turn<kStages> turn(i);
@@ -137,11 +139,15 @@ ATTN_DEVICE void consume(const ForwardArgs& args, const ForwardMemory<kDim>& mem
     start_nt<M, kDim>(s, q, memory.k(turn.stage));
   };
   const auto softmax = [&](int i) {
+    rescales = false;
+    const auto rescale = [&](const float (&by)[1][2]) {
+      rescales = true;
+      factor[0][0] = by[0][0], factor[0][1] = by[0][1];
+    };
     if (block.sees_all(tiles.first(i), kN)) {
-      softmax_of_all<kN>(s, rows, factor, scale);
+      softmax_of_all<M, kN>(s, rows, scale, rescale);
     } else {
-      softmax_of_some<M, true, 1, kN / 8>(s, rows, head, first_row, tiles.first(i),
-                                          [&](int, int half, float by) { factor[half] = by; });
+      softmax_of_some<M, true, 1, kN / 8>(s, rows, head, first_row, tiles.first(i), rescale);
     }
   };
   // Of values that not every row sees, before they are multiplied with.
@@ -194,10 +200,7 @@ ATTN_DEVICE void consume(const ForwardArgs& args, const ForwardMemory<kDim>& mem
       release(memory.empty(0, Turn<kStages>(i).stage));
       softmax(i);
       finish_values(i - 1);
-      if (any_in_warp(factor[0] != 1.0f || factor[1] != 1.0f)) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) scale_row<1, kDim / 8>(o, 0, half, factor[half]);
-      }
+      if (rescales) scale_rows<1, kDim / 8>(o, factor);
       round_acc<M, kN>(weights, s);
     }
     look_through(tiles.count - 1);
@@ -205,13 +208,13 @@ ATTN_DEVICE void consume(const ForwardArgs& args, const ForwardMemory<kDim>& mem
     finish_values(tiles.count - 1);
   }
 
-  rows.finish();
+  const auto finished = rows.finish();
   const int g = lane_index() >> 2;
   float inverse[1][2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float sum = rows.sum[0][half];
-    inverse[0][half] = sum == 0.0f ? 0.0f : 1.0f / sum;
+    inverse[0][half] = sum == 0.0f ? 0.0f : finished.of[0][half] / sum;
     const int row = first_row + 8 * half + g;
     if ((lane_index() & 3) != 0 || row >= block.end) continue;
     const int position = head.position(row);

@@ -7,11 +7,12 @@
 //
 //   kbar = sum_j p_j k_j / sum_j p_j          dq = scale (sum_j ds_j k_j - t kbar)
 //
-// an estimate that is exact for a wrong delta, and for rounding up to how keys differ. It is one product more, where the
-// other kernels (../query_gradient.cuh) have passed over the keys twice and cut ds into three parts: four instead of seven.
+// an estimate that is exact for a wrong delta, and for rounding up to how keys differ, for one product more
+// (../query_gradient.cuh has it for calls of all kinds).
 // The exact delta, which dk and dv need, is the sum of p dp over those keys.
 #pragma once
 
+#include "../delta.cuh"
 #include "backward.cuh"
 
 namespace attn_ops::cuda::hopper {
@@ -35,35 +36,6 @@ struct QueryRow {
   float lse_2 = 0.0f, maximum = 0.0f, inverse_sum = 0.0f, delta = 0.0f, d_lse = 0.0f;
   float sum_p_dp = 0.0f, sum_rounded_ds = 0.0f, sum_rounded_p = 0.0f;
 };
-
-// rowsum(d_out * out) of the warp's row r, which is a quad's. All its loads are under way at once: a block has nothing else
-// to do before it knows.
-template <class M, int kDim>
-ATTN_DEVICE float output_product(const QueryRows<const uint16_t>& out, const QueryRows<const uint16_t>& d_out, int r,
-                                 int dim) {
-  float sum = 0.0f;
-  if (out.exists(r)) {
-    const auto* x = reinterpret_cast<const Bytes16*>(out.row(r)) + (lane_index() & 3);
-    const auto* y = reinterpret_cast<const Bytes16*>(d_out.row(r)) + (lane_index() & 3);
-    const int chunks = dim / 8 - (lane_index() & 3);
-    Bytes16 left[kDim / 32], right[kDim / 32];
-#pragma unroll
-    for (int c = 0; c < kDim / 32; ++c) {
-      left[c] = 4 * c < chunks ? x[4 * c] : Bytes16{};
-      right[c] = 4 * c < chunks ? y[4 * c] : Bytes16{};
-    }
-#pragma unroll
-    for (int c = 0; c < kDim / 32; ++c)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sum += M::low(left[c].word[i]) * M::low(right[c].word[i]);
-        sum += M::high(left[c].word[i]) * M::high(right[c].word[i]);
-      }
-  }
-  sum += shuffle_xor(sum, 1);
-  sum += shuffle_xor(sum, 2);
-  return sum;
-}
 
 // Adds what a lane has of its two rows, as it was rounded.
 template <class M, int kN>
@@ -188,13 +160,9 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     QueryRow& own = row[half];
-    const auto of_quad = [](float& sum) {
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
-    };
-    of_quad(own.sum_p_dp);
-    of_quad(own.sum_rounded_ds);
-    of_quad(own.sum_rounded_p);
+    sum_of_quad(own.sum_p_dp);
+    sum_of_quad(own.sum_rounded_ds);
+    sum_of_quad(own.sum_rounded_p);
     const float excess = own.sum_rounded_ds - own.d_lse;
     const float share = own.sum_rounded_p > 0.0f ? excess / own.sum_rounded_p : 0.0f;
 #pragma unroll

@@ -56,6 +56,21 @@ NO_COMMIT = (r"cp\.async\.commit_group;", "")
 EVERYTHING_COPIED = (r"(cp\.async\.cg\.shared\.global \[[^\]]*\], \[[^\]]*\], 16), %r\d+", r"\1, 16")
 WRONG_SHUFFLE = (r"shfl\.sync\.bfly", "shfl.sync.idx")
 
+# Where forward's maxima rise.
+_EXPONENTIAL = r"\s+mul\.f32\s+%f\d+, %f\d+, 0f3FB8AA3B;\s+[^;]*ex2[^;]*;\s+// end inline asm\s+"
+_FACTOR = r"sub\.f32(\s+%f\d+), (%f\d+), (%f\d+);(" + _EXPONENTIAL
+NEVER_RISES = (r"vote\.sync\.any\.pred\s+(%p\d+), %p\d+, %r\d+;", r"setp.ne.s32 \1, 0, 0;")
+WRONG_WAY = (r"setp\.gt\.f32(\s+%p\d+, %f\d+, %f\d+;)", r"setp.lt.f32\1")
+WRONG_SLACK = (r"0f40B17218", "0fC0B17218")
+SWAPPED_RISE = (_FACTOR + r"mul\.f32)", r"sub.f32\1, \3, \2;\4")
+SWAPPED_FINISH = (_FACTOR + r"\$\w+:\s+mul\.f32)", r"sub.f32\1, \3, \2;\4")
+UNSCALED_SUM = (r"(ex2[^;]*;\s+// end inline asm)\s+mul\.f32\s+(%f\d+), %f\d+, \2;", r"\1")
+
+# Where dq is corrected by the mean of the keys.
+NO_ROUNDED_SUMS = (r"mma\.sync[^;]*\{(%r\d+), \1\}[^;]*;", "")
+WRONG_SHARE = (r"(div\.rn\.f32\s+(%f\d+), [^;]*;)", r"\1\nsub.f32 \2, 0f00000000, \2;")
+DELTA_OF_OUTPUT = (r"fma\.rn\.f32(\s+%f\d+), %f\d+, %f\d+, (%f\d+);(\s+setp\.leu\.f32)", r"mov.f32\1, \2;\3")
+
 # Of Hopper's kernels.
 _PRODUCT = r"(wgmma\.mma_async[^{]*\{[^}]*\}, )"
 SWAPPED_DESCRIPTORS = (_PRODUCT + r"(%rd\d+), (%rd\d+)", r"\1\3, \2")

@@ -11,6 +11,7 @@ from cases import TOLERANCES, assert_close, check, make_inputs
 from implementations import Cuda, specification
 from reference_cases import CASES
 
+from cuda_host import wavefronts
 from cuda_host.ptx import launching
 from cuda_host.ptx.accuracy import assert_as_accurate_as_plain
 from cuda_host.ptx.banks import Banks
@@ -160,3 +161,16 @@ def test_bank_conflicts(interpreter):
             banks.passes(kernel),
             banks.conflicts().get(kernel),
         )
+
+
+def test_passes_for_each_score(interpreter):
+    """What the tiles that pass cost: of dq with its operands in registers, keys are read twice and values once."""
+    found = wavefronts.per_score("bfloat16", 64)
+    assert found == pytest.approx({"forward": 0.0938, "dq": 0.2188, "dkdv": 0.2395}, rel=0.01)
+    assert found["dq"] + found["dkdv"] < 1.5 * wavefronts.flash_attention_2(64)
+
+
+def test_passes_of_flash_attention_2():
+    """Of its tile of 64 x 128 scores, 144 ldmatrix for each of the 8 warps, counted in its code."""
+    written = 2 * (64 * 128 + 64 * 128) * 2 / 128
+    assert wavefronts.flash_attention_2(128) == (8 * 144 * 4 + written) / (64 * 128)
