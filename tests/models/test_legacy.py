@@ -1,7 +1,5 @@
 """Layers of Keras 2 and TensorFlow Addons made ours."""
 
-import sys
-
 import numpy as np
 import pytest
 

@@ -16,6 +16,7 @@ KERNELS = [
     ("offsets of the first sequence", "csrc/mask.h", "m.query_offset[batch * m.offset_stride]", "m.query_offset[0]"),
     ("intervals of the first sequence", "csrc/mask.h", "const int64_t at = batch * m.interval_stride + i;", "const int64_t at = i;"),
     ("the wrong kv head", "csrc/attention.h", "return p.num_kv_heads ? p.num_heads / p.num_kv_heads : 1;", "return 1;"),
+    ("rows of a mask end with a word", CPU + "mask_bits.h", "const bool crosses = shift + count > 64;", "const bool crosses = false;"),
     ("six rounds of Philox", CPU + "philox.h", "kRounds = 7", "kRounds = 6"),
     ("dropout of the first sequence", CPU + "philox.h", "static_cast<uint32_t>(batch) * p.dropout_origin.heads_of_entry", "0"),
     ("a stale counter of dropout", CPU + "philox.h", "d.first_key + static_cast<uint32_t>(k0)", "d.first_key"),
