@@ -2,7 +2,7 @@
 // the workspace, where they take an eighth of what they are. All other masks are read where they lie.
 //
 // Words are of 64 keys of a row, or, so that no head has to transpose them for its tiles, of 64 rows of a key: rows of the list
-// that a head's tiles are cut from, in which each position stands `group` times.
+// that a head's tiles are cut from, in which each position stands `group` times (up to 8: there bits take what the mask does).
 #pragma once
 
 #include "../mask.h"
@@ -14,9 +14,9 @@ namespace {
 
 class PackedMasks {
  public:
-  // group: 0 where words are of keys.
+  // group: 0 where there are no tiles.
   PackedMasks(const AttentionParams& p, int64_t group)
-      : p_(p), group_(group ? group : 1), rows_(group ? 64 : 1), batches_(1) {
+      : p_(p), group_(by_key(group) ? group : 1), rows_(by_key(group) ? 64 : 1), batches_(1) {
     for (int m = 0; m < p.num_masks; ++m) {
       if (!packs(p.masks[m])) continue;
       any_ = true;
@@ -69,6 +69,7 @@ class PackedMasks {
   }
 
  private:
+  static bool by_key(int64_t group) { return 0 < group && group <= 8; }
   bool packs(const StridedView& mask) const {
     return p_.num_heads > 1 && mask.stride[1] == 0 && mask.stride[2] != 0 && mask.stride[3] != 0;
   }

@@ -8,7 +8,7 @@ core = kernels.core()
 
 
 @pytest.mark.parametrize("isa", core.isas())
-@pytest.mark.parametrize("group", [1, 2, 3, 4])
+@pytest.mark.parametrize("group", [1, 2, 3, 8, 9])
 @pytest.mark.parametrize("per_entry", [False, True], ids=["one mask", "a mask an entry"])
 @pytest.mark.parametrize("other", ["alone", "causal", "window", "lengths", "bias", "blocks of the diagonal"])
 def test_gradients_too(isa, group, per_entry, other):
