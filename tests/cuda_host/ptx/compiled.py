@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -72,13 +74,17 @@ def compiled(kernels: tuple[str, ...], architecture: str | None = None) -> Path:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         for old in target.parent.glob(f"{name}-{architecture}-*"):
-            old.unlink()
-        listing = target.with_suffix(".cu")
+            if key not in old.name:
+                old.unlink(missing_ok=True)
+        # Under names of its own until it is whole: other processes and threads may want it too.
+        own = target.with_stem(f"{target.stem}-{os.getpid()}-{threading.get_ident()}")
+        listing = own.with_suffix(".cu")
         listing.write_text(source)
-        command = [sys.executable, str(CUDA / "compile.py"), architecture, str(listing), "-o", str(target)]
+        command = [sys.executable, str(CUDA / "compile.py"), architecture, str(listing), "-o", str(own)]
         found = subprocess.run(command, capture_output=True, text=True)
         if found.returncode:
             raise RuntimeError(found.stdout + found.stderr)
+        os.replace(own, target)
     return target
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +18,10 @@ from .tensor_core import MODELS
 _Callback = ctypes.CFUNCTYPE(
     ctypes.c_int, *(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p, ctypes.c_size_t)
 )
+
+
+# Machines are kept, and those of one kernel are one: host threads that launch it at the same time take turns.
+_turn = threading.Lock()
 
 
 @lru_cache(maxsize=12)
@@ -65,7 +70,8 @@ class Interpreter:
 
     def _launch(self, name, args, blocks, shared_bytes, error, error_bytes):
         try:
-            self._run(self.program(name.decode()), args, blocks, shared_bytes)
+            with _turn:
+                self._run(self.program(name.decode()), args, blocks, shared_bytes)
             return 0
         except Exception as problem:  # none may pass through the driver
             text = f"{problem}" if isinstance(problem, PtxError) else f"{type(problem).__name__}: {problem}"
