@@ -52,6 +52,9 @@ static constexpr int64_t kNextTaskBytes = int64_t{384} << 10;
 static constexpr int64_t kSplitKeys = 512;   // at least this many keys in a split
 static constexpr int64_t kSplitTasks = 32;   // split until there are this many tasks
 
+// Masks are packed by key where up to so many query heads share a kv head: of so many, the bits take what the mask does.
+static constexpr int64_t kMaskGroup = 8;
+
 // Bytes of boolean masks that a task packs.
 static constexpr int64_t kMaskBytes = int64_t{1} << 18;
 

@@ -34,13 +34,17 @@ inline uint64_t bits_of(const char* bytes, int64_t stride, int64_t n) {
 // A row of packed masks: words of 64 keys, and one more so that any 64 keys can be read.
 inline int64_t packed_row_bytes(int64_t keys) { return ((keys + 63) / 64 + 1) * 8; }
 
+// 64 bits of two words that are neighbours, from bit `shift` of the first on.
+inline uint64_t across(uint64_t word, uint64_t next, int shift) {
+  return shift == 0 ? word : word >> shift | next << (64 - shift);
+}
+
 // Bit j: key k0 + j of a packed row.
 inline uint64_t packed_bits(const char* row, int64_t k0) {
   uint64_t word, next;
   memcpy(&word, row + k0 / 64 * 8, 8);
   memcpy(&next, row + k0 / 64 * 8 + 8, 8);
-  const int shift = static_cast<int>(k0 % 64);
-  return shift == 0 ? word : word >> shift | next << (64 - shift);
+  return across(word, next, static_cast<int>(k0 % 64));
 }
 
 // Of the squares of 2 half x 2 half bits, those of 64 words, the upper right and the lower left quarter change places.
@@ -78,7 +82,7 @@ inline void hide_by_key(const StridedView& mask_bits, const char* rows, int64_t 
     uint64_t word, next = 0;
     memcpy(&word, words + j * 8, 8);
     if (crosses) memcpy(&next, words + mask_bits.stride[2] + j * 8, 8);
-    bits[j] &= word >> shift | (crosses ? next << (64 - shift) : 0);
+    bits[j] &= across(word, next, shift);
   }
 }
 

@@ -2,7 +2,7 @@
 // the workspace, where they take an eighth of what they are. All other masks are read where they lie.
 //
 // Words are of 64 keys of a row, or, so that no head has to transpose them for its tiles, of 64 rows of a key: rows of the list
-// that a head's tiles are cut from, in which each position stands `group` times (up to 8: there bits take what the mask does).
+// that a head's tiles are cut from, in which each position, and with it its bits, stands `group` times.
 #pragma once
 
 #include "../mask.h"
@@ -16,7 +16,8 @@ class PackedMasks {
  public:
   // group: 0 where there are no tiles.
   PackedMasks(const AttentionParams& p, int64_t group)
-      : p_(p), group_(by_key(group) ? group : 1), rows_(by_key(group) ? 64 : 1), batches_(1) {
+      : p_(p), by_key_(0 < group && group <= kMaskGroup), group_(by_key_ ? group : 1), rows_(by_key_ ? 64 : 1),
+        batches_(1) {
     for (int m = 0; m < p.num_masks; ++m) {
       if (!packs(p.masks[m])) continue;
       any_ = true;
@@ -47,8 +48,8 @@ class PackedMasks {
         uint64_t words[64] = {};
         for (int64_t i = 0; i < count; ++i)
           words[i] = i > 0 && (row + i) % group_ ? words[i - 1] : bits_of(batch, (row + i) / group_, k0, n);
-        if (rows_ == 64) transpose_bits(words);
-        memcpy(to + k0 / 64 * rows_ * 8, words, (rows_ == 64 ? n : 1) * 8);
+        if (by_key_) transpose_bits(words);
+        memcpy(to + k0 / 64 * rows_ * 8, words, (by_key_ ? n : 1) * 8);
       }
     }
   }
@@ -64,18 +65,17 @@ class PackedMasks {
     p.mask_bits.dtype = DType::kBool;  // strides are bytes, of axis 2 from one block of rows to the next
     p.mask_bits.stride[0] = batches_ > 1 ? blocks() * block_bytes() : 0;
     p.mask_bits.stride[2] = block_bytes();
-    p.mask_bits.stride[3] = rows_ == 64 ? 8 : 0;
+    p.mask_bits.stride[3] = by_key_ ? 8 : 0;
     return p;
   }
 
  private:
-  static bool by_key(int64_t group) { return 0 < group && group <= 8; }
   bool packs(const StridedView& mask) const {
     return p_.num_heads > 1 && mask.stride[1] == 0 && mask.stride[2] != 0 && mask.stride[3] != 0;
   }
   int64_t list_rows() const { return times(p_.seqlen_q, group_); }
   int64_t blocks() const { return ceil_div(list_rows(), rows_); }
-  int64_t block_bytes() const { return rows_ == 64 ? times(p_.seqlen_k, 8) : packed_row_bytes(p_.seqlen_k); }
+  int64_t block_bytes() const { return by_key_ ? times(p_.seqlen_k, 8) : packed_row_bytes(p_.seqlen_k); }
 
   KeyRange seen_by(int64_t batch, int64_t position) const {
     const int64_t length_q = p_.query_lengths ? p_.query_lengths[batch] : p_.seqlen_q;
@@ -97,6 +97,7 @@ class PackedMasks {
   }
 
   const AttentionParams& p_;
+  const bool by_key_;
   const int64_t group_, rows_;  // rows of a position in the list, and of a block
   int64_t batches_;
   bool any_ = false;
