@@ -241,7 +241,7 @@ def test_massive_activations(attend, dtype, largest, spread, head_dim, options):
     for head in range(2):
         error = relative(found[:, :, head], expected[:, :, head])
         limit = relative(formula[:, :, head], right[:, :, head])
-        most = (2 if options == "plain" else 3) * limit  # the formula's is of no options
+        most = (2 if options == "plain" or head_dim == 64 else 3) * limit  # the formula's is of no options
         assert error <= most, f"head {head}: {error:.2g}, and the formula's is {limit:.2g}"
 
 
