@@ -98,12 +98,13 @@ def main():
     parser.add_argument("--isa", nargs="+", default=["generic"], help="instruction sets that are built (csrc/cpu/isas.inc)")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     arguments = parser.parse_args()
-    unnoticed, count = [], 0
+    unnoticed, count, built = [], 0, None
     for kind in arguments.kind:
         tests, planted, isas = KINDS[kind]
-        tree = copied({*arguments.isa, *isas})
-        if not build(tree, arguments.jobs):
-            sys.exit("without a defect: does not compile")
+        if (wanted := {*arguments.isa, *isas}) != built:
+            tree, built = copied(wanted), wanted
+            if not build(tree, arguments.jobs):
+                sys.exit("without a defect: does not compile")
         if not set(isas).issubset(usable(tree)):
             print(f"{kind}: left out, this processor lacks one of {', '.join(isas)}")
             continue
