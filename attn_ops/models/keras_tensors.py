@@ -23,6 +23,11 @@ def operations(*arguments):
     return importlib.import_module("attn_ops.models.keras_2") if of_keras_2 else None
 
 
+def storage(x) -> str:
+    """"dense", "sparse" or "ragged", of a KerasTensor. (Keras 2 has other classes for the last two, older Keras 3 no ragged ones.)"""
+    return next((kind for kind in ("sparse", "ragged") if getattr(x, kind, False)), "dense")
+
+
 def _is_of_keras_2(x):
     return type(x).__name__.endswith("KerasTensor") and type(x).__module__.startswith("tf_keras.")
 

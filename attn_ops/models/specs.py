@@ -12,6 +12,8 @@ import typing
 
 import keras
 
+from attn_ops.models import keras_tensors
+
 
 class DType(typing.NamedTuple):
     name: str
@@ -43,9 +45,7 @@ def of_backend(backend):
         if isinstance(x, Spec):
             return x
         if type(x).__name__ == "KerasTensor":
-            sparse = getattr(x, "sparse", False)  # Keras 2 has other classes for these, older Keras 3 no ragged ones
-            if sparse or getattr(x, "ragged", False):
-                kind = "sparse" if sparse else "ragged"
+            if (kind := keras_tensors.storage(x)) != "dense":
                 raise TypeError(f"{name}: {what} must be a dense tensor or an array, got a {kind} KerasTensor")
             return Spec(_dtype(keras.backend.standardize_dtype(x.dtype)), list(x.shape))
         x = backend.as_tensor(name, what, x)

@@ -10,6 +10,7 @@ import tensorflow as tf
 from attn_ops.call import public
 from attn_ops.call.explanation import Explanation, Support, asks_of_model
 from attn_ops.call.normalize import mask_notes, normalize
+from attn_ops.models import keras_tensors
 from attn_ops.tensorflow import choice, gpu, place, xp
 from attn_ops.tensorflow.as_written import as_written
 
@@ -92,8 +93,7 @@ def _backend_of_keras():
 def _is_specification(x):
     """Whether ``x`` describes a dense tensor; other KerasTensors are left for `normalize` to refuse."""
     if type(x).__name__ == "KerasTensor":
-        # Keras 2 has neither attribute, older Keras 3 no ragged ones.
-        return not (getattr(x, "sparse", False) or getattr(x, "ragged", False))
+        return keras_tensors.storage(x) == "dense"
     return isinstance(x, tf.TensorSpec)
 
 
