@@ -1,7 +1,8 @@
 """The dropout mask: counter-based random bits, the same in every implementation.
 
 The generator is Philox4x32-7 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011,
-who found no statistical test that tells seven rounds from chance; FlashAttention-2 takes as many). Whether the weight of key j in row i is kept depends only on (seed, offset, batch, head, i, j):
+where seven rounds are the fewest that pass all tests of BigCrush; FlashAttention-2 takes as many). Whether the weight of
+key j in row i is kept depends only on (seed, offset, batch, head, i, j):
 
     counter = (j >> 2, i, batch_index * num_heads + head, low32(offset))
     key     = (low32(seed), high32(seed) ^ high32(offset))

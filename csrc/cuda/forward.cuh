@@ -152,7 +152,7 @@ template <class M, bool kPlain, int kMmaM, int kMmaN, class Rescale>
 ATTN_DEVICE void softmax_of_some(Acc<kMmaM, kMmaN>& s, RowStatistics<M, kMmaM>& rows, const Head& head, int first_row,
                                  int first_key, Rescale rescale) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
-  // body(m, half, x, position, query_head): x are a lane's scores of a row.
+  // body(m, half, x, row, position): x are a lane's scores of a row.
   const auto for_each_row = [&](auto body) {
 #pragma unroll
     for (int m = 0; m < kMmaM; ++m)
