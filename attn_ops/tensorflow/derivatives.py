@@ -6,6 +6,8 @@ Eager calls find the gradients of the operators registered, since `tf.custom_gra
 
 from __future__ import annotations
 
+import functools
+
 import tensorflow as tf
 
 from attn_ops import kernels
@@ -98,11 +100,41 @@ def _second_order(call, cotangents, incoming):
     return d[: len(inputs)], d[len(inputs) :]
 
 
-def _split(op, inputs):
+def _attributes_of(op):
+    """(name, default where the op has none) -> attribute of ``op``. For eager operations TensorFlow takes some 3 us each time, a
+    third of a small call's gradient: what one has is remembered for all that were given the same."""
+    given = place.eager_attributes(op)
+    known = {} if given is None else _known(op.type, given)
+
+    def get(name, *default):
+        if name not in known:
+            known[name] = _attribute(op, name, *default)
+        return known[name]
+
+    return get
+
+
+def _attribute(op, name, *default):
+    """An eager operation knows the attributes that it was given, and some it does not have."""
+    try:
+        return op.get_attr(name)
+    except (KeyError, ValueError, tf.errors.InvalidArgumentError):
+        if not default:
+            raise
+        return default[0]
+
+
+@functools.lru_cache(maxsize=256)
+def _known(operator, given) -> dict:
+    """Attributes by name, filled as they are asked for, of eager operations that were given these."""
+    return {}
+
+
+def _split(get_attribute, inputs):
     """The optional inputs of either op, which end its input list: as lists, by the attribute that counts them."""
     lists, start = {}, 0
     for count in optional_inputs(_ANY_CALL):
-        end = start + op.get_attr(count)
+        end = start + get_attribute(count)
         lists[count] = list(inputs[start:end])
         start = end
     return lists
@@ -116,9 +148,10 @@ def _of_inputs(lists, gradients):
 
 @registration.gradient_of("AttnOps>Forward")
 def _forward_gradient(op, d_out, _, *d_lse):
-    if op.get_attr("halves"):
+    get_attribute = _attributes_of(op)
+    if get_attribute("halves"):
         raise NotImplementedError("attn_ops: attention to a cache of keys and values in one tensor has no gradient")
-    lists = _split(op, op.inputs[3:])
+    lists = _split(get_attribute, op.inputs[3:])
     # Eager tapes and those of tf.function tell which inputs nobody watches; a constant bias then costs nothing.
     unwanted = place.unwatched_inputs(op)
     d_query, d_key, d_value, *others = _backward(
@@ -127,7 +160,7 @@ def _forward_gradient(op, d_out, _, *d_lse):
         [d for d in d_lse if d is not None],
         lists,
         d_bias=bool(lists["num_bias"]) and 3 not in unwanted,
-        **{name: op.get_attr(name) for name in attributes(_ANY_CALL)},
+        **{name: get_attribute(name) for name in attributes(_ANY_CALL)},
     )
     others = _of_inputs(lists, [d for gradients in others for d in gradients])
     return [d_query, d_key, d_value] + [None if at in unwanted else d for at, d in enumerate(others, 3)]
@@ -135,16 +168,9 @@ def _forward_gradient(op, d_out, _, *d_lse):
 
 @registration.gradient_of("AttnOps>Plain")
 def _plain_gradient(op, d_out, _):
-    given = {name: _attribute(op, name, default) for name, default in DEFAULT_ATTRIBUTES.items()}
+    get_attribute = _attributes_of(op)
+    given = {name: get_attribute(name, default) for name, default in DEFAULT_ATTRIBUTES.items()}
     return _backward(op, d_out, [], _NO_INPUTS, d_bias=False, **given)[:3]
-
-
-def _attribute(op, name, default):
-    """An attribute of `AttnOps>Plain`: an eager operation knows those that it was given, and some it does not have."""
-    try:
-        return op.get_attr(name)
-    except (KeyError, ValueError, tf.errors.InvalidArgumentError):
-        return default
 
 
 def _backward(op, d_out, d_lse, lists, **attributes):
@@ -166,12 +192,13 @@ def _no_gradient(op, *_):
 def _backward_gradient(op, *gradients):
     """Second order. `out` and `statistics` are inputs of the op but functions of the others, which get it all."""
     query, key, value, _, _, d_out = op.inputs[:6]
-    num_d_lse = op.get_attr("num_d_lse")
+    get_attribute = _attributes_of(op)
+    num_d_lse = get_attribute("num_d_lse")
     d_lse = list(op.inputs[6 : 6 + num_d_lse])
-    lists = _split(op, op.inputs[6 + num_d_lse :])
+    lists = _split(get_attribute, op.inputs[6 + num_d_lse :])
     call = _call_of(op, query, key, value, lists)
     incoming = list(gradients)
-    if call.bias is not None and not op.get_attr("d_bias"):  # nobody wanted that of the bias, which is empty
+    if call.bias is not None and not get_attribute("d_bias"):  # nobody wanted that of the bias, which is empty
         incoming[3] = None
     d_inputs, d_cotangents = _second_order(call, [d_out, *d_lse], incoming)
     d_d_out, *d_d_lse = d_cotangents
@@ -180,7 +207,8 @@ def _backward_gradient(op, *gradients):
 
 def _call_of(op, query, key, value, lists):
     """The call that an op was made for."""
-    attribute = {name: op.get_attr(name) for name in attributes(_ANY_CALL)}
+    get_attribute = _attributes_of(op)
+    attribute = {name: get_attribute(name) for name in attributes(_ANY_CALL)}
 
     def one(count):
         return next(iter(lists.get(count, ())), None)

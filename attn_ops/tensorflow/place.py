@@ -183,6 +183,12 @@ def unwatched_inputs(op) -> tuple[int, ...]:
     return getattr(op, "skip_input_indices", None) or ()
 
 
+def eager_attributes(op) -> tuple | None:
+    """(name, value, name, ..) of an eager ``op``, handed to a gradient function: those that it was given. Else None."""
+    attributes = getattr(op, "attrs", None)
+    return attributes if isinstance(attributes, tuple) else None
+
+
 def xla_call():
     """The function that puts a program in StableHLO into a graph, or None."""
     return _get(f"{_XLA}.call_module")

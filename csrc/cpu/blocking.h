@@ -27,6 +27,9 @@ static constexpr int64_t kHeadLanesHeads = 16;
 // At least this many keys in a split: the partial results of one are a few percent of the keys it reads.
 static constexpr int64_t kHeadLanesSplitKeys = 128;
 
+// Tasks that the last heads of a call are cut into, one head for each thread (Zen 5, 2026-11-27).
+static constexpr int64_t kLastHeadTasks = 4;
+
 // Row tiles that meet a key/value block together, while it is in L1.
 static constexpr int64_t kForwardTiles = 4;
 // The same in backward.

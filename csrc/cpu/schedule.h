@@ -57,6 +57,7 @@ struct ForwardPlan {
   int64_t batch, kv_heads, seqlen_k;
   int64_t heads;                       // batch * num_kv_heads
   int64_t tiles;                       // row tiles of each
+  int64_t whole_heads;                 // that are one task each; of the others:
   int64_t blocks, splits, split_keys;  // tasks of each head: row blocks times key splits
   int64_t head_groups;                 // of each batch, for few rows
   int64_t scratch_bytes, partial_bytes;  // of one thread; of one split of one head
@@ -77,13 +78,19 @@ struct ForwardPlan {
     split_keys = ceil_div(ceil_div(seqlen_k, splits), kBlockKeys) * kBlockKeys;
     partial_bytes = splits > 1 ? aligned(rows * (p.value_dim + 2) * size_of(accumulator_of(p.dtype))) : 0;
 
-    // Long tasks copy keys less often; four for each thread are enough to keep all busy to the end.
+    // Long tasks copy keys less often, four for each thread keep all busy. Where heads are that many, the last ones are
+    // still cut, so that no thread waits for another's last head.
     blocks = std::min(tiles, ceil_div(4 * threads, std::max<int64_t>(1, heads * splits)));
+    whole_heads = 0;
+    if (blocks == 1 && splits == 1 && threads > 1) {
+      whole_heads = std::max<int64_t>(0, heads - threads);
+      blocks = std::min(tiles, kLastHeadTasks);
+    }
     scratch_bytes =
         aligned(few_rows ? k.head_lanes_scratch(p, std::min(kHeadLanesHeads, kv_heads)) : k.row_lanes_scratch(p));
   }
 
-  int64_t tasks() const { return (few_rows ? batch * head_groups : heads * blocks) * splits; }
+  int64_t tasks() const { return few_rows ? batch * head_groups * splits : whole_heads + (heads - whole_heads) * blocks * splits; }
   int64_t bytes() const {
     return plus(times(threads, scratch_bytes), splits > 1 ? times(heads * splits, partial_bytes) : 0);
   }
@@ -99,17 +106,19 @@ struct ForwardPlan {
   }
 
   RowLanesTask row_lanes_task(int64_t i, char* partials) const {
-    const int64_t split = i % splits, head = i / splits / blocks;
+    const bool whole = i < whole_heads;
+    const int64_t parts = whole ? 1 : blocks, part = whole ? i : i - whole_heads;
+    const int64_t split = part % splits, head = (whole ? 0 : whole_heads) + part / splits / parts;
     // Last rows first: under a causal mask they take longest, and the short ones fill the gaps at the end.
-    const int64_t block = blocks - 1 - i / splits % blocks;
+    const int64_t block = parts - 1 - part / splits % parts;
     RowLanesTask task{};
     task.batch = head / kv_heads;
     task.kv_head = head % kv_heads;
-    task.tile_begin = block * tiles / blocks;
-    task.tile_end = (block + 1) * tiles / blocks;
+    task.tile_begin = block * tiles / parts;
+    task.tile_end = (block + 1) * tiles / parts;
     task.key_begin = split * split_keys;
     task.key_end = std::min(task.key_begin + split_keys, seqlen_k);
-    task.next_head = splits * blocks == 1 && head + threads < heads ? head + threads : -1;
+    task.next_head = splits * parts == 1 && head + threads < heads ? head + threads : -1;
     if (splits > 1) task.partial = partial(partials, head, split);
     return task;
   }
