@@ -43,6 +43,11 @@ static constexpr int64_t kKeptScoresBytes = int64_t{1} << 20;
 // in place takes up to 1.3 times the time (Zen 5, AVX2, 2026-11-27). Half of that for caches with fewer ways.
 static constexpr int64_t kCollidingBytes = 2048;
 
+// A bias beyond what the L3 cache may keep of it is asked for ahead, so many rows with each tile of registers of a product (Zen
+// 5, 2026-11-27: 12 of some 16 tiles then ask for all of it). Of a smaller one that costs 2 % and brings nothing.
+static constexpr double kBiasInCacheBytes = 4 << 20;
+static constexpr int kBiasRowsAhead = 4;
+
 // Keys and values that are copied (other dtype, or rows far apart) are kept for the whole task up to this size: one
 // copy then serves all its rows. Above it every group of tiles copies its own.
 static constexpr int64_t kKeptKeysBytes = int64_t{8} << 20;

@@ -93,14 +93,21 @@ ATTN_INLINE void gemm_rest(int64_t rows, int64_t r, const E* a, int64_t lda, con
   for (; r < rows; ++r) gemm_tile<E, 1, NV, M>(a + r * step, lda, b, ldb, depth, epilogue, r);
 }
 
-// All rows. epilogue(r, v, sum) stores vector v of row r.
-template <class E, int NV, Major M, class Epilogue>
+struct Nothing {
+  ATTN_INLINE void operator()() const {}
+};
+
+// All rows. epilogue(r, v, sum) stores vector v of row r; meanwhile() is called before each full tile.
+template <class E, int NV, Major M, class Epilogue, class Meanwhile = Nothing>
 ATTN_INLINE void gemm(int64_t rows, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth,
-                      const Epilogue& epilogue) {
+                      const Epilogue& epilogue, const Meanwhile& meanwhile = {}) {
   constexpr int R = tile_rows(NV);
   const int64_t step = M == Major::kRow ? lda : 1;
   int64_t r = 0;
-  for (; r + R <= rows; r += R) gemm_tile<E, R, NV, M>(a + r * step, lda, b, ldb, depth, epilogue, r);
+  for (; r + R <= rows; r += R) {
+    meanwhile();
+    gemm_tile<E, R, NV, M>(a + r * step, lda, b, ldb, depth, epilogue, r);
+  }
   gemm_rest<E, NV, M>(rows, r, a, lda, b, ldb, depth, epilogue);
 }
 

@@ -34,9 +34,9 @@ ATTN_INLINE int64_t round_to_width(int64_t n) {
   return (n + Simd<T>::width - 1) / Simd<T>::width * Simd<T>::width;
 }
 
-// put(dst + c * ld + r, vector over rows r of element c), for `lanes` rows of which those past `rows` are zero.
-// `rows[r]` points to element 0 of row r; elements are `stride` bytes apart. All by value: what a closure refers to would be
-// read again after each store.
+// put(dst + c * ld + r, ld, vectors over rows r of elements c, c + 1 .., how many), for `lanes` rows of which those past
+// `rows` are zero. `rows[r]` points to element 0 of row r; elements are `stride` bytes apart. All by value: what a closure
+// refers to would be read again after each store.
 template <class T, class Storage, class Put>
 ATTN_INLINE void load_transposed_as(Storage storage, const char* const* row, int rows, int lanes, int64_t stride,
                                     int64_t columns, T* dst, int64_t ld, Put put) {
@@ -45,19 +45,30 @@ ATTN_INLINE void load_transposed_as(Storage storage, const char* const* row, int
   for (int r0 = 0; r0 < lanes; r0 += W)
     for (int64_t c0 = 0; c0 < columns; c0 += W) {
       const int64_t n = columns - c0 < W ? columns - c0 : W;
+      T* const at = dst + c0 * ld + r0;
+      Vec<T> block[W];
       if (r0 + W <= rows && n == W && stride == storage.size) {  // whole: the block never leaves the registers
-        Vec<T> block[W];
-        for (int i = 0; i < W; ++i) block[i] = storage.load(row[r0 + i] + c0 * stride);
+        const char* const* of_block = row + r0;
+        asm("" : "+r"(of_block));  // else kept from block to block, in vector registers
+        for (int i = 0; i < W; ++i) block[i] = storage.load(of_block[i] + c0 * stride);
         S::transpose(block);
-        for (int j = 0; j < W; ++j) put(dst + (c0 + j) * ld + r0, block[j]);
+        put(at, ld, block, int64_t{W});
         continue;
       }
-      Vec<T> block[W];
       for (int i = 0; i < W; ++i)
         block[i] = r0 + i < rows ? load_some<T>(storage, row[r0 + i] + c0 * stride, stride, n) : S::zero();
       S::transpose(block);
-      for (int64_t j = 0; j < n; ++j) put(dst + (c0 + j) * ld + r0, block[j]);
+      put(at, ld, block, n);
     }
+}
+
+// A `put` that does the same with each vector.
+template <class T, class Put>
+ATTN_INLINE auto each_vector_of_block(Put put) {
+  return [=](T* at, int64_t ld, const Vec<T>* block, int64_t n) {
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < n; ++j) put(at + j * ld, block[j]);
+  };
 }
 
 template <class T, class Put>
@@ -78,13 +89,13 @@ ATTN_INLINE void load_factors(DType dtype, const char* const* row, int rows, int
   const Vec<T> by = S::set1(factor);
   if constexpr (kOfPairs<E>) {  // as if they were floats: bits change places
     load_transposed<T>(DType::kFloat32, row, rows, lanes, sizeof(E), elements<E>(columns), reinterpret_cast<T*>(dst),
-                       lanes, [=](T* at, Vec<T> x) {
+                       lanes, each_vector_of_block<T>([=](T* at, Vec<T> x) {
                          const auto number = [=](int i) { return Product<E>::number(x, i) * by; };
                          S::store(at, Product<E>::pairs(number(0), number(1)));
-                       });
+                       }));
   } else {
     load_transposed<T>(dtype, row, rows, lanes, stride, columns, dst, lanes,
-                       [=](T* at, Vec<T> x) { S::store(at, x * by); });
+                       each_vector_of_block<T>([=](T* at, Vec<T> x) { S::store(at, x * by); }));
   }
 }
 

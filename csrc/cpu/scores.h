@@ -29,6 +29,21 @@ ATTN_INLINE Vec<T> biased(Vec<T> s, Vec<T> bias) {
   return S::select(bias == hidden, hidden, S::select(finite == S::zero(), inside, sum));
 }
 
+// The same of a block: scores at[j * ld] + bias[j]. Where all sums are finite they need no more; else add(at, bias) is asked.
+template <class T, class Add>
+ATTN_INLINE void add_block(T* at, int64_t ld, const Vec<T>* bias, int64_t n, const Add& add) {
+  using S = Simd<T>;
+  Vec<T> zeros[4] = {};  // or NaN
+#pragma GCC unroll 16
+  for (int64_t j = 0; j < n; ++j) zeros[j % 4] = S::fma(S::load(at + j * ld) + bias[j], S::zero(), zeros[j % 4]);
+  if (__builtin_expect(S::finite((zeros[0] + zeros[1]) + (zeros[2] + zeros[3])), 1)) {
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < n; ++j) S::store(at + j * ld, S::load(at + j * ld) + bias[j]);
+  } else {
+    for (int64_t j = 0; j < n; ++j) add(at + j * ld, bias[j]);
+  }
+}
+
 // The same of scores that something added before may have hidden: those stay so, whatever the bias is.
 template <class T>
 ATTN_INLINE Vec<T> biased_unless_hidden(Vec<T> s, Vec<T> bias) {
@@ -165,7 +180,7 @@ __attribute__((noinline)) void add_relative_bias(const HeadRows& r, const RowTil
     row[i] = reinterpret_cast<const char*>(values);
   }
   load_transposed<T>(kDTypeOf<T>, row, tile.rows, tile.lanes, sizeof(T), keys,
-                     scores, ld, [](T* at, Vec<T> x) { S::store(at, biased<T>(S::load(at), x)); });
+                     scores, ld, each_vector_of_block<T>([](T* at, Vec<T> x) { S::store(at, biased<T>(S::load(at), x)); }));
 }
 
 // add(&scores[j * ld + lane], bias)
@@ -186,11 +201,43 @@ __attribute__((noinline)) void each_bias(const HeadRows& r, const RowTile<T>& ti
   const char* row[RowTile<T>::max_lanes];
   for (int i = 0; i < tile.rows; ++i) {
     row[i] = row_of(i);
-    const char* const next_block = row[i] + keys * stride;
-    for (int64_t b = 0; b < keys * stride; b += 64) __builtin_prefetch(next_block + b);
   }
-  load_transposed<T>(bias.dtype, row, tile.rows, tile.lanes, stride, keys, scores, ld, add);
+  load_transposed<T>(bias.dtype, row, tile.rows, tile.lanes, stride, keys, scores, ld,
+                     [=](T* at, int64_t step, const Vec<T>* block, int64_t n) { add_block<T>(at, step, block, n, add); });
 }
+
+// Asks for the bias of a tile and a block while their products are made, some rows with each tile of registers. (Asked for
+// with the block before, it has left L2 by then: rows lie a multiple of a page apart.)
+template <class T>
+class BiasAhead {
+ public:
+  BiasAhead(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys)
+      : r_(r), tile_(tile), rows_(worth_asking(r, tile) ? tile.rows : 0), first_(k0 * r.p.bias.step()),
+        bytes_(keys * r.p.bias.step()) {}
+
+  ATTN_INLINE void ask() {
+    for (int i = 0; i < kBiasRowsAhead && next_ < rows_; ++i, ++next_) {
+      const char* const row = r_.score_row(r_.p.bias, tile_.position[next_], tile_.head[next_]) + first_;
+      for (int64_t b = 0; b < bytes_; b += 64) __builtin_prefetch(row + b);
+    }
+  }
+
+ private:
+  static bool worth_asking(const HeadRows& r, const RowTile<T>& tile) {
+    const AttentionParams& p = r.p;
+    if (!p.bias.data || same_for_all_rows(r, tile, p.bias)) return false;
+    double bytes = static_cast<double>(p.seqlen_q) * static_cast<double>(p.seqlen_k) * static_cast<double>(p.bias.step());
+    if (p.bias.stride[0] != 0) bytes *= static_cast<double>(p.batch);
+    if (p.bias.stride[1] != 0) bytes *= static_cast<double>(p.num_heads);
+    return bytes > kBiasInCacheBytes;
+  }
+
+  const HeadRows& r_;
+  const RowTile<T>& tile_;
+  const int rows_;
+  const int64_t first_, bytes_;
+  int next_ = 0;
+};
 
 // scores[j * ld + lane] += bias, as `biased` does.
 template <class T>
@@ -290,7 +337,8 @@ ATTN_INLINE Visibility score_block(const HeadRows& r, const RowTile<T>& tile, co
     });
     return seen;
   }
-  gemm_of_steps<E, NV>(keys.at(k0), keys.ld(), q, ldq, depth, steps, scores, ld, scaled);
+  BiasAhead<T> bias(r, tile, k0, n);
+  gemm_of_steps<E, NV>(keys.at(k0), keys.ld(), q, ldq, depth, steps, scores, ld, scaled, [&] { bias.ask(); });
   if (p.soft_cap != 0) cap_scores<T, NV>(p.soft_cap, n, scores, ld, cap_slopes);
   if (p.slopes) add_slopes<T, NV>(r, tile, k0, n, scores, ld);
   if (p.relative_bias) add_relative_bias<T, NV>(r, tile, k0, n, scores, ld, scratch.relative);

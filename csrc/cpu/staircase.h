@@ -106,16 +106,16 @@ ATTN_INLINE void with_part(const Step& step, const F& f) {
 
 // gemm of sums over columns, a(r, k) = a[r * lda + k], of the keys r and the vectors that meet: c[r * ldc + lane] =
 // made(sum).
-template <class E, int NV, class T, class Made>
+template <class E, int NV, class T, class Made, class Meanwhile = Nothing>
 ATTN_INLINE void gemm_of_steps(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, const Staircase<T>& steps,
-                               T* c, int64_t ldc, const Made& made) {
+                               T* c, int64_t ldc, const Made& made, const Meanwhile& meanwhile = {}) {
   constexpr int W = Simd<T>::width;
   for (const Step& step : steps)
     with_part<NV>(step, [&](auto first, auto count) {
       T* const at = c + step.begin * ldc + decltype(first)::value * W;
       gemm<E, decltype(count)::value, Major::kRow>(
           step.end - step.begin, a + step.begin * lda, lda, b + decltype(first)::value * W, ldb, depth,
-          [=](int64_t r, int v, Vec<T> x) { Simd<T>::store(at + r * ldc + v * W, made(x)); });
+          [=](int64_t r, int v, Vec<T> x) { Simd<T>::store(at + r * ldc + v * W, made(x)); }, meanwhile);
     });
 }
 
