@@ -39,9 +39,12 @@ static constexpr int64_t kBackwardTiles = 4;
 // the L2 cache of most processors (Zen 5, 2026-11-27).
 static constexpr int64_t kKeptScoresBytes = int64_t{1} << 20;
 
-// Rows of keys a multiple of so many bytes apart are copied before several tiles read them: of a multiple of 4 KiB reading
-// in place takes up to 1.3 times the time (Zen 5, AVX2, 2026-11-27). Half of that for caches with fewer ways.
-static constexpr int64_t kCollidingBytes = 2048;
+// Rows of keys that lie a multiple of so many bytes apart are copied before several tiles read them: of a multiple of 4 KiB
+// reading in place takes up to 1.3 times the time with an L2 cache of a MiB, of 2 KiB 0.94 to 1.0 (Zen 5, AVX2 and AVX-512,
+// 2026-11-27). There 128 keys, values and those of the next head are 32 lines to a set of 16, or 16.
+static constexpr int64_t colliding_bytes(int64_t l2_bytes) {
+  return l2_bytes < (int64_t{1} << 20) ? 2048 : 4096;
+}
 
 // A bias beyond what the L3 cache may keep of it is asked for ahead, so many rows with each tile of registers of a product (Zen
 // 5, 2026-11-27: 12 of some 16 tiles then ask for all of it). Of a smaller one that costs 2 % and brings nothing.

@@ -1,6 +1,8 @@
 // Where the keys and the values of a head are read: in place, or from a copy.
 #pragma once
 
+#include <unistd.h>
+
 #include "row_tile.h"
 
 namespace attn_ops::cpu {
@@ -136,7 +138,10 @@ class KeyRows {
   }
 
   // Rows that lie so far apart that those of a block would share a few sets of the caches.
-  static bool collide(const StridedView& v) { return v.stride[1] * size_of(v.dtype) % kCollidingBytes == 0; }
+  static bool collide(const StridedView& v) {
+    static const int64_t bytes = colliding_bytes(sysconf(_SC_LEVEL2_CACHE_SIZE));  // unknown: no more than 0
+    return v.stride[1] * size_of(v.dtype) % bytes == 0;
+  }
 
   const HeadRows& rows_;
   const StridedView &view_, &scales_;

@@ -1,4 +1,4 @@
-// e^x and tanh x on vectors.
+// e^x, tanh x and m + ln l on vectors.
 #pragma once
 
 #include <cmath>
@@ -112,6 +112,38 @@ ATTN_INLINE Vec<double> tanh(Vec<double> x) {
   const Vec<double> minus = S::fma(e.two_n, -(e.slope * e.r), S::set1(1) - e.two_n);
   const Vec<double> t = minus / (S::set1(2) - minus);
   return S::select(x < S::zero(), -t, t);
+}
+
+// m + ln l, for l that are normal numbers or not finite: then inf or NaN.
+//
+// l = 2^n (1 + f), sqrt(1/2) <= 1 + f < sqrt(2):   ln l = n ln 2 + f + f^2 P(f),   P by an own fit, f^2 P good to 2.3e-9. m and
+// ln l may all but cancel, so what adding n ln 2 and f to m rounds away is added at the end (Knuth's sum of two).
+ATTN_INLINE Vec<float> plus_log(Vec<float> m, Vec<float> l) {
+  using S = Simd<float>;
+  using I = S::I;
+  constexpr float coefficients[] = {-7.608100771903992e-2f, 0.1305861622095108f, -0.13332733511924744f, 0.14160169661045074f,
+                                    -0.16593463718891144f, 0.2000279277563095f, -0.25002428889274597f, 0.33333319425582886f,
+                                    -0.4999997615814209f};
+  constexpr int32_t sqrt_half = 0x3f3504f3;
+  const I n = ((I)l - sqrt_half) >> 23;
+  const Vec<float> f = (Vec<float>)((I)l - (n << 23)) - S::set1(1), exponent = __builtin_convertvector(n, Vec<float>);
+  Vec<float> p = S::set1(coefficients[0]);
+  for (size_t i = 1; i < sizeof(coefficients) / sizeof(float); ++i) p = S::fma(p, f, S::set1(coefficients[i]));
+  Vec<float> sum = m, lost = S::fma(exponent, S::set1(-2.1219444e-4f), f * f * p);
+  const auto add = [&](Vec<float> x) {
+    const Vec<float> next = sum + x, added = next - sum;
+    lost += (sum - (next - added)) + (x - added);
+    sum = next;
+  };
+  add(exponent * S::set1(0.693359375f));  // of 10 bits: exact, and with the number above ln 2
+  add(f);
+  const Vec<float> inputs = m + l;
+  return S::select(inputs - inputs == S::zero(), sum + lost, inputs);
+}
+
+ATTN_INLINE Vec<double> plus_log(Vec<double> m, Vec<double> l) {
+  for (int i = 0; i < Simd<double>::width; ++i) m[i] += std::log(l[i]);
+  return m;
 }
 
 }  // namespace

@@ -171,7 +171,9 @@ void finish_tile(const HeadRows& r, ForwardTile<E>& tile) {
   tile.tensor_rows(r, p.out, row);
   store_transposed<T>(p.out.dtype, row, tile.rows, tile.lanes, p.out.step(), p.value_dim, tile.out,
                       tile.lanes, [&](const T* at, int lane) { return S::load(at) * S::load(inverse + lane); });
-  for (int i = 0; i < tile.rows; ++i) store_statistics(r, tile.position[i], tile.head[i], tile.m[i], tile.l[i]);
+  T lse[RowTile<T>::max_lanes];
+  for (int i = 0; i < tile.lanes; i += S::width) S::store(lse + i, lse_of<T>(S::load(tile.m + i), S::load(tile.l + i)));
+  for (int i = 0; i < tile.rows; ++i) store_statistics(r, tile.position[i], tile.head[i], tile.m[i], tile.l[i], lse[i]);
 }
 
 // A key split leaves m, l and the unnormalised o of its rows: [row][value_dim + 2].

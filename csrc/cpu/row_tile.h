@@ -92,17 +92,23 @@ T join_sink(const AttentionParams& p, int64_t head, T* m, T* l) {
   return correction;
 }
 
-// What forward leaves of a row besides out = o / l: m, l, and lse = m + ln l if it is wanted. A row without a key or a
-// sink has l = 0 and gets out 0, lse -inf, and 0 for m, so that no infinity appears which nobody asked for.
+// lse = m + ln l of rows, -inf of those without a key or a sink, which have l = 0.
 template <class T>
-void store_statistics(const HeadRows& r, int64_t position, int64_t head, T m, T l) {
+ATTN_INLINE Vec<T> lse_of(Vec<T> m, Vec<T> l) {
+  using S = Simd<T>;
+  return S::select(l == S::zero(), S::set1(-kInfinity<T>), plus_log(m, l));
+}
+
+// What forward leaves of a row besides out = o / l: m, l, and lse if it is wanted. A row without a key or a sink gets out 0,
+// lse -inf, and 0 for m, so that no infinity appears which nobody asked for.
+template <class T>
+void store_statistics(const HeadRows& r, int64_t position, int64_t head, T m, T l, T lse) {
   const int64_t at = r.statistic(position, head);
   if (T* const statistics = static_cast<T*>(r.p.statistics)) {
     statistics[2 * at] = l == 0 ? T{0} : m;
     statistics[2 * at + 1] = l;
   }
-  if (T* const lse = static_cast<T*>(r.p.lse))
-    lse[at] = l == 0 ? -kInfinity<T> : static_cast<T>(static_cast<double>(m) + std::log(static_cast<double>(l)));
+  if (r.p.lse) static_cast<T*>(r.p.lse)[at] = lse;
 }
 
 template <class T>
@@ -111,7 +117,7 @@ void finish_row(const HeadRows& r, int64_t position, int64_t head, T m, T l, con
   const T correction = join_sink(p, head, &m, &l);
   store_row<T>(p.out.dtype, r.tensor_row(p.out, position, head), p.out.step(), p.value_dim, o,
                l == 0 ? T{0} : correction / l);
-  store_statistics(r, position, head, m, l);
+  store_statistics(r, position, head, m, l, lse_of<T>(Simd<T>::set1(m), Simd<T>::set1(l))[0]);
 }
 
 // How many tiles of 1 to kMaxVectors vectors the rows are cut into, as evenly as possible: a lone narrow tile at the

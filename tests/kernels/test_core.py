@@ -68,6 +68,24 @@ def test_dtypes(rng, dtype, isa):
     assert_close(results, expected(a, bias=bias.astype("float64")), np.dtype(dtype).name)
 
 
+@pytest.mark.parametrize("isa", core.isas())
+def test_lse_is_what_its_statistics_say(rng, isa):
+    """m + ln l, also where the two all but cancel, for many rows and for few, and beside infinities."""
+    for seqlen_q, seqlen_k, spread in ((130, 1, 1.0), (130, 64, 0.1), (50, 3000, 3.0), (6, 700, 1e-3)):
+        q, k = (rng.normal(size=(1, n, 1, 16)).astype("float32") for n in (seqlen_q, seqlen_k))
+        bias = (rng.normal(size=(1, 1, seqlen_q, 1)) - np.log(seqlen_k)).astype("float32")
+        bias[..., 0, 0] = -np.inf
+        bias[..., 1, 0] = np.nan
+        _, lse, statistics = core.forward(q * np.float32(spread), k, k, bias=bias, isa=isa)
+        m, total = np.moveaxis(statistics.astype("float64"), -1, 0)
+        with np.errstate(divide="ignore"):
+            wanted = m + np.log(total)
+        assert wanted[..., 0] == -np.inf and np.isnan(wanted[..., 1])
+        np.testing.assert_array_equal(lse[..., :2], wanted[..., :2])
+        lse, wanted = lse[..., 2:], wanted[..., 2:]
+        np.testing.assert_array_less(np.abs(lse - wanted), 0.501 * np.spacing(np.abs(wanted).astype("float32")) + 4e-9)
+
+
 def test_strides_are_read_in_place(rng):
     a = arrays(rng)
     plain = run(a)
