@@ -24,12 +24,14 @@
 namespace attn_ops::cpu {
 namespace {
 
-// p (with dropout) and ds of one tile against keys k0 .. k1, into [key][ld]; zeros where nothing is seen.
-template <class E, int NV, class T>
+// p (with dropout) and ds of one tile against keys k0 .. k1, into [key][ld]; zeros where nothing is seen. meanwhile() is called
+// between products.
+template <class E, int NV, class T, class Meanwhile>
 __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const BackwardTile<E>& tile,
                                                      const KeyRows<E>& keys, const KeyRows<E>& values, int64_t k0,
                                                      int64_t k1, const Staircase<T>& steps,
-                                                     const BackwardScratch<E>& scratch, T* prob, T* ds, int64_t ld) {
+                                                     const BackwardScratch<E>& scratch, T* prob, T* ds, int64_t ld,
+                                                     const Meanwhile& meanwhile) {
   using S = Simd<T>;
   constexpr int W = S::width, lanes = NV * W;
   const AttentionParams& p = r.p;
@@ -45,7 +47,7 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
   const bool masked = seen == Visibility::kSome;
   if (!kept)
     gemm_of_steps<E, NV>(values.at(k0), values.ld(), tile.d_out, lanes, elements<E>(p.value_dim), steps, ds, ld,
-                         [](Vec<T> x) { return x; });
+                         [](Vec<T> x) { return x; }, meanwhile);
   const T* const s_from = kept ? tile.kept.s + (k0 - tile.kept.first) * lanes : prob;
   const T* const dp_from = kept ? tile.kept.dp + (k0 - tile.kept.first) * lanes : ds;
   const int64_t from_ld = kept ? lanes : ld;
@@ -157,6 +159,8 @@ void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTil
   int64_t ld = 0, first_lane = 0, end_lane = 0;  // lanes of the tiles that see something
   bool masked = false, q_finite = true, d_out_finite = true;
   for (BackwardTile<E>* t = t0; t < t1; ++t) ld += t->lanes;
+  const bool asks = (kind == BiasGradient::kOwn || kind == BiasGradient::kElements) && bias_leaves_caches(p);
+  const int64_t d_bias_size = kind == BiasGradient::kOwn ? size_of(p.bias.dtype) : static_cast<int64_t>(sizeof(T));
 
   int64_t lane = 0;
   for (BackwardTile<E>* t = t0; t < t1; lane += t->lanes, ++t) {
@@ -171,10 +175,15 @@ void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTil
       no_weights<T, NV>(begin - k0, prob, ds, ld);
       no_weights<T, NV>(k1 - end, prob + (end - k0) * ld, ds + (end - k0) * ld, ld);
       const Staircase<T> steps(*t, begin, end - begin);
+      LaneRowsAhead d_bias(asks ? t->rows : 0, n * d_bias_size, [&](int lane) {
+        return kind == BiasGradient::kOwn
+                   ? bias_gradient_row(params, r, t->position[lane], t->head[lane]) + k0 * d_bias_size
+                   : reinterpret_cast<const char*>(sum_row<T>(task.d_bias, *t, lane, p.seqlen_k) + k0);
+      });
       const Visibility what = begin == end
                                   ? Visibility::kNothing
                                   : score_gradients<E, NV>(r, *t, keys.keys, keys.values, begin, end, steps, scratch,
-                                                           prob + (begin - k0) * ld, seen_ds, ld);
+                                                           prob + (begin - k0) * ld, seen_ds, ld, [&] { d_bias.ask(); });
       if (kind == BiasGradient::kOwn) write_bias_gradient<T>(params, r, *t, k0, n, ds, ld);
       if (kind == BiasGradient::kElements && (task.d_bias.starts || what != Visibility::kNothing))
         add_elements<T>(task.d_bias, *t, k0, n, p.seqlen_k, ds, ld);

@@ -46,10 +46,11 @@ static constexpr int64_t colliding_bytes(int64_t l2_bytes) {
   return l2_bytes < (int64_t{1} << 20) ? 2048 : 4096;
 }
 
-// A bias beyond what the L3 cache may keep of it is asked for ahead, so many rows with each tile of registers of a product (Zen
-// 5, 2026-11-27: 12 of some 16 tiles then ask for all of it). Of a smaller one that costs 2 % and brings nothing.
+// A bias, or its gradient, beyond what the L3 cache may keep of it is asked for ahead, the rows of so many lanes with each tile
+// of registers of a product (Zen 5, 2026-11-27: 12 of some 16 then ask for all). Of a smaller one that costs 2 % and brings
+// nothing.
 static constexpr double kBiasInCacheBytes = 4 << 20;
-static constexpr int kBiasRowsAhead = 4;
+static constexpr int kLaneRowsAhead = 4;
 
 // Keys and values that are copied (other dtype, or rows far apart) are kept for the whole task up to this size: one
 // copy then serves all its rows. Above it every group of tiles copies its own.

@@ -206,36 +206,33 @@ __attribute__((noinline)) void each_bias(const HeadRows& r, const RowTile<T>& ti
                      [=](T* at, int64_t step, const Vec<T>* block, int64_t n) { add_block<T>(at, step, block, n, add); });
 }
 
-// Asks for the bias of a tile and a block while their products are made, some rows with each tile of registers. (Asked for
-// with the block before, it has left L2 by then: rows lie a multiple of a page apart.)
-template <class T>
-class BiasAhead {
+// Whether biases, and their gradients, come from memory again and again.
+inline bool bias_leaves_caches(const AttentionParams& p) {
+  double bytes = static_cast<double>(p.seqlen_q) * static_cast<double>(p.seqlen_k) * static_cast<double>(p.bias.step());
+  if (p.bias.stride[0] != 0) bytes *= static_cast<double>(p.batch);
+  if (p.bias.stride[1] != 0) bytes *= static_cast<double>(p.num_heads);
+  return p.bias.data && bytes > kBiasInCacheBytes;
+}
+
+// Asks for `bytes` of the rows that row_of(lane) gives, of as many lanes: some rows each time, while the products of the block
+// that they are of are made. (Asked for with the block before, they have left L2 by then: rows of scores are a multiple of a
+// page apart.)
+template <class RowOf>
+class LaneRowsAhead {
  public:
-  BiasAhead(const HeadRows& r, const RowTile<T>& tile, int64_t k0, int64_t keys)
-      : r_(r), tile_(tile), rows_(worth_asking(r, tile) ? tile.rows : 0), first_(k0 * r.p.bias.step()),
-        bytes_(keys * r.p.bias.step()) {}
+  LaneRowsAhead(int lanes, int64_t bytes, const RowOf& row_of) : lanes_(lanes), bytes_(bytes), row_of_(row_of) {}
 
   ATTN_INLINE void ask() {
-    for (int i = 0; i < kBiasRowsAhead && next_ < rows_; ++i, ++next_) {
-      const char* const row = r_.score_row(r_.p.bias, tile_.position[next_], tile_.head[next_]) + first_;
+    for (int i = 0; i < kLaneRowsAhead && next_ < lanes_; ++i, ++next_) {
+      const char* const row = row_of_(next_);
       for (int64_t b = 0; b < bytes_; b += 64) __builtin_prefetch(row + b);
     }
   }
 
  private:
-  static bool worth_asking(const HeadRows& r, const RowTile<T>& tile) {
-    const AttentionParams& p = r.p;
-    if (!p.bias.data || same_for_all_rows(r, tile, p.bias)) return false;
-    double bytes = static_cast<double>(p.seqlen_q) * static_cast<double>(p.seqlen_k) * static_cast<double>(p.bias.step());
-    if (p.bias.stride[0] != 0) bytes *= static_cast<double>(p.batch);
-    if (p.bias.stride[1] != 0) bytes *= static_cast<double>(p.num_heads);
-    return bytes > kBiasInCacheBytes;
-  }
-
-  const HeadRows& r_;
-  const RowTile<T>& tile_;
-  const int rows_;
-  const int64_t first_, bytes_;
+  const int lanes_;
+  const int64_t bytes_;
+  const RowOf row_of_;
   int next_ = 0;
 };
 
@@ -337,7 +334,10 @@ ATTN_INLINE Visibility score_block(const HeadRows& r, const RowTile<T>& tile, co
     });
     return seen;
   }
-  BiasAhead<T> bias(r, tile, k0, n);
+  const bool asks = bias_leaves_caches(p) && !same_for_all_rows(r, tile, p.bias);
+  LaneRowsAhead bias(asks ? tile.rows : 0, n * p.bias.step(), [&](int lane) {
+    return r.score_row(p.bias, tile.position[lane], tile.head[lane]) + k0 * p.bias.step();
+  });
   gemm_of_steps<E, NV>(keys.at(k0), keys.ld(), q, ldq, depth, steps, scores, ld, scaled, [&] { bias.ask(); });
   if (p.soft_cap != 0) cap_scores<T, NV>(p.soft_cap, n, scores, ld, cap_slopes);
   if (p.slopes) add_slopes<T, NV>(r, tile, k0, n, scores, ld);
