@@ -164,9 +164,9 @@ def test_layers(axis, name):
 def everything_new(query, key, value, bias, chosen):
     """Scores and structured masks: all that is given by row, key or entry."""
     keys = tf.shape(key)[1]
-    entries = tf.cumsum(tf.ones_like(query[:, 0, 0, 0], tf.int32))
-    by_row = tf.cumsum(tf.ones_like(query[:, :, 0, 0], tf.int32), 1) - 1
-    by_key = tf.cumsum(tf.ones_like(key[:, :, 0, 0], tf.int32), 1) - 1
+    entries = tf.range(tf.shape(query)[0]) + 1
+    by_row = tf.zeros_like(query[:, :, 0, 0], tf.int32) + tf.range(tf.shape(query)[1])
+    by_key = tf.zeros_like(key[:, :, 0, 0], tf.int32) + tf.range(keys)
     return attn_ops.scaled_dot_product_attention(
         query,
         key,
