@@ -150,6 +150,8 @@ def test_caches_in_functional_models_of_keras_2(dtype):
             np.testing.assert_allclose(found, out, atol=1e-5)
             np.testing.assert_array_equal(cache._make(fields).lengths, expected.lengths)
     assert type(model.output[1]) is type(cache)
+    with pytest.raises(TypeError, match="decode_attention: .*KVCache"):
+        attn_ops.decode_attention(x, None, x, x)
 
 
 def test_other_layers_are_refused():
