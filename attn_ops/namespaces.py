@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 
 import numpy as np
@@ -59,7 +60,8 @@ class NumPy:
         found = [np.searchsorted(o, v, side) for o, v in zip(ordered, values)]
         return np.stack(found) if found else np.zeros(values.shape, np.int64)
 
-    def can_search(self, ordered):
+    def can_search(self, ordered, values):
+        """Whether `argsort`, `searchsorted` and `running_maximum` can be had of both, `[batch, m]` and `[batch, n]`."""
         return True
 
     def with_zero(self, x):
@@ -126,8 +128,10 @@ class TensorFlow:
             return tf.searchsorted(ordered, values, side, tf.int64)
         return tf.reshape(tf.searchsorted(ordered, tf.reshape(values, [-1]), side, tf.int64), tf.shape(values))
 
-    def can_search(self, ordered):
-        return True
+    def can_search(self, ordered, values):
+        """Not in XLA where only the data may decide the extents: it sorts whatever lies beyond them too."""
+        unknown = None in [*ordered.shape, *values.shape]
+        return not (unknown and importlib.import_module("attn_ops.tensorflow.place").in_xla())
 
     def with_zero(self, x):
         return self.tf.pad(x, [[0, 0], [0, 1]])
@@ -203,7 +207,7 @@ class Jax:
 
         return search(ordered, values) if ordered.ndim == 1 else self.jax.vmap(search)(ordered, values)
 
-    def can_search(self, ordered):
+    def can_search(self, ordered, values):
         """Not where `jax.export` leaves the extent open."""
         return isinstance(ordered.shape[-1], int)
 

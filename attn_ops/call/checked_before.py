@@ -29,10 +29,14 @@ def recall(like, tensors):
 
 def remember(like, tensors, call):
     """Keeps what is not of these very tensors in a ``call``, and warns of nothing; one without any other array."""
-    same = all(x is y for x, y in zip(call, tensors))
-    if not same or call.has_other_tensors() or call.sees_the_first_key_alone():
+    if not is_of(call, tensors) or call.has_other_tensors() or call.sees_the_first_key_alone():
         return
     keep(_options, like, tuple(call[_FIRST:]))
+
+
+def is_of(call, tensors):
+    """Whether these very tensors are what a ``call`` is of: not ones that were promoted to a common dtype, or got more axes."""
+    return all(x is y for x, y in zip(call, tensors))
 
 
 def keep(known, like, what):

@@ -198,10 +198,11 @@ def kind(layout, window, int8=False):
 
 
 def _reduced(cache):
-    return _made, (cache.layout, cache.window, tuple(cache))
+    return with_fields, (cache.layout, cache.window, tuple(cache))
 
 
-def _made(layout, window, fields):
+def with_fields(layout, window, fields):
+    """The cache of this layout and window with these fields, those of int8 or not."""
     return kind(layout, window, len(fields) > len(KVCache._fields))(*fields)
 
 

@@ -213,6 +213,8 @@ class GroupedQueryAttention(ScoreOptions, _Stock):
             scores="undropped" if self._return_attention_scores else None,
             **self._score_options(attention_bias, query_offset),
         )
+        if scores is not None:
+            scores = ops.cast(scores, self.compute_dtype)
         if self.as_in_keras and attention_mask is not None and not in_softmax:
             out = with_means(out, value, empty_rows(attention_mask, dims(query)[1], dims(key)[1]))
         return out, scores

@@ -282,7 +282,7 @@ class MultiHeadAttention(ScoreOptions, _Stock):
             **self._score_options(attention_bias, query_offset),
         )
         if scores is not None:
-            scores = axes.unflatten_scores(scores, query, key)
+            scores = ops.cast(axes.unflatten_scores(scores, query, key), self.compute_dtype)
         elif self.as_in_keras and attention_mask is not None and not in_softmax:
             out = with_means(out, value, empty_rows(attention_mask, dims(query)[1], dims(key)[1]))
         return axes.unflatten(out, query), scores

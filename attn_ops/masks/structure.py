@@ -255,7 +255,7 @@ class Segments(Part):
     def piece(self, xp, at):
         self._check(at)
         q_ids, kv_ids = xp.int64(self.q_ids), xp.int64(self.kv_ids)
-        if (self.contiguous is False and not self._wide()) or not xp.can_search(kv_ids):
+        if (self.contiguous is False and not self._wide()) or not xp.can_search(kv_ids, q_ids):
             return Piece(segments=(xp.int32(q_ids), xp.int32(kv_ids)))
         q_ids, kv_ids = xp.same_batch(q_ids, kv_ids)
         if self.contiguous:

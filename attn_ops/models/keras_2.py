@@ -6,10 +6,12 @@ of one dropout for all calls.
 
 from __future__ import annotations
 
+import tensorflow as tf
 import tf_keras
 
 import attn_ops
-from attn_ops.models import operation
+from attn_ops.generation.cache import with_fields
+from attn_ops.models import keras_tensors, operation
 
 
 def attention(query, key, value, given):
@@ -22,6 +24,18 @@ def attention_weights(query, key, given):
     """The symbolic result of `attention_weights` with these options; there are KerasTensors among them all."""
     own, tensors = operation.options_and_tensors(attn_ops.attention_weights, query, key, given)
     return AttentionWeights(own)(query, _given(key=key, **tensors))
+
+
+def decode_attention(q, cache, k_new, v_new, given):
+    """The symbolic result of `decode_attention`; there are KerasTensors among its arguments."""
+    tensors = {what: x for what, x in given.items() if tf.is_tensor(x) or keras_tensors.is_of_keras_2(x)}
+    options = {what: x for what, x in given.items() if what not in tensors}
+    return DecodeAttention(cache.layout, cache.window, options)(q, _given(cache=[*cache], k_new=k_new, v_new=v_new, **tensors))
+
+
+def updated(cache, k, v, lengths):
+    """The symbolic result of `KVCache.update`; there are KerasTensors among its arguments."""
+    return UpdatedCache(cache.layout, cache.window, {})(k, _given(cache=[*cache], v=v, lengths=lengths))
 
 
 def _given(**tensors):
@@ -56,3 +70,35 @@ class AttentionWeights(_Calls):
     """`attention_weights` in a functional model of Keras 2; made by calling that on its KerasTensors."""
 
     _operation_class = operation.AttentionWeights
+
+
+class _CallsOfCaches(tf_keras.layers.Layer):
+    """A layer whose first argument are new rows, the other ones a cache's fields and more tensors."""
+
+    def __init__(self, layout, window, options, **kwargs):
+        super().__init__(**{"autocast": False, **kwargs})
+        self._layout, self._window, self._options = layout, window, options
+
+    def _cache(self, fields):
+        return with_fields(self._layout, self._window, fields)
+
+    def get_config(self):
+        return {**super().get_config(), "layout": self._layout, "window": self._window, "options": self._options}
+
+
+@tf_keras.utils.register_keras_serializable(package="attn_ops")
+class DecodeAttention(_CallsOfCaches):
+    """`decode_attention` in a functional model of Keras 2; made by calling that on its KerasTensors."""
+
+    def call(self, q, others):
+        others = dict(others)
+        return attn_ops.decode_attention(q, self._cache(others.pop("cache")), **others, **self._options)
+
+
+@tf_keras.utils.register_keras_serializable(package="attn_ops")
+class UpdatedCache(_CallsOfCaches):
+    """`KVCache.update` in a functional model of Keras 2; made by calling that with its KerasTensors."""
+
+    def call(self, k, others):
+        others = dict(others)
+        return self._cache(others.pop("cache")).update(k, **others)

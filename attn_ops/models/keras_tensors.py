@@ -19,8 +19,13 @@ def operations(*arguments):
     None."""
     if any_among(*arguments):
         return importlib.import_module("attn_ops.models.operation")
-    of_keras_2 = "tf_keras" in sys.modules and any(map(_is_of_keras_2, _leaves(arguments)))
-    return importlib.import_module("attn_ops.models.keras_2") if of_keras_2 else None
+    return of_keras_2(*arguments)
+
+
+def of_keras_2(*arguments):
+    """The module with functions on KerasTensors of Keras 2 that has some among the ``arguments``, or None."""
+    any_of_it = "tf_keras" in sys.modules and any(map(is_of_keras_2, _leaves(arguments)))
+    return importlib.import_module("attn_ops.models.keras_2") if any_of_it else None
 
 
 def storage(x) -> str:
@@ -28,7 +33,7 @@ def storage(x) -> str:
     return next((kind for kind in ("sparse", "ragged") if getattr(x, kind, False)), "dense")
 
 
-def _is_of_keras_2(x):
+def is_of_keras_2(x):
     return type(x).__name__.endswith("KerasTensor") and type(x).__module__.startswith("tf_keras.")
 
 

@@ -26,7 +26,10 @@ CLASSES = {
     "ScaledDotProductAttention": ("models.operation", "Operation"),
     "SelfAttention": ("layers", "Layer"),
 }
-CLASSES_OF_KERAS_2 = {name: ("models.keras_2", "Layer") for name in ("AttentionWeights", "ScaledDotProductAttention")}
+CLASSES_OF_KERAS_2 = {
+    name: ("models.keras_2", "Layer")
+    for name in ("AttentionWeights", "DecodeAttention", "ScaledDotProductAttention", "UpdatedCache")
+}
 
 
 def register() -> None:

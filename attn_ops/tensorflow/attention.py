@@ -71,7 +71,7 @@ def scaled_dot_product_attention(query, key, value, **given):
     choice.calls[chosen] += 1
     out, lse = RUN[chosen](call)
     if chosen == "fused":
-        plain.remember(like, call)
+        plain.remember(like, (query, key, value), call)
     if call.squeeze:
         out = tf.squeeze(out, call.added_axes(call.heads_axis()))
         lse = tf.squeeze(lse, call.added_axes(1)) if call.return_lse else None

@@ -9,12 +9,22 @@ import tensorflow as tf
 from attn_ops.call import public
 from attn_ops.call.normalize import normalize
 from attn_ops.generation import decode
+from attn_ops.generation.cache import KVCache
+from attn_ops.models import keras_tensors
 from attn_ops.tensorflow import append, attention, choice, place, runtime_checks, xp
 from attn_ops.tensorflow.as_written import as_written
 from attn_ops.tensorflow.forms import custom_call, eager, graph, xla
 
 rewound = functools.partial(decode.rewound, xp)
-update = as_written(functools.partial(decode.update, xp, append.append))
+
+
+@as_written
+def update(name, cache, k, v, lengths):
+    """``cache`` with new rows: what `KVCache.update` says."""
+    operations = keras_tensors.of_keras_2(cache, k, v, lengths)
+    if operations is not None:
+        return operations.updated(cache, k, v, lengths)
+    return decode.update(xp, append.append, name, cache, k, v, lengths)
 
 
 @as_written
@@ -53,6 +63,9 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
             window.
         tf.errors.InvalidArgumentError: the same, where only the running op can know; in XLA the attention finds it.
     """
+    operations = keras_tensors.of_keras_2(q, cache, k_new, v_new, *given.values())
+    if operations is not None and isinstance(cache, KVCache):
+        return operations.decode_attention(q, cache, k_new, v_new, given)
     name = "decode_attention"
     implementation = given.pop("implementation", None)
     q = xp.as_tensor(name, "q", q)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import sys
+import warnings
 
 import tensorflow as tf
 
@@ -73,7 +74,10 @@ def reasons_against_fused(forced: bool) -> list[str]:
     if wanted == "fused" or not place.exporting():
         return []
     if place.converting():
-        return ["the call is traced for a format other than TensorFlow's, which has no operators of this library"]
+        reason = "the call is traced for a format other than TensorFlow's, which has no operators of this library"
+        if forced and place.forgets_errors():
+            warnings.warn(f"attn_ops: implementation 'fused' cannot run: {reason}", stacklevel=2)
+        return [reason]
     if forced and wanted is None:
         return []
     return [

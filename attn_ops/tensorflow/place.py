@@ -29,7 +29,8 @@ _EXECUTE = "tensorflow.python.pywrap_tfe.TFE_Py_FastPathExecute"
 _CONTEXT = "tensorflow.python.eager.context.context"
 
 # The packages of those who trace functions and models to convert them, and Keras's modules that call them.
-_CONVERTERS = "tf2onnx", "openvino.frontend.tensorflow"
+_LITERT = "tensorflow.lite.python.lite"
+_CONVERTERS = "tf2onnx", "openvino.frontend.tensorflow", _LITERT
 _KERAS_CONVERTERS = "onnx", "openvino", "litert"
 
 # What is used, by path, and what happens without it.
@@ -106,6 +107,11 @@ def converting() -> bool:
         return False
     of_keras = [f"{package}.{name}" for package in _keras_exporters() for name in _KERAS_CONVERTERS]
     return frames.any_of((*_CONVERTERS, *of_keras))
+
+
+def forgets_errors() -> bool:
+    """Whether the tracer catches what is raised, and fails later with an error of its own: `TFLiteConverter.from_keras_model`."""
+    return frames.any_of((_LITERT,))
 
 
 @contextlib.contextmanager

@@ -2,11 +2,13 @@
 
 import itertools
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from layer_twins import FLASH, HAS_WINDOW, KERAS, assert_same, random, twins
+import attn_ops
+from layer_twins import FLASH, HAS_WINDOW, KERAS, STOCK, assert_same, random, twins
 
 # Keras's GroupedQueryAttention warns about the masks of its inputs.
 pytestmark = pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask")
@@ -241,3 +243,26 @@ def test_training_may_be_a_tensor_without_dropout(name):
     x = random(BATCH, T, FEATURES, seed=1)
     traced = tf.function(lambda training: mine(x, x, training=training))(tf.constant(True))
     np.testing.assert_allclose(traced, mine(x, x), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name, sizes", [("MultiHeadAttention", (2, 4)), ("GroupedQueryAttention", (4, 4, 2))])
+def test_projections_with_policies_of_their_own(name, sizes):
+    """What they give is promoted; scores have the layer's dtype."""
+    x = tf.constant(np.random.default_rng(0).normal(size=(2, 6, 8)), tf.float32)
+    layer = STOCK[name](*sizes)
+    layer(x, x)
+    policies = {"_query_dense": "mixed_bfloat16", "_key_dense": "mixed_bfloat16", "_value_dense": "float64"}
+    for projection, policy in policies.items():
+        getattr(layer, projection).dtype_policy = keras.dtype_policies.get(policy)
+
+    def answers():
+        plain = [layer(x, x) for _ in range(2)]  # the second one may go a shorter way
+        return [*plain, *layer(x, x, return_attention_scores=True)]
+
+    expected = answers()
+    with attn_ops.patched():
+        patched = answers()
+    for found in (patched, attn_ops.convert(layer) and answers()):
+        for actual, wanted in zip(found, expected, strict=True):
+            assert actual.dtype == wanted.dtype
+            np.testing.assert_allclose(actual, wanted, atol=1e-2)

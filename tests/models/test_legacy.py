@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import attn_ops
 from children import run
@@ -127,6 +128,30 @@ for i, result in enumerate(results):
 """
     done = run(loads, str(tmp_path))
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_caches_in_functional_models_of_keras_2(dtype):
+    tf_keras = pytest.importorskip("tf_keras")
+    cache = attn_ops.KVCache.create(3, 16, 2, 4, dtype, layout="BSHD", window=4)
+
+    def steps(x, cache, lengths):
+        cache = cache.update(x, x, lengths)
+        return attn_ops.decode_attention(x, cache, x, x, scale=0.5, query_seq_lengths=lengths)
+
+    inputs = [tf_keras.Input(x.shape[1:], batch_size=3, dtype=x.dtype) for x in cache]
+    x, lengths = tf_keras.Input((5, 2, 4), batch_size=3), tf_keras.Input((), batch_size=3, dtype="int32")
+    model = tf_keras.Model([x, lengths, *inputs], list(steps(x, cache._make(inputs), lengths)))
+    out, expected = steps(HEADS, cache, LENGTHS.astype("int32"))
+    for made in (model, tf_keras.models.model_from_json(model.to_json())):
+        for jit_compile in (False, True):
+            run = tf.function(made, jit_compile=jit_compile)
+            found, *fields = tf.nest.flatten(run([HEADS, LENGTHS.astype("int32"), *cache]))
+            np.testing.assert_allclose(found, out, atol=1e-5)
+            np.testing.assert_array_equal(cache._make(fields).lengths, expected.lengths)
+    assert type(model.output[1]) is type(cache)
+    with pytest.raises(TypeError, match="decode_attention: .*KVCache"):
+        attn_ops.decode_attention(x, None, x, x)
 
 
 def test_other_layers_are_refused():

@@ -56,3 +56,11 @@ def test_litert(tmp_path, kind):
         [output] = interpreter.get_output_details()
         expected = model.predict(feeds, verbose=0)
         np.testing.assert_allclose(interpreter.get_tensor(output["index"]), expected, atol=1e-5)
+
+
+def test_a_forced_choice_says_why_it_is_refused():
+    """By a warning: what the trace raises, the converter catches."""
+    layer = attn_ops.layers.MultiHeadAttention(num_heads=2, key_dim=8, flash_attention=True)
+    converter = tf.lite.TFLiteConverter.from_keras_model(model_of(layer))
+    with pytest.warns(UserWarning, match="'fused' cannot run: .* a format other than TensorFlow's"), pytest.raises(Exception):
+        converter.convert()

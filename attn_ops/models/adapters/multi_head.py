@@ -82,6 +82,7 @@ def _attention(
         scores="undropped" if wants_scores else None,
         **options,
     )
+    scores = None if scores is None else ops.cast(scores, layer.compute_dtype)
     # The op of Keras gives rows without a key the mean of the values. Causal rows see one unless padding hides it.
     if in_softmax or mask is None or attention_mask is None or known is not None and known.padding is None:
         return out, scores

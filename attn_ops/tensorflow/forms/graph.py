@@ -78,10 +78,22 @@ def _branch(direction, kind, like, more, kept_apart):
 
 def _run(direction, kind, call, *more):
     run = functools.partial(_RUN[direction, kind], call, *more)
-    if kind != "native" and dynamic_sizes.any_unknown(call):
-        # Some of its operations exist for XLA alone. Inlined, as branches are where they run, they would have to find a place.
-        run = tf.function(run, autograph=False, experimental_attributes={"_noinline": True})
-    return run()
+    return _kept_whole(run) if kind != "native" and dynamic_sizes.any_unknown(call) else run()
+
+
+def _kept_whole(run):
+    """The results of ``run()``, some of whose operations exist for XLA alone: inlined, as branches are where they run, they
+    would have to find a place. So they are in a Case of one branch that stays one. (A function that is not inlined does
+    too, but in a branch XLA forgets which sizes of its arguments only the data decide, and takes all their room.)"""
+    branch = tf.function(run, autograph=False).get_concrete_function()
+    results = tf.raw_ops.Case(
+        branch_index=0,
+        input=branch.captured_inputs,
+        Tout=branch.output_dtypes,
+        branches=[branch],
+        output_shapes=[x.shape for x in branch.outputs],
+    )
+    return tuple(results)
 
 
 def _like(x):

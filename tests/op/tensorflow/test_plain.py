@@ -69,6 +69,16 @@ def test_other_dtypes(dtype):
     np.testing.assert_allclose(tf.cast(out, tf.float64), expected, atol={"float32": 1e-6, "float16": 1e-3}.get(dtype, 1e-2))
 
 
+@pytest.mark.parametrize("dtypes", [("float64", "float32", "float32"), ("float16", "float16", "bfloat16")], ids="-".join)
+def test_dtypes_that_differ_are_promoted_in_the_second_call_too(dtypes):
+    tensors = [tf.cast(x, dtype) for x, dtype in zip(inputs(), dtypes)]
+    expected = reference.attention(*(tf.cast(x, tf.float64).numpy() for x in tensors))[0]
+    for _ in range(2):
+        out = scaled_dot_product_attention(*tensors)
+        np.testing.assert_allclose(out, expected, atol=1e-6)
+        assert out.dtype == ("float64" if "float64" in dtypes else "float32")
+
+
 def test_second_order_and_forward_mode(executor):
     """Against the composite, which has no operators of ours."""
 
