@@ -34,7 +34,9 @@ def again(like, query, key, value):
 def remember(like, tensors, call: AttentionCall) -> None:
     """Keeps what is to be known of ``call``, which ran fused in an eager call of these ``tensors`` and this ``like``, if the
     operator can."""
-    if like is None or not checked_before.is_of(call, tensors) or call.squeeze or call.return_lse or call.has_other_tensors() or gpu.any_visible():
+    if like is None or not checked_before.is_of(call, tensors):
+        return
+    if call.squeeze or call.return_lse or call.has_other_tensors() or gpu.any_visible():
         return
     changed = {name: x for name, x in attributes(call).items() if x != DEFAULT_ATTRIBUTES.get(name)}
     if changed.keys() <= _ATTRIBUTES:
