@@ -35,7 +35,10 @@ class NumPy:
 
     def same_batch(self, *arrays):
         """The arrays `[batch or 1, extent]` with one batch."""
-        batch = np.broadcast_shapes(*(x.shape[:1] for x in arrays))[0]
+        batches = {x.shape[0] for x in arrays}
+        if len(batches - {1}) > 1:
+            raise ValueError(f"Mask: parts of one mask must have the same batch, or 1, got {sorted(batches)}")
+        [batch] = np.broadcast_shapes(*((n,) for n in batches))
         return [np.broadcast_to(x, (batch, x.shape[1])) for x in arrays]
 
     def extent(self, x, axis):

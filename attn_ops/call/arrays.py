@@ -80,6 +80,11 @@ def boolean_array(xp, name, mask):
     """``mask`` of any shape."""
     if isinstance(mask, str):  # MLX's "causal"
         raise TypeError(checks.not_boolean(name, "mask", "str"))
+    if callable(mask) and not hasattr(mask, "dtype"):  # FlexAttention's, or a constructor that was not called
+        raise TypeError(
+            f"{name}: mask must be boolean (True = may be seen) or an attn_ops.masks.Mask, got the function "
+            f"{getattr(mask, '__name__', type(mask).__name__)}; one of (b, h, q, k) is attn_ops.masks.from_function(mask)"
+        )
     mask = xp.as_tensor(name, "mask", mask)
     if mask.dtype != xp.bool_:
         raise TypeError(checks.not_boolean(name, "mask", mask.dtype.name))

@@ -179,18 +179,21 @@ def _structured(xp, name, mask, query, keys, dims, layout, offset, resolve):
     if block_table is not None:
         keys = keys * xp.extent(block_table, 1)
     try:
-        if resolve:
-            mask = mask.resolved(rows, keys, offset)
-        parts = mask.parts(rows, keys, offset, like=(query,))
+        resolved = mask.resolved(rows, keys, offset) if resolve else mask
+        parts = resolved.parts(rows, keys, offset, like=(query,))
+        mask.check_entries(*dims[:2])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if parts.intervals is not None:
-        parts = parts._replace(intervals=arrays.intervals(xp, name, parts.intervals, dims))
-    if parts.segments is not None:
-        parts = parts._replace(segments=arrays.segments(xp, name, parts.segments, dims))
-    if parts.blocks is not None:
-        parts = parts._replace(blocks=arrays.blocks(xp, name, parts.blocks, parts.block_q, parts.block_k, dims))
-    return mask, parts
+    try:
+        if parts.intervals is not None:
+            parts = parts._replace(intervals=arrays.intervals(xp, name, parts.intervals, dims))
+        if parts.segments is not None:
+            parts = parts._replace(segments=arrays.segments(xp, name, parts.segments, dims))
+        if parts.blocks is not None:
+            parts = parts._replace(blocks=arrays.blocks(xp, name, parts.blocks, parts.block_q, parts.block_k, dims))
+    except ValueError as error:  # of what the parts have become, by names that the caller may not have said
+        raise ValueError(f"{error}; the mask is {mask.described()}") from None
+    return resolved, parts
 
 
 def normalize_weights(xp, name, query, key, **given):

@@ -107,11 +107,12 @@ def segments(q_ids, kv_ids=None, *, contiguous=None):
       contiguous: True promises that ids never go back, so that no two need comparing. None finds out what known ids
         are, and compares traced ones no further than from the first key of an id to its last; False compares all.
     Raises:
-      TypeError: not integers.
+      TypeError: not integers, or contiguous is no bool.
       ValueError: another rank, or (where known) ids that go back where `contiguous` was promised.
       tf.errors.InvalidArgumentError, jax.errors.JaxRuntimeError: traced ones that do, as the graph runs; in XLA where the
         call is fused and has more than one row.
     """
+    contiguous = None if contiguous is None else options.flag("segments", "contiguous", contiguous)
     kv_ids = q_ids if kv_ids is None else kv_ids
     q_ids, kv_ids = (_with_batch(checks.checked("segments", ids, (1, 2), "int")) for ids in (q_ids, kv_ids))
     if contiguous:
@@ -119,7 +120,7 @@ def segments(q_ids, kv_ids=None, *, contiguous=None):
             checks.ascending(f"segments: with contiguous=True {what} must never go back", ids)
             for what, ids in (("q_ids", q_ids), ("kv_ids", kv_ids))
         )
-    return Mask(structured=(Segments(q_ids, kv_ids, None if contiguous is None else bool(contiguous)),))
+    return Mask(structured=(Segments(q_ids, kv_ids, contiguous),))
 
 
 @namespaces.as_written

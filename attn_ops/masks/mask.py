@@ -169,7 +169,7 @@ class Mask:
     def resolved(self, seqlen_q, seqlen_k, query_offset=None, windows=True):
         """The mask with its functions (`from_function`) evaluated for these extents, as what they are found to be.
 
-        With `windows` False they become intervals even where they are causal or windows of one alignment.
+        With `windows` False they become intervals even where they are causal, windows, a prefix or chunks.
         Raises ValueError where the extents or the offset are not known, and what the functions raise.
         """
         functions = [part for part in self.structured if part.is_function]
@@ -183,6 +183,12 @@ class Mask:
             clash |= found.bottom_right and not (self.query_lengths is None and self.key_lengths is None)
             mask = mask & (found if windows and not clash else as_intervals)
         return mask
+
+    def check_entries(self, batch, num_heads):
+        """ValueError where a function in the mask, which has been evaluated, asks for entries or heads that it was not told of."""
+        for part in self.structured:
+            if part.is_function:
+                part.check_entries(batch, num_heads)
 
     @namespaces.as_written
     def parts(self, seqlen_q, seqlen_k, query_offset=None, like=()):

@@ -329,6 +329,8 @@ BAD = [
     (TypeError, "chunked: size must be a Python integer, got float", lambda: masks.chunked(2.5)),
     (ValueError, "contiguous=True q_ids must never go back, got 0 after 1 at 1", lambda: masks.segments([1, 0], contiguous=True)),
     (ValueError, "contiguous=True kv_ids must", lambda: masks.segments([0, 1], [2, 1, 2], contiguous=True)),
+    (TypeError, "segments: contiguous must be True or False, .*got str", lambda: masks.segments([1, 0], contiguous="no")),
+    (ValueError, r"parts of one mask must have the same batch, or 1, got \[2, 3\]", lambda: (masks.prefix([1, 2, 3]) & masks.intervals([[0] * 4] * 2)).parts(4, 4)),
     (ValueError, r"segments: axis 1 of kv_ids shape \(1, 2\) must be seqlen_k, here 3", lambda: masks.segments([0, 0]).materialize(2, 3)),
     (ValueError, "packed: cu_seqlens_q must start at 0, got 1", lambda: masks.packed([1, 2])),
     (ValueError, "packed: cu_seqlens_k must never go back, got 1 after 2 at 2", lambda: masks.packed([0, 1, 2], [0, 2, 1])),

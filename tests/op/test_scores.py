@@ -287,6 +287,13 @@ BAD = {
     "integer sinks": ({"sinks": np.ones(4, int)}, TypeError, "sinks must be floating, got int"),
     "intervals of other rows": ({"mask": masks.intervals([0] * 4)}, ValueError, "seqlen_q"),
     "intervals of other entries": ({"mask": masks.intervals([[0] * 5] * 3)}, ValueError, "batch=2 or 1.*got"),
+    "prefixes of other entries": ({"mask": masks.prefix([1, 2, 3])}, ValueError, r"batch=2 or 1.*the mask is prefix\[3\]"),
+    "a function as it is": (
+        {"mask": lambda b, h, q, k: q >= k},
+        TypeError,
+        r"mask must be boolean .*got the function <lambda>; .*masks.from_function\(mask\)",
+    ),
+    "a mask that was not called": ({"mask": masks.causal}, TypeError, "mask must be boolean .*got the function causal"),
     "ids of other keys": ({"mask": masks.segments([[0] * 5], [[0] * 6])}, ValueError, "seqlen_k"),
     "sequences past the rows": ({"mask": masks.packed([0, 3, 6], [0, 2, 7])}, ValueError, "cu_seqlens_q must end within the 5"),
     "sequences past the keys": ({"mask": masks.packed([0, 3, 5], [0, 2, 8])}, ValueError, "cu_seqlens_k must end within the 7"),
@@ -361,6 +368,21 @@ RUNNING = {
         "packed: cu_seqlens_k must start at 0|never go back",
         [3, 0, 5],
         lambda x: {"mask": masks.packed([0, 2, 5], x)},
+    ),
+    "sequences past the rows": (
+        "packed: cu_seqlens_q must end within the .*tokens of the call",
+        [0, 3, SEQLEN_Q + 1],
+        lambda x: {"mask": masks.packed(x, [0, 2, 7])},
+    ),
+    "sequences past the keys": (
+        f"packed: cu_seqlens_k must end within the {SEQLEN_K} tokens of the call",
+        [0, 3, SEQLEN_K + 1],
+        lambda x: {"mask": masks.packed([0, 2, 5], x)},
+    ),
+    "sequences past both": (
+        f"packed: cu_seqlens_q must end within the {SEQLEN_K} tokens of the call",
+        [0, 3, SEQLEN_K + 1],
+        lambda x: {"mask": masks.packed(x)},
     ),
     "a negative prefix": ("prefix: length must not be negative", [2, -1], lambda x: {"mask": masks.prefix(x)}),
     "blocks of other numbers": (
