@@ -31,6 +31,8 @@ class NumPy:
         return np.asarray(x) if values is None else np.asarray(values)
 
     def repeat_batch(self, visible, batch):
+        if visible.shape[0] not in (1, batch):
+            raise ValueError(f"Mask.materialize: batch must be {visible.shape[0]}, that of the mask, got {batch}")
         return np.broadcast_to(visible, (batch,) + visible.shape[1:])
 
     def same_batch(self, *arrays):

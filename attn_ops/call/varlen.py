@@ -101,7 +101,7 @@ def arguments(xp, name, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_s
         given["bias"] = _of_scores(xp, name, "bias", bias, dims)
     structure, dense = split_masks(name, given.pop("mask", None))
     dense = [_of_scores(xp, name, "mask", arrays.boolean_array(xp, name, x), dims) for x in dense]
-    given["mask"] = [_packed(xp, name, structure or Mask(), cu, given), *dense]
+    given["mask"] = [_packed(xp, name, Mask() if structure is None else structure, cu, given), *dense]
     return *(xp.expand_dims(x, 0) for x in tokens.values()), given
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 
 import numpy as np
 
@@ -82,6 +83,17 @@ def _array(name, sequence):
         return namespaces.listed(sequence)
     except ValueError as error:  # lists of different lengths
         raise TypeError(f"{name}: an array is needed, or lists that make one: {error}") from None
+
+
+def extent(what, x):
+    """TypeError or ValueError where ``x`` is no extent: an integer from 0, or a scalar or unknown of a framework."""
+    if x is None or isinstance(x, (int, float, str, bytes, np.generic, np.ndarray, list, tuple)):
+        try:
+            value = operator.index(x)
+        except TypeError:
+            raise TypeError(f"{what} must be an integer, got {x!r}") from None
+        if value < 0:
+            raise ValueError(f"{what} must not be negative, got {value}")
 
 
 def normalized_lengths(name, lengths):

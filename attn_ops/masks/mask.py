@@ -137,10 +137,12 @@ class Mask:
         The result describes one attention call with all the parts: lengths given on either side are the effective
         lengths that a bottom-right alignment refers to. Raises ValueError for two windows of different alignment,
         which no single interval can express; other parts that ask where a row stands (prefix, chunked) count as windows.
-        A side with no such part has no say in the alignment, unless neither has one.
+        A side with no such part has no say in the alignment, unless neither has one. A boolean array is `boolean` of it.
         """
         if not isinstance(other, Mask):
-            return NotImplemented
+            if not hasattr(other, "dtype"):
+                return NotImplemented
+            other = boolean(other)
         aligned = [m.causal_alignment for m in (self, other) if m.is_aligned]
         if len(set(aligned)) > 1:
             raise ValueError(
@@ -164,6 +166,12 @@ class Mask:
             dense=self.dense + other.dense,
             structured=self.structured + other.structured,
         )
+
+    __rand__ = __and__
+    __array_ufunc__ = None  # NumPy leaves `array & mask` to the mask
+
+    def __bool__(self):
+        raise TypeError("Mask: masks combine with &; and, or and not would drop one of them")
 
     @namespaces.as_written
     def resolved(self, seqlen_q, seqlen_k, query_offset=None, windows=True):
@@ -205,8 +213,11 @@ class Mask:
         Returns:
           `Parts`: NumPy where all values are known, else of the framework.
         Raises:
-          ValueError: extents that do not fit, a query_offset beside a bottom-right alignment, or what `resolved` raises.
+          TypeError: an extent is no integer.
+          ValueError: extents that are negative or do not fit, a query_offset beside a bottom-right alignment, or what `resolved` raises.
         """
+        for what, extent in (("seqlen_q", seqlen_q), ("seqlen_k", seqlen_k)):
+            checks.extent(f"Mask.parts: {what}", extent)
         mask = self.resolved(seqlen_q, seqlen_k, query_offset, windows=False)
         if not mask.structured:
             return Parts(dense=mask.tensors())
@@ -238,9 +249,14 @@ class Mask:
           bool `[batch or 1, num_heads or 1, seqlen_q, seqlen_k]`, true = may see: a TensorFlow tensor or a JAX
           array if an argument or a part is one, else a NumPy array.
         Raises:
-          ValueError: a part does not fit the extents, a length (in NumPy) is outside [0, seqlen], or a query_offset
-            stands beside a bottom-right alignment.
+          TypeError: an extent is no integer.
+          ValueError: an extent is negative, a part does not fit the extents, a length (in NumPy) is outside [0, seqlen], or
+            a query_offset stands beside a bottom-right alignment.
         """
+        for what, extent in (("seqlen_q", seqlen_q), ("seqlen_k", seqlen_k)):
+            checks.extent(f"Mask.materialize: {what}", extent)
+        if batch is not None:
+            checks.extent("Mask.materialize: batch", batch)
         parts = self.tensors()
         xp = namespaces.of(self.arrays() + (seqlen_q, seqlen_k, batch, query_offset))
         for name, length, seqlen in (
