@@ -72,8 +72,11 @@ def _checked(xp, name, query, key, value, *, block_table=None, scales=(), of_cac
     is_causal = options.flag(name, "is_causal", is_causal)
     bottom_right = options.bottom_right(name, causal_alignment)
     alignment_is_said = not isinstance(causal_alignment, options.Unsaid)
+    places = None  # the offset as masks may know it
     if query_offset is not None:
-        query_offset = arrays.query_offset(xp, name, query_offset, batch)
+        given, query_offset = query_offset, arrays.query_offset(xp, name, query_offset, batch)
+        known = arrays.known_values(xp, given, query_offset)
+        places = query_offset if known is None else known
         alignment_is_said = True
     masks = ()
     structured = _NONE
@@ -100,7 +103,7 @@ def _checked(xp, name, query, key, value, *, block_table=None, scales=(), of_cac
                 # What of it is causal or a window goes to the kernels as such, where nothing else counts distances.
                 alone = query_offset is None and not counts_distances
                 structure, structured = _structured(
-                    xp, name, structure, query, (key, block_table), dims, layout, query_offset, alone
+                    xp, name, structure, query, (key, block_table), dims, layout, places, alone
                 )
                 masks += structured.dense
             else:
