@@ -6,6 +6,8 @@ the texts of the errors are the same for both.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from attn_ops import namespaces
@@ -279,7 +281,12 @@ def times_tensor(xp, name, query, scale):
     value = known_values(xp, given, scale)
     if value is not None:
         options.scale(name, float(value))
-    return query * xp.cast(scale, query.dtype)
+    scale = xp.cast(scale, query.dtype)
+    # What is NaN or infinite in a row that sees no key would make NaN of the gradient, a sum of products with zeros there. In
+    # others it does so by itself.
+    finite = xp.where(xp.absolute(query) < math.inf, query, xp.zeros_like(query))
+    constant = xp.stop_gradient(scale)
+    return query * constant + finite * (scale - constant)
 
 
 def seed(xp, name, seed):

@@ -256,7 +256,8 @@ class Segments(Part):
 
     def visible(self, xp, at):
         self._check(at)
-        return xp.equal(self.q_ids[:, None, :, None], self.kv_ids[:, None, None, :])
+        q_ids, kv_ids = xp.int64(self.q_ids), xp.int64(self.kv_ids)  # TensorFlow compares what is of one dtype
+        return xp.equal(q_ids[:, None, :, None], kv_ids[:, None, None, :])
 
     def _check(self, at):
         check_extent("segments", self.q_ids, 1, "seqlen_q", at.seqlen_q, "q_ids ")

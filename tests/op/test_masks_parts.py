@@ -239,6 +239,19 @@ def test_ids_beyond_32_bits_are_not_mistaken(contiguous):
         np.testing.assert_array_equal(q_ids[0, :, None] == kv_ids[0], expected)
 
 
+def test_ids_of_two_dtypes_that_become_dense():
+    """The second segments of a call do, and TensorFlow compared int32 with int64."""
+    tf = pytest.importorskip("tensorflow")
+    q_ids, kv_ids = tf.constant(MIXED_Q, tf.int64), tf.constant(MIXED_K, tf.int32)
+
+    @tf.function(autograph=False)
+    def dense(q_ids, kv_ids):
+        ids = masks.segments(q_ids, kv_ids)
+        return (ids & ids).parts(SEQLEN_Q, SEQLEN_K).dense[0]
+
+    np.testing.assert_array_equal(dense(q_ids, kv_ids)[:, 0], MIXED_Q[:, :, None] == MIXED_K[:, None])
+
+
 def test_traced_ids_of_runs_are_compared_within_their_runs_only():
     """Undecided when traced: the intervals alone already hold nothing else."""
     tf = pytest.importorskip("tensorflow")

@@ -412,6 +412,22 @@ def test_what_only_the_running_op_can_refuse(chosen, case):
     function(tf.constant(right, tf.int32))
 
 
+@pytest.mark.parametrize("chosen", ["fused", "composite"])
+def test_rows_of_nan_without_keys_do_not_count_in_the_gradient_of_a_scale(chosen):
+    given, lengths = inputs(), [SEQLEN_Q - 2, SEQLEN_Q]
+    query = np.asarray(given.pop("query")).copy()
+    query[0, SEQLEN_Q - 2 :] = np.nan
+    found = []
+    for q in (query, np.nan_to_num(query)):
+        with tf.GradientTape() as tape:
+            tape.watch(scale := tf.constant(0.4))
+            out = attn_ops.scaled_dot_product_attention(
+                q, **given, scale=scale, query_seq_lengths=lengths, implementation=chosen
+            )
+        found.append(tape.gradient(out, scale).numpy())
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("explain", [attn_ops.explain, attn_ops.jax.explain], ids=["tensorflow", "jax"])
 def test_explain_tells_what_a_function_is(explain):
     same = {"query": normal(1, 8, 2, 4), "key": normal(1, 8, 2, 4), "value": normal(1, 8, 2, 4)}

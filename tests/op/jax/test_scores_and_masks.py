@@ -241,6 +241,40 @@ def test_what_is_hidden_never_counts_even_nan(forced):
     assert (gradients["key"][:, 4:] == 0).all() and (lse[:, 0, 4:] == np.float32(0.3)).all()
 
 
+@both
+def test_what_is_hidden_does_not_count_in_other_derivatives(forced):
+    """Forward mode, second derivatives and the gradient of a scale were NaN."""
+    hidden = inputs()
+    for x in hidden:
+        x[:, 4:] = np.nan
+    options = {"query_seq_lengths": np.array([4, 4]), "key_value_seq_lengths": np.array([4, 3]), "implementation": forced}
+
+    def loss(scale, *qkv):
+        return (scaled_dot_product_attention(*qkv, scale=scale, **options) ** 2).sum()
+
+    def derivatives(*qkv):
+        scale, along = jnp.float32(0.4), tuple(jnp.full_like(x, 0.3) for x in qkv)
+        first = jax.grad(lambda *qkv: loss(0.4, *qkv), (0, 1, 2))
+        return [
+            jax.grad(loss)(scale, *qkv),
+            jax.jvp(lambda *qkv: loss(0.4, *qkv), qkv, along)[1],
+            *jax.jvp(first, qkv, along)[1],
+            jax.grad(lambda q: sum((g**2).sum() for g in first(q, *qkv[1:])))(qkv[0]),
+        ]
+
+    found = jax.jit(derivatives)(*map(jnp.asarray, hidden))
+    for x, y in zip(found, jax.jit(derivatives)(*(jnp.nan_to_num(x) for x in hidden))):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_values_of_nan_that_count_make_derivatives_of_nan():
+    query, key, value = inputs()
+    value[0, 2] = np.nan
+    options = {"is_causal": True, "implementation": "composite"}
+    gradient = jax.grad(lambda q: scaled_dot_product_attention(q, key, value, **options).sum())(query)
+    assert np.isnan(gradient[0, 2:]).all() and np.isfinite(gradient[0, :2]).all() and np.isfinite(gradient[1]).all()
+
+
 def test_gradients_that_nobody_wants():
     query, key, value = inputs()
     bias, sinks = np.zeros((2, 2, ROWS, KEYS), "float32"), np.zeros(2, "float32")
