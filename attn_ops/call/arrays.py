@@ -114,7 +114,7 @@ def floating_bias(xp, name, bias):
 def known_values(xp, given, x):
     """The values of an argument as NumPy, or None: of what was ``given``, since JAX traces constants too, else of the
     tensor ``x`` that it became."""
-    if isinstance(given, (list, tuple, int, float)):
+    if type(given) in (list, tuple, int, float):  # what only describes a tensor may be a named tuple
         given = namespaces.listed(given)
     return given if isinstance(given, (np.ndarray, np.generic)) else xp.static_value(x)
 
