@@ -84,9 +84,10 @@ def boolean_array(xp, name, mask):
     if isinstance(mask, str):  # MLX's "causal"
         raise TypeError(checks.not_boolean(name, "mask", "str"))
     if callable(mask) and not hasattr(mask, "dtype"):  # FlexAttention's, or a constructor that was not called
+        called = getattr(mask, "__name__", type(mask).__name__)
         raise TypeError(
-            f"{name}: mask must be boolean (True = may be seen) or an attn_ops.masks.Mask, got the function "
-            f"{getattr(mask, '__name__', type(mask).__name__)}; one of (b, h, q, k) is attn_ops.masks.from_function(mask)"
+            f"{name}: mask must be boolean (True = may be seen) or an attn_ops.masks.Mask, got the function {called}; one of "
+            "(b, h, q, k) is attn_ops.masks.from_function(mask)"
         )
     mask = xp.as_tensor(name, "mask", mask)
     if mask.dtype != xp.bool_:
@@ -282,8 +283,8 @@ def times_tensor(xp, name, query, scale):
     if value is not None:
         options.scale(name, float(value))
     scale = xp.cast(scale, query.dtype)
-    # What is NaN or infinite in a row that sees no key would make NaN of the gradient, a sum of products with zeros there. In
-    # others it does so by itself.
+    # The gradient sums products that are zeros times NaN or infinity where such a row sees no key. One that sees some makes
+    # NaN of it all the same.
     finite = xp.where(xp.absolute(query) < math.inf, query, xp.zeros_like(query))
     constant = xp.stop_gradient(scale)
     return query * constant + finite * (scale - constant)

@@ -69,8 +69,8 @@ def command(query, as_json, convert, **options):
     for option in context.command.params:
         said = context.get_parameter_source(option.name) is click.core.ParameterSource.COMMANDLINE
         if said and option.name not in ("query", "as_json") and of_one_model != (option.name == "convert"):
-            what = "the file of a model" if of_one_model else "shapes"
-            raise click.UsageError(f"{option.opts[0] if option.opts[0][0] == '-' else option.opts[0].upper()} does not go with {what}")
+            what = option.opts[0] if option.opts[0].startswith("-") else option.opts[0].upper()
+            raise click.UsageError(f"{what} does not go with {'the file of a model' if of_one_model else 'shapes'}")
     if of_one_model:
         return of_model(query, convert, as_json)
     return of_call(query, as_json=as_json, **options)

@@ -317,7 +317,8 @@ def _masked_sum_jvp(primals, tangents):
     (weights, values), (d_weights, d_values) = primals, tangents
     # A product, since this must be linear: rows that are NaN have derivatives of NaN, and no others.
     along = jax.lax.stop_gradient(jnp.where(_meets_bad(weights, values), math.nan, 1.0))
-    return _masked_sum(weights, values), along * (_weighted_sum(d_weights, _finite(values)) + _weighted_sum(weights, d_values))
+    d_out = _weighted_sum(d_weights, _finite(values)) + _weighted_sum(weights, d_values)
+    return _masked_sum(weights, values), along * d_out
 
 
 def _select(condition, x):

@@ -42,8 +42,8 @@ class Function(Part):
     is_function = True
 
     def found(self, seqlen_q, seqlen_k, query_offset=None):
-        """Two masks that are the function for these extents: as what it is recognised to be, and as one that does not ask
-        where rows stand, which only differ where it is causal, a window, a prefix or chunks."""
+        """Two masks that are the function for these extents: as what it is recognised to be, and as one that does not
+        ask where rows stand. They only differ where it is causal, a window, a prefix or chunks."""
         seqlen_q, seqlen_k = self._extent("seqlen_q", seqlen_q), self._extent("seqlen_k", seqlen_k)
         offset = self._offset(query_offset)
         key = seqlen_q, seqlen_k, tuple(offset.flat)
@@ -61,8 +61,8 @@ class Function(Part):
             if given is None and count not in (0, 1) and self._depends(axis):
                 many = "may have several" if count is None else f"has {count}"
                 raise ValueError(
-                    f"from_function: {self.name}(b, h, q, k) asks for {index}, and the call {many}: give {what}=, how many "
-                    "there are"
+                    f"from_function: {self.name}(b, h, q, k) asks for {index}, and the call {many}: give {what}=, how "
+                    "many there are"
                 )
 
     def _depends(self, axis):
@@ -71,7 +71,8 @@ class Function(Part):
         if not (seqlen_q and seqlen_k and offset):
             return False
         first = offset[0]
-        index = [np.zeros(2 if n == axis else 1, np.int64).reshape([-1 if n == m else 1 for m in range(4)]) for n in (0, 1)]
+        index = [np.zeros((1, 1, 1, 1), np.int64)] * 2
+        index[axis] = index[axis].repeat(2, axis)
         try:
             values = np.asarray(self.fn(*index, np.full((1, 1, 1, 1), first), np.arange(seqlen_k)[None, None, None]))
             return values.ndim >= 4 - axis and values.shape[axis - 4] == 2
@@ -140,8 +141,8 @@ def from_function(fn, seqlen_q=None, seqlen_k=None, batch=None, num_heads=None):
       batch, num_heads: how many b and h there are, where the mask depends on them; None where it does not.
     Raises:
       TypeError: fn is no function, or gives what is not boolean.
-      ValueError: an extent below 0 (1 of batch and num_heads), or what fn raises; from the attention, where fn asks for b
-        or h, batch or num_heads is None, and the call has several.
+      ValueError: an extent below 0 (1 of batch and num_heads), or what fn raises; from the attention, where fn asks for
+        b or h, batch or num_heads is None, and the call has several.
     """
     if not callable(fn):
         raise TypeError(f"from_function: fn must be a function of (b, h, q, k), got {type(fn).__name__}")

@@ -193,7 +193,8 @@ class Mask:
         return mask
 
     def check_entries(self, batch, num_heads):
-        """ValueError where a function in the mask, which has been evaluated, asks for entries or heads that it was not told of."""
+        """ValueError where a function in the mask, which has been evaluated, asks which of several entries or heads it is
+        for, and was not told how many there are."""
         for part in self.structured:
             if part.is_function:
                 part.check_entries(batch, num_heads)
@@ -214,7 +215,8 @@ class Mask:
           `Parts`: NumPy where all values are known, else of the framework.
         Raises:
           TypeError: an extent is no integer.
-          ValueError: extents that are negative or do not fit, a query_offset beside a bottom-right alignment, or what `resolved` raises.
+          ValueError: extents that are negative or do not fit, a query_offset beside a bottom-right alignment, or what
+            `resolved` raises.
         """
         for what, extent in (("seqlen_q", seqlen_q), ("seqlen_k", seqlen_k)):
             checks.extent(f"Mask.parts: {what}", extent)
