@@ -307,3 +307,18 @@ def known(x):
     if isinstance(x, (int, np.ndarray, np.generic)) or (jax is not None and isinstance(x, jax.Array)):
         return np.asarray(x)
     return None  # such as an extent that jax.export leaves open
+
+
+def required(x, holds, rule):
+    """``x``, for whose elements ``holds(x)`` is true.
+
+    Where they are known a ValueError with the rule and them, or of many axes the first wrong one, tells otherwise; in graphs
+    of TensorFlow, as they run, an InvalidArgumentError. XLA and JAX do not tell of what they trace.
+    """
+    values = known(x)
+    if values is None:
+        return of((x,)).required(x, lambda: holds(x), rule)
+    wrong = values[~np.asarray(holds(values))]
+    if wrong.size:
+        raise ValueError(f"{rule}, got {values if values.ndim < 2 else wrong[0]}")
+    return x

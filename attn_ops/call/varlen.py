@@ -123,7 +123,7 @@ def _packed(xp, name, mask, cu, given):
     if offset is not None:
         offset = arrays.query_offset(xp, name, offset, sequences, axis="sequences")
         rule = f"{name}: query_offset must be between 0 and 2^30"
-        offset = checks.required(offset, lambda x: (x >= 0) & (x <= options.LARGEST_OFFSET), rule)
+        offset = namespaces.required(offset, lambda x: (x >= 0) & (x <= options.LARGEST_OFFSET), rule)
     alignment = given.pop("causal_alignment", OWN["causal_alignment"])
     options.bottom_right(name, alignment)
     if isinstance(alignment, options.Unsaid) and (offset is not None or mask.is_aligned):

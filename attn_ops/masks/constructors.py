@@ -84,7 +84,7 @@ def prefix(length, alignment=options.TOP_LEFT):
         length = min(int(length), 2**31 - 1)  # as long as sequences can be
     else:
         length = checks.checked("prefix: length", length, (0, 1), "int")
-    length = checks.required(length, lambda x: x >= 0, "prefix: length must not be negative")
+    length = namespaces.required(length, lambda x: x >= 0, "prefix: length must not be negative")
     return Mask(causal_alignment=alignment, structured=(Prefix(length),))
 
 
@@ -153,7 +153,7 @@ def block_sparse(blocks, block_q, block_k):
     """
     blocks = checks.checked("block_sparse", blocks, (2, 3, 4), "bits")
     if blocks.dtype != bool:
-        blocks = checks.required(blocks, lambda x: x <= 1, "block_sparse: blocks must be boolean, or hold 0 and 1")
+        blocks = namespaces.required(blocks, lambda x: x <= 1, "block_sparse: blocks must be boolean, or hold 0 and 1")
     rank = len(blocks.shape)
     blocks = blocks[None, None] if rank == 2 else blocks[:, None] if rank == 3 else blocks
     sizes = options.size("block_sparse: block_q", block_q), options.size("block_sparse: block_k", block_k)

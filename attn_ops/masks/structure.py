@@ -18,7 +18,6 @@ import numpy as np
 
 from attn_ops import namespaces
 from attn_ops.call.options import LARGEST_OFFSET
-from attn_ops.masks import checks
 
 
 class Places(typing.NamedTuple):
@@ -153,7 +152,7 @@ class Packed(Part):
 
     def _checked(self, at):
         """The part with lengths that end within the rows and keys of the call: ValueError where known ones do not, and
-        `checks.required` of traced ones."""
+        `namespaces.required` of traced ones."""
         extents = [at.seqlen_q, at.seqlen_k]
         if self.cu_seqlens_k is None:  # of rows and keys; of more than there are where an offset is given
             known = [namespaces.known(n) for n in extents]
@@ -168,7 +167,7 @@ class Packed(Part):
                 xp = namespaces.of((x,))
                 within = functools.partial(lambda xp, extent, x: xp.int64(x[-1:]) <= xp.int64(extent), xp, extent)
                 tokens = "tokens" if most is None else f"{most} tokens"
-                checked[what] = checks.required(x, within, f"packed: {what} must end within the {tokens} of the call")
+                checked[what] = namespaces.required(x, within, f"packed: {what} must end within the {tokens} of the call")
         return dataclasses.replace(self, **checked)
 
     def _sequences(self, xp, at):
