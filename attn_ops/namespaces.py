@@ -32,11 +32,16 @@ class NumPy:
         return np.asarray(x) if values is None else np.asarray(values)
 
     def repeat_batch(self, visible, batch):
+        if visible.shape[0] not in (1, batch):
+            raise ValueError(f"Mask.materialize: batch must be {visible.shape[0]}, that of the mask, got {batch}")
         return np.broadcast_to(visible, (batch,) + visible.shape[1:])
 
     def same_batch(self, *arrays):
         """The arrays `[batch or 1, extent]` with one batch."""
-        batch = np.broadcast_shapes(*(x.shape[:1] for x in arrays))[0]
+        batches = {x.shape[0] for x in arrays}
+        if len(batches - {1}) > 1:
+            raise ValueError(f"Mask: parts of one mask must have the same batch, or 1, got {sorted(batches)}")
+        [batch] = np.broadcast_shapes(*((n,) for n in batches))
         return [np.broadcast_to(x, (batch, x.shape[1])) for x in arrays]
 
     def extent(self, x, axis):
@@ -306,3 +311,18 @@ def known(x):
     if isinstance(x, (int, np.ndarray, np.generic)) or (jax is not None and isinstance(x, jax.Array)):
         return np.asarray(x)
     return None  # such as an extent that jax.export leaves open
+
+
+def required(x, holds, rule):
+    """``x``, for whose elements ``holds(x)`` is true.
+
+    Where they are known a ValueError with the rule and them, or of many axes the first wrong one, tells otherwise; in graphs
+    of TensorFlow, as they run, an InvalidArgumentError. XLA and JAX do not tell of what they trace.
+    """
+    values = known(x)
+    if values is None:
+        return of((x,)).required(x, lambda: holds(x), rule)
+    wrong = values[~np.asarray(holds(values))]
+    if wrong.size:
+        raise ValueError(f"{rule}, got {values if values.ndim < 2 else wrong[0]}")
+    return x

@@ -6,8 +6,11 @@ the texts of the errors are the same for both.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
+from attn_ops import namespaces
 from attn_ops.call import options
 from attn_ops.call.position_bias import T5RelativeBias
 from attn_ops.call.shapes import LAYOUTS, compatible, shape_text
@@ -80,6 +83,12 @@ def boolean_array(xp, name, mask):
     """``mask`` of any shape."""
     if isinstance(mask, str):  # MLX's "causal"
         raise TypeError(checks.not_boolean(name, "mask", "str"))
+    if callable(mask) and not hasattr(mask, "dtype"):  # FlexAttention's, or a constructor that was not called
+        called = getattr(mask, "__name__", type(mask).__name__)
+        raise TypeError(
+            f"{name}: mask must be boolean (True = may be seen) or an attn_ops.masks.Mask, got the function {called}; one of "
+            "(b, h, q, k) is attn_ops.masks.from_function(mask)"
+        )
     mask = xp.as_tensor(name, "mask", mask)
     if mask.dtype != xp.bool_:
         raise TypeError(checks.not_boolean(name, "mask", mask.dtype.name))
@@ -103,11 +112,19 @@ def floating_bias(xp, name, bias):
     return bias
 
 
+def known_values(xp, given, x):
+    """The values of an argument as NumPy, or None: of what was ``given``, since JAX traces constants too, else of the
+    tensor ``x`` that it became."""
+    if type(given) in (list, tuple, int, float):  # what only describes a tensor may be a named tuple
+        given = namespaces.listed(given)
+    return given if isinstance(given, (np.ndarray, np.generic)) else xp.static_value(x)
+
+
 def lengths(xp, name, what, lengths, batch, limit):
     """``lengths`` as int32 [batch], its values checked when they are known now."""
     if lengths is None:
         return None
-    lengths = xp.as_tensor(name, what, lengths)
+    given, lengths = lengths, xp.as_tensor(name, what, lengths)
     if not xp.is_integer(lengths.dtype):
         kind = "key_padding" if what == "key_value_seq_lengths" else "query_padding"
         hint = f"; a mask goes to mask=attn_ops.masks.{kind}(...)" if lengths.dtype == xp.bool_ else "; round and cast them"
@@ -116,7 +133,7 @@ def lengths(xp, name, what, lengths, batch, limit):
         extents = xp.extents(lengths)
         hint = "; of cumulative lengths (cu_seqlens) pass the differences" if extents == [(batch or 0) + 1] else ""
         raise ValueError(f"{name}: {what} must have shape [batch={batch}], got {shape_text(extents)}{hint}")
-    values = xp.static_value(lengths)
+    values = known_values(xp, given, lengths)
     if values is not None and values.size:
         low, high = int(values.min()), int(values.max())
         if low < 0 or (isinstance(limit, int) and high > limit):  # one that jax.export leaves open is no int
@@ -131,7 +148,7 @@ def query_offset(xp, name, offset, batch, axis="batch"):
     if options.is_integer(offset):
         options.check_offset(name, offset, offset)
         return xp.as_tensor(name, "query_offset", np.array([offset], np.int32))
-    offset = xp.as_tensor(name, "query_offset", offset)
+    given, offset = offset, xp.as_tensor(name, "query_offset", offset)
     if not xp.is_integer(offset.dtype):
         raise TypeError(f"{name}: query_offset must hold integers, got {offset.dtype.name}")
     extents = xp.extents(offset)
@@ -141,7 +158,7 @@ def query_offset(xp, name, offset, batch, axis="batch"):
         raise ValueError(
             f"{name}: query_offset must be an integer or have shape [{axis}={batch}], got {shape_text(extents)}"
         )
-    values = xp.static_value(offset)
+    values = known_values(xp, given, offset)
     if values is not None and values.size:
         options.check_offset(name, int(values.min()), int(values.max()))
     return xp.as_int32(offset)
@@ -198,7 +215,7 @@ def blocks(xp, name, blocks, block_q, block_k, dims):
 
 def alibi_slopes(xp, name, slopes, batch, num_heads, dtype):
     """``slopes`` as constants [1 or batch, num_heads] of this dtype."""
-    slopes = _floating(xp, name, "alibi_slopes", slopes)
+    given, slopes = slopes, _floating(xp, name, "alibi_slopes", slopes)
     extents = xp.extents(slopes)
     if extents is not None and len(extents) == 1 and compatible(extents, [num_heads]):
         slopes = xp.expand_dims(slopes, 0)
@@ -207,7 +224,7 @@ def alibi_slopes(xp, name, slopes, batch, num_heads, dtype):
             f"{name}: alibi_slopes must have shape [num_heads={num_heads}] or [batch={batch}, num_heads={num_heads}], "
             f"got {shape_text(extents)}; attn_ops.alibi_slopes(num_heads) makes the usual ones"
         )
-    values = xp.static_value(slopes)
+    values = known_values(xp, given, slopes)
     if values is not None and not (np.abs(values.astype(np.float64)) <= options.LARGEST_SLOPE).all():  # NaN fails too
         raise ValueError(f"{name}: alibi_slopes must be finite numbers from -2^64 to 2^64, got {values.tolist()}")
     return xp.stop_gradient(_cast(xp, slopes, dtype))
@@ -257,15 +274,20 @@ def _cast(xp, x, dtype):
 
 def times_tensor(xp, name, query, scale):
     """The query times a scale that is a tensor, so that the gradient reaches the scale."""
-    scale = xp.as_tensor(name, "scale", scale)
+    given, scale = scale, xp.as_tensor(name, "scale", scale)
     if not xp.is_floating(scale.dtype):
         raise TypeError(f"{name}: scale must be floating, got {scale.dtype.name}; pass a Python number, or cast it")
     if not compatible(xp.extents(scale), []):
         raise ValueError(f"{name}: scale must be a scalar, got shape {shape_text(xp.extents(scale))}")
-    value = xp.static_value(scale)
+    value = known_values(xp, given, scale)
     if value is not None:
         options.scale(name, float(value))
-    return query * xp.cast(scale, query.dtype)
+    scale = xp.cast(scale, query.dtype)
+    # The gradient sums products that are zeros times NaN or infinity where such a row sees no key. One that sees some makes
+    # NaN of it all the same.
+    finite = xp.where(xp.absolute(query) < math.inf, query, xp.zeros_like(query))
+    constant = xp.stop_gradient(scale)
+    return query * constant + finite * (scale - constant)
 
 
 def seed(xp, name, seed):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Iterable
 
 from attn_ops.call import shapes
 
@@ -33,6 +34,9 @@ def merge(xp, name, outs, lses, layout):
 def checked(xp, name, outs, lses, layout):
     """Both as lists of tensors that fit each other."""
     shapes.check_layout(name, layout)
+    for what, xs in (("outs", outs), ("lses", lses)):
+        if not isinstance(xs, Iterable):
+            raise TypeError(f"{name}: {what} must be a list of tensors, got {type(xs).__name__}")
     outs, lses = (
         [xp.as_tensor(name, f"{what}[{n}]", x) for n, x in enumerate(xs)]
         for what, xs in (("outs", outs), ("lses", lses))

@@ -72,8 +72,11 @@ def _checked(xp, name, query, key, value, *, block_table=None, scales=(), of_cac
     is_causal = options.flag(name, "is_causal", is_causal)
     bottom_right = options.bottom_right(name, causal_alignment)
     alignment_is_said = not isinstance(causal_alignment, options.Unsaid)
+    places = None  # the offset as masks may know it
     if query_offset is not None:
-        query_offset = arrays.query_offset(xp, name, query_offset, batch)
+        given, query_offset = query_offset, arrays.query_offset(xp, name, query_offset, batch)
+        known = arrays.known_values(xp, given, query_offset)
+        places = query_offset if known is None else known
         alignment_is_said = True
     masks = ()
     structured = _NONE
@@ -100,7 +103,7 @@ def _checked(xp, name, query, key, value, *, block_table=None, scales=(), of_cac
                 # What of it is causal or a window goes to the kernels as such, where nothing else counts distances.
                 alone = query_offset is None and not counts_distances
                 structure, structured = _structured(
-                    xp, name, structure, query, (key, block_table), dims, layout, query_offset, alone
+                    xp, name, structure, query, (key, block_table), dims, layout, places, alone
                 )
                 masks += structured.dense
             else:
@@ -179,18 +182,21 @@ def _structured(xp, name, mask, query, keys, dims, layout, offset, resolve):
     if block_table is not None:
         keys = keys * xp.extent(block_table, 1)
     try:
-        if resolve:
-            mask = mask.resolved(rows, keys, offset)
-        parts = mask.parts(rows, keys, offset, like=(query,))
+        resolved = mask.resolved(rows, keys, offset) if resolve else mask
+        parts = resolved.parts(rows, keys, offset, like=(query,))
+        mask.check_entries(*dims[:2])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if parts.intervals is not None:
-        parts = parts._replace(intervals=arrays.intervals(xp, name, parts.intervals, dims))
-    if parts.segments is not None:
-        parts = parts._replace(segments=arrays.segments(xp, name, parts.segments, dims))
-    if parts.blocks is not None:
-        parts = parts._replace(blocks=arrays.blocks(xp, name, parts.blocks, parts.block_q, parts.block_k, dims))
-    return mask, parts
+    try:
+        if parts.intervals is not None:
+            parts = parts._replace(intervals=arrays.intervals(xp, name, parts.intervals, dims))
+        if parts.segments is not None:
+            parts = parts._replace(segments=arrays.segments(xp, name, parts.segments, dims))
+        if parts.blocks is not None:
+            parts = parts._replace(blocks=arrays.blocks(xp, name, parts.blocks, parts.block_q, parts.block_k, dims))
+    except ValueError as error:  # of what the parts have become, by names that the caller may not have said
+        raise ValueError(f"{error}; the mask is {mask.described()}") from None
+    return resolved, parts
 
 
 def normalize_weights(xp, name, query, key, **given):

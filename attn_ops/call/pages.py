@@ -29,6 +29,8 @@ def checked(xp, name, table, query, key, value, layout):
             f"{name}: the pages of keys and of values must have one shape but for the last axis, got "
             f"{shapes.shape_text(k)} and {shapes.shape_text(v)}"
         )
+    if k[0] == 0:
+        raise ValueError(f"{name}: there must be pages, got shape {shapes.shape_text(k)}")
     size = canonical(k, layout)[2]
     if isinstance(size, int) and (size < 1 or size % PAGE_ROWS):
         raise ValueError(

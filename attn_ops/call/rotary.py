@@ -139,6 +139,8 @@ def rotate(xp, name, x, rotary, seq_axis, start=None, positions=None):
     width = rotary.width(name, extents[-1])
     freq, factor = frequencies(name, rotary, width)
     positions = _positions(xp, name, positions, start, x, extents, seq_axis)
+    if 0 in extents:  # nothing to turn; TensorFlow 2.21 divides by 0 as it folds the gradient of an empty product
+        return x
     dtype = xp.float64 if x.dtype == xp.float64 else xp.float32
     cos, sin = _cos_sin(xp, positions, freq, factor, dtype)
     shape = [1] * len(extents)

@@ -62,9 +62,15 @@ def with_own_names(name, given):
 
 def attend(xp, attention, name, *packed):
     """What the framework's ``attention``, `scaled_dot_product_attention`, gives for packed sequences: the ``packed``
-    `arguments`."""
+    `arguments`. What it refuses is told under the ``name`` that was called."""
     query, key, value, options = arguments(xp, name, *packed)
-    result = attention(query, key, value, **options)
+    try:
+        result = attention(query, key, value, **options)
+    except (TypeError, ValueError) as error:
+        inner, told = f"{attention.__name__}: ", str(error)
+        if not told.startswith(inner):
+            raise
+        raise type(error)(f"{name}: {told.removeprefix(inner)}") from None
     return (result[0][0], result[1][0]) if isinstance(result, tuple) else result[0]
 
 
@@ -101,7 +107,7 @@ def arguments(xp, name, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_s
         given["bias"] = _of_scores(xp, name, "bias", bias, dims)
     structure, dense = split_masks(name, given.pop("mask", None))
     dense = [_of_scores(xp, name, "mask", arrays.boolean_array(xp, name, x), dims) for x in dense]
-    given["mask"] = [_packed(xp, name, structure or Mask(), cu, given), *dense]
+    given["mask"] = [_packed(xp, name, Mask() if structure is None else structure, cu, given), *dense]
     return *(xp.expand_dims(x, 0) for x in tokens.values()), given
 
 
@@ -117,7 +123,7 @@ def _packed(xp, name, mask, cu, given):
     if offset is not None:
         offset = arrays.query_offset(xp, name, offset, sequences, axis="sequences")
         rule = f"{name}: query_offset must be between 0 and 2^30"
-        offset = checks.required(offset, lambda x: (x >= 0) & (x <= options.LARGEST_OFFSET), rule)
+        offset = namespaces.required(offset, lambda x: (x >= 0) & (x <= options.LARGEST_OFFSET), rule)
     alignment = given.pop("causal_alignment", OWN["causal_alignment"])
     options.bottom_right(name, alignment)
     if isinstance(alignment, options.Unsaid) and (offset is not None or mask.is_aligned):
@@ -173,6 +179,8 @@ def _of_scores(xp, name, what, x, dims):
 
 def _check_longest(name, what, longest, cu, cu_of_rows):
     """FlashAttention needs to be told the longest sequence; here it is checked where it is known and not needed."""
+    if not (longest is None or options.is_integer(longest) or "int" in str(getattr(longest, "dtype", ""))):
+        raise TypeError(f"{name}: {what} must be an integer, got {longest!r}")
     longest, cu = (None if x is None else namespaces.known(x) for x in (longest, cu_of_rows if cu is None else cu))
     if longest is not None and cu is not None and np.diff(cu).max(initial=0) > longest:
         raise ValueError(f"{name}: {what} must be at least the longest sequence, {np.diff(cu).max()}, got {longest}")

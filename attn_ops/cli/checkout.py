@@ -42,6 +42,9 @@ def report(arguments) -> int:
 
 def _split(arguments):
     """The value of --device, and the other arguments."""
+    for argument, after in zip(arguments, (*arguments[1:], None)):
+        if argument == "--report=" or (argument, after) == ("--report", ""):
+            raise click.UsageError("--report must name a directory, got ''")
     device, rest, given = "cpu", [], iter(arguments)
     for argument in given:
         name, _, value = argument.partition("=")

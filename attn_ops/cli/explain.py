@@ -12,6 +12,7 @@ from attn_ops.cli import frameworks
 from attn_ops.cli.table import table
 
 _BAD = 1
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 class _Shape(click.ParamType):
@@ -21,9 +22,12 @@ class _Shape(click.ParamType):
 
     def convert(self, value, param, ctx):
         try:
-            return tuple(None if part.strip() in ("?", "None") else int(part) for part in value.split(","))
+            shape = tuple(None if part.strip() in ("?", "None") else int(part) for part in value.split(","))
         except ValueError:
             self.fail(f"{value!r} is no shape such as 1,2048,12,64 (? for unknown)", param, ctx)
+        if any(n is not None and not 0 <= n < 2**63 for n in shape):
+            self.fail(f"dimensions must be from 0 to 2^63 - 1, got {value!r}", param, ctx)
+        return shape
 
 
 class _ShapeOrModel(_Shape):
@@ -43,7 +47,8 @@ class _ShapeOrModel(_Shape):
 @click.argument("query", type=_ShapeOrModel())
 @click.argument("key", type=_Shape(), required=False)
 @click.argument("value", type=_Shape(), required=False)
-@click.option("--dtype", default="float32", show_default=True, help="Of query, key, value and bias.")
+@click.option("--dtype", type=click.Choice(_DTYPES), default="float32", show_default=True,
+    help="Of query, key, value and bias.")  # fmt: skip
 @click.option("--bias", type=_Shape(), help="Of this shape.")
 @click.option("--mask", type=_Shape(), help="A boolean one, of this shape.")
 @click.option("--is-causal", is_flag=True)
@@ -59,7 +64,14 @@ def command(query, as_json, convert, **options):
     when left out). It tells what runs in eager calls, in graphs (tf.function), in functions that XLA compiles, and in
     exports. Or QUERY is the file of a Keras model, and it tells what each attention layer in it runs.
     """
-    if isinstance(query, pathlib.Path):
+    context = click.get_current_context()
+    of_one_model = isinstance(query, pathlib.Path)
+    for option in context.command.params:
+        said = context.get_parameter_source(option.name) is click.core.ParameterSource.COMMANDLINE
+        if said and option.name not in ("query", "as_json") and of_one_model != (option.name == "convert"):
+            what = option.opts[0] if option.opts[0].startswith("-") else option.opts[0].upper()
+            raise click.UsageError(f"{what} does not go with {'the file of a model' if of_one_model else 'shapes'}")
+    if of_one_model:
         return of_model(query, convert, as_json)
     return of_call(query, as_json=as_json, **options)
 

@@ -57,6 +57,8 @@ def empty(name, key_shape, value_shape, dtype):
 
 def zeros(name, key_shape, value_shape, dtype):
     """Keys and values of zeros, and in int8 their scales."""
+    if dtype is None:  # which NumPy takes for float64
+        raise ValueError(f"{name}: dtype must be a floating one or int8, got None")
     try:
         dtype = jnp.dtype(getattr(dtype, "as_numpy_dtype", dtype))
     except TypeError as error:

@@ -303,14 +303,22 @@ def _masked_sum(weights, values):
     """
     bad = ~jnp.isfinite(values)
     spill = _select(bad, values).sum(-2, keepdims=True)[:, :, None]
-    meets_bad = _weighted_sum(weights, bad.any(-1, keepdims=True).astype(values.dtype)) > 0
-    return _weighted_sum(weights, _finite(values)) + _select(meets_bad, spill)
+    return _weighted_sum(weights, _finite(values)) + _select(_meets_bad(weights, values), spill)
+
+
+def _meets_bad(weights, values):
+    """Which rows weigh a value with NaN or infinity in it."""
+    bad = ~jnp.isfinite(values).all(-1, keepdims=True)
+    return _weighted_sum(weights, bad.astype(values.dtype)) > 0
 
 
 @_masked_sum.defjvp
 def _masked_sum_jvp(primals, tangents):
     (weights, values), (d_weights, d_values) = primals, tangents
-    return _masked_sum(weights, values), _weighted_sum(d_weights, values) + _weighted_sum(weights, d_values)
+    # A product, since this must be linear: rows that are NaN have derivatives of NaN, and no others.
+    along = jax.lax.stop_gradient(jnp.where(_meets_bad(weights, values), math.nan, 1.0))
+    d_out = _weighted_sum(d_weights, _finite(values)) + _weighted_sum(weights, d_values)
+    return _masked_sum(weights, values), along * d_out
 
 
 def _select(condition, x):

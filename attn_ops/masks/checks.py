@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 
 import numpy as np
 
@@ -84,32 +85,28 @@ def _array(name, sequence):
         raise TypeError(f"{name}: an array is needed, or lists that make one: {error}") from None
 
 
+def extent(what, x):
+    """TypeError or ValueError where ``x`` is no extent: an integer from 0, or a scalar or unknown of a framework."""
+    if x is None or isinstance(x, (int, float, str, bytes, np.generic, np.ndarray, list, tuple)):
+        try:
+            value = operator.index(x)
+        except TypeError:
+            raise TypeError(f"{what} must be an integer, got {x!r}") from None
+        if value < 0:
+            raise ValueError(f"{what} must not be negative, got {value}")
+
+
 def normalized_lengths(name, lengths):
     return None if lengths is None else checked(f"Mask: {name}", lengths, 1, "int")
 
 
-def required(x, holds, rule):
-    """``x``, for whose elements ``holds(x)`` is true.
-
-    Where they are known a ValueError with the rule and them, or of many axes the first wrong one, tells otherwise; in graphs
-    of TensorFlow, as they run, an InvalidArgumentError. XLA and JAX do not tell of what they trace.
-    """
-    values = namespaces.known(x)
-    if values is None:
-        return namespaces.of((x,)).required(x, lambda: holds(x), rule)
-    wrong = values[~np.asarray(holds(values))]
-    if wrong.size:
-        raise ValueError(f"{rule}, got {values if values.ndim < 2 else wrong[0]}")
-    return x
-
-
 def ascending(rule, x):
-    """``x``, which never goes back along its last axis, or `required`."""
+    """``x``, which never goes back along its last axis, or `namespaces.required`."""
     values = namespaces.known(x)
     if values is not None:
         never_back(rule, values)
         return x
-    return required(x, lambda x: x[..., 1:] >= x[..., :-1], rule)
+    return namespaces.required(x, lambda x: x[..., 1:] >= x[..., :-1], rule)
 
 
 def never_back(rule, values):
@@ -141,7 +138,7 @@ def cumulative(name, given, totals=None):
         values = namespaces.known(x)
         if values is None:
             if totals is None:
-                x = required(x, lambda x: x[:1] == 0, f"{name}: {what} must start at 0")
+                x = namespaces.required(x, lambda x: x[:1] == 0, f"{name}: {what} must start at 0")
                 result[what] = ascending(f"{name}: {what} must never go back", x)
             continue
         if values[0] != 0:

@@ -84,7 +84,7 @@ def prefix(length, alignment=options.TOP_LEFT):
         length = min(int(length), 2**31 - 1)  # as long as sequences can be
     else:
         length = checks.checked("prefix: length", length, (0, 1), "int")
-    length = checks.required(length, lambda x: x >= 0, "prefix: length must not be negative")
+    length = namespaces.required(length, lambda x: x >= 0, "prefix: length must not be negative")
     return Mask(causal_alignment=alignment, structured=(Prefix(length),))
 
 
@@ -107,11 +107,12 @@ def segments(q_ids, kv_ids=None, *, contiguous=None):
       contiguous: True promises that ids never go back, so that no two need comparing. None finds out what known ids
         are, and compares traced ones no further than from the first key of an id to its last; False compares all.
     Raises:
-      TypeError: not integers.
+      TypeError: not integers, or contiguous is no bool.
       ValueError: another rank, or (where known) ids that go back where `contiguous` was promised.
       tf.errors.InvalidArgumentError, jax.errors.JaxRuntimeError: traced ones that do, as the graph runs; in XLA where the
         call is fused and has more than one row.
     """
+    contiguous = None if contiguous is None else options.flag("segments", "contiguous", contiguous)
     kv_ids = q_ids if kv_ids is None else kv_ids
     q_ids, kv_ids = (_with_batch(checks.checked("segments", ids, (1, 2), "int")) for ids in (q_ids, kv_ids))
     if contiguous:
@@ -119,7 +120,7 @@ def segments(q_ids, kv_ids=None, *, contiguous=None):
             checks.ascending(f"segments: with contiguous=True {what} must never go back", ids)
             for what, ids in (("q_ids", q_ids), ("kv_ids", kv_ids))
         )
-    return Mask(structured=(Segments(q_ids, kv_ids, None if contiguous is None else bool(contiguous)),))
+    return Mask(structured=(Segments(q_ids, kv_ids, contiguous),))
 
 
 @namespaces.as_written
@@ -152,7 +153,7 @@ def block_sparse(blocks, block_q, block_k):
     """
     blocks = checks.checked("block_sparse", blocks, (2, 3, 4), "bits")
     if blocks.dtype != bool:
-        blocks = checks.required(blocks, lambda x: x <= 1, "block_sparse: blocks must be boolean, or hold 0 and 1")
+        blocks = namespaces.required(blocks, lambda x: x <= 1, "block_sparse: blocks must be boolean, or hold 0 and 1")
     rank = len(blocks.shape)
     blocks = blocks[None, None] if rank == 2 else blocks[:, None] if rank == 3 else blocks
     sizes = options.size("block_sparse: block_q", block_q), options.size("block_sparse: block_k", block_k)

@@ -22,6 +22,8 @@ from attn_ops.masks.mask import Mask
 from attn_ops.masks.structure import Blocks, Boolean, Chunked, Intervals, Part, Prefix, Segments, hull
 
 _AT_ONCE = 2**22  # pairs that a function is asked for in one call
+_ASKED = 2**12  # pairs by which a function of numbers tells what it depends on
+_KEPT = 64  # extents and offsets that are remembered
 _BLOCKS = (128, 64, 32, 16)  # sizes of blocks that are tried within intervals
 _HOST = namespaces.NumPy()
 
@@ -33,22 +35,57 @@ class Function(Part):
     fn: typing.Callable
     seqlen_q: int | None = None
     seqlen_k: int | None = None
-    batch: int = 1
-    num_heads: int = 1
+    batch: int | None = None
+    num_heads: int | None = None
     _found: dict = dataclasses.field(default_factory=dict, repr=False)
 
     is_function = True
 
     def found(self, seqlen_q, seqlen_k, query_offset=None):
-        """Two masks that are the function for these extents: as what it is recognised to be, and without windows, which
-        only differ where it is causal or a window."""
+        """Two masks that are the function for these extents: as what it is recognised to be, and as one that does not
+        ask where rows stand. They only differ where it is causal, a window, a prefix or chunks."""
         seqlen_q, seqlen_k = self._extent("seqlen_q", seqlen_q), self._extent("seqlen_k", seqlen_k)
         offset = self._offset(query_offset)
         key = seqlen_q, seqlen_k, tuple(offset.flat)
         if key not in self._found:
-            table = _Table(self, seqlen_q, seqlen_k, offset)
-            self._found[key] = _recognised(table, query_offset is None)
+            while len(self._found) >= _KEPT:  # decoding asks for another offset each time
+                self._found.pop(next(iter(self._found)))
+            self._found[key] = _recognised(_Table(self, seqlen_q, seqlen_k, offset), query_offset is None)
         return self._found[key]
+
+    def check_entries(self, batch, num_heads):
+        """ValueError where the call has several batch entries or heads (None: who knows), nobody said how many, and the
+        function, which was `found` before, asks which one it is for."""
+        called = ("batch", "b", self.batch, batch), ("num_heads", "h", self.num_heads, num_heads)
+        for axis, (what, index, given, count) in enumerate(called):
+            if given is None and count not in (0, 1) and self._depends(axis):
+                many = "may have several" if count is None else f"has {count}"
+                raise ValueError(
+                    f"from_function: {self.name}(b, h, q, k) asks for {index}, and the call {many}: give {what}=, how "
+                    "many there are"
+                )
+
+    def _depends(self, axis):
+        """Whether the function asks for b (axis 0) or h (axis 1): of two that are the same it makes two all the same."""
+        *_, (seqlen_q, seqlen_k, offset) = self._found
+        if not (seqlen_q and seqlen_k and offset):
+            return False
+        first = offset[0]
+        index = [np.zeros((1, 1, 1, 1), np.int64)] * 2
+        index[axis] = index[axis].repeat(2, axis)
+        try:
+            values = np.asarray(self.fn(*index, np.full((1, 1, 1, 1), first), np.arange(seqlen_k)[None, None, None]))
+            return values.ndim >= 4 - axis and values.shape[axis - 4] == 2
+        except Exception:  # a function of numbers, which tells by its values
+            pass
+        pairs = seqlen_q * seqlen_k
+        try:
+            for q, k in (divmod(int(pair), seqlen_k) for pair in np.linspace(0, pairs - 1, min(pairs, _ASKED))):
+                if bool(self.fn(0, 0, first + q, k)) != bool(self.fn(1 - axis, axis, first + q, k)):
+                    return True
+        except Exception:  # it has nothing for the second one
+            return True
+        return False
 
     def visible(self, xp, at):
         """All of it, as the function says."""
@@ -88,7 +125,7 @@ class Function(Part):
 
 
 @namespaces.as_written
-def from_function(fn, seqlen_q=None, seqlen_k=None, batch=1, num_heads=1):
+def from_function(fn, seqlen_q=None, seqlen_k=None, batch=None, num_heads=None):
     """The mask that a function says, as FlexAttention's `mask_mod`: `fn(b, h, q, k)` is true where row q sees key k.
 
     It is evaluated on the host, once for each pair of extents, and recognised where it is causal, a window, a prefix,
@@ -101,10 +138,11 @@ def from_function(fn, seqlen_q=None, seqlen_k=None, batch=1, num_heads=1):
         position: counted from a `query_offset` on.
       seqlen_q, seqlen_k: the extents to evaluate it for; None for those of the call, which must be known when it is
         traced.
-      batch, num_heads: how many b and h there are, where the mask depends on them.
+      batch, num_heads: how many b and h there are, where the mask depends on them; None where it does not.
     Raises:
       TypeError: fn is no function, or gives what is not boolean.
-      ValueError: an extent below 0 (1 of batch and num_heads), or what fn raises.
+      ValueError: an extent below 0 (1 of batch and num_heads), or what fn raises; from the attention, where fn asks for
+        b or h, batch or num_heads is None, and the call has several.
     """
     if not callable(fn):
         raise TypeError(f"from_function: fn must be a function of (b, h, q, k), got {type(fn).__name__}")
@@ -112,7 +150,10 @@ def from_function(fn, seqlen_q=None, seqlen_k=None, batch=1, num_heads=1):
         x if x is None else options.size(f"from_function: {what}", x, least=0)
         for what, x in (("seqlen_q", seqlen_q), ("seqlen_k", seqlen_k))
     )
-    batch, num_heads = options.size("from_function: batch", batch), options.size("from_function: num_heads", num_heads)
+    batch, num_heads = (
+        x if x is None else options.size(f"from_function: {what}", x)
+        for what, x in (("batch", batch), ("num_heads", num_heads))
+    )
     function = Function(fn, seqlen_q, seqlen_k, batch, num_heads)
     if seqlen_q is not None and seqlen_k is not None:
         function.found(seqlen_q, seqlen_k)
@@ -123,16 +164,17 @@ class _Table:
     """The values of a function, `[batch, num_heads, seqlen_q, seqlen_k]`, asked for some rows at a time."""
 
     def __init__(self, function, seqlen_q, seqlen_k, offset):
-        batch = max(function.batch, offset.size)
-        if function.batch > 1 and offset.size not in (1, function.batch):
-            raise ValueError(f"from_function: query_offset has {offset.size} entries for batch={function.batch}")
+        entries, num_heads = function.batch or 1, function.num_heads or 1
+        if entries > 1 and offset.size not in (1, entries):
+            raise ValueError(f"from_function: query_offset has {offset.size} entries for batch={entries}")
+        batch = max(entries, offset.size)
         self._function = function
-        self._b = (np.arange(batch) if function.batch > 1 else np.zeros(batch, np.int64))[:, None, None, None]
-        self._h = np.arange(function.num_heads)[None, :, None, None]
+        self._b = (np.arange(batch) if entries > 1 else np.zeros(batch, np.int64))[:, None, None, None]
+        self._h = np.arange(num_heads)[None, :, None, None]
         self._k = np.arange(seqlen_k)
         self._by_element = False
         self.own = np.arange(seqlen_q) + offset[:, None]  # [batch or 1, seqlen_q]
-        self.shape = batch, function.num_heads, seqlen_q, seqlen_k
+        self.shape = batch, num_heads, seqlen_q, seqlen_k
 
     def chunks(self):
         """(first row, values of it and the next ones), over all rows."""
@@ -222,7 +264,7 @@ def _settled(begin, end):
 
 
 def _named(begin, end, own, shape, may_stand_at_the_end):
-    """(mask, mask without windows) of intervals `[batch or 1, seqlen_q]`."""
+    """(mask, mask that does not ask where rows stand) of intervals `[batch or 1, seqlen_q]`."""
     seqlen_q, seqlen_k = shape[2:]
     begin, end, own = np.broadcast_arrays(begin, end, _common_entry(own))
 
@@ -255,10 +297,10 @@ def _named(begin, end, own, shape, may_stand_at_the_end):
     if (begin[rows] == 0).all():
         length = end[:, 0]
         if are(0, np.maximum(own + 1, length[:, None])):
-            return (Mask(structured=(Prefix(int(length[0]) if length.size == 1 else length),)),) * 2
+            return Mask(structured=(Prefix(int(length[0]) if length.size == 1 else length),)), as_intervals()
     size = int((end - begin).max())
     if size and are(own // size * size, (own // size + 1) * size):
-        return (Mask(structured=(Chunked(size),)),) * 2
+        return Mask(structured=(Chunked(size),)), as_intervals()
     new = np.diff(begin) > 0  # rows that begin another segment
     note = ""
     if rows.all() and new.any():

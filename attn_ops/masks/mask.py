@@ -137,10 +137,12 @@ class Mask:
         The result describes one attention call with all the parts: lengths given on either side are the effective
         lengths that a bottom-right alignment refers to. Raises ValueError for two windows of different alignment,
         which no single interval can express; other parts that ask where a row stands (prefix, chunked) count as windows.
-        A side with no such part has no say in the alignment, unless neither has one.
+        A side with no such part has no say in the alignment, unless neither has one. A boolean array is `boolean` of it.
         """
         if not isinstance(other, Mask):
-            return NotImplemented
+            if not hasattr(other, "dtype"):
+                return NotImplemented
+            other = boolean(other)
         aligned = [m.causal_alignment for m in (self, other) if m.is_aligned]
         if len(set(aligned)) > 1:
             raise ValueError(
@@ -165,11 +167,17 @@ class Mask:
             structured=self.structured + other.structured,
         )
 
+    __rand__ = __and__
+    __array_ufunc__ = None  # NumPy leaves `array & mask` to the mask
+
+    def __bool__(self):
+        raise TypeError("Mask: masks combine with &; and, or and not would drop one of them")
+
     @namespaces.as_written
     def resolved(self, seqlen_q, seqlen_k, query_offset=None, windows=True):
         """The mask with its functions (`from_function`) evaluated for these extents, as what they are found to be.
 
-        With `windows` False they become intervals even where they are causal or windows of one alignment.
+        With `windows` False they become intervals even where they are causal, windows, a prefix or chunks.
         Raises ValueError where the extents or the offset are not known, and what the functions raise.
         """
         functions = [part for part in self.structured if part.is_function]
@@ -183,6 +191,13 @@ class Mask:
             clash |= found.bottom_right and not (self.query_lengths is None and self.key_lengths is None)
             mask = mask & (found if windows and not clash else as_intervals)
         return mask
+
+    def check_entries(self, batch, num_heads):
+        """ValueError where a function in the mask, which has been evaluated, asks which of several entries or heads it is
+        for, and was not told how many there are."""
+        for part in self.structured:
+            if part.is_function:
+                part.check_entries(batch, num_heads)
 
     @namespaces.as_written
     def parts(self, seqlen_q, seqlen_k, query_offset=None, like=()):
@@ -199,8 +214,12 @@ class Mask:
         Returns:
           `Parts`: NumPy where all values are known, else of the framework.
         Raises:
-          ValueError: extents that do not fit, a query_offset beside a bottom-right alignment, or what `resolved` raises.
+          TypeError: an extent is no integer.
+          ValueError: extents that are negative or do not fit, a query_offset beside a bottom-right alignment, or what
+            `resolved` raises.
         """
+        for what, extent in (("seqlen_q", seqlen_q), ("seqlen_k", seqlen_k)):
+            checks.extent(f"Mask.parts: {what}", extent)
         mask = self.resolved(seqlen_q, seqlen_k, query_offset, windows=False)
         if not mask.structured:
             return Parts(dense=mask.tensors())
@@ -232,9 +251,14 @@ class Mask:
           bool `[batch or 1, num_heads or 1, seqlen_q, seqlen_k]`, true = may see: a TensorFlow tensor or a JAX
           array if an argument or a part is one, else a NumPy array.
         Raises:
-          ValueError: a part does not fit the extents, a length (in NumPy) is outside [0, seqlen], or a query_offset
-            stands beside a bottom-right alignment.
+          TypeError: an extent is no integer.
+          ValueError: an extent is negative, a part does not fit the extents, a length (in NumPy) is outside [0, seqlen], or
+            a query_offset stands beside a bottom-right alignment.
         """
+        for what, extent in (("seqlen_q", seqlen_q), ("seqlen_k", seqlen_k)):
+            checks.extent(f"Mask.materialize: {what}", extent)
+        if batch is not None:
+            checks.extent("Mask.materialize: batch", batch)
         parts = self.tensors()
         xp = namespaces.of(self.arrays() + (seqlen_q, seqlen_k, batch, query_offset))
         for name, length, seqlen in (

@@ -36,6 +36,8 @@ def text(mask, seqlen_q, seqlen_k=None, *, entry=0, head=0, query_offset=None, w
       A str: a line on what it shows, a line per row from the first key on the left, and a legend.
     """
     pairs, skipped = seen_and_skipped("show", mask, seqlen_q, seqlen_k, entry, head, query_offset, block)
+    if not options.is_integer(width):
+        raise TypeError(f"show: width must be an integer, got {width!r}")
     if width < 1:
         raise ValueError(f"show: width must be at least 1, got {width}")
     side = 1
@@ -100,6 +102,11 @@ def seen_and_skipped(name, mask, seqlen_q, seqlen_k, entry, head, query_offset, 
     seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
     for what, extent in (("seqlen_q", seqlen_q), ("seqlen_k", seqlen_k)):
         options.size(f"{name}: {what}", extent, least=0)
+    for what, at in (("entry", entry), ("head", head)):
+        if not options.is_integer(at):
+            raise TypeError(f"{name}: {what} must be an integer, got {at!r}")
+    if not isinstance(block, (tuple, list)) or len(block) != 2 or not all(map(options.is_integer, block)):
+        raise TypeError(f"{name}: block must hold two integers from 1, got {block!r}")
     if seqlen_q * seqlen_k > _MOST_PAIRS:
         raise ValueError(
             f"{name}: {seqlen_q} x {seqlen_k} pairs are too many to draw (2**30 at most); draw fewer rows, from query_offset= on"

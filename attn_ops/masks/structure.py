@@ -10,6 +10,7 @@ Arithmetic is in the framework that the arrays belong to (namespaces.py) and gro
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from typing import Any
 
@@ -149,15 +150,25 @@ class Packed(Part):
 
     arrays = ("cu_seqlens_q", "cu_seqlens_k", "query_offset")
 
-    def _check(self, at):
-        """ValueError where known lengths end beyond the rows or keys of the call."""
-        extents = [namespaces.known(n) for n in (at.seqlen_q, at.seqlen_k)]
+    def _checked(self, at):
+        """The part with lengths that end within the rows and keys of the call: ValueError where known ones do not, and
+        `namespaces.required` of traced ones."""
+        extents = [at.seqlen_q, at.seqlen_k]
         if self.cu_seqlens_k is None:  # of rows and keys; of more than there are where an offset is given
-            extents = [max(extents) if None not in extents and at.query_offset is None else None]
+            known = [namespaces.known(n) for n in extents]
+            extents = [max(known) if None not in known and at.query_offset is None else None]
+        checked = {}
         for what, extent in zip(self.arrays, extents):
-            values = namespaces.known(getattr(self, what))
-            if values is not None and extent is not None and values[-1] > extent:
-                raise ValueError(f"packed: {what} must end within the {extent} tokens of the call, got {values[-1]}")
+            x = getattr(self, what)
+            values, most = namespaces.known(x), None if extent is None else namespaces.known(extent)
+            if values is not None and most is not None and values[-1] > most:
+                raise ValueError(f"packed: {what} must end within the {most} tokens of the call, got {values[-1]}")
+            if values is None and extent is not None:
+                xp = namespaces.of((x,))
+                within = functools.partial(lambda xp, extent, x: xp.int64(x[-1:]) <= xp.int64(extent), xp, extent)
+                tokens = "tokens" if most is None else f"{most} tokens"
+                checked[what] = namespaces.required(x, within, f"packed: {what} must end within the {tokens} of the call")
+        return dataclasses.replace(self, **checked)
 
     def _sequences(self, xp, at):
         """Of each row: its sequence, which may be none; the first and the next one's first key; where it stands; and the
@@ -184,8 +195,7 @@ class Packed(Part):
         return sequence, first_key, next_key, first_key + places.own, parts, places
 
     def piece(self, xp, at):
-        self._check(at)
-        _, begin_all, end_all, own, parts, places = self._sequences(xp, at)
+        _, begin_all, end_all, own, parts, places = self._checked(at)._sequences(xp, at)
         bounds = [(None if x is None else begin_all + x for x in part.piece(xp, places)[:2]) for part in parts]
         # A row may stand far behind its keys: sums stay within 32 bits, which are JAX's.
         left, right = (min(side, LARGEST_OFFSET) for side in (self.window_left, self.window_right))
@@ -198,8 +208,7 @@ class Packed(Part):
         return Piece(begin, end)
 
     def visible(self, xp, at):
-        self._check(at)
-        sequence, first_key, next_key, own, parts, places = self._sequences(xp, at)
+        sequence, first_key, next_key, own, parts, places = self._checked(at)._sequences(xp, at)
         starts_k = xp.int64(self.cu_seqlens_q if self.cu_seqlens_k is None else self.cu_seqlens_k)
         count = xp.int64(xp.extent(starts_k, 0)) - 1
         sequence = at.by_row(sequence)
@@ -246,7 +255,8 @@ class Segments(Part):
 
     def visible(self, xp, at):
         self._check(at)
-        return xp.equal(self.q_ids[:, None, :, None], self.kv_ids[:, None, None, :])
+        q_ids, kv_ids = xp.int64(self.q_ids), xp.int64(self.kv_ids)  # TensorFlow compares what is of one dtype
+        return xp.equal(q_ids[:, None, :, None], kv_ids[:, None, None, :])
 
     def _check(self, at):
         check_extent("segments", self.q_ids, 1, "seqlen_q", at.seqlen_q, "q_ids ")

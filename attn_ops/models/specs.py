@@ -37,6 +37,8 @@ class Spec(typing.NamedTuple):
     def __mul__(self, other):
         return self
 
+    __add__ = __sub__ = __lt__ = __mul__  # of two with the shape of the first
+
 
 def of_backend(backend):
     """The module for `arguments.normalize`, over the twin for arrays of ``backend``."""
@@ -62,6 +64,7 @@ def of_backend(backend):
         float64=float64,
         bool_=bool_,
         FLOATS=FLOATS,
+        absolute=lambda x: x,
         as_tensor=as_tensor,
         as_seed_array=lambda name, seed: as_tensor(name, "dropout_seed", seed),
         cast=lambda x, dtype: Spec(dtype, x.shape),
@@ -81,4 +84,6 @@ def of_backend(backend):
         stop_gradient=lambda x: x,
         take_columns=lambda x, indices: Spec(x.dtype, [x.shape[0], len(indices)]),
         transpose=lambda x: Spec(x.dtype, x.shape[::-1]),
+        where=lambda condition, x, y: x,
+        zeros_like=lambda x: x,
     )

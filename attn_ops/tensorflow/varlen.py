@@ -54,12 +54,13 @@ def varlen_attention(
         tf.errors.InvalidArgumentError: traced cumulative lengths or offsets of which that is found when they run (not in
             XLA).
     """
-    name = "varlen_attention"
-    cu_seqlens_q, cu_seqlens_k = _checked(name, q, k, cu_seqlens_q, cu_seqlens_k)
+    return _attend("varlen_attention", q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given)
+
+
+def _attend(name, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given):
+    cu = _checked(name, q, k, cu_seqlens_q, cu_seqlens_k)
     attention = attn_ops.scaled_dot_product_attention
-    return varlen.attend(
-        xp, attention, name, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given
-    )
+    return varlen.attend(xp, attention, name, q, k, v, *cu, max_seqlen_q, max_seqlen_k, given)
 
 
 @as_written
@@ -90,9 +91,8 @@ def ragged_attention(query, key, value, **given):
         _check_ragged(name, what, x)
     value = runtime_checks.with_rows_of(name, key, value)
     splits, of_keys = query.row_splits, key.row_splits
-    result = varlen_attention(
-        query.values, key.values, value.values, splits, None if of_keys is splits else of_keys, **given
-    )
+    of_keys = None if of_keys is splits else of_keys
+    result = _attend(name, query.values, key.values, value.values, splits, of_keys, None, None, given)
     out, *lse = result if isinstance(result, tuple) else (result,)
     out = query.with_values(out)
     return (out, query.with_values(tf.transpose(lse[0]))) if lse else out

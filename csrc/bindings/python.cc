@@ -136,10 +136,22 @@ Call read(const char* function, const py::object& q, const py::object& k, const 
   return call;
 }
 
+// A MemoryError that says who asked for how much.
+class NoMemory : public std::bad_alloc {
+ public:
+  NoMemory(const char* function, size_t bytes)
+      : told_(std::string("attn_ops._core.") + function + ": no memory for a workspace of " + std::to_string(bytes) + " bytes") {}
+  const char* what() const noexcept override { return told_.c_str(); }
+
+ private:
+  std::string told_;
+};
+
 // Where and on how many threads a call runs.
 class CpuDevice {
  public:
-  CpuDevice(const char* function, Keywords* keywords) : isa_(keywords->string("isa", cpu::default_isa())) {
+  CpuDevice(const char* function, Keywords* keywords)
+      : function_(function), isa_(keywords->string("isa", cpu::default_isa())) {
     if (!cpu::isa_usable(isa_.c_str())) {
       std::string usable;
       for (const std::string& name : isas()) usable += (usable.empty() ? "" : ", ") + name;
@@ -159,9 +171,14 @@ class CpuDevice {
     return lend(&scheduler_, count_);
   }
   CpuKernels kernels() { return CpuKernels(threads(), isa_.c_str()); }
-  HeapWorkspace workspace(size_t bytes) const { return HeapWorkspace(bytes); }
+  HeapWorkspace workspace(size_t bytes) const try {
+    return HeapWorkspace(bytes);
+  } catch (const std::bad_alloc&) {
+    throw NoMemory(function_, bytes);
+  }
 
  private:
+  const char* function_;
   std::string isa_;
   int count_;
   Scheduler scheduler_;

@@ -363,3 +363,5 @@ def test_sizes_that_overflow():
         core.forward(claim(1, 2**40, 1, 1), claim(1, 2**40, 1, 1), claim(1, 2**40, 1, 1))
     with pytest.raises(MemoryError):
         core.forward(claim(2**50, 1, 1, 1), claim(2**50, 1, 1, 1), claim(2**50, 1, 1, 1))
+    with pytest.raises(MemoryError, match=r"attn_ops\._core\.forward: no memory for a workspace of \d+ bytes"):
+        core.forward(claim(1, 8, 1, 2**24), claim(1, 2**24, 1, 2**24), claim(1, 2**24, 1, 1))

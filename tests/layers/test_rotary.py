@@ -195,6 +195,19 @@ def test_the_gradient_turns_back(framework, interleaved):
     np.testing.assert_allclose(gradient, rotated(y, [-positions], plain(6), interleaved), atol=1e-6)
 
 
+def test_empty_sequences_in_graphs():
+    """TensorFlow 2.21 divides by 0 where it folds the gradient of the product that there was, and the process ended."""
+
+    @tf.function
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(attn_ops.rotary_embedding(x))
+        return tape.gradient(loss, x)
+
+    assert gradient(tf.zeros((2, 0, 4, 8))).shape == (2, 0, 4, 8)
+
+
 BAD = {
     "odd features": (dict(x=np.ones((1, 2, 1, 7), "f")), ValueError, "features turn in pairs.*got 7"),
     "odd width": (dict(rotary_dim=3), ValueError, "rotary_dim must be even and at least 2, got 3"),

@@ -190,9 +190,10 @@ def test_windows_of_different_alignment_do_not_combine():
         np.testing.assert_array_equal(mask.materialize(3, 5), top.materialize(3, 5))
 
 
-def test_and_with_something_else():
+@pytest.mark.parametrize("other", [None, 1, np.ones((3, 3))], ids=str)
+def test_and_with_something_else(other):
     with pytest.raises(TypeError):
-        masks.causal() & np.ones((3, 3), bool)
+        masks.causal() & other
 
 
 def test_combined_gathers_the_arguments_of_a_call():

@@ -236,6 +236,56 @@ def test_rows_stand_where_the_offset_says(name, offset):
     np.testing.assert_array_equal(np.broadcast_to(expanded(resolved, 4, 40, offset), expected.shape), expected)
 
 
+ENTRIES = np.array([5, 20])
+OF_ENTRIES = {
+    "b": lambda b, h, q, k: k < ENTRIES[b],
+    "b by numbers": lambda b, h, q, k: k < (5 if b == 0 else 20),
+    "b by a list": lambda b, h, q, k: k in [range(5)][b],
+    "h": lambda b, h, q, k: (q >= k) | (h == 1),
+    "h by numbers": lambda b, h, q, k: q >= k or h == 1,
+}
+
+
+def attend(mask, batch=2, heads=2):
+    import attn_ops
+
+    x = np.zeros((batch, 20, heads, 4), np.float32)
+    return attn_ops.scaled_dot_product_attention(x, x, x, mask=mask)
+
+
+@pytest.mark.parametrize("name", OF_ENTRIES)
+def test_functions_of_entries_that_nobody_told_of_are_refused(name):
+    """The first entry's mask was that of all, in silence."""
+    pytest.importorskip("tensorflow")
+    fn, what = OF_ENTRIES[name], {"b": "batch", "h": "num_heads"}[name[0]]
+    with pytest.raises(ValueError, match=rf"from_function: .*asks for {name[0]}, and the call has 2: give {what}="):
+        attend(masks.from_function(fn))
+    one = {"batch": 1} if name[0] == "b" else {"heads": 1}
+    attend(masks.from_function(fn), **one)  # there is no other
+    if name != "b by a list":
+        attend(masks.from_function(fn, **{what: 2}))
+
+
+def test_found_prefixes_and_chunks_go_with_rows_at_the_last_key():
+    """They stand at the first one, as the function does, and the call's own mask at the last: each is what it says."""
+    first, last = masks.from_function(lambda b, h, q, k: (q >= k) | (k < 5)), masks.causal("bottom_right")
+    expected = np.arange(20) <= np.maximum(np.arange(12), 4)[:, None]
+    expected &= np.arange(20) <= np.arange(8, 20)[:, None]
+    for function in (first, masks.from_function(lambda b, h, q, k: q // 4 == k // 4)):
+        both = (last & function).resolved(12, 20)
+        seen = last.materialize(12, 20) & function.materialize(12, 20)
+        np.testing.assert_array_equal(both.materialize(12, 20), seen)
+        if function is first:
+            np.testing.assert_array_equal(seen[0, 0], expected)
+
+
+def test_offsets_of_decoding_are_not_all_remembered():
+    mask = masks.from_function(causal)
+    for offset in range(200):
+        mask.parts(1, 300, offset)
+    assert len(mask.structured[0]._found) < 100
+
+
 def test_many_pairs_are_asked_for_a_few_rows_at_a_time():
     asked = []
 

@@ -239,6 +239,19 @@ def test_ids_beyond_32_bits_are_not_mistaken(contiguous):
         np.testing.assert_array_equal(q_ids[0, :, None] == kv_ids[0], expected)
 
 
+def test_ids_of_two_dtypes_that_become_dense():
+    """The second segments of a call do, and TensorFlow compared int32 with int64."""
+    tf = pytest.importorskip("tensorflow")
+    q_ids, kv_ids = tf.constant(MIXED_Q, tf.int64), tf.constant(MIXED_K, tf.int32)
+
+    @tf.function(autograph=False)
+    def dense(q_ids, kv_ids):
+        ids = masks.segments(q_ids, kv_ids)
+        return (ids & ids).parts(SEQLEN_Q, SEQLEN_K).dense[0]
+
+    np.testing.assert_array_equal(dense(q_ids, kv_ids)[:, 0], MIXED_Q[:, :, None] == MIXED_K[:, None])
+
+
 def test_traced_ids_of_runs_are_compared_within_their_runs_only():
     """Undecided when traced: the intervals alone already hold nothing else."""
     tf = pytest.importorskip("tensorflow")
@@ -329,6 +342,16 @@ BAD = [
     (TypeError, "chunked: size must be a Python integer, got float", lambda: masks.chunked(2.5)),
     (ValueError, "contiguous=True q_ids must never go back, got 0 after 1 at 1", lambda: masks.segments([1, 0], contiguous=True)),
     (ValueError, "contiguous=True kv_ids must", lambda: masks.segments([0, 1], [2, 1, 2], contiguous=True)),
+    (ValueError, "Mask.materialize: seqlen_q must not be negative, got -1", lambda: masks.causal().materialize(-1, 3)),
+    (TypeError, "Mask.materialize: seqlen_k must be an integer, got 'a'", lambda: masks.causal().materialize(1, "a")),
+    (TypeError, "Mask.parts: seqlen_q must be an integer, got None", lambda: masks.prefix(2).parts(None, 3)),
+    (ValueError, "batch must be 2, that of the mask, got 3", lambda: masks.padding(None, [1, 2]).materialize(4, 4, batch=3)),
+    (TypeError, "show: entry must be an integer, got 'a'", lambda: masks.padding(None, [1, 2]).show(4, entry="a")),
+    (TypeError, "show: block must hold two integers from 1, got 3", lambda: masks.causal().show(4, block=3)),
+    (TypeError, "masks combine with &", lambda: masks.causal() and masks.window(2)),
+    (TypeError, "boolean: mask must be boolean", lambda: masks.causal() & np.ones((3, 3), np.float32)),
+    (TypeError, "segments: contiguous must be True or False, .*got str", lambda: masks.segments([1, 0], contiguous="no")),
+    (ValueError, r"parts of one mask must have the same batch, or 1, got \[2, 3\]", lambda: (masks.prefix([1, 2, 3]) & masks.intervals([[0] * 4] * 2)).parts(4, 4)),
     (ValueError, r"segments: axis 1 of kv_ids shape \(1, 2\) must be seqlen_k, here 3", lambda: masks.segments([0, 0]).materialize(2, 3)),
     (ValueError, "packed: cu_seqlens_q must start at 0, got 1", lambda: masks.packed([1, 2])),
     (ValueError, "packed: cu_seqlens_k must never go back, got 1 after 2 at 2", lambda: masks.packed([0, 1, 2], [0, 2, 1])),
@@ -346,6 +369,15 @@ BAD = [
 def test_bad_input(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_boolean_arrays_combine_from_either_side():
+    tf = pytest.importorskip("tensorflow")
+    array = np.arange(12).reshape(3, 4) % 3 > 0
+    seen = masks.causal().materialize(3, 4) & array
+    for x in (array, tf.constant(array)):
+        for mask in (masks.causal() & x, x & masks.causal()):
+            np.testing.assert_array_equal(mask.materialize(3, 4), seen)
 
 
 def test_reprs():

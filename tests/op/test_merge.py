@@ -107,6 +107,8 @@ def test_what_does_not_fit_is_refused(merge):
         ([out, out[:1]], [lse, lse[:1]], ValueError, "one shape"),
         ([out, out.astype("float16")], [lse, lse], TypeError, "one dtype"),
         ([out.astype("int32")], [lse], TypeError, "floating"),
+        (None, [lse], TypeError, "outs must be a list of tensors, got NoneType"),
+        ([out], 3, TypeError, "lses must be a list of tensors, got int"),
     ]:
         with pytest.raises(error, match=f"merge_attention: .*{rule}"):
             merge(outs, lses)

@@ -287,6 +287,13 @@ BAD = {
     "integer sinks": ({"sinks": np.ones(4, int)}, TypeError, "sinks must be floating, got int"),
     "intervals of other rows": ({"mask": masks.intervals([0] * 4)}, ValueError, "seqlen_q"),
     "intervals of other entries": ({"mask": masks.intervals([[0] * 5] * 3)}, ValueError, "batch=2 or 1.*got"),
+    "prefixes of other entries": ({"mask": masks.prefix([1, 2, 3])}, ValueError, r"batch=2 or 1.*the mask is prefix\[3\]"),
+    "a function as it is": (
+        {"mask": lambda b, h, q, k: q >= k},
+        TypeError,
+        r"mask must be boolean .*got the function <lambda>; .*masks.from_function\(mask\)",
+    ),
+    "a mask that was not called": ({"mask": masks.causal}, TypeError, "mask must be boolean .*got the function causal"),
     "ids of other keys": ({"mask": masks.segments([[0] * 5], [[0] * 6])}, ValueError, "seqlen_k"),
     "sequences past the rows": ({"mask": masks.packed([0, 3, 6], [0, 2, 7])}, ValueError, "cu_seqlens_q must end within the 5"),
     "sequences past the keys": ({"mask": masks.packed([0, 3, 5], [0, 2, 8])}, ValueError, "cu_seqlens_k must end within the 7"),
@@ -362,6 +369,21 @@ RUNNING = {
         [3, 0, 5],
         lambda x: {"mask": masks.packed([0, 2, 5], x)},
     ),
+    "sequences past the rows": (
+        "packed: cu_seqlens_q must end within the .*tokens of the call",
+        [0, 3, SEQLEN_Q + 1],
+        lambda x: {"mask": masks.packed(x, [0, 2, 7])},
+    ),
+    "sequences past the keys": (
+        f"packed: cu_seqlens_k must end within the {SEQLEN_K} tokens of the call",
+        [0, 3, SEQLEN_K + 1],
+        lambda x: {"mask": masks.packed([0, 2, 5], x)},
+    ),
+    "sequences past both": (
+        f"packed: cu_seqlens_q must end within the {SEQLEN_K} tokens of the call",
+        [0, 3, SEQLEN_K + 1],
+        lambda x: {"mask": masks.packed(x)},
+    ),
     "a negative prefix": ("prefix: length must not be negative", [2, -1], lambda x: {"mask": masks.prefix(x)}),
     "blocks of other numbers": (
         "block_sparse: blocks must be boolean, or hold 0 and 1",
@@ -388,6 +410,22 @@ def test_what_only_the_running_op_can_refuse(chosen, case):
         function(tf.constant(values, tf.int32))
     right = [0, 1, 0, 0, 1] if case == "blocks of other numbers" else sorted(min(max(v, 0), 5) for v in values)
     function(tf.constant(right, tf.int32))
+
+
+@pytest.mark.parametrize("chosen", ["fused", "composite"])
+def test_rows_of_nan_without_keys_do_not_count_in_the_gradient_of_a_scale(chosen):
+    given, lengths = inputs(), [SEQLEN_Q - 2, SEQLEN_Q]
+    query = np.asarray(given.pop("query")).copy()
+    query[0, SEQLEN_Q - 2 :] = np.nan
+    found = []
+    for q in (query, np.nan_to_num(query)):
+        with tf.GradientTape() as tape:
+            tape.watch(scale := tf.constant(0.4))
+            out = attn_ops.scaled_dot_product_attention(
+                q, **given, scale=scale, query_seq_lengths=lengths, implementation=chosen
+            )
+        found.append(tape.gradient(out, scale).numpy())
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("explain", [attn_ops.explain, attn_ops.jax.explain], ids=["tensorflow", "jax"])

@@ -329,6 +329,11 @@ BAD = [
     (ValueError, r"q must be packed tokens \[total, num_heads, head_dim\], got shape \(1, 16, 4, 8\)", {"q": Q[None]}),
     (ValueError, "k and v must have the same number of tokens, got 14 and 13", {"v": V[1:]}),
     (ValueError, "max_seqlen_q must be at least the longest sequence, 7, got 6", {"max_seqlen_q": 6}),
+    (TypeError, "max_seqlen_q must be an integer, got 7.5", {"max_seqlen_q": 7.5}),
+    (TypeError, "max_seqlen_k must be an integer, got 'five'", {"max_seqlen_k": "five"}),
+    (ValueError, "logits_soft_cap must be positive and finite, got -1.0", {"softcap": -1.0}),
+    (ValueError, "segments: axis 1 of q_ids", {"mask": masks.segments([0] * 3)}),
+    (ValueError, r"num_heads \(3\) must be a multiple", {"q": Q[:, :3]}),
     (ValueError, "max_seqlen_k must be at least the longest sequence, 5, got 4", {"max_seqlen_k": 4}),
     (ValueError, "alibi_slopes needs sequences of the same lengths in rows and keys", {"alibi_slopes": SLOPES}),
     (ValueError, "relative_bias needs sequences of the same lengths", {"relative_bias": np.zeros((3, HEADS), "f")}),
@@ -395,11 +400,12 @@ def test_traced_lengths_with_slopes_must_be_given_once():
         (ValueError, "key must be .* with one ragged dimension", {"key": tf.ragged.constant([[[[1.0]]]])}),
         (ValueError, "key and value must have rows of the same lengths", {"value": ragged(V, LENGTHS_K[::-1])}),
         (ValueError, r"numbers of sequences must be the same, got 1 \(cu_seqlens_q\) and 5", {"query": ragged(Q, [16])}),
+        (ValueError, "dropout_rate must be in", {"dropout_rate": 1.5}),
     ],
 )
 def test_bad_ragged_input(error, message, change):
     arguments = {"query": ragged(Q, LENGTHS_Q), "key": ragged(K, LENGTHS_K), "value": ragged(V, LENGTHS_K), **change}
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=f"ragged_attention: .*{message}"):
         attn_ops.ragged_attention(**arguments)
 
 

@@ -500,7 +500,7 @@ LENGTHS = "query_seq_lengths", "key_value_seq_lengths"
         (TypeError, "bias must be floating, got bool; a boolean mask", {"bias": jnp.zeros((6, 6), bool)}),
         (ValueError, r"mask of shape \(5, 6\) does not broadcast to .*seqlen_q", {"mask": jnp.ones((5, 6), bool)}),
         (ValueError, "key_value_seq_lengths must be between 0 and 6, got 7", {LENGTHS[1]: [3, 7]}),
-        (ValueError, "query_seq_lengths must be between 0 and 6, got 2147483647", {LENGTHS[0]: [3, 2**33 + 1]}),
+        (ValueError, "query_seq_lengths must be between 0 and 6, got 8589934593", {LENGTHS[0]: [3, 2**33 + 1]}),
         (ValueError, r"query_seq_lengths must have shape \[batch=2\], got \(3,\)", {LENGTHS[0]: [1, 2, 3]}),
         (TypeError, "query_seq_lengths must hold integers, got float32", {LENGTHS[0]: [1.0, 2.0]}),
         (ValueError, "scale must be finite", {"scale": jnp.float32(np.nan)}),

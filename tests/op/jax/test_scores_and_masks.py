@@ -109,6 +109,30 @@ def test_traced_values_out_of_range(text, wrong, options):
         attend(jnp.array(wrong)).block_until_ready()
 
 
+CONSTANTS = {
+    "lengths": ({"key_value_seq_lengths": [7, 1]}, "key_value_seq_lengths must be between 0 and 6, got 7"),
+    "offset": ({"query_offset": np.array([-1, 0])}, r"query_offset must be between 0 and 2\^30, got -1"),
+    "slopes": ({"alibi_slopes": np.array([1.0, np.nan])}, "alibi_slopes must be finite numbers"),
+    "scale": ({"scale": np.array(np.inf)}, "scale must be finite, got inf"),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_of_traced_functions_are_checked(name):
+    """JAX traces what a function makes of Python's and NumPy's values, and the composite tells nothing as it runs."""
+    options, text = CONSTANTS[name]
+    with pytest.raises(ValueError, match=text):
+        jax.jit(lambda *qkv: scaled_dot_product_attention(*qkv, **options, implementation="composite"))(*inputs())
+
+
+@pytest.mark.parametrize("offset", [2, np.array([1, 3])], ids=str)
+def test_functions_of_positions_with_constant_offsets_in_traced_functions(offset):
+    mask = masks.from_function(lambda b, h, q, k: (q + k) % 3 != 1)
+    found = jax.jit(lambda *qkv: scaled_dot_product_attention(*qkv, mask=mask, query_offset=offset))(*inputs())
+    seen = np.asarray(mask.materialize(ROWS, KEYS, query_offset=offset))
+    np.testing.assert_allclose(found, scaled_dot_product_attention(*inputs(), mask=seen), atol=1e-6)
+
+
 SECOND = ["every score and mask", "buckets", "sinks, rows without keys", "soft cap, causal", "hidden"]
 
 
@@ -217,6 +241,40 @@ def test_what_is_hidden_never_counts_even_nan(forced):
     assert (gradients["key"][:, 4:] == 0).all() and (lse[:, 0, 4:] == np.float32(0.3)).all()
 
 
+@both
+def test_what_is_hidden_does_not_count_in_other_derivatives(forced):
+    """Forward mode, second derivatives and the gradient of a scale were NaN."""
+    hidden = inputs()
+    for x in hidden:
+        x[:, 4:] = np.nan
+    options = {"query_seq_lengths": np.array([4, 4]), "key_value_seq_lengths": np.array([4, 3]), "implementation": forced}
+
+    def loss(scale, *qkv):
+        return (scaled_dot_product_attention(*qkv, scale=scale, **options) ** 2).sum()
+
+    def derivatives(*qkv):
+        scale, along = jnp.float32(0.4), tuple(jnp.full_like(x, 0.3) for x in qkv)
+        first = jax.grad(lambda *qkv: loss(0.4, *qkv), (0, 1, 2))
+        return [
+            jax.grad(loss)(scale, *qkv),
+            jax.jvp(lambda *qkv: loss(0.4, *qkv), qkv, along)[1],
+            *jax.jvp(first, qkv, along)[1],
+            jax.grad(lambda q: sum((g**2).sum() for g in first(q, *qkv[1:])))(qkv[0]),
+        ]
+
+    found = jax.jit(derivatives)(*map(jnp.asarray, hidden))
+    for x, y in zip(found, jax.jit(derivatives)(*(jnp.nan_to_num(x) for x in hidden))):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_values_of_nan_that_count_make_derivatives_of_nan():
+    query, key, value = inputs()
+    value[0, 2] = np.nan
+    options = {"is_causal": True, "implementation": "composite"}
+    gradient = jax.grad(lambda q: scaled_dot_product_attention(q, key, value, **options).sum())(query)
+    assert np.isnan(gradient[0, 2:]).all() and np.isfinite(gradient[0, :2]).all() and np.isfinite(gradient[1]).all()
+
+
 def test_gradients_that_nobody_wants():
     query, key, value = inputs()
     bias, sinks = np.zeros((2, 2, ROWS, KEYS), "float32"), np.zeros(2, "float32")
@@ -310,7 +368,7 @@ def test_explain_of_specifications():
         (ValueError, "logits_soft_cap must be positive and finite, got 0", {"logits_soft_cap": 0}),
         (TypeError, "logits_soft_cap must be a Python number", {"logits_soft_cap": jnp.float32(3)}),
         (ValueError, "query_offset must be between 0 and 2.30, got -1", {"query_offset": jnp.array([0, -1])}),
-        (ValueError, "query_offset must be between 0 and 2.30, got 2147483647", {"query_offset": np.array([0, 2**33])}),
+        (ValueError, "query_offset must be between 0 and 2.30, got 8589934592", {"query_offset": np.array([0, 2**33])}),
         (ValueError, "query_offset tells where",
          {"query_offset": 1, "is_causal": True, "causal_alignment": "bottom_right"}),
         (TypeError, "query_offset must hold integers, got float32", {"query_offset": jnp.zeros(2)}),

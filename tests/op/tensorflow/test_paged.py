@@ -241,6 +241,7 @@ BAD = {
     "an entry beyond 32 bits": (lambda a: {"block_table": np.int64(a["block_table"]) + 2**32}, ValueError, "must be from 0 to"),
     "pages of 8": (lambda a: {x: a[x][:, :8] for x in ("k_pages", "v_pages")}, ValueError, "multiple of 16, got 8"),
     "pages of other numbers": (lambda a: {"k_pages": a["k_pages"][:-1]}, ValueError, "must have one shape but for the last"),
+    "no pages": (lambda a: {x: a[x][:0] for x in ("k_pages", "v_pages")}, ValueError, "there must be pages"),
     "pages of rank 3": (lambda a: {"k_pages": a["k_pages"][0]}, ValueError, "k_pages must have shape"),
     "pages of other dtypes": (lambda a: {"k_pages": np.float32(a["k_pages"])}, TypeError, "k_pages and v_pages must be"),
     "other heads": (lambda a: {"q": a["q"][:, :, :3]}, ValueError, "must be a multiple of num_kv_heads"),
