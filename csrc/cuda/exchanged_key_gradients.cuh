@@ -91,7 +91,7 @@ ATTN_DEVICE void exchanged_key_gradients(const BackwardArgs& args) {
 #pragma unroll 1
   for (; row < rows.end; row += kRows) {
     copy_async_wait<0>();
-    if (warp_index() < kRows / kSide) told(warp_index()).finish();
+    if (warp_index() < kRows / kSide) told(warp_index()).template finish<true>();
     sync_block();  // the queries are here, p and the gradients of the tile before are no longer needed
     load_tile<M, kDim, kRows, kThreads>(d_out, d_outs(row), value_dim);
     copy_async_commit();

@@ -22,7 +22,7 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
   const BackwardParams& b = args.b;
   const AttentionParams& p = b.forward;
   const Head head(p, args.factors, args.rows, block / args.rows.tiles);
-  const int first_key = recomputed(block % args.rows.tiles * kKeys);
+  const int first_key = block % args.rows.tiles * kKeys;
   const int warp_key = warp_index() * 16 * kMmaM;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const int limit = head.rows_in_length();
@@ -60,11 +60,11 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
         load_tile<M, kDim, kRows, kThreads>(tiles.streamed(1, stage), d_outs(row), value_dim);
         if (const int i = thread_index(); i < kRows) {
           const bool exists = row + i < limit;
-          streamed_rows(stage).fetch(i, args, anew(head), exists ? row + i : row, exists);
+          streamed_rows(stage).fetch(i, args, kPlain ? anew(head) : head, exists ? row + i : row, exists);
         }
       },
       [&](int stage) {
-        if (warp_index() == 0) streamed_rows(stage).finish();
+        if (warp_index() == 0) streamed_rows(stage).template finish<kPlain && kFuses<M>>();
       },
       [&](int row, int stage) {
         const auto q = tiles.streamed(0, stage), d_out = tiles.streamed(1, stage);

@@ -31,18 +31,21 @@ struct StreamedRows {
     copy_async_few<4>(numbers + 4 * i + 2, args.delta + row, exists);
     seen[i] = exists ? head.seen_at(position) : Interval{0, 0};
   }
-  // By the warp that has fetched them, once they have arrived.
+  // By the warp that has fetched them, once they have arrived. kFused: whether exponents may be fused.
+  template <bool kFused>
   ATTN_DEVICE void finish() const {
+    const int i = recomputed(lane_index());  // (kept, it spilled in float32 heads of 256: sm_80, 13.0)
+    float* own = numbers + 4 * i;
+    if (i < kRows) own[1] = RowGradient::inverse(own[1]);
+    if (!kFused) return;
     bool fits = true;
-    if (const int i = lane_index(); i < kRows) {
-      float* own = numbers + 4 * i;
-      own[1] = RowGradient::inverse(own[1]);
+    if (i < kRows) {
       const RowGradient row(own[0], own[1], own[2]);
       own[3] = row.fused().lse_2;
       fits = row.fits();
     }
     const bool any = any_in_warp(!fits);
-    if (lane_index() == 0) *fused = !any;
+    if (i == 0) *fused = !any;
   }
   ATTN_DEVICE RowGradient operator[](int i) const {
     const Bytes16 row = reinterpret_cast<const Bytes16*>(numbers)[i];

@@ -207,7 +207,7 @@ ATTN_DEVICE float into_float16(float largest) {
 template <class M, int kDim, bool kPlain, int kMmaM>
 struct SinglePass {
   static constexpr bool kWidens = M::kMath == Math::kFloat16;
-  using Rows = RowGradients<kMmaM, kPlain>;
+  using Rows = RowGradients<kMmaM, kPlain && kFuses<M>>;
   Acc<kMmaM, kDim / 8> dq;        // times `widened`
   Acc<kMmaM, kDim / 8> mean_key;  // times the sum of weights
   float widened[kMmaM][2];  // of ds in float16: from tile to tile only less, as little as fits
@@ -397,7 +397,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   const auto look_through = [&](const auto& k, bool sees_all) {
     return loses_nonfinite<M>(sees_all) && zero_nonfinite_rows<M, kBlockN, kThreads>(k, tiles.flags());
   };
-  if constexpr (passes_once(M::kMath, kDim, kPlain)) {
+  if constexpr (passes_once(M::kMath, kDim, kPlain) && kDim <= kLargestSinglePass) {
     delta_of_output<M, kDim>(rows, args, head, first_row, value_dim);
     SinglePass<M, kDim, kPlain, kMmaM> single;
     pass([&](auto& s, auto& dp, int key, bool sees_all, const auto& k) {

@@ -35,15 +35,18 @@ struct SharedTile {
 
 // --- Between global and shared memory -------------------------------------------------------------------------------
 
-// The threads that move a tile together. After publish(), products see what they have written.
+// The threads that move a tile together. After publish(), products see what they have written. rank_anew() is for ways
+// that are hardly taken: what follows from it is not kept for them (sm_100, 13.0).
 struct ThreadBlock {
   ATTN_DEVICE static int thread_rank() { return thread_index(); }
+  ATTN_DEVICE static int rank_anew() { return recomputed(thread_index()); }
   ATTN_DEVICE static void sync() { sync_block(); }
   ATTN_DEVICE static void publish() { sync(); }
   ATTN_DEVICE static bool sync_or(bool value) { return sync_block_or(value); }
 };
 struct Warp {
   ATTN_DEVICE static int thread_rank() { return lane_index(); }
+  ATTN_DEVICE static int rank_anew() { return lane_index(); }
   ATTN_DEVICE static void sync() { sync_warp(); }
   ATTN_DEVICE static void publish() { sync(); }
   ATTN_DEVICE static bool sync_or(bool value) {
@@ -80,7 +83,7 @@ ATTN_DEVICE void load_tile(const SharedTile<M, kDim>& tile, const Rows& rows, in
     // Eight bytes at a time, or twice four.
     constexpr int kHalves = 2 * T::kChunks;  // of chunks, in a row
 #pragma unroll 1
-    for (int i = recomputed(Group::thread_rank()); i < kRows * kHalves; i += kThreads) {
+    for (int i = Group::rank_anew(); i < kRows * kHalves; i += kThreads) {
       const int r = i / kHalves, half = i % kHalves;
       const char* source = reinterpret_cast<const char*>(rows.row(r)) + 8 * half;
       char* target = tile.chunk(r, half >> 1) + 8 * (half & 1);
@@ -94,7 +97,7 @@ ATTN_DEVICE void load_tile(const SharedTile<M, kDim>& tile, const Rows& rows, in
     }
   } else {
 #pragma unroll 1
-    for (int i = recomputed(Group::thread_rank()); i < kRows * kDim; i += kThreads) {
+    for (int i = Group::rank_anew(); i < kRows * kDim; i += kThreads) {
       const int r = i / kDim, d = i % kDim;
       *tile.at(r, d) = rows.exists(r) && d < dim ? rows.row(r)[d * rows.dim_stride] : Element{};
     }
@@ -133,14 +136,19 @@ ATTN_DEVICE void store_rows(const SharedTile<M, kDim>& tile, int first, int coun
 // that are known to be 0 the compiler makes another way to add, and so an instruction for each address.)
 template <class T>
 struct LaneRow {
-  SharedAddress begin;
+  T tile;
+  int row, chunk;
+  SharedAddress begin = 0;
 
-  ATTN_DEVICE LaneRow(const T& tile, int row, int chunk)
-      : begin(opaque(shared_address(tile.data) + row * T::kRowBytes + ((chunk ^ T::swizzle(row)) << 4))) {}
+  ATTN_DEVICE LaneRow(const T& tile, int row, int chunk) : tile(tile), row(row), chunk(chunk ^ T::swizzle(row)) {
+    if (kOneAddress) begin = opaque(shared_address(tile.data) + row * T::kRowBytes + (this->chunk << 4));
+  }
   // `rows` (a multiple of 8) further down, 2 k chunks to the right.
   ATTN_DEVICE SharedAddress at(int rows, int k) const {
     constexpr int kLow = T::kSwizzled - 1;
-    return (begin ^ (2 * k & kLow) << 4) + (rows * T::kRowBytes + ((2 * k & ~kLow) << 4));
+    const int low = 2 * k & kLow, high = (2 * k & ~kLow) << 4;
+    if (kOneAddress) return (begin ^ low << 4) + (rows * T::kRowBytes + high);
+    return shared_address(tile.data + (rows + row) * T::kRowBytes + ((chunk ^ low) << 4) + high);
   }
 };
 

@@ -56,12 +56,28 @@ ATTN_DEVICE constexpr bool has_no_registers() {
   return M::kMmaK == 8 && kMmaN == 2;
 }
 
+// Whether an operand's address is one number of the lane (LaneRow): by NVRTC 12.9 that spilled 4 to 40 bytes in dq, dk and
+// dv on sm_100 and sm_120.
+#ifdef __CUDACC_RTC__
+constexpr bool kOneAddress = false;
+#else
+constexpr bool kOneAddress = true;
+#endif
+
 // Whether the warps of the kernel of dk and dv exchange scores where config.h has them so: by compute_100's front end it
-// spilled 20 to 60 bytes on sm_100 and sm_120 (13.0).
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+// spilled 20 to 60 bytes on sm_100 and sm_120 (13.0), by NVRTC 12.9 8 to 28 on the others.
+#if defined(__CUDACC_RTC__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000)
 constexpr bool kMayExchange = false;
 #else
 constexpr bool kMayExchange = true;
+#endif
+
+// Up to which head dim keys pass once in the kernel of dq, where config.h has them do so: by NVRTC 12.9, 128 spilled 12 to
+// 76 bytes on sm_100 and sm_120.
+#if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 1000
+constexpr int kLargestSinglePass = 96;
+#else
+constexpr int kLargestSinglePass = 128;
 #endif
 
 // How far loops are unrolled: gemm_nt's over the dimension, further than which operands are fetched so early that

@@ -136,7 +136,7 @@ CONFLICTS = {
     "attn_ops_dkdv_bf16_64_plain": 0.017,
     "attn_ops_decode_bf16_64": 0,
     "attn_ops_dq_bf16_64": 0,
-    "attn_ops_dkdv_bf16_64": 0.015,
+    "attn_ops_dkdv_bf16_64": 0.021,
     "attn_ops_dbias_bf16_64": 0.015,
 }
 
