@@ -71,6 +71,15 @@ ATTN_DEVICE void stream(int begin, int end, Next next_from, Load load, Arrive ar
   copy_async_wait<0>();
 }
 
+// What makes probabilities of products q k^T in one instruction and an exponential, of a row that fits (fits_fused), and
+// the row's delta. lse_2 is (maximum + log sum) log2(e).
+struct FusedRow {
+  float lse_2, delta;
+
+  ATTN_DEVICE float probability(float x, float scale) const { return fused_weight(x, scale, lse_2); }
+  ATTN_DEVICE float of_score(float p, float dp) const { return p * (dp - delta); }
+};
+
 // What forward left of a row, and the row's delta.
 struct RowGradient {
   float maximum = 0.0f, inverse_sum = 0.0f, delta = 0.0f;
@@ -85,6 +94,16 @@ struct RowGradient {
   }
   ATTN_DEVICE static float inverse(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
+  ATTN_DEVICE bool fits() const { return fits_fused(maximum); }
+  ATTN_DEVICE FusedRow fused() const { return {maximum * kLog2E - log2_fast(inverse_sum), delta}; }
+
+  // Of the sink of a head, if there is one (join_sink).
+  ATTN_DEVICE float weight_of_sink(const AttentionParams& p, int head) const {
+    const float sink = p.sinks == nullptr ? minus_infinity() : static_cast<const float*>(p.sinks)[head];
+    return sink > minus_infinity() ? exponential(sink - maximum) * inverse_sum : 0.0f;
+  }
+  // Of a product; of a score.
+  ATTN_DEVICE float probability(float x, float scale) const { return probability(product(x, scale)); }
   ATTN_DEVICE float probability(float x) const { return recomputed_probability(x, maximum, inverse_sum); }
   // The same of what finish_scores gives.
   ATTN_DEVICE float probability_or_hidden(float x) const {

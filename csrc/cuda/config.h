@@ -71,12 +71,26 @@ constexpr int backward_tiles_bytes(Math m, int dim, const Tile& t, int stages) {
 constexpr int backward_stages(Math m, int dim, const Tile& t) {
   return backward_tiles_bytes(m, dim, t, 2) <= kLargestSharedBytes * 3 / 4 ? 2 : 1;
 }
-// Beside the tiles, of each row that passes: its flag, and of query rows what is known of them, for two stages.
-constexpr int kStreamedRowBytes = 24;
+// Beside the tiles, of each row that passes: its flag, and of query rows what is known of them (StreamedRows), for two
+// stages.
+constexpr int told_rows_bytes(int rows) { return 24 * rows + 16; }
 constexpr int streamed_rows_bytes(const Tile& t, bool queries_stay) {
-  return queries_stay ? 0 : 2 * kStreamedRowBytes * t.block_n;
+  return queries_stay ? 0 : 2 * told_rows_bytes(t.block_n);
 }
-constexpr int backward_shared_bytes(Math m, int dim, const Tile& t, bool queries_stay) {
+
+// Whether the warps of the kernel of dk and dv may exchange p and ds through shared memory (exchanged_key_gradients.cuh):
+// its tile, which has as many keys as the other's, then is this one, and the scores have a place.
+constexpr bool exchanges_scores(Math m, int dim, bool plain) { return plain && element_bytes(m) == 2 && dim == 128; }
+constexpr Tile kExchangedTile{64, 64, 4};
+constexpr int exchanged_shared_bytes(Math m, int dim) {
+  const Tile t = kExchangedTile;
+  return backward_tiles_bytes(m, dim, t, 1) + t.block_m * t.block_n * element_bytes(m) + 2 * told_rows_bytes(32) +
+         t.block_n;
+}
+
+constexpr int backward_shared_bytes(Math m, int dim, bool plain, bool queries_stay) {
+  const Tile t = backward_tile(m, dim, plain, queries_stay);
+  if (!queries_stay && exchanges_scores(m, dim, plain)) return exchanged_shared_bytes(m, dim);  // the most
   return backward_tiles_bytes(m, dim, t, backward_stages(m, dim, t)) + streamed_rows_bytes(t, queries_stay) + t.block_n;
 }
 // Two gradients of this many columns do not fit the registers: dk and dv are then made by blocks of their own.

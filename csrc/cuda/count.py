@@ -3,13 +3,14 @@
 
     python csrc/cuda/count.py                     compiles all kernels for sm_80 and sm_90a, and writes the table
     python csrc/cuda/count.py --kernels 'dq_bf16_128.*' --no-table      prints some of it
+    python csrc/cuda/count.py --architectures sm_100,sm_120             prints the same of others
 
 It needs nvcc, and for all but registers NVIDIA's disassembler: pip install nvidia-cuda-nvdisasm==13.2.86, or $NVDISASM.
 
 Of each kernel and architecture:
 
     threads, shared_bytes, registers, spilled   of a block, of a thread
-    blocks       that a multiprocessor has room for (164 KB of shared memory on sm_80, 228 on sm_90a)
+    blocks       that a multiprocessor has room for (by its shared memory: 164 KB on sm_80, 100 on sm_120, else 228)
     instructions, hmma, ldsm, ldgsts, lds, sts   in its code
     loop_...     the same on the way once around its main loop: the one with the most products, by the way with the most
                  products and copies and, of those, the fewest instructions: a tile that all see, aligned, not the last.
@@ -34,7 +35,8 @@ import compile as compiler
 
 HERE = Path(__file__).resolve().parent
 TABLE = HERE / "counts.csv"
-ARCHITECTURES = {"sm_80": 164, "sm_90a": 228}  # KB of shared memory of a multiprocessor
+ARCHITECTURES = ("sm_80", "sm_90a")  # of the table
+SHARED_KB = {"sm_80": 164, "sm_90a": 228, "sm_100": 228, "sm_120": 100}  # of a multiprocessor
 OPCODES = ("HMMA", "LDSM", "LDGSTS", "LDS", "STS")
 FIELDS = ["kernel", "architecture", "threads", "shared_bytes", "registers", "spilled", "blocks", "instructions"]
 FIELDS += [opcode.lower() for opcode in OPCODES]
@@ -78,7 +80,7 @@ def blocks(architecture: str, threads: int, shared_bytes: int, registers: int) -
     """
     of_warp = -(-registers * 32 // 256) * 256
     by_registers = 65536 // of_warp // (threads // 32)
-    by_memory = ARCHITECTURES[architecture] * 1024 // (shared_bytes + 1024)
+    by_memory = SHARED_KB[architecture] * 1024 // (shared_bytes + 1024)
     return min(by_registers, by_memory, 2048 // threads, 32)
 
 
@@ -234,24 +236,30 @@ def nvcc_release() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", default=".*", help="only those whose name has this regular expression in it")
-    parser.add_argument("--ptx", type=Path, help="of compute_80, compiled before")
+    parser.add_argument("--architectures", help=f"of {', '.join(SHARED_KB)}; without it, those of the table")
+    parser.add_argument("--ptx", type=Path, help="which they are made from, compiled before")
     parser.add_argument("--no-table", action="store_true", help="print, and write nothing")
     chosen = parser.parse_args()
-    if compiler.find_nvcc() is None or (find_disassembler() is None and not chosen.no_table):
+    architectures = chosen.architectures.split(",") if chosen.architectures else ARCHITECTURES
+    prints = chosen.no_table or chosen.architectures is not None
+    if compiler.find_nvcc() is None or (find_disassembler() is None and not prints):
         print("count.py: nvcc and nvdisasm are needed (see --help)", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as directory:
-        ptx = chosen.ptx or Path(directory) / "kernels.ptx"
-        if chosen.ptx is None:
-            compiler.run_nvcc(compiler.find_nvcc(), HERE / "kernels.cu", "compute_80", ptx)
-        rows = [row for architecture in ARCHITECTURES for row in count(ptx, architecture)]
+        rows = []
+        for architecture in architectures:
+            source = compiler.ptx_of(architecture)
+            ptx = chosen.ptx or Path(directory) / f"{source}.ptx"
+            if chosen.ptx is None and not ptx.exists():
+                compiler.run_nvcc(compiler.find_nvcc(), HERE / "kernels.cu", source, ptx)
+            rows += count(ptx, architecture)
     rows = sorted(
         (row for row in rows if re.search(chosen.kernels, row["kernel"])),
         key=lambda row: (row["kernel"], row["architecture"]),
     )
-    with open(os.devnull if chosen.no_table else TABLE, "w", newline="") as file:
+    with open(os.devnull if prints else TABLE, "w", newline="") as file:
         file.write(f"# nvcc {nvcc_release()}\n")
-        for out in (file, sys.stdout) if chosen.no_table else (file,):
+        for out in (file, sys.stdout) if prints else (file,):
             writer = csv.DictWriter(out, FIELDS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

@@ -64,7 +64,7 @@ ATTN_DEVICE bool zero_nonfinite_rows(const T& tile, Flags flags) {
   for (int i = Group::thread_rank(); i < kRows * T::kChunks; i += kThreads) {
     if (flags[T::row_of(i)]) *reinterpret_cast<Bytes16*>(tile.data + 16 * i) = Bytes16{{0, 0, 0, 0}};
   }
-  Group::sync();
+  Group::publish();
   return true;
 }
 

@@ -38,6 +38,7 @@ constexpr float kSlackBelow = M::kMath == Math::kFloat16 ? 0.0f : kSlack<M>;
 template <class M, int kMmaM>
 struct RowStatistics {
   float maximum[kMmaM][2], reference[kMmaM][2], sum[kMmaM][2];
+  uint32_t fused = 0;  // whether all rows of the warp fit (fits_fused). As a bool it spilled on Hopper (13.0)
 
   ATTN_DEVICE RowStatistics() {
 #pragma unroll
@@ -80,6 +81,10 @@ struct RowStatistics {
         factor[m][half] = exponential(before - reference[m][half]);
         sum[m][half] *= factor[m][half];
       }
+    bool fits = true;
+#pragma unroll
+    for (int m = 0; m < kMmaM; ++m) fits &= fits_fused(subtrahend(m, 0)) && fits_fused(subtrahend(m, 1));
+    fused = kFuses<M> && !any_in_warp(!fits);
     rescale(factor);
   }
   // What is subtracted from scores: of a row that has seen nothing, 0.
@@ -123,28 +128,40 @@ ATTN_DEVICE void softmax_of_all(Acc<kMmaM, kMmaN>& s, RowStatistics<M, kMmaM>& r
   for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float x = s[m][0][2 * half];
+      float x[2] = {s[m][0][2 * half], s[m][0][2 * half + 1]};
 #pragma unroll
-      for (int n = 0; n < kMmaN; ++n) x = fmaxf(x, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-      largest[m][half] = product(x, scale);
+      for (int n = 1; n < kMmaN; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) x[i] = fmaxf(x[i], s[m][n][2 * half + i]);
+      largest[m][half] = product(fmaxf(x[0], x[1]), scale);
     }
   rows.raise(largest, rescale);
+  const auto weigh = [&](auto of_product) {
 #pragma unroll
-  for (int m = 0; m < kMmaM; ++m)
+    for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      // Multiplied apart, the largest score becomes exactly the maximum; fused, one of 10^9 would be off by 2^6.
-      const float reference = rows.subtrahend(m, half);
-      float sum = 0.0f;  // of this tile: one sum of all would lose the last bits of each
+      for (int half = 0; half < 2; ++half) {
+        const float subtrahend = rows.subtrahend(m, half);
+        float sum[2] = {0.0f, 0.0f};  // of this tile: one sum of all would lose the last bits of each
 #pragma unroll
-      for (int n = 0; n < kMmaN; ++n)
+        for (int n = 0; n < kMmaN; ++n)
 #pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          s[m][n][i] = exponential(product(s[m][n][i], scale) - reference);
-          sum += s[m][n][i];
-        }
-      rows.sum[m][half] += sum;
-    }
+          for (int i = 0; i < 2; ++i) {
+            float& x = s[m][n][2 * half + i];
+            x = of_product(x, subtrahend);
+            sum[i] += x;
+          }
+        rows.sum[m][half] += sum[0] + sum[1];
+      }
+  };
+  if (rows.fused) {
+    weigh([=](float x, float subtrahend) { return fused_weight(x, scale, subtrahend * kLog2E); });
+  } else {
+    weigh([=](float x, float subtrahend) {  // of a row that fits the same bits, whatever its neighbours are
+      const bool fits = kFuses<M> && fits_fused(subtrahend);
+      return fits ? fused_weight(x, scale, subtrahend * kLog2E) : weight(x, scale, subtrahend);
+    });
+  }
 }
 
 // The same where keys may be hidden, by whatever.

@@ -64,8 +64,8 @@ constexpr BlockShape block_shape(const KernelName& k) {
     case Role::kTableSum: return {kTableThreads, 0};
     default: {
       const bool queries_stay = k.role != Role::kKeyGradients;
-      const Tile tile = backward_tile(k.math, k.dim, k.plain, queries_stay);
-      return {tile.threads(), backward_shared_bytes(k.math, k.dim, tile, queries_stay)};
+      return {backward_tile(k.math, k.dim, k.plain, queries_stay).threads(),
+              backward_shared_bytes(k.math, k.dim, k.plain, queries_stay)};
     }
   }
 }

@@ -47,7 +47,9 @@ ATTN_DEVICE bool any_in_warp(bool value) { return __any_sync(0xffffffffu, value)
 
 // --- Memory ---------------------------------------------------------------------------------------------------------
 
-ATTN_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+// Where something lies in shared memory, as a number.
+using SharedAddress = uint32_t;
+ATTN_DEVICE SharedAddress shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // Starts a copy of 16 bytes to shared memory; of zeros where nothing `exists`, which is not read then.
 ATTN_DEVICE void copy_async(void* shared, const void* global, bool exists) {
@@ -70,15 +72,15 @@ ATTN_DEVICE void copy_async_wait() {
 
 // Four 8 x 8 matrices of 16-bit elements; lane 8 i + r gives the address of row r (16 bytes) of matrix i. Lane l gets
 // of each matrix the elements 2 (l % 4), 2 (l % 4) + 1 of row l / 4; transposed, of column l / 4.
-ATTN_DEVICE void load_matrices(uint32_t (&r)[4], const void* shared_row) {
+ATTN_DEVICE void load_matrices(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(shared_row)));
+               : "r"(row));
 }
-ATTN_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* shared_row) {
+ATTN_DEVICE void load_matrices_transposed(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(shared_row)));
+               : "r"(row));
 }
 
 // What a plain load or store of 16 bytes moves.
@@ -134,6 +136,12 @@ ATTN_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 ATTN_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// log2(x) within 2^-22 or so; -inf of 0.
+ATTN_DEVICE float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 ATTN_DEVICE float log_of(float x) { return logf(x); }

@@ -9,7 +9,9 @@
 //
 // where t is by how much the sum of ds, as it was rounded, is off: by its rounding, and as delta = rowsum(d_out * out)
 // has that of out, by (rowsum(p * dp) - d_lse - delta) sum_j w_j. Exact for a wrong delta, and for rounding up to how
-// keys differ. Elsewhere keys pass twice, first for delta, and ds enters as several numbers, whose sum it is.
+// keys differ. Of plain calls, where w is p, what the sum of ds is to be is known: d_lse, and where a sink is among the
+// weights, its share of delta. (It need not be that of all the ds, as p may be off by a factor: RowGradients.)
+// Elsewhere keys pass twice, first for delta, and ds enters as several numbers, whose sum it is.
 #pragma once
 
 #include "backward.cuh"
@@ -17,18 +19,25 @@
 
 namespace attn_ops::cuda {
 
-// Of a warp's query rows.
-template <int kMmaM>
+// Of a warp's query rows. kFused: whether scores and exponents may be made in one instruction (fits_fused), which leaves
+// all probabilities of a row off by a factor. (And the sum that forward has left, whose own weights were.)
+template <int kMmaM, bool kFused = false>
 struct RowGradients {
   RowGradient row[kMmaM][2];
+  bool fused = false;  // whether all of them fit
   float largest_dp[kMmaM][2] = {};  // the largest |dp|, as far as this lane has seen it: of delta's pass
+  float weights[kMmaM][2] = {};  // the sum of p, the same
 
   ATTN_DEVICE RowGradients(const BackwardArgs& args, const Head& head, int first_row, bool knows_delta) {
-    for_each(head, first_row,
-             [&](RowGradient& own, int64_t i) { own = RowGradient(head.p, i, knows_delta ? args.delta[i] : 0.0f); });
+    bool fits = true;
+    for_each(head, first_row, [&](int m, int half, int, int64_t i) {
+      row[m][half] = RowGradient(head.p, i, knows_delta ? args.delta[i] : 0.0f);
+      fits &= row[m][half].fits();
+    });
+    if (kFused) fused = !any_in_warp(!fits);
   }
 
-  // body(row, its number in [batch, num_heads, seqlen_q]) of those that may see something.
+  // body(m, half, query head, the row's number in [batch, num_heads, seqlen_q]) of those that may see something.
   template <class Body>
   ATTN_DEVICE void for_each(const Head& head, int first_row, Body body) {
 #pragma unroll
@@ -38,7 +47,8 @@ struct RowGradients {
         const int index = first_row + 16 * m + 8 * half + (lane_index() >> 2);
         if (index >= head.rows_in_length()) continue;
         const int position = head.position(index);
-        body(row[m][half], head.statistic(head.head(index, position), position));
+        const int query_head = head.head(index, position);
+        body(m, half, query_head, head.statistic(query_head, position));
       }
   }
 };
@@ -46,8 +56,8 @@ struct RowGradients {
 // use(m, half, s, own_dp, p, hidden, dp) for each pair of a query row and a key, with query rows down and keys across:
 // where the row is among the lane's, the product (kThroughCap: where there is a cap, its derivative instead) and dp as
 // they are kept, the probability, whether that is hidden, what dropout leaves of dp.
-template <class M, bool kPlain, bool kThroughCap, int kMmaM, int kMmaN, class Use>
-ATTN_DEVICE void for_each_pair(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const RowGradients<kMmaM>& rows,
+template <class M, bool kPlain, bool kThroughCap, int kMmaM, int kMmaN, bool kFused, class Use>
+ATTN_DEVICE void for_each_pair(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const RowGradients<kMmaM, kFused>& rows,
                                const Head& head, int first_row, int first_key, bool sees_all, Use use) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
   const float scale = head.factors.scale;
@@ -57,12 +67,19 @@ ATTN_DEVICE void for_each_pair(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, cons
     for (int half = 0; half < 2; ++half) {
       const RowGradient& own = rows.row[m][half];
       if (kPlain && sees_all) {
+        const auto use_all = [&](auto probability) {
 #pragma unroll
-        for (int n = 0; n < kMmaN; ++n)
+          for (int n = 0; n < kMmaN; ++n)
 #pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            use(m, half, s[m][n][i], dp[m][n][i], own.probability(product(s[m][n][i], scale)), false, dp[m][n][i]);
-          }
+            for (int i = 2 * half; i < 2 * half + 2; ++i) {
+              use(m, half, s[m][n][i], dp[m][n][i], probability(s[m][n][i]), false, dp[m][n][i]);
+            }
+        };
+        if (kFused && rows.fused) {
+          use_all([&](float x) { return own.fused().probability(x, scale); });
+        } else {
+          use_all([&](float x) { return own.probability(x, scale); });
+        }
         continue;
       }
       const int row = recomputed(first_row + 16 * m + 8 * half + g);
@@ -98,8 +115,8 @@ ATTN_DEVICE void for_each_pair(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, cons
 }
 
 // s becomes ds; kThroughCap: the gradient of the product, before the cap.
-template <class M, bool kPlain, bool kThroughCap, int kMmaM, int kMmaN>
-ATTN_DEVICE void score_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const RowGradients<kMmaM>& rows,
+template <class M, bool kPlain, bool kThroughCap, int kMmaM, int kMmaN, bool kFused>
+ATTN_DEVICE void score_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const RowGradients<kMmaM, kFused>& rows,
                                  const Head& head, int first_row, int first_key, bool sees_all) {
   const bool capped = !kPlain && kThroughCap && head.factors.cap != 0.0f;
   for_each_pair<M, kPlain, kThroughCap, kMmaM, kMmaN>(
@@ -111,14 +128,15 @@ ATTN_DEVICE void score_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, co
 }
 
 // The sum of p dp over the keys of a tile, as far as this lane has them, is added to delta.
-template <class M, bool kPlain, int kMmaM, int kMmaN>
-ATTN_DEVICE void add_to_delta(RowGradients<kMmaM>& rows, Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp,
+template <class M, bool kPlain, int kMmaM, int kMmaN, bool kFused>
+ATTN_DEVICE void add_to_delta(RowGradients<kMmaM, kFused>& rows, Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp,
                               const Head& head, int first_row, int first_key, bool sees_all) {
   float sum[kMmaM][2] = {};
   for_each_pair<M, kPlain, false, kMmaM, kMmaN>(
       s, dp, rows, head, first_row, first_key, sees_all,
       [&](int m, int half, float&, float&, float p, bool hidden, float dp) {
         sum[m][half] += hidden ? 0.0f : p * dp;
+        if (kFused) rows.weights[m][half] += p;
         if constexpr (M::kMath == Math::kFloat16) {
           rows.largest_dp[m][half] = fmaxf(rows.largest_dp[m][half], hidden ? 0.0f : fabsf(dp));
         }
@@ -130,9 +148,9 @@ ATTN_DEVICE void add_to_delta(RowGradients<kMmaM>& rows, Acc<kMmaM, kMmaN>& s, A
 }
 
 // delta of a warp's rows, as `out` gives it.
-template <class M, int kDim, int kMmaM>
-ATTN_DEVICE void delta_of_output(RowGradients<kMmaM>& rows, const BackwardArgs& args, const Head& head, int first_row,
-                                 int dim) {
+template <class M, int kDim, int kMmaM, bool kFused>
+ATTN_DEVICE void delta_of_output(RowGradients<kMmaM, kFused>& rows, const BackwardArgs& args, const Head& head,
+                                 int first_row, int dim) {
   const AttentionParams& p = args.b.forward;
   const int limit = head.rows_in_length();
   const QueryRows<const uint16_t> out(p.out, head, first_row, limit, args.aligned.out);
@@ -145,12 +163,26 @@ ATTN_DEVICE void delta_of_output(RowGradients<kMmaM>& rows, const BackwardArgs& 
       rows.row[m][half].delta = output_product<M, kDim>(out, d_out, 16 * m + 8 * half + (lane_index() >> 2), dim);
     }
   if (d_lse == nullptr) return;
-  rows.for_each(head, first_row, [=](RowGradient& row, int64_t i) { row.delta -= d_lse[i]; });
+  rows.for_each(head, first_row, [&](int m, int half, int, int64_t i) { rows.row[m][half].delta -= d_lse[i]; });
+}
+
+// delta of probabilities that are off by a factor: what is right is the mean of dp, times what a sink leaves of the weights.
+template <int kMmaM, bool kFused>
+ATTN_DEVICE void divide_by_weights(RowGradients<kMmaM, kFused>& rows, const Head& head, int first_row) {
+#pragma unroll
+  for (int m = 0; m < kMmaM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) sum_of_quad(rows.weights[m][half]);
+  rows.for_each(head, first_row, [&](int m, int half, int query_head, int64_t) {
+    const float weights = rows.weights[m][half], sum = 1.0f - rows.row[m][half].weight_of_sink(head.p, query_head);
+    if (weights > 0.0f) rows.row[m][half].delta *= sum / weights;
+  });
 }
 
 // The lanes' parts of delta become delta, which is stored for the kernels to come.
-template <int kMmaM>
-ATTN_DEVICE void finish_delta(RowGradients<kMmaM>& rows, const BackwardArgs& args, const Head& head, int first_row) {
+template <int kMmaM, bool kFused>
+ATTN_DEVICE void finish_delta(RowGradients<kMmaM, kFused>& rows, const BackwardArgs& args, const Head& head,
+                              int first_row) {
   const float* d_lse = static_cast<const float*>(args.b.d_lse);
 #pragma unroll
   for (int m = 0; m < kMmaM; ++m)
@@ -158,9 +190,10 @@ ATTN_DEVICE void finish_delta(RowGradients<kMmaM>& rows, const BackwardArgs& arg
     for (int half = 0; half < 2; ++half) {
       sum_of_quad(rows.row[m][half].delta);
     }
-  rows.for_each(head, first_row, [&](RowGradient& row, int64_t i) {
-    if (d_lse != nullptr) row.delta -= d_lse[i];
-    if ((lane_index() & 3) == 0) args.delta[i] = row.delta;
+  rows.for_each(head, first_row, [&](int m, int half, int, int64_t i) {
+    float& delta = rows.row[m][half].delta;
+    if (d_lse != nullptr) delta -= d_lse[i];
+    if ((lane_index() & 3) == 0) args.delta[i] = delta;
   });
 }
 
@@ -171,13 +204,15 @@ ATTN_DEVICE float into_float16(float largest) {
 }
 
 // Where keys pass once: what is summed up beside dq, and how dq is corrected with it (see above).
-template <class M, int kDim, int kMmaM>
+template <class M, int kDim, bool kPlain, int kMmaM>
 struct SinglePass {
   static constexpr bool kWidens = M::kMath == Math::kFloat16;
+  using Rows = RowGradients<kMmaM, kPlain && kFuses<M>>;
   Acc<kMmaM, kDim / 8> dq;        // times `widened`
   Acc<kMmaM, kDim / 8> mean_key;  // times the sum of weights
   float widened[kMmaM][2];  // of ds in float16: from tile to tile only less, as little as fits
-  float p_dp[kMmaM][2] = {}, ds[kMmaM][2] = {}, weight[kMmaM][2] = {};  // this lane's part of a row's
+  float p_dp[kMmaM][2] = {};  // this lane's part of a row's
+  float ds[kMmaM][2] = {}, weight[kMmaM][2] = {};  // the same, where the call is not plain
   float rounded[kMmaM][4] = {};  // the sums of ds (widened) and of weights as they were rounded, of two rows
 
   ATTN_DEVICE SinglePass() {
@@ -188,9 +223,9 @@ struct SinglePass {
   }
 
   // s becomes ds, dp the weights.
-  template <bool kPlain, int kMmaN>
-  ATTN_DEVICE void make(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const RowGradients<kMmaM>& rows, const Head& head,
-                        int first_row, int first_key, bool sees_all) {
+  template <int kMmaN>
+  ATTN_DEVICE void make(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const Rows& rows, const Head& head, int first_row,
+                        int first_key, bool sees_all) {
     const bool capped = !kPlain && head.factors.cap != 0.0f;
     float sum[kMmaM][2] = {};  // of this tile: one sum of all would lose the last bits of each
     for_each_pair<M, kPlain, true, kMmaM, kMmaN>(
@@ -200,8 +235,7 @@ struct SinglePass {
           const float own_ds = rows.row[m][half].of_score(p, dp), slope = s;
           s = hidden ? p : capped ? through_cap(own_ds, slope) : own_ds;
           own_dp = hidden || !capped ? p : through_cap(p, slope);
-          ds[m][half] += s;
-          weight[m][half] += own_dp;
+          if (!kPlain) ds[m][half] += s, weight[m][half] += own_dp;
         });
 #pragma unroll
     for (int m = 0; m < kMmaM; ++m)
@@ -248,8 +282,8 @@ struct SinglePass {
   }
 
   // rows have delta as `out` gave it, and then as it is.
-  ATTN_DEVICE void correct(RowGradients<kMmaM>& rows, const BackwardArgs& args, const Head& head, int first_row) {
-    float before[kMmaM][2];
+  ATTN_DEVICE void correct(Rows& rows, const BackwardArgs& args, const Head& head, int first_row) {
+    float before[kMmaM][2], sum[kMmaM][2] = {};  // delta as it was; of a plain call, the sum of ds
 #pragma unroll
     for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
@@ -259,14 +293,22 @@ struct SinglePass {
         sum_of_quad(ds[m][half]);
         sum_of_quad(weight[m][half]);
       }
-    finish_delta<kMmaM>(rows, args, head, first_row);
+    finish_delta(rows, args, head, first_row);
+    const float* d_lse = static_cast<const float*>(args.b.d_lse);
+    if (kPlain) {
+      rows.for_each(head, first_row, [&](int m, int half, int query_head, int64_t i) {
+        const RowGradient& row = rows.row[m][half];
+        if (d_lse != nullptr) sum[m][half] = d_lse[i];
+        if (head.p.sinks != nullptr) sum[m][half] += row.weight_of_sink(head.p, query_head) * row.delta;
+      });
+    }
 #pragma unroll
     for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float of_delta = (rows.row[m][half].delta - before[m][half]) * weight[m][half];
         const float narrowed = 1.0f / widened[m][half], weights = rounded[m][2 * half + 1];
-        const float excess = rounded[m][2 * half] * narrowed - ds[m][half] + of_delta;
+        const float of_delta = (rows.row[m][half].delta - before[m][half]) * weight[m][half];
+        const float excess = rounded[m][2 * half] * narrowed - (kPlain ? sum[m][half] : ds[m][half] - of_delta);
         const float share = weights > 0.0f ? excess / weights : 0.0f;
 #pragma unroll
         for (int n = 0; n < kDim / 8; ++n)
@@ -300,12 +342,13 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   const Head head(p, args.factors, args.rows, block_index() / args.rows.tiles);
   // Under a causal mask the last rows see the most: they begin first.
   const int tile = args.rows.tiles - 1 - block_index() % args.rows.tiles;
-  const RowBlock block(head, tile * kBlockM, kBlockM);
+  const RowBlock block(head, recomputed(tile * kBlockM), kBlockM);  // (kept twice, as the tile too, it spilled, 13.0)
   const int warp_row = warp_index() * 16 * kMmaM, first_row = block.first + warp_row;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const auto keys = [&](int first) { return KeyRows<const Element>(p.k, head, first, head.length_k, args.aligned.k); };
 
-  RowGradients<kMmaM> rows(args, head, first_row, !sums_delta(M::kMath));
+  constexpr bool kFused = kPlain && kFuses<M>;
+  RowGradients<kMmaM, kFused> rows(args, head, first_row, !sums_delta(M::kMath));
   const auto next = [&](int key) { return kPlain ? key : block.next_shown(head, key, kBlockN); };
   const int begin = next(round_down(block.any.begin, kBlockN));
   if (begin < block.any.end) {
@@ -343,7 +386,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   float factor[kMmaM][2];
 #pragma unroll
   for (int m = 0; m < kMmaM; ++m) factor[m][0] = factor[m][1] = args.factors.scale;
-  const auto store = [&](const Acc<kMmaM, kDim / 8>& dq) {
+  const auto store = [&](const Acc<kMmaM, kDim / 8>& dq, const Head& head) {
     // Only this warp reads these rows of the query tile, and it has done so.
     sync_warp();
     write_acc<M, kDim, kMmaM>(q, warp_row, dq, factor);
@@ -356,9 +399,9 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   };
   if constexpr (passes_once(M::kMath, kDim, kPlain) && kDim <= kLargestSinglePass) {
     delta_of_output<M, kDim>(rows, args, head, first_row, value_dim);
-    SinglePass<M, kDim, kMmaM> single;
+    SinglePass<M, kDim, kPlain, kMmaM> single;
     pass([&](auto& s, auto& dp, int key, bool sees_all, const auto& k) {
-      single.template make<kPlain, kMmaN>(s, dp, rows, head, first_row, key, sees_all);
+      single.template make<kMmaN>(s, dp, rows, head, first_row, key, sees_all);
       const bool nonfinite = look_through(k, sees_all);
       gemm_nn_pair<M, kDim, kMmaM, kMmaN>(single.dq, single.mean_key, single.rounded, s, dp, k, head_dim);
       if (nonfinite) {
@@ -366,14 +409,16 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
         add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(single.mean_key, dp, tiles.flags(), keys(key), head_dim);
       }
     });
-    single.correct(rows, args, head, first_row);
-    store(single.dq);
+    const Head own = again(head, block_index());
+    single.correct(rows, args, own, first_row);
+    store(single.dq, own);
   } else {
     if constexpr (sums_delta(M::kMath)) {
       pass([&](auto& s, auto& dp, int key, bool sees_all, const auto&) {
         add_to_delta<M, kPlain, kMmaM, kMmaN>(rows, s, dp, head, first_row, key, sees_all);
       });
-      finish_delta<kMmaM>(rows, args, head, first_row);
+      if (kFused) divide_by_weights(rows, head, first_row);
+      finish_delta(rows, args, head, first_row);
     }
     if constexpr (M::kMath == Math::kFloat16) {
 #pragma unroll
@@ -390,7 +435,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
       gemm_nn<M, kDim, kMmaM, kMmaN, M::kPartsOfFloat>(dq, s, k, head_dim);
       if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(dq, s, tiles.flags(), keys(key), head_dim);
     });
-    store(dq);
+    store(dq, again(head, block_index()));
   }
 }
 

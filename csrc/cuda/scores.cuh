@@ -18,6 +18,20 @@ ATTN_DEVICE bool is_hidden(float probability) { return bits_of(probability) == k
 // e^x, for x <= 0 or hardly more.
 ATTN_DEVICE float exponential(float x) { return exp2_fast(x * kLog2E); }
 
+// Where what is subtracted from a row's scores is up to this large (in natural units), scale, log2(e) and subtraction are
+// one instruction: the exponent is then off by a rounding of either product, 2^-24 1024 1.44 2 = 1.8e-4, less than what a
+// weight loses on its way to 16 bits. (Of scores of 10^9 it would be off by 2^6, and the row be gone.)
+constexpr float kFusedLimit = 1024.0f;
+template <class M>
+constexpr bool kFuses = M::kMath != Math::kFloat32;
+ATTN_DEVICE bool fits_fused(float subtrahend) { return fabsf(subtrahend) <= kFusedLimit; }
+
+// e^(scale x - subtrahend), of a product q k^T; where the subtrahend is known times log2(e).
+ATTN_DEVICE float weight(float x, float scale, float subtrahend) { return exponential(product(x, scale) - subtrahend); }
+ATTN_DEVICE float fused_weight(float x, float scale, float subtrahend_2) {
+  return exp2_fast(fmaf(x, scale * kLog2E, -subtrahend_2));
+}
+
 // e^(x - maximum); -0 when hidden.
 ATTN_DEVICE float probability(float x, float maximum) {
   return is_minus_infinity(x) ? float_of(kHiddenBits) : exponential(x - maximum);

@@ -28,7 +28,7 @@ ATTN_DEVICE void sink_gradient(const BackwardArgs& args) {
       const float known = position < length ? args.delta[i] : 0.0f;  // delta is not made of rows past the last
       const RowGradient row(p, i, known);
       if (row.inverse_sum == 0.0f) continue;
-      const float weight = exponential(sink - row.maximum) * row.inverse_sum;
+      const float weight = row.weight_of_sink(p, head);
       // A row that the sink has alone weighs no value, whatever is in d_out there.
       const bool alone = weight == 1.0f && (position >= length || !is_finite(row.delta));
       sum -= weight * (!alone ? row.delta : d_lse == nullptr ? 0.0f : -d_lse[i]);

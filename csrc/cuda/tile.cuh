@@ -22,6 +22,10 @@ struct SharedTile {
   static constexpr int kSwizzled = kChunks % 8 == 0 ? 8 : 4;  // chunks that change places with each other
   ATTN_DEVICE static int swizzle(int row) { return kSwizzled == 8 ? row & 7 : row >> 1 & 3; }
   ATTN_DEVICE char* chunk(int row, int c) const { return data + row * kRowBytes + ((c ^ swizzle(row)) << 4); }
+  // Its rows from `first` on, a multiple of 8.
+  ATTN_DEVICE SharedTile from(int first) const { return {data + first * kRowBytes}; }
+  // Its columns from `first` on, a multiple of those that change places.
+  ATTN_DEVICE SharedTile columns_from(int first) const { return {data + first * static_cast<int>(sizeof(Element))}; }
   // Of the i-th chunk as they lie: those of a row lie within it, in whatever order.
   ATTN_DEVICE static int row_of(int i) { return i / kChunks; }
   ATTN_DEVICE Element* at(int row, int column) const {
@@ -31,15 +35,20 @@ struct SharedTile {
 
 // --- Between global and shared memory -------------------------------------------------------------------------------
 
-// The threads that move a tile together.
+// The threads that move a tile together. After publish(), products see what they have written. rank_anew() is for ways
+// that are hardly taken: what follows from it is not kept for them (sm_100, 13.0).
 struct ThreadBlock {
   ATTN_DEVICE static int thread_rank() { return thread_index(); }
+  ATTN_DEVICE static int rank_anew() { return recomputed(thread_index()); }
   ATTN_DEVICE static void sync() { sync_block(); }
+  ATTN_DEVICE static void publish() { sync(); }
   ATTN_DEVICE static bool sync_or(bool value) { return sync_block_or(value); }
 };
 struct Warp {
   ATTN_DEVICE static int thread_rank() { return lane_index(); }
+  ATTN_DEVICE static int rank_anew() { return lane_index(); }
   ATTN_DEVICE static void sync() { sync_warp(); }
+  ATTN_DEVICE static void publish() { sync(); }
   ATTN_DEVICE static bool sync_or(bool value) {
     sync_warp();
     return any_in_warp(value);
@@ -74,7 +83,7 @@ ATTN_DEVICE void load_tile(const SharedTile<M, kDim>& tile, const Rows& rows, in
     // Eight bytes at a time, or twice four.
     constexpr int kHalves = 2 * T::kChunks;  // of chunks, in a row
 #pragma unroll 1
-    for (int i = Group::thread_rank(); i < kRows * kHalves; i += kThreads) {
+    for (int i = Group::rank_anew(); i < kRows * kHalves; i += kThreads) {
       const int r = i / kHalves, half = i % kHalves;
       const char* source = reinterpret_cast<const char*>(rows.row(r)) + 8 * half;
       char* target = tile.chunk(r, half >> 1) + 8 * (half & 1);
@@ -88,7 +97,7 @@ ATTN_DEVICE void load_tile(const SharedTile<M, kDim>& tile, const Rows& rows, in
     }
   } else {
 #pragma unroll 1
-    for (int i = Group::thread_rank(); i < kRows * kDim; i += kThreads) {
+    for (int i = Group::rank_anew(); i < kRows * kDim; i += kThreads) {
       const int r = i / kDim, d = i % kDim;
       *tile.at(r, d) = rows.exists(r) && d < dim ? rows.row(r)[d * rows.dim_stride] : Element{};
     }
@@ -121,31 +130,42 @@ ATTN_DEVICE void store_rows(const SharedTile<M, kDim>& tile, int first, int coun
 //
 // `lane` is operand_lane().
 
-// Where this lane's row of a load_matrices begins, for chunks 2 k and 2 k + 1: `lane_row` and `lane_chunk` (0 or 1,
-// swizzled) are the lane's, the rest is known to the compiler, which so needs few registers for all the k.
+// Where a lane's row for load_matrices begins: `row` and `chunk` (0 to 3) are the lane's, what is added to them is known
+// to the compiler. As rows begin at a multiple of the chunks that change places, these do by an exclusive or of the
+// address: so few numbers serve all steps of a product, with what is added to them in the instruction. (Of address bits
+// that are known to be 0 the compiler makes another way to add, and so an instruction for each address.)
 template <class T>
-ATTN_DEVICE const char* lane_address(const T& tile, int first, int lane_row, int lane_chunk, int k) {
-  constexpr int kLow = T::kSwizzled - 1;
-  return tile.data + (first + lane_row) * T::kRowBytes + ((lane_chunk ^ (2 * k & kLow)) << 4) + ((2 * k & ~kLow) << 4);
-}
+struct LaneRow {
+  T tile;
+  int row, chunk;
+  SharedAddress begin = 0;
+
+  ATTN_DEVICE LaneRow(const T& tile, int row, int chunk) : tile(tile), row(row), chunk(chunk ^ T::swizzle(row)) {
+    if (kOneAddress) begin = opaque(shared_address(tile.data) + row * T::kRowBytes + (this->chunk << 4));
+  }
+  // `rows` (a multiple of 8) further down, 2 k chunks to the right.
+  ATTN_DEVICE SharedAddress at(int rows, int k) const {
+    constexpr int kLow = T::kSwizzled - 1;
+    const int low = 2 * k & kLow, high = (2 * k & ~kLow) << 4;
+    if (kOneAddress) return (begin ^ low << 4) + (rows * T::kRowBytes + high);
+    return shared_address(tile.data + (rows + row) * T::kRowBytes + ((chunk ^ low) << 4) + high);
+  }
+};
 
 // Rows first to first + 16 (a multiple of 8), step k along the row.
 template <class M, int kDim>
 ATTN_DEVICE typename M::A load_a(const SharedTile<M, kDim>& tile, int first, int k, int lane) {
-  using T = SharedTile<M, kDim>;
-  const int row = lane & 15, chunk = lane >> 4 ^ T::swizzle(row);
   uint32_t r[4];
-  load_matrices(r, lane_address(tile, first, row, chunk, k));
+  load_matrices(r, LaneRow<SharedTile<M, kDim>>(tile, lane & 15, lane >> 4).at(first, k));
   return M::a(r);
 }
 
 // The rows of the tile as columns: two operands, of rows first to first + 8 and the next 8.
 template <class M, int kDim>
 ATTN_DEVICE void load_b(typename M::B (&b)[2], const SharedTile<M, kDim>& tile, int first, int k, int lane) {
-  using T = SharedTile<M, kDim>;
-  const int row = (lane & 7) + (lane >> 4 << 3), chunk = (lane >> 3 & 1) ^ T::swizzle(row);
   uint32_t r[4];
-  load_matrices(r, lane_address(tile, first, row, chunk, k));
+  const int row = (lane & 7) + (lane >> 4 << 3);
+  load_matrices(r, LaneRow<SharedTile<M, kDim>>(tile, row, lane >> 3 & 1).at(first, k));
   b[0] = M::b(r[0], r[1]);
   b[1] = M::b(r[2], r[3]);
 }
@@ -153,10 +173,8 @@ ATTN_DEVICE void load_b(typename M::B (&b)[2], const SharedTile<M, kDim>& tile, 
 // The same of 8 rows alone, for steps k and k + 1.
 template <class M, int kDim>
 ATTN_DEVICE void load_b_of_8(typename M::B (&b)[2], const SharedTile<M, kDim>& tile, int first, int k, int lane) {
-  using T = SharedTile<M, kDim>;
-  const int row = lane & 7, chunk = (lane >> 3 & 1) ^ T::swizzle(row);
   uint32_t r[4];
-  load_matrices(r, lane_address(tile, first, row, chunk, k + (lane >> 4)));
+  load_matrices(r, LaneRow<SharedTile<M, kDim>>(tile, lane & 7, lane >> 3).at(first, k));
   b[0] = M::b(r[0], r[1]);
   b[1] = M::b(r[2], r[3]);
 }
@@ -166,21 +184,23 @@ template <class M, int kDim>
 ATTN_DEVICE void load_b_transposed(typename M::B (&b)[2], const SharedTile<M, kDim>& tile, int first, int n, int lane) {
   using T = SharedTile<M, kDim>;
   if constexpr (M::kMmaK == 16) {
-    const int row = lane & 15, chunk = lane >> 4 ^ T::swizzle(row);
     uint32_t r[4];
-    load_matrices_transposed(r, lane_address(tile, first, row, chunk, n));
+    load_matrices_transposed(r, LaneRow<T>(tile, lane & 15, lane >> 4).at(first, n));
     b[0] = M::b(r[0], r[1]);
     b[1] = M::b(r[2], r[3]);
   } else {
-    // Rows 2 t and 2 t + 1 of the eight: the order in which a_from_acc has them.
+    // Rows 2 t and 2 t + 1 of the eight: the order in which a_from_acc has them. What is known to the compiler is added
+    // last, so that few registers do for all the n.
+    constexpr int kLow = T::kSwizzled - 1;
     const int g = lane >> 2, row = 2 * (lane & 3);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       uint32_t r[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const char* chunk = lane_address(tile, first, row + j, g >> 2 ^ T::swizzle(row + j), 2 * n + i);
-        r[j] = reinterpret_cast<const uint32_t*>(chunk)[g & 3];
+        const int chunk = 2 * (2 * n + i), own = (g >> 2 ^ T::swizzle(row + j)) ^ (chunk & kLow);
+        const char* from = tile.data + (first + row + j) * T::kRowBytes + (own << 4) + ((chunk & ~kLow) << 4);
+        r[j] = reinterpret_cast<const uint32_t*>(from)[g & 3];
       }
       b[i] = M::b(r[0], r[1]);
     }
@@ -243,6 +263,7 @@ template <class M, int kDim, int kMmaM, int kMmaN, bool kTransposed = false>
 ATTN_DEVICE void gemm_nt(Acc<kMmaM, kMmaN>& d, const SharedTile<M, kDim>& a, int first, const SharedTile<M, kDim>& b,
                          int lane = operand_lane<M>()) {
   clear<kMmaM, kMmaN>(d);
+  const auto own = a.from(first);
   const auto multiply = [](float (&d)[4], const typename M::A& left, const typename M::B& right) {
     if constexpr (kTransposed && M::kMath == Math::kFloat32) {
       M::mma_transposed(d, left, right);
@@ -258,14 +279,14 @@ ATTN_DEVICE void gemm_nt(Acc<kMmaM, kMmaN>& d, const SharedTile<M, kDim>& a, int
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int m = 0; m < kMmaM; ++m) multiply(d[m][0], load_a<M>(a, first + 16 * m, k + i, lane), right[i]);
+        for (int m = 0; m < kMmaM; ++m) multiply(d[m][0], load_a<M>(own, 16 * m, k + i, lane), right[i]);
     }
   } else {
 #pragma unroll(kGemmUnroll<M, kDim>)
     for (int k = 0; k < kDim / M::kMmaK; ++k) {
       typename M::A left[kMmaM];
 #pragma unroll
-      for (int m = 0; m < kMmaM; ++m) left[m] = load_a<M>(a, first + 16 * m, k, lane);
+      for (int m = 0; m < kMmaM; ++m) left[m] = load_a<M>(own, 16 * m, k, lane);
 #pragma unroll
       for (int n = 0; n < kMmaN; n += 2) {
         typename M::B right[2];
@@ -354,6 +375,28 @@ ATTN_DEVICE void gemm_nn(Acc<kMmaM, kDim / 8>& d, const Acc<kMmaM, kMmaN>& p, co
   }
 }
 
+//   d[i][c] += sum over j of a[i][j] b[j][c]     for c < kColumns, of tiles that begin with the warp's rows and columns
+template <class M, int kSummed, int kDim, int kMmaM, int kColumns>
+ATTN_DEVICE void gemm_of_tiles(Acc<kMmaM, kColumns / 8>& d, const SharedTile<M, kSummed>& a,
+                               const SharedTile<M, kDim>& b) {
+#pragma unroll
+  for (int k = 0; k < kSummed / M::kMmaK; ++k) {
+    typename M::A left[kMmaM];
+#pragma unroll
+    for (int m = 0; m < kMmaM; ++m) left[m] = load_a<M>(a, 16 * m, k, lane_index());
+#pragma unroll
+    for (int n = 0; n < kColumns / 16; ++n) {
+      typename M::B right[2];
+      load_b_transposed<M>(right, b, k * M::kMmaK, n, lane_index());
+#pragma unroll
+      for (int m = 0; m < kMmaM; ++m) {
+        M::mma(d[m][2 * n], left[m], right[0]);
+        M::mma(d[m][2 * n + 1], left[m], right[1]);
+      }
+    }
+  }
+}
+
 // Two such products with the same right operand, which is read once:
 //
 //   d[i][c] += sum over j of p[i][j] b[j][c]     e[i][c] += sum over j of w[i][j] b[j][c]
@@ -392,19 +435,19 @@ ATTN_DEVICE void gemm_nn_pair(Acc<kMmaM, kDim / 8>& d, Acc<kMmaM, kDim / 8>& e, 
   }
 }
 
-// A warp's results, times factor[row], into rows first to first + 16 kMmaM of the tile.
-template <class M, int kDim, int kMmaM>
-ATTN_DEVICE void write_acc(const SharedTile<M, kDim>& tile, int first, const Acc<kMmaM, kDim / 8>& d,
-                           const float (&factor)[kMmaM][2]) {
+// A warp's results, times factor[row], into rows first to first + 16 kMmaM of the tile, from `column` on.
+template <class M, int kDim, int kMmaM, int kColumns = kDim>
+ATTN_DEVICE void write_acc(const SharedTile<M, kDim>& tile, int first, const Acc<kMmaM, kColumns / 8>& d,
+                           const float (&factor)[kMmaM][2], int column = 0) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
 #pragma unroll
   for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
+      for (int n = 0; n < kColumns / 8; ++n) {
         const float low = d[m][n][2 * half] * factor[m][half], high = d[m][n][2 * half + 1] * factor[m][half];
-        auto* target = tile.at(first + 16 * m + 8 * half + g, 8 * n + 2 * t);
+        auto* target = tile.at(first + 16 * m + 8 * half + g, column + 8 * n + 2 * t);
         if constexpr (M::kMmaK == 16) {
           *reinterpret_cast<uint32_t*>(target) = M::pack(low, high);
         } else {

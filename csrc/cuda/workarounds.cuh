@@ -17,6 +17,12 @@ ATTN_DEVICE int recomputed(int x) {
   return x;
 }
 
+// x, of which the compiler knows nothing: not which bits of it are 0.
+ATTN_DEVICE SharedAddress opaque(SharedAddress x) {
+  asm("" : "+r"(x));
+  return x;
+}
+
 // value = a == b ? candidate : value. Choosing one of an array's elements so keeps the array in registers: a compiler
 // that sees through the comparison puts it into local memory to index it (13.0: 128 to 560 bytes of stack in every
 // forward).
@@ -43,16 +49,32 @@ ATTN_DEVICE constexpr bool asks_for_columns(int n) {
   return M::kMmaK == 8 ? n % 2 == 0 || kDim == 256 : kDim == 96 && n == 4;
 }
 
-// Where the kernel of dk and dv finds once more what it could keep through its loop, the head of its keys and what dropout
-// makes of the first: in float32 of 16 rows at a time. Heads of 256 spilled 4 bytes for each, on sm_120 and sm_90a (12.9).
+// Where the kernel of dk and dv finds once more what dropout makes of its first key: in float32 of 16 rows at a time. Heads
+// of 256 spilled 4 bytes for it on sm_120 and sm_90a (12.9).
 template <class M, int kMmaN>
 ATTN_DEVICE constexpr bool has_no_registers() {
   return M::kMmaK == 8 && kMmaN == 2;
 }
 
-// Up to which head dim keys pass once in the kernel of dq, where config.h has them do so: by compute_100's front end, 128
-// spilled 156 bytes on sm_100 (13.0).
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+// Whether an operand's address is one number of the lane (LaneRow): by NVRTC 12.9 that spilled 4 to 40 bytes in dq, dk and
+// dv on sm_100 and sm_120.
+#ifdef __CUDACC_RTC__
+constexpr bool kOneAddress = false;
+#else
+constexpr bool kOneAddress = true;
+#endif
+
+// Whether the warps of the kernel of dk and dv exchange scores where config.h has them so: by compute_100's front end it
+// spilled 20 to 60 bytes on sm_100 and sm_120 (13.0), by NVRTC 12.9 8 to 28 on the others.
+#if defined(__CUDACC_RTC__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000)
+constexpr bool kMayExchange = false;
+#else
+constexpr bool kMayExchange = true;
+#endif
+
+// Up to which head dim keys pass once in the kernel of dq, where config.h has them do so: by NVRTC 12.9, 128 spilled 12 to
+// 76 bytes on sm_100 and sm_120.
+#if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 1000
 constexpr int kLargestSinglePass = 96;
 #else
 constexpr int kLargestSinglePass = 128;
@@ -61,7 +83,7 @@ constexpr int kLargestSinglePass = 128;
 // How far loops are unrolled: gemm_nt's over the dimension, further than which operands are fetched so early that
 // registers run out (13.0), and load_tile's over rows.
 template <class M, int kDim>
-constexpr int kGemmUnroll = M::kMmaK == 16 && (kDim == 96 || kDim == 128) ? kDim / 16 : 2;
+constexpr int kGemmUnroll = M::kMmaK == 16 && kDim <= 128 ? kDim / 16 : 2;
 template <class M>
 constexpr int kLoadUnroll = M::kMmaK == 16 ? 8 : 1;
 

@@ -151,11 +151,15 @@ inline void copy_async_wait() {
   host_layer::wait_for_copies(pending);
 }
 
-inline void load_matrices(uint32_t (&r)[4], const void* shared_row) {
-  host_layer::meet(host_layer::Meeting::kLoadMatrices, r, host_layer::read_row(shared_row));
+using SharedAddress = uintptr_t;
+inline SharedAddress shared_address(const void* p) { return reinterpret_cast<SharedAddress>(p); }
+inline const void* shared_place(SharedAddress address) { return reinterpret_cast<const void*>(address); }
+
+inline void load_matrices(uint32_t (&r)[4], SharedAddress row) {
+  host_layer::meet(host_layer::Meeting::kLoadMatrices, r, host_layer::read_row(shared_place(row)));
 }
-inline void load_matrices_transposed(uint32_t (&r)[4], const void* shared_row) {
-  host_layer::meet(host_layer::Meeting::kLoadMatricesTransposed, r, host_layer::read_row(shared_row));
+inline void load_matrices_transposed(uint32_t (&r)[4], SharedAddress row) {
+  host_layer::meet(host_layer::Meeting::kLoadMatricesTransposed, r, host_layer::read_row(shared_place(row)));
 }
 
 struct alignas(16) Bytes16 {
@@ -185,6 +189,7 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 inline uint32_t bits_of(float x) { return host_layer::bit_cast<uint32_t>(x); }
 inline float float_of(uint32_t bits) { return host_layer::bit_cast<float>(bits); }
 
+inline SharedAddress opaque(SharedAddress x) { return x; }
 inline int recomputed(int x) { return x; }
 inline void replace_if_equal(float& value, float candidate, int a, int b) { value = a == b ? candidate : value; }
 
@@ -194,6 +199,7 @@ inline float exp2_fast(float x) {
 }
 inline float product(float x, float y) { return x * y; }  // kernels are compiled with -ffp-contract=off
 inline float min_or_nan(float x, float y) { return x < y || x != x ? x : y; }
+inline float log2_fast(float x) { return log2f(x); }
 inline float log_of(float x) { return logf(x); }
 inline float tanh_of(float x) { return tanhf(x); }
 inline uint32_t multiply_high(uint32_t x, uint32_t y) { return static_cast<uint64_t>(x) * y >> 32; }

@@ -50,8 +50,8 @@ ATTN_KERNEL(layer_load_matrices, 32, LayerArgs) {
   *row = static_cast<const Bytes16*>(args.a)[lane];
   sync_warp();
   uint32_t r[2][4];
-  load_matrices(r[0], row);
-  load_matrices_transposed(r[1], row);
+  load_matrices(r[0], shared_address(row));
+  load_matrices_transposed(r[1], shared_address(row));
   for (int n = 0; n < 2; ++n) {
     for (int i = 0; i < 4; ++i) static_cast<uint32_t*>(args.out)[128 * n + 4 * lane + i] = r[n][i];
   }
@@ -112,7 +112,7 @@ ATTN_KERNEL(layer_copy_and_load, 32, LayerArgs) {
   const Bytes16* next = shared + (lane + 1) % 32;
   if (args.mode == 2) copy_async(shared + lane, source, true);
   uint32_t r[4];
-  load_matrices(r, next);
+  load_matrices(r, shared_address(next));
   for (int i = 0; i < 4; ++i) static_cast<uint32_t*>(args.out)[4 * lane + i] = r[i];
 }
 
@@ -194,8 +194,8 @@ ATTN_KERNEL(layer_errors, 64, LayerArgs) {
     case 5: copy_async(shared + 8, out, true); return;
     case 6: copy_async(shared, out + 4, true); return;
     case 7: out[0] = static_cast<char>(*reinterpret_cast<const volatile float*>(out + 2)); return;
-    case 8: load_matrices(r, shared + 2 * i); return;
-    case 9: load_matrices(r, out); return;
+    case 8: load_matrices(r, shared_address(shared + 2 * i)); return;
+    case 9: load_matrices(r, shared_address(out)); return;
     case 10: out[0] = out[args.n + 16]; return;  // past an allocation of n bytes
     case 11: out[args.n] = 0; return;
     case 12: shared[1000] = 0; return;
@@ -222,7 +222,7 @@ ATTN_KERNEL(layer_repeat, 32, LayerArgs) {
     switch (args.mode) {
       case 0: sync_warp(); break;
       case 1: d[0] = shuffle_xor(d[0], 1); break;
-      case 2: load_matrices(a, shared_memory() + 16 * lane_index()); break;
+      case 2: load_matrices(a, shared_address(shared_memory() + 16 * lane_index())); break;
       case 3: mma_f16(d, a, b); break;
       case 4: mma_bf16(d, a, b); break;
       case 5: mma_tf32(d, a, b); break;

@@ -38,8 +38,6 @@ ATTN_DEVICE float exact_probability(float x, float scale, float maximum, float i
   const float score = product(x, scale);
   return is_minus_infinity(score) ? float_of(kHiddenBits) : recomputed_probability(score, maximum, inverse_sum);
 }
-// And where maximum and sum are one number, (maximum + log sum) log2(e), of maxima up to kFusedLimit.
-ATTN_DEVICE float fused_probability(float x, float scale_2, float lse_2) { return exp2_fast(fmaf(x, scale_2, -lse_2)); }
 
 template <int kDim>
 struct BackwardMemory {

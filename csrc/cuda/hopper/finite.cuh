@@ -13,17 +13,18 @@ struct Consumers {
 
   ATTN_DEVICE static int thread_rank() { return thread_index() - kWarpgroup; }
   ATTN_DEVICE static void sync() { sync_some(kOfConsumers, kThreads); }
+  ATTN_DEVICE static void publish() {
+    fence_writes();
+    sync();
+  }
   ATTN_DEVICE static bool sync_or(bool value) { return sync_some_or(kOfConsumers, kThreads, value); }
 };
 
-// The same for tensor cores. All consumers call it, when the tile has arrived.
+// All consumers call it, when the tile has arrived.
 template <class M, int kConsumers, int kRows, int kDim>
 ATTN_DEVICE bool zero_nonfinite_rows(const PanelTile<kRows, kDim>& tile, Flags flags) {
   using Group = Consumers<kConsumers>;
-  if (!cuda::zero_nonfinite_rows<M, kRows, Group::kThreads, Group>(tile, flags)) return false;
-  fence_writes();
-  Group::sync();
-  return true;
+  return cuda::zero_nonfinite_rows<M, kRows, Group::kThreads, Group>(tile, flags);
 }
 
 template <class M, int kDim, int kN, class Rows>

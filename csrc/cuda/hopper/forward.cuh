@@ -34,51 +34,6 @@ struct ForwardMemory {
   ATTN_DEVICE Flags flags() const { return reinterpret_cast<Flags>(rest() + 256); }
 };
 
-// Scores in, weights out, where every row sees every key.
-template <class M, int kN, class Rescale>
-ATTN_DEVICE void softmax_of_all(Acc<1, kN / 8>& s, RowStatistics<M, 1>& rows, float scale, Rescale rescale) {
-  float largest[1][2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float own[2] = {s[0][0][2 * half], s[0][0][2 * half + 1]};
-#pragma unroll
-    for (int n = 1; n < kN / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) own[i] = fmaxf(own[i], s[0][n][2 * half + i]);
-    largest[0][half] = product(fmaxf(own[0], own[1]), scale);
-  }
-  rows.raise(largest, rescale);
-  const float reference[2] = {rows.subtrahend(0, 0), rows.subtrahend(0, 1)};
-  const bool fits = fabsf(reference[0]) <= kFusedLimit && fabsf(reference[1]) <= kFusedLimit;
-  const bool fused = !any_in_warp(!fits);
-  const float scale_2 = scale * kLog2E;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float reference_2 = reference[half] * kLog2E;
-    float sum[2] = {0.0f, 0.0f};
-    if (fused) {
-#pragma unroll
-      for (int n = 0; n < kN / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[0][n][2 * half + i];
-          x = exp2_fast(fmaf(x, scale_2, -reference_2));
-          sum[i] += x;
-        }
-    } else {
-#pragma unroll
-      for (int n = 0; n < kN / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[0][n][2 * half + i];
-          x = exponential(product(x, scale) - reference[half]);
-          sum[i] += x;
-        }
-    }
-    rows.sum[0][half] += sum[0] + sum[1];
-  }
-}
-
 // The keys of a tile are needed before the values of the one before it.
 template <int kDim>
 ATTN_DEVICE void produce(const ForwardArgs& args, const ForwardMemory<kDim>& memory, const Head& head,
@@ -145,7 +100,7 @@ ATTN_DEVICE void consume(const ForwardArgs& args, const ForwardMemory<kDim>& mem
       factor[0][0] = by[0][0], factor[0][1] = by[0][1];
     };
     if (block.sees_all(tiles.first(i), kN)) {
-      softmax_of_all<M, kN>(s, rows, scale, rescale);
+      softmax_of_all<M, 1, kN / 8>(s, rows, scale, rescale);
     } else {
       softmax_of_some<M, true, 1, kN / 8>(s, rows, head, first_row, tiles.first(i), rescale);
     }

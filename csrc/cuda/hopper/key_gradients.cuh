@@ -55,12 +55,12 @@ ATTN_DEVICE void tell_rows(const BackwardArgs& args, const BackwardMemory<kDim>&
         row = RowGradient(p, statistic, args.call.delta[statistic]);
         seen = head.seen_at(position);
       }
-      rows.lse_2[r] = row.maximum * kLog2E - log2_fast(row.inverse_sum);
+      rows.lse_2[r] = row.fused().lse_2;
       rows.delta[r] = row.delta;
       rows.maximum[r] = row.maximum;
       rows.inverse_sum[r] = row.inverse_sum;
       rows.seen[r] = seen;
-      fits &= fabsf(row.maximum) <= kFusedLimit;
+      fits &= row.fits();
     }
     const bool exact = any_in_warp(!fits);
     if (lane_index() == 0) rows.exact = exact;
@@ -76,7 +76,7 @@ ATTN_DEVICE void compute_dk_dv(const BackwardArgs& args, const BackwardMemory<kD
   constexpr int kN = kPassing<kDim>, kStages = BackwardMemory<kDim>::kStages;
   const BackwardParams& b = args.call.b;
   const AttentionParams& p = b.forward;
-  const float scale = args.call.factors.scale, scale_2 = scale * kLog2E;
+  const float scale = args.call.factors.scale;
   const int consumer = warpgroup_index() - 1, thread = thread_index() % kWarpgroup;
   const int warp_key = 16 * (thread / 32), group_key = first_key + kWarpgroupRows * consumer;
   const int g = lane_index() >> 2, t = lane_index() & 3, own_key = group_key + warp_key + g;
@@ -105,7 +105,7 @@ ATTN_DEVICE void compute_dk_dv(const BackwardArgs& args, const BackwardMemory<kD
       for (int n = 0; n < kN / 8; ++n) {
         const auto lse_2 = BackwardMemory<kDim>::Rows::pair(rows.lse_2, n, t);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[0][n][i] = fused_probability(s[0][n][i], scale_2, lse_2.of[i & 1]);
+        for (int i = 0; i < 4; ++i) s[0][n][i] = fused_weight(s[0][n][i], scale, lse_2.of[i & 1]);
       }
     } else {
       for_each_score<kN>([&](int n, int i) {
@@ -171,14 +171,8 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args) {
   const Rows& rows = args.call.rows;
   const Head head(args.call.b.forward, args.call.factors, rows, block_index() / rows.tiles);
   const int first_key = block_index() % rows.tiles * kShape.block_m();
-  int begin = 0, end = 0;
-  if (first_key < head.length_k) {
-    // Neither end of the rows' intervals ever moves back.
-    const int limit = head.rows_in_length();
-    begin = first_row_where(limit, [&](int row) { return head.seen(row).end > first_key; });
-    end = first_row_where(limit, [&](int row) { return head.seen(row).begin >= first_key + kShape.block_m(); });
-  }
-  const Tiles<kPassing<kDim>> tiles(begin, end);
+  const Interval seeing = rows_that_see(head, first_key, kShape.block_m());
+  const Tiles<kPassing<kDim>> tiles(seeing.begin, seeing.end);
   if (warpgroup_index() == 0) {
     keep_registers<kShape.producer>();
     if (thread_index() == 0) bring_rows(args, memory, head, first_key, tiles);

@@ -17,10 +17,6 @@ struct Turn {
 // The barriers of the block that are not in shared memory.
 enum BarrierId : int { kOfConsumers = 1, kOfConsumer = 2, kTurns = 5 };  // the last two: one for each of up to three
 
-// Up to what largest score (in natural units) the scale goes into the subtraction of the maximum, as one instruction:
-// the exponent is then off by 3 roundings of the maximum, 2^-24 1024 1.44 3 = 2.6e-4.
-constexpr float kFusedLimit = 1024.0f;
-
 // By each warp that computes: it is done with a tile.
 ATTN_DEVICE void release(Barrier empty) {
   sync_warp();

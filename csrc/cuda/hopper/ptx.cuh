@@ -24,13 +24,6 @@ ATTN_DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
 }
 
-// log2(x) within 2^-22 or so; -inf of 0.
-ATTN_DEVICE float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // The block's dynamic shared memory, aligned for panels (kAlignment more was asked for).
 ATTN_DEVICE char* panel_memory() {
   char* memory = shared_memory();

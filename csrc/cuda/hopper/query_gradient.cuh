@@ -56,7 +56,7 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
   constexpr int kN = kPassing<kDim>, kStages = BackwardMemory<kDim>::kStages;
   const BackwardParams& b = args.call.b;
   const AttentionParams& p = b.forward;
-  const float scale = args.call.factors.scale, scale_2 = scale * kLog2E;
+  const float scale = args.call.factors.scale;
   const int consumer = warpgroup_index() - 1, thread = thread_index() % kWarpgroup;
   const int warp_row = 16 * (thread / 32), group_row = block.first + kWarpgroupRows * consumer;
   const int first_row = group_row + warp_row, g = lane_index() >> 2;
@@ -87,7 +87,7 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
       own.delta -= own.d_lse;
     }
     own.lse_2 = own.maximum * kLog2E - log2_fast(own.inverse_sum);
-    fits &= fabsf(own.maximum) <= kFusedLimit;
+    fits &= fits_fused(own.maximum);
   }
   const bool fused = !sync_some_or(kOfConsumers, BackwardMemory<kDim>::kConsumers * kWarpgroup, !fits);
   copy_async_wait<0>();
@@ -108,7 +108,7 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
     products_wait<1>();
     arrived(s);
     if (fused) {
-      for_each_score<kN>([&](int n, int i) { s[0][n][i] = fused_probability(s[0][n][i], scale_2, row[i >> 1].lse_2); });
+      for_each_score<kN>([&](int n, int i) { s[0][n][i] = fused_weight(s[0][n][i], scale, row[i >> 1].lse_2); });
     } else {
       for_each_score<kN>([&](int n, int i) {
         s[0][n][i] = exact_probability(s[0][n][i], scale, row[i >> 1].maximum, row[i >> 1].inverse_sum);

@@ -69,7 +69,6 @@ UNSCALED_SUM = (r"(ex2[^;]*;\s+// end inline asm)\s+mul\.f32\s+(%f\d+), %f\d+, \
 # Where dq is corrected by the mean of the keys.
 NO_ROUNDED_SUMS = (r"mma\.sync[^;]*\{(%r\d+), \1\}[^;]*;", "")
 WRONG_SHARE = (r"(div\.rn\.f32\s+(%f\d+), [^;]*;)", r"\1\nsub.f32 \2, 0f00000000, \2;")
-DELTA_OF_OUTPUT = (r"fma\.rn\.f32(\s+%f\d+), %f\d+, %f\d+, (%f\d+);(\s+setp\.leu\.f32)", r"mov.f32\1, \2;\3")
 
 # Of Hopper's kernels.
 _PRODUCT = r"(wgmma\.mma_async[^{]*\{[^}]*\}, )"

@@ -133,10 +133,10 @@ def test_models_differ(interpreter):
 CONFLICTS = {
     "attn_ops_forward_bf16_64_plain": 0,
     "attn_ops_dq_bf16_64_plain": 0,
-    "attn_ops_dkdv_bf16_64_plain": 0.015,
+    "attn_ops_dkdv_bf16_64_plain": 0.017,
     "attn_ops_decode_bf16_64": 0,
     "attn_ops_dq_bf16_64": 0,
-    "attn_ops_dkdv_bf16_64": 0.015,
+    "attn_ops_dkdv_bf16_64": 0.021,
     "attn_ops_dbias_bf16_64": 0.015,
 }
 
@@ -166,8 +166,8 @@ def test_bank_conflicts(interpreter):
 def test_passes_for_each_score(interpreter):
     """What the tiles that pass cost: of dq with its operands in registers, keys are read twice and values once."""
     found = wavefronts.per_score("bfloat16", 64)
-    assert found == pytest.approx({"forward": 0.0938, "dq": 0.2188, "dkdv": 0.2395}, rel=0.01)
-    assert found["dq"] + found["dkdv"] < 1.5 * wavefronts.flash_attention_2(64)
+    assert found == pytest.approx({"forward": 0.0938, "dq": 0.2188, "dkdv": 0.2273}, rel=0.01)
+    assert found["dq"] + found["dkdv"] < 1.4 * wavefronts.flash_attention_2(64)
 
 
 def test_passes_of_flash_attention_2():
