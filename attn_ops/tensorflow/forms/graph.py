@@ -83,9 +83,10 @@ def _run(direction, kind, call, *more):
 
 def _kept_whole(run):
     """The results of ``run()``, some of whose operations exist for XLA alone: inlined, as branches are where they run, they
-    would have to find a place. So they are in a Case of one branch that stays one. (A function that is not inlined does
-    too, but in a branch XLA forgets which sizes of its arguments only the data decide, and takes all their room.)"""
-    branch = tf.function(run, autograph=False).get_concrete_function()
+    would have to find a place. So they are in a Case of one branch. (A call of a function does too, but in a branch XLA forgets
+    which sizes of its arguments only the data decide, and takes all their room.) Where TensorFlow's optimizer makes that a call,
+    `_noinline` keeps it one."""
+    branch = tf.function(run, autograph=False, experimental_attributes={"_noinline": True}).get_concrete_function()
     results = tf.raw_ops.Case(
         branch_index=0,
         input=branch.captured_inputs,

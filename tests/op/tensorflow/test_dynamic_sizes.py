@@ -4,6 +4,9 @@ The values are those of the plain formula, eagerly.
 """
 
 import functools
+import os
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -196,3 +199,20 @@ def test_scores_and_structured_masks(select, chosen):
 
     for found, wanted in zip(compiled(*x), expected, strict=True):
         np.testing.assert_allclose(found, wanted, atol=2e-5)
+
+
+def test_graphs_of_unknown_sizes_are_optimized():
+    """What is there for XLA alone does not stop TensorFlow's optimizer, which says so and goes on without."""
+    code = """
+import tensorflow as tf, attn_ops
+@tf.function(input_signature=[tf.TensorSpec((None, 5, 2, 4))])
+def gradient(x):
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        out = attn_ops.scaled_dot_product_attention(x, x, x)
+    return tape.gradient(out, x)
+gradient(tf.zeros((3, 5, 2, 4)))
+"""
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "0"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "optimizer failed" not in run.stderr
