@@ -95,7 +95,8 @@ struct RowGradient {
   ATTN_DEVICE static float inverse(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
   ATTN_DEVICE bool fits() const { return fits_fused(maximum); }
-  ATTN_DEVICE FusedRow fused() const { return {maximum * kLog2E - log2_fast(inverse_sum), delta}; }
+  ATTN_DEVICE static float lse_2(float maximum, float inverse_sum) { return maximum * kLog2E - log2_fast(inverse_sum); }
+  ATTN_DEVICE FusedRow fused() const { return {lse_2(maximum, inverse_sum), delta}; }
 
   // Of the sink of a head, if there is one (join_sink).
   ATTN_DEVICE float weight_of_sink(const AttentionParams& p, int head) const {

@@ -86,7 +86,7 @@ ATTN_DEVICE void compute_dq(const BackwardArgs& args, const BackwardMemory<kDim>
       if (b.d_lse != nullptr) own.d_lse = static_cast<const float*>(b.d_lse)[statistic];
       own.delta -= own.d_lse;
     }
-    own.lse_2 = own.maximum * kLog2E - log2_fast(own.inverse_sum);
+    own.lse_2 = RowGradient::lse_2(own.maximum, own.inverse_sum);
     fits &= fits_fused(own.maximum);
   }
   const bool fused = !sync_some_or(kOfConsumers, BackwardMemory<kDim>::kConsumers * kWarpgroup, !fits);
