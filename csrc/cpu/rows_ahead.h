@@ -93,6 +93,28 @@ class RowsAhead {
   bool fits_l1_ = true;
 };
 
+// Asks for `bytes` of the rows that row_of(lane) gives, of as many lanes: some rows each time, while the products of the block
+// that they are of are made. (Asked for with the block before, they have left L2 by then: rows of scores are a multiple of a
+// page apart.)
+template <class RowOf>
+class LaneRowsAhead {
+ public:
+  LaneRowsAhead(int lanes, int64_t bytes, const RowOf& row_of) : lanes_(lanes), bytes_(bytes), row_of_(row_of) {}
+
+  ATTN_INLINE void ask() {
+    for (int i = 0; i < kLaneRowsAhead && next_ < lanes_; ++i, ++next_) {
+      const char* const row = row_of_(next_);
+      for (int64_t b = 0; b < bytes_; b += 64) __builtin_prefetch(row + b);
+    }
+  }
+
+ private:
+  const int lanes_;
+  const int64_t bytes_;
+  const RowOf row_of_;
+  int next_ = 0;
+};
+
 // What a thread's next task will read or write, asked for a little at each of the `steps` of the current one. Short
 // sequences spend a fifth of their time waiting for memory otherwise. Only for tasks that are a head each.
 class NextTask {

@@ -90,7 +90,10 @@ struct ForwardPlan {
         aligned(few_rows ? k.head_lanes_scratch(p, std::min(kHeadLanesHeads, kv_heads)) : k.row_lanes_scratch(p));
   }
 
-  int64_t tasks() const { return few_rows ? batch * head_groups * splits : whole_heads + (heads - whole_heads) * blocks * splits; }
+  int64_t tasks() const {
+    if (few_rows) return batch * head_groups * splits;
+    return whole_heads + (heads - whole_heads) * blocks * splits;
+  }
   int64_t bytes() const {
     return plus(times(threads, scratch_bytes), splits > 1 ? times(heads * splits, partial_bytes) : 0);
   }
@@ -107,8 +110,8 @@ struct ForwardPlan {
 
   RowLanesTask row_lanes_task(int64_t i, char* partials) const {
     const bool whole = i < whole_heads;
-    const int64_t parts = whole ? 1 : blocks, part = whole ? i : i - whole_heads;
-    const int64_t split = part % splits, head = (whole ? 0 : whole_heads) + part / splits / parts;
+    const int64_t parts = whole ? 1 : blocks, first_head = whole ? 0 : whole_heads, part = i - first_head;
+    const int64_t split = part % splits, head = first_head + part / splits / parts;
     // Last rows first: under a causal mask they take longest, and the short ones fill the gaps at the end.
     const int64_t block = parts - 1 - part / splits % parts;
     RowLanesTask task{};

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "key_rows.h"
+#include "rows_ahead.h"
 #include "staircase.h"
 #include "visibility.h"
 
@@ -29,7 +30,13 @@ ATTN_INLINE Vec<T> biased(Vec<T> s, Vec<T> bias) {
   return S::select(bias == hidden, hidden, S::select(finite == S::zero(), inside, sum));
 }
 
-// The same of a block: scores at[j * ld] + bias[j]. Where all sums are finite they need no more; else add(at, bias) is asked.
+// The same of scores that something added before may have hidden: those stay so, whatever the bias is.
+template <class T>
+ATTN_INLINE Vec<T> biased_unless_hidden(Vec<T> s, Vec<T> bias) {
+  return Simd<T>::select(s == Simd<T>::set1(-kInfinity<T>), s, biased<T>(s, bias));
+}
+
+// Either of a block: scores at[j * ld] + bias[j]. Where all sums are finite they are all there is to it; else it is add(at, bias).
 template <class T, class Add>
 ATTN_INLINE void add_block(T* at, int64_t ld, const Vec<T>* bias, int64_t n, const Add& add) {
   using S = Simd<T>;
@@ -42,12 +49,6 @@ ATTN_INLINE void add_block(T* at, int64_t ld, const Vec<T>* bias, int64_t n, con
   } else {
     for (int64_t j = 0; j < n; ++j) add(at + j * ld, bias[j]);
   }
-}
-
-// The same of scores that something added before may have hidden: those stay so, whatever the bias is.
-template <class T>
-ATTN_INLINE Vec<T> biased_unless_hidden(Vec<T> s, Vec<T> bias) {
-  return Simd<T>::select(s == Simd<T>::set1(-kInfinity<T>), s, biased<T>(s, bias));
 }
 
 // The scores whose bit is set, and -inf in the other lanes.
@@ -199,42 +200,19 @@ __attribute__((noinline)) void each_bias(const HeadRows& r, const RowTile<T>& ti
     return;
   }
   const char* row[RowTile<T>::max_lanes];
-  for (int i = 0; i < tile.rows; ++i) {
-    row[i] = row_of(i);
-  }
+  for (int i = 0; i < tile.rows; ++i) row[i] = row_of(i);
   load_transposed<T>(bias.dtype, row, tile.rows, tile.lanes, stride, keys, scores, ld,
                      [=](T* at, int64_t step, const Vec<T>* block, int64_t n) { add_block<T>(at, step, block, n, add); });
 }
 
 // Whether biases, and their gradients, come from memory again and again.
 inline bool bias_leaves_caches(const AttentionParams& p) {
+  if (!p.bias.data) return false;
   double bytes = static_cast<double>(p.seqlen_q) * static_cast<double>(p.seqlen_k) * static_cast<double>(p.bias.step());
   if (p.bias.stride[0] != 0) bytes *= static_cast<double>(p.batch);
   if (p.bias.stride[1] != 0) bytes *= static_cast<double>(p.num_heads);
-  return p.bias.data && bytes > kBiasInCacheBytes;
+  return bytes > kBiasInCacheBytes;
 }
-
-// Asks for `bytes` of the rows that row_of(lane) gives, of as many lanes: some rows each time, while the products of the block
-// that they are of are made. (Asked for with the block before, they have left L2 by then: rows of scores are a multiple of a
-// page apart.)
-template <class RowOf>
-class LaneRowsAhead {
- public:
-  LaneRowsAhead(int lanes, int64_t bytes, const RowOf& row_of) : lanes_(lanes), bytes_(bytes), row_of_(row_of) {}
-
-  ATTN_INLINE void ask() {
-    for (int i = 0; i < kLaneRowsAhead && next_ < lanes_; ++i, ++next_) {
-      const char* const row = row_of_(next_);
-      for (int64_t b = 0; b < bytes_; b += 64) __builtin_prefetch(row + b);
-    }
-  }
-
- private:
-  const int lanes_;
-  const int64_t bytes_;
-  const RowOf row_of_;
-  int next_ = 0;
-};
 
 // scores[j * ld + lane] += bias, as `biased` does.
 template <class T>

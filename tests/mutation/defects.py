@@ -31,7 +31,7 @@ KERNELS = [
     ("lse without its maximum", CPU + "row_tile.h", "plus_log(m, l)", "plus_log(S::zero(), l)"),
     ("what lse loses by rounding", CPU + "math.h", "sum + lost, inputs", "sum, inputs"),
     ("sums of a bias that are not finite", CPU + "scores.h", "S::finite((zeros[0] + zeros[1]) + (zeros[2] + zeros[3]))", "true"),
-    ("cut heads begin at the first", CPU + "schedule.h", "(whole ? 0 : whole_heads) + part", "part"),
+    ("cut heads begin at the first", CPU + "schedule.h", "head = first_head + part", "head = part"),
     ("lengths are not checked", "csrc/bindings/validate.h", "if (lengths[b] < 0 || lengths[b] > limit) {", "if (lengths[b] < 0) {"),
     ("a page beyond the last", "csrc/bindings/validate.h", "row[i] < c.k.shape[0]) continue;", "row[i] <= c.k.shape[0]) continue;"),
     ("the mode of rounding is the host's", "csrc/cpu/float_mode.h", "if ((found_ & ~kFlags) != kDefault) set(kDefault);", ""),
