@@ -84,16 +84,19 @@ ATTN_INLINE Vec<T> capped(double cap, Vec<T> s, T* slopes) {
   return t * S::set1(static_cast<T>(cap < most ? cap : most));
 }
 
-// All scores [keys][lanes] of a block capped, and their derivatives, [keys][lanes], unless null.
-template <class T, int NV>
-__attribute__((noinline)) void cap_scores(double cap, int64_t keys, T* scores, int64_t ld, T* slopes) {
+// All scores [keys][lanes] of a block capped, and their derivatives, [keys][lanes], unless null. see(v, score) is told the
+// result.
+template <class T, int NV, class See>
+__attribute__((noinline)) void cap_scores(double cap, int64_t keys, T* scores, int64_t ld, T* slopes, const See& see) {
   using S = Simd<T>;
   constexpr int W = S::width;
-  const auto all = [=](auto wants_slopes) {
+  const auto all = [=, &see](auto wants_slopes) {
     for (int64_t j = 0; j < keys; ++j)
       for (int v = 0; v < NV; ++v) {
         T* const at = scores + j * ld + v * W;
-        S::store(at, capped<T>(cap, S::load(at), decltype(wants_slopes)::value ? slopes + (j * NV + v) * W : nullptr));
+        const Vec<T> s = capped<T>(cap, S::load(at), decltype(wants_slopes)::value ? slopes + (j * NV + v) * W : nullptr);
+        S::store(at, s);
+        see(v, s);
       }
   };
   if (slopes) all(std::true_type{});
@@ -317,7 +320,13 @@ ATTN_INLINE Visibility score_block(const HeadRows& r, const RowTile<T>& tile, co
     return r.score_row(p.bias, tile.position[lane], tile.head[lane]) + k0 * p.bias.step();
   });
   gemm_of_steps<E, NV>(keys.at(k0), keys.ld(), q, ldq, depth, steps, scores, ld, scaled, [&] { bias.ask(); });
-  if (p.soft_cap != 0) cap_scores<T, NV>(p.soft_cap, n, scores, ld, cap_slopes);
+  if (p.soft_cap != 0) {
+    if (seen == Visibility::kAll && !p.slopes && !added_may_hide(p)) {  // nothing happens to them after that
+      cap_scores<T, NV>(p.soft_cap, n, scores, ld, cap_slopes, see);
+      return seen;
+    }
+    cap_scores<T, NV>(p.soft_cap, n, scores, ld, cap_slopes, [](int, Vec<T>) {});
+  }
   if (p.slopes) add_slopes<T, NV>(r, tile, k0, n, scores, ld);
   if (p.relative_bias) add_relative_bias<T, NV>(r, tile, k0, n, scores, ld, scratch.relative);
   if (p.bias.data) add_bias<T>(r, tile, k0, n, scores, ld);
