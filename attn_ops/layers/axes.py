@@ -34,11 +34,12 @@ class AttentionAxes:
 
     Args:
         attended: The axes that attention runs over, in the order in which they appear in the scores. Negative ones
-            count from the features, which follow the leading axes in the input.
+            count from the features, which follow the leading axes in the input. None for all but the batch.
         num_axes: How many leading axes there are, the batch included.
     """
 
     def __init__(self, attended, num_axes):
+        attended = range(1, num_axes) if attended is None else attended  # as in Keras, whose layers know when they are built
         self.attended = tuple(axis if axis >= 0 else num_axes + 1 + axis for axis in attended)
         self.free = tuple(axis for axis in range(num_axes) if axis not in self.attended)
         self.num_axes = num_axes

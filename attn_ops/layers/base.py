@@ -167,22 +167,34 @@ class DropIn(FlashAttention):
             )
 
     # Keras quantizes the projections, which are layers of their own, but saves only the policy of this one: a model
-    # that is loaded would have float projections and find int8 weights.
+    # that is loaded would have float projections and find int8 weights. What a policy does not tell (which products are
+    # rounded, the size of blocks) is in the configuration of the quantization, of which newer releases have one.
 
     def get_build_config(self):
         config = super().get_build_config()
-        policies = {
-            name: keras.dtype_policies.serialize(projection.dtype_policy)
+        if not config:
+            return config
+        quantized = {
+            name: projection
             for name, projection in self._projections().items()
             if projection.quantization_mode is not None and projection.dtype_policy != self.dtype_policy
         }
-        return {**config, "projections": policies} if config and policies else config
+        policies = {name: keras.dtype_policies.serialize(x.dtype_policy) for name, x in quantized.items()}
+        given = {name: getattr(x, "quantization_config", None) for name, x in quantized.items()}
+        given = {name: keras.saving.serialize_keras_object(x) for name, x in given.items() if x is not None}
+        own = {"projections": policies, "quantization": given}
+        return {**config, **{what: x for what, x in own.items() if x}}
 
     def build_from_config(self, config):
         super().build_from_config(config)
-        projections = self._projections()
-        for name, policy in (config or {}).get("projections", {}).items():
-            projections[name].dtype_policy = keras.dtype_policies.deserialize(policy)  # quantizes it
+        config, projections = config or {}, self._projections()
+        given = config.get("quantization", {})
+        for name, policy in config.get("projections", {}).items():
+            policy = keras.dtype_policies.deserialize(policy)
+            if name in given:
+                quantization = keras.saving.deserialize_keras_object(given[name])
+                projections[name].quantize(policy.quantization_mode, config=quantization)
+            projections[name].dtype_policy = policy  # quantizes what is not
 
     def _projections(self):
         found = {name: getattr(self, name, None) for name in self._PROJECTIONS}

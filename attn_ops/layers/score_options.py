@@ -85,6 +85,8 @@ class ScoreOptions(DropIn):
             self._refuse_beyond_stock("as_in_keras=True")
 
     def build(self, query_shape, value_shape, key_shape=None):
+        if not isinstance(self, ScoreOptions):  # not built when `revert` changed its class: Keras kept the first one's method
+            return type(self).build(self, query_shape, value_shape, key_shape)
         super().build(query_shape, value_shape, key_shape)
         heads, key_dim, num_axes = self._attention_sizes()
         name = type(self).__name__

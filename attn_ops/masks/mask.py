@@ -251,7 +251,7 @@ class Mask:
           bool `[batch or 1, num_heads or 1, seqlen_q, seqlen_k]`, true = may see: a TensorFlow tensor or a JAX
           array if an argument or a part is one, else a NumPy array.
         Raises:
-          TypeError: an extent is no integer.
+          TypeError: an extent is no integer, or something is a tensor of a Keras model that is being made.
           ValueError: an extent is negative, a part does not fit the extents, a length (in NumPy) is outside [0, seqlen], or
             a query_offset stands beside a bottom-right alignment.
         """
@@ -261,6 +261,11 @@ class Mask:
             checks.extent("Mask.materialize: batch", batch)
         parts = self.tensors()
         xp = namespaces.of(self.arrays() + (seqlen_q, seqlen_k, batch, query_offset))
+        if isinstance(xp, namespaces.Keras):
+            raise TypeError(
+                "Mask.materialize: a tensor of a Keras model that is being made has no values; hand the mask itself to the "
+                f"attention, or materialize it in the call of a layer: {self!r}"
+            )
         for name, length, seqlen in (
             ("query_lengths", self.query_lengths, seqlen_q),
             ("key_lengths", self.key_lengths, seqlen_k),

@@ -4,6 +4,7 @@ which fuse more (dropout, scores, windows, grouped heads); other classes get the
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 
 from attn_ops.layers import Attention, GroupedQueryAttention, MultiHeadAttention
@@ -109,7 +110,7 @@ def borrowed(layers):
             for method in {seam.method for seam in seams.installed(layer)} - methods:
                 del vars(layer)[method]
             if type(layer) is not kind:
-                layer.__class__ = kind
+                _become(layer, kind)
                 for name in _CHANGED:
                     vars(layer).pop(name, None)
                 vars(layer).update(own)
@@ -136,4 +137,12 @@ def _change_class(layer, target):
     # Keras stores no attribute that equals the class's own, and the stock classes have no such defaults.
     vars(layer).setdefault("_flash_attention", None)
     vars(layer)["as_in_keras"] = issubclass(target, DropIn)
-    layer.__class__ = target
+    _become(layer, target)
+
+
+def _become(layer, kind):
+    """Makes ``layer`` one of this class, also for Keras, which binds arguments by the signature that `call` had at first."""
+    layer.__class__ = kind
+    for name, kept in vars(layer).items():
+        if isinstance(kept, inspect.Signature):
+            vars(layer)[name] = inspect.signature(layer.call)

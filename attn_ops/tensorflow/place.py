@@ -46,6 +46,9 @@ _WITHOUT = {
     **dict.fromkeys((_RECORD, *_STOPPED), "graphs that hold the kernels take longer to trace"),
     "tf.Operation._set_attr": "in graphs the composite takes all query rows at once",
     f"{_XLA}.call_module": "functions compiled by XLA hold the composite",
+    f"{_XLA}.optimization_barrier": (
+        "XLA ends the process where `tf.switch_case` takes what was added to results of the kernels"
+    ),
     f"{_XLA}.remove_dynamic_dimension_size": (
         "functions compiled by XLA hold the composite where the batch or a length is unknown"
     ),
@@ -198,6 +201,17 @@ def eager_attributes(op) -> tuple | None:
 def xla_call():
     """The function that puts a program in StableHLO into a graph, or None."""
     return _get(f"{_XLA}.call_module")
+
+
+def opaque_to_xla(results):
+    """``results`` of an `xla_call`, the same where XLA alone compiles what is made.
+
+    To find constants, `tf.switch_case` has XLA look into all that its branches take. Of a call with several results it makes
+    a tuple where an array should be, which an addition of TensorFlow 2.21 does not survive. It gives up at a barrier, which
+    costs nothing.
+    """
+    barrier = _get(f"{_XLA}.optimization_barrier") if in_xla() else None
+    return results if barrier is None else barrier(*results)
 
 
 def xla_call_missing_reason() -> str | None:

@@ -126,6 +126,13 @@ def inputs_keep_their_masks(cls):
     assert keras.layers.Add()([x, _mha(cls)(x, x)])._keras_mask is not None
 
 
+def a_loss_of_scores_is_of_all_of_them(cls):
+    """Keras: the mask of its softmax stays on the scores, and losses take it for one of theirs."""
+    _, scores = _mha(cls)(X, X, use_causal_mask=True, return_attention_scores=True)
+    loss = keras.losses.MeanSquaredError()(tf.zeros_like(scores), scores)
+    np.testing.assert_allclose(loss, np.mean(scores.numpy() ** 2), rtol=1e-5)
+
+
 CASES = {
     "MultiHeadAttention": [
         given_query_masks_count,
@@ -140,6 +147,7 @@ CASES = {
         flash_attention_true_returns_scores,
         causal_mask_is_along_the_attention_axis,
         symbolic_scores_have_the_length_of_the_keys,
+        a_loss_of_scores_is_of_all_of_them,
     ],
     "GroupedQueryAttention": [
         empty_rows_of_grouped_heads_give_zeros,

@@ -196,6 +196,29 @@ def test_models_with_some_quantized_projections_load_back(tmp_path, name):
     np.testing.assert_array_equal(loaded(X), model(X))
 
 
+CONFIGURATIONS = {
+    "weights alone": lambda of: of.Int8QuantizationConfig(activation_quantizer=None),
+    "blocks of 4": lambda of: of.Int4QuantizationConfig(block_size=4),
+    "one block": lambda of: of.Int4QuantizationConfig(block_size=-1),
+}
+
+
+@pytest.mark.skipif(not hasattr(keras.quantizers, "Int4QuantizationConfig"), reason="no configurations in this Keras")
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+@pytest.mark.parametrize("name", FILES)
+def test_how_projections_are_quantized_loads_back(tmp_path, name, configuration):
+    model = functional(ours(name), name)
+    randomize(model)
+    [layer] = [layer for layer in model.layers if isinstance(layer, ours(name))]
+    layer._value_dense.quantize(config=CONFIGURATIONS[configuration](keras.quantizers))
+    path = tmp_path / "model.keras"
+    model.save(path)
+    loaded = keras.saving.load_model(path)
+    np.testing.assert_array_equal(loaded(X), model(X))
+    loaded.save(path)  # and what was loaded can be saved
+    np.testing.assert_array_equal(keras.saving.load_model(path)(X), model(X))
+
+
 @pytest.mark.wide(4)
 @pytest.mark.parametrize("name", FILES)
 def test_weights_files_of_quantized_models_need_a_quantized_one(tmp_path, name):

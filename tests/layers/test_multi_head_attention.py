@@ -352,9 +352,11 @@ def test_causal_over_several_axes_is_refused():
                                                     ((2, 3, 4, 6), (2, 2, 5, 6), None)])  # fmt: skip
 def test_symbolic_shapes_are_those_of_the_results(shape, key_shape, axes):
     layer = MHA(num_heads=2, key_dim=4, attention_axes=axes)
+    before_build = layer.compute_output_spec(*map(keras.Input, (shape[1:], key_shape[1:])), return_attention_scores=True)
     symbolic = layer(keras.Input(shape[1:]), keras.Input(key_shape[1:]), return_attention_scores=True)
     actual = layer(random(*shape), random(*key_shape), return_attention_scores=True)
-    assert [tuple(s.shape)[1:] for s in symbolic] == [tuple(a.shape)[1:] for a in actual]
+    for described in (before_build, symbolic):
+        assert [tuple(s.shape)[1:] for s in described] == [tuple(a.shape)[1:] for a in actual]
     assert [s.dtype for s in symbolic] == [a.dtype for a in actual]
 
 

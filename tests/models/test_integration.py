@@ -359,6 +359,29 @@ def test_revert_of_a_layer_that_was_made_as_ours(name, arguments):
     np.testing.assert_allclose(layer(X, X), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", STOCK)
+def test_a_layer_whose_class_changed_takes_what_its_class_takes(name):
+    """Keras keeps the signature of `call`, and the method `build`, of the class that a layer was made as."""
+    x, bias = random(2, 5, 6), random(5, 5, seed=1)
+    config = {"MultiHeadAttention": (2, 4), "GroupedQueryAttention": (4, 2, 1), "Attention": (True,)}[name]
+    call = (lambda layer, **k: layer([x, x], **k)) if name == "Attention" else (lambda layer, **k: layer(x, x, **k))
+    layer, made = attn_ops.convert(STOCK[name](*config, dtype="float64")), ours(name)(*config, dtype="float64")
+    for one in (layer, made):
+        call(one)
+    made.set_weights(layer.get_weights())
+    with pytest.raises(ValueError, match="Keras's own code has no attention_bias"):
+        call(layer, attention_bias=bias)
+    layer.as_in_keras = False
+    np.testing.assert_allclose(call(layer, attention_bias=bias), call(made, attention_bias=bias), rtol=1e-9)
+    with pytest.raises(TypeError, match="attention_bias"):
+        call(attn_ops.revert(layer), attention_bias=bias)
+
+    unbuilt = attn_ops.revert(ours(name)(*config, dtype="float64"))
+    call(unbuilt)
+    unbuilt.set_weights(made.get_weights())
+    np.testing.assert_allclose(call(unbuilt), call(made), rtol=1e-9)
+
+
 def test_subclasses_keep_their_class():
     class Mine(keras.layers.MultiHeadAttention):
         pass

@@ -175,6 +175,13 @@ def test_masks_of_keras_tensors_combine():
     np.testing.assert_allclose(model([*arrays, *rest]), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_symbols_are_not_written_down():
+    padding, start = keras.Input((7,), dtype="bool"), keras.Input((), dtype="int32")
+    for mask, given in ((masks.key_padding(padding), {}), (masks.causal(), {"query_offset": start})):
+        with pytest.raises(TypeError, match="Mask.materialize: a tensor of a Keras model .* has no values"):
+            mask.materialize(5, 7, **given)
+
+
 def test_structured_masks_of_keras_tensors(tmp_path):
     """Parts that hold symbols, arrays and numbers, and a function, in a model and in its file."""
     query, key, value = symbols()

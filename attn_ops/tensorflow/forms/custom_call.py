@@ -88,14 +88,15 @@ def _custom_call(target, operands, call, own, results, dtypes, shapes, workspace
     optional = given_inputs(call)
     counts = {name: len(given) for name, given in optional.items()}
     operands = operands + [x for given in optional.values() for x in given]
-    return place.xla_call()(
+    made = place.xla_call()(
         operands,
         version=_VERSION,
         module=_program(target, operands, results, dtypes, {**attributes(call), **counts, **own}),
         Tout=dtypes,
         Sout=shapes,
         platforms=_PLATFORMS,
-    )[:wanted]
+    )
+    return place.opaque_to_xla(made[:wanted])
 
 
 def _program(target, operands, results, dtypes, config):

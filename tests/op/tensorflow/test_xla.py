@@ -42,6 +42,13 @@ def through_cond(query, key, value):
     return tf.cond(query[0, 0, 0, 0] < 1e9, lambda: attend(query, key, value), lambda: query)
 
 
+def through_switch_case(query, key, value):
+    """Of what is added to the result, before it and in it: XLA looks into that for constants."""
+    which = tf.cast(query[0, 0, 0, 0] > 1e9, tf.int32)
+    out = attend(query, key, value) + query
+    return tf.switch_case(which, [lambda: attend(query, key, value) * 3 + out - 3 * (out - query) - query, lambda: out])
+
+
 def through_function_in_while_in_cond(query, key, value):
     return tf.cond(query[0, 0, 0, 0] < 1e9, lambda: through_while(query, key, value), lambda: query)
 
@@ -82,6 +89,7 @@ WAYS = [
     through_nested_function,
     through_while,
     through_cond,
+    through_switch_case,
     through_function_in_while_in_cond,
     through_custom_gradient,
     through_map,
@@ -117,7 +125,9 @@ def assert_same(results, wanted):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", [attend, through_nested_function, through_cond, through_function_traced_before])
+@pytest.mark.parametrize(
+    "way", [attend, through_nested_function, through_cond, through_switch_case, through_function_traced_before]
+)
 def test_gradient_taken_outside_of_the_compiled_function(way):
     inputs = tensors()
     wanted = loss_and_gradients(attend, inputs)
