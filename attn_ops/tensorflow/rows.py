@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from attn_ops.call.attention_call import OPTIONAL_DIFFERENTIABLE
 from attn_ops.masks import key_range
-from attn_ops.tensorflow import philox
+from attn_ops.tensorflow import custom_gradient, philox, place
 from attn_ops.tensorflow.runtime_checks import at_least_1, canonical_extents, extents
 
 # Some query rows and what belongs to them; bias (or None) and masks may broadcast along the rows. The table by distance
@@ -100,13 +100,14 @@ class Problem:
         e, e_sink, total, *_ = softmax_terms(s, seen, block.sinks)
         # Selected, since in a row of NaN even hidden weights would be NaN.
         p = select(seen, e / total)
-        dp = self._products(d_out, v)
+        weighed = ~_is_zero(p) if masked else None
+        # Selected before it is multiplied too: its product with 0 would be NaN, or that of the derivative.
+        dp = select(weighed, self._products(d_out, v, masked))
         dropped_p = p
         keep = self._keep(block)
         if keep is not None:
             dropped_p, dp = self._drop(keep, p), self._drop(keep, dp)
-        weighed = ~_is_zero(p) if masked else None
-        delta = tf.reduce_sum(select(weighed, p * dp), -1, keepdims=True)
+        delta = tf.reduce_sum(p * dp, -1, keepdims=True)
         minus_d_row = delta - d_lse[..., None]
         ds = select(weighed, p * (dp - minus_d_row))
         dv = _weighted_sum(self._grouped(dropped_p), self._grouped(d_out), masked or keep is not None, True)
@@ -131,11 +132,6 @@ class Problem:
     def scores(self, block, k):
         """The scores, which of them are seen, None where all are, and the derivative of their cap, or None. Hidden scores
         may be anything."""
-        s, slope_of_cap = self._products(block.q, k), None
-        if self.call.logits_soft_cap is not None:
-            cap = tf.constant(self.call.logits_soft_cap, self.dtype)
-            t = tf.tanh(s / cap)
-            s, slope_of_cap = cap * t, 1.0 - t * t
         seqlen_q, seqlen_k = tf.cast(self.seqlen_q, tf.int64), tf.cast(self.seqlen_k, tf.int64)
         visible = key_range.interval(
             tf.cast(block.rows, tf.int64)[:, None],
@@ -151,21 +147,32 @@ class Problem:
         )
         visible += self._structured(block)
         visible += block.masks
+        added = []
+        if block.relative_bias is not None:
+            added.append(self._by_distance(self._distances(block), block.relative_bias))
+        if block.bias is not None:
+            added.append(tf.cast(block.bias, self.dtype))
+        there = [above_minus_inf(bias) for bias in added]  # -inf hides
+        visible += there
+        seen = functools.reduce(tf.logical_and, visible) if visible else None
+        capped = self.call.logits_soft_cap is not None
+        s, slope_of_cap = self._products(block.q, k, masked=capped or seen is not None), None
+        if capped:
+            # Hidden scores may be NaN, which would meet the zeros of gradients in the derivative of tanh.
+            s = select(seen, s)
+            cap = tf.constant(self.call.logits_soft_cap, self.dtype)
+            t = tf.tanh(s / cap)
+            s, slope_of_cap = cap * t, 1.0 - t * t
         if self.call.alibi_slopes is not None:
             slopes = self.call.alibi_slopes[:, :, None, None]
             s = _biased(s, slopes * tf.cast(self._distances(block), self.dtype))
-        if block.relative_bias is not None:
-            s, there = _biased_unless_hidden(s, self._by_distance(self._distances(block), block.relative_bias))
-            visible.append(there)
-        if block.bias is not None:
-            s, there = _biased_unless_hidden(s, tf.cast(block.bias, self.dtype))
-            visible.append(there)
+        for bias, finite in zip(added, there):
+            s = _biased(s, select(finite, bias))
         # Nor may a mask or bias broadcast the scores.
         shape = [self.batch, self.num_heads, extents(block.q)[2], self.seqlen_k]
-        if not visible:
+        if seen is None:
             return tf.reshape(s, shape), None, slope_of_cap
-        seen = functools.reduce(tf.logical_and, [*visible, above_minus_inf(s)])
-        return tf.reshape(s, shape), tf.reshape(seen, shape), slope_of_cap
+        return tf.reshape(s, shape), tf.reshape(seen & above_minus_inf(s), shape), slope_of_cap
 
     def _structured(self, block):
         """Who sees whom by intervals, segments and blocks: conditions that broadcast to the scores."""
@@ -232,9 +239,11 @@ class Problem:
     def _drop(self, keep, x):
         return select(keep, x * tf.constant(1.0 / (1.0 - self.call.dropout_rate), self.dtype))
 
-    def _products(self, rows, keys):
-        """`[batch, num_heads, n, dim]` times `[batch, num_kv_heads, seqlen_k, dim]`, over dim."""
-        return self._ungrouped(tf.matmul(self._grouped(rows), keys, transpose_b=True), rows)
+    def _products(self, rows, keys, masked):
+        """`[batch, num_heads, n, dim]` times `[batch, num_kv_heads, seqlen_k, dim]`, over dim; if ``masked``, some of them
+        count for nothing."""
+        products = _masked_products if masked else _products
+        return self._ungrouped(products(self._grouped(rows), keys), rows)
 
     def _grouped(self, x):
         """The query heads of a key head as more rows: `[batch, num_kv_heads, group_size * n, last]`."""
@@ -263,12 +272,6 @@ def _biased(s, bias):
     total = s + bias
     overflowed = ~_is_finite(total) & _is_finite(s) & _is_finite(bias)
     return tf.where(overflowed, tf.sign(tf.stop_gradient(total)) * total.dtype.max, total)
-
-
-def _biased_unless_hidden(s, bias):
-    """s + bias, and where that is not -inf, which hides: there it is s."""
-    there = above_minus_inf(bias)
-    return _biased(s, select(there, bias)), there
 
 
 def softmax_terms(s, seen, sinks=None):
@@ -311,6 +314,24 @@ def _is_zero(x):
 
 def _is_finite(x):
     return tf.math.is_finite(tf.stop_gradient(x))
+
+
+def _products(rows, keys):
+    return tf.matmul(rows, keys, transpose_b=True)
+
+
+def _masked_products(rows, keys):
+    """`_products` some of which count for nothing: NaN and infinity do not reach derivatives through those."""
+    if place.in_vectorization():  # which forgets what gradient it was given: the same at the price of two
+        exact = _products(tf.stop_gradient(rows), tf.stop_gradient(keys))
+        return tf.where(tf.math.is_finite(exact), _products(_finite(rows), _finite(keys)), exact)
+
+    def gradient(results, kept, cotangents, by_tape):
+        # A NaN or infinity that counts has made the score NaN already; the others must not meet the zeros of gradients.
+        (d,), (rows_here, keys_here) = cotangents, map(custom_gradient.own, (rows, keys))
+        return tf.matmul(d, _finite(keys_here)), tf.matmul(d, _finite(rows_here), transpose_a=True)
+
+    return custom_gradient.apply(lambda *x: ([_products(*x)], []), gradient, [rows, keys])[0]
 
 
 def _weighted_sum(weights, values, masked, transpose_weights=False):
