@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from attn_ops.call.attention_call import OPTIONAL_DIFFERENTIABLE
 from attn_ops.masks import key_range
-from attn_ops.tensorflow import custom_gradient, philox, place
+from attn_ops.tensorflow import philox
 from attn_ops.tensorflow.runtime_checks import at_least_1, canonical_extents, extents
 
 # Some query rows and what belongs to them; bias (or None) and masks may broadcast along the rows. The table by distance
@@ -23,11 +23,13 @@ Block = collections.namedtuple("Block", "rows q bias masks relative_bias sinks")
 class Problem:
     """The parts of a call that are not differentiated, and the mathematics of a block of query rows.
 
-    `forward` and `backward` take all rows at once.
+    `forward` and `backward` take all rows at once. ``masked_products`` are the `products` some of which count for nothing: no
+    NaN or infinity is to reach derivatives through those.
     """
 
-    def __init__(self, call):
+    def __init__(self, call, masked_products):
         self.call = call
+        self._masked_products = masked_products
         self.dtype = tf.float64 if call.query.dtype == tf.float64 else tf.float32
         self.batch, self.num_heads, self.seqlen_q, self.head_dim = canonical_extents(call.query, call.layout)
         _, self.num_kv_heads, self.seqlen_k, self.value_dim = canonical_extents(call.value, call.layout)
@@ -115,7 +117,7 @@ class Problem:
         # zeros of ds.
         q = self._grouped(block.q)
         capped = slope_of_cap is not None
-        q, k = (_finite(q), _finite(k)) if masked or capped else (q, k)
+        q, k = (finite(q), finite(k)) if masked or capped else (q, k)
         ds_grouped = self._grouped(select(weighed, ds * slope_of_cap) if capped else ds)
         dq = self._ungrouped(tf.matmul(ds_grouped, k), d_lse)
         dk = tf.matmul(ds_grouped, q, transpose_a=True)
@@ -242,8 +244,8 @@ class Problem:
     def _products(self, rows, keys, masked):
         """`[batch, num_heads, n, dim]` times `[batch, num_kv_heads, seqlen_k, dim]`, over dim; if ``masked``, some of them
         count for nothing."""
-        products = _masked_products if masked else _products
-        return self._ungrouped(products(self._grouped(rows), keys), rows)
+        multiply = self._masked_products if masked else products
+        return self._ungrouped(multiply(self._grouped(rows), keys), rows)
 
     def _grouped(self, x):
         """The query heads of a key head as more rows: `[batch, num_kv_heads, group_size * n, last]`."""
@@ -316,22 +318,8 @@ def _is_finite(x):
     return tf.math.is_finite(tf.stop_gradient(x))
 
 
-def _products(rows, keys):
+def products(rows, keys):
     return tf.matmul(rows, keys, transpose_b=True)
-
-
-def _masked_products(rows, keys):
-    """`_products` some of which count for nothing: NaN and infinity do not reach derivatives through those."""
-    if place.in_vectorization():  # which forgets what gradient it was given: the same at the price of two
-        exact = _products(tf.stop_gradient(rows), tf.stop_gradient(keys))
-        return tf.where(tf.math.is_finite(exact), _products(_finite(rows), _finite(keys)), exact)
-
-    def gradient(results, kept, cotangents, by_tape):
-        # A NaN or infinity that counts has made the score NaN already; the others must not meet the zeros of gradients.
-        (d,), (rows_here, keys_here) = cotangents, map(custom_gradient.own, (rows, keys))
-        return tf.matmul(d, _finite(keys_here)), tf.matmul(d, _finite(rows_here), transpose_a=True)
-
-    return custom_gradient.apply(lambda *x: ([_products(*x)], []), gradient, [rows, keys])[0]
 
 
 def _weighted_sum(weights, values, masked, transpose_weights=False):
@@ -361,7 +349,7 @@ def above_minus_inf(x):
     return (x >= x.dtype.min) | tf.math.is_nan(x)
 
 
-def _finite(x):
+def finite(x):
     return select(_is_finite(x), x)
 
 
