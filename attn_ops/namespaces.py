@@ -277,7 +277,8 @@ def of(values):
 
 
 def native(x):
-    """``x``, and of NumPy in this machine's order of bytes: TensorFlow's graphs read others as if they were, and JAX takes none."""
+    """``x``, an array of NumPy in this machine's order of bytes: graphs of TensorFlow read others as if they were in it,
+    and JAX takes none."""
     return x.astype(x.dtype.newbyteorder("=")) if isinstance(x, np.ndarray) and not x.dtype.isnative else x
 
 

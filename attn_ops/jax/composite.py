@@ -110,8 +110,8 @@ def attention_weights(options: Options, arrays: Arrays, lse):
 
 
 def _refused(options, arrays):
-    """Which entries of the batch the kernels refuse, once values are known: those with lengths beyond their extents, and with
-    keys in entries of the table that are no page. bool `[batch]`, or None where there is neither.
+    """Which entries of the batch the kernels refuse, once values are known: those with lengths beyond their extents, and
+    with keys in entries of the table that are no page. bool `[batch]`, or None where there is neither.
     """
     found = []
     seqlen_k = canonical(arrays.key.shape, options.layout)[2]
@@ -128,7 +128,7 @@ def _refused(options, arrays):
 
 
 def _told(refused, x):
-    """``x`` `[batch, ...]`, NaN in entries that are ``refused``: XLA has no errors, and any number would be taken for right."""
+    """``x`` `[batch, ...]`, NaN in entries that are ``refused``: XLA has no errors, and numbers would be taken for right."""
     if refused is None:
         return x
     return x + jnp.where(refused, math.nan, 0.0).astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))

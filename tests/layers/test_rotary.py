@@ -167,7 +167,8 @@ def test_positions_beyond_32_bits(framework, dtype, table, monkeypatch):
     positions = np.array([2**31, 2**32 - 1, 2**32, 2**33 + 7, -1, -(2**34) - 3])
     positions = (np.abs(positions) if dtype == "uint64" else positions).astype(dtype)
     expected = rotated(x, [positions], plain(4, base=100.0))
-    known = runs(*framework) if constant is tf.constant else (lambda x, p, base: jax.jit(lambda x: function(x, p, base=base))(x),)
+    by_jax = [lambda x, p, base: jax.jit(lambda x: function(x, p, base=base))(x)]
+    known = runs(*framework) if constant is tf.constant else by_jax
     for run in known:
         np.testing.assert_allclose(run(x, positions, base=100.0), expected, atol=1e-5)
 

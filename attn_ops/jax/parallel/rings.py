@@ -114,8 +114,8 @@ def _steps(share, call):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _compiled(setting, rows, arguments):
-    """(out [batch, rows, num_heads, value_dim], lse) of each of the ``rows``, and the `_State` of each, without out and without
-    derivative. ``arguments`` are what has a gradient: queries, key, value, biases, table and sinks.
+    """(out [batch, rows, num_heads, value_dim], lse) of each of the ``rows``, and the `_State` of each, without out and
+    without derivative. ``arguments`` are what has a gradient: queries, key, value, biases, table and sinks.
 
     Compiled, since JAX does not find the derivatives inside `jax.shard_map` outside of `jax.jit`.
     """
@@ -151,8 +151,8 @@ def _ring(setting, tree):
 
 @functools.cache
 def _of_first_order(setting, tree, wanted):
-    """The derivative of out and lse of all rows by the ``wanted`` leaves of arguments of this ``tree``: of them all, and of what
-    `_compiled` found for them."""
+    """The derivative of out and lse of all rows by the ``wanted`` leaves of arguments of this ``tree``: of them all, and
+    of what `_compiled` found for them."""
     count = tree.num_leaves
 
     def forward(kept, along):
@@ -185,9 +185,10 @@ def _pairs_of(x):
 
 
 def _gradients(setting, rows, queries, key, value, biases, table, sinks, found, cotangents):
-    """The cotangents of all but the rows; ``found`` are the results of `_forward`, and ``cotangents`` those of out and lse."""
+    """The cotangents of all but the rows; ``found`` is what `_forward` gave, ``cotangents`` are those of out and lse."""
     arguments = queries, key, value, biases, table, sinks
-    (queries, key, value, biases, table, sinks), found, cotangents = _first_order(setting.name, (arguments, found, cotangents))
+    arguments, found, cotangents = _first_order(setting.name, (arguments, found, cotangents))
+    queries, key, value, biases, table, sinks = arguments
     # [batch, num_heads, rows]: what the cotangents of all scores of a row have in common.
     common = [d_lse - _products(d_out, out) for (out, _, _), (d_out, d_lse) in zip(found, cotangents)]
 
