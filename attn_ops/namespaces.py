@@ -276,8 +276,16 @@ def of(values):
     return NumPy()
 
 
+def native(x):
+    """``x``, an array of NumPy in this machine's order of bytes: graphs of TensorFlow read others as if they were in it,
+    and JAX takes none."""
+    return x.astype(x.dtype.newbyteorder("=")) if isinstance(x, np.ndarray) and not x.dtype.isnative else x
+
+
 def held(x):
-    """``x``, or the array of JAX that it stands for, as JAX's functions take it: a variable of Keras, a parameter of Flax."""
+    """``x``, or the array of JAX that it stands for, as JAX's functions take it: a variable of Keras, a parameter of Flax;
+    `native`."""
+    x = native(x)
     keras, jax = (sys.modules.get(name) for name in ("keras", "jax"))
     if jax is None or isinstance(x, (jax.Array, getattr(keras, "KerasTensor", ()))):
         return x

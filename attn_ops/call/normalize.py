@@ -173,18 +173,17 @@ def _checked(xp, name, query, key, value, *, block_table=None, scales=(), of_cac
 _NONE = Parts()
 
 
-def _structured(xp, name, mask, query, keys, dims, layout, offset, resolve):
-    """A `Mask` (with ``resolve``, functions in it resolved) and its `Parts` as the kernels take them; ``keys`` are the
-    key and the table of its pages."""
+def _structured(xp, name, mask, query, keys, dims, layout, offset, windows):
+    """A `Mask` of this call (functions in it causal and windows only with ``windows``) and its `Parts` as the kernels take
+    them; ``keys`` are the key and the table of its pages."""
     axis = 1 if layout == "BSHD" else 2
     key, block_table = keys
     rows, keys = xp.extent(query, axis), xp.extent(key, axis)
     if block_table is not None:
         keys = keys * xp.extent(block_table, 1)
     try:
-        resolved = mask.resolved(rows, keys, offset) if resolve else mask
+        resolved = mask.of_call(*dims[:2], rows, keys, offset, windows=windows)
         parts = resolved.parts(rows, keys, offset, like=(query,))
-        mask.check_entries(*dims[:2])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     try:

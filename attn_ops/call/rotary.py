@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from attn_ops.call import options, shapes
+from attn_ops.call import arrays, options, shapes
 
 _ON_HOST = 2**20  # angles that are computed in NumPy, and are constants of what is traced
 _FACTOR = "factor"
@@ -187,37 +187,31 @@ def _positions(xp, name, positions, start, x, extents, seq_axis):
         if start is None:
             start = 0
         elif not options.is_integer(start):
-            start = _integers(xp, name, "start_index", start)
-            _check(name, "start_index", start, xp, [[], [batch]], "an integer or [batch]")
-            known = xp.static_value(start)
-            start = start if known is None else known
+            start = _integers(xp, name, "start_index", start, [[], [batch]], "an integer or [batch]")
             start = start[:, None] if len(start.shape) else start
         known = isinstance(seqlen, int) and (options.is_integer(start) or isinstance(start, (np.ndarray, np.generic)))
         return start + (np.arange(seqlen) if known else xp.arange_like(xp.extent(x, seq_axis), start))
-    positions = _integers(xp, name, "positions", positions)
     allowed = [[seqlen], [batch, seqlen], [1, seqlen]] if seq_axis else [[seqlen]]
-    _check(name, "positions", positions, xp, allowed, f"[seqlen={seqlen}] or [batch={batch}, seqlen]")
-    known = xp.static_value(positions)
-    return positions if known is None else known
+    return _integers(xp, name, "positions", positions, allowed, f"[seqlen={seqlen}] or [batch={batch}, seqlen]")
 
 
-def _integers(xp, name, what, x):
-    x = xp.as_tensor(name, what, x)
+def _integers(xp, name, what, given, allowed, rule):
+    """What was ``given``, of an ``allowed`` shape: NumPy where its values are known, which JAX may not have room for."""
+    x = xp.as_tensor(name, what, given)
     if not xp.is_integer(x.dtype):
         raise TypeError(f"{name}: {what} must hold integers, got {x.dtype.name}")
-    return x
-
-
-def _check(name, what, x, xp, allowed, rule):
     extents = xp.extents(x)
     if extents is None or not any(shapes.compatible(extents, shape) for shape in allowed):
         got = "unknown rank" if extents is None else shapes.shape_text(extents)
         raise ValueError(f"{name}: {what} must be {rule}, got {got}")
+    known = arrays.known_values(xp, given, x)
+    return x if known is None else np.asarray(known)
 
 
 def _cos_sin(xp, positions, freq, factor, dtype):
     """Cosine and sine, times the factor, of position times frequency: [*positions, pairs]."""
-    if isinstance(positions, (np.ndarray, np.generic)) and positions.size * freq.size <= _ON_HOST:
+    known = isinstance(positions, (np.ndarray, np.generic))
+    if known and (positions.size * freq.size <= _ON_HOST or positions.max() >= 2**31 or positions.min() < -(2**31)):
         angles = positions[..., None] * freq
         return tuple(xp.cast(xp.as_tensor("", "", factor * f(angles)), dtype) for f in (np.cos, np.sin))
     positions = xp.as_tensor("", "", positions)
@@ -244,7 +238,10 @@ def _turns(xp, positions, freq):
     # The upper word of p * low, from products of 16 bits.
     carry = p_1 * low_0 + p_0 * low_0 // k
     upper = p_1 * low_1 + carry // k + (p_0 * low_1 + carry % k) // k
-    upper = upper - xp.cast(positions < 0, xp.uint32) * low  # a negative position was read as 2^32 more
+    if positions.dtype.name in ("int64", "uint64"):
+        upper = upper + xp.cast(positions // 2**32, xp.uint32) * low
+    else:
+        upper = upper - xp.cast(positions < 0, xp.uint32) * low  # a negative position was read as 2^32 more
     return xp.bitcast_int32(p * high + upper)
 
 

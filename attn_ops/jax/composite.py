@@ -48,6 +48,7 @@ def with_statistics(options: Options, arrays: Arrays, chunk_rows: int | None = N
     ``chunk_rows`` is how many query rows to take at a time; None for all, unless that is more than `UNCHUNKED_SCORES`
     scores. Extents that `jax.export` leaves open, or Keras for a batch of any size, are taken in one piece.
     """
+    refused = _refused(options, arrays)
     arrays = pages.gathered(xp, int8.dequantized(xp, arrays), options.layout)
     batch, num_heads, seqlen_q, _ = canonical(arrays.query.shape, options.layout)
     seqlen_k = canonical(arrays.key.shape, options.layout)[2]
@@ -82,8 +83,8 @@ def with_statistics(options: Options, arrays: Arrays, chunk_rows: int | None = N
     lse = None
     if options.return_lse:
         empty = total == 0.0
-        lse = jnp.where(empty, -math.inf, m + jnp.log(jnp.where(empty, 1.0, total)))
-    return _to_layout(options, out.astype(arrays.query.dtype)), lse, jnp.stack([m, total], -1)
+        lse = _told(refused, jnp.where(empty, -math.inf, m + jnp.log(jnp.where(empty, 1.0, total))))
+    return _to_layout(options, _told(refused, out).astype(arrays.query.dtype)), lse, jnp.stack([m, total], -1)
 
 
 def gradients(options: Options, wanted: tuple[str, ...], arrays: Arrays, d_out, d_lse):
@@ -104,7 +105,33 @@ def attention_weights(options: Options, arrays: Arrays, lse):
     # Selected before the subtraction too: the gradient of -inf - -inf would be NaN.
     seen = s != -math.inf
     difference = _select(seen, s) - _select(lse != -math.inf, lse)
-    return _select(seen, jnp.exp(jnp.minimum(difference, 0.0))).astype(arrays.query.dtype)
+    weights = _select(seen, jnp.exp(jnp.minimum(difference, 0.0)))
+    return _told(_refused(options, arrays), weights).astype(arrays.query.dtype)
+
+
+def _refused(options, arrays):
+    """Which entries of the batch the kernels refuse, once values are known: those with lengths beyond their extents, and
+    with keys in entries of the table that are no page. bool `[batch]`, or None where there is neither.
+    """
+    found = []
+    seqlen_k = canonical(arrays.key.shape, options.layout)[2]
+    if arrays.block_table is not None:
+        table, size = arrays.block_table, seqlen_k
+        seqlen_k *= table.shape[1]
+        reached = jnp.arange(table.shape[1]) * size < arrays.key_lengths[:, None]
+        found.append((reached & ((table < 0) | (table >= arrays.key.shape[0]))).any(1))
+    extents = canonical(arrays.query.shape, options.layout)[2], seqlen_k
+    for lengths, extent in zip((arrays.query_lengths, arrays.key_lengths), extents):
+        if lengths is not None:
+            found.append((lengths < 0) | (lengths > extent))
+    return functools.reduce(operator.or_, found) if found else None
+
+
+def _told(refused, x):
+    """``x`` `[batch, ...]`, NaN in entries that are ``refused``: XLA has no errors, and numbers would be taken for right."""
+    if refused is None:
+        return x
+    return x + jnp.where(refused, math.nan, 0.0).astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _inputs(options, arrays):

@@ -40,8 +40,8 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
 
     Raises:
         TypeError, ValueError: as in `attn_ops.decode_attention`.
-        jax.errors.JaxRuntimeError: no room for the new rows, where only the running kernel can know. The composite
-            does not find that.
+        jax.errors.JaxRuntimeError: no room for the new rows, where only the running kernel can know. Of the composite such
+            a sequence gets NaN; kernels of GPUs leave out what there was no room for.
     """
     name = "decode_attention"
     implementation = given.pop("implementation", None)

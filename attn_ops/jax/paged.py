@@ -37,7 +37,7 @@ def paged_attention(q, k_pages, v_pages, block_table, lengths, k_new=None, v_new
     Raises:
         TypeError, ValueError: as in `attn_ops.paged_attention`.
         jax.errors.JaxRuntimeError: lengths beyond the table, or entries that are no page, where only the running kernel
-            can know. The composite does not find those.
+            can know. Of the composite such a sequence gets NaN; kernels of GPUs take the nearest that there is.
     """
     name = "paged_attention"
     implementation, in_place = given.pop("implementation", None), given.pop("in_place", False)

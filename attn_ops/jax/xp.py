@@ -41,7 +41,6 @@ def as_tensor(name, what, x):
             return array
         if array.dtype.kind in "OSU":
             raise TypeError(f"JAX has no arrays of {array.dtype}")
-        array = array.astype(array.dtype.newbyteorder("="), copy=False)  # JAX takes the machine's order of bytes alone
         if array.dtype.kind in "iu" and array.dtype.itemsize == 8 and not jax.config.jax_enable_x64:
             # JAX would wrap values around into the valid range: clipped, they stay out of it.
             array = np.clip(array, np.iinfo(np.int32).min, np.iinfo(np.int32).max)

@@ -44,8 +44,7 @@ class Function(Part):
     def found(self, seqlen_q, seqlen_k, query_offset=None):
         """Two masks that are the function for these extents: as what it is recognised to be, and as one that does not
         ask where rows stand. They only differ where it is causal, a window, a prefix or chunks."""
-        seqlen_q, seqlen_k = self._extent("seqlen_q", seqlen_q), self._extent("seqlen_k", seqlen_k)
-        offset = self._offset(query_offset)
+        seqlen_q, seqlen_k, offset = self._asked_for(seqlen_q, seqlen_k, query_offset)
         key = seqlen_q, seqlen_k, tuple(offset.flat)
         if key not in self._found:
             while len(self._found) >= _KEPT:  # decoding asks for another offset each time
@@ -53,22 +52,21 @@ class Function(Part):
             self._found[key] = _recognised(_Table(self, seqlen_q, seqlen_k, offset), query_offset is None)
         return self._found[key]
 
-    def check_entries(self, batch, num_heads):
-        """ValueError where the call has several batch entries or heads (None: who knows), nobody said how many, and the
-        function, which was `found` before, asks which one it is for."""
-        called = ("batch", "b", self.batch, batch), ("num_heads", "h", self.num_heads, num_heads)
-        for axis, (what, index, given, count) in enumerate(called):
-            if given is None and count not in (0, 1) and self._depends(axis):
+    def check_entries(self, counts, *extents):
+        """ValueError where a call with these extents and offset, as `found` takes them, has several batch entries or heads
+        (``counts``; None: who knows), nobody said how many, and the function asks which one it is for."""
+        called = ("batch", "b", self.batch), ("num_heads", "h", self.num_heads)
+        for axis, ((what, index, given), count) in enumerate(zip(called, counts)):
+            if given is None and count not in (0, 1) and self._depends(axis, *self._asked_for(*extents)):
                 many = "may have several" if count is None else f"has {count}"
                 raise ValueError(
                     f"from_function: {self.name}(b, h, q, k) asks for {index}, and the call {many}: give {what}=, how "
                     "many there are"
                 )
 
-    def _depends(self, axis):
+    def _depends(self, axis, seqlen_q, seqlen_k, offset):
         """Whether the function asks for b (axis 0) or h (axis 1): of two that are the same it makes two all the same."""
-        *_, (seqlen_q, seqlen_k, offset) = self._found
-        if not (seqlen_q and seqlen_k and offset):
+        if not (seqlen_q and seqlen_k and offset.size):
             return False
         first = offset[0]
         index = [np.zeros((1, 1, 1, 1), np.int64)] * 2
@@ -89,8 +87,11 @@ class Function(Part):
 
     def visible(self, xp, at):
         """All of it, as the function says."""
-        seqlen_q, seqlen_k = self._extent("seqlen_q", at.seqlen_q), self._extent("seqlen_k", at.seqlen_k)
-        return xp.bool(_Table(self, seqlen_q, seqlen_k, self._offset(at.query_offset)).whole())
+        return xp.bool(_Table(self, *self._asked_for(at.seqlen_q, at.seqlen_k, at.query_offset)).whole())
+
+    def _asked_for(self, seqlen_q, seqlen_k, query_offset):
+        """The extents as integers, and the offset as `[1]` or `[batch]`."""
+        return self._extent("seqlen_q", seqlen_q), self._extent("seqlen_k", seqlen_k), self._offset(query_offset)
 
     def _extent(self, what, called):
         own, known = getattr(self, what), namespaces.known(called)
@@ -104,7 +105,6 @@ class Function(Part):
         return int(known if own is None else own)
 
     def _offset(self, query_offset):
-        """`[1]` or `[batch]`."""
         offset = np.zeros(1, np.int64) if query_offset is None else namespaces.known(query_offset)
         if offset is None:
             raise ValueError(

@@ -180,7 +180,7 @@ class Mask:
         With `windows` False they become intervals even where they are causal, windows, a prefix or chunks.
         Raises ValueError where the extents or the offset are not known, and what the functions raise.
         """
-        functions = [part for part in self.structured if part.is_function]
+        functions = self._functions()
         if not functions:
             return self
         mask = dataclasses.replace(self, structured=tuple(part for part in self.structured if not part.is_function))
@@ -192,12 +192,19 @@ class Mask:
             mask = mask & (found if windows and not clash else as_intervals)
         return mask
 
-    def check_entries(self, batch, num_heads):
-        """ValueError where a function in the mask, which has been evaluated, asks which of several entries or heads it is
-        for, and was not told how many there are."""
-        for part in self.structured:
-            if part.is_function:
-                part.check_entries(batch, num_heads)
+    def of_call(self, batch, num_heads, seqlen_q, seqlen_k, query_offset=None, windows=True):
+        """The mask `resolved` for a call of so many batch entries and heads (None where nobody knows).
+
+        Raises ValueError, too, where a function asks which of several entries or heads it is for, and was not told how many
+        there are.
+        """
+        resolved = self.resolved(seqlen_q, seqlen_k, query_offset, windows)
+        for part in self._functions():
+            part.check_entries((batch, num_heads), seqlen_q, seqlen_k, query_offset)
+        return resolved
+
+    def _functions(self):
+        return [part for part in self.structured if part.is_function]
 
     @namespaces.as_written
     def parts(self, seqlen_q, seqlen_k, query_offset=None, like=()):

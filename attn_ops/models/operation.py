@@ -62,10 +62,9 @@ def options_and_tensors(function, query, key, given):
             offset = tensors["query_offset"]
             # Windows that are found may stand at the last key: not where something else counts distances.
             alone = all(tensors[name] is None for name in ("query_offset", "alibi_slopes", "relative_bias"))
-            resolved = structure.resolved(query.shape[axis], key.shape[axis], offset, windows=alone)
             rank = len(query.shape)
-            structure.check_entries(query.shape[0] if rank > 2 else 1, query.shape[3 - axis] if rank == 4 else 1)
-            structure = resolved
+            entries = query.shape[0] if rank > 2 else 1, query.shape[3 - axis] if rank == 4 else 1
+            structure = structure.of_call(*entries, query.shape[axis], key.shape[axis], offset, windows=alone)
         arguments["mask_structure"] = {
             "is_causal": structure.is_causal,
             "causal_alignment": structure.causal_alignment,

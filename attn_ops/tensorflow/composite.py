@@ -62,7 +62,7 @@ def attention(call, query_chunk="auto", in_xla=False, exporting=False, vectorize
 
 def _attention(call, query_chunk, exporting, vectorized):
     with tf.name_scope("scaled_dot_product_attention"):
-        problem = rows.Problem(checked(call))
+        problem = rows.Problem(checked(call), _masked_products)
         # In graphs forward-mode derivatives need the way through the inside, without a loop.
         watched = not tf.executing_eagerly() and place.in_forward_mode(call.differentiable())
         steps = _steps(problem, None if watched or vectorized else query_chunk, exporting)
@@ -74,6 +74,20 @@ def _attention(call, query_chunk, exporting, vectorized):
         else:
             out, lse = _with_gradient_in_graphs(steps, [*map(custom_gradient.own, inputs)])
         return problem.to_layout(tf.cast(out, call.query.dtype)), lse
+
+
+def _masked_products(x, y):
+    """`rows.products` some of which count for nothing: NaN and infinity do not reach derivatives through those."""
+    if place.in_vectorization():  # which forgets what gradient it was given: the same at the price of two
+        exact = rows.products(tf.stop_gradient(x), tf.stop_gradient(y))
+        return tf.where(tf.math.is_finite(exact), rows.products(rows.finite(x), rows.finite(y)), exact)
+
+    def gradient(results, kept, cotangents, by_tape):
+        # A NaN or infinity that counts has made the score NaN already; the others must not meet the zeros of gradients.
+        (d,), (own_x, own_y) = cotangents, map(custom_gradient.own, (x, y))
+        return tf.matmul(d, rows.finite(own_y)), tf.matmul(d, rows.finite(own_x), transpose_a=True)
+
+    return custom_gradient.apply(lambda *factors: ([rows.products(*factors)], []), gradient, [x, y])[0]
 
 
 def _with_gradient(steps, inputs, forward_mode):
@@ -118,7 +132,7 @@ def attention_weights(call, lse=None):
 
 def _attention_weights(call, lse):
     with tf.name_scope("attention_weights"):
-        problem = rows.Problem(checked(call))
+        problem = rows.Problem(checked(call), _masked_products)
         block = problem.block(problem.query(), problem.others())
         s, seen, _ = problem.scores(block, problem.key())
         if lse is None:

@@ -29,10 +29,10 @@ def apply(run, gradient, inputs):
         gradient: (results, kept, cotangents, by_tape) -> for each input its gradient or None. ``results`` and ``kept`` are those
             of ``run``, as constants to whoever differentiates the gradient. ``by_tape``: a tape asks, and uses no gradient of
             what it did not watch when ``run`` was called.
-        inputs: Tensors of the graph that is being made.
+        inputs: Tensors, of the graph that is being made where one is.
     """
     inputs = list(inputs)
-    record = place.recorder()
+    record = None if tf.executing_eagerly() else place.recorder()
     if record is None:
         return _in_public(run, gradient, inputs)
     name = f"AttnOpsGradient-{_PROCESS}-{next(_numbers)}"

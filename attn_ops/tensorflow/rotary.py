@@ -21,8 +21,8 @@ def rotary_embedding(
     with its position, so that products of queries and keys depend on their distance.
 
     Pair i of position p turns by p * base^(-2 i / rotary_dim): as complex numbers, it is multiplied by exp(i angle). For
-    inputs up to float32 angles are right to 2^-32 of a turn at every position below 2^31, and the turn is computed in
-    float32; float64 stays so. Differentiable: the gradient turns back. Works eagerly, in `tf.function`, with unknown
+    inputs up to float32 angles are right to 2^-32 of a turn at every position below 2^31 (2^-64 times the position beyond
+    that), and the turn is computed in float32; float64 stays so. Differentiable: the gradient turns back. Works eagerly, in `tf.function`, with unknown
     lengths, in XLA, and on `KerasTensor`s.
 
     Args:

@@ -23,11 +23,13 @@ Block = collections.namedtuple("Block", "rows q bias masks relative_bias sinks")
 class Problem:
     """The parts of a call that are not differentiated, and the mathematics of a block of query rows.
 
-    `forward` and `backward` take all rows at once.
+    `forward` and `backward` take all rows at once. ``masked_products`` are the `products` some of which count for nothing: no
+    NaN or infinity is to reach derivatives through those.
     """
 
-    def __init__(self, call):
+    def __init__(self, call, masked_products):
         self.call = call
+        self._masked_products = masked_products
         self.dtype = tf.float64 if call.query.dtype == tf.float64 else tf.float32
         self.batch, self.num_heads, self.seqlen_q, self.head_dim = canonical_extents(call.query, call.layout)
         _, self.num_kv_heads, self.seqlen_k, self.value_dim = canonical_extents(call.value, call.layout)
@@ -100,13 +102,14 @@ class Problem:
         e, e_sink, total, *_ = softmax_terms(s, seen, block.sinks)
         # Selected, since in a row of NaN even hidden weights would be NaN.
         p = select(seen, e / total)
-        dp = self._products(d_out, v)
+        weighed = ~_is_zero(p) if masked else None
+        # Selected before it is multiplied too: its product with 0 would be NaN, or that of the derivative.
+        dp = select(weighed, self._products(d_out, v, masked))
         dropped_p = p
         keep = self._keep(block)
         if keep is not None:
             dropped_p, dp = self._drop(keep, p), self._drop(keep, dp)
-        weighed = ~_is_zero(p) if masked else None
-        delta = tf.reduce_sum(select(weighed, p * dp), -1, keepdims=True)
+        delta = tf.reduce_sum(p * dp, -1, keepdims=True)
         minus_d_row = delta - d_lse[..., None]
         ds = select(weighed, p * (dp - minus_d_row))
         dv = _weighted_sum(self._grouped(dropped_p), self._grouped(d_out), masked or keep is not None, True)
@@ -114,7 +117,7 @@ class Problem:
         # zeros of ds.
         q = self._grouped(block.q)
         capped = slope_of_cap is not None
-        q, k = (_finite(q), _finite(k)) if masked or capped else (q, k)
+        q, k = (finite(q), finite(k)) if masked or capped else (q, k)
         ds_grouped = self._grouped(select(weighed, ds * slope_of_cap) if capped else ds)
         dq = self._ungrouped(tf.matmul(ds_grouped, k), d_lse)
         dk = tf.matmul(ds_grouped, q, transpose_a=True)
@@ -131,11 +134,6 @@ class Problem:
     def scores(self, block, k):
         """The scores, which of them are seen, None where all are, and the derivative of their cap, or None. Hidden scores
         may be anything."""
-        s, slope_of_cap = self._products(block.q, k), None
-        if self.call.logits_soft_cap is not None:
-            cap = tf.constant(self.call.logits_soft_cap, self.dtype)
-            t = tf.tanh(s / cap)
-            s, slope_of_cap = cap * t, 1.0 - t * t
         seqlen_q, seqlen_k = tf.cast(self.seqlen_q, tf.int64), tf.cast(self.seqlen_k, tf.int64)
         visible = key_range.interval(
             tf.cast(block.rows, tf.int64)[:, None],
@@ -151,21 +149,32 @@ class Problem:
         )
         visible += self._structured(block)
         visible += block.masks
+        added = []
+        if block.relative_bias is not None:
+            added.append(self._by_distance(self._distances(block), block.relative_bias))
+        if block.bias is not None:
+            added.append(tf.cast(block.bias, self.dtype))
+        there = [above_minus_inf(bias) for bias in added]  # -inf hides
+        visible += there
+        seen = functools.reduce(tf.logical_and, visible) if visible else None
+        capped = self.call.logits_soft_cap is not None
+        s, slope_of_cap = self._products(block.q, k, masked=capped or seen is not None), None
+        if capped:
+            # Hidden scores may be NaN, which would meet the zeros of gradients in the derivative of tanh.
+            s = select(seen, s)
+            cap = tf.constant(self.call.logits_soft_cap, self.dtype)
+            t = tf.tanh(s / cap)
+            s, slope_of_cap = cap * t, 1.0 - t * t
         if self.call.alibi_slopes is not None:
             slopes = self.call.alibi_slopes[:, :, None, None]
             s = _biased(s, slopes * tf.cast(self._distances(block), self.dtype))
-        if block.relative_bias is not None:
-            s, there = _biased_unless_hidden(s, self._by_distance(self._distances(block), block.relative_bias))
-            visible.append(there)
-        if block.bias is not None:
-            s, there = _biased_unless_hidden(s, tf.cast(block.bias, self.dtype))
-            visible.append(there)
+        for bias, finite in zip(added, there):
+            s = _biased(s, select(finite, bias))
         # Nor may a mask or bias broadcast the scores.
         shape = [self.batch, self.num_heads, extents(block.q)[2], self.seqlen_k]
-        if not visible:
+        if seen is None:
             return tf.reshape(s, shape), None, slope_of_cap
-        seen = functools.reduce(tf.logical_and, [*visible, above_minus_inf(s)])
-        return tf.reshape(s, shape), tf.reshape(seen, shape), slope_of_cap
+        return tf.reshape(s, shape), tf.reshape(seen & above_minus_inf(s), shape), slope_of_cap
 
     def _structured(self, block):
         """Who sees whom by intervals, segments and blocks: conditions that broadcast to the scores."""
@@ -232,9 +241,11 @@ class Problem:
     def _drop(self, keep, x):
         return select(keep, x * tf.constant(1.0 / (1.0 - self.call.dropout_rate), self.dtype))
 
-    def _products(self, rows, keys):
-        """`[batch, num_heads, n, dim]` times `[batch, num_kv_heads, seqlen_k, dim]`, over dim."""
-        return self._ungrouped(tf.matmul(self._grouped(rows), keys, transpose_b=True), rows)
+    def _products(self, rows, keys, masked):
+        """`[batch, num_heads, n, dim]` times `[batch, num_kv_heads, seqlen_k, dim]`, over dim; if ``masked``, some of them
+        count for nothing."""
+        multiply = self._masked_products if masked else products
+        return self._ungrouped(multiply(self._grouped(rows), keys), rows)
 
     def _grouped(self, x):
         """The query heads of a key head as more rows: `[batch, num_kv_heads, group_size * n, last]`."""
@@ -263,12 +274,6 @@ def _biased(s, bias):
     total = s + bias
     overflowed = ~_is_finite(total) & _is_finite(s) & _is_finite(bias)
     return tf.where(overflowed, tf.sign(tf.stop_gradient(total)) * total.dtype.max, total)
-
-
-def _biased_unless_hidden(s, bias):
-    """s + bias, and where that is not -inf, which hides: there it is s."""
-    there = above_minus_inf(bias)
-    return _biased(s, select(there, bias)), there
 
 
 def softmax_terms(s, seen, sinks=None):
@@ -313,6 +318,10 @@ def _is_finite(x):
     return tf.math.is_finite(tf.stop_gradient(x))
 
 
+def products(rows, keys):
+    return tf.matmul(rows, keys, transpose_b=True)
+
+
 def _weighted_sum(weights, values, masked, transpose_weights=False):
     """`weights @ values` for weights >= 0; if `masked`, a weight of exactly 0 selects its value out, NaN or not.
 
@@ -340,7 +349,7 @@ def above_minus_inf(x):
     return (x >= x.dtype.min) | tf.math.is_nan(x)
 
 
-def _finite(x):
+def finite(x):
     return select(_is_finite(x), x)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from attn_ops import namespaces
 from attn_ops.tensorflow import rematerialization
 
 FLOATS = frozenset([tf.float32, tf.bfloat16, tf.float16, tf.float64])
@@ -35,7 +36,7 @@ def as_tensor(name, what, x):
         hint = "; tf.sparse.to_dense makes it one" if isinstance(x, tf.SparseTensor) else ""
         raise TypeError(f"{name}: {what} must be a dense tensor or an array, got {type(x).__name__}{hint}")
     try:
-        return tf.convert_to_tensor(x)
+        return tf.convert_to_tensor(namespaces.native(x))
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: {what} must be a dense tensor or an array, got {type(x).__name__}: {error}") from None
 

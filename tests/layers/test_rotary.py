@@ -155,6 +155,24 @@ def test_far_positions_are_right_in_float32(framework, positions):
             np.testing.assert_allclose(run(x, given), expected, atol=3e-6)
 
 
+@pytest.mark.parametrize("table", ["short", "long"])
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_positions_beyond_32_bits(framework, dtype, table, monkeypatch):
+    """They were taken modulo 2^32; by JAX, which has no 64 bits, as the nearest that it has."""
+    from attn_ops.call import rotary
+
+    function, constant = framework
+    monkeypatch.setattr(rotary, "_ON_HOST", 0 if table == "long" else 100)
+    x = array(1, 6, 1, 4).astype("float32")
+    positions = np.array([2**31, 2**32 - 1, 2**32, 2**33 + 7, -1, -(2**34) - 3])
+    positions = (np.abs(positions) if dtype == "uint64" else positions).astype(dtype)
+    expected = rotated(x, [positions], plain(4, base=100.0))
+    by_jax = [lambda x, p, base: jax.jit(lambda x: function(x, p, base=base))(x)]
+    known = runs(*framework) if constant is tf.constant else by_jax
+    for run in known:
+        np.testing.assert_allclose(run(x, positions, base=100.0), expected, atol=1e-5)
+
+
 def test_float64_and_half_precision(framework):
     function, constant = framework
     positions = np.array([5, FAR, 7])

@@ -41,6 +41,35 @@ def test_no_lse_unless_asked_for():
     assert isinstance(out, tf.Tensor)
 
 
+def in_the_other_order(x):
+    return np.asarray(x).astype(np.asarray(x).dtype.newbyteorder())
+
+
+ARRAYS = {
+    "query": lambda of: {"query": of(make_inputs()[0])},
+    "bias": lambda of: {"bias": of(np.float32([[0.5, -1, 2] * 5 + [0, 1]]))},
+    "lengths": lambda of: {"query_seq_lengths": of([3, 5]), "key_value_seq_lengths": of([4, 17])},
+    "query_offset": lambda of: {"query_offset": of([3, 1]), "is_causal": True},
+    "seed": lambda of: {"dropout_rate": 0.5, "dropout_seed": of([3, 5])},
+    "mask": lambda of: {"mask": masks.padding(key_lengths=of([4, 9])) & masks.prefix(of([2, 5]))},
+    "ids": lambda of: {"mask": masks.segments(of([[0] * 6 + [3] * 7] * 2), of([[0] * 9 + [3] * 8] * 2), contiguous=True)},
+    "packed": lambda of: {"mask": masks.packed(of([0, 5, 13]), of([0, 9, 17]))},
+}
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("name", ARRAYS)
+def test_the_other_order_of_bytes(name, traced):
+    """In graphs TensorFlow takes such arrays of NumPy for other numbers, in silence."""
+
+    def attend(of):
+        arguments = dict(zip(("query", "key", "value"), make_inputs())) | ARRAYS[name](of)
+        return scaled_dot_product_attention(**arguments)
+
+    found = tf.function(lambda: attend(in_the_other_order))() if traced else attend(in_the_other_order)
+    close(found, attend(lambda x: x))
+
+
 F16, BF16, F32, F64 = "float16", "bfloat16", "float32", "float64"
 
 

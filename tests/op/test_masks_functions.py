@@ -266,6 +266,29 @@ def test_functions_of_entries_that_nobody_told_of_are_refused(name):
         attend(masks.from_function(fn, **{what: 2}))
 
 
+@pytest.mark.parametrize("fn", [lambda b, h, q, k: k < 8 or b == 0, lambda b, h, q, k: k < 8 or h == 0], ids="bh")
+@pytest.mark.parametrize("caller", ["arrays", "KerasTensors"])
+def test_entries_are_asked_for_of_the_extents_of_the_call(caller, fn):
+    """Not of those that the mask was last evaluated for, for which these functions do not ask."""
+    keras = pytest.importorskip("keras")
+    import attn_ops
+
+    mask = masks.from_function(fn)
+
+    def called(seqlen, entries=2):
+        shape = (entries, seqlen, entries, 4)
+        if caller == "arrays":
+            x = np.zeros(shape, np.float32)
+        else:
+            x = keras.Input(shape[1:], batch_size=entries)
+        return attn_ops.scaled_dot_product_attention(x, x, x, mask=mask)
+
+    called(20, entries=1)
+    called(5)
+    with pytest.raises(ValueError, match="from_function: .*and the call has 2: give"):
+        called(20)
+
+
 def test_found_prefixes_and_chunks_go_with_rows_at_the_last_key():
     """They stand at the first one, as the function does, and the call's own mask at the last: each is what it says."""
     first, last = masks.from_function(lambda b, h, q, k: (q >= k) | (k < 5)), masks.causal("bottom_right")

@@ -25,7 +25,7 @@ _GENERIC = {"dict": "dict[str, Any]", "list": "list[Any]", "tuple": "tuple[Any, 
 _OPERATORS = ("__and__", "__bool__", "__call__", "__getitem__", "__iter__", "__len__")
 _OF_MASK = ("block_sparse", "boolean", "causal", "chunked", "combined", "from_function", "intervals", "key_padding",
             "packed", "padding", "prefix", "query_padding", "segments", "window",
-            "Mask.__and__", "Mask.resolved", "Mask.with_arrays")  # fmt: skip
+            "Mask.__and__", "Mask.of_call", "Mask.resolved", "Mask.with_arrays")  # fmt: skip
 _OF_CACHE = ("KVCache.create", "KVCache.with_memory", "KVCache.update", "KVCache.rewind", "KVCache.copy")
 # What functions and methods return where the code does not say it in simple types.
 _RETURNS = {

@@ -7,6 +7,8 @@ again there, and differentiated with the cotangents that merging gives it: for t
 
     d_out_share = w d_out        d_lse_share = w (d_out · (out_share - out) + d_lse).
 
+Forward mode is the derivative of a round of the composite.
+
 Shares of 16 bits are computed in float32: rounded ones would leave of delta, in which they must cancel, their rounding.
 
 To kernels no row stands before the first key. Rows that do, of the keys of a share that lies ahead, are moved ``ahead``
@@ -15,7 +17,6 @@ to where they may stand, the tables of distances with them, and what slopes give
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import typing
 
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from attn_ops.jax import call as calls
-from attn_ops.jax import composite, derivatives, philox, place
+from attn_ops.jax import composite, derivatives, philox, place, rules
 from attn_ops.jax.call import Arrays, Options, accumulator
 from attn_ops.jax.parallel import order, shares
 
@@ -87,25 +88,11 @@ def attend(share, chosen, forced):
         rest = calls.split(own)[1]._replace(query=None, bias=None, relative_bias=None, sinks=None, query_offset=None)
         rows.append(_Rows(rest, jnp.asarray(piece.first), own.query_offset))
     key, value = (inside(x).astype(call.query.dtype) for x in (share.key, share.value))
-    arguments = (tuple(rows), tuple(queries), key, value, tuple(biases), call.relative_bias, call.sinks)
-    with _without_forward_mode(share.name):
-        results = _compiled(setting, *place.varying_alike(arguments))
+    arguments = (tuple(queries), key, value, tuple(biases), call.relative_bias, call.sinks)
+    results, _ = _compiled(setting, *place.varying_alike((tuple(rows), arguments)))
     return share.joined(
         [(inside(out.astype(call.query.dtype)), lse if call.return_lse else None) for out, lse in results]
     )
-
-
-@contextlib.contextmanager
-def _without_forward_mode(name):
-    """Gives JAX's error about functions that have reverse mode alone a message that says which method has more."""
-    try:
-        yield
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        raise TypeError(
-            f"{name}: method='ring' has no forward mode (jax.jvp, jax.jacfwd, jax.hessian): method='all_gather_kv' has it"
-        ) from error
 
 
 def _steps(share, call):
@@ -126,25 +113,82 @@ def _steps(share, call):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _compiled(setting, *arguments):
-    """`_ring`, whose derivatives JAX does not find inside `jax.shard_map` outside of `jax.jit`."""
-    return _ring(setting, *arguments)
+def _compiled(setting, rows, arguments):
+    """(out [batch, rows, num_heads, value_dim], lse) of each of the ``rows``, and the `_State` of each, without out and
+    without derivative. ``arguments`` are what has a gradient: queries, key, value, biases, table and sinks.
+
+    Compiled, since JAX does not find the derivatives inside `jax.shard_map` outside of `jax.jit`.
+    """
+    leaves, tree = jax.tree.flatten((rows, arguments))
+    results = iter(rules.call(*_ring(setting, tree), leaves))
+    found = [((out, lse), _State(None, *state)) for out, lse, *state in zip(*[results] * 4)]
+    return [x for x, _ in found], [state for _, state in found]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(setting, rows, queries, key, value, biases, table, sinks):
-    """(out [batch, rows, num_heads, value_dim], lse) of each of the ``rows``."""
-    return [(out, lse) for out, lse, _ in _forward(setting, rows, queries, key, value, biases, table, sinks)]
+@functools.cache
+def _ring(setting, tree):
+    """The results for the leaves of arguments of this ``tree``, flat, and their derivative, as `rules.call` wants both."""
+
+    def results(*leaves):
+        rows, arguments = jax.tree.unflatten(tree, leaves)
+        return tuple(x for out, lse, state in _forward(setting, rows, *arguments) for x in (out, lse, *state[1:]))
+
+    def derivative(leaves, tangents):
+        rows, arguments = jax.tree.unflatten(tree, leaves)
+        found, states = _compiled(setting, rows, arguments)
+        along = {at: x for at, x in enumerate(tangents) if x is not None}
+        kept, like = jax.tree.leaves(jax.lax.stop_gradient((found, states))), jax.tree.leaves(found)
+        of_first_order = _of_first_order(setting, tree, tuple(along))
+        d_found = iter(of_first_order((*leaves, *kept), tuple(along.values()), like))
+        primals, d_results = [], []
+        for (out, lse), (_, *state) in zip(found, states):
+            primals += out, lse, *state
+            d_results += next(d_found), next(d_found), *map(jnp.zeros_like, state)
+        return tuple(primals), tuple(d_results)
+
+    return results, derivative
 
 
-def _ring_forward(setting, rows, queries, key, value, biases, table, sinks):
-    found = _forward(setting, rows, queries, key, value, biases, table, sinks)
-    return [(out, lse) for out, lse, _ in found], (rows, queries, key, value, biases, table, sinks, found)
+@functools.cache
+def _of_first_order(setting, tree, wanted):
+    """The derivative of out and lse of all rows by the ``wanted`` leaves of arguments of this ``tree``: of them all, and
+    of what `_compiled` found for them."""
+    count = tree.num_leaves
+
+    def forward(kept, along):
+        leaves = list(kept[:count])
+
+        def run(*differentiable):
+            for at, x in zip(wanted, differentiable):
+                leaves[at] = x
+            rows, arguments = jax.tree.unflatten(tree, leaves)
+            of_composite = setting._replace(chosen="composite", forced=False)
+            return tuple(x for found in _forward(of_composite, rows, *arguments) for x in found[:2])
+
+        return jax.jvp(run, tuple(leaves[at] for at in wanted), along)[1]
+
+    def backward(kept, cotangents):
+        rows, arguments = jax.tree.unflatten(tree, kept[:count])
+        results = kept[count : count + 2 * len(rows)]
+        states = [_State(None, *x) for x in _pairs_of(kept[count + 2 * len(rows) :])]
+        found = [(*x, state) for x, state in zip(_pairs_of(results), states)]
+        gradients = _gradients(setting, rows, *arguments, found, _pairs_of(cotangents))
+        by_leaf = [None] * len(jax.tree.leaves(rows)) + jax.tree.leaves(gradients)
+        return tuple(by_leaf[at] for at in wanted)
+
+    return rules.Linear(forward, backward)
 
 
-def _ring_backward(setting, residuals, cotangents):
-    residuals, cotangents = _first_order(setting.name, (residuals, cotangents))
-    rows, queries, key, value, biases, table, sinks, found = residuals
+def _pairs_of(x):
+    """x[0] and x[1], x[2] and x[3], and so on."""
+    return list(zip(x[::2], x[1::2]))
+
+
+def _gradients(setting, rows, queries, key, value, biases, table, sinks, found, cotangents):
+    """The cotangents of all but the rows; ``found`` is what `_forward` gave, ``cotangents`` are those of out and lse."""
+    arguments = queries, key, value, biases, table, sinks
+    arguments, found, cotangents = _first_order(setting.name, (arguments, found, cotangents))
+    queries, key, value, biases, table, sinks = arguments
     # [batch, num_heads, rows]: what the cotangents of all scores of a row have in common.
     common = [d_lse - _products(d_out, out) for (out, _, _), (d_out, d_lse) in zip(found, cotangents)]
 
@@ -191,10 +235,7 @@ def _ring_backward(setting, residuals, cotangents):
     if sinks is not None:
         weights = (jnp.exp(sinks[:, None] - state.maximum) / _nonzero(state.total) for _, _, state in found)
         d_sinks = sum((weight * c).sum((0, 2)) for weight, c in zip(weights, common))
-    return None, d_queries, d_key.astype(key.dtype), d_value.astype(value.dtype), d_biases, d_table, d_sinks
-
-
-_ring.defvjp(_ring_forward, _ring_backward)
+    return d_queries, d_key.astype(key.dtype), d_value.astype(value.dtype), d_biases, d_table, d_sinks
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -206,7 +247,7 @@ def _first_order(name, tree):
 @_first_order.defjvp
 def _no_second_order(name, primals, tangents):
     raise NotImplementedError(
-        f"{name}: method='ring' has first derivatives, in reverse mode: method='all_gather_kv' has those of second order"
+        f"{name}: method='ring' has first derivatives in reverse mode: method='all_gather_kv' has those of second order"
     )
 
 

@@ -524,6 +524,28 @@ def test_traced_lengths_out_of_range():
         attend(jnp.array([3, 7])).block_until_ready()
 
 
+@pytest.mark.parametrize("which, wrong", [(LENGTHS[0], 7), (LENGTHS[1], 7), (LENGTHS[1], -1)])
+def test_entries_with_traced_lengths_out_of_range_are_nan_in_the_composite(which, wrong):
+    """Their neighbours, and the derivatives of those, are what they are alone."""
+
+    def attend(x, lengths):
+        given = {which: lengths, "implementation": "composite", "return_lse": True}
+        return scaled_dot_product_attention(*(x,) * 3, **given)
+
+    (x,) = inputs(number=1)
+    def run(x, lengths):
+        gradient = jax.grad(lambda x: jnp.square(attend(x, lengths)[0][0]).sum())
+        return *attend(x, lengths), gradient(x)
+
+    results, right = jax.jit(run)(x, jnp.array([3, wrong])), jax.jit(run)(x[:1], jnp.array([3]))
+    for result, alone in zip(results, right):
+        np.testing.assert_allclose(result[0], alone[0], rtol=1e-6)
+    assert np.isnan(results[0][1]).all() and np.isnan(results[1][1]).all()
+    weights = functools.partial(attn_ops.jax.attention_weights, implementation="composite")
+    found = jax.jit(lambda lengths: weights(x, x, **{which: lengths}))(jnp.array([3, wrong]))
+    assert np.isnan(found[1]).all() and np.isfinite(found[0]).all()
+
+
 def test_explain():
     shape = jax.ShapeDtypeStruct((1, 4, 2, 8), "float32")
     assert attn_ops.jax.explain(shape, shape, shape, is_causal=True).implementation == "fused"

@@ -105,6 +105,25 @@ def test_what_is_wrong_is_said_and_changes_nothing():
         step(q, cache, k, v)[0].block_until_ready()
 
 
+@pytest.mark.parametrize("grown", [False, True])
+def test_a_full_cache_is_never_taken_for_one_with_room(grown):
+    """In compiled functions the composite has no errors, and `update` by itself has none: the sequence without room gets NaN."""
+    cache = new_cache(length=4).update(array(KEY[:, :3]), array(VALUE[:, :3]), [3] + [2] * (BATCH - 1))
+    q, k, v = (array(x[:, :2]) for x in (QUERY, KEY, VALUE))
+    step = jax.jit(functools.partial(attn_ops.jax.decode_attention, implementation="composite"))
+    if grown:
+        cache = jax.jit(attn_ops.KVCache.update)(cache, k, v)
+        assert cache.lengths.tolist() == [5] + [4] * (BATCH - 1)
+        with pytest.raises(ValueError, match="cache.lengths must be between 0 and 4, got 5"):
+            attn_ops.jax.decode_attention(q, cache)
+        with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="lengths.*5"):
+            jax.block_until_ready(jax.jit(attn_ops.jax.decode_attention)(q, cache))
+        out, _ = step(q, cache)
+    else:
+        out, _ = step(q, cache, k, v)
+    assert np.isnan(out[0]).all() and np.isfinite(out[1:]).all()
+
+
 def test_there_is_no_derivative():
     cache = new_cache()
     with pytest.raises(NotImplementedError, match="a KVCache is for generation, and has no derivative"):

@@ -94,5 +94,12 @@ def test_bad_input(rng):
     call(*given, pages.table, pages.lengths)
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=r"block_table\[0,0\] \(99\) must be from 0 to"):
         jax.block_until_ready(call(*given, pages.table * 0 + 99, pages.lengths))
+    composite = jax.jit(functools.partial(attn_ops.jax.paged_attention, implementation="composite"))
+    for table, lengths in (
+        (np.where(np.arange(2)[:, None] == 0, 99, pages.table), pages.lengths),
+        (pages.table, np.array([10**6, 33])),
+    ):
+        out = composite(*given, table, lengths)  # which has no errors
+        assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()
     with pytest.raises(NotImplementedError, match="for generation"):
         jax.grad(lambda q: attn_ops.jax.paged_attention(q, *given[1:], pages.table, pages.lengths).sum())(given[0])

@@ -147,6 +147,111 @@ def test_nested_forward_mode_in_a_graph(feature):
     np.testing.assert_allclose(second(*inputs), quotient, rtol=1e-5, atol=1e-5)
 
 
+# What hides the last key and the last row of `tensors`.
+HIDDEN = np.array([[[[1, 1, 1, 0], [1, 0, 1, 0], [0, 0, 0, 0]]]], bool)
+HIDING = {
+    "lengths and dropout": dict(
+        query_seq_lengths=[2], key_value_seq_lengths=[3], dropout_rate=0.3, dropout_seed=5
+    ),
+    "bias and soft cap": dict(bias=np.where(HIDDEN, 0.5, -np.inf), logits_soft_cap=1.5),
+    "mask, slopes and sinks": dict(mask=HIDDEN, alibi_slopes=np.array([0.3, 0.1]), sinks=np.array([0.2, 1.0])),
+}
+
+
+def first_order(loss, *inputs):
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        value = loss(*inputs)
+    return tape.gradient(value, inputs)
+
+
+def tape_over_tape(loss, *inputs):
+    return first_order(lambda *x: tf.add_n([tf.reduce_sum(g**2) for g in first_order(loss, *x)]), *inputs)
+
+
+def forward_over_reverse(loss, *inputs):
+    with tf.autodiff.ForwardAccumulator(inputs, tuple(map(tf.ones_like, inputs))) as accumulator:
+        gradients = first_order(loss, *inputs)
+    return accumulator.jvp(gradients)
+
+
+def forward_over_forward(loss, *inputs):
+    along = tuple(map(tf.ones_like, inputs))
+    with tf.autodiff.ForwardAccumulator(inputs, along) as outer:
+        with tf.autodiff.ForwardAccumulator(inputs, along) as inner:
+            value = loss(*inputs)
+        derivative = inner.jvp(value)
+    return [derivative, outer.jvp(derivative)]
+
+
+def of_a_vectorized_map(loss, *inputs):
+    def total(query, *others):
+        return tf.reduce_sum(tf.vectorized_map(lambda factor: loss(factor * query, *others), tf.ones(2, query.dtype)))
+
+    return first_order(total, *inputs)
+
+
+def of_a_jacobian(loss, *inputs):
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        with tf.GradientTape() as inner:
+            inner.watch(inputs)
+            value = tf.stack([loss(*inputs), tf.sin(loss(*inputs))])
+        jacobian = inner.jacobian(value, inputs[1])
+        penalty = tf.reduce_sum(jacobian**2)
+    return tape.gradient(penalty, inputs)
+
+
+def hessian_of_queries(loss, *inputs):
+    return tf.hessians(loss(*inputs), inputs[0])
+
+
+@pytest.mark.wide(5)
+@pytest.mark.parametrize("feature", HIDING)
+@pytest.mark.parametrize(
+    "derivative, traced",
+    [
+        (tape_over_tape, False),
+        (tape_over_tape, True),
+        (forward_over_reverse, False),
+        (forward_over_reverse, True),
+        (forward_over_forward, True),
+        (of_a_vectorized_map, True),
+        (of_a_jacobian, True),
+        (hessian_of_queries, True),
+    ],
+)
+@pytest.mark.parametrize("chosen", [None, "composite"])
+def test_what_is_hidden_does_not_count_in_other_derivatives(chosen, derivative, traced, feature):
+    """They are what they are beside zeros."""
+    zeros = tensors()
+    zeros[0] *= np.array([1, 1, 0])[:, None, None]
+    zeros[1:] = (x * np.array([1, 1, 1, 0])[:, None, None] for x in zeros[1:])
+    hidden = [tf.where(x == 0, tf.constant(bad, x.dtype), x) for x, bad in zip(zeros, (np.inf, np.nan, np.nan))]
+
+    def run(*inputs):
+        def loss(*x):
+            return tf.reduce_sum(tf.sin(scaled_dot_product_attention(*x, implementation=chosen, **HIDING[feature])))
+
+        return derivative(loss, *inputs)
+
+    run = tf.function(run, autograph=False) if traced else run
+    for x, y in zip(run(*hidden), run(*zeros), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
+
+
+@both
+def test_what_counts_and_is_nan_makes_second_derivatives_of_nan(chosen):
+    query, key, value = tensors(batch=2)
+    key += tf.constant([[0, np.nan, 0, 0], [0] * 4], "float64")[:, :, None, None]
+
+    def loss(*x):
+        return tf.reduce_sum(scaled_dot_product_attention(*x, is_causal=True, implementation=chosen))
+
+    for gradient in tape_over_tape(loss, query, key, value):
+        assert np.isnan(gradient[0, 1]).all() and np.isfinite(gradient[1]).all()
+
+
 @both
 def test_persistent_and_nested_tapes(chosen):
     query, key, value = tensors()
