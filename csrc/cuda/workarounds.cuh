@@ -57,8 +57,8 @@ ATTN_DEVICE constexpr bool has_no_registers() {
 }
 
 // Whether an operand's address is one number of the lane (LaneRow): by NVRTC 12.9 that spilled 4 to 40 bytes in dq, dk and
-// dv on sm_100 and sm_120.
-#ifdef __CUDACC_RTC__
+// dv on sm_100 and sm_120, and without it dk and dv of float32 heads of 256 4 on sm_90a.
+#if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 1000
 constexpr bool kOneAddress = false;
 #else
 constexpr bool kOneAddress = true;
@@ -100,9 +100,14 @@ template <int kDim>
 constexpr bool kFindsFirstRow = kDim > 64;
 
 // How far loops are unrolled: gemm_nt's over the dimension, further than which operands are fetched so early that
-// registers run out (13.0), and load_tile's over rows.
+// registers run out (13.0; by 12.9, of 128 columns in dk and dv on sm_120: 36 bytes), and load_tile's over rows.
+#if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 1200
+constexpr int kLargestUnrolled = 96;
+#else
+constexpr int kLargestUnrolled = 128;
+#endif
 template <class M, int kDim>
-constexpr int kGemmUnroll = M::kMmaK == 16 && kDim <= 128 ? kDim / 16 : 2;
+constexpr int kGemmUnroll = M::kMmaK == 16 && kDim <= kLargestUnrolled ? kDim / 16 : 2;
 template <class M>
 constexpr int kLoadUnroll = M::kMmaK == 16 ? 8 : 1;
 
