@@ -137,6 +137,7 @@ struct LaneRow {
   T tile;
   int row, chunk;
   SharedAddress begin = 0;
+  static constexpr bool kOneAddress = has_one_address<T::kRowBytes>();
 
   ATTN_DEVICE LaneRow(const T& tile, int row, int chunk) : tile(tile), row(row), chunk(chunk ^ T::swizzle(row)) {
     if (kOneAddress) begin = opaque(shared_address(tile.data) + row * T::kRowBytes + (this->chunk << 4));

@@ -57,12 +57,15 @@ ATTN_DEVICE constexpr bool has_no_registers() {
 }
 
 // Whether an operand's address is one number of the lane (LaneRow): by NVRTC 12.9 that spilled 4 to 40 bytes in dq, dk and
-// dv on sm_100 and sm_120, and without it dk and dv of float32 heads of 256 4 on sm_90a.
-#if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 1000
-constexpr bool kOneAddress = false;
+// dv on sm_100 and sm_120, and without it, on sm_90a, dk and dv of float32 heads of 256 did 4.
+template <int kRowBytes>
+constexpr bool has_one_address() {
+#ifndef __CUDACC_RTC__
+  return true;
 #else
-constexpr bool kOneAddress = true;
+  return __CUDA_ARCH__ < 1000 && kRowBytes == 1024;
 #endif
+}
 
 // Up to which head dim keys pass once in the kernel of dq, where config.h has them do so: by NVRTC 12.9, 128 spilled 36
 // bytes on sm_120.
