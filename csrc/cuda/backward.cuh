@@ -35,7 +35,7 @@ struct BackwardTiles {
   using T = SharedTile<M, kDim>;
   static constexpr int kStationary = 2 * Shape::kBlockM, kStreamed = 2 * Shape::kBlockN;  // rows
   static constexpr int kToldBytes = kQueriesStay ? 0 : told_rows_bytes(Shape::kBlockN);
-  static_assert(!Shape::kReplaces || kStreamed * T::kRowBytes + kToldBytes <= kStationary * T::kRowBytes, "a stage's place");
+  static_assert(!Shape::kReplaces || kStreamed * T::kRowBytes + kToldBytes <= kStationary * T::kRowBytes, "no place");
 
   ATTN_DEVICE T stationary(int which) const { return {shared_memory() + which * Shape::kBlockM * T::kRowBytes}; }
   ATTN_DEVICE T streamed(int which, int stage) const {

@@ -77,7 +77,8 @@ constexpr int backward_stages(Math m, int dim, const Tile& t) {
 }
 // Where operands are kept, what stays needs no place any more once it is in registers: the second stage takes it.
 constexpr bool second_stage_replaces(Math m, int dim, bool plain, bool queries_stay) {
-  return keeps_operands(m, dim, plain, queries_stay) && backward_stages(m, dim, backward_tile(m, dim, plain, queries_stay)) == 2;
+  return keeps_operands(m, dim, plain, queries_stay) &&
+         backward_stages(m, dim, backward_tile(m, dim, plain, queries_stay)) == 2;
 }
 // Beside the tiles, of each row that passes: its flag, and of query rows what is known of them (StreamedRows), for two
 // stages.

@@ -92,7 +92,8 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
             gemm_nt<M, kDim, kMmaM, kMmaN, true>(s, k, warp_key, q);
             if (kWantsDk) gemm_nt<M, kDim, kMmaM, kMmaN>(dp, v, warp_key, d_out);
           }
-          pair_gradients<M, kPlain, kWantsDk, kMmaM, kMmaN>(s, dp, told, shown, head, own, first_key + warp_key, sees_all);
+          pair_gradients<M, kPlain, kWantsDk, kMmaM, kMmaN>(s, dp, told, shown, head, own, first_key + warp_key,
+                                                            sees_all);
           if (kWantsDv) {
             const bool nonfinite = loses && zero_nonfinite_rows<M, kStep, kThreads>(d_out, tiles.flags());
             gemm_nn<M, kDim, kMmaM, kMmaN>(dv, s, d_out, value_dim);
