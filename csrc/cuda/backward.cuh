@@ -18,35 +18,47 @@ template <class M, int kDim, bool kPlain, bool kQueriesStay>
 struct BackwardShape {
   static constexpr Tile kTile = backward_tile(M::kMath, kDim, kPlain, kQueriesStay);
   static constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n, kThreads = kTile.threads();
-  static constexpr int kStages = backward_stages(M::kMath, kDim, kTile);
-  static constexpr int kMmaM = kBlockM / 16 / kTile.warps, kMmaN = kBlockN / 8;
+  static constexpr bool kKeeps =
+      keeps_operands(M::kMath, kDim, kPlain, kQueriesStay) && may_keep_operands<kDim>(kQueriesStay);
+  // Where the host counts on operands that are kept, and they are not, there is room for one stage.
+  static constexpr bool kReplaces = second_stage_replaces(M::kMath, kDim, kPlain, kQueriesStay);
+  static constexpr int kStages = kReplaces && !kKeeps ? 1 : backward_stages(M::kMath, kDim, kTile);
+  static constexpr int kStep = kKeeps ? kept_step<kDim>(kQueriesStay) : kBlockN;  // of what passes, at a time
+  static constexpr int kMmaM = kBlockM / 16 / kTile.warps, kMmaN = kStep / 8;
 };
 
-// The two arrays of rows that stay, and the two of those that pass, for each stage.
+// The two arrays of rows that stay, and the two of those that pass, for each stage; behind them what is known of query rows
+// that pass, for each stage, and flags. Where the second stage replaces what stays, so does what is known of its rows.
 template <class M, int kDim, bool kPlain, bool kQueriesStay>
 struct BackwardTiles {
   using Shape = BackwardShape<M, kDim, kPlain, kQueriesStay>;
   using T = SharedTile<M, kDim>;
+  static constexpr int kStationary = 2 * Shape::kBlockM, kStreamed = 2 * Shape::kBlockN;  // rows
+  static constexpr int kToldBytes = kQueriesStay ? 0 : told_rows_bytes(Shape::kBlockN);
+  static_assert(!Shape::kReplaces || kStreamed * T::kRowBytes + kToldBytes <= kStationary * T::kRowBytes, "no place");
 
   ATTN_DEVICE T stationary(int which) const { return {shared_memory() + which * Shape::kBlockM * T::kRowBytes}; }
   ATTN_DEVICE T streamed(int which, int stage) const {
-    return {shared_memory() + (2 * Shape::kBlockM + (2 * stage + which) * Shape::kBlockN) * T::kRowBytes};
+    const int rows = Shape::kReplaces ? (stage == 0 ? kStationary : 0) : kStationary + stage * kStreamed;
+    return {shared_memory() + (rows + which * Shape::kBlockN) * T::kRowBytes};
   }
-  // What is known of query rows that pass, of two stages, and flags.
-  ATTN_DEVICE char* rest() const { return streamed(0, Shape::kStages).data; }
-  ATTN_DEVICE Flags flags() const {
-    return reinterpret_cast<Flags>(rest() + streamed_rows_bytes(Shape::kTile, kQueriesStay));
+  ATTN_DEVICE char* told(int stage) const {
+    if (Shape::kReplaces) return streamed(0, stage).data + kStreamed * T::kRowBytes;
+    return streamed(0, Shape::kStages).data + stage * kToldBytes;
   }
+  ATTN_DEVICE Flags flags() const { return reinterpret_cast<Flags>(Shape::kReplaces ? told(0) + kToldBytes : told(2)); }
 };
 
 // Runs `compute(column, stage)` for columns begin, next_from(begin + kBlockN), ... below end, each after
 // `load(column, stage)` has brought its tiles: while the ones before are computed with, where there is room for two
-// stages. Between the two, before others see it, a thread may change what it has copied itself: `arrive(stage)`.
-template <int kStages, int kBlockN, class Next, class Load, class Arrive, class Compute>
-ATTN_DEVICE void stream(int begin, int end, Next next_from, Load load, Arrive arrive, Compute compute) {
+// stages. Between the two, before others see it, a thread may change what it has copied itself: `arrive(stage)`. While
+// nothing but the first tiles is on its way, `begun()`.
+template <int kStages, int kBlockN, class Next, class Load, class Begun, class Arrive, class Compute>
+ATTN_DEVICE void stream(int begin, int end, Next next_from, Load load, Begun begun, Arrive arrive, Compute compute) {
   int stage = 0;
   if (begin < end) load(begin, 0);
   copy_async_commit();
+  begun();
 #pragma unroll 1
   for (int column = begin, next; column < end; column = next) {
     next = next_from(column + kBlockN);

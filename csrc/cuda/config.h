@@ -51,8 +51,12 @@ constexpr bool sums_delta(Math m) { return m != Math::kFloat32; }
 
 // Whether keys pass once in that kernel all the same, since there are registers for a second sum (query_gradient.cuh).
 constexpr bool passes_once(Math m, int dim, bool plain) { return element_bytes(m) == 2 && dim <= (plain ? 128 : 96); }
-// And whether a warp has its queries and their gradients in registers throughout, as operands.
-constexpr bool keeps_operands(Math m, int dim, bool plain) { return passes_once(m, dim, plain) && plain && dim <= 64; }
+// Whether a warp of the kernels of dq (queries_stay) or of dk and dv has what stays in registers throughout, as operands;
+// it takes some of what passes at a time (keeps_operands of workarounds.cuh says where it cannot).
+constexpr bool keeps_operands(Math m, int dim, bool plain, bool queries_stay) {
+  if (element_bytes(m) != 2 || !plain || dim > 128) return false;
+  return queries_stay || dim > 64;  // at 64 a warp has 32 keys
+}
 
 // Backward: queries and the gradient of the output stay and keys and values pass (dq), or the reverse (dk, dv).
 constexpr Tile backward_tile(Math m, int dim, bool plain, bool queries_stay) {
@@ -71,27 +75,21 @@ constexpr int backward_tiles_bytes(Math m, int dim, const Tile& t, int stages) {
 constexpr int backward_stages(Math m, int dim, const Tile& t) {
   return backward_tiles_bytes(m, dim, t, 2) <= kLargestSharedBytes * 3 / 4 ? 2 : 1;
 }
+// Where operands are kept, what stays needs no place any more once it is in registers: the second stage takes it.
+constexpr bool second_stage_replaces(Math m, int dim, bool plain, bool queries_stay) {
+  return keeps_operands(m, dim, plain, queries_stay) &&
+         backward_stages(m, dim, backward_tile(m, dim, plain, queries_stay)) == 2;
+}
 // Beside the tiles, of each row that passes: its flag, and of query rows what is known of them (StreamedRows), for two
 // stages.
 constexpr int told_rows_bytes(int rows) { return 24 * rows + 16; }
-constexpr int streamed_rows_bytes(const Tile& t, bool queries_stay) {
-  return queries_stay ? 0 : 2 * told_rows_bytes(t.block_n);
-}
 
-// Whether the warps of the kernel of dk and dv may exchange p and ds through shared memory (exchanged_key_gradients.cuh):
-// its tile, which has as many keys as the other's, then is this one, and the scores have a place.
-constexpr bool exchanges_scores(Math m, int dim, bool plain) { return plain && element_bytes(m) == 2 && dim == 128; }
-constexpr Tile kExchangedTile{64, 64, 4};
-constexpr int exchanged_shared_bytes(Math m, int dim) {
-  const Tile t = kExchangedTile;
-  return backward_tiles_bytes(m, dim, t, 1) + t.block_m * t.block_n * element_bytes(m) + 2 * told_rows_bytes(32) +
-         t.block_n;
-}
-
+// What of the tiles, what is known of rows, and flags needs a place of its own.
 constexpr int backward_shared_bytes(Math m, int dim, bool plain, bool queries_stay) {
   const Tile t = backward_tile(m, dim, plain, queries_stay);
-  if (!queries_stay && exchanges_scores(m, dim, plain)) return exchanged_shared_bytes(m, dim);  // the most
-  return backward_tiles_bytes(m, dim, t, backward_stages(m, dim, t)) + streamed_rows_bytes(t, queries_stay) + t.block_n;
+  const int stages = second_stage_replaces(m, dim, plain, queries_stay) ? 1 : backward_stages(m, dim, t);
+  const int told = queries_stay ? 0 : second_stage_replaces(m, dim, plain, queries_stay) ? 1 : 2;
+  return backward_tiles_bytes(m, dim, t, stages) + told * told_rows_bytes(t.block_n) + t.block_n;
 }
 // Two gradients of this many columns do not fit the registers: dk and dv are then made by blocks of their own.
 constexpr bool splits_dk_dv(Math m, int dim) { return dim > (element_bytes(m) == 2 ? 128 : 96); }

@@ -5,7 +5,7 @@
 // the registers. All query heads of the key/value head pass, so their sum is made here.
 #pragma once
 
-#include "exchanged_key_gradients.cuh"
+#include "pair_gradients.cuh"
 
 namespace attn_ops::cuda {
 
@@ -14,7 +14,7 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
   using Element = typename M::Element;
   using Shape = BackwardShape<M, kDim, kPlain, false>;
   constexpr int kKeys = Shape::kBlockM, kRows = Shape::kBlockN, kThreads = Shape::kThreads;
-  constexpr int kMmaM = Shape::kMmaM, kMmaN = Shape::kMmaN;
+  constexpr int kMmaM = Shape::kMmaM, kMmaN = Shape::kMmaN, kStep = Shape::kStep;
   static_assert(kRows <= kThreads, "a thread knows one of the rows that pass");
   const BackwardTiles<M, kDim, kPlain, false> tiles;
   const auto k = tiles.stationary(0), v = tiles.stationary(1);
@@ -40,10 +40,9 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
   const auto d_outs = [&](int first) {
     return QueryRows<const Element>(b.d_out, head, first, limit, args.aligned.d_out);
   };
-  const auto streamed_rows = [&](int stage) {
-    return StreamedRows<kRows>(tiles.rest() + stage * told_rows_bytes(kRows));
-  };
+  const auto streamed_rows = [&](int stage) { return StreamedRows<kRows>(tiles.told(stage)); };
 
+  LeftOperands<M, kDim, kMmaM> kept_k, kept_v;
   Acc<kMmaM, kDim / 8> dk, dv;
   clear<kMmaM, kDim / 8>(dk);
   clear<kMmaM, kDim / 8>(dv);
@@ -63,29 +62,48 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
           streamed_rows(stage).fetch(i, args, kPlain ? anew(head) : head, exists ? row + i : row, exists);
         }
       },
+      [&] {
+        if constexpr (Shape::kKeeps) {
+          copy_async_wait<0>();
+          sync_block();
+          kept_k.load(k, warp_key);
+          kept_v.load(v, warp_key);
+          sync_block();  // their places are the second stage's
+        }
+      },
       [&](int stage) {
         if (warp_index() == 0) streamed_rows(stage).template finish<kPlain && kFuses<M>>();
       },
       [&](int row, int stage) {
-        const auto q = tiles.streamed(0, stage), d_out = tiles.streamed(1, stage);
-        ShownOfKeys<kMmaN, kShownUnroll<M, kDim>> shown;
-        if (!kPlain) shown.make(head, streamed_rows(stage), row, first_key);
-        Acc<kMmaM, kMmaN> s, dp;
-        gemm_nt<M, kDim, kMmaM, kMmaN, true>(s, k, warp_key, q);
-        if (kWantsDk) gemm_nt<M, kDim, kMmaM, kMmaN>(dp, v, warp_key, d_out);
         const bool sees_all = kPlain && RowBlock(anew(head), row, kRows).sees_all(first_key, kKeys);
-        pair_gradients<M, kPlain, kWantsDk, kMmaM, kMmaN>(s, dp, streamed_rows(stage), shown, head, row,
-                                                          first_key + warp_key, sees_all);
         const bool loses = loses_nonfinite<M>(sees_all);
-        if (kWantsDv) {
-          const bool nonfinite = loses && zero_nonfinite_rows<M, kRows, kThreads>(d_out, tiles.flags());
-          gemm_nn<M, kDim, kMmaM, kMmaN>(dv, s, d_out, value_dim);
-          if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(dv, s, tiles.flags(), d_outs(row), value_dim);
-        }
-        if (kWantsDk) {
-          const bool nonfinite = loses && zero_nonfinite_rows<M, kRows, kThreads>(q, tiles.flags());
-          gemm_nn<M, kDim, kMmaM, kMmaN>(dk, dp, q, head_dim);
-          if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(dk, dp, tiles.flags(), queries(row), head_dim);
+#pragma unroll 1
+        for (int step = 0; step < kRows; step += kStep) {
+          const int own = row + step;
+          const auto q = tiles.streamed(0, stage).from(step), d_out = tiles.streamed(1, stage).from(step);
+          const auto told = streamed_rows(stage).from(step);
+          ShownOfKeys<kMmaN, kShownUnroll<M, kDim>> shown;
+          if constexpr (!kPlain) shown.make(head, told, own, first_key);
+          Acc<kMmaM, kMmaN> s, dp;
+          if constexpr (Shape::kKeeps) {
+            gemm_nt<M, kDim, kMmaM, kMmaN>(s, kept_k, q);
+            gemm_nt<M, kDim, kMmaM, kMmaN>(dp, kept_v, d_out);
+          } else {
+            gemm_nt<M, kDim, kMmaM, kMmaN, true>(s, k, warp_key, q);
+            if (kWantsDk) gemm_nt<M, kDim, kMmaM, kMmaN>(dp, v, warp_key, d_out);
+          }
+          pair_gradients<M, kPlain, kWantsDk, kMmaM, kMmaN>(s, dp, told, shown, head, own, first_key + warp_key,
+                                                            sees_all);
+          if (kWantsDv) {
+            const bool nonfinite = loses && zero_nonfinite_rows<M, kStep, kThreads>(d_out, tiles.flags());
+            gemm_nn<M, kDim, kMmaM, kMmaN>(dv, s, d_out, value_dim);
+            if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(dv, s, tiles.flags(), d_outs(own), value_dim);
+          }
+          if (kWantsDk) {
+            const bool nonfinite = loses && zero_nonfinite_rows<M, kStep, kThreads>(q, tiles.flags());
+            gemm_nn<M, kDim, kMmaM, kMmaN>(dk, dp, q, head_dim);
+            if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(dk, dp, tiles.flags(), queries(own), head_dim);
+          }
         }
       });
 
@@ -94,7 +112,7 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
     float factors[kMmaM][2];
 #pragma unroll
     for (int m = 0; m < kMmaM; ++m) factors[m][0] = factors[m][1] = factor;
-    // Only this warp reads these rows of the tile, and it has done so.
+    // Only this warp reads these rows of the tile (or nobody any more), and it has done so.
     sync_warp();
     write_acc<M, kDim, kMmaM>(tile, warp_key, gradient, factors);
     sync_warp();
@@ -107,9 +125,7 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
 
 template <class M, int kDim, bool kPlain>
 ATTN_DEVICE void key_gradients(const BackwardArgs& args) {
-  if constexpr (exchanges_scores(M::kMath, kDim, kPlain) && kMayExchange) {
-    exchanged_key_gradients<M, kDim>(args);
-  } else if constexpr (splits_dk_dv(M::kMath, kDim)) {
+  if constexpr (splits_dk_dv(M::kMath, kDim)) {
     if (block_index() & 1) {
       key_gradients<M, kDim, kPlain, true, false>(args, block_index() >> 1);
     } else {

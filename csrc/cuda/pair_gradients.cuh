@@ -1,5 +1,5 @@
-// What the kernels of dk and dv share: what is known of the query rows that pass, and p and ds of a tile of scores with
-// keys down and query rows across.
+// What the kernel of dk and dv makes of scores: p and ds of a tile with keys down and query rows across, of what is known
+// of the rows that pass.
 #pragma once
 
 #include "backward.cuh"
@@ -46,6 +46,13 @@ struct StreamedRows {
     }
     const bool any = any_in_warp(!fits);
     if (i == 0) *fused = !any;
+  }
+  // Those from `first` on.
+  ATTN_DEVICE StreamedRows from(int first) const {
+    StreamedRows rest = *this;
+    rest.numbers += 4 * first;
+    rest.seen += first;
+    return rest;
   }
   ATTN_DEVICE RowGradient operator[](int i) const {
     const Bytes16 row = reinterpret_cast<const Bytes16*>(numbers)[i];
@@ -101,8 +108,8 @@ struct ShownOfKeys {
 };
 
 // s becomes p (what dropout leaves of it), dp becomes ds, with keys down and query rows across.
-template <class M, bool kPlain, bool kWithDp, int kMmaM, int kMmaN, class Shown>
-ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const StreamedRows<8 * kMmaN>& rows,
+template <class M, bool kPlain, bool kWithDp, int kMmaM, int kMmaN, int kRows, class Shown>
+ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const StreamedRows<kRows>& rows,
                                 const Shown& shown, const Head& head, int first_row, int first_key, bool sees_all) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
   const float scale = head.factors.scale;

@@ -333,7 +333,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   using Element = typename M::Element;
   using Shape = BackwardShape<M, kDim, kPlain, true>;
   constexpr int kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN, kThreads = Shape::kThreads;
-  constexpr int kMmaM = Shape::kMmaM, kMmaN = Shape::kMmaN;
+  constexpr int kMmaM = Shape::kMmaM, kMmaN = Shape::kMmaN, kStep = Shape::kStep;
   const BackwardTiles<M, kDim, kPlain, true> tiles;
   const auto q = tiles.stationary(0), d_out = tiles.stationary(1);
 
@@ -341,10 +341,11 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
   const AttentionParams& p = b.forward;
   const Head head(p, args.factors, args.rows, block_index() / args.rows.tiles);
   // Under a causal mask the last rows see the most: they begin first.
-  const int tile = args.rows.tiles - 1 - block_index() % args.rows.tiles;
-  const RowBlock block(head, recomputed(tile * kBlockM), kBlockM);  // (kept twice, as the tile too, it spilled, 13.0)
+  const auto find_first = [&] { return (args.rows.tiles - 1 - recomputed(block_index()) % args.rows.tiles) * kBlockM; };
+  const RowBlock block(head, find_first(), kBlockM);
   const int warp_row = warp_index() * 16 * kMmaM, first_row = block.first + warp_row;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  const auto first_again = [&] { return kFindsFirstRow<kDim> ? find_first() : block.first; };
   const auto keys = [&](int first) { return KeyRows<const Element>(p.k, head, first, head.length_k, args.aligned.k); };
 
   constexpr bool kFused = kPlain && kFuses<M>;
@@ -368,34 +369,47 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
           const KeyRows<const Element> values(p.v, head, key, head.length_k, args.aligned.v);
           load_tile<M, kDim, kBlockN, kThreads>(tiles.streamed(1, stage), values, value_dim);
         },
+        [&] {
+          if constexpr (Shape::kKeeps) {
+            copy_async_wait<0>();
+            sync_block();
+            kept_q.load(q, warp_row);
+            kept_d_out.load(d_out, warp_row);
+            sync_block();  // their places are the second stage's
+          }
+        },
         [](int) {},
         [&](int key, int stage) {
-          const auto k = tiles.streamed(0, stage), v = tiles.streamed(1, stage);
-          Acc<kMmaM, kMmaN> s, dp;
-          if constexpr (keeps_operands(M::kMath, kDim, kPlain)) {
-            if (key == begin) kept_q.load(q, warp_row), kept_d_out.load(d_out, warp_row);
-            gemm_nt<M, kDim, kMmaM, kMmaN>(s, kept_q, k);
-            gemm_nt<M, kDim, kMmaM, kMmaN>(dp, kept_d_out, v);
-          } else {
-            gemm_nt<M, kDim, kMmaM, kMmaN>(s, q, warp_row, k);
-            gemm_nt<M, kDim, kMmaM, kMmaN>(dp, d_out, warp_row, v);
+          const bool sees_all = kPlain && block.sees_all(key, kBlockN);
+#pragma unroll 1
+          for (int step = 0; step < kBlockN; step += kStep) {
+            const auto k = tiles.streamed(0, stage).from(step), v = tiles.streamed(1, stage).from(step);
+            Acc<kMmaM, kMmaN> s, dp;
+            if constexpr (Shape::kKeeps) {
+              gemm_nt<M, kDim, kMmaM, kMmaN>(s, kept_q, k);
+              gemm_nt<M, kDim, kMmaM, kMmaN>(dp, kept_d_out, v);
+            } else {
+              gemm_nt<M, kDim, kMmaM, kMmaN>(s, q, warp_row, k);
+              gemm_nt<M, kDim, kMmaM, kMmaN>(dp, d_out, warp_row, v);
+            }
+            use(s, dp, key + step, sees_all, k);
           }
-          use(s, dp, key, kPlain && block.sees_all(key, kBlockN), k);
         });
   };
   float factor[kMmaM][2];
 #pragma unroll
   for (int m = 0; m < kMmaM; ++m) factor[m][0] = factor[m][1] = args.factors.scale;
   const auto store = [&](const Acc<kMmaM, kDim / 8>& dq, const Head& head) {
-    // Only this warp reads these rows of the query tile, and it has done so.
+    const int first = first_again();
+    // Only this warp reads these rows of the query tile (or nobody any more), and it has done so.
     sync_warp();
     write_acc<M, kDim, kMmaM>(q, warp_row, dq, factor);
     sync_warp();
-    const QueryRows<Element> target(b.dq, head, block.first, block.end, args.aligned.dq);
+    const QueryRows<Element> target(b.dq, head, first, min(first + kBlockM, args.rows.count), args.aligned.dq);
     store_rows<M, kDim>(q, warp_row, 16 * kMmaM, target, head_dim);
   };
   const auto look_through = [&](const auto& k, bool sees_all) {
-    return loses_nonfinite<M>(sees_all) && zero_nonfinite_rows<M, kBlockN, kThreads>(k, tiles.flags());
+    return loses_nonfinite<M>(sees_all) && zero_nonfinite_rows<M, kStep, kThreads>(k, tiles.flags());
   };
   if constexpr (passes_once(M::kMath, kDim, kPlain) && kDim <= kLargestSinglePass) {
     delta_of_output<M, kDim>(rows, args, head, first_row, value_dim);
@@ -410,7 +424,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
       }
     });
     const Head own = again(head, block_index());
-    single.correct(rows, args, own, first_row);
+    single.correct(rows, args, own, first_again() + warp_row);
     store(single.dq, own);
   } else {
     if constexpr (sums_delta(M::kMath)) {

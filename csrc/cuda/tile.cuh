@@ -24,8 +24,6 @@ struct SharedTile {
   ATTN_DEVICE char* chunk(int row, int c) const { return data + row * kRowBytes + ((c ^ swizzle(row)) << 4); }
   // Its rows from `first` on, a multiple of 8.
   ATTN_DEVICE SharedTile from(int first) const { return {data + first * kRowBytes}; }
-  // Its columns from `first` on, a multiple of those that change places.
-  ATTN_DEVICE SharedTile columns_from(int first) const { return {data + first * static_cast<int>(sizeof(Element))}; }
   // Of the i-th chunk as they lie: those of a row lie within it, in whatever order.
   ATTN_DEVICE static int row_of(int i) { return i / kChunks; }
   ATTN_DEVICE Element* at(int row, int column) const {
@@ -139,6 +137,7 @@ struct LaneRow {
   T tile;
   int row, chunk;
   SharedAddress begin = 0;
+  static constexpr bool kOneAddress = has_one_address<T::kRowBytes>();
 
   ATTN_DEVICE LaneRow(const T& tile, int row, int chunk) : tile(tile), row(row), chunk(chunk ^ T::swizzle(row)) {
     if (kOneAddress) begin = opaque(shared_address(tile.data) + row * T::kRowBytes + (this->chunk << 4));
@@ -375,28 +374,6 @@ ATTN_DEVICE void gemm_nn(Acc<kMmaM, kDim / 8>& d, const Acc<kMmaM, kMmaN>& p, co
   }
 }
 
-//   d[i][c] += sum over j of a[i][j] b[j][c]     for c < kColumns, of tiles that begin with the warp's rows and columns
-template <class M, int kSummed, int kDim, int kMmaM, int kColumns>
-ATTN_DEVICE void gemm_of_tiles(Acc<kMmaM, kColumns / 8>& d, const SharedTile<M, kSummed>& a,
-                               const SharedTile<M, kDim>& b) {
-#pragma unroll
-  for (int k = 0; k < kSummed / M::kMmaK; ++k) {
-    typename M::A left[kMmaM];
-#pragma unroll
-    for (int m = 0; m < kMmaM; ++m) left[m] = load_a<M>(a, 16 * m, k, lane_index());
-#pragma unroll
-    for (int n = 0; n < kColumns / 16; ++n) {
-      typename M::B right[2];
-      load_b_transposed<M>(right, b, k * M::kMmaK, n, lane_index());
-#pragma unroll
-      for (int m = 0; m < kMmaM; ++m) {
-        M::mma(d[m][2 * n], left[m], right[0]);
-        M::mma(d[m][2 * n + 1], left[m], right[1]);
-      }
-    }
-  }
-}
-
 // Two such products with the same right operand, which is read once:
 //
 //   d[i][c] += sum over j of p[i][j] b[j][c]     e[i][c] += sum over j of w[i][j] b[j][c]
@@ -435,19 +412,19 @@ ATTN_DEVICE void gemm_nn_pair(Acc<kMmaM, kDim / 8>& d, Acc<kMmaM, kDim / 8>& e, 
   }
 }
 
-// A warp's results, times factor[row], into rows first to first + 16 kMmaM of the tile, from `column` on.
-template <class M, int kDim, int kMmaM, int kColumns = kDim>
-ATTN_DEVICE void write_acc(const SharedTile<M, kDim>& tile, int first, const Acc<kMmaM, kColumns / 8>& d,
-                           const float (&factor)[kMmaM][2], int column = 0) {
+// A warp's results, times factor[row], into rows first to first + 16 kMmaM of the tile.
+template <class M, int kDim, int kMmaM>
+ATTN_DEVICE void write_acc(const SharedTile<M, kDim>& tile, int first, const Acc<kMmaM, kDim / 8>& d,
+                           const float (&factor)[kMmaM][2]) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
 #pragma unroll
   for (int m = 0; m < kMmaM; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
+      for (int n = 0; n < kDim / 8; ++n) {
         const float low = d[m][n][2 * half] * factor[m][half], high = d[m][n][2 * half + 1] * factor[m][half];
-        auto* target = tile.at(first + 16 * m + 8 * half + g, column + 8 * n + 2 * t);
+        auto* target = tile.at(first + 16 * m + 8 * half + g, 8 * n + 2 * t);
         if constexpr (M::kMmaK == 16) {
           *reinterpret_cast<uint32_t*>(target) = M::pack(low, high);
         } else {

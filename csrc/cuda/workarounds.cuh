@@ -57,33 +57,60 @@ ATTN_DEVICE constexpr bool has_no_registers() {
 }
 
 // Whether an operand's address is one number of the lane (LaneRow): by NVRTC 12.9 that spilled 4 to 40 bytes in dq, dk and
-// dv on sm_100 and sm_120.
-#ifdef __CUDACC_RTC__
-constexpr bool kOneAddress = false;
+// dv on sm_100 and sm_120, and without it, on sm_90a, dk and dv of float32 heads of 256 did 4.
+template <int kRowBytes>
+constexpr bool has_one_address() {
+#ifndef __CUDACC_RTC__
+  return true;
 #else
-constexpr bool kOneAddress = true;
+  return __CUDA_ARCH__ < 1000 && kRowBytes == 1024;
 #endif
+}
 
-// Whether the warps of the kernel of dk and dv exchange scores where config.h has them so: by compute_100's front end it
-// spilled 20 to 60 bytes on sm_100 and sm_120 (13.0), by NVRTC 12.9 8 to 28 on the others.
-#if defined(__CUDACC_RTC__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000)
-constexpr bool kMayExchange = false;
-#else
-constexpr bool kMayExchange = true;
-#endif
-
-// Up to which head dim keys pass once in the kernel of dq, where config.h has them do so: by NVRTC 12.9, 128 spilled 12 to
-// 76 bytes on sm_100 and sm_120.
-#if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 1000
+// Up to which head dim keys pass once in the kernel of dq, where config.h has them do so: by NVRTC 12.9, 128 spilled 36
+// bytes on sm_120.
+#if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 1200
 constexpr int kLargestSinglePass = 96;
 #else
 constexpr int kLargestSinglePass = 128;
 #endif
 
+// Whether operands are kept where config.h has them so: by NVRTC 12.9, at head dim 128, dk and dv spilled 20 to 28 bytes on
+// sm_90a and sm_120, and dq needs a single pass.
+template <int kDim>
+constexpr bool may_keep_operands(bool queries_stay) {
+#if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 900
+  if (!queries_stay) return kDim < 128;
+#endif
+  return !queries_stay || kDim <= kLargestSinglePass;
+}
+
+// Then how much of a tile that passes is taken at a time: 32 keys or rows at head dim 128 spilled up to 24 bytes (13.0); by
+// NVRTC 12.9 all 64 keys at 64 did, and 32 at 96 (sm_120: 104 bytes).
+template <int kDim>
+constexpr int kept_step(bool queries_stay) {
+  if (kDim == 128) return 16;
+#ifdef __CUDACC_RTC__
+  return queries_stay && kDim == 96 ? 16 : 32;
+#else
+  return queries_stay && kDim == 64 ? 64 : 32;
+#endif
+}
+
+// Whether the kernel of dq finds its first row anew behind the loop: kept, it spilled at head dim 128; found anew, at 64
+// (13.0).
+template <int kDim>
+constexpr bool kFindsFirstRow = kDim > 64;
+
 // How far loops are unrolled: gemm_nt's over the dimension, further than which operands are fetched so early that
-// registers run out (13.0), and load_tile's over rows.
+// registers run out (13.0; by 12.9, of 128 columns in dk and dv on sm_120: 36 bytes), and load_tile's over rows.
+#if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 1200
+constexpr int kLargestUnrolled = 96;
+#else
+constexpr int kLargestUnrolled = 128;
+#endif
 template <class M, int kDim>
-constexpr int kGemmUnroll = M::kMmaK == 16 && kDim <= 128 ? kDim / 16 : 2;
+constexpr int kGemmUnroll = M::kMmaK == 16 && kDim <= kLargestUnrolled ? kDim / 16 : 2;
 template <class M>
 constexpr int kLoadUnroll = M::kMmaK == 16 ? 8 : 1;
 

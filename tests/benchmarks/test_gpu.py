@@ -48,6 +48,13 @@ def test_sections_have_the_shapes_that_matter(bench):
     assert {workload.head_dim for workload, _ in bench.workloads.section("backward")} == {64, 128, 256}
 
 
+def test_the_default_plan_measures_for_half_of_eight_minutes(bench):
+    """The other half is for inputs, and for what peers take to start."""
+    chosen = bench.command._parser().parse_args([])
+    plan = [work for name in chosen.sections for work in bench.workloads.section(name)]
+    assert len(plan) * chosen.seconds <= 4 * 60
+
+
 def test_tables_give_the_rate_that_bounds(bench):
     rows = [a_row(bench), a_row(bench, 2e-3, "torch_cudnn"), a_row(bench, which="decode", limit_per_second=4e12)]
     text = bench.tables.details(rows)

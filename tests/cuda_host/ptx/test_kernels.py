@@ -163,11 +163,13 @@ def test_bank_conflicts(interpreter):
         )
 
 
-def test_passes_for_each_score(interpreter):
-    """What the tiles that pass cost: of dq with its operands in registers, keys are read twice and values once."""
-    found = wavefronts.per_score("bfloat16", 64)
-    assert found == pytest.approx({"forward": 0.0938, "dq": 0.2188, "dkdv": 0.2273}, rel=0.01)
-    assert found["dq"] + found["dkdv"] < 1.4 * wavefronts.flash_attention_2(64)
+@pytest.mark.parametrize("head_dim, forward, dq, dkdv", [(64, 0.0938, 0.2188, 0.2273), (128, 0.2188, 0.4375, 0.6128)])
+def test_passes_for_each_score(interpreter, head_dim, forward, dq, dkdv):
+    """What the tiles that pass cost: of dq with its operands in registers, keys are read twice and values once. Each of
+    two kernels takes less than FlashAttention-2's one."""
+    found = wavefronts.per_score("bfloat16", head_dim)
+    assert found == pytest.approx({"forward": forward, "dq": dq, "dkdv": dkdv}, rel=0.01)
+    assert max(dq, dkdv) < wavefronts.flash_attention_2(head_dim)
 
 
 def test_passes_of_flash_attention_2():
