@@ -501,6 +501,8 @@ def test_the_build_refuses_a_kernel_that_spills(tmp_path, way):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and not target.exists()
     assert "spills: " in done.stderr and "indexes: " in done.stderr and "bytes of stack" in done.stderr
+    done = subprocess.run([*command, "--spills", "100000"], capture_output=True, text=True)
+    assert done.returncode != 0 and "spills: " not in done.stderr and "indexes: " in done.stderr
 
 
 def test_wheels_get_the_kernels_of_every_architecture():
