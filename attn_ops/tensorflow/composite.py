@@ -64,7 +64,7 @@ def _attention(call, query_chunk, exporting, vectorized):
     with tf.name_scope("scaled_dot_product_attention"):
         problem = rows.Problem(checked(call), _masked_products)
         # In graphs forward-mode derivatives need the way through the inside, without a loop.
-        watched = not tf.executing_eagerly() and place.in_forward_mode(call.differentiable())
+        watched = _in_forward_mode(call.differentiable())
         steps = _steps(problem, None if watched or vectorized else query_chunk, exporting)
         inputs = problem.query(), problem.key(), problem.value(), *steps.others()
         if vectorized:
@@ -76,9 +76,16 @@ def _attention(call, query_chunk, exporting, vectorized):
         return problem.to_layout(tf.cast(out, call.query.dtype)), lse
 
 
+def _in_forward_mode(tensors):
+    """Whether accumulators see what a graph makes of them."""
+    return not tf.executing_eagerly() and place.in_forward_mode(tensors)
+
+
 def _masked_products(x, y):
     """`rows.products` some of which count for nothing: NaN and infinity do not reach derivatives through those."""
-    if place.in_vectorization():  # which forgets what gradient it was given: the same at the price of two
+    # Vectorization forgets what gradient it was given, and forward mode around a function needs the way through the inside:
+    # the same at the price of two.
+    if place.in_vectorization() or _in_forward_mode([x, y]):
         exact = rows.products(tf.stop_gradient(x), tf.stop_gradient(y))
         return tf.where(tf.math.is_finite(exact), rows.products(rows.finite(x), rows.finite(y)), exact)
 
