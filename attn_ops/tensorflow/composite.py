@@ -21,7 +21,7 @@ from attn_ops.call import pages
 from attn_ops.generation import int8
 from attn_ops.tensorflow import custom_gradient, dynamic_sizes, place, rows, xp
 from attn_ops.tensorflow.as_written import as_written
-from attn_ops.tensorflow.runtime_checks import at_least_1, checked, checked_pages, extents
+from attn_ops.tensorflow.runtime_checks import at_least_1, checked, checked_pages, extents, refused, told
 
 # Scores that query_chunk="auto" computes in one piece, and the scores of a chunk when there are more.
 UNCHUNKED_SCORES = 2**24
@@ -48,16 +48,17 @@ def attention(call, query_chunk="auto", in_xla=False, exporting=False, vectorize
       otherwise.
     Raises:
       ValueError: for another query_chunk.
-      tf.errors.InvalidArgumentError: for what only a running graph can know (runtime_checks.py).
+      tf.errors.InvalidArgumentError: for what only a running graph can know (runtime_checks.py); XLA has NaN instead.
     """
     if query_chunk not in (None, "auto") and (not isinstance(query_chunk, int) or query_chunk < 1):
         raise ValueError(f"composite.attention: query_chunk must be None, 'auto' or at least 1, got {query_chunk!r}")
+    wrong = refused(call) if in_xla or place.in_xla() else None
     call = pages.gathered(xp, int8.dequantized(xp, checked_pages(call)))
     room = _room(call, in_xla)
+    out, lse = _attention(call if room is None else room.call, query_chunk, exporting, vectorized)
     if room is not None:
-        out, lse = _attention(room.call, query_chunk, exporting, vectorized)
-        return room.cut_out(out), room.cut_lse(lse)
-    return _attention(call, query_chunk, exporting, vectorized)
+        out, lse = room.cut_out(out), room.cut_lse(lse)
+    return told(wrong, out), told(wrong, lse)
 
 
 def _attention(call, query_chunk, exporting, vectorized):
@@ -131,10 +132,13 @@ def attention_weights(call, lse=None):
     From `lse` where that is given. Dense: for plots and for models that return their scores. Differentiable with
     respect to query, key, bias, relative_bias, sinks and lse.
     """
+    wrong = refused(call) if place.in_xla() else None
     room = _room(call)
     if room is not None:
-        return room.cut_weights(_attention_weights(room.call, None if lse is None else room.like_lse(lse)))
-    return _attention_weights(call, lse)
+        weights = room.cut_weights(_attention_weights(room.call, None if lse is None else room.like_lse(lse)))
+    else:
+        weights = _attention_weights(call, lse)
+    return told(wrong, weights)
 
 
 def _attention_weights(call, lse):

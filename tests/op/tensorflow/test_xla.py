@@ -4,7 +4,15 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from attn_ops import explain, export, layers, reference, scaled_dot_product_attention
+from attn_ops import (
+    attention_weights,
+    explain,
+    export,
+    layers,
+    paged_attention,
+    reference,
+    scaled_dot_product_attention,
+)
 from cases import make_inputs
 from children import run
 
@@ -192,6 +200,40 @@ def test_second_order_inside():
 
     for a, b in zip(tf.function(penalty, jit_compile=True)(*inputs), penalty(*inputs)):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("which, wrong", [("query_seq_lengths", 7), ("key_value_seq_lengths", 7), ("key_value_seq_lengths", -1)])
+def test_entries_with_lengths_out_of_range_are_nan_in_the_composite(which, wrong):
+    """XLA has no assertions. Their neighbours, and the gradients of those, are what they are alone."""
+
+    @tf.function(jit_compile=True)
+    def run(x, lengths):
+        options = {which: lengths, "implementation": "composite"}
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            out, lse = scaled_dot_product_attention(x, x, x, return_lse=True, **options)
+            loss = tf.reduce_sum(tf.square(out[0]))
+        return out, lse, tape.gradient(loss, x), attention_weights(x, x, **options)
+
+    x = tf.random.stateless_normal([2, 5, 2, 4], [1, 2])
+    results, right = run(x, tf.constant([3, wrong])), run(x[:1], tf.constant([3]))
+    for result, alone in zip(results, right):
+        np.testing.assert_allclose(result[0], alone[0], rtol=1e-5, atol=1e-6)
+    out, lse, _, weights = results
+    assert all(np.isnan(x[1]).all() for x in (out, lse, weights))
+
+
+def test_pages_that_are_none_are_nan_in_the_composite():
+    q, pages = tf.ones([3, 1, 2, 4]), tf.random.stateless_normal([4, 16, 2, 4], [1, 2])
+
+    @tf.function(jit_compile=True)
+    def run(table, lengths):
+        return paged_attention(q, pages, pages, table, lengths, implementation="composite")
+
+    # An entry that no length reaches may be anything.
+    table, lengths = [[1, 9], [1, 9], [2, 3]], [20, 16, 33]
+    out = run(tf.constant(table), tf.constant(lengths)).numpy()
+    assert np.isfinite(out[1]).all() and np.isnan(out[[0, 2]]).all()
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
