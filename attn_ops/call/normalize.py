@@ -9,7 +9,7 @@ tensorflow/xp.py or jax/xp.py.
 
 from __future__ import annotations
 
-from attn_ops.call import arrays, checked_before, options, pages, precision, shapes
+from attn_ops.call import arrays, checked_before, options, out_of_range, pages, precision, shapes
 from attn_ops.call.attention_call import MAX_MASKS, AttentionCall, canonical
 from attn_ops.call.listeners import listeners
 from attn_ops.call.options import Options
@@ -127,7 +127,7 @@ def _checked(xp, name, query, key, value, *, block_table=None, scales=(), of_cac
         scale = 1.0
     key_lengths = arrays.lengths(xp, name, "key_value_seq_lengths", key_value_seq_lengths, batch, seqlen_k)
     if block_table is not None:
-        pages.check_entries(xp, name, block_table, key, key_lengths, layout)
+        out_of_range.check_pages(xp, name, block_table, key, key_lengths, layout)
     lse_dtype = xp.float64 if dtype is xp.float64 else xp.float32
     if alibi_slopes is not None:
         alibi_slopes = arrays.alibi_slopes(xp, name, alibi_slopes, batch, dims[1], lse_dtype)

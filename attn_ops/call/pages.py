@@ -7,8 +7,6 @@ sequence reaches (vLLM, Kwon et al. 2023, arXiv:2309.06180). ``xp`` is tensorflo
 
 from __future__ import annotations
 
-import numpy as np
-
 from attn_ops.call import shapes
 from attn_ops.call.attention_call import PAGE_ROWS, canonical
 
@@ -46,26 +44,6 @@ def sequence_extents(xp, x, table, layout):
     batch, count = xp.extents(table)
     rows = None if size is None or count is None else size * count
     return [batch, rows, heads, dim] if layout == "BSHD" else [batch, heads, rows, dim]
-
-
-def check_entries(xp, name, table, key, lengths, layout):
-    """ValueError where an entry that a length (int32 [batch], or None for all) reaches is no page, as far as that is
-    known now."""
-    entries, ends = xp.static_value(table), None if lengths is None else xp.static_value(lengths)
-    total, _, size, _ = canonical(xp.extents(key), layout)
-    if entries is None or (ends is None and lengths is not None) or not all(isinstance(n, int) for n in (total, size)):
-        return
-    wrong = (entries < 0) | (entries >= total)
-    if ends is not None:
-        wrong &= np.arange(entries.shape[1]) * size < ends[:, None]
-    if not wrong.any():
-        return
-    b, n = (int(i) for i in np.argwhere(wrong)[0])
-    keys = entries.shape[1] * size if ends is None else int(ends[b])
-    raise ValueError(
-        f"{name}: block_table[{b}, {n}] ({entries[b, n]}) must be from 0 to {total - 1}: there are {total} pages, and "
-        f"sequence {b} has {keys} keys in pages of {size}"
-    )
 
 
 def gathered(xp, call, layout=None):

@@ -21,7 +21,7 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from attn_ops.call import pages
+from attn_ops.call import out_of_range, pages
 from attn_ops.call.attention_call import canonical
 from attn_ops.generation import int8
 from attn_ops.jax import philox, place, xp
@@ -48,7 +48,7 @@ def with_statistics(options: Options, arrays: Arrays, chunk_rows: int | None = N
     ``chunk_rows`` is how many query rows to take at a time; None for all, unless that is more than `UNCHUNKED_SCORES`
     scores. Extents that `jax.export` leaves open, or Keras for a batch of any size, are taken in one piece.
     """
-    refused = _refused(options, arrays)
+    wrong = out_of_range.entries(xp, arrays, options.layout)
     arrays = pages.gathered(xp, int8.dequantized(xp, arrays), options.layout)
     batch, num_heads, seqlen_q, _ = canonical(arrays.query.shape, options.layout)
     seqlen_k = canonical(arrays.key.shape, options.layout)[2]
@@ -83,8 +83,9 @@ def with_statistics(options: Options, arrays: Arrays, chunk_rows: int | None = N
     lse = None
     if options.return_lse:
         empty = total == 0.0
-        lse = _told(refused, jnp.where(empty, -math.inf, m + jnp.log(jnp.where(empty, 1.0, total))))
-    return _to_layout(options, _told(refused, out).astype(arrays.query.dtype)), lse, jnp.stack([m, total], -1)
+        lse = out_of_range.told(xp, wrong, jnp.where(empty, -math.inf, m + jnp.log(jnp.where(empty, 1.0, total))))
+    out = out_of_range.told(xp, wrong, out).astype(arrays.query.dtype)
+    return _to_layout(options, out), lse, jnp.stack([m, total], -1)
 
 
 def gradients(options: Options, wanted: tuple[str, ...], arrays: Arrays, d_out, d_lse):
@@ -106,32 +107,8 @@ def attention_weights(options: Options, arrays: Arrays, lse):
     seen = s != -math.inf
     difference = _select(seen, s) - _select(lse != -math.inf, lse)
     weights = _select(seen, jnp.exp(jnp.minimum(difference, 0.0)))
-    return _told(_refused(options, arrays), weights).astype(arrays.query.dtype)
-
-
-def _refused(options, arrays):
-    """Which entries of the batch the kernels refuse, once values are known: those with lengths beyond their extents, and
-    with keys in entries of the table that are no page. bool `[batch]`, or None where there is neither.
-    """
-    found = []
-    seqlen_k = canonical(arrays.key.shape, options.layout)[2]
-    if arrays.block_table is not None:
-        table, size = arrays.block_table, seqlen_k
-        seqlen_k *= table.shape[1]
-        reached = jnp.arange(table.shape[1]) * size < arrays.key_lengths[:, None]
-        found.append((reached & ((table < 0) | (table >= arrays.key.shape[0]))).any(1))
-    extents = canonical(arrays.query.shape, options.layout)[2], seqlen_k
-    for lengths, extent in zip((arrays.query_lengths, arrays.key_lengths), extents):
-        if lengths is not None:
-            found.append((lengths < 0) | (lengths > extent))
-    return functools.reduce(operator.or_, found) if found else None
-
-
-def _told(refused, x):
-    """``x`` `[batch, ...]`, NaN in entries that are ``refused``: XLA has no errors, and numbers would be taken for right."""
-    if refused is None:
-        return x
-    return x + jnp.where(refused, math.nan, 0.0).astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    wrong = out_of_range.entries(xp, arrays, options.layout)
+    return out_of_range.told(xp, wrong, weights).astype(arrays.query.dtype)
 
 
 def _inputs(options, arrays):

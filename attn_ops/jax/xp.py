@@ -136,7 +136,7 @@ def seed_of_array(seed):
 
 # For rotary embeddings, and to merge.
 cos, sin = jnp.cos, jnp.sin
-exp, log = jnp.exp, jnp.log
+exp, log, sqrt = jnp.exp, jnp.log, jnp.sqrt
 concat, stack, reshape = jnp.concatenate, jnp.stack, jnp.reshape
 uint32 = np.dtype("uint32")
 
@@ -194,6 +194,11 @@ def take_rows(x, indices, axis):
 def highest(x):
     """The largest element along the last axis, which stays."""
     return jnp.max(x, -1, keepdims=True)
+
+
+def any_true(x):
+    """Whether any element along the last axis is true."""
+    return x.any(-1)
 
 
 def all_finite(x):

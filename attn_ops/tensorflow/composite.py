@@ -13,15 +13,16 @@ softmax and matmul:
 The mathematics is in rows.py.
 """
 
+import functools
 import math
 
 import tensorflow as tf
 
-from attn_ops.call import pages
+from attn_ops.call import out_of_range, pages
 from attn_ops.generation import int8
 from attn_ops.tensorflow import custom_gradient, dynamic_sizes, place, rows, xp
 from attn_ops.tensorflow.as_written import as_written
-from attn_ops.tensorflow.runtime_checks import at_least_1, checked, checked_pages, extents, refused, told
+from attn_ops.tensorflow.runtime_checks import at_least_1, checked, checked_pages, extents
 
 # Scores that query_chunk="auto" computes in one piece, and the scores of a chunk when there are more.
 UNCHUNKED_SCORES = 2**24
@@ -52,13 +53,14 @@ def attention(call, query_chunk="auto", in_xla=False, exporting=False, vectorize
     """
     if query_chunk not in (None, "auto") and (not isinstance(query_chunk, int) or query_chunk < 1):
         raise ValueError(f"composite.attention: query_chunk must be None, 'auto' or at least 1, got {query_chunk!r}")
-    wrong = refused(call) if in_xla or place.in_xla() else None
-    call = pages.gathered(xp, int8.dequantized(xp, checked_pages(call)))
+    wrong = out_of_range.entries(xp, call) if in_xla or place.in_xla() else None
+    call = checked_pages(call, functools.partial(out_of_range.no_pages, xp))
+    call = pages.gathered(xp, int8.dequantized(xp, call))
     room = _room(call, in_xla)
     out, lse = _attention(call if room is None else room.call, query_chunk, exporting, vectorized)
     if room is not None:
         out, lse = room.cut_out(out), room.cut_lse(lse)
-    return told(wrong, out), told(wrong, lse)
+    return out_of_range.told(xp, wrong, out), out_of_range.told(xp, wrong, lse)
 
 
 def _attention(call, query_chunk, exporting, vectorized):
@@ -132,13 +134,13 @@ def attention_weights(call, lse=None):
     From `lse` where that is given. Dense: for plots and for models that return their scores. Differentiable with
     respect to query, key, bias, relative_bias, sinks and lse.
     """
-    wrong = refused(call) if place.in_xla() else None
+    wrong = out_of_range.entries(xp, call) if place.in_xla() else None
     room = _room(call)
     if room is not None:
         weights = room.cut_weights(_attention_weights(room.call, None if lse is None else room.like_lse(lse)))
     else:
         weights = _attention_weights(call, lse)
-    return told(wrong, weights)
+    return out_of_range.told(xp, wrong, weights)
 
 
 def _attention_weights(call, lse):

@@ -61,7 +61,8 @@ def decode_attention(q, cache, k_new=None, v_new=None, **given):
         ValueError: shapes that do not fit the cache, or no room for the new rows: then the cache stays as it was.
             Options along the axis of keys (``bias``, masks by position) beside a cache with a window, or a wider
             window.
-        tf.errors.InvalidArgumentError: the same, where only the running op can know; in XLA the attention finds it.
+        tf.errors.InvalidArgumentError: the same, where only the running op can know; in XLA the attention finds it
+            (of the composite such a sequence gets NaN).
     """
     operations = keras_tensors.of_keras_2(q, cache, k_new, v_new, *given.values())
     if operations is not None and isinstance(cache, KVCache):

@@ -22,8 +22,8 @@ def rotary_embedding(
 
     Pair i of position p turns by p * base^(-2 i / rotary_dim): as complex numbers, it is multiplied by exp(i angle). For
     inputs up to float32 angles are right to 2^-32 of a turn at every position below 2^31 (2^-64 times the position beyond
-    that), and the turn is computed in float32; float64 stays so. Differentiable: the gradient turns back. Works eagerly, in `tf.function`, with unknown
-    lengths, in XLA, and on `KerasTensor`s.
+    that), and the turn is computed in float32; float64 stays so. Differentiable: the gradient turns back. Works eagerly,
+    in `tf.function`, with unknown lengths, in XLA, and on `KerasTensor`s.
 
     Args:
         x: floating [batch, seqlen, num_heads, head_dim], queries or keys; or [batch, seqlen, features], or

@@ -2,11 +2,8 @@
 
 `normalize` has checked whatever was known when the call was made: everything in eager mode, and in a graph
 all but unknown dimensions and the values of lengths. XLA drops assertions: there, shapes that do not fit still fail in
-the operations themselves, and entries of the batch with lengths out of range get NaN (`told`).
+the operations themselves, and entries of the batch with lengths out of range get NaN (`call.out_of_range`).
 """
-
-import functools
-import operator
 
 import tensorflow as tf
 
@@ -25,50 +22,17 @@ def checked(call):
         return call.map_tensors(tf.identity)
 
 
-def checked_pages(call):
-    """`call`, with a table of pages, if it has one, that waits for the check of its entries."""
+def checked_pages(call, no_pages):
+    """`call`, with a table of pages, if it has one, that waits for the check of its entries: ``no_pages(call)`` says which
+    are none."""
     if call.block_table is None or tf.executing_eagerly():
         return call
     table = call.block_table
     rule = f"{_NAME}: entries of block_table that a length reaches must be pages, from 0 to their number without it"
     total = canonical_extents(call.key, call.layout)[0]
-    legal = tf.debugging.Assert(~tf.reduce_any(_no_pages(call)), [rule, total, "got", table])
+    legal = tf.debugging.Assert(~tf.reduce_any(no_pages(call)), [rule, total, "got", table])
     with tf.control_dependencies([legal]):
         return call._replace(block_table=tf.identity(table))
-
-
-def _no_pages(call):
-    """Which entries of the table that a length reaches are no page."""
-    table = call.block_table
-    total, _, size, _ = canonical_extents(call.key, call.layout)
-    wrong = (table < 0) | (table >= total)
-    if call.key_lengths is not None:
-        wrong &= (tf.range(tf.shape(table)[1]) * size)[None] < call.key_lengths[:, None]
-    return wrong
-
-
-def refused(call):
-    """Which entries of the batch `checked` and `checked_pages` refuse for their lengths and pages: bool `[batch]`, or None
-    where there is neither."""
-    seqlen_q = canonical_extents(call.query, call.layout)[2]
-    _, _, seqlen_k, _ = canonical_extents(call.key, call.layout)
-    found = []
-    if call.block_table is not None:
-        seqlen_k *= extents(call.block_table)[1]
-        found.append(tf.reduce_any(_no_pages(call), 1))
-    for lengths, seqlen in ((call.query_lengths, seqlen_q), (call.key_lengths, seqlen_k)):
-        if lengths is not None:
-            found.append((lengths < 0) | (lengths > seqlen))
-    return functools.reduce(operator.or_, found) if found else None
-
-
-def told(refused, x):
-    """``x`` `[batch, ...]`, NaN in entries that are ``refused``."""
-    if refused is None:
-        return x
-    # A root instead of a constant that is NaN, of which `tf.debugging.enable_check_numerics` would tell everybody.
-    nothing_or_nan = tf.sqrt(-tf.cast(refused, x.dtype))
-    return x + tf.reshape(nothing_or_nan, [-1] + [1] * (x.shape.rank - 1))
 
 
 def extents(x):

@@ -129,7 +129,7 @@ def seed_of_array(seed):
 
 # For rotary embeddings, and to merge.
 cos, sin = tf.cos, tf.sin
-exp, log = tf.exp, tf.math.log
+exp, log, sqrt = tf.exp, tf.math.log, tf.sqrt
 concat, stack, reshape = tf.concat, tf.stack, tf.reshape
 uint32 = tf.uint32
 
@@ -186,6 +186,11 @@ def take_rows(x, indices, axis):
 def highest(x):
     """The largest element along the last axis, which stays."""
     return tf.reduce_max(x, -1, keepdims=True)
+
+
+def any_true(x):
+    """Whether any element along the last axis is true."""
+    return tf.reduce_any(x, -1)
 
 
 def all_finite(x):
