@@ -49,6 +49,18 @@ struct BackwardTiles {
   ATTN_DEVICE Flags flags() const { return reinterpret_cast<Flags>(Shape::kReplaces ? told(0) + kToldBytes : told(2)); }
 };
 
+// Rows of the two tiles that stay, from a warp's `first` on, as operands in its registers. The tiles are on their way; their
+// places are the second stage's then.
+template <class M, int kDim, int kMmaM>
+ATTN_DEVICE void keep(LeftOperands<M, kDim, kMmaM>& a, const SharedTile<M, kDim>& tile_a, LeftOperands<M, kDim, kMmaM>& b,
+                      const SharedTile<M, kDim>& tile_b, int first) {
+  copy_async_wait<0>();
+  sync_block();
+  a.load(tile_a, first);
+  b.load(tile_b, first);
+  sync_block();
+}
+
 // Runs `compute(column, stage)` for columns begin, next_from(begin + kBlockN), ... below end, each after
 // `load(column, stage)` has brought its tiles: while the ones before are computed with, where there is room for two
 // stages. Between the two, before others see it, a thread may change what it has copied itself: `arrive(stage)`. While

@@ -63,13 +63,7 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
         }
       },
       [&] {
-        if constexpr (Shape::kKeeps) {
-          copy_async_wait<0>();
-          sync_block();
-          kept_k.load(k, warp_key);
-          kept_v.load(v, warp_key);
-          sync_block();  // their places are the second stage's
-        }
+        if constexpr (Shape::kKeeps) keep(kept_k, k, kept_v, v, warp_key);
       },
       [&](int stage) {
         if (warp_index() == 0) streamed_rows(stage).template finish<kPlain && kFuses<M>>();

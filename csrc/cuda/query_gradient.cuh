@@ -370,13 +370,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
           load_tile<M, kDim, kBlockN, kThreads>(tiles.streamed(1, stage), values, value_dim);
         },
         [&] {
-          if constexpr (Shape::kKeeps) {
-            copy_async_wait<0>();
-            sync_block();
-            kept_q.load(q, warp_row);
-            kept_d_out.load(d_out, warp_row);
-            sync_block();  // their places are the second stage's
-          }
+          if constexpr (Shape::kKeeps) keep(kept_q, q, kept_d_out, d_out, warp_row);
         },
         [](int) {},
         [&](int key, int stage) {
