@@ -46,7 +46,7 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
   }
   const bool masked = seen == Visibility::kSome;
   if (!kept)
-    gemm_of_steps<E, NV>(values.at(k0), values.ld(), tile.d_out, lanes, elements<E>(p.value_dim), steps, ds, ld,
+    gemm_of_steps<E, NV>(values.at(k0), values.ld(), tile.d_out, lanes, padded_elements<E>(p.value_dim), steps, ds, ld,
                          [](Vec<T> x) { return x; }, meanwhile);
   const T* const s_from = kept ? tile.kept.s + (k0 - tile.kept.first) * lanes : prob;
   const T* const dp_from = kept ? tile.kept.dp + (k0 - tile.kept.first) * lanes : ds;
@@ -110,24 +110,24 @@ __attribute__((noinline)) void add_query_gradient(const BackwardTile<E>& tile, K
     S::store(at, S::load(at) + x);
   };
   const int64_t n = end - begin;
-  if (masked && !keys.finite())
-    gemm_hiding<E, NV, Major::kDepth, ZeroHides::kB>(head_dim, keys.at(begin), keys.ld(), ds, ld, elements<E>(n), add);
+  if ((masked || sums_beyond<E>(n)) && !keys.finite())
+    gemm_hiding<E, NV, kOverKeys<E>, ZeroHides::kB>(head_dim, keys.at(begin), keys.ld(), ds, ld, elements<E>(n), add);
   else gemm_over_keys<E, NV>(head_dim, keys.at(begin), keys.ld(), ds, ld, n, steps, add);
 }
 
 // meet(j, keys, from, to) for neighbouring keys k0 + j .. k0 + j + keys of the n and the lanes, of first_lane .. end_lane of the
 // joint tiles, that may see them, as far as intervals say.
-template <class Tile, class Meet>
-void with_lanes_of_keys(const Tile* t0, const Tile* t1, int64_t k0, int64_t n, int64_t first_lane, int64_t end_lane,
+template <class E, class Meet>
+void with_lanes_of_keys(const BackwardTile<E>* t0, const BackwardTile<E>* t1, int64_t k0, int64_t n, int64_t first_lane, int64_t end_lane,
                         const Meet& meet) {
   bool all = true;
-  for (const Tile* t = t0; t < t1; ++t) all = all && t->all_see(k0, k0 + n);
+  for (const BackwardTile<E>* t = t0; t < t1; ++t) all = all && t->all_see(k0, k0 + n);
   if (all) return meet(0, n, first_lane, end_lane);
-  constexpr int64_t kKeys = 16, kLanes = 8;  // less is no work worth a product of its own
+  constexpr int64_t kKeys = 16, kLanes = kOfTiles<E> ? kTileNumbers<E> : 8;  // less is no work worth a product of its own
   int64_t from = first_lane, to = first_lane;
   const auto skip = [&](int64_t* lane, const auto& passes) {  // to the first that does not pass; ends never move back
     int64_t start = 0;
-    for (const Tile* t = t0; t < t1; start += t->lanes, ++t) {
+    for (const BackwardTile<E>* t = t0; t < t1; start += t->lanes, ++t) {
       for (; *lane < end_lane && *lane < start + t->lanes; ++*lane)
         if (!passes(*t, *lane - start)) return;
     }
@@ -137,8 +137,8 @@ void with_lanes_of_keys(const Tile* t0, const Tile* t1, int64_t k0, int64_t n, i
     if (seen_from < seen_to) meet(begin, j - begin, seen_from, seen_to < end_lane ? seen_to : end_lane);
   };
   for (int64_t j = 0; j < n; j += kKeys) {
-    skip(&from, [&](const Tile& t, int64_t i) { return i < t.rows && t.hi[i] <= k0 + j; });
-    skip(&to, [&](const Tile& t, int64_t i) { return i >= t.rows || t.lo[i] < k0 + j + kKeys; });
+    skip(&from, [&](const BackwardTile<E>& t, int64_t i) { return i < t.rows && t.hi[i] <= k0 + j; });
+    skip(&to, [&](const BackwardTile<E>& t, int64_t i) { return i >= t.rows || t.lo[i] < k0 + j + kKeys; });
     const int64_t down = from / kLanes * kLanes, up = (to + kLanes - 1) / kLanes * kLanes;
     if (down == seen_from && up == seen_to) continue;
     flush(j);
@@ -169,7 +169,7 @@ void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTil
       T *const prob = scratch.p + lane, *const ds = scratch.ds + lane;
       // The tiles meet the block together, but each computes only what it sees of it.
       const int64_t tile_end = end_of_keys<E>(t->end, r.length_k);
-      int64_t begin = t->begin / 4 * 4 > k0 ? t->begin / 4 * 4 : k0, end = tile_end < k1 ? tile_end : k1;
+      int64_t begin = start_of_group<E>(t->begin) > k0 ? start_of_group<E>(t->begin) : k0, end = tile_end < k1 ? tile_end : k1;
       if (begin >= end || t->begin >= t->end) begin = end = k1;
       T* const seen_ds = ds + (begin - k0) * ld;
       no_weights<T, NV>(begin - k0, prob, ds, ld);
@@ -219,7 +219,8 @@ void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTil
     d_out_finite = d_out_finite && t->d_out_finite;
   }
   if (end_lane == 0) return;
-  with_lanes_of_keys(t0, t1, k0, n, first_lane, end_lane, [&](int64_t j, int64_t keys, int64_t from, int64_t to) {
+  if constexpr (kOfTiles<E>) zeros_behind<E>(n, ld, scratch.p, scratch.ds);
+  with_lanes_of_keys<E>(t0, t1, k0, n, first_lane, end_lane, [&](int64_t j, int64_t keys, int64_t from, int64_t to) {
     const int64_t first = elements<E>(from), depth = elements<E>(to - from);
     const E *const prob = reinterpret_cast<const E*>(scratch.p) + j * ld + first;
     const E *const ds = reinterpret_cast<const E*>(scratch.ds) + j * ld + first;
@@ -228,6 +229,16 @@ void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTil
     gemm_accumulate<E, Major::kRow>(keys, padded_d, ds, ld, t0->q_rows + first * padded_d, padded_d, depth,
                                     masked && !q_finite, dk + (k0 + j) * padded_d, padded_d);
   });
+}
+
+// Rows of zeros behind those of the last tile, as far as a matrix unit reads.
+template <class E>
+void zero_rows_behind(const BackwardTile<E>& last, int64_t padded_d, int64_t padded_dv) {
+  constexpr int64_t rows = MatrixUnit<E>::depth - 1;
+  const int64_t used = elements<E>(last.lanes);
+  if (rows == 0) return;
+  memset(last.q_rows + used * padded_d, 0, sizeof(E) * rows * padded_d);
+  memset(last.d_out_rows + used * padded_dv, 0, sizeof(E) * rows * padded_dv);
 }
 
 // The rows of a task in one list: dq, and what they add to the rest.
@@ -241,7 +252,7 @@ void backward_rows(const BackwardParams& params, const HeadRows& r, const Backwa
   const int64_t padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
   const int64_t kept_keys = BackwardScratch<E>::kept_keys(p);
   const bool keeps = most_keys_seen<T>(r, tiling, task.tile_begin, task.tile_end, 1) + kBlockKeys <= kept_keys;
-  const int64_t together = keeps ? joint_tiles<T>() : kBackwardTiles;
+  const int64_t together = keeps || kOfTiles<E> ? joint_tiles<E>() : kBackwardTiles;
   for (int64_t first = task.tile_begin; first < task.tile_end; first += together) {
     const int64_t count = task.tile_end - first < together ? task.tile_end - first : together;
     BackwardTile<E>* const tiles = scratch.tiles;
@@ -249,9 +260,9 @@ void backward_rows(const BackwardParams& params, const HeadRows& r, const Backwa
     for (int64_t t = 0; t < count; ++t) {
       if (t > 0) {
         const BackwardTile<E>& before = tiles[t - 1];
-        tiles[t].q = before.q + before.lanes * elements<E>(p.head_dim);
+        tiles[t].q = before.q + before.lanes * padded_elements<E>(p.head_dim);
         tiles[t].dq = before.dq + before.lanes * p.head_dim;
-        tiles[t].d_out = before.d_out + before.lanes * elements<E>(p.value_dim);
+        tiles[t].d_out = before.d_out + before.lanes * padded_elements<E>(p.value_dim);
         tiles[t].q_rows = before.q_rows + elements<E>(before.lanes) * padded_d;
         tiles[t].d_out_rows = before.d_out_rows + elements<E>(before.lanes) * padded_dv;
       }
@@ -263,13 +274,14 @@ void backward_rows(const BackwardParams& params, const HeadRows& r, const Backwa
       if (tiles[t].begin < begin) begin = tiles[t].begin;
       if (tiles[t].end > end) end = tiles[t].end;
     }
+    zero_rows_behind<E>(tiles[count - 1], padded_d, padded_dv);
     if (recomputes_statistics<T>(p))
       recompute_statistics<E>(params, r, tiles, count, begin, end, keys.keys, keys.values, scratch);
     for (int64_t t = 0; task.d_sinks && t < count; ++t) add_sink_gradient<E>(params, r, tiles[t], task.d_sinks);
 
     const bool clears = kind == BiasGradient::kOwn || (kind == BiasGradient::kElements && task.d_bias.starts);
     for (int64_t t = 0; clears && t < count; ++t) {
-      const int64_t t0 = t / joint_tiles<T>() * joint_tiles<T>(), t1 = t0 + joint_tiles<T>();
+      const int64_t t0 = t / joint_tiles<E>() * joint_tiles<E>(), t1 = t0 + joint_tiles<E>();
       const KeyRange met = keys_met(tiles + t0, tiles + (t1 < count ? t1 : count));
       if (kind == BiasGradient::kOwn) clear_bias_gradient<T>(params, r, tiles[t], met);
       else clear_sums<T>(task.d_bias, tiles[t], p.seqlen_k, met);
@@ -281,10 +293,10 @@ void backward_rows(const BackwardParams& params, const HeadRows& r, const Backwa
     for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
       const int64_t block_begin = block < begin ? begin : block;
       const int64_t block_end = block + kBlockKeys < end ? block + kBlockKeys : end;
-      const int64_t load_begin = in_groups ? block_begin / 4 * 4 : block_begin;
+      const int64_t load_begin = in_groups ? start_of_group<E>(block_begin) : block_begin;
       keys.load(load_begin, block_end);
-      for (int64_t t = 0; t < count; t += joint_tiles<T>()) {
-        const int64_t t1 = t + joint_tiles<T>() < count ? t + joint_tiles<T>() : count;
+      for (int64_t t = 0; t < count; t += joint_tiles<E>()) {
+        const int64_t t1 = t + joint_tiles<E>() < count ? t + joint_tiles<E>() : count;
         int64_t k0 = block_end, k1 = load_begin;  // what these tiles see of the block
         for (int64_t i = t; i < t1; ++i) {
           if (tiles[i].begin >= tiles[i].end) continue;
@@ -292,7 +304,7 @@ void backward_rows(const BackwardParams& params, const HeadRows& r, const Backwa
           const int64_t tile_end = end_of_keys<E>(tiles[i].end, r.length_k);
           if (tile_end > k1) k1 = tile_end > block_end ? block_end : tile_end;
         }
-        if (in_groups) k0 = k0 / 4 * 4;
+        if (in_groups) k0 = start_of_group<E>(k0);
         if (k0 >= k1) continue;
         for (int64_t i = t; i < t1; ++i) next.ask();
         backward_block<E>(params, r, tiles + t, tiles + t1, keys, k0, k1, scratch, task, kind);
@@ -331,6 +343,7 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
   if (task.d_relative_bias) memset(task.d_relative_bias, 0, sizeof(double) * group * distances);
   if (task.d_sinks) memset(task.d_sinks, 0, sizeof(double) * group);
 
+  [[maybe_unused]] const typename MatrixUnit<E>::Session session;
   Arena arena(memory);
   const BackwardScratch<E> scratch(p, arena);
   const int64_t together = most_keys_seen<T>(first_list, tiling, task.tile_begin, task.tile_end, kBackwardTiles);

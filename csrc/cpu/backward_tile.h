@@ -41,11 +41,12 @@ struct BackwardTile : RowTile<T> {
   KeptScores<T> kept;
 };
 
-// Tiles side by side in one block of p and ds, so that the sums over rows in dv, dk are long enough (>= 48) to pay
-// for reading and writing dv, dk.
-template <class T>
+// Tiles side by side in one block of p and ds, so that the sums over rows in dv, dk are long enough to pay for reading and
+// writing dv, dk: 48 rows, of a matrix unit 96.
+template <class E>
 constexpr int joint_tiles() {
-  constexpr int wanted = (48 + RowTile<T>::max_lanes - 1) / RowTile<T>::max_lanes;
+  constexpr int lanes = RowTile<Accumulator<E>>::max_lanes, rows = kOfTiles<E> ? 96 : 48;
+  constexpr int wanted = (rows + lanes - 1) / lanes;
   return wanted < kBackwardTiles ? wanted : kBackwardTiles;
 }
 
@@ -80,11 +81,11 @@ struct BackwardKeys {
 
 template <class E, class T = Accumulator<E>>
 struct BackwardScratch {
-  static constexpr int64_t max_joint = joint_tiles<T>() * RowTile<T>::max_lanes;
+  static constexpr int64_t max_joint = joint_tiles<E>() * RowTile<T>::max_lanes;
   BackwardTile<E>* tiles;
   T *p, *ds, *factors, *cap_slopes;
   QueryWeights<E> of_query;
-  KeptScores<T> kept[joint_tiles<T>()];
+  KeptScores<T> kept[joint_tiles<E>()];
   ScoreScratch<T> score;
 
   // Keys for whose scores there is room, or 0: none are kept.
@@ -97,14 +98,14 @@ struct BackwardScratch {
 
   static int64_t bytes(const AttentionParams& params) {
     const int64_t lanes = RowTile<T>::max_lanes, d = params.head_dim, dv = params.value_dim;
-    const int64_t row_elements = kBackwardTiles * elements<E>(lanes);
-    return Arena::bytes<BackwardTile<E>>(kBackwardTiles) + Arena::bytes<E>(kBackwardTiles * lanes * elements<E>(d)) +
-           Arena::bytes<T>(kBackwardTiles * lanes * d) + Arena::bytes<E>(kBackwardTiles * lanes * elements<E>(dv)) +
+    const int64_t row_elements = kBackwardTiles * elements<E>(lanes) + MatrixUnit<E>::depth - 1;
+    return Arena::bytes<BackwardTile<E>>(kBackwardTiles) + Arena::bytes<E>(kBackwardTiles * lanes * padded_elements<E>(d)) +
+           Arena::bytes<T>(kBackwardTiles * lanes * d) + Arena::bytes<E>(kBackwardTiles * lanes * padded_elements<E>(dv)) +
            Arena::bytes<E>(row_elements * round_to_width<T>(d)) + Arena::bytes<E>(row_elements * round_to_width<T>(dv)) +
            BackwardKeys<E>::bytes(params) + 2 * Arena::bytes<T>(kBlockKeys * max_joint) +
            Arena::bytes<T>(kBlockKeys * lanes) + Arena::bytes<T>(params.soft_cap != 0 ? kBlockKeys * lanes : 0) +
            QueryWeights<E>::bytes() +
-           joint_tiles<T>() * (2 * Arena::bytes<T>(kept_keys(params) * lanes) +
+           joint_tiles<E>() * (2 * Arena::bytes<T>(kept_keys(params) * lanes) +
                                Arena::bytes<Visibility>(kept_keys(params) / kBlockKeys)) +
            ScoreScratch<T>::bytes(params);
   }
@@ -112,11 +113,11 @@ struct BackwardScratch {
   // Consecutive tiles lie behind one another, without gaps, so that joint tiles are one matrix.
   BackwardScratch(const AttentionParams& params, Arena& arena) : of_query(arena) {
     const int64_t lanes = RowTile<T>::max_lanes, d = params.head_dim, dv = params.value_dim;
-    const int64_t row_elements = kBackwardTiles * elements<E>(lanes);
+    const int64_t row_elements = kBackwardTiles * elements<E>(lanes) + MatrixUnit<E>::depth - 1;
     tiles = arena.take<BackwardTile<E>>(kBackwardTiles);
-    tiles[0].q = arena.take<E>(kBackwardTiles * lanes * elements<E>(d));
+    tiles[0].q = arena.take<E>(kBackwardTiles * lanes * padded_elements<E>(d));
     tiles[0].dq = arena.take<T>(kBackwardTiles * lanes * d);
-    tiles[0].d_out = arena.take<E>(kBackwardTiles * lanes * elements<E>(dv));
+    tiles[0].d_out = arena.take<E>(kBackwardTiles * lanes * padded_elements<E>(dv));
     tiles[0].q_rows = arena.take<E>(row_elements * round_to_width<T>(d));
     tiles[0].d_out_rows = arena.take<E>(row_elements * round_to_width<T>(dv));
     p = arena.take<T>(kBlockKeys * max_joint);

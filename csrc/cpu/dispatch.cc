@@ -27,9 +27,11 @@ struct Usable {
     __builtin_cpu_init();
 #endif
 #define NEEDS(feature) && ATTN_OPS_CPU_HAS(feature)
+#define ASKS NEEDS
 #define ISA(name, processor, needs, ...) ATTN_OPS_ON_##processor(if (true needs) kernels[count++] = &kernels_##name;)
 #include "isas.inc"
 #undef ISA
+#undef ASKS
 #undef NEEDS
   }
 };

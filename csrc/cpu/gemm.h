@@ -7,41 +7,24 @@
 // and b[k][j] are two numbers each, and depth counts pairs.
 #pragma once
 
-#include <type_traits>
-
+#include "gemm_tiles.h"
 #include "simd.h"
+#include "vectors.h"
 
 namespace attn_ops::cpu {
 namespace {
-
-// Widest tile, in vectors.
-constexpr int kMaxVectors = 3;
 
 // Accumulators R * NV, plus NV vectors of b and one broadcast, must fit in the registers; fewer than 8 accumulators
 // could not hide the latency of FMA (4 cycles, 2 per cycle).
 constexpr int tile_rows(int nv) { return kVectorRegisters == 32 ? (nv > 1 ? 8 : 16)
                                                                 : (nv == 3 ? 4 : nv == 2 ? 6 : 8); }
 
-template <int N>
-using Vectors = std::integral_constant<int, N>;
-
-// Calls f(Vectors<nv>{}) for the run-time number of vectors: the tile must be a constant.
-template <class F>
-ATTN_INLINE void with_vectors(int nv, const F& f) {
-  if (nv == 3) f(Vectors<3>{});
-  else if (nv == 2) f(Vectors<2>{});
-  else f(Vectors<1>{});
-}
-
-// Calls f(Vectors<v>{}) for v = 0 .. nv - 1.
-template <int NV, class F>
-ATTN_INLINE void each_vector(const F& f) {
-  if constexpr (NV > 1) each_vector<NV - 1>(f);
-  f(Vectors<NV - 1>{});
-}
-
 // How `a` is stored: a(r, k) = a[r * lda + k] or a[r + k * lda].
 enum class Major { kRow, kDepth };
+
+// What is summed over keys has them so: a matrix unit takes rows only.
+template <class E>
+constexpr Major kOverKeys = kOfTiles<E> ? Major::kRow : Major::kDepth;
 
 template <class V, int R, int NV>
 ATTN_INLINE void clear(V (&acc)[R][NV]) {
@@ -101,6 +84,10 @@ struct Nothing {
 template <class E, int NV, Major M, class Epilogue, class Meanwhile = Nothing>
 ATTN_INLINE void gemm(int64_t rows, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth,
                       const Epilogue& epilogue, const Meanwhile& meanwhile = {}) {
+  if constexpr (kOfTiles<E>) {
+    static_assert(M == Major::kRow);
+    return unit_gemm<E, NV>(rows, a, lda, b, ldb, depth, epilogue, meanwhile);
+  }
   constexpr int R = tile_rows(NV);
   const int64_t step = M == Major::kRow ? lda : 1;
   int64_t r = 0;

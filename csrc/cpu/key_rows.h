@@ -19,14 +19,14 @@ bool keeps_keys(const AttentionParams& p) {
 // copied, and multiplied by their scales. Copies pay when several tiles share them, even of the same type, where BSHD rows,
 // num_heads * dim apart, would fight for a few cache sets; elsewhere they are 3 to 7 % slower than in place.
 //
-// Pairs are of two columns of a row, or with `of_rows` of one column of rows 2 n and 2 n + 1: then at() is for even keys.
+// Pairs are of two columns of a row, or with `of_rows` of one column of rows 2 n and 2 n + 1: then at() is for even keys. A matrix
+// unit reads whole tiles, with zeros behind the last column, and such pairs by columns: ld() from one column to the next.
 template <class E, bool of_rows = false>
 class KeyRows {
  public:
   // Scratch for `dim` columns: rows, and for kept copies of which block they are.
   static int64_t bytes(const AttentionParams& p, int64_t dim) {
-    return Arena::bytes<E>(copies(p) * block_size(dim)) + Arena::bytes<int32_t>(copies(p)) +
-           Arena::bytes<Finite>(blocks(p));
+    return Arena::bytes<E>(copy_size(p, dim)) + Arena::bytes<int32_t>(copies(p)) + Arena::bytes<Finite>(blocks(p));
   }
 
   // `scales` of int8 rows, else with data null. No rows that meet keys together see more than `together` of them, and none go
@@ -37,12 +37,12 @@ class KeyRows {
         view_(v),
         scales_(scales),
         dim_(dim),
-        columns_(of_rows ? dim : elements<E>(dim)),
+        columns_(of_rows ? dim : padded_elements<E>(dim)),
         in_place_(lies_so(v) && v.stride[3] == 1 && !r.p.block_table && (!shared || v.stride[1] == dim || !collide(v))),
         kept_(shared && keeps_keys<E>(r.p)),
         slots_(copies(r.p)) {
     if (together / kBlockKeys + 2 < slots_) slots_ = together / kBlockKeys + 2;
-    copy_ = arena->take<E>(copies(r.p) * block_size(dim));
+    copy_ = arena->take<E>(copy_size(r.p, dim));
     copied_ = arena->take<int32_t>(copies(r.p));
     memset(copied_, -1, copies(r.p) * sizeof(int32_t));
     finite_ = arena->take<Finite>(blocks(r.p));
@@ -52,8 +52,8 @@ class KeyRows {
   // Keys k0 .. k1, at most kBlockKeys. Shared blocks lie between multiples of kBlockKeys.
   void load(int64_t k0, int64_t k1) {
     begin_ = k0;
-    end_ = k1;
-    ld_ = columns_;
+    end_ = by_columns ? k0 + whole_keys(k1 - k0) : k1;
+    ld_ = by_columns ? kBlockKeys / 2 : columns_;
     if (in_place_) {
       data_ = reinterpret_cast<const E*>(rows_.key_row(view_, k0));
       ld_ = view_.stride[1] / Product<E>::numbers;
@@ -65,14 +65,14 @@ class KeyRows {
         copy(first, end, kept);
         copied_[slot] = static_cast<int32_t>(block);
       }
-      data_ = kept + row_of(k0 - first) * columns_;
+      data_ = kept + place_of(k0 - first);
     } else {
       copy(k0, k1, copy_);
       data_ = copy_;
     }
   }
 
-  const E* at(int64_t key) const { return data_ + row_of(key - begin_) * ld_; }
+  const E* at(int64_t key) const { return data_ + place_of(key - begin_); }
   int64_t ld() const { return ld_; }
 
   // Whether what is loaded has neither Inf nor NaN. Groups of tiles that load the same block need not all look.
@@ -81,7 +81,8 @@ class KeyRows {
     const int64_t begin = begin_ % kBlockKeys, end = begin + end_ - begin_;
     if (begin < known.begin || known.end < end) {
       const int64_t rows = of_rows ? elements<E>(end - begin) : end - begin;
-      known = {static_cast<uint8_t>(begin), static_cast<uint8_t>(end), all_finite(data_, ld_, rows, columns_)};
+      known = {static_cast<uint8_t>(begin), static_cast<uint8_t>(end),
+               by_columns ? all_finite(data_, ld_, columns_, rows) : all_finite(data_, ld_, rows, columns_)};
     }
     return known.all;
   }
@@ -93,17 +94,27 @@ class KeyRows {
     bool all;
   };
 
-  static int64_t row_of(int64_t key) { return of_rows ? key / 2 : key; }
-  static int64_t block_size(int64_t dim) { return of_rows ? kBlockKeys / 2 * dim : kBlockKeys * elements<E>(dim); }
+  static constexpr bool by_columns = of_rows && kOfTiles<E>;
+
+  int64_t place_of(int64_t key) const { return of_rows ? key / 2 * (by_columns ? 1 : ld_) : key * ld_; }
+  static int64_t block_size(int64_t dim) {
+    if (by_columns) return kBlockKeys / 2 * round_to_width<Accumulator<E>>(dim);
+    return of_rows ? kBlockKeys / 2 * dim : kBlockKeys * padded_elements<E>(dim);
+  }
+  // Of all, and what a matrix unit reads behind the last key.
+  static int64_t copy_size(const AttentionParams& p, int64_t dim) {
+    return copies(p) * block_size(dim) + (MatrixUnit<E>::depth - 1) * padded_elements<E>(dim);
+  }
   static int64_t blocks(const AttentionParams& p) { return p.seqlen_k / kBlockKeys + 1; }
   // Blocks that there is room for.
   static int64_t copies(const AttentionParams& p) { return keeps_keys<E>(p) ? p.seqlen_k / kBlockKeys + 1 : 1; }
   // Whether a row in memory, if its elements are neighbours, is one of E.
   static bool lies_so(const StridedView& v) {
-    return kOfPairs<E> ? !of_rows && v.stride[1] % 2 == 0 : v.dtype == kDTypeOf<Accumulator<E>>;
+    return kOfPairs<E> ? !of_rows && !kOfTiles<E> && v.stride[1] % 2 == 0 : v.dtype == kDTypeOf<Accumulator<E>>;
   }
 
   void copy(int64_t k0, int64_t k1, E* to) const {
+    if constexpr (by_columns) return copy_columns(k0, k1, to);
     const int64_t next_row = view_.stride[1] * size_of(view_.dtype);
     for (int64_t j = k0, end; j < k1; j = end) {
       end = neighbours_end(rows_.p, j, k1);
@@ -121,9 +132,23 @@ class KeyRows {
 
   void copy_rows(const char* row, int64_t next_row, int64_t count, E* to) const {
     if constexpr (kOfPairs<E>) {  // as if they were floats
-      load_rows_apart<float>(DType::kFloat32, row, next_row, count, sizeof(E), columns_, reinterpret_cast<float*>(to));
+      load_rows_apart<float>(DType::kFloat32, row, next_row, count, sizeof(E), elements<E>(dim_), reinterpret_cast<float*>(to),
+                             columns_);
     } else {
-      load_rows_apart<E>(view_.dtype, row, next_row, count, view_.step(), dim_, to);
+      load_rows_apart<E>(view_.dtype, row, next_row, count, view_.step(), dim_, to, columns_);
+    }
+  }
+
+  // Whole tiles of keys, those behind the last one zeros.
+  void copy_columns(int64_t k0, int64_t k1, E* to) const {
+    if constexpr (by_columns) {
+      constexpr int64_t kKeys = kTileNumbers<E>;
+      for (int64_t j = k0; j < k1; j += kKeys, to += kKeys / 2) {
+        const char* row[kKeys];
+        const int64_t count = k1 - j < kKeys ? k1 - j : kKeys;
+        for (int64_t i = 0; i < count; ++i) row[i] = rows_.key_row(view_, j + i);
+        load_row_pairs_transposed(row, count, dim_, to, kBlockKeys / 2);
+      }
     }
   }
 
@@ -142,6 +167,9 @@ class KeyRows {
     static const int64_t bytes = colliding_bytes(sysconf(_SC_LEVEL2_CACHE_SIZE));  // unknown: no more than 0
     return v.stride[1] * size_of(v.dtype) % bytes == 0;
   }
+
+  // Keys of whole tiles.
+  static int64_t whole_keys(int64_t n) { return whole_tiles<E>(elements<E>(n)) * Product<E>::numbers; }
 
   const HeadRows& rows_;
   const StridedView &view_, &scales_;
@@ -176,20 +204,34 @@ int64_t most_keys_seen(const HeadRows& r, const Tiling<T>& tiling, int64_t first
   return most;
 }
 
+// What tiles begin with is a multiple of so many keys: key 4 n starts a group of random numbers, or a tile of a matrix unit.
+template <class E>
+constexpr int64_t kKeyGroup = kOfTiles<E> ? kTileNumbers<E> : 4;
+template <class E>
+int64_t start_of_group(int64_t key) {
+  return key / kKeyGroup<E> * kKeyGroup<E>;
+}
+
+// Whether sums over n keys take zero weights of keys behind them.
+template <class E>
+bool sums_beyond(int64_t n) {
+  return kOfTiles<E> && n % kTileNumbers<E> != 0;
+}
+
 // meet(tile, k0, k1) for each of `count` tiles and each block of the keys begin .. end of which it sees keys k0 .. k1,
-// when both are loaded. Key 4 n starts a group of random numbers, so k0 is a multiple of 4.
+// when both are loaded. k0 starts a group.
 template <class E, class Tile, class Values, class Meet>
 ATTN_INLINE void for_each_block(Tile* tiles, int64_t count, int64_t begin, int64_t end, int64_t length_k,
                                 KeyRows<E>& keys, Values& values, const Meet& meet) {
   end = end_of_keys<E>(end, length_k);
   for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
-    const int64_t block_begin = block < begin ? begin / 4 * 4 : block;
+    const int64_t block_begin = block < begin ? start_of_group<E>(begin) : block;
     const int64_t block_end = block + kBlockKeys < end ? block + kBlockKeys : end;
     keys.load(block_begin, block_end);
     values.load(block_begin, block_end);
     for (Tile* t = tiles; t < tiles + count; ++t) {
       const int64_t tile_end = end_of_keys<E>(t->end, length_k);
-      const int64_t k0 = t->begin > block_begin ? t->begin / 4 * 4 : block_begin;
+      const int64_t k0 = t->begin > block_begin ? start_of_group<E>(t->begin) : block_begin;
       const int64_t k1 = tile_end < block_end ? tile_end : block_end;
       if (k0 < k1 && t->begin < t->end) meet(*t, k0, k1);
     }

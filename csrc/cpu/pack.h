@@ -79,8 +79,8 @@ ATTN_INLINE void load_transposed(DType dtype, const char* const* row, int rows, 
   });
 }
 
-// dst[c * ld + r] = factor times row r, of `columns` numbers that lie `stride` bytes apart; of pairs that are neighbours.
-// The factor of pairs is a power of two.
+// dst[c * ld + r] = factor times row r, of `columns` numbers that lie `stride` bytes apart; of pairs that are neighbours, with
+// rows of zeros behind them for a matrix unit. The factor of pairs is a power of two.
 template <class E>
 ATTN_INLINE void load_factors(DType dtype, const char* const* row, int rows, int lanes, int64_t stride,
                               int64_t columns, Accumulator<E> factor, E* dst) {
@@ -93,6 +93,8 @@ ATTN_INLINE void load_factors(DType dtype, const char* const* row, int rows, int
                          const auto number = [=](int i) { return Product<E>::number(x, i) * by; };
                          S::store(at, Product<E>::pairs(number(0), number(1)));
                        }));
+    const int64_t used = elements<E>(columns) * lanes;
+    memset(dst + used, 0, sizeof(E) * (padded_elements<E>(columns) * lanes - used));
   } else {
     load_transposed<T>(dtype, row, rows, lanes, stride, columns, dst, lanes,
                        each_vector_of_block<T>([=](T* at, Vec<T> x) { S::store(at, x * by); }));
@@ -152,12 +154,12 @@ ATTN_INLINE void load_row(DType dtype, const char* src, int64_t stride, int64_t 
   with_read_storage(T{}, dtype, [&](auto storage) { load_row<T>(storage, src, stride, columns, padded, dst); });
 }
 
-// `rows` of them that lie `next` bytes apart, one after the other.
+// `rows` of them that lie `next` bytes apart; dst[r * ld + c], with zeros to the end of the last vector where ld has room for it.
 template <class T>
 ATTN_INLINE void load_rows_apart(DType dtype, const char* src, int64_t next, int64_t rows, int64_t stride, int64_t columns,
-                                 T* dst) {
+                                 T* dst, int64_t ld) {
   with_read_storage(T{}, dtype, [&](auto storage) {
-    for (int64_t r = 0; r < rows; ++r) load_row<T>(storage, src + r * next, stride, columns, false, dst + r * columns);
+    for (int64_t r = 0; r < rows; ++r) load_row<T>(storage, src + r * next, stride, columns, ld > columns, dst + r * ld);
   });
 }
 
@@ -173,6 +175,25 @@ inline void load_row_pairs(const char* first, const char* second, int64_t column
     const int64_t n = columns - c < W ? columns - c : W;
     const Words both = words(first, c, n) >> 16 | words(second, c, n);
     memcpy(dst + c, &both, (padded ? W : n) * sizeof(Pair));
+  }
+}
+
+// dst[c * ld + i] = {element c of row 2 i, of row 2 i + 1}, of `rows` rows of bfloat16 as many as a vector has lanes twice, and
+// zeros for those that are not there; `columns` of them, and zeros to the end of the last vector.
+inline void load_row_pairs_transposed(const char* const* row, int64_t rows, int64_t columns, Pair* dst, int64_t ld) {
+  constexpr int W = Simd<float>::width;
+  const auto row_or_null = [=](int64_t i) { return i < rows ? row[i] : nullptr; };
+  for (int64_t c = 0; c < columns; c += W) {
+    Pair pairs[W * W];
+    for (int i = 0; i < W; ++i) {
+      const char *const first = row_or_null(2 * i), *const second = row_or_null(2 * i + 1);
+      load_row_pairs(first ? first + 2 * c : nullptr, second ? second + 2 * c : nullptr, columns - c < W ? columns - c : W,
+                     true, pairs + i * W);
+    }
+    Vec<float> block[W];
+    for (int i = 0; i < W; ++i) block[i] = Simd<float>::load(reinterpret_cast<const float*>(pairs + i * W));
+    Simd<float>::transpose(block);
+    for (int i = 0; i < W; ++i) Simd<float>::store(reinterpret_cast<float*>(dst + (c + i) * ld), block[i]);
   }
 }
 

@@ -59,6 +59,20 @@ __attribute__((noinline)) void pack_weights(int64_t n, int64_t lane, T* p, T* ds
       P::store(of_query.rounded + at, rounded);
       P::store(of_query.rest + at, P::pairs(first - P::number(rounded, 0), second - P::number(rounded, 1)));
     }
+  const int64_t used = elements<E>(n), behind = padded_elements<E>(n) - used;
+  if (behind == 0) return;
+  memset(of_query.rounded + used * NV * W, 0, sizeof(E) * behind * NV * W);
+  memset(of_query.rest + used * NV * W, 0, sizeof(E) * behind * NV * W);
+}
+
+// Zeros behind the weights of the last of `lanes` rows, as far as a matrix unit reads.
+template <class E, class T>
+void zeros_behind(int64_t n, int64_t lanes, T* p, T* ds) {
+  const int64_t used = elements<E>(lanes), behind = padded_elements<E>(lanes) - used;
+  for (int64_t j = 0; behind > 0 && j < n; ++j) {
+    memset(reinterpret_cast<E*>(p + j * lanes) + used, 0, sizeof(E) * behind);
+    memset(reinterpret_cast<E*>(ds + j * lanes) + used, 0, sizeof(E) * behind);
+  }
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ __attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<
                                              static_cast<T*>(nullptr), [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
   if (keeps) tile.kept.seen_of(k0) = seen;
   if (seen == Visibility::kNothing) return;
-  gemm_of_steps<E, NV>(values.at(k0), values.ld(), tile.d_out, lanes, elements<E>(p.value_dim), steps, dp, lanes,
+  gemm_of_steps<E, NV>(values.at(k0), values.ld(), tile.d_out, lanes, padded_elements<E>(p.value_dim), steps, dp, lanes,
                        [](Vec<T> x) { return x; });
   const bool dropout = p.dropout_rate > 0;
   if (dropout) dropout_factors<T>(Dropout(p, r.batch), tile.position, tile.head, lanes, k0, n, scratch.factors);

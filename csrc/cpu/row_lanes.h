@@ -33,7 +33,7 @@ struct RowLanesScratch {
 
   static int64_t bytes(const AttentionParams& p) {
     return Arena::bytes<RowLanesScratch>(1) + KeyRows<E>::bytes(p, p.head_dim) + KeyPairs<E>::bytes(p, p.value_dim) +
-           kForwardTiles * (Arena::bytes<E>(RowTile<T>::max_lanes * elements<E>(p.head_dim)) +
+           kForwardTiles * (Arena::bytes<E>(RowTile<T>::max_lanes * padded_elements<E>(p.head_dim)) +
                             Arena::bytes<T>(RowTile<T>::max_lanes * p.value_dim)) +
            2 * Arena::bytes<T>(kBlockKeys * RowTile<T>::max_lanes) + ScoreScratch<T>::bytes(p);
   }
@@ -41,7 +41,7 @@ struct RowLanesScratch {
   static RowLanesScratch& in(const AttentionParams& p, Arena* arena) {
     RowLanesScratch& scratch = *arena->take<RowLanesScratch>(1);
     for (ForwardTile<E>& tile : scratch.tiles) {
-      tile.q = arena->take<E>(RowTile<T>::max_lanes * elements<E>(p.head_dim));
+      tile.q = arena->take<E>(RowTile<T>::max_lanes * padded_elements<E>(p.head_dim));
       tile.out = arena->take<T>(RowTile<T>::max_lanes * p.value_dim);
     }
     scratch.scores = arena->take<T>(kBlockKeys * RowTile<T>::max_lanes);
@@ -67,7 +67,7 @@ void start_tile(const HeadRows& r, ForwardTile<E>& tile) {
 }
 
 // weights[j * lanes + lane] = weight(j, v) for n keys, 0 beside the steps, in place of the scores that `weight` is made of;
-// of pairs, two keys an element.
+// of pairs, two keys an element. Behind them zeros, as far as a matrix unit reads.
 template <class E, int NV, class T, class Weight>
 ATTN_INLINE void put_weights(T* scores, int64_t n, const Staircase<T>& steps, const Weight& weight) {
   using S = Simd<T>;
@@ -90,6 +90,7 @@ ATTN_INLINE void put_weights(T* scores, int64_t n, const Staircase<T>& steps, co
     for (int64_t j = elements<E>(begin); j < elements<E>(end); ++j)
       S::store(scores + j * lanes + v * W, S::zero());
   });
+  if (kOfTiles<E>) memset(scores + elements<E>(n) * lanes, 0, sizeof(T) * (padded_elements<E>(n) - elements<E>(n)) * lanes);
 }
 
 // One tile meets the keys k0 .. k1 of a block.
@@ -143,8 +144,8 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<E>& 
     S::store(at, S::fma(S::load(at), correction[v], x));
   };
   const E* const weights = reinterpret_cast<const E*>(s);
-  if (masked && !values.finite())
-    gemm_hiding<E, NV, Major::kDepth, ZeroHides::kB>(p.value_dim, values.at(k0), values.ld(), weights, lanes,
+  if ((masked || sums_beyond<E>(n)) && !values.finite())
+    gemm_hiding<E, NV, kOverKeys<E>, ZeroHides::kB>(p.value_dim, values.at(k0), values.ld(), weights, lanes,
                                                      elements<E>(n), accumulate);
   else gemm_over_keys<E, NV>(p.value_dim, values.at(k0), values.ld(), weights, lanes, n, steps, accumulate);
 }
@@ -224,6 +225,7 @@ void forward_tiles(const HeadRows& r, const Tiling<T>& tiling, const RowLanesTas
 template <class E>
 void forward_row_lanes(const AttentionParams& p, const RowLanesTask& task, void* memory) {
   using T = Accumulator<E>;
+  [[maybe_unused]] const typename MatrixUnit<E>::Session session;
   const HeadRows r(p, task.batch, task.kv_head);
   Arena arena(memory);
   const Tiling<T> tiling(r.count);

@@ -301,7 +301,7 @@ ATTN_INLINE Visibility score_block(const HeadRows& r, const RowTile<T>& tile, co
   using S = Simd<T>;
   constexpr int W = S::width;
   const AttentionParams& p = r.p;
-  const int64_t depth = elements<E>(p.head_dim);
+  const int64_t depth = padded_elements<E>(p.head_dim);
   const Vec<T> factor = S::set1(Scale<E>(p.scale).of_scores);
   const auto scaled = [=](Vec<T> x) { return kOfPairs<E> ? x * factor : x; };
   uint64_t* const visible = scratch.visible;

@@ -170,5 +170,28 @@ constexpr int64_t elements(int64_t n) {
   return kOfPairs<E> ? (n + 1) / 2 : n;
 }
 
+// What multiplies whole tiles of E, where the instruction set has it: gemm_tiles.h, and simd_<isa>.h for what specialises
+// this. It takes `depth` elements of a row at a time, zeros among them where there is nothing.
+template <class E>
+struct MatrixUnit {
+  static constexpr int64_t depth = 1;
+  struct Session {};  // as long as one lives, its thread may use the unit
+};
+template <class E>
+constexpr bool kOfTiles = MatrixUnit<E>::depth > 1;
+
+template <class E>
+constexpr int64_t whole_tiles(int64_t elements) {
+  return (elements + MatrixUnit<E>::depth - 1) / MatrixUnit<E>::depth * MatrixUnit<E>::depth;
+}
+// How many E a row of n numbers takes that is summed over, with the zeros behind them.
+template <class E>
+constexpr int64_t padded_elements(int64_t n) {
+  return whole_tiles<E>(elements<E>(n));
+}
+// How many numbers the unit takes at a time.
+template <class E>
+constexpr int64_t kTileNumbers = MatrixUnit<E>::depth * Product<E>::numbers;
+
 }  // namespace
 }  // namespace attn_ops::cpu

@@ -142,11 +142,24 @@ __attribute__((noinline)) void gemm_in_steps(int64_t rows, const E* a, int64_t l
   gemm_rest<E, NV, Major::kDepth>(rows, r, a + begin * lda, lda, b + begin * ldb, ldb, end - begin, epilogue);
 }
 
-// gemm of sums over the n keys, a(r, k) = a[r + k * lda], where b is 0 beside the steps.
+// gemm of sums over keys by a matrix unit, a(r, k) = a[r * lda + k]: each vector takes what it meets.
+template <class E, int NV, class T, class Epilogue>
+__attribute__((noinline)) void gemm_by_vectors(int64_t rows, const E* a, int64_t lda, const E* b, int64_t ldb,
+                                               const Staircase<T>& steps, const Epilogue& epilogue) {
+  each_vector<NV>([&](auto vector) {
+    constexpr int v = decltype(vector)::value;
+    const int64_t begin = steps.from(v) / kTileNumbers<E> * MatrixUnit<E>::depth, end = elements<E>(steps.to(v));
+    gemm<E, 1, Major::kRow>(rows, a + begin, lda, b + begin * ldb + v * Simd<T>::width, ldb, end - begin,
+                            [&](int64_t r, int, Vec<T> x) { epilogue(r, v, x); });
+  });
+}
+
+// gemm of sums over the n keys, with `a` as kOverKeys says, where b is 0 beside the steps.
 template <class E, int NV, class T, class Epilogue>
 ATTN_INLINE void gemm_over_keys(int64_t rows, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t n,
                                 const Staircase<T>& steps, const Epilogue& epilogue) {
-  if (steps.whole(NV, n)) gemm<E, NV, Major::kDepth>(rows, a, lda, b, ldb, elements<E>(n), epilogue);
+  if (steps.whole(NV, n)) gemm<E, NV, kOverKeys<E>>(rows, a, lda, b, ldb, elements<E>(n), epilogue);
+  else if constexpr (kOfTiles<E>) gemm_by_vectors<E, NV>(rows, a, lda, b, ldb, steps, epilogue);
   else gemm_in_steps<E, NV>(rows, a, lda, b, ldb, steps, epilogue);
 }
 

@@ -1,0 +1,70 @@
+// The product of gemm.h by a matrix unit (simd.h), whose registers are tiles of as many rows and columns as a vector has
+// lanes:
+//
+//   c[r][j] = epilogue( sum_{k < depth} a[r][k] * b[k][j] )
+//
+// a and b are read in whole tiles: up to so many rows of a behind the last one, whatever they hold, and elements up to a
+// multiple of MatrixUnit::depth, which have to be zeros in one of the two and numbers in the other.
+#pragma once
+
+#include "simd.h"
+#include "vectors.h"
+
+namespace attn_ops::cpu {
+namespace {
+
+// The rows of a matrix unit's tiles that meet `rows` rows at most, with all NV vectors: as many as there are tiles for.
+template <int NV>
+constexpr int kUnitRows = NV == 1 ? 4 : 2;
+
+// R x NV tiles of sums, [R * size][NV * size], of a matrix unit: tiles 0 .. R NV - 1 are theirs, the last two a's and b's. From one
+// row of tiles to the next the vectors come in the other order, so that the last tile of b serves twice.
+template <class E, int R, int NV>
+ATTN_INLINE void unit_sums(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, Accumulator<E>* sums) {
+  using U = MatrixUnit<E>;
+  constexpr int kSize = Simd<Accumulator<E>>::width, kA = U::tiles - 2, kB = U::tiles - 1;
+  static_assert(R * NV <= kA, "tiles for sums");
+  each_vector<R * NV>([](auto tile) { U::template zero<decltype(tile)::value>(); });
+  for (int64_t k = 0; k < depth; k += U::depth)
+    each_vector<R>([&](auto row) {
+      constexpr int r = decltype(row)::value;
+      U::template load<kA>(a + r * kSize * lda + k, lda);
+      each_vector<NV>([&](auto vector) {
+        constexpr int i = decltype(vector)::value, v = r % 2 == 0 ? i : NV - 1 - i;
+        if (r == 0 || i > 0) U::template load<kB>(b + k * ldb + v * kSize, ldb);
+        U::template add<r * NV + v, kA, kB>();
+      });
+    });
+  each_vector<R * NV>([&](auto tile) {
+    constexpr int t = decltype(tile)::value;
+    U::template store<t>(sums + t / NV * kSize * NV * kSize + t % NV * kSize, NV * kSize);
+  });
+}
+
+// gemm of a matrix unit.
+template <class E, int NV, class Epilogue, class Meanwhile>
+ATTN_INLINE void unit_gemm(int64_t rows, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth,
+                           const Epilogue& epilogue, const Meanwhile& meanwhile) {
+  using T = Accumulator<E>;
+  using S = Simd<T>;
+  constexpr int kSize = S::width;
+  alignas(64) T sums[kUnitRows<NV> * kSize * NV * kSize];
+  const auto finish = [&](int64_t first, int64_t count) {
+    for (int64_t r = 0; r < count; ++r)
+      for (int v = 0; v < NV; ++v) epilogue(first + r, v, S::load(sums + (r * NV + v) * kSize));
+  };
+  int64_t r = 0;
+  for (constexpr int64_t step = kUnitRows<NV> * kSize; r + step <= rows; r += step) {
+    meanwhile();
+    unit_sums<E, kUnitRows<NV>, NV>(a + r * lda, lda, b, ldb, depth, sums);
+    finish(r, step);
+  }
+  for (; r < rows; r += kSize) {
+    meanwhile();
+    unit_sums<E, 1, NV>(a + r * lda, lda, b, ldb, depth, sums);
+    finish(r, rows - r < kSize ? rows - r : kSize);
+  }
+}
+
+}  // namespace
+}  // namespace attn_ops::cpu

@@ -1,0 +1,56 @@
+// AMX with BF16 (Intel, from Sapphire Rapids on) beside AVX-512 with BF16: products of pairs as whole tiles; all else is AVX-512's.
+//
+//   tdpbf16ps   c[16][16] += sum of k < 16 of a[16][k] b[k][16]     a, b pairs of bfloat16, c float
+//
+// A row of a tile is 64 bytes. One instruction takes 16 cycles, in which vectors have room for 32 multiply-adds of their own, of
+// 16 numbers each: it does 512. It rounds to nearest, and a subnormal number is 0 to it.
+#pragma once
+
+#include "simd_avx512bf16.h"
+
+namespace attn_ops::cpu {
+namespace {
+
+template <>
+struct MatrixUnit<Pair> {
+  static constexpr int64_t depth = 16;
+  static constexpr int tiles = 8;
+
+  // All tiles whole, and none when it is over: frameworks bring shapes of their own, and what is in use is saved at each change
+  // of threads.
+  class Session {
+   public:
+    Session() {
+      struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {};
+        uint8_t rows[16] = {};
+      } shape;
+      for (int i = 0; i < tiles; ++i) shape.row_bytes[i] = 64, shape.rows[i] = 16;
+      asm volatile("ldtilecfg %0" ::"m"(shape));
+    }
+    ~Session() { asm volatile("tilerelease"); }
+    Session(const Session&) = delete;
+  };
+
+  template <int t>
+  static ATTN_INLINE void zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(t));
+  }
+  template <int t>
+  static ATTN_INLINE void load(const Pair* rows, int64_t ld) {
+    asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(t), "r"(rows), "r"(ld * int64_t{sizeof(Pair)}) : "memory");
+  }
+  template <int t>
+  static ATTN_INLINE void store(float* rows, int64_t ld) {
+    asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(t), "r"(rows), "r"(ld * int64_t{sizeof(float)}) : "memory");
+  }
+  // c += a b
+  template <int c, int a, int b>
+  static ATTN_INLINE void add() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+  }
+};
+
+}  // namespace
+}  // namespace attn_ops::cpu
