@@ -37,9 +37,10 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
   const AttentionParams& p = r.p;
   const int64_t n = k1 - k0;
   const bool kept = tile.kept.s != nullptr;
+  Untold untold;
   const Visibility seen = kept ? tile.kept.seen_of(k0)
                                : score_block<E, NV>(r, tile, tile.q, lanes, keys, k0, n, steps, scratch.score, prob, ld,
-                                                    scratch.cap_slopes, [](int, Vec<T>) {});
+                                                    scratch.cap_slopes, untold);
   if (seen == Visibility::kNothing) {
     no_weights<T, NV>(n, prob, ds, ld);
     return seen;

@@ -24,18 +24,18 @@ ATTN_INLINE void unit_sums(const E* a, int64_t lda, const E* b, int64_t ldb, int
   using U = MatrixUnit<E>;
   constexpr int kSize = Simd<Accumulator<E>>::width, kA = U::tiles - 2, kB = U::tiles - 1;
   static_assert(R * NV <= kA, "tiles for sums");
-  each_vector<R * NV>([](auto tile) { U::template zero<decltype(tile)::value>(); });
+  each_vector<R * NV>([](auto tile) ATTN_INLINED { U::template zero<decltype(tile)::value>(); });
   for (int64_t k = 0; k < depth; k += U::depth)
-    each_vector<R>([&](auto row) {
+    each_vector<R>([&](auto row) ATTN_INLINED {
       constexpr int r = decltype(row)::value;
       U::template load<kA>(a + r * kSize * lda + k, lda);
-      each_vector<NV>([&](auto vector) {
+      each_vector<NV>([&](auto vector) ATTN_INLINED {
         constexpr int i = decltype(vector)::value, v = r % 2 == 0 ? i : NV - 1 - i;
         if (r == 0 || i > 0) U::template load<kB>(b + k * ldb + v * kSize, ldb);
         U::template add<r * NV + v, kA, kB>();
       });
     });
-  each_vector<R * NV>([&](auto tile) {
+  each_vector<R * NV>([&](auto tile) ATTN_INLINED {
     constexpr int t = decltype(tile)::value;
     U::template store<t>(sums + t / NV * kSize * NV * kSize + t % NV * kSize, NV * kSize);
   });
@@ -49,7 +49,7 @@ ATTN_INLINE void unit_gemm(int64_t rows, const E* a, int64_t lda, const E* b, in
   using S = Simd<T>;
   constexpr int kSize = S::width;
   alignas(64) T sums[kUnitRows<NV> * kSize * NV * kSize];
-  const auto finish = [&](int64_t first, int64_t count) {
+  const auto finish = [&](int64_t first, int64_t count) ATTN_INLINED {
     for (int64_t r = 0; r < count; ++r)
       for (int v = 0; v < NV; ++v) epilogue(first + r, v, S::load(sums + (r * NV + v) * kSize));
   };

@@ -21,11 +21,12 @@ __attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<
   const bool keeps = tile.kept.s != nullptr;
   T *const s = keeps ? tile.kept.s + (k0 - tile.kept.first) * lanes : scratch.p;
   T *const dp = keeps ? tile.kept.dp + (k0 - tile.kept.first) * lanes : scratch.ds;
-  Vec<T> m_old[NV], m[NV];
-  for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
+  Vec<T> m_old[NV];
+  Highest<T, NV> highest;
+  for (int v = 0; v < NV; ++v) m_old[v] = highest.of[v] = S::load(tile.m + v * W);
   const Staircase<T> steps(tile, k0, n);
   const Visibility seen = score_block<E, NV>(r, tile, tile.q, lanes, keys, k0, n, steps, scratch.score, s, lanes,
-                                             static_cast<T*>(nullptr), [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
+                                             static_cast<T*>(nullptr), highest);
   if (keeps) tile.kept.seen_of(k0) = seen;
   if (seen == Visibility::kNothing) return;
   gemm_of_steps<E, NV>(values.at(k0), values.ld(), tile.d_out, lanes, padded_elements<E>(p.value_dim), steps, dp, lanes,
@@ -35,7 +36,7 @@ __attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<
 
   Vec<T> base[NV], l[NV], delta[NV];
   for (int v = 0; v < NV; ++v) {
-    base[v] = softmax_base<T>(m[v]);
+    base[v] = softmax_base<T>(highest.of[v]);
     l[v] = delta[v] = S::zero();
   }
   const auto met = [&](auto first, auto count, int64_t begin, int64_t end) {
@@ -51,7 +52,7 @@ __attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<
   by_vectors<NV>(steps, n, met, [](int, int64_t, int64_t) {});
   for (int v = 0; v < NV; ++v) {
     const Vec<T> correction = exp<T>(m_old[v] - base[v]);
-    S::store(tile.m + v * W, m[v]);
+    S::store(tile.m + v * W, highest.of[v]);
     S::store(tile.inverse_l + v * W, S::fma(S::load(tile.inverse_l + v * W), correction, l[v]));
     S::store(tile.delta + v * W, S::fma(S::load(tile.delta + v * W), correction, delta[v]));
   }

@@ -104,19 +104,19 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<E>& 
   const AttentionParams& p = r.p;
   const int64_t n = k1 - k0;
   T* const s = scratch.scores;
-  Vec<T> m_old[NV], m[NV];
-  for (int v = 0; v < NV; ++v) m_old[v] = m[v] = S::load(tile.m + v * W);
+  Vec<T> m_old[NV];
+  Highest<T, NV> highest;
+  for (int v = 0; v < NV; ++v) m_old[v] = highest.of[v] = S::load(tile.m + v * W);
   const Staircase<T> steps(tile, k0, n);
   const Visibility seen = score_block<E, NV>(r, tile, tile.q, lanes, keys, k0, n, steps, scratch.score, s, lanes,
-                                             static_cast<T*>(nullptr),
-                                             [&m](int v, Vec<T> x) { m[v] = S::max(m[v], x); });
+                                             static_cast<T*>(nullptr), highest);
   if (seen == Visibility::kNothing) return;
   const bool masked = seen == Visibility::kSome;
 
   // A sum per block: one chain of additions over all keys would lose digits with their number.
   Vec<T> base[NV], correction[NV], sum[NV];
   for (int v = 0; v < NV; ++v) {
-    base[v] = softmax_base<T>(m[v]);
+    base[v] = softmax_base<T>(highest.of[v]);
     correction[v] = exp<T>(m_old[v] - base[v]);
     sum[v] = S::zero();
   }
@@ -134,12 +134,12 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<E>& 
     put_weights<E, NV>(s, n, steps, probability);
   }
   for (int v = 0; v < NV; ++v) {
-    S::store(tile.m + v * W, m[v]);
+    S::store(tile.m + v * W, highest.of[v]);
     S::store(tile.l + v * W, S::fma(S::load(tile.l + v * W), correction[v], sum[v]));
   }
 
   T* const out = tile.out;
-  const auto accumulate = [=](int64_t d, int v, Vec<T> x) {
+  const auto accumulate = [=](int64_t d, int v, Vec<T> x) ATTN_INLINED {
     T* const at = out + d * lanes + v * W;
     S::store(at, S::fma(S::load(at), correction[v], x));
   };

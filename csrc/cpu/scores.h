@@ -84,23 +84,37 @@ ATTN_INLINE Vec<T> capped(double cap, Vec<T> s, T* slopes) {
   return t * S::set1(static_cast<T>(cap < most ? cap : most));
 }
 
+// What is told scores, in one vector of each row of keys after the other: the highest of each lane, or nothing. Loops work on a
+// copy, which stays in registers.
+template <class T, int NV>
+struct Highest {
+  Vec<T> of[NV];
+  ATTN_INLINE void operator()(int v, Vec<T> x) { of[v] = Simd<T>::max(of[v], x); }
+};
+struct Untold {
+  template <class V>
+  ATTN_INLINE void operator()(int, V) {}
+};
+
 // All scores [keys][lanes] of a block capped, and their derivatives, [keys][lanes], unless null. see(v, score) is told the
 // result.
 template <class T, int NV, class See>
-__attribute__((noinline)) void cap_scores(double cap, int64_t keys, T* scores, int64_t ld, T* slopes, const See& see) {
+__attribute__((noinline)) void cap_scores(double cap, int64_t keys, T* scores, int64_t ld, T* slopes, See& see) {
   using S = Simd<T>;
   constexpr int W = S::width;
-  const auto all = [=, &see](auto wants_slopes) {
+  See told = see;
+  const auto all = [=, &told](auto wants_slopes) {
     for (int64_t j = 0; j < keys; ++j)
       for (int v = 0; v < NV; ++v) {
         T* const at = scores + j * ld + v * W;
         const Vec<T> s = capped<T>(cap, S::load(at), decltype(wants_slopes)::value ? slopes + (j * NV + v) * W : nullptr);
         S::store(at, s);
-        see(v, s);
+        told(v, s);
       }
   };
   if (slopes) all(std::true_type{});
   else all(std::false_type{});
+  see = told;
 }
 
 template <class T>
@@ -233,24 +247,26 @@ ATTN_INLINE void add_bias(const HeadRows& r, const RowTile<T>& tile, int64_t k0,
 // result where vectors meet keys.
 template <class T, int NV, class See>
 ATTN_INLINE void hide_scores(const RowTile<T>& tile, const uint64_t* visible, int64_t keys, const Staircase<T>& steps,
-                             T* scores, int64_t ld, const See& see) {
+                             T* scores, int64_t ld, See& see) {
   using S = Simd<T>;
   constexpr int W = S::width;
   const auto met = [&](auto first_vector, auto count, int64_t begin, int64_t end) {
     constexpr int first = decltype(first_vector)::value, last = first + decltype(count)::value;
     const uint64_t used = bits_between(first * W, last * W < tile.rows ? last * W : tile.rows);
+    See told = see;
     for (int64_t j = begin; j < end; ++j) {
       T* const at = scores + j * ld;
       if (!visible || (visible[j] & used) == used) {
-        for (int v = first; v < last; ++v) see(v, S::load(at + v * W));
+        for (int v = first; v < last; ++v) told(v, S::load(at + v * W));
         continue;
       }
       for (int v = first; v < last; ++v) {
         const Vec<T> s = seen_or_hidden<T>(visible[j] >> (v * W), S::load(at + v * W));
         S::store(at + v * W, s);
-        see(v, s);
+        told(v, s);
       }
     }
+    see = told;
   };
   by_vectors<NV>(steps, keys, met, [=](int v, int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) S::store(scores + j * ld + v * W, S::set1(-kInfinity<T>));
@@ -297,22 +313,24 @@ template <class E, int NV, class T, class See>
 ATTN_INLINE Visibility score_block(const HeadRows& r, const RowTile<T>& tile, const E* q, int64_t ldq,
                                    const KeyRows<E>& keys, int64_t k0, int64_t n, const Staircase<T>& steps,
                                    const ScoreScratch<T>& scratch,
-                                   T* scores, int64_t ld, T* cap_slopes, const See& see) {
+                                   T* scores, int64_t ld, T* cap_slopes, See& see) {
   using S = Simd<T>;
   constexpr int W = S::width;
   const AttentionParams& p = r.p;
   const int64_t depth = padded_elements<E>(p.head_dim);
   const Vec<T> factor = S::set1(Scale<E>(p.scale).of_scores);
-  const auto scaled = [=](Vec<T> x) { return kOfPairs<E> ? x * factor : x; };
+  const auto scaled = [=](Vec<T> x) ATTN_INLINED { return kOfPairs<E> ? x * factor : x; };
   uint64_t* const visible = scratch.visible;
   const Visibility seen = visible_keys<T>(r, tile, k0, n, visible);
   if (seen == Visibility::kNothing) return seen;
   if (seen == Visibility::kAll && plain_scores(p)) {
-    gemm<E, NV, Major::kRow>(n, keys.at(k0), keys.ld(), q, ldq, depth, [=, &see](int64_t j, int v, Vec<T> x) {
+    See told = see;
+    gemm<E, NV, Major::kRow>(n, keys.at(k0), keys.ld(), q, ldq, depth, [=, &told](int64_t j, int v, Vec<T> x) ATTN_INLINED {
       x = scaled(x);
       S::store(scores + j * ld + v * W, x);
-      see(v, x);
+      told(v, x);
     });
+    see = told;
     return seen;
   }
   const bool asks = bias_leaves_caches(p) && !same_for_all_rows(r, tile, p.bias);
@@ -325,7 +343,8 @@ ATTN_INLINE Visibility score_block(const HeadRows& r, const RowTile<T>& tile, co
       cap_scores<T, NV>(p.soft_cap, n, scores, ld, cap_slopes, see);
       return seen;
     }
-    cap_scores<T, NV>(p.soft_cap, n, scores, ld, cap_slopes, [](int, Vec<T>) {});
+    Untold nobody;
+    cap_scores<T, NV>(p.soft_cap, n, scores, ld, cap_slopes, nobody);
   }
   if (p.slopes) add_slopes<T, NV>(r, tile, k0, n, scores, ld);
   if (p.relative_bias) add_relative_bias<T, NV>(r, tile, k0, n, scores, ld, scratch.relative);

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #define ATTN_INLINE inline __attribute__((always_inline))
+#define ATTN_INLINED __attribute__((always_inline))  // of a lambda, behind its arguments
 
 namespace attn_ops::cpu {
 namespace {

@@ -21,6 +21,12 @@ struct Simd<float> : SimdBase<float, int32_t, 64> {
   static ATTN_INLINE bool any(I mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
   static ATTN_INLINE bool finite(V x) { return _mm512_fpclass_ps_mask(x, kNotFinite) == 0; }
 
+  // x - floor(x), 0 of infinities; and y 2^floor(x), or 0 where that is no normal number (it would take 80 ns). NaN stays NaN.
+  static ATTN_INLINE V above_floor(V x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  static ATTN_INLINE V times_power(V y, V x) {
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(-126), _CMP_NLT_UQ), y, x);
+  }
+
   // Products of the even (low) 32-bit halves.
   static ATTN_INLINE Longs multiply_even(Longs a, uint32_t m) {
     return (Longs)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
