@@ -13,6 +13,18 @@
 namespace attn_ops::cpu {
 namespace {
 
+// f(from, to) for the keys begin .. end, in parts after each of which a matrix unit is kept awake.
+template <class E, int kKeys, class F>
+ATTN_INLINE void keeping_awake(int64_t begin, int64_t end, const F& f) {
+  if constexpr (kOfTiles<E>) {
+    for (; begin + kKeys < end; begin += kKeys) {
+      f(begin, begin + kKeys);
+      MatrixUnit<E>::stay_awake();
+    }
+  }
+  f(begin, end);
+}
+
 // The rows of a matrix unit's tiles that meet `rows` rows at most, with all NV vectors: as many as there are tiles for.
 template <int NV>
 constexpr int kUnitRows = NV == 1 ? 4 : 2;

@@ -72,14 +72,16 @@ template <class E, int NV, class T, class Weight>
 ATTN_INLINE void put_weights(T* scores, int64_t n, const Staircase<T>& steps, const Weight& weight) {
   using S = Simd<T>;
   constexpr int W = S::width, lanes = NV * W;
-  const auto met = [&](auto first_vector, auto count, int64_t begin, int64_t end) {
+  const auto met = [&](auto first_vector, auto count, int64_t begin, int64_t end) ATTN_INLINED {
     constexpr int first = decltype(first_vector)::value, last = first + decltype(count)::value;
     if constexpr (kOfPairs<E>) {
-      for (int64_t j = begin; j < end; j += 2)
-        for (int v = first; v < last; ++v) {
-          const Vec<T> one = weight(j, v), other = j + 1 < end ? weight(j + 1, v) : S::zero();
-          S::store(scores + j / 2 * lanes + v * W, Product<E>::pairs(one, other));
-        }
+      keeping_awake<E, 64>(begin, end, [&](int64_t from, int64_t to) ATTN_INLINED {
+        for (int64_t j = from; j < to; j += 2)
+          for (int v = first; v < last; ++v) {
+            const Vec<T> one = weight(j, v), other = j + 1 < to ? weight(j + 1, v) : S::zero();
+            S::store(scores + j / 2 * lanes + v * W, Product<E>::pairs(one, other));
+          }
+      });
     } else {
 #pragma GCC unroll 2
       for (int64_t j = begin; j < end; ++j)
@@ -120,14 +122,14 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<E>& 
     correction[v] = exp<T>(m_old[v] - base[v]);
     sum[v] = S::zero();
   }
-  const auto probability = [&](int64_t j, int v) {
+  const auto probability = [&](int64_t j, int v) ATTN_INLINED {
     const Vec<T> e = exp<E>(S::load(s + j * lanes + v * W) - base[v]);
     sum[v] += e;
     return e;
   };
   if (p.dropout_rate > 0) {  // not in the sum: dropout acts on the normalised probabilities
     dropout_factors<T>(Dropout(p, r.batch), tile.position, tile.head, lanes, k0, n, scratch.factors);
-    put_weights<E, NV>(s, n, steps, [&](int64_t j, int v) {
+    put_weights<E, NV>(s, n, steps, [&](int64_t j, int v) ATTN_INLINED {
       return probability(j, v) * S::load(scratch.factors + j * lanes + v * W);
     });
   } else {
