@@ -28,9 +28,11 @@ std::map<std::string, bool> cpu_features() {
   std::map<std::string, bool> features;
 #define NEEDS(feature) features[#feature] = ATTN_OPS_CPU_HAS(feature);
 #define ASKS NEEDS
+#define SLOW_ON(maker)
 #define ISA(name, processor, needs, ...) ATTN_OPS_ON_##processor(needs)
 #include "../cpu/isas.inc"
 #undef ISA
+#undef SLOW_ON
 #undef ASKS
 #undef NEEDS
   return features;

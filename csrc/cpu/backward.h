@@ -64,28 +64,30 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
     nobody[v] = inverse_l[v] == S::zero();
   }
   const auto elementwise = [&](auto may_hide, auto may_drop) {
-    const auto met = [&](auto first, auto count, int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j)
-        for (int v = decltype(first)::value; v < decltype(first)::value + decltype(count)::value; ++v) {
-          T *const p_at = prob + j * ld + v * W, *const ds_at = ds + j * ld + v * W;
-          const Vec<T> s = S::load(s_from + j * from_ld + v * W);
-          // No score exceeds its maximum; whoever brings the statistics of other scores gets at most a wrong gradient.
-          const Vec<T> e = exp<E>(S::min(S::zero(), s - m[v])) * inverse_l[v];
-          Vec<T> dp = S::load(dp_from + j * from_ld + v * W), weight = e;
-          if (decltype(may_drop)::value) {
-            const Vec<T> f = S::load(scratch.factors + j * lanes + v * W);
-            dp *= f;
-            weight = e * f;
+    const auto met = [&](auto first, auto count, int64_t begin, int64_t end) ATTN_INLINED {
+      keeping_awake<E, 32>(begin, end, [&](int64_t from, int64_t to) ATTN_INLINED {
+        for (int64_t j = from; j < to; ++j)
+          for (int v = decltype(first)::value; v < decltype(first)::value + decltype(count)::value; ++v) {
+            T *const p_at = prob + j * ld + v * W, *const ds_at = ds + j * ld + v * W;
+            const Vec<T> s = S::load(s_from + j * from_ld + v * W);
+            // No score exceeds its maximum; whoever brings the statistics of other scores gets at most a wrong gradient.
+            const Vec<T> e = exp<E>(S::min(S::zero(), s - m[v])) * inverse_l[v];
+            Vec<T> dp = S::load(dp_from + j * from_ld + v * W), weight = e;
+            if (decltype(may_drop)::value) {
+              const Vec<T> f = S::load(scratch.factors + j * lanes + v * W);
+              dp *= f;
+              weight = e * f;
+            }
+            Vec<T> g = e * (dp - delta[v]);
+            if (decltype(may_hide)::value) {
+              const typename S::I hidden = (s == S::set1(-kInfinity<T>)) | nobody[v];
+              g = S::select(hidden, S::zero(), g);
+              weight = S::select(hidden, S::zero(), weight);
+            }
+            S::store(p_at, weight);
+            S::store(ds_at, g);
           }
-          Vec<T> g = e * (dp - delta[v]);
-          if (decltype(may_hide)::value) {
-            const typename S::I hidden = (s == S::set1(-kInfinity<T>)) | nobody[v];
-            g = S::select(hidden, S::zero(), g);
-            weight = S::select(hidden, S::zero(), weight);
-          }
-          S::store(p_at, weight);
-          S::store(ds_at, g);
-        }
+      });
     };
     by_vectors<NV>(steps, n, met, [=](int v, int64_t begin, int64_t end) {
       no_weights<T, 1>(end - begin, prob + begin * ld + v * W, ds + begin * ld + v * W, ld);
@@ -119,8 +121,8 @@ __attribute__((noinline)) void add_query_gradient(const BackwardTile<E>& tile, K
 // meet(j, keys, from, to) for neighbouring keys k0 + j .. k0 + j + keys of the n and the lanes, of first_lane .. end_lane of the
 // joint tiles, that may see them, as far as intervals say.
 template <class E, class Meet>
-void with_lanes_of_keys(const BackwardTile<E>* t0, const BackwardTile<E>* t1, int64_t k0, int64_t n, int64_t first_lane, int64_t end_lane,
-                        const Meet& meet) {
+void with_lanes_of_keys(const BackwardTile<E>* t0, const BackwardTile<E>* t1, int64_t k0, int64_t n, int64_t first_lane,
+                        int64_t end_lane, const Meet& meet) {
   bool all = true;
   for (const BackwardTile<E>* t = t0; t < t1; ++t) all = all && t->all_see(k0, k0 + n);
   if (all) return meet(0, n, first_lane, end_lane);

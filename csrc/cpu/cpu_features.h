@@ -2,6 +2,7 @@
 //
 //   ATTN_OPS_ON_<processor>(code)    the code where the compiler is one for that processor
 //   ATTN_OPS_CPU_HAS(feature)        whether this processor and its system have it
+//   ATTN_OPS_CPU_IS(maker)           whether it is theirs
 #pragma once
 
 #define ATTN_OPS_ON_any(...) __VA_ARGS__
@@ -61,6 +62,9 @@ static inline bool attn_ops_cpu_has_amxbf16() {
   return (eax & kTileState) == kTileState && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #define ATTN_OPS_INSTEAD_OF_amxbf16 , attn_ops_cpu_has_amxbf16()
+
+#define ATTN_OPS_CPU_IS(maker) attn_ops_cpu_is_##maker()
+static inline bool attn_ops_cpu_is_Intel() { return __builtin_cpu_is("intel") != 0; }
 
 #define ATTN_OPS_CPU_HAS(feature) ATTN_OPS_SECOND_OF(ATTN_OPS_INSTEAD_OF_##feature, __builtin_cpu_supports(#feature), )
 #define ATTN_OPS_SECOND_OF(...) ATTN_OPS_SECOND(__VA_ARGS__)

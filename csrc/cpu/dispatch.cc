@@ -17,9 +17,11 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------- instruction sets
 
-// Those compiled in that this machine runs, best first. Asked once: under a hypervisor the question is dear.
+// Those compiled in that this machine runs, best first; `best` is the first that is not slow here. Asked once: under a hypervisor
+// the question is dear.
 struct Usable {
   const Kernels* kernels[16];
+  const Kernels* best = nullptr;
   int count = 0;
 
   Usable() {
@@ -28,11 +30,20 @@ struct Usable {
 #endif
 #define NEEDS(feature) && ATTN_OPS_CPU_HAS(feature)
 #define ASKS NEEDS
-#define ISA(name, processor, needs, ...) ATTN_OPS_ON_##processor(if (true needs) kernels[count++] = &kernels_##name;)
+#define SLOW_ON(maker) && ((slow = ATTN_OPS_CPU_IS(maker)), true)
+#define ISA(name, processor, needs, ...) ATTN_OPS_ON_##processor(slow = false; if (true needs) add(&kernels_##name, slow);)
+    bool slow;
 #include "isas.inc"
 #undef ISA
+#undef SLOW_ON
 #undef ASKS
 #undef NEEDS
+  }
+
+ private:
+  void add(const Kernels* k, bool slow) {
+    kernels[count++] = k;
+    if (!best && !slow) best = k;
   }
 };
 
@@ -60,7 +71,10 @@ const TypedKernels& typed(const Kernels& k, const AttentionParams& p, bool pairs
   if (k.others) return pairs ? k.of_pairs : typed(*k.others, p, false);
   return p.dtype == DType::kFloat64 ? k.float64 : k.float32;
 }
-const TypedKernels& forward_kernels(const Kernels& k, const AttentionParams& p) { return typed(k, p, of_pairs(p)); }
+// A matrix unit has nothing for few rows.
+const TypedKernels& forward_kernels(const Kernels& k, const AttentionParams& p) {
+  return typed(k, p, of_pairs(p) && !(k.of_pairs.row_lanes && !k.of_pairs.head_lanes && k.of_pairs.few_rows(p)));
+}
 const TypedKernels& backward_kernels(const Kernels& k, const BackwardParams& params) {
   return typed(k, params.forward, of_pairs(params.forward) && params.d_out.stride[3] == 1);
 }
@@ -176,7 +190,7 @@ const char* default_isa() {
   static char chosen[16];
   static const bool once = [] {
     const char* const wanted = getenv("ATTN_OPS_ISA");
-    strncpy(chosen, wanted && *wanted ? wanted : usable().kernels[0]->name, sizeof chosen - 1);
+    strncpy(chosen, wanted && *wanted ? wanted : usable().best->name, sizeof chosen - 1);
     return true;
   }();
   (void)once;

@@ -136,8 +136,11 @@ ATTN_INLINE void gemm_accumulate(int64_t rows, int64_t columns, const E* a, int6
         T* const at = c + r * ldc + v * S::width;
         S::store(at, S::load(at) + sum);
       };
-      if (hide_zero_a) gemm_hiding<E, NV, M, ZeroHides::kA>(rows, a, lda, b, ldb, depth, add);
-      else gemm<E, NV, M>(rows, a, lda, b, ldb, depth, add);
+      if (hide_zero_a) return gemm_hiding<E, NV, M, ZeroHides::kA>(rows, a, lda, b, ldb, depth, add);
+      int64_t done = 0;
+      if constexpr (kOfTiles<E>) done = unit_accumulate<E, NV>(rows, a, lda, b, ldb, depth, c, ldc);
+      const auto add_behind = [=](int64_t r, int v, Vec<T> sum) { add(done + r, v, sum); };
+      gemm<E, NV, M>(rows - done, a + done * lda, lda, b, ldb, depth, add_behind);
     };
     with_vectors(nv, panel);
     b += nv * S::width;

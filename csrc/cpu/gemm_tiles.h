@@ -29,14 +29,18 @@ ATTN_INLINE void keeping_awake(int64_t begin, int64_t end, const F& f) {
 template <int NV>
 constexpr int kUnitRows = NV == 1 ? 4 : 2;
 
-// R x NV tiles of sums, [R * size][NV * size], of a matrix unit: tiles 0 .. R NV - 1 are theirs, the last two a's and b's. From one
-// row of tiles to the next the vectors come in the other order, so that the last tile of b serves twice.
-template <class E, int R, int NV>
-ATTN_INLINE void unit_sums(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, Accumulator<E>* sums) {
+// R x NV tiles of sums, of a matrix unit: tiles 0 .. R NV - 1 are theirs, the last two a's and b's. From one row of tiles to the
+// next the vectors come in the other order, so that the last tile of b serves twice. `adds`: to what is there.
+template <class E, int R, int NV, bool adds>
+ATTN_INLINE void unit_sums(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, Accumulator<E>* sums, int64_t ld) {
   using U = MatrixUnit<E>;
   constexpr int kSize = Simd<Accumulator<E>>::width, kA = U::tiles - 2, kB = U::tiles - 1;
   static_assert(R * NV <= kA, "tiles for sums");
-  each_vector<R * NV>([](auto tile) ATTN_INLINED { U::template zero<decltype(tile)::value>(); });
+  each_vector<R * NV>([&](auto tile) ATTN_INLINED {
+    constexpr int t = decltype(tile)::value;
+    if constexpr (adds) U::template load<t>(sums + t / NV * kSize * ld + t % NV * kSize, ld);
+    else U::template zero<t>();
+  });
   for (int64_t k = 0; k < depth; k += U::depth)
     each_vector<R>([&](auto row) ATTN_INLINED {
       constexpr int r = decltype(row)::value;
@@ -49,7 +53,7 @@ ATTN_INLINE void unit_sums(const E* a, int64_t lda, const E* b, int64_t ldb, int
     });
   each_vector<R * NV>([&](auto tile) ATTN_INLINED {
     constexpr int t = decltype(tile)::value;
-    U::template store<t>(sums + t / NV * kSize * NV * kSize + t % NV * kSize, NV * kSize);
+    U::template store<t>(sums + t / NV * kSize * ld + t % NV * kSize, ld);
   });
 }
 
@@ -68,14 +72,26 @@ ATTN_INLINE void unit_gemm(int64_t rows, const E* a, int64_t lda, const E* b, in
   int64_t r = 0;
   for (constexpr int64_t step = kUnitRows<NV> * kSize; r + step <= rows; r += step) {
     meanwhile();
-    unit_sums<E, kUnitRows<NV>, NV>(a + r * lda, lda, b, ldb, depth, sums);
+    unit_sums<E, kUnitRows<NV>, NV, false>(a + r * lda, lda, b, ldb, depth, sums, NV * kSize);
     finish(r, step);
   }
   for (; r < rows; r += kSize) {
     meanwhile();
-    unit_sums<E, 1, NV>(a + r * lda, lda, b, ldb, depth, sums);
+    unit_sums<E, 1, NV, false>(a + r * lda, lda, b, ldb, depth, sums, NV * kSize);
     finish(r, rows - r < kSize ? rows - r : kSize);
   }
+}
+
+// c[r * ldc + j] += the product, of whole tiles of rows; returns how many rows those are.
+template <class E, int NV>
+ATTN_INLINE int64_t unit_accumulate(int64_t rows, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth,
+                                    Accumulator<E>* c, int64_t ldc) {
+  constexpr int kSize = Simd<Accumulator<E>>::width;
+  int64_t r = 0;
+  for (constexpr int64_t step = kUnitRows<NV> * kSize; r + step <= rows; r += step)
+    unit_sums<E, kUnitRows<NV>, NV, true>(a + r * lda, lda, b, ldb, depth, c + r * ldc, ldc);
+  for (; r + kSize <= rows; r += kSize) unit_sums<E, 1, NV, true>(a + r * lda, lda, b, ldb, depth, c + r * ldc, ldc);
+  return r;
 }
 
 }  // namespace

@@ -29,8 +29,8 @@ constexpr TypedKernels typed_kernels() {
       few_rows<T>,
       RowLanesScratch<E>::bytes,
       forward_row_lanes<E>,
-      HeadLanesScratch<E>::bytes,
-      forward_head_lanes<E>,
+      kOfTiles<E> ? nullptr : HeadLanesScratch<E>::bytes,
+      kOfTiles<E> ? nullptr : forward_head_lanes<E>,
       combine<T>,
       [](const BackwardParams& p) {
         const int64_t tiles = BackwardScratch<E>::bytes(p.forward), sums = bias_gradient_scratch<T>();

@@ -97,7 +97,7 @@ struct TypedKernels {
   bool (*few_rows)(const AttentionParams&);  // whether head_lanes is forward's kernel for this call, else row_lanes
   int64_t (*row_lanes_scratch)(const AttentionParams&);
   void (*row_lanes)(const AttentionParams&, const RowLanesTask&, void* scratch);
-  int64_t (*head_lanes_scratch)(const AttentionParams&, int64_t heads);
+  int64_t (*head_lanes_scratch)(const AttentionParams&, int64_t heads);  // null, and the next one: not of this instruction set
   void (*head_lanes)(const AttentionParams&, const HeadLanesTask&, void* scratch);
   void (*combine)(const AttentionParams&, const CombineTask&);
   int64_t (*backward_scratch)(const BackwardParams&);

@@ -43,22 +43,6 @@ struct Exp<Pair> : Exp<float> {
                                            2.402224208514429e-1f,  6.931469775988187e-1f, 1.0f};
 };
 
-// The same where a matrix unit makes the products and this is what takes time: 2^(x log2(e)) = 2^floor 2^r with 0 <= r < 1, for
-// which there are instructions. The product's rounding is of no account beside that to bfloat16.
-struct ExpFromFloor {
-  // 2^r; relative error 9.4e-8
-  static constexpr float coefficients[] = {1.8671301659196615e-3f, 9.017029777169228e-3f, 5.579991266131401e-2f,
-                                           2.4016444385051727e-1f, 6.931512951850891e-1f, 1.0f};
-  static ATTN_INLINE Vec<float> exp(Vec<float> x) {
-    using S = Simd<float>;
-    x = x * S::set1(static_cast<float>(kLog2E));
-    const Vec<float> r = S::above_floor(x);
-    Vec<float> power = S::set1(coefficients[0]);
-    for (size_t i = 1; i < sizeof(coefficients) / sizeof(float); ++i) power = S::fma(power, r, S::set1(coefficients[i]));
-    return S::times_power(power, x);
-  }
-};
-
 template <>
 struct Exp<double> {
   static constexpr double lowest = -709.0, rounder = 6755399441055744.0 + 1023.0;
@@ -91,10 +75,25 @@ struct ExpParts {
   }
 };
 
+// e^x of pairs where a matrix unit makes the products and this is what takes time: 2^floor 2^r of x log2(e), 0 <= r < 1, for which
+// there are instructions. The product's rounding is of no account beside that to bfloat16.
+template <class E>
+ATTN_INLINE Vec<float> exp_from_floor(Vec<float> x) {
+  using S = Simd<Accumulator<E>>;
+  // 2^r; relative error 9.4e-8
+  constexpr float coefficients[] = {1.8671301659196615e-3f, 9.017029777169228e-3f, 5.579991266131401e-2f,
+                                    2.4016444385051727e-1f, 6.931512951850891e-1f, 1.0f};
+  x *= S::set1(static_cast<float>(kLog2E));
+  const Vec<float> r = S::above_floor(x);
+  Vec<float> power = S::set1(coefficients[0]);
+  for (size_t i = 1; i < sizeof(coefficients) / sizeof(float); ++i) power = S::fma(power, r, S::set1(coefficients[i]));
+  return S::times_power(power, x);
+}
+
 template <class E>
 ATTN_INLINE Vec<Accumulator<E>> exp(Vec<Accumulator<E>> x) {
   if constexpr (kOfTiles<E>) {
-    return ExpFromFloor::exp(x);
+    return exp_from_floor<E>(x);
   } else {
     using S = Simd<Accumulator<E>>;
     const ExpParts<E> e(x);

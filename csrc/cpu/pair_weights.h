@@ -43,22 +43,24 @@ __attribute__((noinline)) void pack_weights(int64_t n, int64_t lane, T* p, T* ds
   using P = Product<E>;
   constexpr int W = S::width;
   if (n % 2 != 0) no_weights<T, NV>(1, p + n * ld + lane, ds + n * ld + lane, ld);
-  for (int64_t j = 0; j < n; j += 2)
-    for (int v = 0; v < NV; ++v) {
-      const auto pack = [=](T* x, Vec<T>& first, Vec<T>& second) {
-        T* const row = x + j * ld;
-        first = S::load(row + lane + v * W), second = S::load(row + ld + lane + v * W);
-        const int64_t to = (lane + v * W) / 2;
-        P::store_neighbours(reinterpret_cast<E*>(row) + to, reinterpret_cast<E*>(row + ld) + to, first, second);
-      };
-      Vec<T> first, second;
-      pack(p, first, second);
-      pack(ds, first, second);
-      const typename P::V rounded = P::pairs(first, second);
-      const int64_t at = (j / 2 * NV + v) * W;
-      P::store(of_query.rounded + at, rounded);
-      P::store(of_query.rest + at, P::pairs(first - P::number(rounded, 0), second - P::number(rounded, 1)));
-    }
+  keeping_awake<E, 64>(0, n, [&](int64_t from, int64_t to) ATTN_INLINED {
+    for (int64_t j = from; j < to; j += 2)
+      for (int v = 0; v < NV; ++v) {
+        const auto pack = [=](T* x, Vec<T>& first, Vec<T>& second) {
+          T* const row = x + j * ld;
+          first = S::load(row + lane + v * W), second = S::load(row + ld + lane + v * W);
+          const int64_t to = (lane + v * W) / 2;
+          P::store_neighbours(reinterpret_cast<E*>(row) + to, reinterpret_cast<E*>(row + ld) + to, first, second);
+        };
+        Vec<T> first, second;
+        pack(p, first, second);
+        pack(ds, first, second);
+        const typename P::V rounded = P::pairs(first, second);
+        const int64_t at = (j / 2 * NV + v) * W;
+        P::store(of_query.rounded + at, rounded);
+        P::store(of_query.rest + at, P::pairs(first - P::number(rounded, 0), second - P::number(rounded, 1)));
+      }
+  });
   const int64_t used = elements<E>(n), behind = padded_elements<E>(n) - used;
   if (behind == 0) return;
   memset(of_query.rounded + used * NV * W, 0, sizeof(E) * behind * NV * W);

@@ -39,15 +39,17 @@ __attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<
     base[v] = softmax_base<T>(highest.of[v]);
     l[v] = delta[v] = S::zero();
   }
-  const auto met = [&](auto first, auto count, int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j)
-      for (int v = decltype(first)::value; v < decltype(first)::value + decltype(count)::value; ++v) {
-        const Vec<T> e = exp<E>(S::load(s + j * lanes + v * W) - base[v]);
-        Vec<T> weighted = e * S::load(dp + j * lanes + v * W);
-        if (dropout) weighted *= S::load(scratch.factors + j * lanes + v * W);
-        l[v] += e;
-        delta[v] += S::select(e == S::zero(), S::zero(), weighted);  // a hidden key may hold NaN
-      }
+  const auto met = [&](auto first, auto count, int64_t begin, int64_t end) ATTN_INLINED {
+    keeping_awake<E, 48>(begin, end, [&](int64_t from, int64_t to) ATTN_INLINED {
+      for (int64_t j = from; j < to; ++j)
+        for (int v = decltype(first)::value; v < decltype(first)::value + decltype(count)::value; ++v) {
+          const Vec<T> e = exp<E>(S::load(s + j * lanes + v * W) - base[v]);
+          Vec<T> weighted = e * S::load(dp + j * lanes + v * W);
+          if (dropout) weighted *= S::load(scratch.factors + j * lanes + v * W);
+          l[v] += e;
+          delta[v] += S::select(e == S::zero(), S::zero(), weighted);  // a hidden key may hold NaN
+        }
+    });
   };
   by_vectors<NV>(steps, n, met, [](int, int64_t, int64_t) {});
   for (int v = 0; v < NV; ++v) {

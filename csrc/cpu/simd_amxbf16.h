@@ -11,6 +11,35 @@
 namespace attn_ops::cpu {
 namespace {
 
+#ifdef ATTN_OPS_EMULATED_TILES  // tests/avx512
+using Tiles = attn_ops_emulated::Tiles;
+#else
+// Tile numbers are a part of an instruction, so constants. Strides are in bytes.
+struct Tiles {
+  static ATTN_INLINE void configure(const void* shapes) {
+    asm volatile("ldtilecfg %0" ::"m"(*static_cast<const char(*)[64]>(shapes)));
+  }
+  static ATTN_INLINE void release() { asm volatile("tilerelease"); }
+  template <int t>
+  static ATTN_INLINE void zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(t));
+  }
+  template <int t>
+  static ATTN_INLINE void load(const void* rows, int64_t stride) {
+    asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(t), "r"(rows), "r"(stride) : "memory");
+  }
+  template <int t>
+  static ATTN_INLINE void store(void* rows, int64_t stride) {
+    asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(t), "r"(rows), "r"(stride) : "memory");
+  }
+  // c += a b
+  template <int c, int a, int b>
+  static ATTN_INLINE void add_products() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+  }
+};
+#endif
+
 template <>
 struct MatrixUnit<Pair> {
   static constexpr int64_t depth = 16;
@@ -27,32 +56,31 @@ struct MatrixUnit<Pair> {
         uint8_t rows[16] = {};
       } shape;
       for (int i = 0; i < tiles; ++i) shape.row_bytes[i] = 64, shape.rows[i] = 16;
-      asm volatile("ldtilecfg %0" ::"m"(shape));
+      Tiles::configure(&shape);
     }
-    ~Session() { asm volatile("tilerelease"); }
+    ~Session() { Tiles::release(); }
     Session(const Session&) = delete;
   };
 
-  // An unit that has done nothing for some 0.4 us works at half its speed for longer than that: a product that nobody wants, of
+  // A unit that has done nothing for some 0.4 us works at half its speed for longer than that: a product that nobody wants, of
   // 16 cycles, keeps it awake. The tile is zeroed before it is used again.
   static ATTN_INLINE void stay_awake() { add<0, tiles - 2, tiles - 1>(); }
 
   template <int t>
   static ATTN_INLINE void zero() {
-    asm volatile("tilezero %%tmm%c0" ::"i"(t));
+    Tiles::zero<t>();
   }
-  template <int t>
-  static ATTN_INLINE void load(const Pair* rows, int64_t ld) {
-    asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(t), "r"(rows), "r"(ld * int64_t{sizeof(Pair)}) : "memory");
+  template <int t, class E>  // a pair, or a sum
+  static ATTN_INLINE void load(const E* rows, int64_t ld) {
+    Tiles::load<t>(rows, ld * static_cast<int64_t>(sizeof(E)));
   }
   template <int t>
   static ATTN_INLINE void store(float* rows, int64_t ld) {
-    asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(t), "r"(rows), "r"(ld * int64_t{sizeof(float)}) : "memory");
+    Tiles::store<t>(rows, ld * static_cast<int64_t>(sizeof(float)));
   }
-  // c += a b
   template <int c, int a, int b>
   static ATTN_INLINE void add() {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+    Tiles::add_products<c, a, b>();
   }
 };
 

@@ -1,5 +1,5 @@
-// Stands before the compiler's <immintrin.h> and gives the AVX-512 intrinsics, those of BF16 among them, that csrc/cpu uses to a processor which has
-// only AVX2, FMA and F16C: the same results bit by bit, by halves. See run.py.
+// Stands before the compiler's <immintrin.h> and gives the AVX-512 intrinsics, those of BF16 among them, and the tiles of AMX
+// that csrc/cpu uses to a processor which has only AVX2, FMA and F16C: the same results bit by bit, by halves. See run.py.
 //
 // The types are the compiler's own, which has 64-byte vectors for every processor. An intrinsic that is missing here
 // fails to compile ("target specific option mismatch") and has to be added.
@@ -162,22 +162,103 @@ EMULATED __m512i permutexvar_epi16(__m512i order, __m512i x) {
   for (int i = 0; i < 32; ++i) moved[i] = ((Halves16)x)[((Halves16)order)[i] & 31];
   return (__m512i)moved;
 }
+// x - floor(x), 0 of infinities.
+EMULATED __m512 above_floor(__m512 x) {
+  const auto of_half = [](__m256 half) { return _mm256_sub_ps(half, _mm256_floor_ps(half)); };
+  const __m512 above = by_halves<Floats>(of_half, x);
+  return x - x == __m512{} || x != x ? above : __m512{};
+}
+EMULATED unsigned not_less(__m512 x, __m512 y) {
+  unsigned mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= static_cast<unsigned>(!(x[i] < y[i])) << i;
+  return mask;
+}
+// x 2^floor(y) of the lanes in the mask, and 0.
+EMULATED __m512 maskz_scalef_ps(unsigned mask, __m512 x, __m512 y) {
+  __m512 scaled{};
+  for (int i = 0; i < 16; ++i) {
+    if (mask >> i & 1) scaled[i] = y[i] != y[i] ? y[i] : __builtin_ldexpf(x[i], static_cast<int>(__builtin_floorf(y[i])));
+  }
+  return scaled;
+}
+
+// The tile registers of AMX. Reading or writing one before they are configured, or after they are released, ends the process.
+struct Tiles {
+  typedef float Row __attribute__((vector_size(64), aligned(4), may_alias));
+  typedef float Matrix[16][16];
+
+  static void configure(const void* shapes) {
+    for (int i = 0; i < 8; ++i) {
+      const auto* const of = static_cast<const unsigned char*>(shapes);
+      if (of[0] != 1 || of[16 + 2 * i] != 64 || of[48 + i] != 16) __builtin_trap();
+    }
+    configured() = true;
+  }
+  static void release() { configured() = false; }
+  template <int t>
+  static void zero() {
+    __builtin_memset(tile(t), 0, sizeof(Matrix));
+  }
+  template <int t>
+  static void load(const void* rows, long stride) {
+    for (int r = 0; r < 16; ++r) __builtin_memcpy(tile(t)[r], static_cast<const char*>(rows) + r * stride, 64);
+  }
+  template <int t>
+  static void store(void* rows, long stride) {
+    for (int r = 0; r < 16; ++r) __builtin_memcpy(static_cast<char*>(rows) + r * stride, tile(t)[r], 64);
+  }
+  // Sums of the first and of the second numbers of pairs, each in order, and then their sum: as Intel's manual has it, with
+  // subnormal numbers as 0.
+  template <int c, int a, int b>
+  static void add_products() {
+    const unsigned mode = _mm_getcsr();
+    _mm_setcsr(mode | 0x8040);
+    for (int r = 0; r < 16; ++r) {
+      __m512 first{}, second{};
+      for (int k = 0; k < 16; ++k) {
+        unsigned pair;
+        __builtin_memcpy(&pair, &tile(a)[r][k], 4);
+        const Words x = Words{} + pair, y = (Words) *reinterpret_cast<const Row*>(tile(b)[k]);
+        first = fmadd_ps((__m512)(x << 16), (__m512)(y << 16), first);
+        second = fmadd_ps((__m512)(x & 0xffff0000u), (__m512)(y & 0xffff0000u), second);
+      }
+      *reinterpret_cast<Row*>(tile(c)[r]) += first + second;
+    }
+    _mm_setcsr(mode);
+  }
+
+ private:
+  static bool& configured() {
+    static thread_local bool now = false;
+    return now;
+  }
+  static Matrix& tile(int i) {
+    static thread_local Matrix all[8];
+    if (!configured()) __builtin_trap();
+    return all[i];
+  }
+};
+
 EMULATED __m256i extract_half(__m512i x, int half) { return Integers{x}.half[half]; }
 
 }  // namespace
 }  // namespace attn_ops_emulated
 
 #undef EMULATED
+#undef _mm512_cmp_ps_mask
 #undef _mm512_cvtps_ph
 #undef _mm512_extracti64x4_epi64
 #undef _mm512_fpclass_pd_mask
 #undef _mm512_fpclass_ps_mask
 #undef _mm512_mask_shuffle_epi32
+#undef _mm512_maskz_scalef_ps
+#undef _mm512_reduce_ps
 #undef _mm512_shuffle_f32x4
 #undef _mm512_shuffle_f64x2
 #undef _mm512_shuffle_ps
 #define _mm_maskz_loadu_epi8(mask, p) attn_ops_emulated::masked_load<__m128i, char>(mask, p)
 #define _mm256_maskz_loadu_epi16(mask, p) attn_ops_emulated::masked_load<__m256i, short>(mask, p)
+#define ATTN_OPS_EMULATED_TILES
 #define _mm512_castsi512_si256(x) attn_ops_emulated::extract_half(x, 0)
 #define _mm512_cvtepi32_ps attn_ops_emulated::cvtepi32_ps
 #define _mm512_cvtepi8_epi32 attn_ops_emulated::cvtepi8_epi32
@@ -191,6 +272,9 @@ EMULATED __m256i extract_half(__m512i x, int half) { return Integers{x}.half[hal
 #define _mm512_fpclass_pd_mask(x, classes) attn_ops_emulated::not_finite<classes>(x)
 #define _mm512_fpclass_ps_mask(x, classes) attn_ops_emulated::not_finite<classes>(x)
 #define _mm512_mask_shuffle_epi32 attn_ops_emulated::mask_shuffle_epi32
+#define _mm512_cmp_ps_mask(x, y, predicate) attn_ops_emulated::not_less(x, y)
+#define _mm512_maskz_scalef_ps attn_ops_emulated::maskz_scalef_ps
+#define _mm512_reduce_ps(x, mode) attn_ops_emulated::above_floor(x)
 #define _mm512_maskz_loadu_pd(mask, p) attn_ops_emulated::masked_load<__m512d, double>(mask, p)
 #define _mm512_maskz_loadu_ps(mask, p) attn_ops_emulated::masked_load<__m512, float>(mask, p)
 #define _mm512_max_pd attn_ops_emulated::max_pd

@@ -43,7 +43,7 @@ def isa_list():
     text = (ROOT / "csrc" / "cpu" / "isas.inc").read_text()
     entries = re.findall(r"^ISA\((\w+), (\w+),\s+([^,]*),", text, re.MULTILINE)
     here = [(name, needs) for name, processor, needs in entries if processor in (platform.machine(), "any")]
-    return {name: set(re.findall(r"NEEDS\((\w+)\)", needs)) for name, needs in here}
+    return {name: set(re.findall(r"(?:NEEDS|ASKS)\((\w+)\)", needs)) for name, needs in here}
 
 
 def test_isas_are_those_of_the_list_that_the_processor_has():
