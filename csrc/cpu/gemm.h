@@ -103,19 +103,28 @@ ATTN_INLINE void gemm(int64_t rows, const E* a, int64_t lda, const E* b, int64_t
 // therefore left out. Rare, so plain.
 enum class ZeroHides { kA, kB };
 
-template <class E, int NV, Major M, ZeroHides Z, class Epilogue>
+struct FromZero {
+  ATTN_INLINE float operator()(int64_t, int) const { return 0; }
+};
+
+// Sums begin with first(r, v).
+template <class E, int NV, Major M, ZeroHides Z, class Epilogue, class First = FromZero>
 __attribute__((noinline)) void gemm_hiding(int64_t rows, const E* a, int64_t lda, const E* b, int64_t ldb,
-                                           int64_t depth, const Epilogue& epilogue) {
+                                           int64_t depth, const Epilogue& epilogue, const First& first = {}) {
   using T = Accumulator<E>;
   using S = Simd<T>;
   using P = Product<E>;
   for (int64_t r = 0; r < rows; ++r)
     for (int v = 0; v < NV; ++v) {
-      Vec<T> acc = S::zero();
-      for (int64_t k = 0; k < depth; ++k) {
-        const typename P::V x = P::set1(M == Major::kRow ? a + r * lda + k : a + r + k * lda);
-        const typename P::V y = P::load(b + k * ldb + v * S::width);
-        acc = Z == ZeroHides::kA ? P::add(x, P::hidden(x, y), acc) : P::add(P::hidden(y, x), y, acc);
+      Vec<T> acc = S::zero() + first(r, v);
+      const auto x = [=](int64_t k) { return P::set1(M == Major::kRow ? a + r * lda + k : a + r + k * lda); };
+      const auto y = [=](int64_t k) { return P::load(b + k * ldb + v * S::width); };
+      const auto seen_x = [=](int64_t k) { return Z == ZeroHides::kA ? x(k) : P::hidden(y(k), x(k)); };
+      const auto seen_y = [=](int64_t k) { return Z == ZeroHides::kA ? P::hidden(x(k), y(k)) : y(k); };
+      if constexpr (kOfTiles<E>) {
+        acc = added_by_unit<E>(acc, depth, seen_x, seen_y);
+      } else {
+        for (int64_t k = 0; k < depth; ++k) acc = P::add(seen_x(k), seen_y(k), acc);
       }
       epilogue(r, v, acc);
     }
@@ -132,15 +141,17 @@ ATTN_INLINE void gemm_accumulate(int64_t rows, int64_t columns, const E* a, int6
     const int nv = left >= 5 || left == 3 ? 3 : left >= 2 ? 2 : 1;  // 4 = 2 + 2
     const auto panel = [&](auto vectors) {
       constexpr int NV = decltype(vectors)::value;
-      const auto add = [=](int64_t r, int v, Vec<T> sum) {
-        T* const at = c + r * ldc + v * S::width;
-        S::store(at, S::load(at) + sum);
-      };
-      if (hide_zero_a) return gemm_hiding<E, NV, M, ZeroHides::kA>(rows, a, lda, b, ldb, depth, add);
-      int64_t done = 0;
-      if constexpr (kOfTiles<E>) done = unit_accumulate<E, NV>(rows, a, lda, b, ldb, depth, c, ldc);
-      const auto add_behind = [=](int64_t r, int v, Vec<T> sum) { add(done + r, v, sum); };
-      gemm<E, NV, M>(rows - done, a + done * lda, lda, b, ldb, depth, add_behind);
+      const auto at = [=](int64_t r, int v) { return c + r * ldc + v * S::width; };
+      if constexpr (kOfTiles<E>) {
+        if (!hide_zero_a) return unit_accumulate<E, NV>(rows, a, lda, b, ldb, depth, c, ldc);
+        gemm_hiding<E, NV, M, ZeroHides::kA>(
+            rows, a, lda, b, ldb, depth, [=](int64_t r, int v, Vec<T> sum) { S::store(at(r, v), sum); },
+            [=](int64_t r, int v) { return S::load(at(r, v)); });
+      } else {
+        const auto add = [=](int64_t r, int v, Vec<T> sum) { S::store(at(r, v), S::load(at(r, v)) + sum); };
+        if (hide_zero_a) gemm_hiding<E, NV, M, ZeroHides::kA>(rows, a, lda, b, ldb, depth, add);
+        else gemm<E, NV, M>(rows, a, lda, b, ldb, depth, add);
+      }
     };
     with_vectors(nv, panel);
     b += nv * S::width;

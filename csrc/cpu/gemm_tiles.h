@@ -7,6 +7,8 @@
 // multiple of MatrixUnit::depth, which have to be zeros in one of the two and numbers in the other.
 #pragma once
 
+#include <cstring>
+
 #include "simd.h"
 #include "vectors.h"
 
@@ -82,16 +84,39 @@ ATTN_INLINE void unit_gemm(int64_t rows, const E* a, int64_t lda, const E* b, in
   }
 }
 
-// c[r * ldc + j] += the product, of whole tiles of rows; returns how many rows those are.
+// c[r * ldc + j] += the product
 template <class E, int NV>
-ATTN_INLINE int64_t unit_accumulate(int64_t rows, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth,
-                                    Accumulator<E>* c, int64_t ldc) {
-  constexpr int kSize = Simd<Accumulator<E>>::width;
+ATTN_INLINE void unit_accumulate(int64_t rows, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth,
+                                 Accumulator<E>* c, int64_t ldc) {
+  using T = Accumulator<E>;
+  constexpr int kSize = Simd<T>::width;
   int64_t r = 0;
   for (constexpr int64_t step = kUnitRows<NV> * kSize; r + step <= rows; r += step)
     unit_sums<E, kUnitRows<NV>, NV, true>(a + r * lda, lda, b, ldb, depth, c + r * ldc, ldc);
   for (; r + kSize <= rows; r += kSize) unit_sums<E, 1, NV, true>(a + r * lda, lda, b, ldb, depth, c + r * ldc, ldc);
-  return r;
+  if (r == rows) return;
+  alignas(64) T rest[kSize * NV * kSize] = {};
+  for (int64_t i = 0; i < rows - r; ++i) memcpy(rest + i * NV * kSize, c + (r + i) * ldc, NV * kSize * sizeof(T));
+  unit_sums<E, 1, NV, true>(a + r * lda, lda, b, ldb, depth, rest, NV * kSize);
+  for (int64_t i = 0; i < rows - r; ++i) memcpy(c + (r + i) * ldc, rest + i * NV * kSize, NV * kSize * sizeof(T));
+}
+
+// What a unit adds to `sum` of the numbers of `depth` elements at most, x(k) times y(k): the first and the second of each pair by
+// themselves, in order.
+template <class E, class X, class Y>
+ATTN_INLINE Vec<Accumulator<E>> added_by_unit(Vec<Accumulator<E>> sum, int64_t depth, const X& x, const Y& y) {
+  using S = Simd<Accumulator<E>>;
+  for (int64_t k0 = 0; k0 < depth; k0 += MatrixUnit<E>::depth) {
+    const int64_t end = depth < k0 + MatrixUnit<E>::depth ? depth : k0 + MatrixUnit<E>::depth;
+    Vec<Accumulator<E>> first = S::zero(), second = S::zero();
+    for (int64_t k = k0; k < end; ++k) {
+      const auto a = x(k), b = y(k);
+      first = S::fma(Product<E>::number(a, 0), Product<E>::number(b, 0), first);
+      second = S::fma(Product<E>::number(a, 1), Product<E>::number(b, 1), second);
+    }
+    sum += first + second;
+  }
+  return sum;
 }
 
 }  // namespace

@@ -88,6 +88,42 @@ def test_an_odd_key_at_the_end_brings_no_neighbour(isa, garbage):
         assert all(np.array_equal(a[:, :end], b[:, :end]) for a, b in zip(found[3:], wanted[3:]))
 
 
+@pytest.mark.parametrize("garbage", [np.nan, np.inf])
+@pytest.mark.parametrize("begin, end", [(0, 70), (37, 70), (32, 96), (5, 131), (130, 150), (255, 300)])
+def test_keys_beside_those_that_are_seen(isa, begin, end, garbage):
+    """Products of tiles take 32 keys at a time: those of them that no row sees have no weight, whatever they hold."""
+    clean = arrays(60, 300, 18, 10)
+    intervals = tuple(np.full((1, 60), of, np.int32) for of in (begin, end))
+    dirty = [x.copy() for x in clean]
+    for x in dirty[1:3]:
+        x[:, :begin] = x[:, end:] = garbage
+    found, wanted = (run(x, isa, intervals=intervals) for x in (dirty, clean))
+    assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert not any(np.any(gradient[:, :begin]) or np.any(gradient[:, end:]) for gradient in found[3:])
+    short = (clean[0], *(x[:, begin:end] for x in clean[1:3]), clean[3])
+    expected = run([x.astype(np.float64) for x in short], isa)
+    for a, b in zip((*found[:3], found[3][:, begin:end], found[4][:, begin:end]), expected, strict=True):
+        assert np.abs(a.astype(np.float64) - b).max() <= 2.0**-6 * np.abs(b).max()
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(6, 2), (5, 1)])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(7, 40), (50, 260), (200, 33)])
+def test_rows_beside_those_of_a_tile(isa, heads, kv_heads, seqlen_q, seqlen_k):
+    """Sums over rows take 32 at a time, and queries of several heads are one list of them: NaN in one is nobody else's."""
+    rng = np.random.default_rng(5)
+    shapes = [(1, seqlen_q, heads, 34), (1, seqlen_k, kv_heads, 34), (1, seqlen_k, kv_heads, 34), (1, seqlen_q, heads, 34)]
+    inputs = [rng.standard_normal(shape).astype(BFLOAT16) for shape in shapes]
+    found = run(inputs, isa, window_right=0)
+    for a, b in zip(found, run([x.astype(np.float64) for x in inputs], isa, window_right=0), strict=True):
+        sees = np.isfinite(b)
+        assert np.abs(a.astype(np.float64)[sees] - b[sees]).max() <= 2.0**-6 * np.abs(b[sees]).max()
+    inputs[0][:, -1], inputs[3][:, -1] = np.nan, np.nan
+    dirty = run(inputs, isa, window_right=0)
+    assert all(np.array_equal(a[:, :-1], b[:, :-1]) for a, b in zip((found[0], found[2]), (dirty[0], dirty[2]), strict=True))
+    if seqlen_k > seqlen_q:  # keys that none but the last row sees, and those that no row does
+        assert all(np.isnan(x[:, :seqlen_q].astype(np.float64)).any() and not np.any(x[:, seqlen_q:]) for x in dirty[3:])
+
+
 @pytest.mark.parametrize("scale", [0.3, -1.7, 2.0**-3, 1e-30, 0.0])
 def test_scales(isa, scale):
     inputs = arrays()

@@ -65,6 +65,19 @@ PAIRS = [
     ("scores of pairs without their scale", CPU + "row_products.h", "kOfPairs<E> ? summed * factor : summed", "summed"),
 ]  # fmt: skip
 
+# Of what a matrix unit reads in whole tiles.
+TILES = [
+    ("weights behind the last key", CPU + "row_lanes.h", "if (kOfTiles<E>) memset(scores + elements<E>(n) * lanes, 0,", "if (kOfTiles<E>) memset(scores + elements<E>(n) * lanes, 60,"),
+    ("weights of dq behind the last key", CPU + "pair_weights.h", "memset(of_query.rounded + used * NV * W, 0,", "memset(of_query.rounded + used * NV * W, 60,"),
+    ("weights behind the last row", CPU + "backward.h", "if constexpr (kOfTiles<E>) zeros_behind", "if constexpr (false) zeros_behind"),
+    ("columns behind the last one of a query", CPU + "pack.h", "memset(dst + used, 0,", "memset(dst + used, 60,"),
+    ("keys that are not finite behind the last one", CPU + "key_rows.h", "return kOfTiles<E> && n % kTileNumbers<E> != 0;", "return false;"),
+    ("tiles that begin within a group of keys", CPU + "key_rows.h", "kOfTiles<E> ? kTileNumbers<E> : 4", "4"),
+    ("rows of tiles in one another's place", CPU + "gemm_tiles.h", "U::template add<r * NV + v, kA, kB>();", "U::template add<r * NV + i, kA, kB>();"),
+    ("sums of tiles that begin with those before", CPU + "gemm_tiles.h", "else U::template zero<t>();", "else if (t > 0) U::template zero<t>();"),
+    ("powers beyond the normal numbers", CPU + "simd_avx512.h", "_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(-126), _CMP_NLT_UQ), y, x)", "_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(-126), _CMP_GE_OQ), y, x)"),
+]  # fmt: skip
+
 PYTHON = [
     ("windows of the composite", PACKAGE + "masks/key_range.py", "terms.append(columns >= own - window_left)", "terms.append(columns > own - window_left)"),
     ("causal of the composite", PACKAGE + "masks/key_range.py", "terms.append(columns <= own + window_right)", "terms.append(columns < own + window_right)"),

@@ -32,12 +32,15 @@ KERNEL_TESTS += ["fuzz/test_fuzz.py::test_kernels", "memory_safety/test_memory_s
 KERNEL_TESTS += ["load/test_determinism.py", "op/test_bad_input.py"]
 PAIR_TESTS = ["kernels/test_bfloat16_products.py", "kernels/test_few_rows.py"]
 PAIR_ISAS = ["avx512bf16", "avx512"]  # with the one beside
+TILE_TESTS = ["kernels/test_bfloat16_products.py", "kernels/test_intervals.py", "kernels/test_masks.py"]
+TILE_ISAS = ["amxbf16", "avx512"]
 PYTHON_TESTS = ["op/test_features.py", "op/test_masks.py", "kernels/test_philox.py", "op/tensorflow/test_composite.py"]
 PYTHON_TESTS += ["op/tensorflow/test_int8_cache.py", "op/jax/test_int8_cache.py", "op/tensorflow/test_decode.py", "fuzz/test_fuzz.py"]
 KINDS = {
     "python": (PYTHON_TESTS, defects.PYTHON, []),
     "kernels": (KERNEL_TESTS, defects.KERNELS, []),
     "pairs": (PAIR_TESTS, defects.PAIRS, PAIR_ISAS),
+    "tiles": (TILE_TESTS, defects.TILES, TILE_ISAS),
 }
 
 

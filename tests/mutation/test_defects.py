@@ -7,7 +7,7 @@ import pytest
 from mutation import defects
 
 ROOT = Path(__file__).resolve().parents[2]
-ALL = [*defects.KERNELS, *defects.PAIRS, *defects.PYTHON]
+ALL = [*defects.KERNELS, *defects.PAIRS, *defects.TILES, *defects.PYTHON]
 
 
 @pytest.mark.parametrize("name, path, text, other", ALL, ids=[name for name, *_ in ALL])
