@@ -18,6 +18,7 @@ ENVIRONMENT = {
     "ATTN_OPS_ISA": "name of the instruction set the CPU kernels use, instead of the best one",
     "ATTN_OPS_DISABLE_XLA_FFI": "anything but 0: functions that XLA compiles get the composite",
     "ATTN_OPS_ALLOW_TF32": "anything but 0: on GPUs float32 is multiplied in TF32, as by attn_ops.set_allow_tf32(True)",
+    "ATTN_OPS_ALLOW_BFLOAT16": "anything but 0: float32 and float16 are multiplied in bfloat16 where the CPU can",
     "ATTN_OPS_DISABLE_TF_POOL": "if set: the op runs on threads of its own, not on TensorFlow's",
 }
 

@@ -278,7 +278,7 @@ void backward_rows(const BackwardParams& params, const HeadRows& r, const Backwa
       if (tiles[t].end > end) end = tiles[t].end;
     }
     zero_rows_behind<E>(tiles[count - 1], padded_d, padded_dv);
-    if (recomputes_statistics<T>(p))
+    if (recomputes_statistics<E>(p))
       recompute_statistics<E>(params, r, tiles, count, begin, end, keys.keys, keys.values, scratch);
     for (int64_t t = 0; task.d_sinks && t < count; ++t) add_sink_gradient<E>(params, r, tiles[t], task.d_sinks);
 
@@ -353,7 +353,7 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
   BackwardKeys<E> keys(first_list, together, &arena);
   NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
   next.reads_inputs();
-  if (!recomputes_statistics<T>(p)) next.reads_rows(p.out, p.value_dim);
+  if (!recomputes_statistics<E>(p)) next.reads_rows(p.out, p.value_dim);
   next.reads_rows(params.d_out, p.value_dim);
   next.reads_rows(params.dq, p.head_dim);
   next.reads_keys(params.dk, p.head_dim);

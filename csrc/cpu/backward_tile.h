@@ -14,9 +14,10 @@ namespace {
 // - `out` of 16 bits. delta must cancel what the dp of a row have in common; where one channel of the keys is huge, as
 //   trained models have it, what the rounding of `out` leaves of that is many times the gradient of the query.
 // - Few rows. Forward summed their scores in another order (head_lanes.h).
-template <class T>
+// - Pairs. Forward may have made their scores of floats.
+template <class E>
 bool recomputes_statistics(const AttentionParams& p) {
-  return size_of(p.dtype) == 2 || few_rows<T>(p);
+  return kOfPairs<E> || size_of(p.dtype) == 2 || few_rows<Accumulator<E>>(p);
 }
 
 // The scores and dp of a tile, [key - first][lanes], that the pass for the statistics leaves for the one after it: 5 products
@@ -92,7 +93,7 @@ struct BackwardScratch {
   static int64_t kept_keys(const AttentionParams& params) {
     const int64_t keys = (params.seqlen_k / kBlockKeys + 1) * kBlockKeys;
     const int64_t most = kKeptScoresBytes / (2 * static_cast<int64_t>(sizeof(T)) * max_joint) / kBlockKeys * kBlockKeys;
-    if (!recomputes_statistics<T>(params) || params.soft_cap != 0) return 0;
+    if (!recomputes_statistics<E>(params) || params.soft_cap != 0) return 0;
     return keys < most ? keys : most;
   }
 
@@ -151,7 +152,7 @@ void start_tile(const BackwardParams& params, const HeadRows& r, BackwardTile<E>
   load_rows<E>(p.dtype, d_out, tile.rows, tile.lanes, params.d_out.step(), p.value_dim, tile.d_out_rows);
   memset(tile.dq, 0, sizeof(T) * tile.lanes * p.head_dim);
 
-  const bool recomputes = recomputes_statistics<T>(p);
+  const bool recomputes = recomputes_statistics<E>(p);
   const T* const statistics = static_cast<const T*>(p.statistics);
   const T* const d_lse = static_cast<const T*>(params.d_lse);
   for (int i = 0; i < tile.lanes; ++i) {

@@ -61,9 +61,21 @@ const Kernels* choose(const char* isa) {
   return nullptr;
 }
 
-// Whether queries, keys and values are rows of pairs of bfloat16.
-bool of_pairs(const AttentionParams& p) {
-  const auto fits = [](const StridedView& v) { return v.dtype == DType::kBFloat16 && v.stride[3] == 1; };
+// Whether floats and halves may be rounded to bfloat16 for products.
+bool rounds_to_bfloat16() {
+  static const bool once = [] {
+    const char* const wanted = getenv("ATTN_OPS_ALLOW_BFLOAT16");
+    return wanted && *wanted && strcmp(wanted, "0") != 0;
+  }();
+  return once;
+}
+
+// Whether queries, keys and values are rows of pairs of bfloat16, or may be rounded to them.
+bool of_pairs(const AttentionParams& p, bool may_round) {
+  const auto fits = [=](const StridedView& v) {
+    return v.stride[3] == 1 && (v.dtype == DType::kBFloat16 ||
+                                (may_round && (v.dtype == DType::kFloat32 || v.dtype == DType::kFloat16)));
+  };
   return p.head_dim % 2 == 0 && p.value_dim % 2 == 0 && fits(p.q) && fits(p.k) && fits(p.v);
 }
 
@@ -71,12 +83,13 @@ const TypedKernels& typed(const Kernels& k, const AttentionParams& p, bool pairs
   if (k.others) return pairs ? k.of_pairs : typed(*k.others, p, false);
   return p.dtype == DType::kFloat64 ? k.float64 : k.float32;
 }
-// A matrix unit has nothing for few rows.
+// Few rows are what they are in memory, and a matrix unit has nothing for them.
 const TypedKernels& forward_kernels(const Kernels& k, const AttentionParams& p) {
-  return typed(k, p, of_pairs(p) && !(k.of_pairs.row_lanes && !k.of_pairs.head_lanes && k.of_pairs.few_rows(p)));
+  const bool few = k.others && k.of_pairs.few_rows(p);
+  return typed(k, p, of_pairs(p, rounds_to_bfloat16() && !few) && !(few && !k.of_pairs.head_lanes));
 }
 const TypedKernels& backward_kernels(const Kernels& k, const BackwardParams& params) {
-  return typed(k, params.forward, of_pairs(params.forward) && params.d_out.stride[3] == 1);
+  return typed(k, params.forward, of_pairs(params.forward, rounds_to_bfloat16()) && params.d_out.stride[3] == 1);
 }
 
 const Kernels& without_pairs(const Kernels& k) { return k.others ? *k.others : k; }

@@ -110,7 +110,8 @@ class KeyRows {
   static int64_t copies(const AttentionParams& p) { return keeps_keys<E>(p) ? p.seqlen_k / kBlockKeys + 1 : 1; }
   // Whether a row in memory, if its elements are neighbours, is one of E.
   static bool lies_so(const StridedView& v) {
-    return kOfPairs<E> ? !of_rows && !kOfTiles<E> && v.stride[1] % 2 == 0 : v.dtype == kDTypeOf<Accumulator<E>>;
+    return kOfPairs<E> ? !of_rows && !kOfTiles<E> && v.dtype == DType::kBFloat16 && v.stride[1] % 2 == 0
+                       : v.dtype == kDTypeOf<Accumulator<E>>;
   }
 
   void copy(int64_t k0, int64_t k1, E* to) const {
@@ -121,7 +122,7 @@ class KeyRows {
       const char* row = rows_.key_row(view_, j);
       if constexpr (of_rows) {
         for (int64_t i = j; i < end; i += 2, row += 2 * next_row, to += columns_)
-          load_row_pairs(row, i + 1 < end ? row + next_row : nullptr, dim_, false, to);
+          load_row_pairs(view_.dtype, row, i + 1 < end ? row + next_row : nullptr, view_.step(), dim_, false, to);
       } else {
         copy_rows(row, next_row, end - j, to);
         if (scales_.data) multiply(j, end, to);
@@ -132,10 +133,21 @@ class KeyRows {
 
   void copy_rows(const char* row, int64_t next_row, int64_t count, E* to) const {
     if constexpr (kOfPairs<E>) {  // as if they were floats
+      if (view_.dtype != DType::kBFloat16) return round_rows(row, next_row, count, to);
       load_rows_apart<float>(DType::kFloat32, row, next_row, count, sizeof(E), elements<E>(dim_), reinterpret_cast<float*>(to),
                              columns_);
     } else {
       load_rows_apart<E>(view_.dtype, row, next_row, count, view_.step(), dim_, to, columns_);
+    }
+  }
+
+  // The same of rows that are not bfloat16.
+  void round_rows(const char* row, int64_t next_row, int64_t count, E* to) const {
+    for (int64_t i = 0; i < count; ++i, row += next_row, to += columns_) {
+      memset(to + elements<E>(dim_), 0, sizeof(E) * (columns_ - elements<E>(dim_)));
+      in_rounded_parts<1>(view_.dtype, &row, 1, view_.step(), dim_, [=](const char* const* part, int64_t c, int64_t n) {
+        memcpy(to + elements<E>(c), part[0], 2 * n);
+      });
     }
   }
 
@@ -147,7 +159,7 @@ class KeyRows {
         const char* row[kKeys];
         const int64_t count = k1 - j < kKeys ? k1 - j : kKeys;
         for (int64_t i = 0; i < count; ++i) row[i] = rows_.key_row(view_, j + i);
-        load_row_pairs_transposed(row, count, dim_, to, kBlockKeys / 2);
+        load_row_pairs_transposed(view_.dtype, row, static_cast<int>(count), view_.step(), dim_, to, kBlockKeys / 2);
       }
     }
   }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "storage.h"
+#include "vectors.h"
 
 namespace attn_ops::cpu {
 namespace {
@@ -79,8 +80,30 @@ ATTN_INLINE void load_transposed(DType dtype, const char* const* row, int rows, 
   });
 }
 
+// What pairs are made of where it is not bfloat16: meet(rows, c, n) for `rows` rows of n columns from c on, two vectors of them at
+// most, rounded to that.
+template <int kRows, class Meet>
+ATTN_INLINE void in_rounded_parts(DType dtype, const char* const* row, int rows, int64_t stride, int64_t columns,
+                                  const Meet& meet) {
+  constexpr int W = Simd<float>::width;
+  constexpr int64_t kPart = 2 * W;
+  uint16_t rounded[kRows][kPart];
+  const char* part[kRows];
+  for (int i = 0; i < rows; ++i) part[i] = reinterpret_cast<const char*>(rounded[i]);
+  for (int64_t c = 0; c < columns; c += kPart) {
+    const int64_t n = columns - c < kPart ? columns - c : kPart;
+    with_storage(float{}, dtype, [&](auto storage) {
+      for (int i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < n; j += W)
+          BFloat16::store(reinterpret_cast<char*>(rounded[i] + j),
+                          load_some<float>(storage, row[i] + (c + j) * stride, stride, n - j));
+    });
+    meet(part, c, n);
+  }
+}
+
 // dst[c * ld + r] = factor times row r, of `columns` numbers that lie `stride` bytes apart; of pairs that are neighbours, with
-// rows of zeros behind them for a matrix unit. The factor of pairs is a power of two.
+// rows of zeros behind them for a matrix unit, rounded to bfloat16 if they are not. The factor of pairs is a power of two.
 template <class E>
 ATTN_INLINE void load_factors(DType dtype, const char* const* row, int rows, int lanes, int64_t stride,
                               int64_t columns, Accumulator<E> factor, E* dst) {
@@ -88,6 +111,11 @@ ATTN_INLINE void load_factors(DType dtype, const char* const* row, int rows, int
   using S = Simd<T>;
   const Vec<T> by = S::set1(factor);
   if constexpr (kOfPairs<E>) {  // as if they were floats: bits change places
+    if (dtype != DType::kBFloat16)
+      return in_rounded_parts<kMaxVectors * S::width>(
+          dtype, row, rows, stride, columns, [&](const char* const* part, int64_t c, int64_t n) {
+            load_factors<E>(DType::kBFloat16, part, rows, lanes, 2, n, factor, dst + elements<E>(c) * lanes);
+          });
     load_transposed<T>(DType::kFloat32, row, rows, lanes, sizeof(E), elements<E>(columns), reinterpret_cast<T*>(dst),
                        lanes, each_vector_of_block<T>([=](T* at, Vec<T> x) {
                          const auto number = [=](int i) { return Product<E>::number(x, i) * by; };
@@ -163,10 +191,21 @@ ATTN_INLINE void load_rows_apart(DType dtype, const char* src, int64_t next, int
   });
 }
 
-// dst[c] = {first[c], second[c]} of two rows of bfloat16, then zeros to the end of the last vector when `padded`; a row
+// dst[c] = {first[c], second[c]} of two rows as bfloat16, then zeros to the end of the last vector when `padded`; a row
 // that is null is zeros.
-inline void load_row_pairs(const char* first, const char* second, int64_t columns, bool padded, Pair* dst) {
+inline void load_row_pairs(DType dtype, const char* first, const char* second, int64_t stride, int64_t columns, bool padded,
+                           Pair* dst) {
   constexpr int W = Simd<float>::width;
+  if (dtype != DType::kBFloat16) {
+    if (!first && !second) {
+      memset(dst, 0, (padded ? round_to_width<float>(columns) : columns) * sizeof(Pair));
+      return;
+    }
+    const char* const row[] = {first ? first : second, second ? second : first};
+    return in_rounded_parts<2>(dtype, row, 2, stride, columns, [&](const char* const* part, int64_t c, int64_t n) {
+      load_row_pairs(DType::kBFloat16, first ? part[0] : nullptr, second ? part[1] : nullptr, 2, n, padded, dst + c);
+    });
+  }
   using Words = BFloat16::Words;
   const auto words = [](const char* row, int64_t c, int64_t n) {
     return row ? (Words)load_some<float>(BFloat16{}, row + 2 * c, 2, n) : Words{};
@@ -178,17 +217,22 @@ inline void load_row_pairs(const char* first, const char* second, int64_t column
   }
 }
 
-// dst[c * ld + i] = {element c of row 2 i, of row 2 i + 1}, of `rows` rows of bfloat16 as many as a vector has lanes twice, and
+// dst[c * ld + i] = {element c of row 2 i, of row 2 i + 1}, of `rows` rows, as many as a vector has lanes twice, as bfloat16, and
 // zeros for those that are not there; `columns` of them, and zeros to the end of the last vector.
-inline void load_row_pairs_transposed(const char* const* row, int64_t rows, int64_t columns, Pair* dst, int64_t ld) {
+inline void load_row_pairs_transposed(DType dtype, const char* const* row, int rows, int64_t stride, int64_t columns,
+                                      Pair* dst, int64_t ld) {
   constexpr int W = Simd<float>::width;
-  const auto row_or_null = [=](int64_t i) { return i < rows ? row[i] : nullptr; };
+  if (dtype != DType::kBFloat16)
+    return in_rounded_parts<2 * W>(dtype, row, rows, stride, columns, [&](const char* const* part, int64_t c, int64_t n) {
+      load_row_pairs_transposed(DType::kBFloat16, part, rows, 2, n, dst + c * ld, ld);
+    });
+  const auto row_or_null = [=](int i) { return i < rows ? row[i] : nullptr; };
   for (int64_t c = 0; c < columns; c += W) {
     Pair pairs[W * W];
     for (int i = 0; i < W; ++i) {
       const char *const first = row_or_null(2 * i), *const second = row_or_null(2 * i + 1);
-      load_row_pairs(first ? first + 2 * c : nullptr, second ? second + 2 * c : nullptr, columns - c < W ? columns - c : W,
-                     true, pairs + i * W);
+      load_row_pairs(dtype, first ? first + 2 * c : nullptr, second ? second + 2 * c : nullptr, 2,
+                     columns - c < W ? columns - c : W, true, pairs + i * W);
     }
     Vec<float> block[W];
     for (int i = 0; i < W; ++i) block[i] = Simd<float>::load(reinterpret_cast<const float*>(pairs + i * W));
@@ -205,7 +249,7 @@ ATTN_INLINE void load_rows(DType dtype, const char* const* row, int rows, int la
   if (padded == 0) return;
   if constexpr (kOfPairs<E>) {
     for (int i = 0; i < lanes; i += 2, dst += padded)
-      load_row_pairs(i < rows ? row[i] : nullptr, i + 1 < rows ? row[i + 1] : nullptr, columns, true, dst);
+      load_row_pairs(dtype, i < rows ? row[i] : nullptr, i + 1 < rows ? row[i + 1] : nullptr, stride, columns, true, dst);
   } else {
     for (int i = 0; i < rows; ++i) load_row<E>(dtype, row[i], stride, columns, true, dst + i * padded);
     memset(dst + rows * padded, 0, sizeof(E) * (lanes - rows) * padded);

@@ -1,5 +1,9 @@
 """Kernels that multiply pairs of bfloat16 natively: which calls they take, and what their rounding may change."""
 
+import os
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -62,7 +66,7 @@ def test_bfloat16_calls_are_its_own(isa):
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(70, 45), (9, 1), (48, 128), (33, 257), (300, 130)])
 @pytest.mark.parametrize("options", [{}, {"window_right": 0}, {"window_left": 6, "window_right": 3}])
 def test_only_weights_are_rounded(isa, seqlen_q, seqlen_k, options):
-    """Scores are sums in float32 of exact products: lse is as good as that of float32 inputs, and dq as its rounding."""
+    """Scores are sums in float32 of exact products: lse is as good as of float32 inputs, and dq as its rounding."""
     inputs = arrays(seqlen_q, seqlen_k)
     out, lse, dq, dk, dv = run(inputs, isa, **options)
     expected = run([x.astype(np.float64) for x in inputs], isa, **options)
@@ -109,9 +113,10 @@ def test_keys_beside_those_that_are_seen(isa, begin, end, garbage):
 @pytest.mark.parametrize("heads, kv_heads", [(6, 2), (5, 1)])
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(7, 40), (50, 260), (200, 33)])
 def test_rows_beside_those_of_a_tile(isa, heads, kv_heads, seqlen_q, seqlen_k):
-    """Sums over rows take 32 at a time, and queries of several heads are one list of them: NaN in one is nobody else's."""
+    """Sums over rows take 32 at a time, queries of several heads in one list: NaN in one is nobody else's."""
     rng = np.random.default_rng(5)
-    shapes = [(1, seqlen_q, heads, 34), (1, seqlen_k, kv_heads, 34), (1, seqlen_k, kv_heads, 34), (1, seqlen_q, heads, 34)]
+    lengths = [(seqlen_q, heads), (seqlen_k, kv_heads), (seqlen_k, kv_heads), (seqlen_q, heads)]
+    shapes = [(1, *of, 34) for of in lengths]
     inputs = [rng.standard_normal(shape).astype(BFLOAT16) for shape in shapes]
     found = run(inputs, isa, window_right=0)
     for a, b in zip(found, run([x.astype(np.float64) for x in inputs], isa, window_right=0), strict=True):
@@ -119,9 +124,11 @@ def test_rows_beside_those_of_a_tile(isa, heads, kv_heads, seqlen_q, seqlen_k):
         assert np.abs(a.astype(np.float64)[sees] - b[sees]).max() <= 2.0**-6 * np.abs(b[sees]).max()
     inputs[0][:, -1], inputs[3][:, -1] = np.nan, np.nan
     dirty = run(inputs, isa, window_right=0)
-    assert all(np.array_equal(a[:, :-1], b[:, :-1]) for a, b in zip((found[0], found[2]), (dirty[0], dirty[2]), strict=True))
+    for clean, beside in zip((found[0], found[2]), (dirty[0], dirty[2]), strict=True):
+        assert np.array_equal(clean[:, :-1], beside[:, :-1])
     if seqlen_k > seqlen_q:  # keys that none but the last row sees, and those that no row does
-        assert all(np.isnan(x[:, :seqlen_q].astype(np.float64)).any() and not np.any(x[:, seqlen_q:]) for x in dirty[3:])
+        for x in dirty[3:]:
+            assert np.isnan(x[:, :seqlen_q].astype(np.float64)).any() and not np.any(x[:, seqlen_q:])
 
 
 @pytest.mark.parametrize("scale", [0.3, -1.7, 2.0**-3, 1e-30, 0.0])
@@ -150,3 +157,37 @@ def test_scores_in_range_only_once_scaled(isa):
     out, lse, *_ = run((query, key, value, d_out), isa, scale=2.0**-7)
     assert np.allclose(out.astype(np.float64), value[:, ::2].astype(np.float64).mean(axis=1, keepdims=True), atol=2e-2)
     assert np.all(lse == np.float32(2.0**124))
+
+
+ROUNDED = """
+import sys
+import numpy as np
+from kernels.test_bfloat16_products import BFLOAT16, arrays, equal, run, strided
+
+isa, dtype = sys.argv[1:]
+cases = [((70, 45, 32, 16), {}), ((200, 300, 18, 100), {"window_right": 0}), ((33, 257, 128, 66), {"window_left": 40})]
+for extents, options in cases:
+    inputs = arrays(*extents, dtype=np.dtype(dtype))
+    found = run(inputs, isa, **options)
+    wanted = run([x.astype(BFLOAT16) for x in inputs], isa, **options)
+    assert all(x.dtype == np.dtype(dtype) for x in (found[0], *found[2:]))
+    assert np.array_equal(found[1], wanted[1]), "lse"
+    for name, a, b in zip(("out", "dq", "dk", "dv"), (found[0], *found[2:]), (wanted[0], *wanted[2:])):
+        apart = np.abs(a.astype(np.float32) - b.astype(np.float32)).max()  # but for the rounding of results
+        assert apart <= 2.0**-8 * np.abs(b.astype(np.float32)).max(), (name, apart)
+    one_row = [x[:, :1] if i in (0, 3) else x for i, x in enumerate(inputs)]
+    doubles = [x.astype(np.float64) for x in one_row]
+    apart = np.abs(run(one_row, isa)[0] - run(doubles, isa)[0]).max()
+    assert apart < (2e-6 if dtype == "float32" else 2e-3), "few rows"
+    apart = [strided(x) for x in inputs]
+    assert np.abs(run(apart, isa)[1] - run([x.astype(np.float64) for x in inputs], isa)[1]).max() < 2e-6, "strided"
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_floats_that_may_be_rounded(isa, dtype):
+    """With ATTN_OPS_ALLOW_BFLOAT16 calls of floats and halves are those of their roundings, but for their results."""
+    environment = {**os.environ, "ATTN_OPS_ALLOW_BFLOAT16": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", ROUNDED, isa, dtype]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-2000:]
