@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Tests the AVX-512 kernels on an x86-64 processor that has only AVX2, FMA and F16C: immintrin.h emulates by halves.
+"""Tests the AVX-512 and AMX kernels on an x86-64 processor that has only AVX2, FMA and F16C: immintrin.h emulates by halves.
 
 Builds `attn_ops._core` below build/avx512 with the emulation and beside it the instruction sets of any other build, and
 runs there kernels/test_core.py and kernels/test_few_rows.py (all instruction sets) and a share of the fuzz with AVX-512 alone,
-without and with BF16.
+without and with BF16, and with AMX.
 What follows -- goes to pytest instead of the two files.
 """
 
@@ -62,7 +62,7 @@ def main():
         cwd=tests,
         env=environment,
     )
-    fuzz = ("fuzz/run.py", "--isa", "avx512,avx512bf16", "--implementations", "core")
+    fuzz = ("fuzz/run.py", "--isa", "avx512,avx512bf16,amxbf16", "--implementations", "core")
     run(sys.executable, *fuzz, "--seed", arguments.seed, "--count", arguments.count, cwd=tests, env=environment)
 
 
