@@ -51,13 +51,20 @@ def entries(xp, call, layout=None):
     `[batch]`, or None where there is neither. ``call`` as `no_pages` takes it."""
     layout = layout or call.layout
     seqlen_q, seqlen_k = (canonical([xp.extent(x, i) for i in range(4)], layout)[2] for x in (call.query, call.key))
-    found = []
-    if call.block_table is not None:
+    paged = call.block_table is not None
+    if paged:
         seqlen_k = seqlen_k * xp.extent(call.block_table, 1)
-        found.append(xp.any_true(no_pages(xp, call, layout)))
-    for lengths, extent in ((call.query_lengths, seqlen_q), (call.key_lengths, seqlen_k)):
-        if lengths is not None:
-            found.append((lengths < 0) | (lengths > extent))
+    wrong = beyond((call.query_lengths, seqlen_q), (call.key_lengths, seqlen_k))
+    if not paged:
+        return wrong
+    without_pages = xp.any_true(no_pages(xp, call, layout))
+    return without_pages if wrong is None else wrong | without_pages
+
+
+def beyond(*pairs):
+    """Which entries of the batch have lengths, int32 `[batch]` or None, that are beyond the extent beside them: bool
+    `[batch]`, or None without any."""
+    found = [(lengths < 0) | (lengths > extent) for lengths, extent in pairs if lengths is not None]
     return functools.reduce(operator.or_, found) if found else None
 
 
