@@ -107,7 +107,8 @@ def refused(given):
 
     @tf.function(input_signature=None if isinstance(given, list) else [tf.TensorSpec([None], tf.int32)])
     def step(lengths=given):
-        return strategy.run(lambda: attn_ops.all_gather_kv(*(x[:, :6] for x in (QUERY, KEY, VALUE)), query_seq_lengths=lengths))
+        shares = [x[:, :6] for x in (QUERY, KEY, VALUE)]
+        return strategy.run(lambda: attn_ops.all_gather_kv(*shares, query_seq_lengths=lengths))
 
     try:
         step() if isinstance(given, list) else step(given)
