@@ -129,8 +129,9 @@ class TensorFlow:
 
     def searchsorted(self, ordered, values, side):
         tf = self.tf
-        if len(ordered.shape) > 1:
-            return tf.searchsorted(ordered, values, side, tf.int64)
+        if len(ordered.shape) > 1:  # its reshaping in `tf.searchsorted` fails for an empty batch of unknown extent
+            search = {"left": tf.raw_ops.LowerBound, "right": tf.raw_ops.UpperBound}[side]
+            return search(sorted_inputs=ordered, values=values, out_type=tf.int64)
         return tf.reshape(tf.searchsorted(ordered, tf.reshape(values, [-1]), side, tf.int64), tf.shape(values))
 
     def can_search(self, ordered, values):

@@ -158,6 +158,8 @@ class _Call:
                 f"{name}: query, key and value must agree in batch, seqlen_k, num_kv_heads and head_dim, got shapes "
                 f"{np.shape(query)}, {np.shape(key)} and {np.shape(value)} (layout {layout})"
             )
+        if head_dim < 1:
+            raise ValueError(f"{name}: head_dim must be at least 1, got 0 (query {np.shape(query)}, layout {layout})")
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"{name}: num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})")
         self.num_kv_heads = num_kv_heads

@@ -1,6 +1,6 @@
-"""Lengths and entries of a table of pages that are out of range: an error where they are known, and NaN where XLA
-compiles what they are for, which has no errors, and numbers would be taken for right. ``xp`` is tensorflow/xp.py or
-jax/xp.py.
+"""Lengths, offsets, intervals and entries of a table of pages that are out of range: an error where they are known, and
+NaN where XLA compiles what they are for, which has no errors, and numbers would be taken for right. ``xp`` is
+tensorflow/xp.py or jax/xp.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import operator
 import numpy as np
 
 from attn_ops.call.attention_call import canonical
+from attn_ops.call.options import LARGEST_OFFSET
 
 
 def check_pages(xp, name, table, key, lengths, layout):
@@ -47,17 +48,25 @@ def _wrong(table, numbers, total, size, ends):
 
 
 def entries(xp, call, layout=None):
-    """Which entries of the batch have lengths beyond their extents, or keys in entries of the table that are no page: bool
-    `[batch]`, or None where there is neither. ``call`` as `no_pages` takes it."""
+    """Which entries of the batch have lengths, offsets, ends of intervals or entries of the table that kernels refuse: bool
+    `[batch or 1]`, or None where there are none of these. ``call`` as `no_pages` takes it."""
     layout = layout or call.layout
     seqlen_q, seqlen_k = (canonical([xp.extent(x, i) for i in range(4)], layout)[2] for x in (call.query, call.key))
     found = []
     if call.block_table is not None:
         seqlen_k = seqlen_k * xp.extent(call.block_table, 1)
         found.append(xp.any_true(no_pages(xp, call, layout)))
-    for lengths, extent in ((call.query_lengths, seqlen_q), (call.key_lengths, seqlen_k)):
-        if lengths is not None:
-            found.append((lengths < 0) | (lengths > extent))
+    numbers = (call.query_lengths, seqlen_q), (call.key_lengths, seqlen_k), (call.query_offset, LARGEST_OFFSET)
+    found += [wrong for wrong in [beyond(*numbers)] if wrong is not None]
+    for ends in call.intervals or ():
+        found += [xp.any_true((ends < 0) | (ends > seqlen_k)), xp.any_true(ends[:, 1:] < ends[:, :-1])]
+    return functools.reduce(operator.or_, found) if found else None
+
+
+def beyond(*pairs):
+    """Which entries of the batch have numbers, int32 `[batch or 1]` or None, that are not from 0 to what is beside them:
+    bool `[batch or 1]`, or None without any."""
+    found = [(numbers < 0) | (numbers > most) for numbers, most in pairs if numbers is not None]
     return functools.reduce(operator.or_, found) if found else None
 
 

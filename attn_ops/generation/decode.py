@@ -77,7 +77,7 @@ def prepared(xp, name, q, cache, k_new, v_new, rotary=None, is_causal=True, **gi
         if cache.rolls and not (isinstance(rows, int) and rows <= step(cache.window)):
             raise ValueError(
                 f"{name}: without new keys, at most {step(cache.window)} rows at once see all that a cache with a window "
-                f"of {cache.window} has let them, got {rows}"
+                f"of {cache.window} has let them, got {'a number that is unknown' if rows is None else rows}"
             )
         if rotary is not None:
             q = rotations.rotate(xp, name, q, rotary, axis, before)

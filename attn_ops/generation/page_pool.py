@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -231,9 +230,11 @@ class PagedKVCache:
         """One sequence or several as a list of those that there are."""
         if options.is_integer(sequences):
             sequences = [sequences]
-        elif not isinstance(sequences, Iterable):
-            raise TypeError(f"{_NAME}.{method}: sequences must be one or several, got {type(sequences).__name__}")
-        sequences = list(sequences)
+        try:
+            sequences = list(sequences)
+        except TypeError:  # arrays without axes among them, which are iterable by name alone
+            kind = type(sequences).__name__
+            raise TypeError(f"{_NAME}.{method}: sequences must be one or several, got {kind}") from None
         self._check(method, *sequences)
         return sequences
 

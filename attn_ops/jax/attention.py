@@ -44,7 +44,7 @@ def scaled_dot_product_attention(query, key, value, **given):
         ValueError: shapes that do not fit each other, or any other value out of its range; dropout without a seed;
             ``implementation="fused"`` where the kernels are missing or disabled.
         jax.errors.JaxRuntimeError: traced lengths, intervals or offsets out of range, which only the running kernel can
-            know. Of the composite, entries with such lengths get NaN; kernels of GPUs take the nearest in range.
+            know. Of the composite, such entries get NaN; kernels of GPUs take the nearest in range.
     """
     operations = keras_tensors.operations(query, key, value, *given.values())
     if operations is not None:

@@ -17,7 +17,8 @@ def varlen_attention(
     """Attention of sequences that lie one after the other, without padding, as FlashAttention's `flash_attn_varlen_func`.
 
     The function of `attn_ops.varlen_attention` on JAX arrays, with the same arguments, defaults and results. The
-    cumulative lengths may be traced; their values are then not checked, and rows past the last sequence have output 0.
+    cumulative lengths may be traced: rows past the last sequence then have output 0, and of lengths that do not start at 0,
+    go back or end beyond the tokens all is NaN by the composite, and an error of intervals by the kernels (of CPUs).
 
     Args:
         q: packed tokens [total_q, num_heads, head_dim].

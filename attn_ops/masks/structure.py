@@ -150,21 +150,18 @@ class Packed(Part):
 
     arrays = ("cu_seqlens_q", "cu_seqlens_k", "query_offset")
 
-    def _checked(self, at):
+    def _checked(self, xp, at):
         """The part with lengths that end within the rows and keys of the call: ValueError where known ones do not, and
         `namespaces.required` of traced ones."""
-        extents = [at.seqlen_q, at.seqlen_k]
-        if self.cu_seqlens_k is None:  # of rows and keys; of more than there are where an offset is given
-            known = [namespaces.known(n) for n in extents]
-            extents = [max(known) if None not in known and at.query_offset is None else None]
         checked = {}
-        for what, extent in zip(self.arrays, extents):
+        for what, extent in zip(self.arrays, self._last_ends(xp, at)):
             x = getattr(self, what)
+            if x is None:
+                continue
             values, most = namespaces.known(x), None if extent is None else namespaces.known(extent)
             if values is not None and most is not None and values[-1] > most:
                 raise ValueError(f"packed: {what} must end within the {most} tokens of the call, got {values[-1]}")
             if values is None and extent is not None:
-                xp = namespaces.of((x,))
                 within = functools.partial(lambda xp, extent, x: xp.int64(x[-1:]) <= xp.int64(extent), xp, extent)
                 tokens = "tokens" if most is None else f"{most} tokens"
                 checked[what] = namespaces.required(x, within, f"packed: {what} must end within the {tokens} of the call")
@@ -195,7 +192,7 @@ class Packed(Part):
         return sequence, first_key, next_key, first_key + places.own, parts, places
 
     def piece(self, xp, at):
-        _, begin_all, end_all, own, parts, places = self._checked(at)._sequences(xp, at)
+        _, begin_all, end_all, own, parts, places = self._checked(xp, at)._sequences(xp, at)
         bounds = [(None if x is None else begin_all + x for x in part.piece(xp, places)[:2]) for part in parts]
         # A row may stand far behind its keys: sums stay within 32 bits, which are JAX's.
         left, right = (min(side, LARGEST_OFFSET) for side in (self.window_left, self.window_right))
@@ -205,10 +202,26 @@ class Packed(Part):
             # Ends stay within the sequence where a window is before or after it, so that they do not move back.
             begin = begin if low is None else xp.maximum(begin, xp.minimum(low, end_all))
             end = end if high is None else xp.minimum(end, xp.maximum(high, begin_all))
+        for lengths, last in zip((self.cu_seqlens_q, self.cu_seqlens_k), self._last_ends(xp, at)):
+            if lengths is not None and namespaces.known(lengths) is None:  # which XLA does not require
+                starts = xp.int64(lengths)[None]
+                wrong = _goes_back(xp, starts) | ~xp.equal(starts[:, :1], xp.int64(0))
+                wrong = wrong if last is None else wrong | (starts[:, -1:] > xp.int64(last))
+                end = _refused(xp, at, wrong, end)
         return Piece(begin, end)
 
+    def _last_ends(self, xp, at):
+        """The last ends that lengths of rows and of keys may have, None where any may be right."""
+        rows, keys = at.seqlen_q, at.seqlen_k
+        if self.cu_seqlens_k is not None:
+            return rows, keys
+        if at.query_offset is not None:  # of more rows and keys than there are
+            return None, None
+        known = isinstance(rows, int) and isinstance(keys, int)
+        return (max(rows, keys) if known else xp.maximum(xp.int64(rows), xp.int64(keys))), None
+
     def visible(self, xp, at):
-        sequence, first_key, next_key, own, parts, places = self._checked(at)._sequences(xp, at)
+        sequence, first_key, next_key, own, parts, places = self._checked(xp, at)._sequences(xp, at)
         starts_k = xp.int64(self.cu_seqlens_q if self.cu_seqlens_k is None else self.cu_seqlens_k)
         count = xp.int64(xp.extent(starts_k, 0)) - 1
         sequence = at.by_row(sequence)
@@ -270,10 +283,8 @@ class Segments(Part):
         q_ids, kv_ids = xp.same_batch(q_ids, kv_ids)
         if self.contiguous:
             begin, end = (xp.searchsorted(kv_ids, q_ids, side) for side in ("left", "right"))
-            if namespaces.known(kv_ids) is None:  # the search cannot tell that keys go back: ends that do are refused
-                back = xp.with_zero(xp.int64(xp.running_maximum(kv_ids) > kv_ids))
-                falling = xp.int64(at.seqlen_k) - xp.int64(at.rows)
-                end = xp.where(xp.running_maximum(back)[:, -1:] > 0, falling, xp.int64(end))
+            if namespaces.known(kv_ids) is None:  # the search cannot tell that keys go back
+                end = _refused(xp, at, _goes_back(xp, kv_ids), end)
             return Piece(begin, end)
         order = xp.argsort(kv_ids)
         ordered = xp.take_along(kv_ids, order)
@@ -371,6 +382,17 @@ def put_together(described, arrays):
         kind, held = _KINDS[plain.pop("kind")], plain.pop("arrays")
         parts.append(kind(**plain, **{name: next(arrays) for name in held}))
     return tuple(parts)
+
+
+def _goes_back(xp, x):
+    """Whether integers `[batch, n]` go back somewhere: bool `[batch, 1]`."""
+    back = xp.with_zero(xp.int64(xp.running_maximum(x) > x))
+    return xp.running_maximum(back)[:, -1:] > 0
+
+
+def _refused(xp, at, wrong, end):
+    """The ``end`` of intervals, which falls where ``wrong``, bool `[batch or 1, 1]`: ends that fall are refused."""
+    return xp.where(wrong, xp.int64(at.seqlen_k) - xp.int64(at.rows), xp.int64(end))
 
 
 def hull(xp, begin, end):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from attn_ops.call import options, public
+from attn_ops.call import arrays, options, public
 from attn_ops.call.normalize import split_masks
+from attn_ops.tensorflow import xp
 from attn_ops.tensorflow.attention import scaled_dot_product_attention
 
 _NAME = "all_gather_kv"
@@ -56,7 +57,10 @@ def all_gather_kv(query, key, value, **given):
             )
         lengths += (structure.key_lengths,)
     if lengths[0] is not None:
-        given["query_seq_lengths"] = tf.clip_by_value(tf.cast(lengths[0], tf.int32) - first, 0, rows)
+        whole = arrays.lengths(xp, _NAME, "query_seq_lengths", lengths[0], query.shape[0], rows * count)
+        # What is out of range stays so, for the attention to tell.
+        wrong = (whole < 0) | (whole > rows * count)
+        given["query_seq_lengths"] = tf.where(wrong, whole, tf.clip_by_value(whole - first, 0, rows))
     if options.bottom_right(_NAME, given.pop("causal_alignment", options.TOP_LEFT)):
         if any(x is not None for x in lengths):
             raise NotImplementedError(f"{_NAME}: causal_alignment='bottom_right' beside lengths")

@@ -2,7 +2,8 @@
 
 `normalize` has checked whatever was known when the call was made: everything in eager mode, and in a graph
 all but unknown dimensions and the values of lengths. XLA drops assertions: there, shapes that do not fit still fail in
-the operations themselves, and entries of the batch with lengths out of range get NaN (`call.out_of_range`).
+the operations themselves, and entries of the batch with lengths, offsets or intervals out of range get NaN
+(`call.out_of_range`).
 """
 
 import tensorflow as tf

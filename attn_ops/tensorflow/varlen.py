@@ -51,8 +51,8 @@ def varlen_attention(
         ValueError: shapes that do not fit; where known, cumulative lengths that do not start at 0, go back or do not end
             with the number of tokens; alibi_slopes or relative_bias where rows and keys are not known to have the same
             lengths, or beside a query_offset; a mask of batches or of a Python function.
-        tf.errors.InvalidArgumentError: traced cumulative lengths or offsets of which that is found when they run (not in
-            XLA).
+        tf.errors.InvalidArgumentError: traced cumulative lengths or offsets of which that is found when they run (in XLA
+            too few are no error, and the composite has NaN instead).
     """
     return _attend("varlen_attention", q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given)
 

@@ -1,5 +1,7 @@
 """What kernels take of masks (`Mask.parts`): against the rules written out pair by pair, in NumPy, TensorFlow and JAX."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -168,6 +170,21 @@ def test_traced_in_tensorflow(mode, offset):
         np.testing.assert_array_equal(expanded(parts), truth(name, value), name)
         if name != "with others":
             assert not parts.dense
+
+
+@pytest.mark.parametrize("contiguous", [None, True])
+def test_segments_of_nothing_in_tensorflow(contiguous):
+    """Graphs of unknown extents take batches, rows and keys that are empty."""
+    tf = pytest.importorskip("tensorflow")
+    ids = [tf.TensorSpec([None, None], tf.int32)] * 2
+
+    @tf.function(input_signature=ids, autograph=False)
+    def intervals(q_ids, kv_ids):
+        return masks.segments(q_ids, kv_ids, contiguous=contiguous).parts(tf.shape(q_ids)[1], tf.shape(kv_ids)[1]).intervals
+
+    for batch, rows, keys in itertools.product((0, 2), (0, 3), (0, 4)):
+        begin, end = intervals(tf.zeros((batch, rows), tf.int32), tf.zeros((batch, keys), tf.int32))
+        assert begin.shape == end.shape == (batch, rows) and (np.maximum(end - begin, 0) == keys).all()
 
 
 @pytest.mark.wide(2)

@@ -169,6 +169,7 @@ BAD = {
     "freed twice": (lambda c, s: c.free(freed(c)), ValueError, "free: sequence 2 was freed"),
     "unknown": (lambda c, s: c.fork(99), ValueError, "fork: sequence 99 is unknown"),
     "no integer": (lambda c, s: c.lengths(["a"]), TypeError, "sequences are integers"),
+    "an array without axes": (lambda c, s: c.lengths(np.array(s)), TypeError, "lengths: sequences must be one or several"),
     "twice in a batch": (lambda c, s: c.reserve([s, s], 1), ValueError, "may occur once"),
     "out of pages": (lambda c, s: c.reserve([s], 12 * SIZE), PagedKVCache.OutOfPages, "12 more pages are needed, and 10 of 12"),
     "negative rows": (lambda c, s: c.reserve([s], -1), ValueError, "from 0 on"),

@@ -252,6 +252,7 @@ BAD = [
     (ValueError, r"reference\.attention: rank must be 4 .*\(2, 4, 6\)", {"query": np.ones((2, 4, 6))}),
     (ValueError, r"num_heads \(3\) must be a multiple of num_kv_heads \(2\)", {"query": np.ones((2, 4, 3, 3))}),
     (ValueError, r"must agree in batch, .*\(2, 4, 2, 4\)", {"query": np.ones((2, 4, 2, 4))}),
+    (ValueError, "head_dim must be at least 1", {name: np.ones((2, 6, 2, 0)) for name in ("query", "key", "value")}),
     (ValueError, r"must agree in batch, .*\(2, 6, 2, 3\)", {"value": np.ones((2, 6, 2, 3))}),
     (ValueError, r"bias of shape \(3, 1, 1, 5\) does not broadcast to", {"bias": np.zeros((3, 1, 1, 5))}),
     (ValueError, r"bias of shape \(1, 1, 4, 6\) does not broadcast to", {"bias": np.zeros((4, 6))}),

@@ -385,6 +385,17 @@ def test_what_only_the_running_graph_can_know(cu_q, cu_k, rule):
         function(Q, K, V, cu_q, cu_k)
 
 
+@pytest.mark.parametrize("cu_q, cu_k", [([1, 2, 6], None), ([0, 4, 2, 6], None), ([0, 3, 9], None), ([0, 2, 6], [0, 3, 9])])
+@pytest.mark.parametrize("mode", ["xla", "jax.jit"])
+def test_traced_lengths_that_are_none_are_told_by_xla(mode, cu_q, cu_k):
+    """Where nothing can be asserted the kernels refuse intervals that they make of these, and the composite has NaN."""
+    cu = [np.array(x, np.int32) for x in (cu_q, cu_k) if x is not None]
+    arguments = *tokens([2, 4], [2, 4]), cu
+    assert np.isnan(RUN[mode](*arguments, implementation="composite")[0]).all()
+    with pytest.raises(Exception, match="must not be less than that of the row before"):
+        RUN[mode](*arguments, implementation="fused")
+
+
 def test_traced_lengths_with_slopes_must_be_given_once():
     function = tf.function(
         lambda cu, other: attn_ops.varlen_attention(Q, Q[:, :2], Q[:, :2], cu, other, alibi_slopes=SLOPES), autograph=False

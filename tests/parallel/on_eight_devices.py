@@ -515,6 +515,19 @@ def test_what_is_not_there_says_so(method, options, rule):
         jax.eval_shape(whole, *inputs(batch=2))
 
 
+@pytest.mark.wide(3)
+@pytest.mark.parametrize("name", ["query_seq_lengths", "key_value_seq_lengths"])
+@pytest.mark.parametrize("method, order", sorted({case[:2] for case in SEQUENCES}))
+def test_lengths_out_of_range(method, order, name):
+    """Entries whose lengths of the whole are out of range get NaN, though those of each share would do."""
+    for implementation in ("composite", "fused")[: 2 if method == "ring" else 1]:  # other kernels may refuse them
+        whole, _ = divided_attention(2, method, order, (name,), implementation=implementation)
+        for wrong in (T + 1, -1):
+            found = jax.jit(whole)(*inputs(batch=3), np.array([T, wrong, 0], "int32"))
+            assert [[bool(np.isnan(x[entry]).all()) for entry in range(3)] for x in found] == [[False, True, False]] * 2
+        assert not any(np.isnan(x).any() for x in jax.jit(whole)(*inputs(batch=3), np.array([T, 3, 0], "int32")))
+
+
 @pytest.mark.wide(6)
 @pytest.mark.parametrize("count", [4, 8])  # of 2, what goes forward and what goes back are merged
 @pytest.mark.parametrize("method", parallel_costs.METHODS)

@@ -100,3 +100,23 @@ with strategy.scope():
     except ValueError as error:
         assert "replica context" in str(error)
         print("refused")
+
+
+def refused(given):
+    """What is said of lengths that are out of range, when a function is traced or when it runs."""
+
+    @tf.function(input_signature=None if isinstance(given, list) else [tf.TensorSpec([None], tf.int32)])
+    def step(lengths=given):
+        shares = [x[:, :6] for x in (QUERY, KEY, VALUE)]
+        return strategy.run(lambda: attn_ops.all_gather_kv(*shares, query_seq_lengths=lengths))
+
+    try:
+        step() if isinstance(given, list) else step(given)
+    except (ValueError, tf.errors.InvalidArgumentError) as error:
+        return "lengths" in str(error)
+    return False
+
+
+assert all(refused(x) for x in ([13, 5], [-1, 5], tf.constant([13, 5]), tf.constant([-1, 5])))
+assert not refused(tf.constant([12, 0]))
+print("told")

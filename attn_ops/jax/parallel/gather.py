@@ -19,4 +19,4 @@ def attend(share, chosen, forced):
         call = call._replace(key=key, value=value)
         origin = share.origin(rows.first) if call.dropout_rate else None
         results.append(run.attention(share.name, call, chosen, forced, origin))
-    return share.joined(results)
+    return share.joined(call, results)

@@ -91,7 +91,7 @@ def attend(share, chosen, forced):
     arguments = (tuple(queries), key, value, tuple(biases), call.relative_bias, call.sinks)
     results, _ = _compiled(setting, *place.varying_alike((tuple(rows), arguments)))
     return share.joined(
-        [(inside(out.astype(call.query.dtype)), lse if call.return_lse else None) for out, lse in results]
+        call, [(inside(out.astype(call.query.dtype)), lse if call.return_lse else None) for out, lse in results]
     )
 
 

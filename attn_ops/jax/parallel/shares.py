@@ -9,7 +9,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from attn_ops.call import arrays, options, shapes
+from attn_ops.call import arrays, options, out_of_range, shapes
 from attn_ops.call.attention_call import AttentionCall, canonical
 from attn_ops.call.normalize import normalize, split_masks
 from attn_ops.jax import philox, place, xp
@@ -134,12 +134,15 @@ class Share:
         num_heads = canonical(self.query.shape, self.layout)[1]
         return philox.origin(first_head, num_heads, first_row)
 
-    def joined(self, results):
-        """(out, lse) of the device's rows from those of its pieces."""
-        if len(results) == 1:
-            return results[0]
+    def joined(self, call, results):
+        """(out, lse) of the device's rows from those of its pieces; ``call`` is that of one. Pieces have of lengths what
+        falls on them, so that those of the whole that are out of range are told here."""
         out, lse = zip(*results)
-        return jnp.concatenate(out, self.sequence_axis), None if lse[0] is None else jnp.concatenate(lse, 2)
+        joined = jnp.concatenate(out, self.sequence_axis), None if lse[0] is None else jnp.concatenate(lse, 2)
+        wrong = out_of_range.beyond(
+            (self.query_lengths, self.rows * self.count), (call.key_lengths, self.keys * self.count)
+        )
+        return tuple(x if x is None else out_of_range.told(xp, wrong, x) for x in joined)
 
 
 def described(name, axis, order, query, key, value, given) -> Share:

@@ -546,6 +546,25 @@ def test_entries_with_traced_lengths_out_of_range_are_nan_in_the_composite(which
     assert np.isnan(found[1]).all() and np.isfinite(found[0]).all()
 
 
+@pytest.mark.parametrize(
+    "name, values",
+    [("offset", [2, -1]), ("offset", [2, 2**30 + 1]), ("ends", [[1, 1, 2, 4, 4, 4], [2, 3, 2, 4, 4, 4]])],
+)
+def test_entries_with_traced_positions_out_of_range_are_nan_in_the_composite(name, values):
+    """Offsets, and intervals that move back."""
+    (x,) = inputs(number=1)
+
+    @jax.jit
+    def run(x, values):
+        given = {"query_offset": values, "is_causal": True} if name == "offset" else {"mask": masks.intervals(None, values)}
+        return scaled_dot_product_attention(x, x, x, **given, implementation="composite", return_lse=True)
+
+    values = np.array(values)
+    for result, alone in zip(run(x, values), run(x[:1], values[:1])):
+        np.testing.assert_allclose(result[0], alone[0], rtol=1e-6)
+        assert np.isnan(result[1]).all()
+
+
 def test_explain():
     shape = jax.ShapeDtypeStruct((1, 4, 2, 8), "float32")
     assert attn_ops.jax.explain(shape, shape, shape, is_causal=True).implementation == "fused"
