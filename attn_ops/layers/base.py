@@ -168,7 +168,8 @@ class DropIn(FlashAttention):
 
     # Keras quantizes the projections, which are layers of their own, but saves only the policy of this one: a model
     # that is loaded would have float projections and find int8 weights. What a policy does not tell (which products are
-    # rounded, the size of blocks) is in the configuration of the quantization, of which newer releases have one.
+    # rounded, the size of blocks) is in the configuration of the quantization, of which newer releases have one. A map of
+    # policies is that of this layer, saved whole; Keras cannot compare two maps.
 
     def get_build_config(self):
         config = super().get_build_config()
@@ -177,7 +178,9 @@ class DropIn(FlashAttention):
         quantized = {
             name: projection
             for name, projection in self._projections().items()
-            if projection.quantization_mode is not None and projection.dtype_policy != self.dtype_policy
+            if projection.quantization_mode is not None
+            and not isinstance(projection.dtype_policy, keras.dtype_policies.DTypePolicyMap)
+            and projection.dtype_policy != self.dtype_policy
         }
         policies = {name: keras.dtype_policies.serialize(x.dtype_policy) for name, x in quantized.items()}
         given = {name: getattr(x, "quantization_config", None) for name, x in quantized.items()}

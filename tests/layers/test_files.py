@@ -196,6 +196,18 @@ def test_models_with_some_quantized_projections_load_back(tmp_path, name):
     np.testing.assert_array_equal(loaded(X), model(X))
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_map_of_policies_with_a_quantized_projection_loads_back(tmp_path, name):
+    policies = keras.dtype_policies.DTypePolicyMap("float32", {"attention/value": keras.dtype_policies.get("float8_from_float32")})
+    inputs = keras.Input((5, 6))
+    layer = ours(name)(**LAYERS[name], name="attention", dtype=policies)
+    model = keras.Model(inputs, call(name, layer, inputs))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.get_layer("attention")._value_dense.quantization_mode == "float8"
+    np.testing.assert_array_equal(loaded(X), model(X))
+
+
 CONFIGURATIONS = {
     "weights alone": lambda of: of.Int8QuantizationConfig(activation_quantizer=None),
     "blocks of 4": lambda of: of.Int4QuantizationConfig(block_size=4),
