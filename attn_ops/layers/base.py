@@ -205,11 +205,18 @@ class DropIn(FlashAttention):
 
 
 def overridden(layer, cls, *names):
-    """The first of these methods of ``cls`` that the class of ``layer`` has another one of, or None."""
+    """The first of these methods of ``cls`` that the class of ``layer`` has another one of, or ``layer`` itself; or None."""
     for name in names:
         if getattr(type(layer), name, None) is not getattr(cls, name, None):
             return name
-    return None
+    return replaced_in(layer, *(name for name in names if name != "call"))  # which calls ours, with the same arguments
+
+
+def replaced_in(layer, *names):
+    """The first of these methods that somebody has put another one of into this very layer, or None. What attn_ops itself
+    puts there has the attribute `put_by_attn_ops`."""
+    own = vars(layer)
+    return next((name for name in names if name in own and not hasattr(own[name], "put_by_attn_ops")), None)
 
 
 def dense_reason(layer, cls, *steps):
