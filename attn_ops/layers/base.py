@@ -168,7 +168,8 @@ class DropIn(FlashAttention):
 
     # Keras quantizes the projections, which are layers of their own, but saves only the policy of this one: a model
     # that is loaded would have float projections and find int8 weights. What a policy does not tell (which products are
-    # rounded, the size of blocks) is in the configuration of the quantization, of which newer releases have one.
+    # rounded, the size of blocks) is in the configuration of the quantization, of which newer releases have one. A map of
+    # policies is that of this layer, saved whole; Keras cannot compare two maps.
 
     def get_build_config(self):
         config = super().get_build_config()
@@ -177,7 +178,9 @@ class DropIn(FlashAttention):
         quantized = {
             name: projection
             for name, projection in self._projections().items()
-            if projection.quantization_mode is not None and projection.dtype_policy != self.dtype_policy
+            if projection.quantization_mode is not None
+            and not isinstance(projection.dtype_policy, keras.dtype_policies.DTypePolicyMap)
+            and projection.dtype_policy != self.dtype_policy
         }
         policies = {name: keras.dtype_policies.serialize(x.dtype_policy) for name, x in quantized.items()}
         given = {name: getattr(x, "quantization_config", None) for name, x in quantized.items()}
@@ -202,11 +205,18 @@ class DropIn(FlashAttention):
 
 
 def overridden(layer, cls, *names):
-    """The first of these methods of ``cls`` that the class of ``layer`` has another one of, or None."""
+    """The first of these methods of ``cls`` that the class of ``layer`` has another one of, or ``layer`` itself; or None."""
     for name in names:
         if getattr(type(layer), name, None) is not getattr(cls, name, None):
             return name
-    return None
+    return replaced_in(layer, *(name for name in names if name != "call"))  # which calls ours, with the same arguments
+
+
+def replaced_in(layer, *names):
+    """The first of these methods that somebody has put another one of into this very layer, or None. What attn_ops itself
+    puts there has the attribute `put_by_attn_ops`."""
+    own = vars(layer)
+    return next((name for name in names if name in own and not hasattr(own[name], "put_by_attn_ops")), None)
 
 
 def dense_reason(layer, cls, *steps):

@@ -66,7 +66,8 @@ class MultiHeadAttention(ScoreOptions, _Stock):
       last; `rotary` follows the cache. Or `cache` is KerasHub's tensor `[batch, 2, max_length, num_heads, key_dim]`, with
       `cache_update_index`, an integer or integers `[batch]`, as the position of the first row. For generation: no gradient,
       dropout or scores.
-    - An `attention_mask` may be an object of `attn_ops.masks`, which stays structured.
+    - An `attention_mask` may be an object of `attn_ops.masks`, which stays structured. Models in whose calls it stands are
+      saved where it is made of Python values and NumPy arrays.
     - Query, value and key may be `tf.RaggedTensor`s `[batch, (seqlen), features]`, also of functional models
       (`keras.Input(ragged=True)`): no padding is made, and the output is ragged like the query. Causal masks and windows
       (and prefix and chunked ones of `attn_ops.masks`) go with it, by position in each sequence, `query_offset`, and ragged

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import keras
 import numpy as np
 
@@ -111,6 +113,9 @@ class ScoreOptions(DropIn):
     def __call__(self, *args, **kwargs):
         if kwargs.get("cache") is not None:
             kwargs["cache"] = kept(kwargs["cache"])
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Mask) and any(isinstance(x, keras.KerasTensor) for x in (*args, *kwargs.values())):
+            kwargs["attention_mask"] = MaskOfCall.of(mask)
         return super().__call__(*args, **kwargs)
 
     @property
@@ -266,6 +271,22 @@ class ScoreOptions(DropIn):
             "rotary": self.rotary,
         }
         return {**config, **{what: x for what, x in own.items() if x != ScoreOptions._OWN[what]}}
+
+
+@keras.saving.register_keras_serializable(package="attn_ops")
+class MaskOfCall(Mask):
+    """A mask as an argument of a call, which Keras saves with a functional model."""
+
+    @classmethod
+    def of(cls, mask):
+        return cls(**{field.name: getattr(mask, field.name) for field in dataclasses.fields(mask)})
+
+    def get_config(self):
+        return config_of("attn_ops.masks", self)
+
+    @classmethod
+    def from_config(cls, config):
+        return cls.of(from_config(config))
 
 
 def present(**given):

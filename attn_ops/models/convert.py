@@ -118,10 +118,12 @@ def borrowed(layers):
 
 def _take_over(layer, state) -> bool:
     """Has the attention of one layer run in ours, if it is known; whether that has changed the layer."""
+    if state is None or state.reason is not None:
+        return False
     if type(layer) in _PAIRS:
         _change_class(layer, _PAIRS[type(layer)])
         return True
-    if state is None or not state.seams or state.reason is not None or seams.installed(layer):
+    if not state.seams or seams.installed(layer):
         return False
     for seam in state.seams:
         seams.install(seam, layer)

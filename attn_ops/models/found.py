@@ -6,12 +6,23 @@ import typing
 
 import keras
 
-from attn_ops.layers.base import FlashAttention
+from attn_ops.layers.base import FlashAttention, replaced_in
 from attn_ops.models import seams
 from attn_ops.models.adapters import BY_CLASS
 
 # Keras's, and KerasHub's for text generation.
 _TRACED = ("train_function", "test_function", "predict_function", "generate_function")
+# What stands for a step of the computation in some layer of STOCK.
+_STEPS = (
+    "_compute_attention",
+    "_compute_attention_mask",
+    "_compute_causal_mask",
+    "_compute_sliding_window_mask",
+    "_masked_softmax",
+    "_calculate_scores",
+    "_calculate_score_mask",
+    "_apply_scores",
+)
 STOCK = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention, keras.layers.Attention)
 
 
@@ -66,11 +77,13 @@ def drop_traced_functions(layers):
 def state(layer) -> State | None:
     """What is known about this layer, None where it has nothing to do with attention."""
     kind = type(layer)
-    if isinstance(layer, FlashAttention) or kind in STOCK:
+    if isinstance(layer, FlashAttention):
         return State(True)
+    if kind in STOCK:
+        return State(True, (), _reason_in(layer, replaced_in(layer, *_STEPS)))
     of_class = seams_of(kind)
     if of_class:
-        reasons = {seam: seam.reason_against(kind) for seam in of_class}
+        reasons = {seam: seam.reason_against(kind) or _reason_in(layer, seam.replaced_in(layer)) for seam in of_class}
         reason = next((reason for seam, reason in reasons.items() if reason and seam.needed), None)
         fitting = tuple(seam for seam, reason in reasons.items() if not reason)
         return State(any(seam.attends for seam in of_class), fitting, reason)
@@ -81,6 +94,10 @@ def state(layer) -> State | None:
     if _is_named_attention(kind) and not any(state(inner) for inner in layer._flatten_layers(include_self=False)):
         return State(True, (), f"attn_ops does not know {kind.__name__}")
     return None
+
+
+def _reason_in(layer, replaced):
+    return f"{replaced} of {layer.name} itself was replaced" if replaced else None
 
 
 def _is_named_attention(kind):

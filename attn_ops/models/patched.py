@@ -148,7 +148,7 @@ def _hook():
 
 def _is_patched():
     function = getattr(sys.modules.get(_HOOK), _NAME, None)
-    return getattr(function, "__module__", None) == __name__
+    return function is not None and getattr(function, "itself", None) is function
 
 
 def _replacement(original):
@@ -202,6 +202,7 @@ def _replacement(original):
         return ops.cond(ops.min(ops.cast(in_its_dtype, "float32")) < _BELOW_MASKED, in_keras, here)
 
     dot_product_attention.original = original
+    dot_product_attention.itself = dot_product_attention  # whatever wraps it by functools.wraps has its attributes too
     return dot_product_attention
 
 

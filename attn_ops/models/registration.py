@@ -13,7 +13,7 @@ import sys
 import types
 
 _PACKAGE = "attn_ops"
-# Per class: the module that defines and registers it, and what of Keras it is.
+# Per class: the module that defines and registers it, and what of Keras it is, or None.
 CLASSES = {
     "Attention": ("layers", "Layer"),
     "AttentionLayer": ("layers", "Layer"),
@@ -21,6 +21,7 @@ CLASSES = {
     "AttentionWeights": ("models.operation", "Operation"),
     "GroupedQueryAttention": ("layers", "Layer"),
     "HierarchicalAttention": ("layers", "Layer"),
+    "MaskOfCall": ("layers.score_options", None),
     "MultiHeadAttention": ("layers", "Layer"),
     "RotaryEmbedding": ("layers", "Layer"),
     "ScaledDotProductAttention": ("models.operation", "Operation"),
@@ -44,7 +45,7 @@ def register() -> None:
 
 def _register_with(keras, classes):
     try:
-        kinds = {"Layer": keras.layers.Layer, "Operation": getattr(keras, "Operation", None)}
+        kinds = {"Layer": keras.layers.Layer, "Operation": getattr(keras, "Operation", None), None: object}
         stand_ins = {
             f"{_PACKAGE}>{name}": _stand_in(name, module, kinds[kind]) for name, (module, kind) in classes.items()
         }

@@ -19,6 +19,8 @@ import textwrap
 import tokenize
 from collections.abc import Callable
 
+from attn_ops.layers.base import replaced_in
+
 _LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
 
 
@@ -74,6 +76,10 @@ class Seam:
         cls = self.cls()
         names = (self.method, *self.steps)
         return next((name for name in names if getattr(kind, name, None) is not getattr(cls, name, None)), None)
+
+    def replaced_in(self, layer) -> str | None:
+        """The first of the method and the steps that somebody has put another one of into this very layer, or None."""
+        return replaced_in(layer, self.method, *self.steps)
 
     def fingerprint(self) -> str:
         """That of the code of the method and of the steps, as the class has them now."""
@@ -167,35 +173,39 @@ def install(seam, layer):
 
     @functools.wraps(getattr(layer, method))
     def adapted(*args, **kwargs):
+        if seam.replaced_in(layer):  # since then
+            return stock(*args, **kwargs)
         return seam.adapter(layer, stock, *args, **kwargs)
 
     adapted.seam = seam
+    adapted.put_by_attn_ops = True
     vars(layer)[method] = adapted  # not setattr, which Keras tracks
 
 
 def uninstall(layer) -> bool:
     """Takes away what :func:`install` put into the layer; whether there was anything."""
-    ours = [name for name, x in vars(layer).items() if isinstance(getattr(x, "seam", None), Seam)]
-    for name in ours:
-        del vars(layer)[name]
-    return bool(ours)
+    seams = installed(layer)
+    for seam in seams:
+        del vars(layer)[seam.method]
+    return bool(seams)
 
 
 def installed(layer) -> list[Seam]:
     """The seams that are in effect in this layer, by :func:`install`."""
-    found = (getattr(x, "seam", None) for x in vars(layer).values())
-    return [seam for seam in found if isinstance(seam, Seam)]
+    # Under the method's own name: what wraps it elsewhere in the layer, as a traced function does, has its attributes too.
+    found = ((name, getattr(x, "seam", None)) for name, x in vars(layer).items())
+    return [seam for name, seam in found if isinstance(seam, Seam) and seam.method == name]
 
 
 def in_effect(layer) -> bool:
     """Whether an adapter stands in for this layer's attention, its own or that of its class."""
     kind = type(layer)
     return bool(installed(layer)) or any(
-        issubclass(kind, cls) and hasattr(getattr(kind, method), "stock") for cls, method in _in_classes
+        issubclass(kind, cls) and hasattr(getattr(kind, method), "stock") for cls, method, _ in _in_classes
     )
 
 
-_in_classes: list[tuple[type, str]] = []
+_in_classes: list[tuple[type, str, Callable]] = []
 
 
 def install_in_class(seam):
@@ -208,21 +218,20 @@ def install_in_class(seam):
 
     @functools.wraps(stock)
     def adapted(self, *args, **kwargs):
-        if method in vars(self) or seam.overridden_by(type(self)):
+        if method in vars(self) or seam.overridden_by(type(self)) or seam.replaced_in(self):
             return stock(self, *args, **kwargs)
         return seam.adapter(self, functools.partial(stock, self), *args, **kwargs)
 
     adapted.stock, adapted.inherited = stock, method not in vars(cls)
     setattr(cls, method, adapted)
-    _in_classes.append((cls, method))
+    _in_classes.append((cls, method, adapted))
 
 
 def uninstall_in_classes():
     """Undoes :func:`install_in_class` wherever it was done; a function that somebody else put there since stays."""
     while _in_classes:
-        cls, method = _in_classes.pop()
-        adapted = vars(cls).get(method)
-        if hasattr(adapted, "stock"):
+        cls, method, adapted = _in_classes.pop()
+        if vars(cls).get(method) is adapted:
             if adapted.inherited:
                 delattr(cls, method)
             else:

@@ -142,6 +142,7 @@ def _heard_softmax(name, stock):
             heard.hear(lambda: _given(weights, masks[0] if masks else None))
         return result
 
+    softmax.put_by_attn_ops = True  # and so does not keep ours from the layer
     return softmax
 
 

@@ -1,5 +1,6 @@
 """Config, files and tools of Keras: our layers and the stock ones stand in for each other."""
 
+import copy
 import functools
 import re
 import warnings
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from attn_ops import masks
 from layer_twins import HAS_GATE, HAS_WINDOW, STOCK, ours, random
 
 LAYERS = {
@@ -152,6 +154,33 @@ def test_clone_model_keeps_our_class():
     assert layer.flash_attention is False
 
 
+MASKS = {
+    "causal": masks.causal(),
+    "window and prefix": masks.window(2, 1) & masks.prefix(3),
+    "segments": masks.segments(np.array([0, 0, 1, 1, 1])),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", ["MultiHeadAttention", "GroupedQueryAttention"])
+def test_masks_of_calls_are_saved(tmp_path, name, mask):
+    inputs = keras.Input((5, 6))
+    model = keras.Model(inputs, call(name, ours(name)(**LAYERS[name]), inputs, attention_mask=MASKS[mask]))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert np.abs(loaded(X) - call(name, loaded.layers[-1], X)).max() > 1e-3  # the mask hides something
+    for copied in (loaded, copy.deepcopy(loaded)):
+        np.testing.assert_array_equal(copied(X), model(X))
+
+
+def test_masks_of_calls_that_cannot_be_saved_say_so(tmp_path):
+    inputs = keras.Input((5, 6))
+    mask = masks.from_function(lambda b, h, q, k: q >= k)
+    model = keras.Model(inputs, ours("MultiHeadAttention")(2, 4)(inputs, inputs, attention_mask=mask))
+    with pytest.raises(ValueError, match="holds a Python function, which cannot be saved"):
+        model.save(tmp_path / "model.keras")
+
+
 # Quantized projections and LoRA: what loads back
 
 FILES = {"MultiHeadAttention": "_query_dense", "GroupedQueryAttention": "_query_dense"}
@@ -193,6 +222,18 @@ def test_models_with_some_quantized_projections_load_back(tmp_path, name):
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     [layer] = [layer for layer in loaded.layers if isinstance(layer, ours(name))]
     assert layer._value_dense.quantization_mode == "int8" and layer._query_dense.quantization_mode is None
+    np.testing.assert_array_equal(loaded(X), model(X))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_map_of_policies_with_a_quantized_projection_loads_back(tmp_path, name):
+    policies = keras.dtype_policies.DTypePolicyMap("float32", {"attention/value": keras.dtype_policies.get("float8_from_float32")})
+    inputs = keras.Input((5, 6))
+    layer = ours(name)(**LAYERS[name], name="attention", dtype=policies)
+    model = keras.Model(inputs, call(name, layer, inputs))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.get_layer("attention")._value_dense.quantization_mode == "float8"
     np.testing.assert_array_equal(loaded(X), model(X))
 
 

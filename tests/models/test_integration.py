@@ -1,5 +1,7 @@
 """patch(), unpatch(), patched(), convert() and revert()."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -77,10 +79,12 @@ def test_blocks_that_overlap_end_with_the_last(runs):
     assert runs == [None] * 2
 
 
-def test_a_replacement_by_others_stays():
+@pytest.mark.parametrize("wraps", [functools.wraps, lambda wrapped: lambda function: function], ids=["wraps", "plain"])
+def test_a_replacement_by_others_stays(wraps):
     attn_ops.patch()
     ours_ = backend_nn.dot_product_attention
 
+    @wraps(ours_)
     def other(*args, **kwargs):
         return ours_(*args, **kwargs)
 

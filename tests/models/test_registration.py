@@ -106,7 +106,7 @@ def test_every_registered_class_has_a_stand_in():
     assert mine.keys() == registration.CLASSES.keys()
     for name, (module, kind) in registration.CLASSES.items():
         assert mine[name] is getattr(sys.modules[f"attn_ops.{module}"], name)
-        assert issubclass(mine[name], getattr(keras, kind))
+        assert kind is None or issubclass(mine[name], getattr(keras, kind))
 
 
 def test_a_stand_in_makes_the_class():

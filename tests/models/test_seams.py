@@ -159,6 +159,53 @@ def test_explanation_of_our_layers():
         attn_ops.explain(X[:, :, None])
 
 
+def replace(layer, name):
+    """Puts a method into one layer, as is done to see or to change what a step of the computation gives."""
+    step = getattr(layer, name)
+
+    def replacement(*args, **kwargs):
+        return keras.tree.map_structure(lambda x: x if x is None or x.dtype == bool else 2 * x, step(*args, **kwargs))
+
+    setattr(layer, name, replacement)
+    return layer
+
+
+REPLACED = {
+    "_compute_attention": lambda: keras.layers.MultiHeadAttention(2, 4),
+    "_masked_softmax": lambda: keras.layers.MultiHeadAttention(2, 4, dropout=0.1),
+    "_compute_attention, grouped": lambda: keras.layers.GroupQueryAttention(4, 4, 2),
+    "_compute_attention, subclass": lambda: Cached(2, 4),
+    "_masked_softmax, subclass": lambda: Cached(2, 4, dropout=0.1),
+    "_apply_scores": lambda: keras.layers.Attention(),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after", "patched"])
+@pytest.mark.parametrize("replaced", REPLACED)
+def test_methods_that_were_replaced_in_one_layer_count(replaced, when):
+    name = replaced.partition(",")[0]
+    mask = np.tril(np.ones((2, 6, 6), bool))
+
+    def call(layer):
+        return layer([X, X], mask=[None, mask]) if name == "_apply_scores" else layer(X, X, attention_mask=mask)
+
+    layer, other = REPLACED[replaced](), REPLACED[replaced]()
+    call(layer), call(other)
+    other.set_weights(layer.get_weights())
+    expected = call(replace(layer, name))
+    if when == "before":
+        assert f"{name} of {layer.name} itself was replaced" in str(attn_ops.explain(attn_ops.convert(layer)))
+        out = call(layer)
+    elif when == "after":
+        out = call(replace(attn_ops.convert(other), name))
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing ran fused
+            with attn_ops.patched():
+                out = call(layer)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
 def test_registered_classes():
     layer = PlainAttention()
     expected = layer(X)

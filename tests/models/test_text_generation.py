@@ -110,6 +110,18 @@ def test_the_loop_holds_a_cache_for_each_layer(keras_hub, name):
     assert all(x.shape.rank != 6 for op in body.get_operations() for x in op.outputs)
 
 
+@pytest.mark.parametrize("run", [{"jit_compile": False}, {"run_eagerly": True}], ids=["graph", "eager"])
+def test_what_a_converted_model_has_traced_goes_with_it(keras_hub, run):
+    """A function that is kept in the model wraps the method that was replaced, and has its attributes."""
+    lm, _ = generator(keras_hub, "Llama")
+    lm.compile(sampler="greedy", **run)
+    tokens = np.arange(2 * hub.LENGTH).reshape(2, -1) % 50
+    given = {"token_ids": tokens, "padding_mask": np.arange(hub.LENGTH) < [[5], [9]]}
+    expected = lm.generate(given, stop_token_ids=None)["token_ids"]
+    for change in (attn_ops.convert, attn_ops.revert):
+        np.testing.assert_array_equal(change(lm).generate(given, stop_token_ids=None)["token_ids"], expected)
+
+
 def test_others_see_one_tensor(keras_hub):
     """Who calls the methods of a converted model, or samples in a way of his own; and a model that was reverted."""
     lm, generate = generator(keras_hub, "Llama")
