@@ -70,7 +70,7 @@ TILES = [
     ("weights behind the last key", CPU + "row_lanes.h", "if (kOfTiles<E>) memset(scores + elements<E>(n) * lanes, 0,", "if (kOfTiles<E>) memset(scores + elements<E>(n) * lanes, 60,"),
     ("weights of dq behind the last key", CPU + "pair_weights.h", "memset(of_query.rounded + used * NV * W, 0,", "memset(of_query.rounded + used * NV * W, 60,"),
     ("weights behind the last row", CPU + "backward.h", "if constexpr (kOfTiles<E>) zeros_behind", "if constexpr (false) zeros_behind"),
-    ("columns behind the last one of a query", CPU + "pack.h", "memset(dst + used, 0,", "memset(dst + used, 60,"),
+    ("columns behind the last one of a query", CPU + "pack.h", "memset(dst + used, 0,", "memset(dst + used, 255,"),
     ("keys that are not finite behind the last one", CPU + "key_rows.h", "return kOfTiles<E> && n % kTileNumbers<E> != 0;", "return false;"),
     ("tiles that begin within a group of keys", CPU + "key_rows.h", "kOfTiles<E> ? kTileNumbers<E> : 4", "4"),
     ("rows of tiles in one another's place", CPU + "gemm_tiles.h", "U::template add<r * NV + v, kA, kB>();", "U::template add<r * NV + i, kA, kB>();"),
