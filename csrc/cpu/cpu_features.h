@@ -26,8 +26,10 @@ static inline bool attn_ops_cpu_has_bf16() { return (getauxval(AT_HWCAP2) & 1u <
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 // gcc before 11 and clang before 19 do not know the name f16c: its bit is read instead. Whether the system keeps the
 // registers, AVX says.
@@ -49,9 +51,11 @@ static inline bool attn_ops_cpu_has_avx512bf16() {
 // Tiles of bfloat16, which Linux (from 5.16 on) lets a process use that asks for the memory in which it saves them. It may say no:
 // an older one, one that hides them, or where a thread's signal stack has no room.
 static inline bool attn_ops_cpu_has_amxbf16() {
-#ifdef ATTN_OPS_EMULATED
+#if defined(ATTN_OPS_EMULATED)
   return true;
-#endif
+#elif !defined(__linux__)
+  return false;
+#else
   constexpr unsigned kTile = 1u << 24, kBFloat16 = 1u << 22, kSavesRegisters = 1u << 27;
   constexpr unsigned kTileState = 3u << 17;  // of XCR0
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -60,6 +64,7 @@ static inline bool attn_ops_cpu_has_amxbf16() {
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (kTile | kBFloat16)) != (kTile | kBFloat16)) return false;
   asm volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
   return (eax & kTileState) == kTileState && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#endif
 }
 #define ATTN_OPS_INSTEAD_OF_amxbf16 , attn_ops_cpu_has_amxbf16()
 
