@@ -15,7 +15,7 @@
 namespace attn_ops::cpu {
 namespace {
 
-// f(from, to) for the keys begin .. end, in parts after each of which a matrix unit is kept awake.
+// f(from, to) for the keys begin .. end, in parts of kKeys between which a matrix unit is kept awake.
 template <class E, int kKeys, class F>
 ATTN_INLINE void keeping_awake(int64_t begin, int64_t end, const F& f) {
   if constexpr (kOfTiles<E>) {
@@ -27,7 +27,7 @@ ATTN_INLINE void keeping_awake(int64_t begin, int64_t end, const F& f) {
   f(begin, end);
 }
 
-// The rows of a matrix unit's tiles that meet `rows` rows at most, with all NV vectors: as many as there are tiles for.
+// Rows of tiles whose sums with NV vectors are made side by side: as many as leave two tiles for the factors.
 template <int NV>
 constexpr int kUnitRows = NV == 1 ? 4 : 2;
 

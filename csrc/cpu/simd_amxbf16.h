@@ -34,14 +34,16 @@ struct Tiles {
   }
   // c += a b
   template <int c, int a, int b>
-  static ATTN_INLINE void add_products() {
+  static ATTN_INLINE void add() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
   }
 };
 #endif
 
 template <>
-struct MatrixUnit<Pair> {
+struct MatrixUnit<Pair> : private Tiles {
+  using Tiles::add;
+  using Tiles::zero;
   static constexpr int64_t depth = 16;
   static constexpr int tiles = 8;
 
@@ -63,13 +65,9 @@ struct MatrixUnit<Pair> {
   };
 
   // A unit that has done nothing for some 0.4 us works at half its speed for longer than that: a product that nobody wants, of
-  // 16 cycles, keeps it awake. The tile is zeroed before it is used again.
+  // 16 cycles, keeps it awake. Sums begin with what they put into the tile.
   static ATTN_INLINE void stay_awake() { add<0, tiles - 2, tiles - 1>(); }
 
-  template <int t>
-  static ATTN_INLINE void zero() {
-    Tiles::zero<t>();
-  }
   template <int t, class E>  // a pair, or a sum
   static ATTN_INLINE void load(const E* rows, int64_t ld) {
     Tiles::load<t>(rows, ld * static_cast<int64_t>(sizeof(E)));
@@ -77,10 +75,6 @@ struct MatrixUnit<Pair> {
   template <int t>
   static ATTN_INLINE void store(float* rows, int64_t ld) {
     Tiles::store<t>(rows, ld * static_cast<int64_t>(sizeof(float)));
-  }
-  template <int c, int a, int b>
-  static ATTN_INLINE void add() {
-    Tiles::add_products<c, a, b>();
   }
 };
 

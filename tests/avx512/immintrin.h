@@ -210,7 +210,7 @@ struct Tiles {
   // Sums of the first and of the second numbers of pairs, each in order, and then their sum: as Intel's manual has it, with
   // subnormal numbers as 0.
   template <int c, int a, int b>
-  static void add_products() {
+  static void add() {
     const unsigned mode = _mm_getcsr();
     _mm_setcsr(mode | 0x8040);
     for (int r = 0; r < 16; ++r) {
