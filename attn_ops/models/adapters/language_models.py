@@ -6,7 +6,7 @@ import dataclasses
 
 from attn_ops.models.adapters import by_distance, cached_calls, structure
 from attn_ops.models.adapters.hub_seam import hub_seam
-from attn_ops.models.adapters.projected import Projected, gemma3_window, gemma_scale, symmetric
+from attn_ops.models.adapters.projected import Projected, gemma3_window, gemma_scale, symmetric, where_not_in_op
 
 
 def _attention(module, name, parameters, method="_compute_attention", steps=(), **attributes):
@@ -52,7 +52,7 @@ _ATTENTIONS = (
             f"{_QKV} cache_update_index" + more,
             steps=_WINDOWED,
             groups="num_key_value_groups",
-            window=symmetric(enabled),
+            window=where_not_in_op(symmetric(enabled)),
         )
         for model, name, enabled, more in (
             ("qwen", "QwenAttention", "use_sliding_window_attention", ""),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 
 from keras import ops
 
 from attn_ops.models.adapters import heads, structure
 
+_GATE = "keras_hub.src.utils.keras_utils"
 # What their arguments are called, and what they are.
 _ROLES = {
     **dict.fromkeys(("query", "q", "query_states"), "query"),
@@ -85,6 +87,17 @@ def symmetric(enabled, size="sliding_window_size"):
         return (getattr(layer, size) - 1,) * 2 if getattr(layer, enabled) else None
 
     return window
+
+
+def where_not_in_op(window):
+    """``window`` where the layer computes its softmax itself. Where it calls the op of Keras instead, as on JAX, Qwen's
+    attention forgets its window; what a converted model answers is what the stock one does."""
+
+    def own(layer):
+        asks = getattr(layer, "_use_fused_attention_op", None) or sys.modules[_GATE].fused_attention_op_available
+        return None if asks() else window(layer)
+
+    return own
 
 
 def gemma3_window(layer):
