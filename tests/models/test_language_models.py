@@ -180,6 +180,18 @@ def test_left_padding_of_decoders_that_share_a_mask_is_not_lost(keras_hub):
     np.testing.assert_allclose(free, attn_ops.revert(decoder)(x, use_causal_mask=False), atol=1e-5)
 
 
+def test_rows_that_a_mask_of_the_users_empties(keras_hub):
+    """They are 0 where the stock layer computes its softmax itself, and the mean of the values where it calls Keras's op."""
+    from keras_hub.src.models.llama.llama_decoder import LlamaTransformerDecoder
+
+    decoder = LlamaTransformerDecoder(32, 4, 2)
+    x = np.random.default_rng(0).normal(size=(2, 6, 16)).astype("float32")
+    mask = np.arange(6)[:, None] > np.arange(6) + np.array([1, 3])[:, None, None]
+    expected = decoder(x, decoder_attention_mask=mask)
+    attn_ops.convert(decoder)
+    np.testing.assert_allclose(decoder(x, decoder_attention_mask=mask), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_biases_of_falcon_are_slopes_where_no_key_is_padding(keras_hub, padded, monkeypatch):
     """Its biases count real keys: where padding has holes, slopes would not."""

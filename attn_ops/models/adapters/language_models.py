@@ -6,7 +6,7 @@ import dataclasses
 
 from attn_ops.models.adapters import by_distance, cached_calls, structure
 from attn_ops.models.adapters.hub_seam import hub_seam
-from attn_ops.models.adapters.projected import Projected, gemma3_window, gemma_scale, symmetric, where_not_in_op
+from attn_ops.models.adapters.projected import Projected, calls_op, gemma3_window, gemma_scale, symmetric, where_not_in_op
 
 
 def _attention(module, name, parameters, method="_compute_attention", steps=(), **attributes):
@@ -44,6 +44,7 @@ _ATTENTIONS = (
         f"{_QKV} training",
         steps=_MASKED,
         dropout="_attn_dropout_layer",
+        in_op=lambda layer: layer.dropout == 0 and calls_op(layer),
     ),
     *(
         _attention(
@@ -115,6 +116,7 @@ _ATTENTIONS = (
         groups="num_key_value_groups",
         window=lambda layer: (layer.sliding_window, None) if (layer.sliding_window or 0) > 0 else None,
         sinks="sinks",
+        in_op=lambda layer: False,
     ),
 )
 

@@ -23,6 +23,13 @@ _ROLES = {
 }
 
 
+def calls_op(layer):
+    """Whether the method calls `keras.ops.dot_product_attention`, as on JAX, instead of a softmax of its own: its rows
+    without keys are the mean of the values then, not 0."""
+    asks = getattr(layer, "_use_fused_attention_op", None) or sys.modules[_GATE].fused_attention_op_available
+    return asks()
+
+
 @dataclasses.dataclass(frozen=True)
 class Projected:
     """The adapter of such a method, from the names of the layer's attributes that say what it computes.
@@ -38,6 +45,7 @@ class Projected:
         soft_cap, sinks: attributes, None or as attn_ops has them.
         dropout: the attribute with the layer of dropout on the weights.
         additive: whether masks are added to the scores, `[batch, num_heads or 1, seqlen_q, seqlen_k]`.
+        in_op: a function of the layer: :func:`calls_op`.
     """
 
     parameters: tuple[str, ...]
@@ -48,6 +56,7 @@ class Projected:
     sinks: str | None = None
     dropout: str | None = None
     additive: bool = False
+    in_op: Callable = calls_op
 
     def __call__(self, layer, stock, *args, **kwargs):
         given = dict(zip(self.parameters, args)) | kwargs
@@ -62,6 +71,9 @@ class Projected:
             key, value = heads.ungrouped(query, key, value, getattr(layer, self.groups))
         dropout = None if self.dropout is None else getattr(layer, self.dropout)
         more = {**options, **self.score_options(layer)}
+        # Of what a mask is known to be made of, only padding has rows without keys. (A window at an offset leaves a key.)
+        if structure.of(call.get("mask")) is None and "query_offset" not in options:
+            more["means"] = self.in_op(layer)
         return heads.attention(query, key, value, dropout=dropout, training=call.get("training"), **more)[0]
 
     def masks(self, layer, mask, index):
@@ -90,14 +102,9 @@ def symmetric(enabled, size="sliding_window_size"):
 
 
 def where_not_in_op(window):
-    """``window`` where the layer computes its softmax itself. Where it calls the op of Keras instead, as on JAX, Qwen's
-    attention forgets its window; what a converted model answers is what the stock one does."""
-
-    def own(layer):
-        asks = getattr(layer, "_use_fused_attention_op", None) or sys.modules[_GATE].fused_attention_op_available
-        return None if asks() else window(layer)
-
-    return own
+    """``window`` where the layer computes its softmax itself. Where it calls the op of Keras, Qwen's attention forgets its
+    window; what a converted model answers is what the stock one does."""
+    return lambda layer: None if calls_op(layer) else window(layer)
 
 
 def gemma3_window(layer):
