@@ -36,7 +36,7 @@ class Options(typing.NamedTuple):
             [batch, 1, 1, seqlen_k] costs only itself. Rank 2 is [seqlen_q, seqlen_k] even where the batch is as large as
             seqlen_q: a mask [batch, seqlen_k] of the keys goes through `attn_ops.masks.key_padding`.
         scale: of the scores; None means 1/sqrt(head_dim). A Python number keeps double precision. A scalar tensor
-            is multiplied into the query.
+            is multiplied into the query, and the product rounded to the query's dtype (16 bits: by up to 1 / 256).
         is_causal: row i sees no key after its own position.
         causal_alignment: where row i stands among the keys: "top_left" at key i (Keras, PyTorch), "bottom_right" at
             key i + length_k - length_q, so that the last row stands at the last key (FlashAttention, decoding). Where

@@ -52,14 +52,31 @@ class PagedKVCache:
     def __init__(self, layer_pages, layout, framework):
         """See `create`."""
         self.pages, self.layout = list(layer_pages), layout
-        self._xp = importlib.import_module(f"attn_ops.{framework}.xp")
-        self._append = append_module(framework).append_to_pages
+        self._use(framework)
         self.num_pages, _, self.page_size, _ = canonical(self._xp.extents(self._memory(0)[0]), layout)
         self._sharers = np.zeros(self.num_pages, np.int32)  # of each page
         self._free = list(range(self.num_pages))[::-1]
         self._tables: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
         self._next = 0
+
+    def _use(self, framework):
+        self._framework = framework
+        self._xp = importlib.import_module(f"attn_ops.{framework}.xp")
+        self._append = append_module(framework).append_to_pages
+
+    def __getstate__(self):
+        """For `copy` and `pickle`: books of its own. Modules cannot be in them."""
+        books = {"pages": list(self.pages), "_free": list(self._free), "_sharers": self._sharers.copy()}
+        books |= {"_tables": {s: list(table) for s, table in self._tables.items()}, "_lengths": dict(self._lengths)}
+        return {name: x for name, x in vars(self).items() if name not in ("_xp", "_append")} | books
+
+    def __setstate__(self, state):
+        """Pages in memory of their own: what is written in place would be in both, and `copy` shares tensors."""
+        vars(self).update(state)
+        self._use(self._framework)
+        own = append_module(self._framework).owned
+        self.pages = [paging.pages_of(own(self._memory(layer))) for layer in range(len(self.pages))]
 
     @classmethod
     def create(

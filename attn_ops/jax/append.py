@@ -71,8 +71,17 @@ def zeros(name, key_shape, value_shape, dtype):
 
 
 def copied(cache):
-    """``cache`` in memory of its own."""
-    return cache.with_memory([jnp.array(x, copy=True) for x in cache.memory])
+    """``cache`` in memory of its own, lengths too: whoever donates one of the two keeps the other."""
+    return jax.tree.map(_own, cache)
+
+
+def owned(memory):
+    """These arrays in memory of their own."""
+    return [*map(_own, memory)]
+
+
+def _own(x):
+    return jnp.array(x, copy=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

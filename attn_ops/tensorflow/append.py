@@ -148,7 +148,12 @@ def zeros(name, key_shape, value_shape, dtype):
 def copied(cache):
     """``cache`` in memory of its own."""
     written = _new(tf.shape(cache.lengths), tf.int32) - 1
-    return cache.with_memory([_new(tf.shape(x), x.dtype) + x for x in cache.memory], written=written)
+    return cache.with_memory(owned(cache.memory), written=written)
+
+
+def owned(memory):
+    """These arrays in memory of their own."""
+    return [_new(tf.shape(x), x.dtype) + x for x in memory]
 
 
 def _new(shape, dtype):

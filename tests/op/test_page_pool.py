@@ -1,6 +1,8 @@
 """attn_ops.PagedKVCache: sequences that come, share pages and go, against lists of rows in Python."""
 
+import copy
 import importlib
+import pickle
 
 import int8_rows
 import numpy as np
@@ -252,3 +254,21 @@ def test_without_a_copy_in_tensorflow(rng):
     for _ in range(3):
         cache.append(sequence, *rows(rng, 20))
     assert [np.asarray(memoryview(x)).ctypes.data for x in cache.pages[0]] == before
+
+
+@each_framework
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_has_pages_and_books_of_its_own(framework, copied):
+    rng = np.random.default_rng(4)
+    cache = new_cache(framework)
+    one, more, others = rows(rng, 3), rows(rng, 2), rows(rng, 2)
+    sequence = cache.allocate()
+    cache.append(sequence, *one)
+    again = copied(cache)
+    again.append(again.fork(sequence), *others)
+    again.append(sequence, *more)
+    check(cache, {sequence: one})
+    cache.append(sequence, *others)
+    check(cache, {sequence: [np.concatenate(x) for x in zip(one, others)]})
+    both = {sequence: more, again.sequences[-1]: others}
+    check(again, {s: [np.concatenate(x) for x in zip(one, rest)] for s, rest in both.items()})

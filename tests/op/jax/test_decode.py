@@ -81,6 +81,15 @@ def test_memory_is_taken_over_and_a_copy_is_not():
     close(rewound.key[:, :2], KEY[:, [0, 5]])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_copy_may_be_donated(dtype):
+    first = jax_caches.new_cache(dtype, window=3).update(array(KEY[:, :2]), array(VALUE[:, :2]))
+    step = step_of("jit")
+    step(array(QUERY[:, 2:3]), first.copy(), array(KEY[:, 2:3]), array(VALUE[:, 2:3]))
+    assert first.lengths.tolist() == [2] * len(KEY) and not any(x.is_deleted() for x in jax.tree.leaves(first))
+    step(array(QUERY[:, 2:3]), first, array(KEY[:, 2:3]), array(VALUE[:, 2:3]))
+
+
 def test_pytrees():
     cache = new_cache(layout="BHSD", window=3)
     assert len(jax.tree_util.tree_leaves(cache)) == 3
