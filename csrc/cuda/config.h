@@ -80,16 +80,19 @@ constexpr bool second_stage_replaces(Math m, int dim, bool plain, bool queries_s
   return keeps_operands(m, dim, plain, queries_stay) &&
          backward_stages(m, dim, backward_tile(m, dim, plain, queries_stay)) == 2;
 }
-// Beside the tiles, of each row that passes: its flag, and of query rows what is known of them (StreamedRows), for two
-// stages.
-constexpr int told_rows_bytes(int rows) { return 24 * rows + 16; }
+// Of query rows that pass, what is told of each in each stage, and what is made of it for the tile at hand
+// (StreamedRows). Three numbers; a fourth leaves them aligned, so that they are one load, without which heads of 256
+// spilled (not plain: sm_80, sm_90a, 13.0), and with which two blocks of 64 would not share 100 KB (plain).
+constexpr int told_numbers(bool plain) { return plain ? 3 : 4; }
+constexpr int told_rows_bytes(int rows, bool plain) { return 4 * told_numbers(plain) * rows; }
+constexpr int finished_rows_bytes(int rows) { return 6 * rows + 16; }
 
-// What of the tiles, what is known of rows, and flags needs a place of its own.
+// What of the tiles and of what is told of rows needs a place of its own; what is made of that, and a flag of each row.
 constexpr int backward_shared_bytes(Math m, int dim, bool plain, bool queries_stay) {
   const Tile t = backward_tile(m, dim, plain, queries_stay);
   const int stages = second_stage_replaces(m, dim, plain, queries_stay) ? 1 : backward_stages(m, dim, t);
-  const int told = queries_stay ? 0 : second_stage_replaces(m, dim, plain, queries_stay) ? 1 : 2;
-  return backward_tiles_bytes(m, dim, t, stages) + told * told_rows_bytes(t.block_n) + t.block_n;
+  const int of_rows = queries_stay ? 0 : stages * told_rows_bytes(t.block_n, plain) + finished_rows_bytes(t.block_n);
+  return backward_tiles_bytes(m, dim, t, stages) + of_rows + t.block_n;
 }
 // Two gradients of this many columns do not fit the registers: dk and dv are then made by blocks of their own.
 constexpr bool splits_dk_dv(Math m, int dim) { return dim > (element_bytes(m) == 2 ? 128 : 96); }

@@ -372,7 +372,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
         [&] {
           if constexpr (Shape::kKeeps) keep(kept_q, q, kept_d_out, d_out, warp_row);
         },
-        [](int) {},
+        [](int, int) {},
         [&](int key, int stage) {
           const bool sees_all = kPlain && block.sees_all(key, kBlockN);
 #pragma unroll 1
