@@ -23,7 +23,10 @@ struct BackwardShape {
   // Where the host counts on operands that are kept, and they are not, there is room for one stage.
   static constexpr bool kReplaces = second_stage_replaces(M::kMath, kDim, kPlain, kQueriesStay);
   static constexpr int kStages = kReplaces && !kKeeps ? 1 : backward_stages(M::kMath, kDim, kTile);
-  static constexpr int kStep = kKeeps ? kept_step<kDim>(kQueriesStay) : kBlockN;  // of what passes, at a time
+  // What is taken of a tile that passes, at a time. Beside masks, two sums of 128 columns have registers for 16 keys.
+  static constexpr bool kHasTwoSums = kQueriesStay && passes_once(M::kMath, kDim, kPlain);
+  static constexpr int kUnkeptStep = kHasTwoSums && !kPlain && kDim == 128 ? 16 : kBlockN;
+  static constexpr int kStep = kKeeps ? kept_step<kDim>(kQueriesStay) : kUnkeptStep;
   static constexpr int kMmaM = kBlockM / 16 / kTile.warps, kMmaN = kStep / 8;
 };
 

@@ -50,7 +50,7 @@ constexpr bool has_tf32(int dim) { return dim <= 128; }
 constexpr bool sums_delta(Math m) { return m != Math::kFloat32; }
 
 // Whether keys pass once in that kernel all the same, since there are registers for a second sum (query_gradient.cuh).
-constexpr bool passes_once(Math m, int dim, bool plain) { return element_bytes(m) == 2 && dim <= (plain ? 128 : 96); }
+constexpr bool passes_once(Math m, int dim, bool plain) { return element_bytes(m) == 2 && dim <= (plain ? 192 : 128); }
 // Whether a warp of the kernels of dq (queries_stay) or of dk and dv has what stays in registers throughout, as operands;
 // it takes some of what passes at a time (keeps_operands of workarounds.cuh says where it cannot).
 constexpr bool keeps_operands(Math m, int dim, bool plain, bool queries_stay) {
@@ -60,8 +60,8 @@ constexpr bool keeps_operands(Math m, int dim, bool plain, bool queries_stay) {
 
 // Backward: queries and the gradient of the output stay and keys and values pass (dq), or the reverse (dk, dv).
 constexpr Tile backward_tile(Math m, int dim, bool plain, bool queries_stay) {
-  // Parts of ds: 32 columns spill on sm_120, and in plain float16 calls of 192 on sm_100.
-  if (element_bytes(m) == 2 && (dim > 192 || (plain && m == Math::kFloat16 && dim == 192))) return Tile{64, 16, 4};
+  // Parts of ds: 32 columns spill on sm_120. Two sums of 192 columns: so do 32 keys, everywhere.
+  if (element_bytes(m) == 2 && (dim > 192 || (plain && dim == 192 && queries_stay))) return Tile{64, 16, 4};
   if (element_bytes(m) == 2) {
     if (plain && dim <= 64) return queries_stay ? Tile{64, 64, 4} : Tile{128, 32, 4};
     return {64, 32, 4};

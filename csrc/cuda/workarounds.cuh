@@ -72,7 +72,7 @@ constexpr bool has_one_address() {
 #if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 1200
 constexpr int kLargestSinglePass = 96;
 #else
-constexpr int kLargestSinglePass = 128;
+constexpr int kLargestSinglePass = 192;
 #endif
 
 // Whether operands are kept where config.h has them so: by NVRTC 12.9, at head dim 128, dk and dv spilled 20 to 28 bytes on
