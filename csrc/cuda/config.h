@@ -97,6 +97,10 @@ constexpr int backward_shared_bytes(Math m, int dim, bool plain, bool queries_st
 // Two gradients of this many columns do not fit the registers: dk and dv are then made by blocks of their own.
 constexpr bool splits_dk_dv(Math m, int dim) { return dim > (element_bytes(m) == 2 ? 128 : 96); }
 
+// Whether there is a kernel that makes all three gradients, for small calls: where delta is known before, of the head
+// dims that small models have.
+constexpr bool makes_all_gradients(Math m, int dim) { return m == Math::kFloat32 && dim == 64; }
+
 // Decode: few query rows; each warp streams its own keys and values through a ring of tiles.
 constexpr int kDecodeRows = 16;
 constexpr int kDecodeWarps = 4;

@@ -21,8 +21,8 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
 
   const BackwardParams& b = args.b;
   const AttentionParams& p = b.forward;
-  const Head head(p, args.factors, args.rows, block / args.rows.tiles);
-  const int first_key = block % args.rows.tiles * kKeys;
+  const Head head(p, args.factors, args.rows, block / args.key_tiles);
+  const int first_key = block % args.key_tiles * kKeys;
   const int warp_key = warp_index() * 16 * kMmaM;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const int limit = head.rows_in_length();
@@ -113,7 +113,8 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
     sync_warp();
     write_acc<M, kDim, kMmaM>(tile, warp_key, gradient, factors);
     sync_warp();
-    const KeyRows<Element> target(view, again(head, block), first_key, static_cast<int>(p.seqlen_k), aligned);
+    const Head own = again(head, block, args.key_tiles);
+    const KeyRows<Element> target(view, own, first_key, static_cast<int>(p.seqlen_k), aligned);
     store_rows<M, kDim>(tile, warp_key, 16 * kMmaM, target, dim);
   };
   if (kWantsDk) store(k, dk, args.factors.scale, b.dk, args.aligned.dk, head_dim);

@@ -14,7 +14,7 @@ import count  # noqa: E402
 
 KERNELS = [
     *("forward_bf16_64_plain", "dq_bf16_64_plain", "dkdv_bf16_64_plain", "forward_f32_64_plain", "decode_bf16_64"),
-    *("forward_bf16_128_plain", "dq_bf16_128_plain", "dkdv_bf16_128_plain", "decode_f16_128", "dkdv_f32_64"),
+    *("forward_bf16_128_plain", "dq_bf16_128_plain", "dkdv_bf16_128_plain", "decode_f16_128", "dqkv_f32_64"),
 ]
 ALLOWED = 0.05
 
