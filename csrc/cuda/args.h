@@ -22,7 +22,7 @@ struct Aligned {
 struct Rows {
   Divisor group;
   int32_t count = 0;  // seqlen_q * group_size
-  int32_t tiles = 0;  // of the kernel's rows (or, where keys stay, of its keys)
+  int32_t tiles = 0;  // of the kernel's rows (or, of Hopper's where keys stay, of its keys)
 };
 
 // What would be computed by every thread, and in double precision, which many cards hardly have.
@@ -63,6 +63,8 @@ struct BackwardArgs {
   Factors factors;
   Rows rows;
   Aligned aligned;
+  int32_t key_tiles = 0;  // of a head, where keys stay
+  int32_t key_blocks = 0;  // the first so many of a launch that makes dq as well make dk and dv (all_gradients.cuh)
   float* delta = nullptr;  // [batch, num_heads, seqlen_q]: rowsum(p * dp) - d_lse
   int32_t parts = 1;  // that the rows of a head are cut into for the gradient of relative_bias
   float* partial_tables = nullptr;  // [parts, num_heads, 2 relative_reach + 1], of more than one part

@@ -23,18 +23,23 @@ struct BackwardShape {
   // Where the host counts on operands that are kept, and they are not, there is room for one stage.
   static constexpr bool kReplaces = second_stage_replaces(M::kMath, kDim, kPlain, kQueriesStay);
   static constexpr int kStages = kReplaces && !kKeeps ? 1 : backward_stages(M::kMath, kDim, kTile);
-  static constexpr int kStep = kKeeps ? kept_step<kDim>(kQueriesStay) : kBlockN;  // of what passes, at a time
+  // What is taken of a tile that passes, at a time. Beside masks, two sums of 128 columns have registers for 16 keys.
+  static constexpr bool kHasTwoSums = kQueriesStay && passes_once(M::kMath, kDim, kPlain);
+  static constexpr int kUnkeptStep = kHasTwoSums && !kPlain && kDim == 128 ? 16 : kBlockN;
+  static constexpr int kStep = kKeeps ? kept_step<kDim>(kQueriesStay) : kUnkeptStep;
   static constexpr int kMmaM = kBlockM / 16 / kTile.warps, kMmaN = kStep / 8;
 };
 
-// The two arrays of rows that stay, and the two of those that pass, for each stage; behind them what is known of query rows
-// that pass, for each stage, and flags. Where the second stage replaces what stays, so does what is known of its rows.
+// The two arrays of rows that stay, and the two of those that pass, for each stage; behind them what is told of query rows
+// that pass, for each stage, what is made of it, and flags. Where the second stage replaces what stays, so does what is
+// told of its rows.
 template <class M, int kDim, bool kPlain, bool kQueriesStay>
 struct BackwardTiles {
   using Shape = BackwardShape<M, kDim, kPlain, kQueriesStay>;
   using T = SharedTile<M, kDim>;
   static constexpr int kStationary = 2 * Shape::kBlockM, kStreamed = 2 * Shape::kBlockN;  // rows
-  static constexpr int kToldBytes = kQueriesStay ? 0 : told_rows_bytes(Shape::kBlockN);
+  static constexpr int kToldBytes = kQueriesStay ? 0 : told_rows_bytes(Shape::kBlockN, kPlain);
+  static constexpr int kFinishedBytes = kQueriesStay ? 0 : finished_rows_bytes(Shape::kBlockN);
   static_assert(!Shape::kReplaces || kStreamed * T::kRowBytes + kToldBytes <= kStationary * T::kRowBytes, "no place");
 
   ATTN_DEVICE T stationary(int which) const { return {shared_memory() + which * Shape::kBlockM * T::kRowBytes}; }
@@ -46,7 +51,8 @@ struct BackwardTiles {
     if (Shape::kReplaces) return streamed(0, stage).data + kStreamed * T::kRowBytes;
     return streamed(0, Shape::kStages).data + stage * kToldBytes;
   }
-  ATTN_DEVICE Flags flags() const { return reinterpret_cast<Flags>(Shape::kReplaces ? told(0) + kToldBytes : told(2)); }
+  ATTN_DEVICE char* finished() const { return told(Shape::kReplaces ? 0 : Shape::kStages - 1) + kToldBytes; }
+  ATTN_DEVICE Flags flags() const { return reinterpret_cast<Flags>(finished() + kFinishedBytes); }
 };
 
 // Rows of the two tiles that stay, from a warp's `first` on, as operands in its registers. The tiles are on their way; their
@@ -63,8 +69,8 @@ ATTN_DEVICE void keep(LeftOperands<M, kDim, kMmaM>& a, const SharedTile<M, kDim>
 
 // Runs `compute(column, stage)` for columns begin, next_from(begin + kBlockN), ... below end, each after
 // `load(column, stage)` has brought its tiles: while the ones before are computed with, where there is room for two
-// stages. Between the two, before others see it, a thread may change what it has copied itself: `arrive(stage)`. While
-// nothing but the first tiles is on its way, `begun()`.
+// stages. Between the two, before others see it, a thread may change what it has copied itself, and what all are done
+// with: `arrive(column, stage)`. While nothing but the first tiles is on its way, `begun()`.
 template <int kStages, int kBlockN, class Next, class Load, class Begun, class Arrive, class Compute>
 ATTN_DEVICE void stream(int begin, int end, Next next_from, Load load, Begun begun, Arrive arrive, Compute compute) {
   int stage = 0;
@@ -81,7 +87,7 @@ ATTN_DEVICE void stream(int begin, int end, Next next_from, Load load, Begun beg
     } else {
       copy_async_wait<0>();
     }
-    arrive(stage);
+    arrive(column, stage);
     sync_block();
     compute(column, stage);
     sync_block();

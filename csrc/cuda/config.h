@@ -50,7 +50,7 @@ constexpr bool has_tf32(int dim) { return dim <= 128; }
 constexpr bool sums_delta(Math m) { return m != Math::kFloat32; }
 
 // Whether keys pass once in that kernel all the same, since there are registers for a second sum (query_gradient.cuh).
-constexpr bool passes_once(Math m, int dim, bool plain) { return element_bytes(m) == 2 && dim <= (plain ? 128 : 96); }
+constexpr bool passes_once(Math m, int dim, bool plain) { return element_bytes(m) == 2 && dim <= (plain ? 192 : 128); }
 // Whether a warp of the kernels of dq (queries_stay) or of dk and dv has what stays in registers throughout, as operands;
 // it takes some of what passes at a time (keeps_operands of workarounds.cuh says where it cannot).
 constexpr bool keeps_operands(Math m, int dim, bool plain, bool queries_stay) {
@@ -60,8 +60,8 @@ constexpr bool keeps_operands(Math m, int dim, bool plain, bool queries_stay) {
 
 // Backward: queries and the gradient of the output stay and keys and values pass (dq), or the reverse (dk, dv).
 constexpr Tile backward_tile(Math m, int dim, bool plain, bool queries_stay) {
-  // Parts of ds: 32 columns spill on sm_120, and in plain float16 calls of 192 on sm_100.
-  if (element_bytes(m) == 2 && (dim > 192 || (plain && m == Math::kFloat16 && dim == 192))) return Tile{64, 16, 4};
+  // Parts of ds: 32 columns spill on sm_120. Two sums of 192 columns: so do 32 keys, everywhere.
+  if (element_bytes(m) == 2 && (dim > 192 || (plain && dim == 192 && queries_stay))) return Tile{64, 16, 4};
   if (element_bytes(m) == 2) {
     if (plain && dim <= 64) return queries_stay ? Tile{64, 64, 4} : Tile{128, 32, 4};
     return {64, 32, 4};
@@ -80,19 +80,26 @@ constexpr bool second_stage_replaces(Math m, int dim, bool plain, bool queries_s
   return keeps_operands(m, dim, plain, queries_stay) &&
          backward_stages(m, dim, backward_tile(m, dim, plain, queries_stay)) == 2;
 }
-// Beside the tiles, of each row that passes: its flag, and of query rows what is known of them (StreamedRows), for two
-// stages.
-constexpr int told_rows_bytes(int rows) { return 24 * rows + 16; }
+// Of query rows that pass, what is told of each in each stage, and what is made of it for the tile at hand
+// (StreamedRows). Three numbers; a fourth leaves them aligned, so that they are one load, without which heads of 256
+// spilled (not plain: sm_80, sm_90a, 13.0), and with which two blocks of 64 would not share 100 KB (plain).
+constexpr int told_numbers(bool plain) { return plain ? 3 : 4; }
+constexpr int told_rows_bytes(int rows, bool plain) { return 4 * told_numbers(plain) * rows; }
+constexpr int finished_rows_bytes(int rows) { return 6 * rows + 16; }
 
-// What of the tiles, what is known of rows, and flags needs a place of its own.
+// What of the tiles and of what is told of rows needs a place of its own; what is made of that, and a flag of each row.
 constexpr int backward_shared_bytes(Math m, int dim, bool plain, bool queries_stay) {
   const Tile t = backward_tile(m, dim, plain, queries_stay);
   const int stages = second_stage_replaces(m, dim, plain, queries_stay) ? 1 : backward_stages(m, dim, t);
-  const int told = queries_stay ? 0 : second_stage_replaces(m, dim, plain, queries_stay) ? 1 : 2;
-  return backward_tiles_bytes(m, dim, t, stages) + told * told_rows_bytes(t.block_n) + t.block_n;
+  const int of_rows = queries_stay ? 0 : stages * told_rows_bytes(t.block_n, plain) + finished_rows_bytes(t.block_n);
+  return backward_tiles_bytes(m, dim, t, stages) + of_rows + t.block_n;
 }
 // Two gradients of this many columns do not fit the registers: dk and dv are then made by blocks of their own.
 constexpr bool splits_dk_dv(Math m, int dim) { return dim > (element_bytes(m) == 2 ? 128 : 96); }
+
+// Whether there is a kernel that makes all three gradients, for small calls: where delta is known before, of the head
+// dims that small models have.
+constexpr bool makes_all_gradients(Math m, int dim) { return m == Math::kFloat32 && dim == 64; }
 
 // Decode: few query rows; each warp streams its own keys and values through a ring of tiles.
 constexpr int kDecodeRows = 16;

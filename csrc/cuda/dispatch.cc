@@ -180,11 +180,16 @@ int launch_backward(const BackwardParams& b, const Device& device, void* stream,
   const int64_t row_tiles = ceil_div(num_rows(p), backward_tile(math, dim, plain, true).block_m);
   const int64_t key_tiles = ceil_div(p.seqlen_k, backward_tile(math, dim, plain, false).block_m);
   args.rows = rows_of(p, row_tiles);
-  code = launch(device, {Role::kQueryGradient, math, dim, plain}, heads * row_tiles, stream, &args);
-  if (code != 0) return code;
-  args.rows = rows_of(p, key_tiles);
-  code = launch(device, {Role::kKeyGradients, math, dim, plain}, heads * key_tiles * (splits_dk_dv(math, dim) ? 2 : 1),
-                stream, &args);
+  args.key_tiles = static_cast<int32_t>(key_tiles);
+  const int64_t dq_blocks = heads * row_tiles, key_blocks = heads * key_tiles * (splits_dk_dv(math, dim) ? 2 : 1);
+  const KernelName all{Role::kAllGradients, math, dim, plain};
+  if (joins_gradients(all, dq_blocks, key_blocks, device)) {
+    args.key_blocks = static_cast<int32_t>(key_blocks);
+    code = launch(device, all, dq_blocks + key_blocks, stream, &args);
+  } else {
+    code = launch(device, {Role::kQueryGradient, math, dim, plain}, dq_blocks, stream, &args);
+    if (code == 0) code = launch(device, {Role::kKeyGradients, math, dim, plain}, key_blocks, stream, &args);
+  }
   if (code == 0 && b.d_sinks != nullptr) {
     code = launch(device, {Role::kSinkGradient, Math::kFloat32, 0}, p.num_heads, stream, &args);
   }

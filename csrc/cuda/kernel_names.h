@@ -13,6 +13,7 @@ enum class Role : int32_t {
   kDelta,
   kQueryGradient,
   kKeyGradients,
+  kAllGradients,
   kBiasGradient,
   kSinkGradient,
   kDistanceGradient,
@@ -20,9 +21,10 @@ enum class Role : int32_t {
   kDecodeF16Keys,  // of float32 queries
   kDecodeBF16Keys
 };
-constexpr int kNumRoles = 11;
-constexpr const char* kRoleNames[kNumRoles] = {"forward", "decode", "delta",  "dq",         "dkdv",          "dbias",
-                                               "dsinks",  "dtable", "dtable_sum", "decode_of_f16", "decode_of_bf16"};
+constexpr int kNumRoles = 12;
+constexpr const char* kRoleNames[kNumRoles] = {"forward", "decode", "delta",  "dq",     "dkdv",       "dqkv",
+                                               "dbias",   "dsinks", "dtable", "dtable_sum", "decode_of_f16",
+                                               "decode_of_bf16"};
 constexpr bool is_without_products(Role r) {
   return r == Role::kDelta || r == Role::kSinkGradient || r == Role::kTableSum;
 }
@@ -63,9 +65,10 @@ constexpr BlockShape block_shape(const KernelName& k) {
     case Role::kSinkGradient: return {kSinkThreads, kSinkSharedBytes};
     case Role::kTableSum: return {kTableThreads, 0};
     default: {
-      const bool queries_stay = k.role != Role::kKeyGradients;
-      return {backward_tile(k.math, k.dim, k.plain, queries_stay).threads(),
-              backward_shared_bytes(k.math, k.dim, k.plain, queries_stay)};
+      const bool queries_stay = k.role != Role::kKeyGradients && k.role != Role::kAllGradients;
+      const int own = backward_shared_bytes(k.math, k.dim, k.plain, queries_stay);
+      const int of_dq = k.role == Role::kAllGradients ? backward_shared_bytes(k.math, k.dim, k.plain, true) : 0;
+      return {backward_tile(k.math, k.dim, k.plain, queries_stay).threads(), own > of_dq ? own : of_dq};
     }
   }
 }

@@ -1,12 +1,11 @@
 // All kernels, instantiated: one translation unit, compiled once per architecture into one cubin. dispatch.cc knows
 // their names.
+#include "all_gradients.cuh"
 #include "bias_gradient.cuh"
 #include "decode.cuh"
 #include "delta.cuh"
 #include "distance_gradient.cuh"
 #include "forward.cuh"
-#include "key_gradients.cuh"
-#include "query_gradient.cuh"
 #include "sink_gradient.cuh"
 
 namespace attn_ops::cuda {
@@ -36,6 +35,9 @@ namespace attn_ops::cuda {
 #define DKDV(math, M, dim) BACKWARD(attn_ops_dkdv_##math##_##dim, key_gradients, math, M, dim, false, false)
 #define DKDV_PLAIN(math, M, dim) \
   BACKWARD(attn_ops_dkdv_##math##_##dim##_plain, key_gradients, math, M, dim, true, false)
+#define DQKV(math, M, dim) BACKWARD(attn_ops_dqkv_##math##_##dim, all_gradients, math, M, dim, false, false)
+#define DQKV_PLAIN(math, M, dim) \
+  BACKWARD(attn_ops_dqkv_##math##_##dim##_plain, all_gradients, math, M, dim, true, false)
 
 #define DECODE(math, M, dim) \
   ATTN_KERNEL(attn_ops_decode_##math##_##dim, 32 * kDecodeWarps, DecodeArgs) { decode<M, dim>(args); }
@@ -67,6 +69,8 @@ FOR_ALL(DQ)
 FOR_ALL(DQ_PLAIN)
 FOR_ALL(DKDV)
 FOR_ALL(DKDV_PLAIN)
+DQKV(f32, F32, 64)  // makes_all_gradients() of config.h
+DQKV_PLAIN(f32, F32, 64)
 FOR_EXACT(DECODE)
 FOR_EACH_DIM(DECODE_OF_F16, f32, F32)
 FOR_EACH_DIM(DECODE_OF_BF16, f32, F32)

@@ -21,8 +21,8 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
 
   const BackwardParams& b = args.b;
   const AttentionParams& p = b.forward;
-  const Head head(p, args.factors, args.rows, block / args.rows.tiles);
-  const int first_key = block % args.rows.tiles * kKeys;
+  const Head head(p, args.factors, args.rows, block / args.key_tiles);
+  const int first_key = block % args.key_tiles * kKeys;
   const int warp_key = warp_index() * 16 * kMmaM;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const int limit = head.rows_in_length();
@@ -40,7 +40,9 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
   const auto d_outs = [&](int first) {
     return QueryRows<const Element>(b.d_out, head, first, limit, args.aligned.d_out);
   };
-  const auto streamed_rows = [&](int stage) { return StreamedRows<kRows>(tiles.told(stage)); };
+  const auto streamed_rows = [&](int stage) {
+    return StreamedRows<kRows, kKeys, kPlain>(tiles.told(stage), tiles.finished(), first_key);
+  };
 
   LeftOperands<M, kDim, kMmaM> kept_k, kept_v;
   Acc<kMmaM, kDim / 8> dk, dv;
@@ -65,8 +67,9 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
       [&] {
         if constexpr (Shape::kKeeps) keep(kept_k, k, kept_v, v, warp_key);
       },
-      [&](int stage) {
-        if (warp_index() == 0) streamed_rows(stage).template finish<kPlain && kFuses<M>>();
+      [&](int row, int stage) {
+        if (warp_index() != 0) return;
+        streamed_rows(stage).template finish<kPlain && kFuses<M>>(kPlain ? anew(head) : head, row, limit);
       },
       [&](int row, int stage) {
         const bool sees_all = kPlain && RowBlock(anew(head), row, kRows).sees_all(first_key, kKeys);
@@ -77,7 +80,7 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
           const auto q = tiles.streamed(0, stage).from(step), d_out = tiles.streamed(1, stage).from(step);
           const auto told = streamed_rows(stage).from(step);
           ShownOfKeys<kMmaN, kShownUnroll<M, kDim>> shown;
-          if constexpr (!kPlain) shown.make(head, told, own, first_key);
+          if constexpr (!kPlain) shown.make(head, told, own);
           Acc<kMmaM, kMmaN> s, dp;
           if constexpr (Shape::kKeeps) {
             gemm_nt<M, kDim, kMmaM, kMmaN>(s, kept_k, q);
@@ -110,7 +113,8 @@ ATTN_DEVICE void key_gradients(const BackwardArgs& args, int block) {
     sync_warp();
     write_acc<M, kDim, kMmaM>(tile, warp_key, gradient, factors);
     sync_warp();
-    const KeyRows<Element> target(view, again(head, block), first_key, static_cast<int>(p.seqlen_k), aligned);
+    const Head own = again(head, block, args.key_tiles);
+    const KeyRows<Element> target(view, own, first_key, static_cast<int>(p.seqlen_k), aligned);
     store_rows<M, kDim>(tile, warp_key, 16 * kMmaM, target, dim);
   };
   if (kWantsDk) store(k, dk, args.factors.scale, b.dk, args.aligned.dk, head_dim);

@@ -6,42 +6,57 @@
 
 namespace attn_ops::cuda {
 
-// What is known of query rows that pass, in shared memory: of each a maximum, a sum (whose inverse takes its place), delta
-// and lse_2 (FusedRow), and which keys it sees; and of all whether they fit (fits_fused).
-template <int kRows>
+// What is known of query rows that pass, in shared memory. Of each stage a maximum, a sum (whose inverse takes its
+// place) and delta of each row; of the tile at hand alone lse_2 (FusedRow), which of the block's keys a row sees, and
+// whether all rows fit (fits_fused). (Little: where two blocks share 100 KB, tiles leave each 1 KB.)
+template <int kRows, int kKeys, bool kPlain>
 struct StreamedRows {
-  float* numbers;  // [kRows][4]
-  Interval* seen;
+  static_assert(kRows <= 32, "of one warp's lanes");
+  static_assert(kKeys < 256, "SeenKeys");
+  struct SeenKeys {
+    uint8_t begin, end;  // behind first_key
+  };
+  float* numbers;  // [3][kRows]; not plain, [kRows][4]: together
+  float* lse_2;
+  SeenKeys* keys;
   uint32_t* fused;
+  int first_key;
 
-  ATTN_DEVICE StreamedRows(char* memory)
-      : numbers(reinterpret_cast<float*>(memory)),
-        seen(reinterpret_cast<Interval*>(memory + 16 * kRows)),
-        fused(reinterpret_cast<uint32_t*>(memory + (16 + sizeof(Interval)) * kRows)) {
-    static_assert(kRows <= 32, "of one warp's lanes");
-  }
+  ATTN_DEVICE StreamedRows(char* told, char* finished, int first_key)
+      : numbers(reinterpret_cast<float*>(told)),
+        lse_2(reinterpret_cast<float*>(finished)),
+        keys(reinterpret_cast<SeenKeys*>(finished + 4 * kRows)),
+        fused(reinterpret_cast<uint32_t*>(finished + 6 * kRows)),
+        first_key(first_key) {}
 
+  // Of row i: 0 the maximum, 1 the sum, 2 delta.
+  ATTN_DEVICE float* number(int i, int n) const { return numbers + (kPlain ? n * kRows + i : 4 * i + n); }
   // Row i is the index-th of the head; where it does not exist, it sees nothing and is all zeros.
   ATTN_DEVICE void fetch(int i, const BackwardArgs& args, const Head& head, int index, bool exists) const {
     const int position = head.position(index);
     const int64_t row = head.statistic(head.head(index, position), position);
     const float* statistics = static_cast<const float*>(args.b.forward.statistics) + 2 * row;
-    copy_async_few<4>(numbers + 4 * i, statistics, exists);
-    copy_async_few<4>(numbers + 4 * i + 1, statistics + 1, exists);
-    copy_async_few<4>(numbers + 4 * i + 2, args.delta + row, exists);
-    seen[i] = exists ? head.seen_at(position) : Interval{0, 0};
+    copy_async_few<4>(number(i, 0), statistics, exists);
+    copy_async_few<4>(number(i, 1), statistics + 1, exists);
+    copy_async_few<4>(number(i, 2), args.delta + row, exists);
   }
-  // By the warp that has fetched them, once they have arrived. kFused: whether exponents may be fused.
+  // By the warp that has fetched them, once they have arrived; the first is row `first` of the head, which has `limit`.
+  // kFused: whether exponents may be fused.
   template <bool kFused>
-  ATTN_DEVICE void finish() const {
+  ATTN_DEVICE void finish(const Head& head, int first, int limit) const {
     const int i = recomputed(lane_index());  // (kept, it spilled in float32 heads of 256: sm_80, 13.0)
-    float* own = numbers + 4 * i;
-    if (i < kRows) own[1] = RowGradient::inverse(own[1]);
+    float* sum = number(i, 1);
+    if (i < kRows) {
+      *sum = RowGradient::inverse(*sum);
+      const Interval seen = first + i < limit ? head.seen(first + i) : Interval{0, 0};
+      const auto behind = [&](int key) { return static_cast<uint8_t>(clamp(key - first_key, 0, kKeys)); };
+      keys[i] = {behind(seen.begin), behind(seen.end)};
+    }
     if (!kFused) return;
     bool fits = true;
     if (i < kRows) {
-      const RowGradient row(own[0], own[1], own[2]);
-      own[3] = row.fused().lse_2;
+      const RowGradient row = (*this)[i];
+      lse_2[i] = row.fused().lse_2;
       fits = row.fits();
     }
     const bool any = any_in_warp(!fits);
@@ -50,15 +65,18 @@ struct StreamedRows {
   // Those from `first` on.
   ATTN_DEVICE StreamedRows from(int first) const {
     StreamedRows rest = *this;
-    rest.numbers += 4 * first;
-    rest.seen += first;
+    rest.numbers = number(first, 0);
+    rest.lse_2 += first;
+    rest.keys += first;
     return rest;
   }
   ATTN_DEVICE RowGradient operator[](int i) const {
-    const Bytes16 row = reinterpret_cast<const Bytes16*>(numbers)[i];
+    if constexpr (kPlain) return {*number(i, 0), *number(i, 1), *number(i, 2)};
+    const Bytes16 row = *reinterpret_cast<const Bytes16*>(number(i, 0));
     return {float_of(row.word[0]), float_of(row.word[1]), float_of(row.word[2])};
   }
-  ATTN_DEVICE FusedRow fused_row(int i) const { return {numbers[4 * i + 3], numbers[4 * i + 2]}; }
+  ATTN_DEVICE FusedRow fused_row(int i) const { return {lse_2[i], *number(i, 2)}; }
+  ATTN_DEVICE Interval seen(int i) const { return {first_key + keys[i].begin, first_key + keys[i].end}; }
 };
 
 // The first row of the head for which `holds`, if it holds for all after as well.
@@ -93,12 +111,13 @@ struct ShownOfKeys {
   static_assert(kRows == 16 || kRows == 32, "all lanes have as many");
   uint32_t own = 0;
 
-  // first_key: the block's. (The warp's, kept for this, spilled in float32 heads of 256 on sm_90a, 13.0.)
-  ATTN_DEVICE void make(const Head& head, const StreamedRows<kRows>& rows, int first_row, int first_key) {
+  // (The warp's first key, kept for this, spilled in float32 heads of 256 on sm_90a, 13.0.)
+  template <class Streamed>
+  ATTN_DEVICE void make(const Head& head, const Streamed& rows, int first_row) {
     const int thread = recomputed(thread_index()), lane = thread % 32, row = lane % kRows;
     const int index = first_row + row, position = head.position(index);
-    const int own_key = first_key + thread / 32 * 16 + lane / kRows * kKeys;
-    own = shown_keys<kKeys, kUnroll>(head, head.head(index, position), position, rows.seen[row], own_key);
+    const int own_key = rows.first_key + thread / 32 * 16 + lane / kRows * kKeys;
+    own = shown_keys<kKeys, kUnroll>(head, head.head(index, position), position, rows.seen(row), own_key);
   }
   // Of a row: bits 0 and 8 are of keys g and 8 + g.
   ATTN_DEVICE uint32_t operator()(int row, int g) const {
@@ -108,8 +127,8 @@ struct ShownOfKeys {
 };
 
 // s becomes p (what dropout leaves of it), dp becomes ds, with keys down and query rows across.
-template <class M, bool kPlain, bool kWithDp, int kMmaM, int kMmaN, int kRows, class Shown>
-ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const StreamedRows<kRows>& rows,
+template <class M, bool kPlain, bool kWithDp, int kMmaM, int kMmaN, class Streamed, class Shown>
+ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, const Streamed& rows,
                                 const Shown& shown, const Head& head, int first_row, int first_key, bool sees_all) {
   const int g = lane_index() >> 2, t = lane_index() & 3;
   const float scale = head.factors.scale;
@@ -156,7 +175,7 @@ ATTN_DEVICE void pair_gradients(Acc<kMmaM, kMmaN>& s, Acc<kMmaM, kMmaN>& dp, con
 #pragma unroll
         for (int j = 0; j < 2 * kMmaM; ++j) slope[j] = cap_slope(x[j], head.factors);
       }
-      hide_or_scale<M, kPlain>(x, head, query_head, position, rows.seen[column], key);
+      hide_or_scale<M, kPlain>(x, head, query_head, position, rows.seen(column), key);
 #pragma unroll
       for (int j = 0; j < 2 * kMmaM; ++j) {
         float& own_p = s[j >> 1][n][2 * (j & 1) + i];

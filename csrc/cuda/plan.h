@@ -82,6 +82,23 @@ inline Factors factors_of(const AttentionParams& p) {
 // Keys and values of another dtype than the queries: of 16 bits beside float32.
 inline bool has_narrow_keys(const AttentionParams& p) { return p.k.data != nullptr && p.k.dtype != p.dtype; }
 
+// How many blocks of a kernel a device runs at a time, by its shared memory, of which 1 KiB of a block is the system's.
+inline int64_t wave_of(const Device& device, const KernelName& kernel, int most_of_multiprocessor) {
+  const int of_multiprocessor = device.shared_bytes / (block_shape(kernel).shared_bytes + 1024);
+  return int64_t{device.multiprocessors} * std::clamp(of_multiprocessor, 1, most_of_multiprocessor);
+}
+
+// Whether dq, dk and dv are made by one launch, of so many blocks: where those run in fewer waves than in two launches.
+// Of many waves, what one of them leaves empty is little.
+inline bool joins_gradients(const KernelName& all, int64_t dq_blocks, int64_t key_blocks, const Device& device) {
+  if (!makes_all_gradients(all.math, all.dim)) return false;
+  constexpr int kBlocks = 2;  // of a multiprocessor: there are no registers for more
+  constexpr int64_t kMostWaves = 4;
+  const int64_t wave = wave_of(device, all, kBlocks);
+  const int64_t waves = ceil_div(dq_blocks + key_blocks, wave);
+  return waves <= kMostWaves && waves < ceil_div(dq_blocks, wave) + ceil_div(key_blocks, wave);
+}
+
 // Decode's kernel for the keys of a call.
 inline KernelName decode_kernel(const AttentionParams& p) {
   const Role narrow = p.k.dtype == DType::kFloat16 ? Role::kDecodeF16Keys : Role::kDecodeBF16Keys;
@@ -181,9 +198,7 @@ struct DecodePlan {
 
   int choose_splits(const AttentionParams& p, const Device& device) const {
     if (most_splits <= 1) return 1;
-    const int per_multiprocessor =  // 1 KiB is the system's
-        std::max(1, device.shared_bytes / (block_shape(decode_kernel(p)).shared_bytes + 1024));
-    const int64_t wave = std::max<int64_t>(1, int64_t{device.multiprocessors} * per_multiprocessor);
+    const int64_t wave = std::max<int64_t>(1, wave_of(device, decode_kernel(p), INT32_MAX));
     constexpr int64_t kOwnSteps = 4;
     // A block takes its steps, and a few more for its beginning and its end; blocks run in waves. Putting the parts
     // together is left out: 4 rows of 32 parts are 64 KiB of cache, where a step is 32 KiB of memory (head dim 128, 16

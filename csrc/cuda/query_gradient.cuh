@@ -328,8 +328,9 @@ ATTN_DEVICE float widen(RowGradient& row, float largest_dp) {
   return 1.0f / factor;
 }
 
-template <class M, int kDim, bool kPlain>
-ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
+// block_index(): the block's number, of those that make dq.
+template <class M, int kDim, bool kPlain, class Index>
+ATTN_DEVICE void query_gradient(const BackwardArgs& args, Index block_index) {
   using Element = typename M::Element;
   using Shape = BackwardShape<M, kDim, kPlain, true>;
   constexpr int kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN, kThreads = Shape::kThreads;
@@ -372,7 +373,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
         [&] {
           if constexpr (Shape::kKeeps) keep(kept_q, q, kept_d_out, d_out, warp_row);
         },
-        [](int) {},
+        [](int, int) {},
         [&](int key, int stage) {
           const bool sees_all = kPlain && block.sees_all(key, kBlockN);
 #pragma unroll 1
@@ -417,7 +418,7 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
         add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(single.mean_key, dp, tiles.flags(), keys(key), head_dim);
       }
     });
-    const Head own = again(head, block_index());
+    const Head own = again(head, block_index(), args.rows.tiles);
     single.correct(rows, args, own, first_again() + warp_row);
     store(single.dq, own);
   } else {
@@ -443,8 +444,13 @@ ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
       gemm_nn<M, kDim, kMmaM, kMmaN, M::kPartsOfFloat>(dq, s, k, head_dim);
       if (nonfinite) add_nonfinite_rows<M, kDim, kMmaM, kMmaN>(dq, s, tiles.flags(), keys(key), head_dim);
     });
-    store(dq, again(head, block_index()));
+    store(dq, again(head, block_index(), args.rows.tiles));
   }
+}
+
+template <class M, int kDim, bool kPlain>
+ATTN_DEVICE void query_gradient(const BackwardArgs& args) {
+  query_gradient<M, kDim, kPlain>(args, [] { return block_index(); });
 }
 
 }  // namespace attn_ops::cuda

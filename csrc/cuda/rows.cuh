@@ -94,9 +94,10 @@ struct Head {
   ATTN_DEVICE Interval seen(int row) const { return row < rows.count ? seen_at(position(row)) : Interval{0, 0}; }
 };
 
-// The head of a block, found once more behind the block's loop: kept through it, it spilled (sm_120, 13.0).
-ATTN_DEVICE Head again(const Head& head, int block) {
-  return Head(head.p, head.factors, head.rows, recomputed(block) / head.rows.tiles);
+// The head of a block, which has so many of them, found once more behind the block's loop: kept through it, it spilled
+// (sm_120, 13.0).
+ATTN_DEVICE Head again(const Head& head, int block, int blocks) {
+  return Head(head.p, head.factors, head.rows, recomputed(block) / blocks);
 }
 
 // The same head in a loop, where what follows from its lengths, 64 bits wide, spilled when it was kept (sm_100, 13.0).

@@ -10,7 +10,7 @@ struct ScoreGradientTile {
   using Element = typename M::Element;
   using Shape = BackwardShape<M, kDim, false, true>;
   static constexpr int kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN, kThreads = Shape::kThreads;
-  static constexpr int kMmaM = Shape::kMmaM, kMmaN = Shape::kMmaN;
+  static constexpr int kMmaM = Shape::kMmaM, kMmaN = kBlockN / 8;
 
   // The rows of one query head are its positions.
   ATTN_DEVICE static Rows rows_of_head(const AttentionParams& p) {

@@ -72,7 +72,7 @@ constexpr bool has_one_address() {
 #if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 1200
 constexpr int kLargestSinglePass = 96;
 #else
-constexpr int kLargestSinglePass = 128;
+constexpr int kLargestSinglePass = 192;
 #endif
 
 // Whether operands are kept where config.h has them so: by NVRTC 12.9, at head dim 128, dk and dv spilled 20 to 28 bytes on
@@ -86,12 +86,12 @@ constexpr bool may_keep_operands(bool queries_stay) {
 }
 
 // Then how much of a tile that passes is taken at a time: 32 keys or rows at head dim 128 spilled up to 24 bytes (13.0); by
-// NVRTC 12.9 all 64 keys at 64 did, and 32 at 96 (sm_120: 104 bytes).
+// NVRTC 12.9 all 64 keys at 64 did, and 32 keys (or, on sm_120, rows) at 96 (sm_120: 104 bytes, 64).
 template <int kDim>
 constexpr int kept_step(bool queries_stay) {
   if (kDim == 128) return 16;
 #ifdef __CUDACC_RTC__
-  return queries_stay && kDim == 96 ? 16 : 32;
+  return kDim == 96 && (queries_stay || __CUDA_ARCH__ >= 1200) ? 16 : 32;
 #else
   return queries_stay && kDim == 64 ? 64 : 32;
 #endif

@@ -37,6 +37,16 @@ def test_runs_are_bitwise_equal(attend):
             np.testing.assert_array_equal(*(np.ascontiguousarray(x).view(np.uint8) for x in (array, again)), name)
 
 
+@pytest.mark.parametrize("options", [{}, {"logits_soft_cap": 5.0}], ids=["plain", "cap"])
+def test_heads_have_the_same_gradients_among_few_and_among_many(attend, options):
+    """Of few, all gradients are made by one launch (joins_gradients of plan.h)."""
+    *inputs, d_lse = make_inputs("float32", 1, 20, 30, 70, 70, 40)
+    few = attend(*(x[:, :, :2] for x in inputs), d_lse[:, :2], is_causal=True, **options)
+    many = attend(*inputs, d_lse, is_causal=True, **options)
+    for name in ("dq", "dk", "dv"):
+        np.testing.assert_array_equal(getattr(few, name), getattr(many, name)[:, :, :2], name)
+
+
 @pytest.mark.parametrize("dim", [17, 18, 20, 64, 72, 80, 96, 128, 160, 192, 256])
 @pytest.mark.parametrize("dtype", KINDS)
 def test_head_dims_in_and_between_the_kernels(attend, dtype, dim):

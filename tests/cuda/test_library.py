@@ -305,8 +305,10 @@ from cuda_arrays import Array, driver
 everything = {"bias": np.zeros((1, 2, 70, 70)), "relative_bias": np.zeros((5, 2)), "sinks": [0.0, 0.0]}
 for dtype, allow_tf32 in ("float16", 0), ("bfloat16", 0), ("float32", 0), ("float32", 1):
     for dim in 64, 96, 128, 192, 256:
-        for rows, options in (70, {}), (70, everything), (1, {}):
-            q, k, v, d = [np.zeros((1, n, 2, dim), dtype) for n in (rows, 70, 70, rows)]
+        # Few, and as many as all gradients are not made by one launch.
+        many = [(40, 70, {}), (40, 70, everything)] if dtype == "float32" and dim == 64 else []
+        for batch, rows, options in *many, (1, 70, {}), (1, 70, everything), (1, 1, {}):
+            q, k, v, d = [np.zeros((batch, n, 2, dim), dtype) for n in (rows, 70, 70, rows)]
             cuda_run.run(q, k, v, d, None, {"layout": "BSHD", **options}, allow_tf32=bool(allow_tf32))
         if dtype == "float32":
             for kept in "float16", "bfloat16":
@@ -425,8 +427,28 @@ def test_first_launches_may_be_captured(version, asked, wrong):
 )
 def test_what_the_fast_kernels_do_not_take(options, dtype, kernel):
     names = [x["kernel"] for x in call(dtype=dtype, options=options)["launches"]]
+    gradients = ["dqkv"] if dtype == "float32" else ["dq", "dkdv"]
     delta = ["attn_ops_delta_f32"] if dtype == "float32" else []
-    assert names == [f"attn_ops_forward_{kernel}", *delta, f"attn_ops_dq_{kernel}", f"attn_ops_dkdv_{kernel}"]
+    assert names == [f"attn_ops_forward_{kernel}", *delta, *(f"attn_ops_{name}_{kernel}" for name in gradients)]
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "capability, heads, length, launches",
+    [  # Of 64 rows, and of 64 keys, is a block of the stand-in's 16 multiprocessors.
+        ("8.0", 8, 100, [("dqkv", 32)]),  # all run at a time, two on each
+        ("8.0", 17, 60, [("dq", 17), ("dkdv", 17)]),  # two waves either way
+        ("8.0", 33, 60, [("dqkv", 66)]),  # three instead of four
+        ("8.0", 70, 60, [("dq", 70), ("dkdv", 70)]),  # five instead of six
+        ("8.6", 9, 60, [("dq", 9), ("dkdv", 9)]),  # one on each
+    ],
+)
+def test_one_launch_for_all_gradients_of_small_calls(capability, heads, length, launches):
+    shapes = [(1, length, heads, 64)] * 4
+    card = {"ATTN_OPS_STANDIN_CAPABILITY": capability, "ATTN_OPS_STANDIN_RUN": "0"}
+    found = call(shapes, "float32", library=cuda_run.library_without_kernels(), **card)["launches"]
+    kernels = [(x["kernel"].split("_")[2], x["grid"][0]) for x in found]
+    assert [(role, blocks) for role, blocks in kernels if role in ("dq", "dkdv", "dqkv")] == launches
 
 
 @needs_library

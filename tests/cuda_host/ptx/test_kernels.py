@@ -128,15 +128,15 @@ def test_models_differ(interpreter):
 
 # --- Banks of shared memory -----------------------------------------------------------------------------------------
 
-# Of the passes of a kernel, the share that conflicts may cost. Where there are any, it is what is known of rows, 16 bytes
-# apart (dkdv), or pairs of the table that are written as single numbers (dbias).
+# Of the passes of a kernel, the share that conflicts may cost. Where there are any, it is what is told of rows, 16 bytes
+# apart (dkdv, not plain), or pairs of the table that are written as single numbers (dbias).
 CONFLICTS = {
     "attn_ops_forward_bf16_64_plain": 0,
     "attn_ops_dq_bf16_64_plain": 0,
-    "attn_ops_dkdv_bf16_64_plain": 0.017,
+    "attn_ops_dkdv_bf16_64_plain": 0,
     "attn_ops_decode_bf16_64": 0,
     "attn_ops_dq_bf16_64": 0,
-    "attn_ops_dkdv_bf16_64": 0.021,
+    "attn_ops_dkdv_bf16_64": 0.015,
     "attn_ops_dbias_bf16_64": 0.015,
 }
 
@@ -163,7 +163,7 @@ def test_bank_conflicts(interpreter):
         )
 
 
-@pytest.mark.parametrize("head_dim, forward, dq, dkdv", [(64, 0.0938, 0.2188, 0.2273), (128, 0.2188, 0.4375, 0.6128)])
+@pytest.mark.parametrize("head_dim, forward, dq, dkdv", [(64, 0.0938, 0.2188, 0.2221), (128, 0.2188, 0.4375, 0.6025)])
 def test_passes_for_each_score(interpreter, head_dim, forward, dq, dkdv):
     """What the tiles that pass cost: of dq with its operands in registers, keys are read twice and values once. Each of
     two kernels takes less than FlashAttention-2's one."""

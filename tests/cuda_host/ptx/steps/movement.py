@@ -58,7 +58,7 @@ def st(i, machine):
             machine.observe("write", i, lanes, addresses, size, values.view(np.uint8))
         else:
             machine.observe("global_write", i, lanes, addresses, size)
-        memory.store(addresses, size, values.view(np.uint32) if size >= 4 else values[:, 0], lanes)
+        memory.store(addresses, size, values.view(np.uint32) if size >= 4 else values.view(f"u{size}")[:, 0], lanes)
 
     return step
 
