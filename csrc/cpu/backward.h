@@ -31,7 +31,7 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
                                                      const KeyRows<E>& keys, const KeyRows<E>& values, int64_t k0,
                                                      int64_t k1, const Staircase<T>& steps,
                                                      const BackwardScratch<E>& scratch, T* prob, T* ds, int64_t ld,
-                                                     const Meanwhile& meanwhile) {
+                                                     NextTask& next, const Meanwhile& meanwhile) {
   using S = Simd<T>;
   constexpr int W = S::width, lanes = NV * W;
   const AttentionParams& p = r.p;
@@ -40,7 +40,7 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
   Untold untold;
   const Visibility seen = kept ? tile.kept.seen_of(k0)
                                : score_block<E, NV>(r, tile, tile.q, lanes, keys, k0, n, steps, scratch.score, prob, ld,
-                                                    scratch.cap_slopes, untold);
+                                                    scratch.cap_slopes, untold, next);
   if (seen == Visibility::kNothing) {
     no_weights<T, NV>(n, prob, ds, ld);
     return seen;
@@ -153,7 +153,7 @@ void with_lanes_of_keys(const BackwardTile<E>* t0, const BackwardTile<E>* t1, in
 // Joint tiles [t0, t1) of the scratch against keys k0 .. k1.
 template <class E>
 void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTile<E>* t0, BackwardTile<E>* t1,
-                    BackwardKeys<E>& keys, int64_t k0, int64_t k1, const BackwardScratch<E>& scratch,
+                    BackwardKeys<E>& keys, int64_t k0, int64_t k1, NextTask& next, const BackwardScratch<E>& scratch,
                     const BackwardTask& task, BiasGradient kind) {
   using T = Accumulator<E>;
   T *const dk = static_cast<T*>(task.dk), *const dv = static_cast<T*>(task.dv);
@@ -183,10 +183,15 @@ void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTil
                    ? bias_gradient_row(params, r, t->position[lane], t->head[lane]) + k0 * d_bias_size
                    : reinterpret_cast<const char*>(sum_row<T>(task.d_bias, *t, lane, p.seqlen_k) + k0);
       });
+      next.step();
+      const auto meanwhile = [&] {
+        d_bias.ask();
+        next.ask();
+      };
       const Visibility what = begin == end
                                   ? Visibility::kNothing
                                   : score_gradients<E, NV>(r, *t, keys.keys, keys.values, begin, end, steps, scratch,
-                                                           prob + (begin - k0) * ld, seen_ds, ld, [&] { d_bias.ask(); });
+                                                           prob + (begin - k0) * ld, seen_ds, ld, next, meanwhile);
       if (kind == BiasGradient::kOwn) write_bias_gradient<T>(params, r, *t, k0, n, ds, ld);
       if (kind == BiasGradient::kElements && (task.d_bias.starts || what != Visibility::kNothing))
         add_elements<T>(task.d_bias, *t, k0, n, p.seqlen_k, ds, ld);
@@ -279,7 +284,7 @@ void backward_rows(const BackwardParams& params, const HeadRows& r, const Backwa
     }
     zero_rows_behind<E>(tiles[count - 1], padded_d, padded_dv);
     if (recomputes_statistics<E>(p))
-      recompute_statistics<E>(params, r, tiles, count, begin, end, keys.keys, keys.values, scratch);
+      recompute_statistics<E>(params, r, tiles, count, begin, end, keys.keys, keys.values, next, scratch);
     for (int64_t t = 0; task.d_sinks && t < count; ++t) add_sink_gradient<E>(params, r, tiles[t], task.d_sinks);
 
     const bool clears = kind == BiasGradient::kOwn || (kind == BiasGradient::kElements && task.d_bias.starts);
@@ -309,8 +314,7 @@ void backward_rows(const BackwardParams& params, const HeadRows& r, const Backwa
         }
         if (in_groups) k0 = start_of_group<E>(k0);
         if (k0 >= k1) continue;
-        for (int64_t i = t; i < t1; ++i) next.ask();
-        backward_block<E>(params, r, tiles + t, tiles + t1, keys, k0, k1, scratch, task, kind);
+        backward_block<E>(params, r, tiles + t, tiles + t1, keys, k0, k1, next, scratch, task, kind);
       }
     }
 
@@ -349,9 +353,11 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
   [[maybe_unused]] const typename MatrixUnit<E>::Session session;
   Arena arena(memory);
   const BackwardScratch<E> scratch(p, arena);
-  const int64_t together = most_keys_seen<T>(first_list, tiling, task.tile_begin, task.tile_end, kBackwardTiles);
-  BackwardKeys<E> keys(first_list, together, &arena);
-  NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
+  const Passes passes{2 * (task.tile_end - task.tile_begin) * (group / joint),  // for scores, and for dq
+                      most_keys_seen<T>(first_list, tiling, task.tile_begin, task.tile_end, kBackwardTiles)};
+  BackwardKeys<E> keys(first_list, passes, &arena);
+  NextTask next(p, task.next_head, meetings<T>(first_list, tiling, task.tile_begin, task.tile_end) * (group / joint),
+                2 * full_tiles<E>(keys_of_block(p)));
   next.reads_inputs();
   if (!recomputes_statistics<E>(p)) next.reads_rows(p.out, p.value_dim);
   next.reads_rows(params.d_out, p.value_dim);

@@ -62,10 +62,10 @@ struct BackwardKeys {
     return KeyRows<E>::bytes(p, p.head_dim) + KeyRows<E>::bytes(p, p.value_dim) +
            (kOfPairs<E> ? KeyPairs<E>::bytes(p, p.head_dim) : 0);
   }
-  BackwardKeys(const HeadRows& r, int64_t together, Arena* arena)
-      : keys(r, r.p.k, r.p.k_scales, r.p.head_dim, true, together, arena),
-        values(r, r.p.v, r.p.v_scales, r.p.value_dim, true, together, arena),
-        key_pairs(paired(r, together, arena)) {}
+  BackwardKeys(const HeadRows& r, const Passes& passes, Arena* arena)
+      : keys(r, r.p.k, r.p.k_scales, r.p.head_dim, passes, arena),
+        values(r, r.p.v, r.p.v_scales, r.p.value_dim, passes, arena),
+        key_pairs(paired(r, passes, arena)) {}
 
   void load(int64_t k0, int64_t k1) {
     keys.load(k0, k1);
@@ -74,8 +74,8 @@ struct BackwardKeys {
   }
 
  private:
-  decltype(key_pairs) paired(const HeadRows& r, int64_t together, Arena* arena) {
-    if constexpr (kOfPairs<E>) return {r, r.p.k, r.p.k_scales, r.p.head_dim, true, together, arena};
+  decltype(key_pairs) paired(const HeadRows& r, const Passes& passes, Arena* arena) {
+    if constexpr (kOfPairs<E>) return {r, r.p.k, r.p.k_scales, r.p.head_dim, passes, arena};
     else return keys;
   }
 };

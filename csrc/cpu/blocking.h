@@ -2,12 +2,21 @@
 // (block size, splits, chunks) act by shape alone, never by the number of threads.
 #pragma once
 
+#include <unistd.h>
+
 #include <cstdint>
 
 namespace attn_ops::cpu {
 
 // The smallest L1 data cache of the processors that matter: 32 KiB (Zen 1 to 4, Intel before Ice Lake), else 48 or 64.
 static constexpr int64_t kL1Bytes = int64_t{32} << 10;
+
+// Of the processor's L2 cache; 0 where the system does not tell.
+static inline int64_t l2_bytes() {
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return bytes < 0 ? 0 : bytes;
+}
+static constexpr int64_t kLargeL2Bytes = int64_t{2} << 20;  // Intel's servers since 2023, whose L3 is far
 
 // What a helper must find to do, or waking it costs more than it brings (some 50 us; Zen 4, 2026-11-25): multiply-adds
 // at 80 GFLOP/s, or reading at 20 GB/s.
@@ -42,9 +51,10 @@ static constexpr int64_t kKeptScoresBytes = int64_t{1} << 20;
 // Rows of keys that lie a multiple of so many bytes apart are copied before several tiles read them: of a multiple of 4 KiB
 // reading in place takes up to 1.3 times the time with an L2 cache of a MiB, of 2 KiB 0.94 to 1.0 (Zen 5, AVX2 and AVX-512,
 // 2026-11-27). There 128 keys, values and those of the next head are 32 lines to a set of 16, or 16.
-static constexpr int64_t colliding_bytes(int64_t l2_bytes) {
-  return l2_bytes < (int64_t{1} << 20) ? 2048 : 4096;
-}
+static inline int64_t colliding_bytes() { return l2_bytes() < (int64_t{1} << 20) ? 2048 : 4096; }
+// And any rows, with a large L2, where every key is passed by so many groups of tiles: 1.03 times as fast at 512 tokens, 1.1 at
+// 1,024, 1.19 at 2,048 (Intel model 167, 2026-11-28). Of 3 KiB a quarter of the sets take all, and what they lose is in L3.
+static inline bool copies_pay(double passes) { return l2_bytes() >= kLargeL2Bytes && passes >= 2; }
 
 // A bias, or its gradient, beyond what the L3 cache may keep of it is asked for ahead, the rows of so many lanes with each tile
 // of registers of a product (Zen 5, 2026-11-27: 12 of some 16 then ask for all). Of a smaller one that costs 2 % and brings
@@ -56,9 +66,12 @@ static constexpr int kLaneRowsAhead = 4;
 // copy then serves all its rows. Above it every group of tiles copies its own.
 static constexpr int64_t kKeptKeysBytes = int64_t{8} << 20;
 
-// While a head is computed, this much of the next one is asked for (part of L2): 15 % at 128 tokens (Zen 5,
-// 2026-11-23).
-static constexpr int64_t kNextTaskBytes = int64_t{384} << 10;
+// While a head is computed, this much of the next one is asked for: 15 % at 128 tokens (Zen 5, 2026-11-23), and with all of a
+// head of 512 tokens, out too, 4 to 9 % (Intel model 167 with 2 MiB of L2, 2026-11-28).
+static inline int64_t next_task_bytes() {
+  const int64_t part = l2_bytes() / 8 * 3, least = int64_t{384} << 10;
+  return part > least ? part : least;
+}
 
 // Forward key splits (few rows, many keys: decode). By shape alone, so that results do not depend on threads.
 static constexpr int64_t kSplitKeys = 512;   // at least this many keys in a split

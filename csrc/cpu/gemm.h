@@ -80,6 +80,12 @@ struct Nothing {
   ATTN_INLINE void operator()() const {}
 };
 
+// How many full tiles gemm() makes of rows: about, for other numbers of vectors than the most make others.
+template <class E>
+constexpr int64_t full_tiles(int64_t rows) {
+  return rows / (kOfTiles<E> ? kUnitRows<kMaxVectors> * Simd<Accumulator<E>>::width : tile_rows(kMaxVectors));
+}
+
 // All rows. epilogue(r, v, sum) stores vector v of row r; meanwhile() is called before each full tile.
 template <class E, int NV, Major M, class Epilogue, class Meanwhile = Nothing>
 ATTN_INLINE void gemm(int64_t rows, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth,

@@ -1,8 +1,6 @@
 // Where the keys and the values of a head are read: in place, or from a copy.
 #pragma once
 
-#include <unistd.h>
-
 #include "row_tile.h"
 
 namespace attn_ops::cpu {
@@ -15,9 +13,21 @@ bool keeps_keys(const AttentionParams& p) {
   return p.seqlen_k * (p.head_dim + p.value_dim) * size <= kKeptKeysBytes;
 }
 
+// How tiles pass the keys of a task.
+struct Passes {
+  int64_t tiles;     // that will read them
+  int64_t together;  // keys at most that those see which read them together
+
+  bool shared() const { return tiles > 1; }
+  // How often a key is read when it has left L1, on the average.
+  double each(int64_t keys) const {
+    return keys == 0 ? 0 : static_cast<double>(tiles) / kForwardTiles * static_cast<double>(together) / static_cast<double>(keys);
+  }
+};
+
 // The keys or the values of one head as rows of E, block by block: in place when the memory already is that, else
 // copied, and multiplied by their scales. Copies pay when several tiles share them, even of the same type, where BSHD rows,
-// num_heads * dim apart, would fight for a few cache sets; elsewhere they are 3 to 7 % slower than in place.
+// num_heads * dim apart, would fight for a few cache sets; elsewhere they are 3 to 7 % slower than in place (L2 of a MiB).
 //
 // Pairs are of two columns of a row, or with `of_rows` of one column of rows 2 n and 2 n + 1: then at() is for even keys. A matrix
 // unit reads whole tiles, with zeros behind the last column, and such pairs by columns: ld() from one column to the next.
@@ -29,19 +39,18 @@ class KeyRows {
     return Arena::bytes<E>(copy_size(p, dim)) + Arena::bytes<int32_t>(copies(p)) + Arena::bytes<Finite>(blocks(p));
   }
 
-  // `scales` of int8 rows, else with data null. No rows that meet keys together see more than `together` of them, and none go
-  // back: copies of so many stay, in the caches if they are few.
-  KeyRows(const HeadRows& r, const StridedView& v, const StridedView& scales, int64_t dim, bool shared, int64_t together,
-          Arena* arena)
+  // `scales` of int8 rows, else with data null. No rows go back: copies of what is passed together stay, in the caches if that is
+  // not much.
+  KeyRows(const HeadRows& r, const StridedView& v, const StridedView& scales, int64_t dim, const Passes& passes, Arena* arena)
       : rows_(r),
         view_(v),
         scales_(scales),
         dim_(dim),
         columns_(of_rows ? dim : padded_elements<E>(dim)),
-        in_place_(lies_so(v) && v.stride[3] == 1 && !r.p.block_table && (!shared || v.stride[1] == dim || !collide(v))),
-        kept_(shared && keeps_keys<E>(r.p)),
+        in_place_(lies_so(v) && v.stride[3] == 1 && !r.p.block_table && !(passes.shared() && fight(passes))),
+        kept_(passes.shared() && keeps_keys<E>(r.p)),
         slots_(copies(r.p)) {
-    if (together / kBlockKeys + 2 < slots_) slots_ = together / kBlockKeys + 2;
+    if (passes.together / kBlockKeys + 2 < slots_) slots_ = passes.together / kBlockKeys + 2;
     copy_ = arena->take<E>(copy_size(r.p, dim));
     copied_ = arena->take<int32_t>(copies(r.p));
     memset(copied_, -1, copies(r.p) * sizeof(int32_t));
@@ -174,10 +183,10 @@ class KeyRows {
     }
   }
 
-  // Rows that lie so far apart that those of a block would share a few sets of the caches.
-  static bool collide(const StridedView& v) {
-    static const int64_t bytes = colliding_bytes(sysconf(_SC_LEVEL2_CACHE_SIZE));  // unknown: no more than 0
-    return v.stride[1] * size_of(v.dtype) % bytes == 0;
+  // Whether rows lie so far apart that they share few sets of the caches, and copies pay.
+  bool fight(const Passes& passes) const {
+    if (view_.stride[1] == dim_) return false;
+    return view_.stride[1] * size_of(view_.dtype) % colliding_bytes() == 0 || copies_pay(passes.each(rows_.length_k));
   }
 
   // Keys of whole tiles.
@@ -214,6 +223,21 @@ int64_t most_keys_seen(const HeadRows& r, const Tiling<T>& tiling, int64_t first
     if (seen.end - seen.begin > most) most = seen.end - seen.begin;
   }
   return most;
+}
+
+// Keys of a call's first block.
+inline int64_t keys_of_block(const AttentionParams& p) { return p.seqlen_k < kBlockKeys ? p.seqlen_k : kBlockKeys; }
+
+// Meetings of the tiles first .. end with blocks of keys.
+template <class T>
+int64_t meetings(const HeadRows& r, const Tiling<T>& tiling, int64_t first, int64_t end) {
+  int64_t all = 0;
+  for (int64_t t = first; t < end; ++t) {
+    const int64_t last = tiling.first_row(t + 1);
+    const KeyRange seen = r.keys_seen(tiling.first_row(t), last < r.count ? last : r.count);
+    if (seen.begin < seen.end) all += (seen.end - 1) / kBlockKeys - seen.begin / kBlockKeys + 1;
+  }
+  return all;
 }
 
 // What tiles begin with is a multiple of so many keys: key 4 n starts a group of random numbers, or a tile of a matrix unit.

@@ -11,7 +11,7 @@ namespace {
 // the sum of e^(s - m), and delta that of e^(s - m) dp.
 template <class E, int NV>
 __attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<E>& tile, const KeyRows<E>& keys,
-                                                const KeyRows<E>& values, int64_t k0, int64_t k1,
+                                                const KeyRows<E>& values, int64_t k0, int64_t k1, NextTask& next,
                                                 const BackwardScratch<E>& scratch) {
   using T = Accumulator<E>;
   using S = Simd<T>;
@@ -26,7 +26,7 @@ __attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<
   for (int v = 0; v < NV; ++v) m_old[v] = highest.of[v] = S::load(tile.m + v * W);
   const Staircase<T> steps(tile, k0, n);
   const Visibility seen = score_block<E, NV>(r, tile, tile.q, lanes, keys, k0, n, steps, scratch.score, s, lanes,
-                                             static_cast<T*>(nullptr), highest);
+                                             static_cast<T*>(nullptr), highest, next);
   if (keeps) tile.kept.seen_of(k0) = seen;
   if (seen == Visibility::kNothing) return;
   gemm_of_steps<E, NV>(values.at(k0), values.ld(), tile.d_out, lanes, padded_elements<E>(p.value_dim), steps, dp, lanes,
@@ -63,11 +63,13 @@ __attribute__((noinline)) void statistics_block(const HeadRows& r, BackwardTile<
 // m, 1 / l and delta of `count` tiles that see keys in begin .. end, from the scores.
 template <class E>
 void recompute_statistics(const BackwardParams& params, const HeadRows& r, BackwardTile<E>* tiles, int64_t count,
-                          int64_t begin, int64_t end, KeyRows<E>& keys, KeyRows<E>& values,
+                          int64_t begin, int64_t end, KeyRows<E>& keys, KeyRows<E>& values, NextTask& next,
                           const BackwardScratch<E>& scratch) {
   using T = Accumulator<E>;
   for_each_block(tiles, count, begin, end, r.length_k, keys, values, [&](BackwardTile<E>& t, int64_t k0, int64_t k1) {
-    with_vectors(t.nv, [&](auto nv) { statistics_block<E, decltype(nv)::value>(r, t, keys, values, k0, k1, scratch); });
+    with_vectors(t.nv, [&](auto nv) {
+      statistics_block<E, decltype(nv)::value>(r, t, keys, values, k0, k1, next, scratch);
+    });
   });
   const T* const d_lse = static_cast<const T*>(params.d_lse);
   for (BackwardTile<E>* t = tiles; t < tiles + count; ++t)

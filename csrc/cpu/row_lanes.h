@@ -98,7 +98,7 @@ ATTN_INLINE void put_weights(T* scores, int64_t n, const Staircase<T>& steps, co
 // One tile meets the keys k0 .. k1 of a block.
 template <class E, int NV>
 __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<E>& tile, const KeyRows<E>& keys,
-                                             KeyPairs<E>& values, int64_t k0, int64_t k1,
+                                             KeyPairs<E>& values, int64_t k0, int64_t k1, NextTask& next,
                                              const RowLanesScratch<E>& scratch) {
   using T = Accumulator<E>;
   using S = Simd<T>;
@@ -106,12 +106,13 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<E>& 
   const AttentionParams& p = r.p;
   const int64_t n = k1 - k0;
   T* const s = scratch.scores;
+  next.step();
   Vec<T> m_old[NV];
   Highest<T, NV> highest;
   for (int v = 0; v < NV; ++v) m_old[v] = highest.of[v] = S::load(tile.m + v * W);
   const Staircase<T> steps(tile, k0, n);
   const Visibility seen = score_block<E, NV>(r, tile, tile.q, lanes, keys, k0, n, steps, scratch.score, s, lanes,
-                                             static_cast<T*>(nullptr), highest);
+                                             static_cast<T*>(nullptr), highest, next);
   if (seen == Visibility::kNothing) return;
   const bool masked = seen == Visibility::kSome;
 
@@ -149,7 +150,7 @@ __attribute__((noinline)) void forward_block(const HeadRows& r, ForwardTile<E>& 
   if ((masked || sums_beyond<E>(n)) && !values.finite())
     gemm_hiding<E, NV, kOverKeys<E>, ZeroHides::kB>(p.value_dim, values.at(k0), values.ld(), weights, lanes,
                                                      elements<E>(n), accumulate);
-  else gemm_over_keys<E, NV>(p.value_dim, values.at(k0), values.ld(), weights, lanes, n, steps, accumulate);
+  else gemm_over_keys<E, NV>(p.value_dim, values.at(k0), values.ld(), weights, lanes, n, steps, accumulate, [&] { next.ask(); });
 }
 
 // finish_row() for all rows of a tile.
@@ -213,9 +214,8 @@ void forward_tiles(const HeadRows& r, const Tiling<T>& tiling, const RowLanesTas
 
   for_each_block(scratch.tiles, count, begin, end, r.length_k, keys, values,
                  [&](ForwardTile<E>& tile, int64_t k0, int64_t k1) {
-                   next.ask();
                    with_vectors(tile.nv, [&](auto nv) {
-                     forward_block<E, decltype(nv)::value>(r, tile, keys, values, k0, k1, scratch);
+                     forward_block<E, decltype(nv)::value>(r, tile, keys, values, k0, k1, next, scratch);
                    });
                  });
   for (int64_t t = 0; t < count; ++t) {
@@ -232,11 +232,12 @@ void forward_row_lanes(const AttentionParams& p, const RowLanesTask& task, void*
   Arena arena(memory);
   const Tiling<T> tiling(r.count);
   RowLanesScratch<E>& scratch = RowLanesScratch<E>::in(p, &arena);
-  const bool shared = task.tile_end - task.tile_begin > 1;
-  const int64_t together = most_keys_seen<T>(r, tiling, task.tile_begin, task.tile_end, kForwardTiles);
-  KeyRows<E> keys(r, p.k, p.k_scales, p.head_dim, shared, together, &arena);
-  KeyPairs<E> values(r, p.v, p.v_scales, p.value_dim, shared, together, &arena);
-  NextTask next(p, task.next_head, task.tile_end - task.tile_begin);
+  const Passes passes{task.tile_end - task.tile_begin,
+                      most_keys_seen<T>(r, tiling, task.tile_begin, task.tile_end, kForwardTiles)};
+  KeyRows<E> keys(r, p.k, p.k_scales, p.head_dim, passes, &arena);
+  KeyPairs<E> values(r, p.v, p.v_scales, p.value_dim, passes, &arena);
+  NextTask next(p, task.next_head, meetings<T>(r, tiling, task.tile_begin, task.tile_end),
+                full_tiles<E>(keys_of_block(p)) + full_tiles<E>(p.value_dim));
   next.reads_inputs();
   next.reads_rows(p.out, p.value_dim);
   for (int64_t first = task.tile_begin; first < task.tile_end; first += kForwardTiles) {

@@ -115,12 +115,18 @@ class LaneRowsAhead {
   int next_ = 0;
 };
 
-// What a thread's next task will read or write, asked for a little at each of the `steps` of the current one. Short
-// sequences spend a fifth of their time waiting for memory otherwise. Only for tasks that are a head each.
+// What a thread's next task will read or write, asked for a little with each tile of registers of the current one's products:
+// much at once would fill the buffers that wait for memory, and the products would wait as well. Short sequences spend a fifth of
+// their time waiting for memory otherwise. Only for tasks that are a head each.
 class NextTask {
  public:
-  // `head` is batch * num_kv_heads + kv_head, or negative for none.
-  NextTask(const AttentionParams& p, int64_t head, int64_t steps) : p_(p), head_(head), steps_(steps) {}
+  // `head` is batch * num_kv_heads + kv_head, or negative for none. There will be so many calls of step(), and about so many of
+  // ask() in each.
+  NextTask(const AttentionParams& p, int64_t head, int64_t steps, int64_t asks)
+      : p_(p), head_(head), steps_(steps), asks_(asks < 1 ? 1 : asks) {}
+  ~NextTask() { step(); }
+  NextTask(const NextTask&) = delete;
+  NextTask& operator=(const NextTask&) = delete;
 
   void reads_keys(const StridedView& v, int64_t dim) {
     if (!p_.block_table) add(v, p_.seqlen_k, 1, dim);
@@ -132,9 +138,17 @@ class NextTask {
     reads_rows(p_.q, p_.head_dim);
   }
 
-  ATTN_INLINE void ask() {
-    for (int i = 0; i < count_; ++i)
-      rows_[i].ask(per_step_[i]);
+  // Asks for what the last step has left.
+  void step() {
+    while (left_ > 0) ask();
+    left_ = count_ > 0 ? asks_ : 0;
+  }
+  // Each time of another array.
+  __attribute__((noinline)) void ask() {
+    if (left_ == 0) return;
+    --left_;
+    rows_[turn_].ask(each_[turn_]);
+    turn_ = turn_ + 1 < count_ ? turn_ + 1 : 0;
   }
 
  private:
@@ -146,16 +160,16 @@ class NextTask {
     const RowsAhead rows(v, first, count, heads_each, dim, true);
     room_ -= rows.bytes();
     if (room_ < 0) return;
-    rows_[count_] = rows;
-    per_step_[count_++] = rows.bytes() / steps_ + rows.row_bytes();
+    rows_[count_++] = rows;
+    for (int i = 0; i < count_; ++i) each_[i] = count_ * (rows_[i].bytes() / steps_ + rows_[i].row_bytes()) / asks_;
   }
 
   const AttentionParams& p_;
-  const int64_t head_, steps_;
-  int64_t room_ = kNextTaskBytes;
-  int count_ = 0;
+  const int64_t head_, steps_, asks_;
+  int64_t room_ = next_task_bytes(), left_ = 0;
+  int count_ = 0, turn_ = 0;
   RowsAhead rows_[8];
-  int64_t per_step_[8];
+  int64_t each_[8];
 };
 
 }  // namespace

@@ -307,13 +307,14 @@ struct Scale {
 
 // scores[j * ld + lane] of a tile, whose queries, times of_q, are q [head_dim][ldq], against keys k0 .. k0 + n. see(v,
 // scores) is told every vector. Nothing is written where the tile sees nothing; kSome also where there is a bias, which
-// can hide: only after kAll may a loop do without looking for -inf. `cap_slopes`: see cap_scores. Products are made where
+// can hide: only after kAll may a loop do without looking for -inf. `cap_slopes`: see cap_scores. `next` is asked for between
+// products. Products are made where
 // the `steps` are; beside them all is hidden.
 template <class E, int NV, class T, class See>
 ATTN_INLINE Visibility score_block(const HeadRows& r, const RowTile<T>& tile, const E* q, int64_t ldq,
                                    const KeyRows<E>& keys, int64_t k0, int64_t n, const Staircase<T>& steps,
                                    const ScoreScratch<T>& scratch,
-                                   T* scores, int64_t ld, T* cap_slopes, See& see) {
+                                   T* scores, int64_t ld, T* cap_slopes, See& see, NextTask& next) {
   using S = Simd<T>;
   constexpr int W = S::width;
   const AttentionParams& p = r.p;
@@ -329,7 +330,7 @@ ATTN_INLINE Visibility score_block(const HeadRows& r, const RowTile<T>& tile, co
       x = scaled(x);
       S::store(scores + j * ld + v * W, x);
       told(v, x);
-    });
+    }, [&] { next.ask(); });
     see = told;
     return seen;
   }
@@ -337,7 +338,10 @@ ATTN_INLINE Visibility score_block(const HeadRows& r, const RowTile<T>& tile, co
   LaneRowsAhead bias(asks ? tile.rows : 0, n * p.bias.step(), [&](int lane) {
     return r.score_row(p.bias, tile.position[lane], tile.head[lane]) + k0 * p.bias.step();
   });
-  gemm_of_steps<E, NV>(keys.at(k0), keys.ld(), q, ldq, depth, steps, scores, ld, scaled, [&] { bias.ask(); });
+  gemm_of_steps<E, NV>(keys.at(k0), keys.ld(), q, ldq, depth, steps, scores, ld, scaled, [&] {
+    bias.ask();
+    next.ask();
+  });
   if (p.soft_cap != 0) {
     if (seen == Visibility::kAll && !p.slopes && !added_may_hide(p)) {  // nothing happens to them after that
       cap_scores<T, NV>(p.soft_cap, n, scores, ld, cap_slopes, see);

@@ -155,10 +155,10 @@ __attribute__((noinline)) void gemm_by_vectors(int64_t rows, const E* a, int64_t
 }
 
 // gemm of sums over the n keys, with `a` as kOverKeys says, where b is 0 beside the steps.
-template <class E, int NV, class T, class Epilogue>
+template <class E, int NV, class T, class Epilogue, class Meanwhile = Nothing>
 ATTN_INLINE void gemm_over_keys(int64_t rows, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t n,
-                                const Staircase<T>& steps, const Epilogue& epilogue) {
-  if (steps.whole(NV, n)) gemm<E, NV, kOverKeys<E>>(rows, a, lda, b, ldb, elements<E>(n), epilogue);
+                                const Staircase<T>& steps, const Epilogue& epilogue, const Meanwhile& meanwhile = {}) {
+  if (steps.whole(NV, n)) gemm<E, NV, kOverKeys<E>>(rows, a, lda, b, ldb, elements<E>(n), epilogue, meanwhile);
   else if constexpr (kOfTiles<E>) gemm_by_vectors<E, NV>(rows, a, lda, b, ldb, steps, epilogue);
   else gemm_in_steps<E, NV>(rows, a, lda, b, ldb, steps, epilogue);
 }
