@@ -139,7 +139,7 @@ class NextTask {
   }
 
   // Asks for what the last step has left.
-  void step() {
+  __attribute__((noinline)) void step() {
     while (left_ > 0) ask();
     left_ = count_ > 0 ? asks_ : 0;
   }
@@ -152,7 +152,7 @@ class NextTask {
   }
 
  private:
-  void add(const StridedView& v, int64_t count, int64_t heads_each, int64_t dim) {
+  __attribute__((noinline)) void add(const StridedView& v, int64_t count, int64_t heads_each, int64_t dim) {
     if (head_ < 0 || steps_ == 0) return;
     const int64_t head = head_ % p_.num_kv_heads * heads_each, batch = head_ / p_.num_kv_heads;
     const char* const first =
