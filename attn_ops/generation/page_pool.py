@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 
 import numpy as np
@@ -67,16 +68,17 @@ class PagedKVCache:
 
     def __getstate__(self):
         """For `copy` and `pickle`: books of its own. Modules cannot be in them."""
-        books = {"pages": list(self.pages), "_free": list(self._free), "_sharers": self._sharers.copy()}
-        books |= {"_tables": {s: list(table) for s, table in self._tables.items()}, "_lengths": dict(self._lengths)}
-        return {name: x for name, x in vars(self).items() if name not in ("_xp", "_append")} | books
+        books = {name: x for name, x in vars(self).items() if name not in ("_xp", "_append", "pages")}
+        return copy.deepcopy(books) | {"pages": list(self.pages)}
 
     def __setstate__(self, state):
-        """Pages in memory of their own: what is written in place would be in both, and `copy` shares tensors."""
+        """Pages in memory of their own: what is written in place would be in both, and `copy` shares tensors. One layer
+        after the other, so that no more than one is there once too often."""
         vars(self).update(state)
         self._use(self._framework)
         own = append_module(self._framework).owned
-        self.pages = [paging.pages_of(own(self._memory(layer))) for layer in range(len(self.pages))]
+        for layer in range(len(self.pages)):
+            self.pages[layer] = paging.pages_of(own(self._memory(layer)))
 
     @classmethod
     def create(

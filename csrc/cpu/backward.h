@@ -24,14 +24,14 @@
 namespace attn_ops::cpu {
 namespace {
 
-// p (with dropout) and ds of one tile against keys k0 .. k1, into [key][ld]; zeros where nothing is seen. meanwhile() is called
-// between products.
-template <class E, int NV, class T, class Meanwhile>
+// p (with dropout) and ds of one tile against keys k0 .. k1, into [key][ld]; zeros where nothing is seen. `next` and `d_bias`
+// are asked for between products.
+template <class E, int NV, class T, class RowOf>
 __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const BackwardTile<E>& tile,
                                                      const KeyRows<E>& keys, const KeyRows<E>& values, int64_t k0,
                                                      int64_t k1, const Staircase<T>& steps,
                                                      const BackwardScratch<E>& scratch, T* prob, T* ds, int64_t ld,
-                                                     NextTask& next, const Meanwhile& meanwhile) {
+                                                     NextTask& next, LaneRowsAhead<RowOf>& d_bias) {
   using S = Simd<T>;
   constexpr int W = S::width, lanes = NV * W;
   const AttentionParams& p = r.p;
@@ -48,7 +48,10 @@ __attribute__((noinline)) Visibility score_gradients(const HeadRows& r, const Ba
   const bool masked = seen == Visibility::kSome;
   if (!kept)
     gemm_of_steps<E, NV>(values.at(k0), values.ld(), tile.d_out, lanes, padded_elements<E>(p.value_dim), steps, ds, ld,
-                         [](Vec<T> x) { return x; }, meanwhile);
+                         [](Vec<T> x) { return x; }, [&] {
+                           d_bias.ask();
+                           next.ask();
+                         });
   const T* const s_from = kept ? tile.kept.s + (k0 - tile.kept.first) * lanes : prob;
   const T* const dp_from = kept ? tile.kept.dp + (k0 - tile.kept.first) * lanes : ds;
   const int64_t from_ld = kept ? lanes : ld;
@@ -184,14 +187,10 @@ void backward_block(const BackwardParams& params, const HeadRows& r, BackwardTil
                    : reinterpret_cast<const char*>(sum_row<T>(task.d_bias, *t, lane, p.seqlen_k) + k0);
       });
       next.step();
-      const auto meanwhile = [&] {
-        d_bias.ask();
-        next.ask();
-      };
       const Visibility what = begin == end
                                   ? Visibility::kNothing
                                   : score_gradients<E, NV>(r, *t, keys.keys, keys.values, begin, end, steps, scratch,
-                                                           prob + (begin - k0) * ld, seen_ds, ld, next, meanwhile);
+                                                           prob + (begin - k0) * ld, seen_ds, ld, next, d_bias);
       if (kind == BiasGradient::kOwn) write_bias_gradient<T>(params, r, *t, k0, n, ds, ld);
       if (kind == BiasGradient::kElements && (task.d_bias.starts || what != Visibility::kNothing))
         add_elements<T>(task.d_bias, *t, k0, n, p.seqlen_k, ds, ld);
@@ -340,8 +339,7 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
   const int64_t first_row = tiling.first_row(task.tile_begin), padded_end = tiling.first_row(task.tile_end);
   const int64_t padded_d = round_to_width<T>(p.head_dim), padded_dv = round_to_width<T>(p.value_dim);
   T *const dk = static_cast<T*>(task.dk), *const dv = static_cast<T*>(task.dv);
-  const KeyRange seen =
-      first_list.keys_seen(first_row, padded_end < first_list.count ? padded_end : first_list.count);
+  const KeyRange seen = keys_seen(first_list, tiling, task.tile_begin, task.tile_end);
   if (seen.begin < seen.end) {
     memset(dk + seen.begin * padded_d, 0, sizeof(T) * (seen.end - seen.begin) * padded_d);
     memset(dv + seen.begin * padded_dv, 0, sizeof(T) * (seen.end - seen.begin) * padded_dv);
@@ -353,7 +351,7 @@ void backward(const BackwardParams& params, const BackwardTask& task, void* memo
   [[maybe_unused]] const typename MatrixUnit<E>::Session session;
   Arena arena(memory);
   const BackwardScratch<E> scratch(p, arena);
-  const Passes passes{2 * (task.tile_end - task.tile_begin) * (group / joint),  // for scores, and for dq
+  const Passes passes{2 * (task.tile_end - task.tile_begin) * (group / joint), kBackwardTiles,  // for scores, and for dq
                       most_keys_seen<T>(first_list, tiling, task.tile_begin, task.tile_end, kBackwardTiles)};
   BackwardKeys<E> keys(first_list, passes, &arena);
   NextTask next(p, task.next_head, meetings<T>(first_list, tiling, task.tile_begin, task.tile_end) * (group / joint),
@@ -398,9 +396,7 @@ void reduce(const BackwardParams& params, const ReduceTask& task, void* memory) 
     for (int64_t key = task.key_begin; key < task.key_end; ++key) {
       memset(sum, 0, sizeof(T) * padded);
       for (int64_t c = 0; c < task.chunks; ++c) {
-        const int64_t last_tile = task.chunk_tiles[c + 1];
-        const KeyRange seen = r.keys_seen(tiling.first_row(task.chunk_tiles[c]),
-                                          last_tile == tiling.tiles ? r.count : tiling.first_row(last_tile));
+        const KeyRange seen = keys_seen(r, tiling, task.chunk_tiles[c], task.chunk_tiles[c + 1]);
         if (key < seen.begin || key >= seen.end) continue;
         const T* const part =
             reinterpret_cast<const T*>(static_cast<const char*>(partials) + c * task.chunk_bytes) + key * padded;

@@ -16,12 +16,13 @@ bool keeps_keys(const AttentionParams& p) {
 // How tiles pass the keys of a task.
 struct Passes {
   int64_t tiles;     // that will read them
-  int64_t together;  // keys at most that those see which read them together
+  int64_t at_once;   // tiles that read them together, at most
+  int64_t together;  // keys that those see, at most
 
   bool shared() const { return tiles > 1; }
   // How often a key is read when it has left L1, on the average.
   double each(int64_t keys) const {
-    return keys == 0 ? 0 : static_cast<double>(tiles) / kForwardTiles * static_cast<double>(together) / static_cast<double>(keys);
+    return keys == 0 ? 0 : static_cast<double>(tiles * together) / static_cast<double>(at_once * keys);
   }
 };
 
@@ -218,8 +219,7 @@ template <class T>
 int64_t most_keys_seen(const HeadRows& r, const Tiling<T>& tiling, int64_t first, int64_t end, int64_t count) {
   int64_t most = 0;
   for (int64_t t = first; t < end; t += count) {
-    const int64_t last = tiling.first_row(t + count < end ? t + count : end);
-    const KeyRange seen = r.keys_seen(tiling.first_row(t), last < r.count ? last : r.count);
+    const KeyRange seen = keys_seen(r, tiling, t, t + count < end ? t + count : end);
     if (seen.end - seen.begin > most) most = seen.end - seen.begin;
   }
   return most;
@@ -233,8 +233,7 @@ template <class T>
 int64_t meetings(const HeadRows& r, const Tiling<T>& tiling, int64_t first, int64_t end) {
   int64_t all = 0;
   for (int64_t t = first; t < end; ++t) {
-    const int64_t last = tiling.first_row(t + 1);
-    const KeyRange seen = r.keys_seen(tiling.first_row(t), last < r.count ? last : r.count);
+    const KeyRange seen = keys_seen(r, tiling, t, t + 1);
     if (seen.begin < seen.end) all += (seen.end - 1) / kBlockKeys - seen.begin / kBlockKeys + 1;
   }
   return all;

@@ -232,7 +232,7 @@ void forward_row_lanes(const AttentionParams& p, const RowLanesTask& task, void*
   Arena arena(memory);
   const Tiling<T> tiling(r.count);
   RowLanesScratch<E>& scratch = RowLanesScratch<E>::in(p, &arena);
-  const Passes passes{task.tile_end - task.tile_begin,
+  const Passes passes{task.tile_end - task.tile_begin, kForwardTiles,
                       most_keys_seen<T>(r, tiling, task.tile_begin, task.tile_end, kForwardTiles)};
   KeyRows<E> keys(r, p.k, p.k_scales, p.head_dim, passes, &arena);
   KeyPairs<E> values(r, p.v, p.v_scales, p.value_dim, passes, &arena);

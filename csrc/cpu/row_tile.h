@@ -135,6 +135,13 @@ struct Tiling {
   int64_t first_row(int64_t tile) const { return first_vector(tile) * Simd<T>::width; }
 };
 
+// Keys that some row of the tiles first .. end sees.
+template <class T>
+KeyRange keys_seen(const HeadRows& r, const Tiling<T>& tiling, int64_t first, int64_t end) {
+  const int64_t end_row = tiling.first_row(end);
+  return r.keys_seen(tiling.first_row(first), end_row < r.count ? end_row : r.count);
+}
+
 template <class T>
 struct RowTile {
   static constexpr int max_lanes = kMaxVectors * Simd<T>::width;

@@ -147,7 +147,7 @@ class NextTask {
   __attribute__((noinline)) void ask() {
     if (left_ == 0) return;
     --left_;
-    rows_[turn_].ask(each_[turn_]);
+    rows_[turn_].ask(count_ * each_[turn_]);
     turn_ = turn_ + 1 < count_ ? turn_ + 1 : 0;
   }
 
@@ -160,8 +160,8 @@ class NextTask {
     const RowsAhead rows(v, first, count, heads_each, dim, true);
     room_ -= rows.bytes();
     if (room_ < 0) return;
-    rows_[count_++] = rows;
-    for (int i = 0; i < count_; ++i) each_[i] = count_ * (rows_[i].bytes() / steps_ + rows_[i].row_bytes()) / asks_;
+    rows_[count_] = rows;
+    each_[count_++] = (rows.bytes() / steps_ + rows.row_bytes()) / asks_ + 1;
   }
 
   const AttentionParams& p_;
@@ -169,7 +169,7 @@ class NextTask {
   int64_t room_ = next_task_bytes(), left_ = 0;
   int count_ = 0, turn_ = 0;
   RowsAhead rows_[8];
-  int64_t each_[8];
+  int64_t each_[8];  // bytes of an ask, were all arrays asked for in each
 };
 
 }  // namespace

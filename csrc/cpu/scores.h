@@ -307,9 +307,8 @@ struct Scale {
 
 // scores[j * ld + lane] of a tile, whose queries, times of_q, are q [head_dim][ldq], against keys k0 .. k0 + n. see(v,
 // scores) is told every vector. Nothing is written where the tile sees nothing; kSome also where there is a bias, which
-// can hide: only after kAll may a loop do without looking for -inf. `cap_slopes`: see cap_scores. `next` is asked for between
-// products. Products are made where
-// the `steps` are; beside them all is hidden.
+// can hide: only after kAll may a loop do without looking for -inf. `cap_slopes`: see cap_scores. Products are made where
+// the `steps` are; beside them all is hidden. Between products `next` is asked for.
 template <class E, int NV, class T, class See>
 ATTN_INLINE Visibility score_block(const HeadRows& r, const RowTile<T>& tile, const E* q, int64_t ldq,
                                    const KeyRows<E>& keys, int64_t k0, int64_t n, const Staircase<T>& steps,

@@ -85,7 +85,7 @@ inline bool has_narrow_keys(const AttentionParams& p) { return p.k.data != nullp
 // How many blocks of a kernel a device runs at a time, by its shared memory, of which 1 KiB of a block is the system's.
 inline int64_t wave_of(const Device& device, const KernelName& kernel, int most_of_multiprocessor) {
   const int of_multiprocessor = device.shared_bytes / (block_shape(kernel).shared_bytes + 1024);
-  return int64_t{device.multiprocessors} * std::clamp(of_multiprocessor, 1, most_of_multiprocessor);
+  return std::max<int64_t>(1, int64_t{device.multiprocessors} * std::clamp(of_multiprocessor, 1, most_of_multiprocessor));
 }
 
 // Whether dq, dk and dv are made by one launch, of so many blocks: where those run in fewer waves than in two launches.
@@ -198,7 +198,7 @@ struct DecodePlan {
 
   int choose_splits(const AttentionParams& p, const Device& device) const {
     if (most_splits <= 1) return 1;
-    const int64_t wave = std::max<int64_t>(1, wave_of(device, decode_kernel(p), INT32_MAX));
+    const int64_t wave = wave_of(device, decode_kernel(p), INT32_MAX);
     constexpr int64_t kOwnSteps = 4;
     // A block takes its steps, and a few more for its beginning and its end; blocks run in waves. Putting the parts
     // together is left out: 4 rows of 32 parts are 64 KiB of cache, where a step is 32 KiB of memory (head dim 128, 16
