@@ -63,7 +63,7 @@ class KeyRows {
   void load(int64_t k0, int64_t k1) {
     begin_ = k0;
     end_ = by_columns ? k0 + whole_keys(k1 - k0) : k1;
-    ld_ = by_columns ? kBlockKeys / 2 : columns_;
+    ld_ = by_columns ? kColumn : columns_;
     if (in_place_) {
       data_ = reinterpret_cast<const E*>(rows_.key_row(view_, k0));
       ld_ = view_.stride[1] / Product<E>::numbers;
@@ -105,10 +105,12 @@ class KeyRows {
   };
 
   static constexpr bool by_columns = of_rows && kOfTiles<E>;
+  // From one column to the next. Of a power of two the rows of a tile would share few sets of L1.
+  static constexpr int64_t kColumn = kBlockKeys / 2 + MatrixUnit<E>::depth;
 
   int64_t place_of(int64_t key) const { return of_rows ? key / 2 * (by_columns ? 1 : ld_) : key * ld_; }
   static int64_t block_size(int64_t dim) {
-    if (by_columns) return kBlockKeys / 2 * round_to_width<Accumulator<E>>(dim);
+    if (by_columns) return kColumn * round_to_width<Accumulator<E>>(dim);
     return of_rows ? kBlockKeys / 2 * dim : kBlockKeys * padded_elements<E>(dim);
   }
   // Of all, and what a matrix unit reads behind the last key.
@@ -169,7 +171,7 @@ class KeyRows {
         const char* row[kKeys];
         const int64_t count = k1 - j < kKeys ? k1 - j : kKeys;
         for (int64_t i = 0; i < count; ++i) row[i] = rows_.key_row(view_, j + i);
-        load_row_pairs_transposed(view_.dtype, row, static_cast<int>(count), view_.step(), dim_, to, kBlockKeys / 2);
+        load_row_pairs_transposed(view_.dtype, row, static_cast<int>(count), view_.step(), dim_, to, kColumn);
       }
     }
   }
