@@ -18,9 +18,10 @@ static inline int64_t l2_bytes() {
 }
 static constexpr int64_t kLargeL2Bytes = int64_t{2} << 20;  // Intel's servers since 2023, whose L3 is far
 
-// What a helper must find to do, or waking it costs more than it brings (some 50 us; Zen 4, 2026-11-25): multiply-adds
-// at 80 GFLOP/s, or reading at 20 GB/s.
-static constexpr double kHelperFlops = 4e6;
+// What a helper must find to do, or waking it costs more than it brings (some 50 us; Zen 4, 2026-11-25): products, so many for
+// each lane of a vector (with 8.4e6 in all two threads take 1.05 times as long as one by AVX-512, 0.84 times by AVX2, with 13e6
+// 0.97 and 0.74; Intel model 167, 2026-11-28), or reading at 20 GB/s.
+static constexpr double kHelperFlopsOfLane = 6e5;
 static constexpr double kHelperBytes = 1e6;
 
 // Keys per block: the score tile [kBlockKeys][lanes] stays in L1 (12 KiB on AVX2, 24 KiB on AVX-512). 128 is 2 to 4 %
