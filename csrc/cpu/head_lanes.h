@@ -171,6 +171,7 @@ void forward_head_lanes(const AttentionParams& p, const HeadLanesTask& task, voi
   const int64_t key_bytes = (p.head_dim + p.value_dim) * size_of(p.k.dtype);
   const int64_t block_bytes = scratch.keys * heads * key_bytes;
   const bool fits_l1 = block_bytes <= kL1Bytes / 2;
+  const bool asks = fits_l1 || asks_for_block(size_of(p.k.dtype), p.k.stride[1] * size_of(p.k.dtype));
   const auto run = [&](auto storage) {
     const KeyBlock next_first(p, task.next.batch, seen_next.begin, seen_next.end, scratch.keys);
     KeyBlock block(p, task.batch, seen.begin, seen.end, scratch.keys);
@@ -180,7 +181,7 @@ void forward_head_lanes(const AttentionParams& p, const HeadLanesTask& task, voi
       const KeyBlock& wanted = next.n > 0 ? next : next_first;
       const auto ahead = [&](const StridedView& v, const char* at, int64_t dim) {
         const char* const first = at + of.head_begin * v.stride[2] * size_of(v.dtype);
-        return RowsAhead(v, first, wanted.n, of.head_end - of.head_begin, dim, fits_l1);
+        return RowsAhead(v, first, asks ? wanted.n : 0, of.head_end - of.head_begin, dim, fits_l1);
       };
       RowsAhead keys_ahead = ahead(p.k, wanted.keys, p.head_dim), values_ahead = ahead(p.v, wanted.values, p.value_dim);
       for (int64_t g = 0; g < groups; ++g)
