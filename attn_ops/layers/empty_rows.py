@@ -43,7 +43,7 @@ def empty_rows(mask, seqlen_q, seqlen_k):
             # How many of the keys before each position are visible: the difference of two is that of an interval.
             before = ops.pad(ops.cumsum(ops.cast(keys, "int32"), -1), [[0, 0], [0, 0], [0, 0], [1, 0]])
             rows = _positions(seqlen_q)
-            end = ops.minimum(rows + right + 1, seqlen_k) if right >= 0 else ops.zeros_like(rows) + seqlen_k
+            end = ops.clip(rows + right + 1, 0, seqlen_k) if right >= 0 else ops.zeros_like(rows) + seqlen_k
             start = ops.clip(rows - left, 0, seqlen_k) if left >= 0 else ops.zeros_like(rows)
             count = ops.take(before, end, -1) - ops.take(before, start, -1)
             seen = ops.swapaxes(count > 0, -1, -2)
