@@ -29,7 +29,7 @@ def empty_rows(mask, seqlen_q, seqlen_k):
     left, right = (min(end, _FAR) for end in (mask.window_left, mask.window_right))
     if by_both:
         visible = _all(by_both + by_key)
-        rows, keys = ops.arange(seqlen_q)[:, None], ops.arange(seqlen_k)
+        rows, keys = _positions(seqlen_q)[:, None], _positions(seqlen_k)
         if right >= 0:
             visible = ops.logical_and(visible, keys - rows <= right)
         if left >= 0:
@@ -42,8 +42,8 @@ def empty_rows(mask, seqlen_q, seqlen_k):
         else:
             # How many of the keys before each position are visible: the difference of two is that of an interval.
             before = ops.pad(ops.cumsum(ops.cast(keys, "int32"), -1), [[0, 0], [0, 0], [0, 0], [1, 0]])
-            rows = ops.arange(seqlen_q)
-            end = ops.minimum(rows + right + 1, seqlen_k) if right >= 0 else ops.zeros_like(rows) + seqlen_k
+            rows = _positions(seqlen_q)
+            end = ops.clip(rows + right + 1, 0, seqlen_k) if right >= 0 else ops.zeros_like(rows) + seqlen_k
             start = ops.clip(rows - left, 0, seqlen_k) if left >= 0 else ops.zeros_like(rows)
             count = ops.take(before, end, -1) - ops.take(before, start, -1)
             seen = ops.swapaxes(count > 0, -1, -2)
@@ -58,6 +58,10 @@ def with_means(out, value, empty):
     count = ops.maximum(ops.cast(seqlen_k, dtype), 1.0)
     mean = ops.cast(ops.sum(ops.cast(value, dtype), 1, keepdims=True) / count, out.dtype)
     return ops.where(ops.swapaxes(empty, 1, 2), one_per_query_head(mean, out.shape[2]), out)
+
+
+def _positions(count):
+    return ops.arange(count, dtype="int32")  # Keras's own choice has 16 bits where its `floatx` has
 
 
 def _all(parts):

@@ -276,6 +276,21 @@ def test_as_in_keras_gives_the_means_of_keras():
     assert_same(mine(x, x, attention_mask=visible), stock(x, x, attention_mask=visible))
 
 
+@pytest.mark.parametrize("floatx", ["float16", "bfloat16"])
+def test_as_in_keras_with_a_floatx_of_16_bits(floatx):
+    """With which Keras counts in 16 bits, and takes Python's integers for floats."""
+    before = keras.config.floatx()
+    keras.config.set_floatx(floatx)
+    try:
+        x, visible = keras.ops.cast(random(2, 5, 16), floatx), np.array([[False, False, True, True, False], [True] * 5])
+        stock, mine = twins("MultiHeadAttention", lambda layer: layer(x, x), num_heads=2, key_dim=8, dtype=floatx)
+        mine.as_in_keras = True
+        out, expected = (y(x, x, value_mask=visible, use_causal_mask=True).astype("float32") for y in (mine, stock))
+        np.testing.assert_allclose(out, expected, rtol=0.02, atol=0.03)
+    finally:
+        keras.config.set_floatx(before)
+
+
 @pytest.mark.wide(8)
 @FLASH
 @pytest.mark.parametrize("compiled", [False, True])

@@ -352,6 +352,24 @@ def test_layers_give_what_keras_gives(name, flash, dropout):
                 assert_same(stock, mine, inputs, call)
 
 
+@pytest.mark.parametrize("floatx", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_floatx_of_16_bits(name, floatx):
+    """Which makes `ops.arange` count in 16 bits, that TensorFlow's graphs do not have."""
+    before = keras.config.floatx()
+    keras.config.set_floatx(floatx)
+    try:
+        stock, mine = twins(name, (3, 5, 6), (3, 5, 6), dtype=floatx, **CONFIGS[name])
+        mine.as_in_keras = True
+        x = random(3, 5, 6, dtype=floatx)
+        for options in ({}, {"attention_mask": DENSE[..., :5]}, {"value_mask": KEYS[:, :5]}):
+            graph = tf.function(functools.partial(mine, use_causal_mask=True, **options))
+            expected = tf.cast(stock(x, x, use_causal_mask=True, **options), "float32")
+            np.testing.assert_allclose(tf.cast(graph(x, x), "float32"), expected, rtol=0.02, atol=0.03)
+    finally:
+        keras.config.set_floatx(before)
+
+
 @pytest.mark.parametrize("flash", FLASH)
 @pytest.mark.parametrize("dtype, rtol", [("float64", 1e-9), ("float32", 1e-4)])
 def test_attention_gives_what_keras_gives(flash, dtype, rtol):
