@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import sys
 import typing
 
@@ -194,7 +195,23 @@ def kind(layout, window, int8=False):
         return KVCache
     name = f"KVCache_{layout}" + ("_int8" if int8 else "") + ("" if window is None else f"_window{window}")
     base = _Int8KVCache if int8 else KVCache
-    return type(name, (base,), {"__slots__": (), "layout": layout, "window": window, "__reduce__": _reduced})
+    made = type(name, (base,), {"__slots__": (), "layout": layout, "window": window, "__reduce__": _reduced})
+    _kinds.append(made)
+    for tell in _told:
+        tell(made)
+    return made
+
+
+_kinds, _told = [KVCache], []
+
+
+def for_each_kind(tell):
+    """Calls ``tell`` with every class of caches: those without a window, of any other that there is, and that there will be."""
+    for layout, int8 in itertools.product(("BSHD", "BHSD"), (False, True)):
+        kind(layout, None, int8)
+    for made in _kinds:
+        tell(made)
+    _told.append(tell)
 
 
 def _reduced(cache):

@@ -10,7 +10,7 @@ are sharded. TensorFlow is not needed.
 from __future__ import annotations
 
 from attn_ops import lazy
-from attn_ops.jax import xp as _xp  # noqa: F401  needs JAX, as all that is here, and tells it what a T5RelativeBias holds
+from attn_ops.jax import pytrees as _pytrees  # noqa: F401  needs JAX, as all that is here, and tells it what our classes hold
 
 _HOMES = {
     "KVCache": "..generation.cache",

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn_ops import namespaces
-from attn_ops.call.position_bias import T5RelativeBias
 
 has_random_state = False  # see `fresh_seed`
 
@@ -20,13 +19,6 @@ expand_dims = jnp.expand_dims
 logical_and = jnp.logical_and
 stop_gradient = jax.lax.stop_gradient
 transpose = jnp.transpose
-
-# Whose gradient may be asked for, and which may be handed to functions that JAX compiles.
-jax.tree_util.register_pytree_node(
-    T5RelativeBias,
-    lambda bias: ((bias.table,), (bias.bidirectional, bias.max_distance)),
-    lambda options, tables: T5RelativeBias(*tables, *options),
-)
 
 
 def as_tensor(name, what, x):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import attn_ops.jax
+import children
 import jax_caches
 from cached_calls import (
-    BATCH, HEADS, KEY, OPTIONS, QUERY, TOKENS, VALUE, in_parts, turned, whole,
+    BATCH, HEADS, KEY, OPTIONS, QUERY, TOKENS, VALUE, in_parts, laid_out, turned, whole,
 )  # fmt: skip
 from jax_caches import FORMS, TWO, array, close, each_form, each_layout, in_scan, step_of
 
@@ -95,6 +96,53 @@ def test_pytrees():
     assert len(jax.tree_util.tree_leaves(cache)) == 3
     again = jax.jit(lambda cache: cache)(cache)
     assert again.layout == "BHSD" and again.window == 3
+
+
+KINDS = {
+    "plain": {},
+    "heads first": {"layout": "BHSD"},
+    "int8": {"dtype": "int8"},
+    "int8, a window": {"dtype": "int8", "window": 3},
+}
+READER = """
+import sys
+import jax
+import attn_ops.jax
+exported = jax.export.deserialize(open(sys.argv[1], "rb").read())
+cache = exported.call(attn_ops.KVCache.create(2, 9, 2, 8, layout="BHSD", framework="jax"))
+assert (type(cache).__name__, cache.layout, cache.lengths.tolist()) == ("KVCache_BHSD", "BHSD", [2, 2]), cache
+"""
+
+
+@pytest.mark.wide(2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_exported_functions_take_and_give_a_cache(kind):
+    """Written to a file and read, with any batch: of no type that a user would have to register first."""
+    batch, layout = jax.export.symbolic_shape("batch")[0], KINDS[kind].get("layout", "BSHD")
+    cache = new_cache(**{"dtype": "float32", **KINDS[kind]})
+    rows = [array(laid_out(x[:, :1], layout)) for x in (QUERY, KEY, VALUE)]
+    step = jax.jit(functools.partial(attn_ops.jax.decode_attention, implementation="composite"))
+    given = rows[0], cache, *rows[1:]
+    open_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), given)
+    exported = jax.export.deserialize(jax.export.export(step)(*open_batch).serialize())
+    found, right = exported.call(*given), step(*given)
+    assert jax.tree.structure(found) == jax.tree.structure(right) and type(found[1]) is type(cache)
+    jax.tree.map(close, found, right)
+
+
+def test_an_exported_function_is_read_by_another_process(tmp_path):
+    cache = attn_ops.KVCache.create(2, 9, 2, 8, layout="BHSD", framework="jax")
+    grown = jax.jit(lambda cache: cache._replace(lengths=cache.lengths + 2))
+    (tmp_path / "grown").write_bytes(jax.export.export(grown)(cache).serialize())
+    read = children.run(READER, str(tmp_path / "grown"), without=("tensorflow",))
+    assert read.returncode == 0, read.stderr[-2000:]
+
+
+def test_an_exported_function_takes_a_relative_bias():
+    bias = attn_ops.T5RelativeBias(array(np.ones((8, 2))), False, 20)
+    exported = jax.export.export(jax.jit(lambda bias: jax.tree.map(lambda x: 2 * x, bias)))(bias)
+    twice = jax.export.deserialize(exported.serialize()).call(bias)
+    assert (twice.bidirectional, twice.max_distance) == (False, 20) and (twice.table == 2).all()
 
 
 def test_what_is_wrong_is_said_and_changes_nothing():
