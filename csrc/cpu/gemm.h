@@ -120,6 +120,7 @@ __attribute__((noinline)) void gemm_hiding(int64_t rows, const E* a, int64_t lda
   using T = Accumulator<E>;
   using S = Simd<T>;
   using P = Product<E>;
+  [[maybe_unused]] const typename MatrixUnit<E>::AsUnit as_unit;
   for (int64_t r = 0; r < rows; ++r)
     for (int v = 0; v < NV; ++v) {
       Vec<T> acc = S::zero() + first(r, v);

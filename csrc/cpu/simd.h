@@ -177,6 +177,7 @@ template <class E>
 struct MatrixUnit {
   static constexpr int64_t depth = 1;
   struct Session {};  // as long as one lives, its thread may use the unit
+  struct AsUnit {};   // as long as one lives, vectors take subnormal numbers for what the unit takes them
   static ATTN_INLINE void stay_awake() {}
 };
 template <class E>

@@ -64,6 +64,17 @@ struct MatrixUnit<Pair> : private Tiles {
     Session(const Session&) = delete;
   };
 
+  // Subnormal factors and sums are 0: bits must not hang on whether a product was the unit's.
+  class AsUnit {
+   public:
+    AsUnit() { __builtin_ia32_ldmxcsr(found_ | 0x8040); }
+    ~AsUnit() { __builtin_ia32_ldmxcsr(found_); }
+    AsUnit(const AsUnit&) = delete;
+
+   private:
+    const unsigned found_ = __builtin_ia32_stmxcsr();
+  };
+
   // A unit that has done nothing for some 0.4 us works at half its speed for longer than that: a product that nobody wants, of
   // 16 cycles, keeps it awake. Sums begin with what they put into the tile.
   static ATTN_INLINE void stay_awake() { add<0, tiles - 2, tiles - 1>(); }
