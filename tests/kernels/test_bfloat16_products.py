@@ -191,3 +191,21 @@ def test_floats_that_may_be_rounded(isa, dtype):
     command = [sys.executable, "-c", ROUNDED, isa, dtype]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-2000:]
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
+def test_garbage_in_hidden_rows_changes_no_subnormal(isa, garbage):
+    """Weights so small that products are subnormal, which such instructions take for 0: then where garbage has kernels leave
+    out what is hidden as well."""
+    query, key, value, d_out = arrays(seqlen_q=40, seqlen_k=147)
+    bias = np.linspace(-100, 0, 147, dtype=np.float32).reshape(1, 1, 1, 147)
+    options = {"query_lengths": np.array([33, 40], np.int32), "key_lengths": np.array([147, 131], np.int32), "bias": bias}
+    clean = run((query, key, value, d_out), isa, **options)
+    smallest = float(ml_dtypes.finfo(BFLOAT16).smallest_normal)
+    sizes = np.abs(clean[4].astype(np.float64))
+    assert ((sizes > 0) & (sizes < 10 * smallest)).any(), "no weight is as small"
+    for x in (query, d_out):
+        x[0, 33:] = garbage
+    for x in (key, value):
+        x[1, 131:] = garbage
+    assert equal(clean, run((query, key, value, d_out), isa, **options))
