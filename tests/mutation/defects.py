@@ -76,6 +76,8 @@ TILES = [
     ("rows of tiles in one another's place", CPU + "gemm_tiles.h", "U::template add<r * NV + v, kA, kB>();", "U::template add<r * NV + i, kA, kB>();"),
     ("sums of tiles that begin with those before", CPU + "gemm_tiles.h", "else U::template zero<t>();", "else if (t > 0) U::template zero<t>();"),
     ("powers beyond the normal numbers", CPU + "simd_avx512.h", "_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(-126), _CMP_NLT_UQ), y, x)", "_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(-126), _CMP_GE_OQ), y, x)"),
+    ("subnormal numbers beside garbage", CPU + "gemm.h", "[[maybe_unused]] const typename MatrixUnit<E>::AsUnit as_unit;", ""),
+    ("room for columns of values", CPU + "key_rows.h", "return kColumn * round_to_width<Accumulator<E>>(dim);", "return kBlockKeys / 4 * round_to_width<Accumulator<E>>(dim);"),
 ]  # fmt: skip
 
 PYTHON = [
