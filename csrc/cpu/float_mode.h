@@ -10,12 +10,11 @@
 #endif
 
 namespace attn_ops::cpu {
+namespace {
 
 class FloatMode {
  public:
-  FloatMode() : found_(get()) {
-    if ((found_ & ~kFlags) != kDefault) set(kDefault);
-  }
+  FloatMode() : FloatMode(kDefault) {}
   // As it was found, with the flags of exceptions that somebody may be waiting for.
   ~FloatMode() { set(found_); }
   FloatMode(const FloatMode&) = delete;
@@ -43,7 +42,17 @@ class FloatMode {
   static void set(Word) {}
 #endif
 
+ protected:
+#if defined(__x86_64__)
+  static constexpr Word kFlushing = kDefault | 0x8040;  // subnormal factors and results are 0
+#endif
+  explicit FloatMode(Word wanted) : found_(get()) {
+    if ((found_ & ~kFlags) != wanted) set(wanted);
+  }
+
+ private:
   const Word found_;
 };
 
+}  // namespace
 }  // namespace attn_ops::cpu

@@ -5,9 +5,10 @@
 //   m' = max(m, max_j s),  p = e^(s - m')            vectors along the keys
 //   o[i][d] = e^(m - m') o + sum_j p[i][j] v[j][d]   vectors along d
 // Memory is the limit, so a task takes a block of keys for all its heads before the next block, and asks for the next
-// block in the order it lies in memory: DRAM and TLB see one long read, whatever the layout. Half precision is widened
-// in registers, and half as many bytes are read. Each of the three steps is done for all heads before the next one: a
-// row's way from its scores to its sums is a chain of some 400 cycles, and of one head alone nothing would run beside it.
+// block in the order it lies in memory: DRAM and TLB see one long read, whatever the layout (asks_for_block() knows who
+// reads faster unasked). Half precision is widened in registers, and half as many bytes are read. Each of the three steps
+// is done for all heads before the next one: a row's way from its scores to its sums is a chain of some 400 cycles, and of
+// one head alone nothing would run beside it.
 // Of pairs (simd.h) scores and, where all rows see a block, values are sums of products of pairs, with weights in bfloat16.
 #pragma once
 

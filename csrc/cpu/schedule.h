@@ -44,9 +44,10 @@ struct Cost {
     bytes = 1.0 * p.batch * p.num_kv_heads * keys * dims * size_of(p.k.dtype);
   }
 
-  // As many threads as find enough to do, of those lent, with vectors of so many lanes.
-  int worth_waking(int lent, int64_t lanes) const {
-    const double most = 1 + std::max(flops / (kHelperFlopsOfLane * static_cast<double>(lanes)), bytes / kHelperBytes);
+  // As many threads as find enough to do with these kernels, of those lent.
+  int worth_waking(int lent, const TypedKernels& k) const {
+    const double lanes = static_cast<double>(k.padded(1));
+    const double most = 1 + std::max(flops / (kHelperFlopsOfLane * lanes), bytes / kHelperBytes);
     return most < lent ? static_cast<int>(most) : lent;
   }
 };
@@ -63,7 +64,7 @@ struct ForwardPlan {
   int64_t scratch_bytes, partial_bytes;  // of one thread; of one split of one head
 
   ForwardPlan(const AttentionParams& p, const TypedKernels& k, int lent_threads)
-      : threads(Cost(p, 2).worth_waking(lent_threads, k.padded(1))), few_rows(k.few_rows(p)), batch(p.batch),
+      : threads(Cost(p, 2).worth_waking(lent_threads, k)), few_rows(k.few_rows(p)), batch(p.batch),
         kv_heads(p.num_kv_heads), seqlen_k(p.seqlen_k), heads(p.batch * p.num_kv_heads) {
     const int64_t rows = p.seqlen_q * group_size(p);
     tiles = k.tiles(rows);
@@ -189,7 +190,7 @@ struct BackwardPlan {
   HeadUnits part;  // the first, and largest
 
   BackwardPlan(const BackwardParams& params, const TypedKernels& k, int lent_threads)
-      : threads(Cost(params.forward, 5).worth_waking(lent_threads, k.padded(1))), bias(bias_gradient_of(params)) {
+      : threads(Cost(params.forward, 5).worth_waking(lent_threads, k)), bias(bias_gradient_of(params)) {
     const AttentionParams& p = params.forward;
     const int64_t size = size_of(accumulator_of(p.dtype));
     const int64_t rows = separate_heads(bias) ? p.seqlen_q : p.seqlen_q * group_size(p);

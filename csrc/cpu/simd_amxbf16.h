@@ -6,6 +6,7 @@
 // 16 numbers each: it does 512. It rounds to nearest, and a subnormal number is 0 to it.
 #pragma once
 
+#include "float_mode.h"
 #include "simd_avx512bf16.h"
 
 namespace attn_ops::cpu {
@@ -65,14 +66,8 @@ struct MatrixUnit<Pair> : private Tiles {
   };
 
   // Subnormal factors and sums are 0: bits must not hang on whether a product was the unit's.
-  class AsUnit {
-   public:
-    AsUnit() { __builtin_ia32_ldmxcsr(found_ | 0x8040); }
-    ~AsUnit() { __builtin_ia32_ldmxcsr(found_); }
-    AsUnit(const AsUnit&) = delete;
-
-   private:
-    const unsigned found_ = __builtin_ia32_stmxcsr();
+  struct AsUnit : FloatMode {
+    AsUnit() : FloatMode(kFlushing) {}
   };
 
   // A unit that has done nothing for some 0.4 us works at half its speed for longer than that: a product that nobody wants, of

@@ -34,7 +34,7 @@ KERNELS = [
     ("cut heads begin at the first", CPU + "schedule.h", "head = first_head + part", "head = part"),
     ("lengths are not checked", "csrc/bindings/validate.h", "if (lengths[b] < 0 || lengths[b] > limit) {", "if (lengths[b] < 0) {"),
     ("a page beyond the last", "csrc/bindings/validate.h", "row[i] < c.k.shape[0]) continue;", "row[i] <= c.k.shape[0]) continue;"),
-    ("the mode of rounding is the host's", "csrc/cpu/float_mode.h", "if ((found_ & ~kFlags) != kDefault) set(kDefault);", ""),
+    ("the mode of rounding is the host's", "csrc/cpu/float_mode.h", "if ((found_ & ~kFlags) != wanted) set(wanted);", ""),
     # Few rows: blocks of keys, columns apart, rows of a group, int8.
     ("blocks of keys as long as they may be", CPU + "head_lanes.h", "p, task.batch, block.first + block.n, seen.end", "p, task.batch, block.first + scratch.keys, seen.end"),
     ("no rescale of the sum of few rows", CPU + "head_lanes.h", "S::fma(scratch.l[first + i], S::set1(corrections[i]), sum)", "scratch.l[first + i] + sum"),
