@@ -5,8 +5,8 @@
 //   m' = max(m, max_j s),  p = e^(s - m')            vectors along the keys
 //   o[i][d] = e^(m - m') o + sum_j p[i][j] v[j][d]   vectors along d
 // Memory is the limit, so a task takes a block of keys for all its heads before the next block, and asks for the next
-// block in the order it lies in memory: DRAM and TLB see one long read, whatever the layout (asks_for_block() knows who
-// reads faster unasked). Half precision is widened in registers, and half as many bytes are read. Each of the three steps
+// block in the order it lies in memory: DRAM and TLB see one long read, whatever the layout; or row by row with those of
+// this block, see walks_ahead(). Half precision is widened in registers, and half as many bytes are read. Each of the three steps
 // is done for all heads before the next one: a row's way from its scores to its sums is a chain of some 400 cycles, and of
 // one head alone nothing would run beside it.
 // Of pairs (simd.h) scores and, where all rows see a block, values are sums of products of pairs, with weights in bfloat16.
@@ -172,7 +172,7 @@ void forward_head_lanes(const AttentionParams& p, const HeadLanesTask& task, voi
   const int64_t key_bytes = (p.head_dim + p.value_dim) * size_of(p.k.dtype);
   const int64_t block_bytes = scratch.keys * heads * key_bytes;
   const bool fits_l1 = block_bytes <= kL1Bytes / 2;
-  const bool asks = fits_l1 || asks_for_block(size_of(p.k.dtype), p.k.stride[1] * size_of(p.k.dtype));
+  const bool walks = fits_l1 || walks_ahead();
   const auto run = [&](auto storage) {
     const KeyBlock next_first(p, task.next.batch, seen_next.begin, seen_next.end, scratch.keys);
     KeyBlock block(p, task.batch, seen.begin, seen.end, scratch.keys);
@@ -180,11 +180,14 @@ void forward_head_lanes(const AttentionParams& p, const HeadLanesTask& task, voi
       const KeyBlock next(p, task.batch, block.first + block.n, seen.end, scratch.keys);
       const HeadLanesPart& of = next.n > 0 ? task : task.next;
       const KeyBlock& wanted = next.n > 0 ? next : next_first;
-      const auto ahead = [&](const StridedView& v, const char* at, int64_t dim) {
-        const char* const first = at + of.head_begin * v.stride[2] * size_of(v.dtype);
-        return RowsAhead(v, first, asks ? wanted.n : 0, of.head_end - of.head_begin, dim, fits_l1);
+      const auto ahead = [&](const StridedView& v, const char* now, const char* at, int64_t dim) {
+        const int64_t head_bytes = v.stride[2] * size_of(v.dtype);
+        if (walks)
+          return RowsAhead(v, at + of.head_begin * head_bytes, wanted.n, of.head_end - of.head_begin, dim, fits_l1);
+        return RowsAhead(v, dim, wanted.n > 0 ? at - now + (of.head_begin - task.head_begin) * head_bytes : 0);
       };
-      RowsAhead keys_ahead = ahead(p.k, wanted.keys, p.head_dim), values_ahead = ahead(p.v, wanted.values, p.value_dim);
+      RowsAhead keys_ahead = ahead(p.k, block.keys, wanted.keys, p.head_dim),
+                values_ahead = ahead(p.v, block.values, wanted.values, p.value_dim);
       for (int64_t g = 0; g < groups; ++g)
         with_places<T>(scratch.groups[g].rows, [&](auto places) {
           score_group<E, places.value>(storage, scratch.groups[g], block, scratch.keys, keys_ahead);

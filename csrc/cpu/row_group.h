@@ -46,10 +46,11 @@ void order_columns(DType t, T* row, int64_t dim, bool back) {
   if (t != DType::kBFloat16) return;
   for (; dim >= 2 * W; dim -= 2 * W, row += 2 * W) {
     T ordered[2 * W];
-    for (int i = 0; i < 2 * W; ++i) {
-      const int apart = i % 2 * W + i / 2;
-      ordered[back ? i : apart] = row[back ? apart : i];
-    }
+    for (int i = 0; i < W; ++i)  // a loop each: the compiler makes shuffles of them
+      for (int odd = 0; odd < 2; ++odd) {
+        if (back) ordered[2 * i + odd] = row[odd * W + i];
+        else ordered[odd * W + i] = row[2 * i + odd];
+      }
     memcpy(row, ordered, sizeof ordered);
   }
 }

@@ -31,7 +31,7 @@ ATTN_INLINE void raw_scores(Storage storage, const RowGroup<E>& f, const KeyBloc
         for (int t = 0; t < kAtOnce; ++t)
           if (j + t0 + t >= n) key[t] = row + (n - 1 - j) * stride;
       ahead.ask(kAtOnce * ahead.row_bytes());
-      for (int t = 0; t < kAtOnce; ++t) ahead.ask_next_head(key[t], ahead.row_bytes());
+      for (int t = 0; t < kAtOnce; ++t) ahead.ask_with(key[t], ahead.row_bytes());
       Vec<T> sum[R][kAtOnce] = {};
       const auto add = [&](int64_t d, auto vectors, const auto& load) {
         constexpr int NV = decltype(vectors)::value;
@@ -121,7 +121,7 @@ ATTN_INLINE void add_values(Storage storage, const RowGroup<E>& f, const KeyBloc
       with_sums<R, NV>(f, d, j0 == 0, [&](Vec<T>(&acc)[R][NV]) {
         for (int64_t j = 0; j < keys; ++j, at += stride) {
           if (j % kAsked == 0) ahead.ask((keys - j < kAsked ? keys - j : kAsked) * NV * W * Storage::size);
-          ahead.ask_next_head(at, NV * W * Storage::size);
+          ahead.ask_with(at, NV * W * Storage::size);
           Vec<T> x[NV];
           load(at, x);
 #pragma GCC unroll 4
@@ -171,8 +171,8 @@ ATTN_INLINE int64_t add_value_pairs(const RowGroup<E>& f, const KeyBlock& block,
       for (int64_t j = 0; j < n; j += 2, at += 2 * stride) {
         const bool both = j + 1 < n;
         ahead.ask((both ? 2 : 1) * 2 * NP * W * BFloat16::size);
-        ahead.ask_next_head(at, 2 * NP * W * BFloat16::size);
-        if (both) ahead.ask_next_head(at + stride, 2 * NP * W * BFloat16::size);
+        ahead.ask_with(at, 2 * NP * W * BFloat16::size);
+        if (both) ahead.ask_with(at + stride, 2 * NP * W * BFloat16::size);
         typename P::V x[2 * NP];
         for (int v = 0; v < NP; ++v) {
           Words one, other{};

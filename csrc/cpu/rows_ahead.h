@@ -17,7 +17,7 @@ class RowsAhead {
   RowsAhead(const StridedView& v, const char* first, int64_t count, int64_t heads, int64_t dim, bool fits_l1)
       : row_bytes_(dim * v.step()), run_(first), fits_l1_(fits_l1) {
     const int64_t size = size_of(v.dtype);
-    if (!fits_l1 && heads > 1) head_step_ = v.stride[2] * size;
+    if (!fits_l1 && heads > 1) ahead_by_ = v.stride[2] * size;
     int64_t inner = heads, outer = count, step = v.stride[2] * size, outer_step = v.stride[1] * size;
     if (v.stride[2] >= v.stride[1]) {
       inner = count, outer = heads;
@@ -36,6 +36,9 @@ class RowsAhead {
     inner_left_ = inner_;
     start_run();
   }
+  // Not a walk: rows are asked for with those that lie `step` bytes before them.
+  RowsAhead(const StridedView& v, int64_t dim, int64_t step)
+      : row_bytes_(dim * v.step()), ahead_by_(step), fits_l1_(false), walks_(false) {}
 
   ATTN_INLINE void ask(int64_t bytes) {
     if (left_ == 0) return;
@@ -44,10 +47,15 @@ class RowsAhead {
     while (wanted_ >= end_ && next_run()) prefetch_to(wanted_ < end_ ? wanted_ : end_);
   }
 
-  // What lies where `at` lies in the next head, which has been asked for long ago, nearer.
-  ATTN_INLINE void ask_next_head(const char* at, int64_t bytes) const {
-    if (head_step_ == 0) return;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + head_step_ + i);
+  // What lies where `at` lies, in the next head, which a walk has asked for long ago, nearer; else in the next block, to L2.
+  ATTN_INLINE void ask_with(const char* at, int64_t bytes) const {
+    if (ahead_by_ == 0) return;
+    at += ahead_by_;
+    if (walks_) {
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+    } else {
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+    }
   }
 
   int64_t bytes() const { return rows_ * row_bytes_; }
@@ -86,11 +94,11 @@ class RowsAhead {
   }
 
   int64_t row_bytes_ = 0, rows_ = 0;
-  int64_t head_step_ = 0;  // 0: there is no other head, or it is near
+  int64_t ahead_by_ = 0;  // 0: there is no other head, or it is near
   const char* run_ = nullptr;
   int64_t run_bytes_ = 0, at_ = 0, end_ = 0, wanted_ = 0;  // bytes of a run; from its start on: done, in all, asked for
   int64_t left_ = 0, inner_ = 0, inner_left_ = 0, step_ = 0, carry_ = 0;
-  bool fits_l1_ = true;
+  bool fits_l1_ = true, walks_ = true;
 };
 
 // Asks for `bytes` of the rows that row_of(lane) gives, of as many lanes: some rows each time, while the products of the block

@@ -49,10 +49,11 @@ struct BFloat16 {
   }
   // Twice as many numbers, those at even and those at odd places: two operations, where two loads take four.
   static ATTN_INLINE void load_apart(const char* p, Vec<float>* x) {
-    Words both;
+    Vec<float> both;
     memcpy(&both, p, sizeof both);
-    x[0] = (Vec<float>)(both << 16);
-    x[1] = (Vec<float>)(both & 0xffff0000u);
+    const Words words = (Words)Simd<float>::kept(both);
+    x[0] = (Vec<float>)(words << 16);
+    x[1] = (Vec<float>)(words & 0xffff0000u);
   }
   // To nearest even; NaN stays NaN (rounding could carry its mantissa away).
   static ATTN_INLINE void store(char* p, Vec<float> x) {
