@@ -141,8 +141,8 @@ def zeros(name, key_shape, value_shape, dtype):
     if dtype not in (tf.float16, tf.bfloat16, tf.float32, tf.float64, tf.int8):
         raise ValueError(f"{name}: dtype must be float16, bfloat16, float32, float64 or int8, got {dtype.name}")
     shapes = key_shape, value_shape
-    scales = [_new(shape[:3], tf.float32) for shape in shapes] if dtype == tf.int8 else []
-    return *(_new(shape, dtype) for shape in shapes), *scales
+    scales = [_in_large_pages(shape[:3], tf.float32) for shape in shapes] if dtype == tf.int8 else []
+    return *(_in_large_pages(shape, dtype) for shape in shapes), *scales
 
 
 def copied(cache):
@@ -156,12 +156,24 @@ def owned(memory):
     return [_new(tf.shape(x), x.dtype) + x for x in memory]
 
 
+def _in_large_pages(shape, dtype):
+    """`_new`, on CPUs in large pages where the system has them: csrc/bindings/large_pages.h says what that brings."""
+
+    def native():
+        return kernels.library().attn_ops_zeros(shape=tf.cast(tf.stack(shape), tf.int32), T=dtype)
+
+    return _with_shape(_on_its_device(native, lambda: _new(shape, dtype)), shape)
+
+
 def _new(shape, dtype):
     """Zeros in memory that nothing else is given: graphs let equal constants share theirs."""
-    known = [n for n in shape] if isinstance(shape, tuple) else None
+    known = isinstance(shape, tuple)
     x = tf.raw_ops.Empty(shape=tf.cast(tf.stack(shape) if known else shape, tf.int32), dtype=dtype, init=True)
-    if known:
-        x.set_shape([n if isinstance(n, int) else None for n in known])
+    return _with_shape(x, shape) if known else x
+
+
+def _with_shape(x, shape):
+    x.set_shape([n if isinstance(n, int) else None for n in shape])
     return x
 
 

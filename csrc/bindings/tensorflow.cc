@@ -17,6 +17,7 @@
 #include "tf_hint.h"
 #include "tf_kernel.h"
 #include "tf_shapes.h"
+#include "tf_zeros.h"
 
 namespace attn_ops::tf {
 namespace {
@@ -180,6 +181,7 @@ __attribute__((constructor)) void register_operators() {
     register_append<false>();
     register_append<true>();
     register_append_to_pages();
+    register_zeros();
     register_hint();
   } catch (const std::exception& e) {
     std::fprintf(stderr, "attn_ops: the operators could not be registered: %s\n", e.what());

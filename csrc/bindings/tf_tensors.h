@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "append.h"
+#include "large_pages.h"
 #include "tf_kernel.h"
 
 namespace attn_ops::tf {
@@ -25,7 +26,10 @@ inline void own_input(const Execution& execution, int input, int output, Tensor*
     int64_t bytes = static_cast<int64_t>(TF_DataTypeSize(type));
     for (int64_t extent : shape) bytes *= extent;
     const Tensor source = execution.input(input);
-    if (bytes > 0) std::memcpy(TF_TensorData(result.get()), TF_TensorData(source.get()), static_cast<size_t>(bytes));
+    if (bytes > 0) {
+      ask_for_large_pages(TF_TensorData(result.get()), static_cast<size_t>(bytes));
+      std::memcpy(TF_TensorData(result.get()), TF_TensorData(source.get()), static_cast<size_t>(bytes));
+    }
   }
   *tensor = std::move(result);
 }

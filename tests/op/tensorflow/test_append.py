@@ -1,5 +1,7 @@
 """AttnOps>AppendToCache and what is made of it: rows in the memory of a cache, whose values stay values."""
 
+import os
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -93,6 +95,44 @@ def test_memory_is_shared_along_a_line_and_copied_at_a_fork(form):
     assert address(more.key) == address(fork.key)
     assert held(update(third, rows(1, 7.0))) == [1, 1, 2, 7] and held(more) == [1, 1, 5, 5, 5, 6]
     assert held(update(first, rows(1, 9.0))) == [9] and held(third) == [1, 1, 2]
+
+
+def share_in_large_pages(tensor):
+    """How much of its memory somebody advised large pages for."""
+    begin = address(tensor)
+    end = begin + tensor.shape.num_elements() * tensor.dtype.size
+    advised, first, last = 0, 0, 0
+    with open("/proc/self/smaps") as maps:
+        for line in maps:
+            name, *rest = line.split()
+            if "-" in name and not name.endswith(":"):
+                first, last = (int(x, 16) for x in name.split("-"))
+            elif name == "VmFlags:" and "hg" in rest:
+                advised += max(0, min(last, end) - max(first, begin))
+    return advised / (end - begin)
+
+
+@needs_operator
+@pytest.mark.skipif(not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="pages of one size")
+@pytest.mark.parametrize("form", ["eager", "graph"])
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_large_cache_lies_in_large_pages(form, dtype):
+    create = FORMS[form](lambda: attn_ops.KVCache.create(2, 8192, 8, 128, dtype).memory)
+    memory = create()
+    large = [x for x in memory if x.shape.num_elements() * x.dtype.size >= 4 << 20]
+    assert len(large) == 2
+    assert all(share_in_large_pages(x) > 0.99 for x in large)
+    assert all(not np.any(x.numpy()) for x in memory)
+    copy = attn_ops.KVCache.create(2, 8192, 8, 128, dtype).copy()  # and its own memory
+    assert all(address(x) != address(y) for x, y in zip(memory, copy.memory))
+
+
+@needs_operator
+@pytest.mark.parametrize("shape", [[-1], [2**31 - 1] * 3, [[1]]])
+def test_memory_that_cannot_be_is_refused(shape):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="AttnOps>Zeros.*shape"):
+        kernels.library().attn_ops_zeros(shape=shape, T=tf.float32)
+    assert kernels.library().attn_ops_zeros(shape=[3, 0], T=tf.int8).shape == (3, 0)
 
 
 @each_form
