@@ -1,4 +1,5 @@
-"""New rows in the memory of a cache: scatters, which XLA does in place in loops and where arguments are donated."""
+"""New rows in the memory of a cache: scatters, which XLA does in place in loops and where arguments are donated (but see
+in_place.py)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from attn_ops.call import pages as paged
 from attn_ops.call.attention_call import canonical
 from attn_ops.generation import int8
-from attn_ops.jax import xp
+from attn_ops.jax import in_place, xp
 
 
 def append_to_cache(cache, k_new, v_new, positions):
@@ -19,7 +20,11 @@ def append_to_cache(cache, k_new, v_new, positions):
     new = jnp.stack([k_new, v_new], 1).astype(cache.dtype)
     at = jnp.reshape(positions, (-1, 1)) + jnp.arange(k_new.shape[1])  # [batch or 1, rows]
     at = jnp.broadcast_to(at, (cache.shape[0], at.shape[1]))
-    return jax.vmap(lambda cache, at, new: cache.at[:, at].set(new, mode="drop"))(cache, at, new)
+
+    def scattered(cache, new, _, at):
+        return jax.vmap(lambda cache, at, new: cache.at[:, at].set(new, mode="drop"))(cache, at, new)
+
+    return in_place.rows(scattered, cache, new, None, at, 2, heads=3)
 
 
 def append(layout, memory, new, positions, counts, dropped, written):
@@ -101,13 +106,17 @@ def _appended(layout, memory, new, positions, counts, dropped):
     if counts is not None:
         at = jnp.where(jnp.arange(added) < counts[:, None], at, rows)  # where nothing is
 
-    @jax.vmap  # so that arrays that are divided along the batch stay so
-    def written(at, old, new):
-        if layout == "BSHD":
-            return old.at[at].set(new, mode="drop")
-        return old.at[:, at].set(new, mode="drop")
+    def scattered(old, new, _, at):
+        @jax.vmap  # so that arrays that are divided along the batch stay so
+        def written(at, old, new):
+            if axis == 1:
+                return old.at[at].set(new, mode="drop")
+            return old.at[:, at].set(new, mode="drop")
 
-    return tuple(written(at, *x) for x in zip(memory, new))
+        return written(at, old, new)
+
+    at = jnp.broadcast_to(at, (memory[0].shape[0], added))
+    return tuple(in_place.rows(scattered, *x, None, at, axis, heads=3 - axis) for x in zip(memory, new))
 
 
 @_appended.defjvp
@@ -126,12 +135,14 @@ def _appended_to_pages(layout, memory, new, table, positions, counts):
         new = int8.rounded(xp, new)
     page, row = paged.slots(xp, table, positions, counts, rows, size, total)
 
-    def written(old, new):
-        if layout == "BSHD":
+    axis = 1 if layout == "BSHD" else 2
+
+    def scattered(old, new, page, row):
+        if axis == 1:
             return old.at[page, row].set(new, mode="drop")
         return old.at[page, :, row].set(new.swapaxes(1, 2), mode="drop")
 
-    return tuple(map(written, memory, new))
+    return tuple(in_place.rows(scattered, *x, page, row, axis, heads=3 - axis) for x in zip(memory, new))
 
 
 _appended_to_pages.defjvp(_no_derivative)

@@ -56,6 +56,16 @@ def backward(
     return _divided(kernels, of_shares, options, arguments, [*_of_arrays(options, arrays), *rest], results, sums=True)
 
 
+def along(function, batch, num_heads, roles, result_role):
+    """``function`` of arrays of these roles, whose one result has ``result_role``, divided along what the letters "b" and "h"
+    stand for."""
+    if place.in_manual_axes():
+        return function
+    plan = _Plan({"b": batch, "h": num_heads, "k": num_heads}, roles, [result_role])
+    divided = plan.partitioned(lambda *arrays: (function(*arrays),), lambda axes: lambda *arrays: (function(*arrays),))
+    return lambda *arrays: divided(*arrays)[0]
+
+
 def _of_query(options):
     return _in_layout(options, "h")
 

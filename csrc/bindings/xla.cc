@@ -7,6 +7,7 @@
 
 #include "op_call.h"
 #include "run_call.h"
+#include "xla_append.h"
 #include "xla_devices.h"
 #include "xla_frame.h"
 
@@ -28,28 +29,20 @@ XLA_FFI_Metadata* metadata_wanted(const XLA_FFI_CallFrame& frame) {
   return nullptr;
 }
 
-template <class Device, Operator which, Memory memory>
-XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame) {
+// What XLA asks first, or else the call itself; exceptions become errors of this name.
+template <class Run>
+XLA_FFI_Error* answer(XLA_FFI_CallFrame* frame, const char* name, bool replayable, const Run& run) {
   if (XLA_FFI_Metadata* metadata = metadata_wanted(*frame)) {
     metadata->api_version.major_version = XLA_FFI_API_MAJOR;
     metadata->api_version.minor_version = XLA_FFI_API_MINOR;
-    // Fit for CUDA graphs only with memory of its own: XLA's would be given back before a captured graph runs.
-    const bool replayable = Device::kPlace == Place::kGpu && memory == Memory::kLent;
     metadata->traits = replayable ? XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE : 0;
     return nullptr;
   }
-  const auto fail = [frame](XLA_FFI_Error_Code code, const char* message) {
-    return error(frame->api, code, std::string(target(which, memory)) + ": " + message);
+  const auto fail = [frame, name](XLA_FFI_Error_Code code, const char* message) {
+    return error(frame->api, code, std::string(name) + ": " + message);
   };
   try {
-    const OpCall node(Attributes(frame->attrs), Device::kPlace, which);
-    Operands operands(frame->args);
-    const Call call =
-        node.with_arrays([&operands](const char* name, Element element) { return operands.next(name, element); });
-    operands.finish();
-    Results results(frame->rets, memory);
-    Device device(*frame, results.workspace());
-    run_call(call, results, device);
+    run();
     return nullptr;
   } catch (const Unsupported& e) {
     return fail(XLA_FFI_Error_Code_UNIMPLEMENTED, e.what());
@@ -60,6 +53,28 @@ XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame) {
   } catch (const std::exception& e) {
     return fail(XLA_FFI_Error_Code_INTERNAL, e.what());
   }
+}
+
+template <class Device, Operator which, Memory memory>
+XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame) {
+  // Fit for CUDA graphs only with memory of its own: XLA's would be given back before a captured graph runs.
+  constexpr bool replayable = Device::kPlace == Place::kGpu && memory == Memory::kLent;
+  return answer(frame, target(which, memory), replayable, [frame] {
+    const OpCall node(Attributes(frame->attrs), Device::kPlace, which);
+    Operands operands(frame->args);
+    const Call call =
+        node.with_arrays([&operands](const char* name, Element element) { return operands.next(name, element); });
+    operands.finish();
+    Results results(frame->rets, memory);
+    Device device(*frame, results.workspace());
+    run_call(call, results, device);
+  });
+}
+
+constexpr const char* kAppend = "attn_ops.append";
+
+XLA_FFI_Error* append(XLA_FFI_CallFrame* frame) {
+  return answer(frame, kAppend, false, [frame] { append_rows(Attributes(frame->attrs), frame->args, frame->rets); });
 }
 
 template <class Device, Operator which, Memory memory>
@@ -74,6 +89,7 @@ const Handler kHandlers[kNumHandlers] = {
     handler<HostDevice, Operator::kBackward, Memory::kAsked>("Host"),
     handler<HostDevice, Operator::kDecode, Memory::kLent>("Host"),
     handler<HostDevice, Operator::kBackward, Memory::kLent>("Host"),
+    {"Host", kAppend, append},
     handler<CudaDevice, Operator::kDecode, Memory::kAsked>("CUDA"),
     handler<CudaDevice, Operator::kBackward, Memory::kAsked>("CUDA"),
     handler<CudaDevice, Operator::kDecode, Memory::kLent>("CUDA"),

@@ -17,7 +17,8 @@ struct Handler {
 //
 // Those named .lent have one result more, uint8 [bytes], as the workspace of the CUDA kernels: they ask XLA for no memory,
 // so that XLA may put their launches into a CUDA graph. How many bytes: _core.cuda_workspace_bytes. On CPUs nobody writes it.
-inline constexpr int kNumHandlers = 8;
+// attn_ops.append, on CPUs alone: xla_append.h.
+inline constexpr int kNumHandlers = 9;
 extern const Handler kHandlers[kNumHandlers];
 
 }  // namespace attn_ops::xla

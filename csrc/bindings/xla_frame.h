@@ -91,7 +91,7 @@ class Operands {
     if (args_.types[count_] != XLA_FFI_ArgType_BUFFER) {
       throw std::invalid_argument(std::string(name) + " must be an array");
     }
-    const auto& buffer = *static_cast<const XLA_FFI_Buffer*>(args_.args[count_++]);
+    const XLA_FFI_Buffer& buffer = this->buffer(count_++);
     Array a = contiguous_array(name, buffer.data, DType::kFloat32, static_cast<int>(buffer.rank),
                                [&buffer](int i) { return buffer.dims[i]; });
     switch (element) {
@@ -106,6 +106,9 @@ class Operands {
     }
     return a;
   }
+
+  // As XLA has it, of any rank.
+  const XLA_FFI_Buffer& buffer(int64_t i) const { return *static_cast<const XLA_FFI_Buffer*>(args_.args[i]); }
 
   void finish() const {
     if (count_ != args_.size) {

@@ -42,7 +42,7 @@ KERNELS = [
     ("intervals of few rows do not end", CPU + "row_group.h", "if (seen[i].end < all_see.end) all_see.end = seen[i].end;", ""),
     ("queries of columns apart as they lie", CPU + "row_group.h", "else order_columns(p.k.dtype, to, p.head_dim, false);", ""),
     ("results stay apart", CPU + "head_lanes.h", "order_columns(p.v.dtype, out, p.value_dim, true);", ""),
-    ("odd columns before even ones", CPU + "row_group.h", "i % 2 * W + i / 2", "(i + 1) % 2 * W + i / 2"),
+    ("odd columns before even ones", CPU + "row_group.h", "ordered[odd * W + i] = row[2 * i + odd];", "ordered[odd * W + i] = row[2 * i + 1 - odd];"),
     ("scales of int8 keys lie beside each other", CPU + "row_products.h", "of_head[j * stride]", "of_head[j]"),
     ("scales of hidden int8 values count", CPU + "head_lanes.h", "return S::select(probability == S::zero(), S::zero(), probability * scale);", "return probability * scale;"),
     ("no rescale of the output of few rows", CPU + "row_products.h", "if (corrects) acc[i][v] *= S::set1(f.correction[i]);", ""),

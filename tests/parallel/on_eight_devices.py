@@ -164,10 +164,11 @@ def test_sequences_are_gathered():
     assert_same(function(*divided), attend(query, key, value, is_causal=True, implementation="composite"))
 
 
-def test_decode():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decode(dtype):
     """A step of generation exchanges nothing."""
-    cache = attn_ops.KVCache(random(B, T, N, D), random(B, T, N, D), np.array([0, 3, 7, 15], "int32"))
-    cache = jax.tree.map(jnp.asarray, cache)
+    memory = (jnp.asarray(random(B, T, N, D), dtype) for _ in range(2))
+    cache = attn_ops.KVCache(*memory, jnp.asarray([0, 3, 7, 15], "int32"))
     query, new = random(B, 1, H, D), random(B, 1, N, D)
     axes = mesh()
     divided = jax.tree.map(lambda x: put(axes, [x], [BOTH if x.ndim == 4 else DATA])[0], cache)
