@@ -75,9 +75,14 @@ def test_arguments_of_calls():
     np.testing.assert_allclose(in_parts(step, new_cache(layer))[0], right, rtol=0, atol=2e-5)
 
 
-@pytest.mark.skipif("sliding_window" not in keras.layers.GroupQueryAttention.__init__.__code__.co_varnames, reason="older Keras")
-def test_windows_of_keras_and_of_the_cache():
-    layer = LAYERS["GroupedQueryAttention"](sliding_window=3)
+_OLDER = "sliding_window" not in keras.layers.GroupQueryAttention.__init__.__code__.co_varnames
+
+
+@pytest.mark.parametrize(
+    "options", [pytest.param({"sliding_window": 3}, marks=pytest.mark.skipif(_OLDER, reason="older Keras")), OPTIONS["mask"]]
+)
+def test_windows_of_layers_and_of_the_cache(options):
+    layer = LAYERS["GroupedQueryAttention"](**options)
     right = whole(layer)
     for window in (None, 3):
         cache = new_cache(layer, length=1000, window=window)
