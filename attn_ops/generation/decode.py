@@ -13,7 +13,8 @@ from attn_ops.call.attention_call import canonical
 from attn_ops.call.normalize import normalize
 from attn_ops.generation import growth
 from attn_ops.generation.cache import step
-from attn_ops.masks.mask import combined
+from attn_ops.masks import checks
+from attn_ops.masks.mask import Mask
 
 # Options of the attention that the cache decides, or that are for training.
 NOT_TAKEN = (
@@ -156,11 +157,9 @@ def _window(name, cache, window, is_causal, given):
         )
     if cache.rolls:
         along = [what for what in _ALONG_KEYS if given.get(what) is not None]
-        mask = given.get("mask")
-        if "mask" in along and not isinstance(mask, (list, tuple)) and hasattr(mask, "structured"):
-            mask = combined(mask)
-            if not (mask.structured or mask.arrays()):  # causal or a window: told by distance alone
-                along.remove("mask")
+        parts = checks.listed(name, given.get("mask"))
+        if all(isinstance(part, Mask) and not (part.structured or part.arrays()) for part in parts):
+            along = [what for what in along if what != "mask"]  # causal or a window: told by distance alone
         if along:
             raise ValueError(
                 f"{name}: {along[0]} goes by the positions of keys, of which a cache with a window keeps the last ones"

@@ -50,8 +50,8 @@ def checked(xp, name, cache):
             f"{name}: keys and values of the cache must have one dtype and, but for the last axis, one shape, got "
             f"{key.dtype.name} {key.shape} and {value.dtype.name} {value.shape}"
         )
-    if cache.rows is None:
-        raise ValueError(f"{name}: the length of the cache's memory must be known, got shape {key.shape}")
+    if cache.rows is None and cache.window is not None:  # nobody knows whether it rolls
+        raise ValueError(f"{name}: the length of the memory of a cache with a window must be known, got shape {key.shape}")
     lengths = arrays.lengths(xp, name, "cache.lengths", cache.lengths, k[0], None if cache.rolls else cache.rows)
     memory = key, value, *_checked_scales(xp, name, cache, key)
     return cache.with_memory(memory, lengths=lengths)
@@ -124,7 +124,7 @@ def planned(xp, name, cache, k_new, counts=None) -> Growth:
     new = xp.extent(k_new, axis)
     if xp.static_value(cache.lengths) is not None and isinstance(new, int):
         _check_room(xp, name, cache, new, counts)
-    elif not cache.rolls and isinstance(new, int) and counts is None and new > cache.rows:
+    elif not (cache.rolls or cache.rows is None) and isinstance(new, int) and counts is None and new > cache.rows:
         raise ValueError(f"{name}: {new} new rows do not fit a cache for {cache.rows}")
     before = cache.lengths
     after = before + (new if counts is None else counts)
@@ -179,10 +179,10 @@ def _first(xp, cache, lengths):
 def _check_room(xp, name, cache, new, counts):
     lengths = xp.static_value(cache.lengths)
     added = new if counts is None else xp.static_value(counts)
-    if added is None:
+    most = cache.max_length
+    if added is None or most is None:
         return
     after = lengths + added
-    most = cache.max_length
     if after.size and after.max() > most:
         at = int(after.argmax())
         raise ValueError(

@@ -117,8 +117,10 @@ def _counts(name, mask):
     message = f"{name}: beside a cache, padding stands at the end of the new rows, and query_mask hides earlier ones"
     ordered = ops.logical_or(mask[:, :-1], ops.logical_not(mask[:, 1:]))
     known = backend.known_values(ordered)
+    if known is not None and not known.all():
+        raise ValueError(message)
     if known is None:
         mask = backend.asserted(mask, ordered, message)
-    elif not known.all():
-        raise ValueError(message)
-    return ops.sum(ops.cast(mask, "int32"), axis=-1)
+    counts = ops.sum(ops.cast(mask, "int32"), axis=-1)
+    # Compiled, nothing is asserted; more than there are the attention refuses.
+    return counts if known is not None else ops.where(ops.all(ordered, axis=-1), counts, ops.shape(mask)[1] + 1)

@@ -75,9 +75,15 @@ def test_arguments_of_calls():
     np.testing.assert_allclose(in_parts(step, new_cache(layer))[0], right, rtol=0, atol=2e-5)
 
 
-@pytest.mark.skipif("sliding_window" not in keras.layers.GroupQueryAttention.__init__.__code__.co_varnames, reason="older Keras")
-def test_windows_of_keras_and_of_the_cache():
-    layer = LAYERS["GroupedQueryAttention"](sliding_window=3)
+_OLDER = "sliding_window" not in keras.layers.GroupQueryAttention.__init__.__code__.co_varnames
+
+
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({"sliding_window": 3}, marks=pytest.mark.skipif(_OLDER, reason="older Keras")), OPTIONS["mask"]],
+)
+def test_windows_of_layers_and_of_the_cache(options):
+    layer = LAYERS["GroupedQueryAttention"](**options)
     right = whole(layer)
     for window in (None, 3):
         cache = new_cache(layer, length=1000, window=window)
@@ -97,6 +103,26 @@ def test_padded_prompts():
     np.testing.assert_allclose(out[:, 0], right[np.arange(BATCH), lengths], rtol=0, atol=2e-5)
     with pytest.raises(ValueError, match="padding stands at the end of the new rows"):
         layer(X[:, :2], X[:, :2], cache=cache, query_mask=[[False, True]] * 2)
+
+
+@pytest.mark.parametrize("kind", ["KVCache", "tensor"])
+@pytest.mark.parametrize("flash_attention", [None, False])
+def test_padding_before_tokens_where_nothing_is_asserted(flash_attention, kind):
+    """Its sequence gets no numbers, and the others theirs."""
+    layer = LAYERS["MultiHeadAttention"](flash_attention=flash_attention)
+    right = whole(layer)
+    cache = tf.zeros([BATCH, 2, MAX_LENGTH, 4, 8]) if kind == "tensor" else new_cache(layer)
+    at = {"cache_update_index": 0} if kind == "tensor" else {}
+    step = lambda mask: layer(X, X, cache=cache, query_mask=mask, **at)[0]  # noqa: E731
+    step = tf.function(step, autograph=False, jit_compile=True)
+    mask = np.arange(TOKENS) >= [[2], [0]]
+    if flash_attention is None and attn_ops.can_use_fused(*[X[:, :, None]] * 3):
+        with pytest.raises((tf.errors.InvalidArgumentError, tf.errors.InternalError)):
+            step(tf.constant(mask))
+    else:
+        out = step(tf.constant(mask)).numpy()
+        assert np.isnan(out[0]).any()
+        np.testing.assert_allclose(out[1], right[1], rtol=0, atol=2e-5)
 
 
 @pytest.mark.wide(2)

@@ -208,7 +208,7 @@ def _forms(name, call, good, bad, traced=True):
 
     def graph(a):
         arrays = {key: x for key, x in a.items() if isinstance(x, np.ndarray)}
-        memory = ("key", "value", "k_pages", "v_pages")  # whose room must be known
+        memory = ("k_pages", "v_pages")  # whose room must be known
         shapes = {key: (None, *x.shape[1:]) if key in memory and x.ndim else [None] * x.ndim for key, x in arrays.items()}
         specs = {key: tf.TensorSpec(shapes[key], x.dtype) for key, x in arrays.items()}
         function = tf.function(lambda arrays: call({**a, **arrays}), input_signature=[specs], autograph=False)

@@ -263,8 +263,24 @@ def test_options_by_position_are_refused_where_old_keys_make_way():
     for options in ({"bias": np.zeros((1, 1, 1, cache.rows))}, {"mask": np.ones((1, cache.rows), bool)}):
         with pytest.raises(ValueError, match="goes by the positions of keys"):
             attn_ops.decode_attention(QUERY[:, :1], cache, KEY[:, :1], VALUE[:, :1], **options)
-    mask = attn_ops.masks.causal()
-    attn_ops.decode_attention(QUERY[:, :1], cache, KEY[:, :1], VALUE[:, :1], mask=mask)
+    for mask in (attn_ops.masks.causal(), [attn_ops.masks.causal(), attn_ops.masks.window(1, 0)]):
+        attn_ops.decode_attention(QUERY[:, :1], cache, KEY[:, :1], VALUE[:, :1], mask=mask)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8"])
+def test_one_function_for_caches_of_any_length(dtype):
+    """Of which the memory is of unknown length where it is traced; that of one with a window tells whether it rolls."""
+    step = tf.function(attn_ops.decode_attention, autograph=False, reduce_retracing=True)
+    caches = [new_cache(length=length, dtype=dtype) for length in (40, TOKENS, MAX_LENGTH)]
+    for cache in caches:
+        out, full = in_parts(step, cache, array=tf.constant)
+        np.testing.assert_allclose(out, whole("plain"), rtol=0, atol=0.05 if dtype == "int8" else 1e-12)
+        assert full.lengths.numpy().tolist() == [TOKENS] * BATCH
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        step(QUERY, caches[1].update(KEY[:, :1], VALUE[:, :1]), KEY, VALUE)
+    with pytest.raises(ValueError, match="the memory of a cache with a window must be known"):
+        for length in (4, 5):
+            in_parts(step, new_cache(length=length, dtype=dtype, window=9), parts=(1,), array=tf.constant)
 
 
 @pytest.mark.parametrize("form", ["graph", "xla"])
