@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
@@ -275,6 +276,18 @@ def of(values):
     if jax is not None and any(isinstance(value, jax.Array) for value in values):
         return Jax(jax)
     return NumPy()
+
+
+@contextlib.contextmanager
+def untraced():
+    """What TensorFlow and JAX make of arrays with values has values meanwhile, also while something is being traced."""
+    tf, jax = (sys.modules.get(name) for name in ("tensorflow", "jax"))
+    with contextlib.ExitStack() as stack:
+        if tf is not None and not tf.executing_eagerly():
+            stack.enter_context(tf.init_scope())
+        if jax is not None:
+            stack.enter_context(jax.ensure_compile_time_eval())
+        yield
 
 
 def native(x):

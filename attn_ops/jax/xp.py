@@ -130,7 +130,7 @@ def seed_of_array(seed):
 cos, sin = jnp.cos, jnp.sin
 exp, log, sqrt = jnp.exp, jnp.log, jnp.sqrt
 concat, stack, reshape = jnp.concatenate, jnp.stack, jnp.reshape
-uint32 = np.dtype("uint32")
+int32 = np.dtype("int32")
 
 
 def reshape_like(x, like):
@@ -140,10 +140,6 @@ def reshape_like(x, like):
 def arange_like(count, like):
     """Integers from 0, such as ``like``."""
     return jnp.arange(count)
-
-
-def bitcast_int32(x):
-    return jax.lax.bitcast_convert_type(x, np.int32)
 
 
 # For caches.

@@ -49,7 +49,8 @@ class Function(Part):
         if key not in self._found:
             while len(self._found) >= _KEPT:  # decoding asks for another offset each time
                 self._found.pop(next(iter(self._found)))
-            self._found[key] = _recognised(_Table(self, seqlen_q, seqlen_k, offset), query_offset is None)
+            with namespaces.untraced():
+                self._found[key] = _recognised(_Table(self, seqlen_q, seqlen_k, offset), query_offset is None)
         return self._found[key]
 
     def check_entries(self, counts, *extents):
@@ -64,11 +65,12 @@ class Function(Part):
                     "many there are"
                 )
 
+    @namespaces.untraced()
     def _depends(self, axis, seqlen_q, seqlen_k, offset):
         """Whether the function asks for b (axis 0) or h (axis 1): of two that are the same it makes two all the same."""
         if not (seqlen_q and seqlen_k and offset.size):
             return False
-        first = offset[0]
+        first = int(offset[0])  # as `_Table` has it for functions of numbers
         index = [np.zeros((1, 1, 1, 1), np.int64)] * 2
         index[axis] = index[axis].repeat(2, axis)
         try:
@@ -87,7 +89,9 @@ class Function(Part):
 
     def visible(self, xp, at):
         """All of it, as the function says."""
-        return xp.bool(_Table(self, *self._asked_for(at.seqlen_q, at.seqlen_k, at.query_offset)).whole())
+        with namespaces.untraced():
+            values = _Table(self, *self._asked_for(at.seqlen_q, at.seqlen_k, at.query_offset)).whole()
+        return xp.bool(values)
 
     def _asked_for(self, seqlen_q, seqlen_k, query_offset):
         """The extents as integers, and the offset as `[1]` or `[batch]`."""
@@ -133,9 +137,9 @@ def from_function(fn, seqlen_q=None, seqlen_k=None, batch=None, num_heads=None):
     `repr` tells.
 
     Args:
-      fn: takes NumPy integer arrays that broadcast against each other and gives booleans, elementwise. Where it fails
-        with arrays (`if`, `and`) it is called for each pair, which is slow for long sequences. q is the row's own
-        position: counted from a `query_offset` on.
+      fn: takes NumPy integer arrays that broadcast against each other and gives booleans, elementwise; TensorFlow and JAX
+        may compute them, of arrays whose values are known. Where it fails with arrays (`if`, `and`) it is called for each
+        pair, which is slow for long sequences. q is the row's own position: counted from a `query_offset` on.
       seqlen_q, seqlen_k: the extents to evaluate it for; None for those of the call, which must be known when it is
         traced.
       batch, num_heads: how many b and h there are, where the mask depends on them; None where it does not.

@@ -131,7 +131,7 @@ def seed_of_array(seed):
 cos, sin = tf.cos, tf.sin
 exp, log, sqrt = tf.exp, tf.math.log, tf.sqrt
 concat, stack, reshape = tf.concat, tf.stack, tf.reshape
-uint32 = tf.uint32
+int32 = tf.int32
 
 
 def reshape_like(x, like):
@@ -141,10 +141,6 @@ def reshape_like(x, like):
 def arange_like(count, like):
     """Integers from 0 in the dtype of ``like``, int32 if that is a Python integer."""
     return tf.range(tf.cast(count, like.dtype if tf.is_tensor(like) else tf.int32))
-
-
-def bitcast_int32(x):
-    return tf.bitcast(x, tf.int32)
 
 
 # For caches.

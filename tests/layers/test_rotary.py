@@ -155,6 +155,12 @@ def test_far_positions_are_right_in_float32(framework, positions):
             np.testing.assert_allclose(run(x, given), expected, atol=3e-6)
 
 
+def test_unsigned_positions(framework):
+    x, positions = array(1, 4, 1, 8).astype("float32"), np.array([7, 2**31 - 1, 2**31, 2**32 - 1], "uint32")
+    for run in runs(*framework):
+        np.testing.assert_allclose(run(x, positions), rotated(x, [positions.astype("int64")], plain(8)), atol=3e-6)
+
+
 @pytest.mark.parametrize("table", ["short", "long"])
 @pytest.mark.parametrize("dtype", ["int64", "uint64"])
 def test_positions_beyond_32_bits(framework, dtype, table, monkeypatch):

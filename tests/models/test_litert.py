@@ -24,11 +24,18 @@ def multi_head():
     return attn_ops.layers.MultiHeadAttention(num_heads=2, key_dim=8)
 
 
+def turned():
+    """By positions that only the running model knows."""
+    x, positions = keras.Input((12, 16)), keras.Input((12,), dtype="int32")
+    return keras.Model([x, positions], attn_ops.layers.RotaryEmbedding()(x, positions=positions))
+
+
 MODELS = {
     "plain": lambda: model_of(multi_head()),
     "causal": lambda: model_of(multi_head(), use_causal_mask=True),
     "key padding": lambda: model_of(multi_head(), padding=True),
     "grouped, causal": lambda: model_of(grouped(), use_causal_mask=True),
+    "rotary": turned,
 }
 
 
@@ -44,8 +51,10 @@ def test_litert(tmp_path, kind):
     rng = np.random.default_rng(0)
     for batch in (1, 3):
         feeds = [rng.normal(size=(batch, 12, 16)).astype("float32")]
-        if len(model.inputs) > 1:
+        if model.inputs[-1].dtype == "bool":
             feeds.append(np.arange(12) < rng.integers(1, 13, size=(batch, 1)))
+        if model.inputs[-1].dtype == "int32":
+            feeds.append(rng.integers(-(2**20), 2**20, size=(batch, 12)).astype("int32"))
         indices = {details["dtype"]: details["index"] for details in interpreter.get_input_details()}
         for feed in feeds:
             interpreter.resize_tensor_input(indices[feed.dtype.type], feed.shape)

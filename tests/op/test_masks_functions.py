@@ -334,6 +334,28 @@ def test_a_function_of_numbers_is_called_for_each_pair():
     assert (1, 2) in seen
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_function_in_tensorflow_is_evaluated_while_a_graph_is_made(jit_compile):
+    tf = pytest.importorskip("tensorflow")
+    documents = tf.constant(DOCUMENTS[8:14])
+    by_arrays = masks.from_function(lambda b, h, q, k: tf.gather(documents, q) == tf.gather(documents, k))
+    by_numbers = masks.from_function(lambda b, h, q, k: documents[q] == documents[k] and tf.constant(q) >= k)
+    expected = DOCUMENTS[8:14, None] == DOCUMENTS[8:14]
+    for mask, expected in ((by_arrays, expected), (by_numbers, expected & np.tri(6, dtype=bool))):
+        found = tf.function(lambda x: mask.of_call(*x.shape, 6).materialize(6, 6, 1), jit_compile=jit_compile)(tf.zeros((2, 2, 6)))
+        np.testing.assert_array_equal(found[0, 0], expected)
+        np.testing.assert_array_equal(tf.function(lambda: mask.materialize(6, 6), jit_compile=jit_compile)()[0, 0], expected)
+
+
+def test_a_function_in_jax_is_evaluated_while_it_traces():
+    jax = pytest.importorskip("jax")
+    documents = jax.numpy.asarray(DOCUMENTS[8:14])
+    mask = masks.from_function(lambda b, h, q, k: (documents[q] == documents[k]) & (q >= k))
+    expected = (DOCUMENTS[8:14, None] == DOCUMENTS[8:14]) & np.tri(6, dtype=bool)
+    found = jax.jit(lambda x: mask.of_call(*x.shape, 6).materialize(6, 6) & (x[0, 0, 0] == 0))(np.zeros((2, 2, 6)))
+    np.testing.assert_array_equal(found[0, 0], expected)
+
+
 @pytest.mark.parametrize("traced", ["extent", "offset"])
 def test_what_is_unknown_when_traced_is_an_error_that_says_so(traced):
     tf = pytest.importorskip("tensorflow")
