@@ -14,7 +14,7 @@ from attn_ops.call import pages as paged
 from attn_ops.call.attention_call import canonical
 from attn_ops.generation import int8
 from attn_ops.tensorflow import export, gpu, place, registration, runtime_checks, xp
-from attn_ops.tensorflow.forms import graph
+from attn_ops.tensorflow.forms import custom_call, graph
 
 
 def append_to_cache(cache, k_new, v_new, positions):
@@ -116,6 +116,8 @@ def append_to_pages(memory, new, table, positions, counts, layout, in_place):
 
 def _scattered_to_pages(old, new, page, row, kept, layout):
     """Pages with the rows ``new``, of which those ``kept`` (None: all) go to the ``row`` of their ``page``."""
+    if kept is None and _by_custom_call(old):
+        return custom_call.append(old, new, page, row, axis=1 if layout == "BSHD" else 2)
     at = tf.stack([page, row], -1)  # [batch, rows, 2]
     turn = [0, 2, 1, 3][: new.shape.rank]
     if layout == "BHSD":
@@ -206,6 +208,13 @@ def _scattered(pairs, positions, counts, axis):
     shape = runtime_checks.extents(new)
     at = tf.expand_dims(tf.range(shape[axis]), 0)  # [1, rows]
     start = tf.expand_dims(positions, 1)
+    if all(_by_custom_call(old) for _, old in pairs):
+        row = start + at
+        if counts is not None:
+            row = tf.where(at < tf.expand_dims(counts, 1), row, -1)  # where nothing is
+        row = tf.broadcast_to(row, [shape[0], shape[axis]])
+        page = tf.broadcast_to(tf.expand_dims(tf.range(shape[0]), 1), tf.shape(row))
+        return [custom_call.append(old, new, page, row, axis) for new, old in pairs]
     if counts is not None:
         # Those that are not there repeat the last one that is; where there is none, what is there already.
         at = tf.minimum(at, tf.expand_dims(tf.maximum(counts - 1, 0), 1))
@@ -227,6 +236,17 @@ def _scattered(pairs, positions, counts, axis):
         axes = [tf.reshape(batch, [-1, 1, 1]), tf.expand_dims(tf.range(shape[1]), 1), tf.expand_dims(at, 1)]
     indices = tf.stack([tf.broadcast_to(x, shape[: axis + 1]) for x in axes], -1)
     return [tf.tensor_scatter_nd_update(old, indices, new) for new, old in pairs]
+
+
+def _by_custom_call(old):
+    """Whether XLA would copy ``old`` for new rows in it, and need not: on CPUs it has no scatter of bfloat16, but makes float32
+    of it all, and back."""
+    return old.dtype == tf.bfloat16 and place.in_xla() and not (
+        kernels.unavailable_reason()
+        or export.reasons_against_fused(forced=False)
+        or custom_call.unavailable_reason()
+        or gpu.any_visible()
+    )
 
 
 def _moved_up(memory, dropped, layout):

@@ -18,6 +18,7 @@ inline void append_rows(const Attributes& attributes, const XLA_FFI_Args& args, 
   operands.finish();
   const int64_t axis = attributes.integer("axis");  // of the rows
   if (axis != 1 && axis != 2) throw std::invalid_argument("axis must be 1 or 2, got " + text(axis));
+  if (cache.dtype == DType::kBool) throw std::invalid_argument("cache must not be bool");
   if (cache.rank <= axis || rows.rank != cache.rank || rows.dtype != cache.dtype) {
     throw std::invalid_argument("cache and rows must have the same rank, beyond axis " + text(axis) + ", and dtype");
   }

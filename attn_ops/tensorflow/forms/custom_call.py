@@ -1,4 +1,5 @@
-"""The kernels inside a function that XLA compiles: forward and backward as custom calls, in the form of eager.py.
+"""The kernels inside a function that XLA compiles: forward and backward as custom calls, in the form of eager.py; and rows
+written into caches.
 
 `XlaCallModule` carries a program in StableHLO whose one operation of substance is a custom call of XLA's foreign
 function interface; csrc/bindings/xla.cc has the handlers. Every extent is unknown in the program: XLA fills them in
@@ -77,6 +78,22 @@ def backward(call: AttentionCall, out, statistics, d_out, d_lse, workspace: int 
     )
 
 
+def append(cache, rows, page, row, axis: int):
+    """``cache`` with ``rows[b, …, i, …]`` at ``[page[b, i], …, row[b, i], …]``, the rows in ``axis``, in its memory where XLA
+    needs that no more. On CPUs alone."""
+    operands, dtypes = [cache, rows, page, row], [cache.dtype]
+    results = [[(0, axis) for axis in range(cache.shape.rank)]]
+    made = place.xla_call()(
+        operands,
+        version=_VERSION,
+        module=_program("attn_ops.append", operands, results, dtypes, {"axis": axis}, in_place=True),
+        Tout=dtypes,
+        Sout=[cache.shape],
+        platforms=_PLATFORMS,
+    )
+    return place.opaque_to_xla(made)[0]
+
+
 def _custom_call(target, operands, call, own, results, dtypes, shapes, workspace):
     """Runs the custom call ``target`` on ``operands`` and the optional inputs of ``call``, with attributes of its ``own``
     beside those of the call; see `_program`. With one result more where there is a ``workspace``, of that many bytes for the
@@ -99,7 +116,7 @@ def _custom_call(target, operands, call, own, results, dtypes, shapes, workspace
     return place.opaque_to_xla(made[:wanted])
 
 
-def _program(target, operands, results, dtypes, config):
+def _program(target, operands, results, dtypes, config, in_place=False):
     """The StableHLO of one custom call.
 
     Args:
@@ -108,6 +125,7 @@ def _program(target, operands, results, dtypes, config):
         results: For each result, and each of its axes, its extent, or which (operand, axis) has it.
         dtypes: Of the results.
         config: Attributes by name: strings, integers and booleans.
+        in_place: Whether the only result is the first operand, written over.
     """
     inputs = [_type(x.shape.rank, x.dtype) for x in operands]
     outputs = [_type(len(extents), dtype) for extents, dtype in zip(results, dtypes)]
@@ -133,9 +151,11 @@ def _program(target, operands, results, dtypes, config):
     operand_layouts = [_layout(x.shape.rank) for x in operands] + [_layout(1)] * len(outputs)
     config = ", ".join(f"{name} = {_attribute(value)}" for name, value in sorted(config.items()))
     first_shape = len(names)
+    alias = "output_tuple_indices = [], operand_index = 0, operand_tuple_indices = []"
+    aliases = f" output_operand_aliases = [#stablehlo.output_operand_alias<{alias}>]," if in_place else ""
     body.append(
         f'%out:{len(outputs)} = stablehlo.custom_call @"{target}"({", ".join(names + shape_names)})'
-        f" {{api_version = 4 : i32, backend_config = {{{config}}}, operand_layouts = [{', '.join(operand_layouts)}],"
+        f" {{api_version = 4 : i32, backend_config = {{{config}}},{aliases} operand_layouts = [{', '.join(operand_layouts)}],"
         f" result_layouts = [{', '.join(_layout(len(extents)) for extents in results)}], indices_of_shape_operands ="
         f" dense<[{', '.join(str(first_shape + i) for i in range(len(outputs)))}]> : tensor<{len(outputs)}xi64>}}"
         f" : ({', '.join(inputs + shape_types)}) -> ({', '.join(outputs)})"

@@ -97,6 +97,41 @@ def test_memory_is_shared_along_a_line_and_copied_at_a_fork(form):
     assert held(update(first, rows(1, 9.0))) == [9] and held(third) == [1, 1, 2]
 
 
+@pytest.mark.parametrize("by", ["custom call", "scatters"])
+@pytest.mark.parametrize("kind", ["BSHD", "BHSD", "pages", "one tensor"])
+def test_xla_writes_rows_of_bfloat16(by, kind, rng, monkeypatch):
+    """Whose scatter it computes in float32, of all there is: by our custom call only the rows are touched."""
+    if by == "scatters":
+        monkeypatch.setattr(append, "_by_custom_call", lambda old: False)
+    elif kernels.xla_unavailable_reason() is not None:
+        pytest.skip("no custom calls")
+    memory = rng.integers(-99, 99, (3, 2, 64, 2, 4) if kind == "one tensor" else (3, 64, 64, 4)).astype("float32")
+    new, at = rng.integers(-99, 99, (3, 2, 64, 4)).astype("float32"), np.int32([5, 62, 0])
+    right = memory.copy()
+    if kind == "one tensor":
+        new = new[..., :2, :]
+        for b in range(3):
+            right[b, :, at[b] : at[b] + 2] = new[b]
+        function = lambda memory, new, at: append.append_to_cache(memory, new, new, at)  # noqa: E731
+    elif kind == "pages":
+        table = np.int32([[2, 0], [1, 7], [1, 7]])  # behind the end of the second there is no page
+        right[2, 5:7], right[1, 62:], right[1, :2] = new[0], new[1], new[2]
+        function = lambda memory, new, at: append.append_to_pages([memory], [new], table, at, None, "BSHD", False)[0]  # noqa: E731
+    else:
+        turned = (lambda x: x) if kind == "BSHD" else (lambda x: x.swapaxes(1, 2))
+        counts = np.int32([2, 1, 0])
+        for b, n in enumerate(counts):
+            right[b, at[b] : at[b] + n] = new[b, :n]
+        memory, new, right = map(turned, (memory, new, right))
+        function = lambda memory, new, at: append.append(kind, [memory] * 2, [new] * 2, at, counts, None, None)[0][1]  # noqa: E731
+    compiled = tf.function(function, autograph=False, jit_compile=True)
+    given = [tf.cast(memory, tf.bfloat16), tf.cast(new, tf.bfloat16), tf.constant(at)]
+    np.testing.assert_array_equal(tf.cast(compiled(*given), tf.float32), right)
+    text = compiled.experimental_get_compiler_ir(*given)(stage="optimized_hlo")
+    whole = f"f32[{','.join(map(str, memory.shape))}]"
+    assert (whole in text) == (by == "scatters")
+
+
 def share_in_large_pages(tensor):
     """How much of its memory somebody advised large pages for."""
     begin = address(tensor)
