@@ -33,3 +33,26 @@ def test_rows_that_see_only_the_last_keys(isa, group, rows_behind):
         derivatives = reference.attention_gradients(q, k, v, d_out, **named)[:3]
         for name, x, y in zip(("dq", "dk", "dv"), gradients, derivatives, strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5, err_msg=f"{name}, {length} keys")
+
+
+@pytest.mark.parametrize("name", ["q", "d_out"])
+@pytest.mark.parametrize("isa", core.isas())
+def test_garbage_of_one_document_beside_another(isa, name):
+    """Both end with the rows of a tile, each of which sees all keys of its own: none is masked but by where the others' begin."""
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = (rng.standard_normal((1, n, 1, 16)).astype("float32") for n in (48, 128, 128, 48))
+    for border in (60, 64, 69):
+        second = np.arange(48) >= 24
+        found = (np.where(second, border, 0)[None].astype(np.int32), np.where(second, 128, border)[None].astype(np.int32))
+
+        def gradients(**changed):
+            x = dict(q=q, k=k, v=v, d_out=d_out) | changed
+            options = {"intervals": found, "isa": isa, "num_threads": 1}
+            out, _, statistics = core.forward(x["q"], x["k"], x["v"], **options)
+            return core.backward(x["q"], x["k"], x["v"], out, statistics, x["d_out"], **options)[:3]
+
+        garbage = dict(q=q, d_out=d_out)[name].copy()
+        garbage[0, 3] = np.nan
+        for of, x, plain in zip(("dq", "dk", "dv"), gradients(**{name: garbage}), gradients(), strict=True):
+            others = second if of == "dq" else np.arange(128) >= border
+            np.testing.assert_array_equal(x[:, others], plain[:, others], err_msg=f"{of}, {border} keys")
