@@ -100,6 +100,28 @@ def test_a_bias_hides_garbage_from_all_rows(rng, dtype, isa):
         assert_same(run(dict(q=q, k=k, v=v, d_out=d_out), bias=bias, isa=isa), plain)
 
 
+@pytest.mark.parametrize("isa", core.isas())
+def test_garbage_that_another_head_did_not_load(rng, isa):
+    """Heads that share a bias pass their keys one after the other: the last rows of one see less of them than the first of the next."""
+    q, d_out = (rng.normal(size=(1, 100, 2, 16)).astype("float32") for _ in range(2))
+    k, v = (rng.normal(size=(1, 100, 1, 16)).astype("float32") for _ in range(2))
+    options = dict(bias=np.zeros((1, 1, 100, 100), "float32"), window_left=40, window_right=0, isa=isa)
+    options["masks"] = [np.broadcast_to(np.arange(100) != 10, (1, 1, 100, 100))]
+    plain = run(dict(q=q, k=k, v=v, d_out=d_out), **options)
+    k[0, 10], v[0, 10] = np.nan, np.inf
+    assert_same(run(dict(q=q, k=k, v=v, d_out=d_out), **options), plain)
+
+
+@pytest.mark.parametrize("isa", core.isas())
+def test_slopes_are_added_to_capped_scores(rng, isa):
+    """Where all rows see all keys too, and few rows."""
+    for rows in (3, 40):
+        x = [rng.normal(size=(1, n, 2, 16)).astype("float32") for n in (rows, 45, 45, rows)]
+        a, slopes = dict(zip(SHAPES, x, strict=True)), np.array([0.5, 0.1])
+        results = run(a, soft_cap=2.0, slopes=slopes[None].astype("float32"), isa=isa)
+        assert_close(results, expected(a, logits_soft_cap=2.0, alibi_slopes=slopes), "float32")
+
+
 def test_strides_are_read_in_place(rng):
     a = arrays(rng)
     plain = run(a)
