@@ -102,7 +102,7 @@ def test_a_bias_hides_garbage_from_all_rows(rng, dtype, isa):
 
 @pytest.mark.parametrize("isa", core.isas())
 def test_garbage_that_another_head_did_not_load(rng, isa):
-    """Heads that share a bias pass their keys one after the other: the last rows of one see less of them than the first of the next."""
+    """Those that share a bias pass their keys in turn: the last rows of one see less than the first of the next."""
     q, d_out = (rng.normal(size=(1, 100, 2, 16)).astype("float32") for _ in range(2))
     k, v = (rng.normal(size=(1, 100, 1, 16)).astype("float32") for _ in range(2))
     options = dict(bias=np.zeros((1, 1, 100, 100), "float32"), window_left=40, window_right=0, isa=isa)

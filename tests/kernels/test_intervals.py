@@ -69,12 +69,12 @@ def test_documents_of_a_vector_of_rows(isa, rows):
 @pytest.mark.parametrize("name", ["q", "d_out"])
 @pytest.mark.parametrize("isa", core.isas())
 def test_garbage_of_one_document_beside_another(isa, name):
-    """Both end with the rows of a tile, each of which sees all keys of its own: none is masked but by where the others' begin."""
+    """Both end with a tile, whose rows see all keys of their own: what is masked is where the others' begin."""
     rng = np.random.default_rng(0)
     q, k, v, d_out = (rng.standard_normal((1, n, 1, 16)).astype("float32") for n in (48, 128, 128, 48))
     for border in (60, 64, 69):
         second = np.arange(48) >= 24
-        found = (np.where(second, border, 0)[None].astype(np.int32), np.where(second, 128, border)[None].astype(np.int32))
+        found = tuple(np.where(second, x, y)[None].astype(np.int32) for x, y in ((border, 0), (128, border)))
 
         def gradients(**changed):
             x = dict(q=q, k=k, v=v, d_out=d_out) | changed
