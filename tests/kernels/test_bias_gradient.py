@@ -9,11 +9,13 @@ import pytest
 from attn_ops import kernels
 
 core = kernels.core()
-# Grouped heads; several chunks of rows; 36 heads, whose sums join doubles on the way; keys in several blocks, few rows.
+# Grouped heads; several chunks of rows; so many heads that sums join doubles on the way, in copies and in chunks of rows; keys
+# in several blocks, few rows.
 SHAPES = {
     "grouped": (2, 4, 2, 37, 41, 8),
     "chunks": (2, 2, 2, 1030, 24, 4),
-    "many heads": (18, 2, 1, 9, 5, 4),
+    "many heads": (150, 2, 1, 9, 5, 4),
+    "many heads in chunks": (20, 1, 1, 600, 5, 4),
     "few rows": (1, 3, 1, 5, 300, 8),
 }
 BROADCAST = list(itertools.product((False, True), repeat=4))
@@ -73,6 +75,11 @@ def check(shape, broadcast, dtype="float32", isa=None, causal=False, hidden_rows
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_broadcast(name, broadcast):
     check(SHAPES[name], broadcast, causal=name == "chunks", hidden_rows=name != "few rows")
+
+
+@pytest.mark.parametrize("name", ["many heads", "many heads in chunks"])
+def test_sums_that_join_doubles_on_the_way(name):
+    check(SHAPES[name], (True, True, False, False), hidden_rows=True)
 
 
 @pytest.mark.parametrize("isa", core.isas())

@@ -27,7 +27,8 @@ sys.path.insert(0, str(HERE))
 
 import defects  # noqa: E402
 
-KERNEL_TESTS = [f"kernels/test_{name}.py" for name in ("core", "few_rows", "int8", "intervals", "masks", "pages", "philox", "schedule")]
+KERNELS = ("core", "few_rows", "int8", "intervals", "masks", "bias_gradient", "pages", "philox", "schedule")
+KERNEL_TESTS = [f"kernels/test_{name}.py" for name in KERNELS]
 KERNEL_TESTS += ["fuzz/test_fuzz.py::test_kernels", "memory_safety/test_memory_safety.py::test_malformed_calls[core]"]
 KERNEL_TESTS += ["load/test_determinism.py", "op/test_bad_input.py"]
 PAIR_TESTS = ["kernels/test_bfloat16_products.py", "kernels/test_few_rows.py"]
