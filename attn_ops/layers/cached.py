@@ -38,7 +38,7 @@ def attend(layer, cls, query, value, key, cache, cache_update_index, *, training
         "window": None if own["window"] is None else (own["window"] - 1, own["window"] - 1),
         "scale": own["scale"],
         "rotary": layer._rotary,
-        "query_seq_lengths": _counts(name, padding[0]) if padding else None,
+        "query_seq_lengths": _counts(name, *padding) if padding else None,
         "implementation": layer.implementation,
         **layer._score_options(given.get("attention_bias")),
     }
@@ -112,10 +112,13 @@ def _mask(layer, attention_mask):
     return parts or None
 
 
-def _counts(name, mask):
-    """How many rows of each sequence are no padding, int32 [batch]; they must come first."""
+def _counts(name, mask, *others):
+    """How many rows of each sequence are no padding, int32 [batch]; they must come first, and be the same in ``others``."""
     message = f"{name}: beside a cache, padding stands at the end of the new rows, and query_mask hides earlier ones"
     ordered = ops.logical_or(mask[:, :-1], ops.logical_not(mask[:, 1:]))
+    if others:
+        message += ", or value_mask or key_mask hides others"
+        ordered = ops.concatenate([ordered, *(ops.equal(mask, other) for other in others)], axis=1)
     known = backend.known_values(ordered)
     if known is not None and not known.all():
         raise ValueError(message)

@@ -105,6 +105,20 @@ def test_padded_prompts():
         layer(X[:, :2], X[:, :2], cache=cache, query_mask=[[False, True]] * 2)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("other", ["value_mask", "key_mask"])
+def test_masks_of_the_same_rows_are_the_same(compiled, other):
+    """A row is appended or not: one of them alone says nothing of which keys an earlier one hides."""
+    layer = LAYERS["MultiHeadAttention"]()
+    right = whole(layer)
+    step = lambda *masks: layer(X, X, key=X, cache=new_cache(layer), query_mask=masks[0], **{other: masks[1]})[0]  # noqa: E731
+    step = tf.function(step, autograph=False) if compiled else step
+    tokens = np.arange(TOKENS) < [[TOKENS], [TOKENS - 2]]
+    np.testing.assert_allclose(step(tf.constant(tokens), tf.constant(tokens))[0], right[0], rtol=0, atol=2e-5)
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=f"{other[:5]}.*hides others"):
+        step(tf.constant(tokens), tf.constant(np.arange(TOKENS) < [[TOKENS - 1], [TOKENS - 2]]))
+
+
 @pytest.mark.parametrize("kind", ["KVCache", "tensor"])
 @pytest.mark.parametrize("flash_attention", [None, False])
 def test_padding_before_tokens_where_nothing_is_asserted(flash_attention, kind):
