@@ -94,7 +94,7 @@ class RowsAhead {
   }
 
   int64_t row_bytes_ = 0, rows_ = 0;
-  int64_t ahead_by_ = 0;  // 0: there is no other head, or it is near
+  int64_t ahead_by_ = 0;  // of ask_with(); 0: there is no other head or block, or it is near
   const char* run_ = nullptr;
   int64_t run_bytes_ = 0, at_ = 0, end_ = 0, wanted_ = 0;  // bytes of a run; from its start on: done, in all, asked for
   int64_t left_ = 0, inner_ = 0, inner_left_ = 0, step_ = 0, carry_ = 0;
