@@ -21,10 +21,11 @@ def append_to_cache(cache, k_new, v_new, positions):
     at = jnp.reshape(positions, (-1, 1)) + jnp.arange(k_new.shape[1])  # [batch or 1, rows]
     at = jnp.broadcast_to(at, (cache.shape[0], at.shape[1]))
 
-    def scattered(cache, new, _, at):
-        return jax.vmap(lambda cache, at, new: cache.at[:, at].set(new, mode="drop"))(cache, at, new)
+    @jax.vmap
+    def scattered(cache, new, at):
+        return cache.at[:, at].set(new, mode="drop")
 
-    return in_place.rows(scattered, cache, new, None, at, 2, heads=3)
+    return in_place.rows(scattered, 2, 3, cache, new, at)
 
 
 def append(layout, memory, new, positions, counts, dropped, written):
@@ -106,17 +107,14 @@ def _appended(layout, memory, new, positions, counts, dropped):
     if counts is not None:
         at = jnp.where(jnp.arange(added) < counts[:, None], at, rows)  # where nothing is
 
-    def scattered(old, new, _, at):
-        @jax.vmap  # so that arrays that are divided along the batch stay so
-        def written(at, old, new):
-            if axis == 1:
-                return old.at[at].set(new, mode="drop")
-            return old.at[:, at].set(new, mode="drop")
-
-        return written(at, old, new)
+    @jax.vmap  # so that arrays that are divided along the batch stay so
+    def scattered(old, new, at):
+        if axis == 1:
+            return old.at[at].set(new, mode="drop")
+        return old.at[:, at].set(new, mode="drop")
 
     at = jnp.broadcast_to(at, (memory[0].shape[0], added))
-    return tuple(in_place.rows(scattered, *x, None, at, axis, heads=3 - axis) for x in zip(memory, new))
+    return tuple(in_place.rows(scattered, axis, 3 - axis, *x, at) for x in zip(memory, new))
 
 
 @_appended.defjvp
@@ -130,19 +128,17 @@ def _no_derivative(layout, primals, tangents):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _appended_to_pages(layout, memory, new, table, positions, counts):
     total, _, size, _ = canonical(memory[0].shape, layout)
-    rows = new[0].shape[1 if layout == "BSHD" else 2]
+    axis = 1 if layout == "BSHD" else 2
     if len(memory) > len(new):
         new = int8.rounded(xp, new)
-    page, row = paged.slots(xp, table, positions, counts, rows, size, total)
-
-    axis = 1 if layout == "BSHD" else 2
+    page, row = paged.slots(xp, table, positions, counts, new[0].shape[axis], size, total)
 
     def scattered(old, new, page, row):
         if axis == 1:
             return old.at[page, row].set(new, mode="drop")
         return old.at[page, :, row].set(new.swapaxes(1, 2), mode="drop")
 
-    return tuple(in_place.rows(scattered, *x, page, row, axis, heads=3 - axis) for x in zip(memory, new))
+    return tuple(in_place.rows(scattered, axis, 3 - axis, *x, page, row) for x in zip(memory, new))
 
 
 _appended_to_pages.defjvp(_no_derivative)

@@ -14,48 +14,44 @@ from jax.sharding import PartitionSpec
 from attn_ops.jax import forms, partition, place
 
 
-def rows(scattered, old, new, page, row, axis, heads):
+def rows(scattered, axis, heads, old, new, *at):
     """``old`` [pages, …] with ``new[b, …, i, …]`` at ``[page[b, i], …, row[b, i], …]``, where there is such a place.
 
     Args:
-        scattered: computes that of the arrays ``old, new, page, row``.
-        old, new: arrays with the rows in ``axis``, 1 or 2, and the heads in the axis ``heads``.
-        page: int32 [batch, rows]; None: the pages are the sequences.
-        row: int32 [batch, rows].
+        scattered: computes that of ``old, new, *at``.
+        axis, heads: the axes of ``old`` and ``new`` that are rows, 1 or 2, and heads.
+        at: page and row, int32 [batch, rows] each; or the row alone, where the pages are the sequences.
     """
-    arguments = old, new, *(() if page is None else (page,)), row
-
-    def general(old, new, *at):
-        return scattered(old, new, *(at if page is not None else (None, *at)))
-
+    arrays = old, new, *at
     if (
         old.dtype != jnp.bfloat16
         or forms.unavailable_reason() is not None
         or place.exporting(old)
-        or not all(isinstance(n, int) for x in arguments for n in x.shape)
+        or place.serializing(old)
+        or not all(isinstance(n, int) for x in arrays for n in x.shape)
     ):
-        return general(*arguments)
+        return scattered(*arrays)
 
     def written(old, new, *at):
-        row = at[-1]
-        pages = at[0] if page is not None else jnp.broadcast_to(jnp.arange(len(old), dtype=jnp.int32)[:, None], row.shape)
-        operands = place.varying_alike((old, new, pages.astype(jnp.int32), row.astype(jnp.int32)))
+        if len(at) == 1:
+            at = jnp.broadcast_to(jnp.arange(len(old))[:, None], at[0].shape), *at
+        operands = place.varying_alike((old, new, *(x.astype(jnp.int32) for x in at)))
         result = place.result(old.shape, old.dtype, operands[0])
         call = jax.ffi.ffi_call("attn_ops.append", result, input_output_aliases={0: 0}, vmap_method="sequential")
         return call(*operands, axis=np.int64(axis))
 
-    entries = None if page is not None else "b"
+    entries = "b" if len(at) == 1 else None  # pages belong to no sequence
     of_memory = (entries, *("h" if i == heads else None for i in range(1, old.ndim)))
-    roles = [of_memory, of_memory, *[(entries, None)] * (len(arguments) - 2)]
+    roles = [of_memory, of_memory, *[(entries, None)] * len(at)]
     on_cpus = partition.along(written, old.shape[0], old.shape[heads], roles, of_memory)
 
     @jax.custom_batching.custom_vmap  # of what is divided among devices `jax.vmap` knows nothing
-    def chosen(*arguments):
-        return jax.lax.platform_dependent(*arguments, cpu=on_cpus, default=general)
+    def chosen(*arrays):
+        return jax.lax.platform_dependent(*arrays, cpu=on_cpus, default=scattered)
 
     @chosen.def_vmap
-    def many(_, batched, *arguments):
-        return jax.vmap(general, [0 if is_batched else None for is_batched in batched])(*arguments), True
+    def many(_, batched, *arrays):
+        return jax.vmap(scattered, [0 if is_batched else None for is_batched in batched])(*arrays), True
 
     specs = (PartitionSpec(*place.spec(old)),)
-    return place.without_explicit_axes(lambda *arguments: (chosen(*arguments),), specs, *arguments)[0]
+    return place.without_explicit_axes(lambda *arrays: (chosen(*arrays),), specs, *arrays)[0]

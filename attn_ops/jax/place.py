@@ -42,6 +42,11 @@ def exporting(x) -> bool:
     return isinstance(x, jax.core.Tracer) and frames.any_of(("jax.experimental.jax2tf",))
 
 
+def serializing(x) -> bool:
+    """Whether ``x`` is traced for `jax.export`, which takes custom calls only from those who ask for it."""
+    return isinstance(x, jax.core.Tracer) and frames.any_of(("jax._src.export",))
+
+
 def axis_size(axis):
     """How many devices a named axis has; inside `jax.shard_map`."""
     return jax.lax.axis_size(axis) if hasattr(jax.lax, "axis_size") else jax.lax.psum(1, axis)

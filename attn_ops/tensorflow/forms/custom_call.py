@@ -81,17 +81,9 @@ def backward(call: AttentionCall, out, statistics, d_out, d_lse, workspace: int 
 def append(cache, rows, page, row, axis: int):
     """``cache`` with ``rows[b, …, i, …]`` at ``[page[b, i], …, row[b, i], …]``, the rows in ``axis``, in its memory where XLA
     needs that no more. On CPUs alone."""
-    operands, dtypes = [cache, rows, page, row], [cache.dtype]
-    results = [[(0, axis) for axis in range(cache.shape.rank)]]
-    made = place.xla_call()(
-        operands,
-        version=_VERSION,
-        module=_program("attn_ops.append", operands, results, dtypes, {"axis": axis}, in_place=True),
-        Tout=dtypes,
-        Sout=[cache.shape],
-        platforms=_PLATFORMS,
-    )
-    return place.opaque_to_xla(made)[0]
+    results = [[(0, i) for i in range(cache.shape.rank)]]
+    operands, config = [cache, rows, page, row], {"axis": axis}
+    return _made("attn_ops.append", operands, results, [cache.dtype], [cache.shape], config, 1, in_place=True)[0]
 
 
 def _custom_call(target, operands, call, own, results, dtypes, shapes, workspace):
@@ -105,10 +97,16 @@ def _custom_call(target, operands, call, own, results, dtypes, shapes, workspace
     optional = given_inputs(call)
     counts = {name: len(given) for name, given in optional.items()}
     operands = operands + [x for given in optional.values() for x in given]
+    config = {**attributes(call), **counts, **own}
+    return _made(target, operands, results, dtypes, shapes, config, wanted)
+
+
+def _made(target, operands, results, dtypes, shapes, config, wanted, **more):
+    """The first ``wanted`` results of the program of a custom call; see `_program`."""
     made = place.xla_call()(
         operands,
         version=_VERSION,
-        module=_program(target, operands, results, dtypes, {**attributes(call), **counts, **own}),
+        module=_program(target, operands, results, dtypes, config, **more),
         Tout=dtypes,
         Sout=shapes,
         platforms=_PLATFORMS,

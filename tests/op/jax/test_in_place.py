@@ -113,3 +113,17 @@ def test_no_other_array_is_made(kind, dtype):
         call = jax.jit(lambda memory, row, at: append.append_to_cache(memory, row, row, at), donate_argnums=0)
     compiled = call.lower(memory, row, jax.ShapeDtypeStruct((2,), np.int32)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < memory.size
+
+
+@each_dtype
+def test_exported_functions_hold_no_custom_call(dtype):
+    """Of ours, as long as the attention asks for none: `jax.export` refuses those that it does not know."""
+    cache = attn_ops.jax.KVCache.create(2, LENGTH, HEADS, DIM, dtype, framework="jax")
+    row = jnp.ones((2, 1, HEADS, DIM), dtype)
+
+    def step(cache, row):
+        return attn_ops.jax.decode_attention(row, cache, row, row, implementation="composite")
+
+    out, grown = jax.export.export(jax.jit(step))(cache, row).call(cache, row)
+    exactly(out, np.ones(out.shape, "float32"))
+    assert grown.lengths.tolist() == [1, 1]
